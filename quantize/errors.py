@@ -1,0 +1,43 @@
+"""Errors a user can act on. Each class fixes the process exit code (documented in README.md)."""
+
+
+class PqError(Exception):
+    """Base of all expected errors: one line that names the thing and the remedy."""
+
+    exit_code = 1
+
+
+class UsageError(PqError):
+    """The command line contradicts itself or names something that does not exist."""
+
+    exit_code = 2
+
+
+class RecipeError(PqError):
+    """The recipe cannot be used; the message gives file, line, path, value and remedy."""
+
+    exit_code = 3
+
+
+class ModelError(PqError):
+    """The source checkpoint is broken, unsupported or does not fit the recipe."""
+
+    exit_code = 4
+
+
+class DataError(PqError):
+    """Calibration or evaluation text is missing, unreadable or too short."""
+
+    exit_code = 5
+
+
+class OutputError(PqError):
+    """The output cannot be written: non-empty folder, read-only or full disk."""
+
+    exit_code = 6
+
+
+class VerifyError(PqError):
+    """A written checkpoint does not read back as what was written."""
+
+    exit_code = 7
