@@ -1,0 +1,54 @@
+# Everything a fresh machine needs: Python >= 3.10 and make. `make demo` and `make test` set up their own environment.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out/demo
+
+# A machine without an NVIDIA driver gets the newest CPU build of torch that pip can find; override with
+# `make TORCH="torch==2.11.0" …`, or TORCH=torch for the default build.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch
+endif
+
+.PHONY: demo test test-all lint format setup reference-model bench clean help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: $(BIN)/.ready ## Make .venv and install pq with its development tools
+
+$(BIN)/.ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit("pq needs Python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet "torch>=2.6"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup ## Convert the embedded reference model with fireq.yaml and measure it against its parent
+	rm -rf $(OUT) $(OUT).log
+	$(BIN)/pq convert --model eval/reference-model --recipe fireq.yaml --output $(OUT) --nsamples 64 --seqlen 512
+	$(BIN)/pq eval $(OUT) --baseline eval/reference-model
+
+test: setup ## Run the tests (about as long as a coffee)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
+
+lint: setup ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+reference-model: setup ## Train the embedded reference model again (about ten minutes on two cores)
+	$(BIN)/python eval/reference-model/build.py
+
+bench: setup ## Accuracy table and cost of the shipped recipes, into out/
+	$(BIN)/python eval/accuracy.py --help
+
+clean: ## Remove the environment and all outputs
+	rm -rf $(VENV) out

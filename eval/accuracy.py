@@ -1,0 +1,134 @@
+"""Convert a model with several recipes, measure each against its parent, and keep the figures.
+
+    python eval/accuracy.py --model DIR [--model DIR …] --calibration FILE --text FILE --output eval/results/NAME.json
+
+Every row converts from scratch and re-runs the parent in the same process on the same windows. Rows are named
+recipe/activations/bits; both numerics are measured: `kernel` (what an INT4×FP8 kernel computes) and `stock` (what
+transformers computes from the same file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import quantize
+from quantize.convert import Request, convert
+from quantize.evaluate import evaluate
+from quantize.overrides import with_stage_fields
+from quantize.recipe import load_recipe
+
+ROWS = (
+    ("rtn", "none", 4),
+    ("gptq", "none", 4),
+    ("awq", "none", 4),
+    ("fireq", "none", 4),
+    ("rtn", "fp8", 4),
+    ("gptq", "fp8", 4),
+    ("awq", "fp8", 4),
+    ("fireq-paper", "fp8", 4),
+    ("fireq", "fp8", 4),
+    ("gptq", "none", 3),
+    ("awq", "none", 3),
+    ("fireq", "none", 3),
+    ("gptq", "none", 2),
+    ("awq", "none", 2),
+    ("fireq", "none", 2),
+)
+
+
+def measure(model: Path, row: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
+    """Convert and evaluate one row."""
+    name, activations, bits = row
+    recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = with_stage_fields(recipe, [f"activations={activations}", f"bits={bits}"])
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        started = time.monotonic()
+        summary = convert(Request(model, recipe, output, torch.device("cpu"), torch.float32))
+        seconds = time.monotonic() - started
+        figures = {
+            numerics: dataclasses.asdict(
+                evaluate(
+                    output, model, dataset=args.text, seqlen=args.seqlen, max_windows=args.windows, numerics=numerics
+                )
+            )
+            for numerics in ("kernel", "stock")
+            if numerics == "stock" or activations == "fp8"
+        }
+    return {
+        "model": model.name,
+        "recipe": name,
+        "activations": activations,
+        "bits": bits,
+        "bits_per_weight": summary.bits_per_weight,
+        "encode_seconds": round(seconds, 1),
+        "figures": figures,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | recipe | scheme | bits/weight | perplexity (parent) | KLD | same top-1 | KLD, stock numerics | encode |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        stock = row["figures"]["stock"]
+        best = row["figures"].get("kernel", stock)
+        scheme = f"W{row['bits']}A{'8-FP8' if row['activations'] == 'fp8' else '16'}"
+        lines.append(
+            f"| {row['model']} | {row['recipe']} | {scheme} | {row['bits_per_weight']:.3f} "
+            f"| {best['perplexity']:.2f} ({best['baseline_perplexity']:.2f}) | {best['kld_mean']:.5f} "
+            f"| {best['top1_agreement']:.3f} | {stock['kld_mean']:.5f} | {row['encode_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the rows asked for and write the results file after each of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--only", help="recipes to run, separated by commas")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    wanted = set(args.only.split(",")) if args.only else {row[0] for row in ROWS}
+    results: dict[str, Any] = {
+        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; parent and model in float32; "
+        f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
+        "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"pq": quantize.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": [],
+    }
+    for model in args.model:
+        for row in ROWS:
+            if row[0] not in wanted:
+                continue
+            results["rows"].append(measure(model, row, args))
+            results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""One decoder block during conversion: its weights, its calibration inputs, and the statistics stages ask for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.arch import Architecture, Edge, Shape
+from quantize.errors import ModelError
+from quantize.formats.fp8 import quantize_activations
+from quantize.formats.packed_int import PackedInt
+from quantize.linear import PackedLinear
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+"""Runs one decoder layer on hidden states [B, T, D] with the masks and rotary tables of that batch shape."""
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass once the wanted input was seen."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32."""
+
+    hessian: Tensor
+    """E[x̂ x̂ᵀ] [K, K]."""
+    absmean: Tensor
+    """E|x̂| [K]."""
+    cross: Tensor | None
+    """E[x x̂ᵀ] [K, K] with the parent's input x."""
+    residual: Tensor | None
+    """E[(r − r̂) x̂ᵀ] [N, K] for a linear whose output is added to the residual stream r."""
+
+
+@dataclass
+class _Sums:
+    """Running totals of a pass over the calibration inputs."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.totals[key] = value if key not in self.totals else self.totals[key].add_(value)
+
+
+@dataclass
+class Block:
+    """A decoder layer whose linears are being transformed in place.
+
+    `inputs` holds the hidden states [B, T, D] that reach this block through the already quantized blocks,
+    `reference_inputs` those of the parent model (None when no stage of the recipe needs them).
+    """
+
+    index: int
+    arch: Architecture
+    shape: Shape
+    module: nn.Module
+    storage: dict[str, torch.dtype]
+    """Dtype of every tensor of the block in the source checkpoint."""
+    forward: Forward
+    inputs: list[Tensor]
+    reference_inputs: list[Tensor] | None
+    device: torch.device
+    packed: dict[str, PackedInt] = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reference: nn.Module | None = None
+
+    def linear(self, name: str) -> nn.Linear:
+        """The not yet encoded linear `name` (relative to the block)."""
+        module = self.module.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise ModelError(f"block {self.index}: {name} was encoded twice; give every layer to one encode stage")
+        return module
+
+    def full_name(self, name: str) -> str:
+        """Name of a module of this block within the model."""
+        return f"{self.arch.blocks}.{self.index}.{name}"
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Record facts about a linear for the provenance and the report."""
+        self.report.setdefault(name, {}).update(facts)
+
+    def freeze_reference(self) -> None:
+        """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
+        if self.reference is None and self.reference_inputs is not None:
+            self.reference = copy.deepcopy(self.module)
+
+    def encode(self, name: str, packed: PackedInt, fp8_activations: bool) -> None:
+        """Replace a linear by its packed form; later statistics see the quantized layer."""
+        old = self.linear(name)
+        parent, _, attribute = name.rpartition(".")
+        new = PackedLinear(packed, old.bias, fp8_activations, old.weight.dtype, "kernel")
+        setattr(self.module.get_submodule(parent), attribute, new.to(self.device))
+        self.packed[name] = packed
+
+    def inputs_of(
+        self, names: Sequence[str], module: nn.Module | None = None, stream: list[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
+
+        Names in the order in which the block runs them; a pass stops as soon as the last one's input is known.
+        """
+        module = module or self.module
+        seen: dict[str, Tensor] = {}
+
+        def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen[name] = args[0]
+                if name == names[-1]:
+                    raise _Stop
+
+            return record
+
+        handles = [module.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
+        try:
+            for hidden in self.inputs if stream is None else stream:
+                with suppress(_Stop):
+                    self.forward(module, hidden.to(self.device))
+                yield tuple(seen[name].flatten(0, -2).float() for name in names)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def moments(self, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
+        """Second moments of the inputs of `name`; FP8-rounded where the layer will round its activations.
+
+        with_reference: also the moments against the parent (`freeze_reference` must have been called).
+        """
+        residual = self.arch.residual.get(name) if with_reference else None
+        names = (name,) if residual is None else (residual, name)
+        sums = _Sums()
+        parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
+        if with_reference:
+            parent = self.inputs_of(names, self.reference, self.reference_inputs)
+        for ours, theirs in zip(self.inputs_of(names), parent, strict=False):
+            x = quantize_activations(ours[-1]) if fp8_activations else ours[-1]
+            sums.add("hessian", x.T @ x)
+            sums.add("absmean", x.abs().sum(dim=0))
+            if theirs is not None:
+                sums.add("cross", theirs[-1].T @ x)
+            if theirs is not None and residual is not None:
+                sums.add("residual", (theirs[0] - ours[0]).T @ x)
+            sums.tokens += len(x)
+        if not sums.tokens:
+            raise ModelError("a stage needs calibration inputs but there are none")
+        mean = {key: total / sums.tokens for key, total in sums.totals.items()}
+        return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"))
+
+    def fold(self, edge: Edge, scale: Tensor) -> None:
+        """Move λ over `edge`: source output ÷ λ, sink columns × λ. scale: λ [channels of the source], float32.
+
+        The source keeps its dtype; sinks see exactly the ratio that the rounded source really changed by, so the
+        function is preserved even where the source is stored in bfloat16.
+        """
+        scale = scale.to(self.device, torch.float32)
+        source = self.module.get_submodule(edge.source)
+        weight = source.get_parameter("weight")
+        if edge.source_kind == "norm":
+            before = weight.detach().float().clone()  # .float() alone may be the same tensor
+            stored = (before / scale).to(self.storage[f"{edge.source}.weight"])
+            weight.data = stored.to(weight.dtype)
+            scale = torch.where(stored == 0, scale, before / stored.float())
+        else:
+            weight.data = weight / scale[:, None]
+            bias = dict(source.named_parameters()).get("bias")
+            if bias is not None:
+                bias.data = bias / scale
+        columns = self.sink_columns(edge, scale)
+        for sink in edge.sinks:
+            linear = self.linear(sink)
+            linear.weight.data = linear.weight * columns
+
+    def sink_columns(self, edge: Edge, scale: Tensor) -> Tensor:
+        """λ per source channel → λ per sink input column (repeats kv heads over their query group)."""
+        if not edge.kv_group:
+            return scale
+        heads = scale.view(self.shape.n_kv_heads, self.shape.head_dim)
+        return heads.repeat_interleave(self.shape.n_heads // self.shape.n_kv_heads, dim=0).flatten()

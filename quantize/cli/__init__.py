@@ -1,0 +1,56 @@
+"""The `pq` command: parses, calls, renders. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import quantize
+from quantize.cli import convert as convert_command
+from quantize.cli import evaluate as evaluate_command
+from quantize.cli import recipe as recipe_command
+from quantize.errors import PqError
+
+app = typer.Typer(
+    name="pq",
+    help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint you can serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(convert_command.convert)
+app.command("eval")(evaluate_command.evaluate)
+app.add_typer(recipe_command.app, name="recipe")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pq {quantize.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `pq` itself."""
+
+
+def main() -> None:
+    """Console entry point: expected errors become one line on stderr and their documented exit code."""
+    try:
+        app()
+    except PqError as err:
+        for line in str(err).splitlines():
+            typer.echo(f"pq: error: {line}", err=True)
+        sys.exit(err.exit_code)
+    except MemoryError:
+        typer.echo("pq: error: out of memory; lower --nsamples or --seqlen, or use a machine with more", err=True)
+        sys.exit(8)
+    except KeyboardInterrupt:
+        typer.echo("pq: interrupted; nothing was written", err=True)
+        sys.exit(130)

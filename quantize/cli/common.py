@@ -1,0 +1,88 @@
+"""Pieces that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A rich progress bar on stderr with the time left; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        raise UsageError(f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` computes in float32 on a CPU and in bfloat16 on an accelerator."""
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in names:
+        raise UsageError(f"--dtype {name}: choose one of auto, {', '.join(names)}")
+    return names[name]
+
+
+def local_model(model: str) -> Path:
+    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a Hub id touches the network."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_hub = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
+    if not looks_like_hub or folder.exists():
+        raise ModelError(f"{model}: no such folder; give a local model folder or a Hub id (org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as err:
+        # huggingface_hub raises many unrelated types for "not there", "not allowed" and "no network".
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise ModelError(
+            f"{model}: neither a local folder nor a model that can be fetched from the Hub ({reason})"
+        ) from None

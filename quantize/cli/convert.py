@@ -1,0 +1,85 @@
+"""`pq convert`: recipe and model in, packed checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar
+
+if TYPE_CHECKING:
+    from quantize.convert import Summary
+
+
+def convert(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, or Hub id org/name.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be absent or empty.")],
+    dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+) -> None:
+    """Quantize a model; the output appears whole or not at all. A log is written to OUTPUT.log."""
+    from quantize.convert import Request
+    from quantize.convert import convert as run
+    from quantize.overrides import with_stage_fields
+    from quantize.recipe import load_recipe
+    from quantize.writer import require_free
+
+    chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
+    chosen = with_stage_fields(chosen, assignments or [])
+    require_free(output)
+    place = pick_device(device)
+    request = Request(local_model(model), chosen, output, place, pick_dtype(dtype, place))
+    handler = _log_to(output.with_name(output.name + ".log"))
+    try:
+        with progress_bar() as progress:
+            summary = run(request, progress)
+    except BaseException as err:
+        logging.getLogger("quantize").error("stopped: %s", err or type(err).__name__)
+        raise
+    finally:
+        handler.close()
+        logging.getLogger("quantize").removeHandler(handler)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+    else:
+        _print(summary)
+
+
+def _log_to(path: Path) -> logging.Handler:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("quantize")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def _print(summary: Summary) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    ratio = summary.source_bytes / summary.output_bytes
+    console.print(
+        f"[bold]{summary.output}[/bold]: {summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per "
+        f"weight, {summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller), {summary.seconds:.1f} s"
+    )
+    if summary.fallbacks:
+        console.print(
+            f"[yellow]rounded to nearest for want of a usable Hessian:[/yellow] {', '.join(summary.fallbacks)}"
+        )

@@ -1,0 +1,300 @@
+"""The conversion loop: one decoder block at a time is loaded, measured, transformed, written and freed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+import quantize
+from quantize.arch import Architecture, Shape, architecture_of
+from quantize.block import Block
+from quantize.calib import TokenSet, calibration_tokens, check_vocab
+from quantize.checkpoint import Checkpoint, require_finite_floats
+from quantize.errors import DataError, ModelError
+from quantize.formats.compressed_tensors import Scheme, quantization_config
+from quantize.linear import PackedLinear
+from quantize.recipe import Recipe, resolved_yaml
+from quantize.skeleton import Skeleton
+from quantize.writer import CheckpointWriter, require_free
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, blocks done, blocks in all)."""
+
+PROVENANCE = "pq.json"
+_VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert, how, and where to."""
+
+    model: Path
+    recipe: Recipe
+    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int = 4096
+    """Calibration tokens per forward pass; bounds the memory of one pass."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did; the JSON that `pq convert --json` prints."""
+
+    output: str
+    recipe: str
+    blocks: int
+    quantized_linears: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    fallbacks: list[str]
+    mean_output_error: float | None
+    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
+
+
+@dataclass
+class _Streams:
+    """Hidden states entering the current block, batch by batch."""
+
+    quantized: list[Tensor]
+    reference: list[Tensor] | None
+
+
+def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Summary:
+    """Run a recipe over a checkpoint and write the packed result to `request.output`.
+
+    Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its Hessians, the embedding
+    matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes.
+    Raises PqError subclasses; on any error nothing is left at the output.
+    """
+    started = time.monotonic()
+    require_free(request.output)
+    source = Checkpoint(request.model)
+    arch = architecture_of(source.config)
+    shape = Shape.of(source.config)
+    last = f"{arch.blocks}.{shape.n_blocks - 1}."
+    if not source.names(last):  # before a skeleton of an absurd number of layers is built
+        raise ModelError(f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
+    skeleton = Skeleton(request.model, arch, request.device, request.dtype)
+    _check(source, arch, shape, skeleton, request.recipe)
+    tokens = _calibration(request, shape) if any(s.needs_inputs for s in request.recipe.stages) else None
+    progress("hashing source", 0, shape.n_blocks)
+    provenance = _provenance(request, source, tokens)
+
+    run = _Conversion(request, source, arch, shape, skeleton)
+    streams = run.embed(tokens)
+    with CheckpointWriter(request.output, shape.n_blocks + 2) as writer:
+        writer.add_shard(run.tensors_outside(arch.embedding))
+        for index in range(shape.n_blocks):
+            progress("quantizing", index, shape.n_blocks)
+            writer.add_shard(run.block(index, streams))
+        progress("writing", shape.n_blocks, shape.n_blocks)
+        writer.add_shard(run.tensors_outside(arch.final_norm, arch.head))
+        for path in source.side_files():
+            writer.copy(path)
+        writer.write_index()
+        writer.write_json("config.json", source.config | {"quantization_config": run.quantization_config()})
+        writer.write_json(PROVENANCE, provenance | run.results() | {"files": writer.hashes})
+        output_bytes = writer.total_size
+        writer.commit()
+    return run.summary(time.monotonic() - started, output_bytes)
+
+
+def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
+    """Everything that can be refused before the first block is computed."""
+    if source.config.get("quantization_config"):
+        raise ModelError(
+            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
+        )
+    skeleton.check(source.shapes, shape.tied)
+    linears = {
+        f"{arch.blocks}.{i}.{name}": size
+        for i in range(shape.n_blocks)
+        for name, size in skeleton.linear_shapes(i).items()
+    }
+    unknown = [n for n in skeleton.linear_shapes(0) if n not in arch.roles]
+    if unknown:
+        raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
+    for stage in recipe.stages:
+        stage.check(linears)
+
+
+def _calibration(request: Request, shape: Shape) -> TokenSet:
+    c = request.recipe.calibration
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as err:
+        reason = str(err).splitlines()[0]
+        raise DataError(
+            f"{request.model}: no usable tokenizer ({reason}); put tokenizer.json beside the weights"
+        ) from None
+    tokens = calibration_tokens(
+        tokenizer,
+        dataset=c.dataset,
+        nsamples=c.nsamples,
+        seqlen=c.seqlen,
+        seed=c.seed,
+        chat_template=c.chat_template,
+        text_field=c.text_field,
+    )
+    check_vocab(tokens.tokens, shape.vocab)
+    return tokens
+
+
+def _provenance(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {
+        "pq": quantize.__version__,
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
+        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(request.recipe)},
+        "source": source.hashes(),
+        "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
+    }
+
+
+class _Conversion:
+    """State of one run: what was encoded so far and what is known about it."""
+
+    def __init__(
+        self, request: Request, source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton
+    ) -> None:
+        self.request, self.source, self.arch, self.shape, self.skeleton = request, source, arch, shape, skeleton
+        self.schemes: dict[str, Scheme] = {}
+        self.report: dict[str, dict[str, Any]] = {}
+        self.stored_bits = 0.0
+        self.weights = 0
+        self.source_bytes = 0
+
+    def embed(self, tokens: TokenSet | None) -> _Streams | None:
+        """Hidden states that enter block 0."""
+        if tokens is None:
+            return None
+        batch = max(1, self.request.batch_tokens // tokens.tokens.shape[1])
+        weight = self.source.tensor(f"{self.arch.embedding}.weight")
+        hidden = [self.skeleton.embed(weight, part) for part in torch.split(tokens.tokens, batch)]
+        needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
+        return _Streams(hidden, list(hidden) if needs_reference else None)
+
+    def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
+        """Tensors of modules outside the blocks, kept as they are (a tied head has none of its own)."""
+        out: dict[str, Tensor] = {}
+        for module in modules:
+            if module != self.arch.head or not self.shape.tied:
+                out |= {f"{module}.{n}": t for n, t in self.source.tensors(f"{module}.").items()}
+        require_finite_floats(out, "")
+        self.source_bytes += _bytes(out)
+        return out
+
+    def block(self, index: int, streams: _Streams | None) -> dict[str, Tensor]:
+        """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
+        prefix = f"{self.arch.blocks}.{index}."
+        weights = self.source.tensors(prefix)
+        require_finite_floats(weights, prefix)
+        self.source_bytes += _bytes(weights)
+        block = Block(
+            index=index,
+            arch=self.arch,
+            shape=self.shape,
+            module=self.skeleton.layer(index, weights),
+            storage={name: tensor.dtype for name, tensor in weights.items()},
+            forward=lambda module, hidden: self.skeleton.forward(index, module, hidden),
+            inputs=streams.quantized if streams else [],
+            reference_inputs=streams.reference if streams else None,
+            device=self.request.device,
+        )
+        del weights
+        with torch.no_grad():
+            for stage in self.request.recipe.stages:
+                stage.apply(block)
+            if streams and index + 1 < self.shape.n_blocks:
+                self._advance(block, streams)
+        self._record(block, prefix)
+        return {prefix + name: tensor for name, tensor in _stored(block).items()}
+
+    def _advance(self, block: Block, streams: _Streams) -> None:
+        for batch, hidden in enumerate(streams.quantized):
+            out = block.forward(block.module, hidden)
+            if not torch.isfinite(out).all():
+                raise ModelError(f"block {block.index}: its outputs are not finite; try --dtype float32")
+            # The streams start as the same tensors, so the reference is advanced before its input goes.
+            if streams.reference is not None:
+                teacher = block.reference if block.reference is not None else block.module
+                streams.reference[batch] = block.forward(teacher, streams.reference[batch])
+            streams.quantized[batch] = out
+
+    def _record(self, block: Block, prefix: str) -> None:
+        for name, packed in block.packed.items():
+            linear = block.module.get_submodule(name)
+            assert isinstance(linear, PackedLinear)
+            self.schemes[prefix + name] = Scheme(packed.bits, packed.group_size, linear.fp8_activations)
+            self.stored_bits += packed.bits_per_weight * packed.codes.numel()
+            self.weights += packed.codes.numel()
+        for name, facts in block.report.items():
+            self.report[prefix + name] = facts
+            log.info("%s%s %s", prefix, name, facts)
+
+    def quantization_config(self) -> dict[str, Any]:
+        """quantization_config of the output's config.json."""
+        linears = (
+            f"{self.arch.blocks}.{i}.{n}" for i in range(self.shape.n_blocks) for n in self.skeleton.linear_shapes(i)
+        )
+        alone = [self.arch.head, *(name for name in linears if name not in self.schemes)]
+        return quantization_config(self.schemes, alone)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits of a quantized weight, scales counted."""
+        return self.stored_bits / self.weights
+
+    def results(self) -> dict[str, Any]:
+        """What goes into the provenance after the last block."""
+        return {"bits_per_weight": self.bits_per_weight, "layers": self.report}
+
+    def summary(self, seconds: float, output_bytes: int) -> Summary:
+        """Totals of the run."""
+        errors = [f["output_error"] for f in self.report.values() if "output_error" in f]
+        return Summary(
+            output=str(self.request.output),
+            recipe=self.request.recipe.name,
+            blocks=self.shape.n_blocks,
+            quantized_linears=len(self.schemes),
+            bits_per_weight=self.bits_per_weight,
+            source_bytes=self.source_bytes,
+            output_bytes=output_bytes,
+            seconds=round(seconds, 2),
+            fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
+            mean_output_error=sum(errors) / len(errors) if errors else None,
+        )
+
+
+def _stored(block: Block) -> dict[str, Tensor]:
+    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's dtypes."""
+    out: dict[str, Tensor] = {}
+    for name, module in block.module.named_modules():
+        if isinstance(module, PackedLinear):
+            out |= {f"{name}.{suffix}": tensor for suffix, tensor in module.packed.tensors().items()}
+            if module.bias is not None:
+                out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
+        elif not isinstance(module, nn.ModuleList):
+            own = module._parameters | module._buffers
+            out |= {f"{name}.{k}": t.to(block.storage[f"{name}.{k}"]) for k, t in own.items() if t is not None}
+    return out
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

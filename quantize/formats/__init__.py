@@ -1,0 +1,1 @@
+"""Packed layouts: one declaration each, the only place where a layout is written down."""

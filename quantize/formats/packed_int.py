@@ -1,0 +1,121 @@
+"""`pack-quantized`: dense little-endian integer codes in int32 words, one scale per group of inputs.
+
+Worked bits, 4-bit: element i of a row lies in word i // 8 at bits 4·(i % 8) … +3 and holds q + 8, so codes
+[-8, 7, 0, 1] start a row with word 0x...98F0: nibbles 0x0, 0xF, 0x8, 0x9 from the low end. At 3 bits element i starts
+at bit 3·i of the row's bit string and may cross a word border; a row always starts a new word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.formats.fp8 import product_weight, row_factor
+
+
+def words_per_row(columns: int, bits: int) -> int:
+    """int32 words that hold one row of `columns` codes."""
+    return math.ceil(columns * bits / 32)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes [N, K] (any integer dtype, -2^(bits-1) … 2^(bits-1)-1) into int32 [N, ceil(K·bits/32)]."""
+    half = 1 << (bits - 1)
+    if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
+        raise ValueError(f"codes outside the {bits}-bit range [{-half}, {half - 1}]")
+    N, K = codes.shape
+    # 32 codes fill exactly `bits` words, so every run of 32 codes packs alike.
+    runs = math.ceil(K / 32)
+    padded = torch.zeros(N, runs * 32, dtype=torch.int64, device=codes.device)
+    padded[:, :K] = codes.to(torch.int64) + half
+    run = padded.view(N, runs, 32)
+    words = torch.zeros(N, runs, bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[..., word] |= run[..., i] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., word + 1] |= run[..., i] >> (32 - shift)
+    words = words.view(N, runs * bits)[:, : words_per_row(K, bits)]
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo `pack_codes`: int32 [N, W] → int8 codes [N, columns]."""
+    N = packed.shape[0]
+    runs = math.ceil(columns / 32)
+    words = torch.zeros(N, runs * bits, dtype=torch.int64, device=packed.device)
+    words[:, : packed.shape[1]] = packed.to(torch.int64) & 0xFFFFFFFF
+    words = words.view(N, runs, bits)
+    mask = (1 << bits) - 1
+    run = torch.empty(N, runs, 32, dtype=torch.int8, device=packed.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = words[..., word] >> shift
+        if shift + bits > 32:
+            value = value | words[..., word + 1] << (32 - shift)
+        run[..., i] = ((value & mask) - (1 << (bits - 1))).to(torch.int8)
+    return run.view(N, runs * 32)[:, :columns].contiguous()
+
+
+@dataclass(frozen=True)
+class PackedInt:
+    """A linear's weight [N, K] as signed integer codes with one bfloat16 scale per group of `group_size` inputs.
+
+    Value = code · scale of its group (`unpack`). Scales may be negative where 16-bit activations are used: a flipped
+    sign puts the extra code -2^(bits-1) on the other side.
+    """
+
+    codes: Tensor  # int8 [N, K]
+    scale: Tensor  # bfloat16 [N, K / group_size]
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        N, K = self.codes.shape
+        if K % self.group_size:
+            raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
+        if self.codes.dtype != torch.int8 or self.scale.dtype != torch.bfloat16:
+            raise ValueError("codes must be int8 and scale bfloat16")
+        if tuple(self.scale.shape) != (N, K // self.group_size):
+            raise ValueError(f"scale is {tuple(self.scale.shape)}, expected {(N, K // self.group_size)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape (N, K)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales counted."""
+        return self.bits + 16 / self.group_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint tensors by suffix."""
+        return {
+            "weight_packed": pack_codes(self.codes, self.bits),
+            "weight_scale": self.scale,
+            "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], bits: int, group_size: int) -> PackedInt:
+        """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
+        N, K = (int(v) for v in tensors["weight_shape"])
+        packed = tensors["weight_packed"]
+        if tuple(packed.shape) != (N, words_per_row(K, bits)) or packed.dtype != torch.int32:
+            raise ValueError(f"weight_packed is {packed.dtype} {tuple(packed.shape)}, expected int32 for {(N, K)}")
+        return cls(unpack_codes(packed, bits, K), tensors["weight_scale"], bits, group_size)
+
+    def unpack(self) -> Tensor:
+        """Weight [N, K] in float32: what stock loaders compute (code · bfloat16 scale)."""
+        scale = self.scale.float().repeat_interleave(self.group_size, dim=1)
+        return self.codes.float() * scale
+
+    def kernel_weight(self) -> Tensor:
+        """Weight [N, K] in float32 that an INT4×FP8 tensor-core kernel multiplies (see `product_weight`)."""
+        factor = row_factor(self.scale)
+        scale = self.scale.repeat_interleave(self.group_size, dim=1)
+        return product_weight(self.codes, scale, factor)

@@ -1,0 +1,156 @@
+"""The code book an encoder rounds to: integers times a group scale, as stored or as the FP8 tensor core sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale
+from quantize.formats.packed_int import PackedInt
+
+_CLIPS = 24  # clip ratios tried per group, evenly spaced
+_MIN_CLIP = 0.45
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Signed integers of `bits` bits times a scale per group of `group_size` inputs.
+
+    `product`: codes are fitted to E4M3(q·s8), what an INT4×FP8 kernel multiplies, instead of q·s.
+    `fp8_scales`: group scales are kept to E4M3 multiples of a per-row factor, so vLLM re-derives the same codes.
+    `signed`: scales may be negative, which gives the code -2^(bits-1) to the side that needs it.
+    """
+
+    bits: int
+    group_size: int
+    product: bool = False
+    fp8_scales: bool = False
+    signed: bool = False
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def value(self, codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+        """Weights of `codes`; scale and factor broadcast against it. Float32."""
+        if self.product:
+            return product_weight(codes, scale, factor)
+        return codes * scale
+
+    def book(self, scale: Tensor, factor: Tensor) -> Book:
+        """The values of all codes under scales [R] of rows with factors [R]."""
+        if not self.product:
+            return Book(self, scale[:, None], None)
+        codes = torch.arange(self.qmin, self.qmax + 1, device=scale.device, dtype=torch.float32)
+        return Book(self, scale[:, None], product_weight(codes, scale[:, None], factor[:, None]))
+
+    def round(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] → (codes, values), float32 [N, K]."""
+        groups = w.reshape(-1, self.group_size)
+        codes, values = self.book(scale.flatten(), factor.expand_as(scale).flatten()).round(groups)
+        return codes.view_as(w), values.view_as(w)
+
+    def expand(self, scale: Tensor) -> Tensor:
+        """Group scales [N, G] → one per input [N, K]."""
+        return scale.repeat_interleave(self.group_size, dim=1)
+
+    def pack(self, codes: Tensor, scale: Tensor) -> PackedInt:
+        """Codes [N, K] and scales [N, G] (already representable) as the stored layout."""
+        return PackedInt(codes.to(torch.int8), scale.to(torch.bfloat16), self.bits, self.group_size)
+
+    def _representable(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Round scales to what the checkpoint can hold; return them with the per-row factor [N, 1]."""
+        scale = scale.to(torch.bfloat16).float()
+        factor = (scale.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(2.0**-100)
+        if self.fp8_scales:
+            scale = representable_scale(scale, factor).float()
+        return scale, factor
+
+    def absmax_scale(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales max|w| / qmax of every group of w [N, K] → (scale [N, G], factor [N, 1])."""
+        return self._representable(_nonzero(group_absmax(w, self.group_size) / self.qmax))
+
+    def fit_scale(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales of w [N, K] that minimise Σ importance_k·(w_k − ŵ_k)² over clip ratios (importance [K] or None).
+
+        Returns (scale [N, G], factor [N, 1]).
+        """
+        absmax, _ = self.absmax_scale(w)
+        weight = torch.ones_like(w[:1]) if importance is None else importance.to(w)[None]
+        plain = Grid(self.bits, self.group_size)
+        ratios = torch.linspace(_MIN_CLIP, 1.0, _CLIPS).tolist()
+        signs = (1.0, -1.0) if self.signed else (1.0,)
+        best, best_error = absmax.clone(), torch.full_like(absmax, torch.inf)
+        for ratio in ratios:
+            for sign in signs:
+                scale = (absmax * (ratio * sign)).to(torch.bfloat16).float()
+                error = plain.group_error(w, scale, torch.ones_like(scale[:, :1]), weight)
+                better = error < best_error
+                best = torch.where(better, scale, best)
+                best_error = torch.where(better, error, best_error)
+        scale, factor = self._representable(best)
+        return (self._fit_fp8(w, scale, factor, weight), factor) if self.fp8_scales else (scale, factor)
+
+    def _fit_fp8(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a row's largest scale stays."""
+        best, best_error = scale, self.group_error(w, scale, factor, weight)
+        for candidate in self.neighbour_scales(scale, factor):
+            error = self.group_error(w, candidate, factor, weight)
+            best = torch.where(error < best_error, candidate, best)
+            best_error = torch.minimum(error, best_error)
+        return best
+
+    def neighbour_scales(self, scale: Tensor, factor: Tensor) -> list[Tensor]:
+        """Alternatives to group scales [N, G] that the checkpoint can hold, nearest first."""
+        if not self.fp8_scales:
+            return [(scale * r).to(torch.bfloat16).float() for r in (0.98, 1.02, 0.95, 1.05, 0.9, 1.1)]
+        code = e4m3(scale / factor)
+        pinned = code >= E4M3_MAX  # the factor of the row is derived from it
+        step = 2.0 ** (torch.floor(torch.log2(code)) - 3)
+        out = []
+        for n in (-1, 1, -2, 2):
+            moved = e4m3((code + n * step).clamp(2.0**-9, E4M3_MAX))
+            out.append(torch.where(pinned, scale, representable_scale(moved * factor, factor).float()))
+        return out
+
+    def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        """Σ weight·(w − ŵ)² of every group → [N, G]."""
+        squared = (w - self.round(w, scale, factor)[1]).square_() * weight
+        return squared.view(len(w), -1, self.group_size).sum(dim=2)
+
+
+@dataclass(frozen=True)
+class Book:
+    """Values of all codes for R rows that each have one scale."""
+
+    grid: Grid
+    scale: Tensor  # [R, 1]
+    levels: Tensor | None  # [R, 2^bits], rising; None where codes are evenly spaced
+
+    def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes of w [R, M] → (codes, values), float32 [R, M]."""
+        if self.levels is None:
+            codes = (w / self.scale).round_().clamp_(self.grid.qmin, self.grid.qmax)
+            return codes, codes * self.scale
+        # E4M3 products are not evenly spaced, so a rounded quotient can miss the nearest one.
+        middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
+        index = torch.searchsorted(middles, w.contiguous())
+        return (index + self.grid.qmin).float(), self.levels.gather(1, index)
+
+
+def group_absmax(w: Tensor, group_size: int) -> Tensor:
+    """Largest magnitude of every group of w [N, K] → [N, K / group_size]."""
+    return w.abs().reshape(len(w), -1, group_size).amax(dim=2)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A group of zeros gets scale 1: its codes are 0 whatever the scale."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,12 @@
+"""Registry of methods: one literal. A new method is one file here and one name in this tuple."""
+
+from quantize.methods.awq import Awq
+from quantize.methods.base import Stage
+from quantize.methods.cas import Cas
+from quantize.methods.fireq import Fireq
+from quantize.methods.gptq import Gptq
+from quantize.methods.rtn import Rtn
+
+STAGES: tuple[type[Stage], ...] = (Cas, Awq, Rtn, Gptq, Fireq)
+
+__all__ = ["STAGES", "Stage"]

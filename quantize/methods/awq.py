@@ -1,0 +1,56 @@
+"""AWQ: scale salient input channels up before rounding (Lin et al., arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quantize.grid import Grid
+from quantize.methods.base import Kind, Stage
+from quantize.smoothing import balanced, per_source_channel, search
+
+if TYPE_CHECKING:
+    from quantize.arch import Edge
+    from quantize.block import Block
+
+
+class Awq(Stage):
+    """Search λ = x̄^a / w̄^b per edge by the output error of the rounded sinks; never worse than λ = 1.
+
+    x̄ and w̄ are the mean magnitudes of the sinks' inputs and weight columns.
+    """
+
+    kind: ClassVar[Kind] = "smooth"
+    method: Literal["awq"] = "awq"
+    bits: int = Field(default=4, ge=2, le=8)
+    """Bits of the rounding that the search tries; set it to those of the encode stage."""
+    group_size: int = Field(default=128, ge=16, le=1024)
+    """Group of that rounding."""
+    grid: int = Field(default=20, ge=2, le=100)
+    """Exponents a tried, evenly spaced in [0, 1)."""
+    weight_exponents: tuple[float, ...] = (0.0, 1.0)
+    """Exponents b tried, as factors of (1 − a): 0 is the paper's activation-only search."""
+
+    def apply(self, block: Block) -> None:
+        """Search and fold every edge, in the order of the forward pass."""
+        rounding = Grid(self.bits, self.group_size)
+        for edge in block.arch.edges:
+            moments = block.moments(edge.sinks[0], fp8_activations=False)
+            candidates = self._candidates(block, edge, moments.absmean)
+            scale, ratio = search(block, edge, candidates, moments.hessian, rounding)
+            block.note(edge.name, search_ratio=ratio)
+            if scale is not None:
+                block.fold(edge, scale)
+
+    def _candidates(self, block: Block, edge: Edge, absmean: Tensor) -> Iterator[Tensor]:
+        columns = torch.cat([block.linear(sink).weight.float() for sink in edge.sinks]).abs().mean(dim=0)
+        x = per_source_channel(block, edge, absmean).clamp_min(1e-4 * float(absmean.mean()) + 1e-30)
+        w = per_source_channel(block, edge, columns).clamp_min(1e-4 * float(columns.mean()) + 1e-30)
+        for step in range(self.grid):
+            a = step / self.grid
+            for b in self.weight_exponents:
+                yield balanced(x**a / w ** (b * (1 - a)))

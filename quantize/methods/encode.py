@@ -1,0 +1,121 @@
+"""Fields and checks that every integer encode stage shares."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from quantize.errors import ModelError
+from quantize.grid import Grid
+from quantize.methods.base import Kind, Stage
+
+if TYPE_CHECKING:
+    from quantize.block import Block
+
+_FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
+
+
+class Encode(Stage):
+    """Weights to grouped symmetric integers (`pack-quantized` layout)."""
+
+    kind: ClassVar[Kind] = "encode"
+
+    bits: int = Field(default=4, ge=2, le=8)
+    """Bits of a weight code."""
+    group_size: int = Field(default=128, ge=16, le=1024)
+    """Consecutive inputs of one output row that share a scale."""
+    activations: Literal["none", "fp8"] = "none"
+    """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+    layers: tuple[str, ...] = ("*",)
+    """Shell patterns of the linears to encode, matched against full names such as model.layers.0.mlp.down_proj."""
+    ignore: tuple[str, ...] = ()
+    """Shell patterns of linears that stay 16-bit although `layers` matches them."""
+
+    @model_validator(mode="after")
+    def _kernel_exists(self) -> Self:
+        if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
+            raise ValueError("activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels there are")
+        return self
+
+    @property
+    def fp8(self) -> bool:
+        """Whether activations are rounded to E4M3."""
+        return self.activations == "fp8"
+
+    def selects(self, name: str) -> bool:
+        """Whether the stage encodes the linear with this full name."""
+        return _matches(name, self.layers) and not _matches(name, self.ignore)
+
+    def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """ModelError for a shape the packed layout or its kernels cannot hold, or patterns that match nothing."""
+        for pattern in (*self.layers, *self.ignore):
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ModelError(
+                    f"recipe stage {self.method}: pattern '{pattern}' matches no linear of this model "
+                    f"(names look like {next(iter(linears))})"
+                )
+        for name, (N, K) in linears.items():
+            if not self.selects(name):
+                continue
+            if K % self.group_size:
+                raise ModelError(
+                    f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
+                    f"set group_size to a divisor of {K} or add the layer to ignore"
+                )
+            if self.fp8 and N % _FP8_TILE:
+                raise ModelError(
+                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels need; "
+                    "use activations: none or add the layer to ignore"
+                )
+
+    def apply(self, block: Block) -> None:
+        """Encode the selected linears in the order in which the block computes them."""
+        if self.needs_reference:
+            block.freeze_reference()
+        for group in block.arch.calibration_order:
+            names = [name for name in group if self.selects(block.full_name(name))]
+            if names:
+                self.encode_group(block, names)
+
+    @abstractmethod
+    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+        """Encode linears that share one input."""
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
+    """Squared error of a quantized weight [N, K] relative to the weight, in the Hessian's metric if one is given.
+
+    With H = E[x xᵀ] this is the mean squared output error of the layer over its mean squared output.
+    """
+    delta = quantized - original
+    if hessian is None:
+        return float(delta.square().sum() / original.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    size = ((original @ hessian) * original).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((delta @ hessian) * delta).sum() / size)
+
+
+def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:
+    """Record the weight error, and the output error where the inputs are known."""
+    block.note(name, weight_error=relative_error(original, quantized))
+    if hessian is not None:
+        block.note(name, output_error=relative_error(original, quantized, hessian))
+
+
+def encode_nearest(block: Block, name: str, grid: Grid, clip: bool, fp8: bool) -> Tensor:
+    """Round one linear to the nearest codes; returns the quantized weight [N, K]."""
+    weight = block.linear(name).weight.float()
+    scale, factor = grid.fit_scale(weight) if clip else grid.absmax_scale(weight)
+    codes, quantized = grid.round(weight, scale, factor)
+    block.encode(name, grid.pack(codes, scale), fp8)
+    return quantized

@@ -1,0 +1,131 @@
+"""FireQ's INT4 weights for FP8 activations (arXiv 2505.20839), rounded on the grid that the tensor core sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from quantize.formats.fp8 import E4M3_MAX, e4m3
+from quantize.grid import Grid, group_absmax
+from quantize.methods.encode import Encode, encode_nearest, note_errors
+from quantize.solver import corrected_target, damped, descend, error_feedback, feedback_order
+
+if TYPE_CHECKING:
+    from quantize.block import Block, Moments
+
+_E4M3_MIN = 2.0**-9
+_MAX_LOG2 = 14
+
+
+class Fireq(Encode):
+    """INT4 weights whose group scales, code book and inputs are those of the INT4×FP8 kernel.
+
+    With `activations: none` the same solver works on the plain integer grid with signed scales.
+    """
+
+    method: Literal["fireq"] = "fireq"
+    activations: Literal["none", "fp8"] = "fp8"
+    """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+    rounding: Literal["nearest", "descent"] = "descent"
+    """`nearest`: the paper's; `descent`: error feedback, then coordinate descent, in the Hessian's metric."""
+    scales: Literal["row", "tensor", "bf16"] = "row"
+    """Group scales of an FP8 layer: E4M3 under a per-row factor, E4M3 under a per-tensor power of two (the paper's
+    σ_FP8 with its search for t), or bfloat16 (σ_BF16). With 16-bit activations scales are always bfloat16."""
+    aim: Literal["parent", "layer"] = "parent"
+    """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`: this layer's own outputs."""
+    damping: float = Field(default=0.01, gt=0, le=1)
+    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular."""
+    sweeps: int = Field(default=4, ge=0, le=100)
+    """Rounds of coordinate descent over scales and codes."""
+
+    @model_validator(mode="after")
+    def _descent_has_row_scales(self) -> Self:
+        if self.rounding == "descent" and self.scales == "tensor":
+            raise ValueError("scales: tensor is the paper's and goes with rounding: nearest; use scales: row")
+        return self
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Rounding to nearest is data-free."""
+        return self.rounding == "descent"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Aiming at the parent takes its activations along."""
+        return self.rounding == "descent" and self.aim == "parent"
+
+    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+        """Encode linears that share one input."""
+        if self.rounding == "nearest":
+            for name in names:
+                self._nearest(block, name)
+            return
+        moments = block.moments(names[0], self.fp8, with_reference=self.aim == "parent")
+        for name in names:
+            self._descend(block, name, moments)
+
+    def _grid(self) -> Grid:
+        if not self.fp8:
+            return Grid(self.bits, self.group_size, signed=True)
+        return Grid(self.bits, self.group_size, product=True, fp8_scales=self.scales == "row")
+
+    def _nearest(self, block: Block, name: str) -> None:
+        weight = block.linear(name).weight.float()
+        if not self.fp8 or self.scales != "tensor":
+            # The paper rounds to q·s and leaves the kernel's second rounding, to E4M3(q·s), out.
+            quantized = encode_nearest(block, name, Grid(self.bits, self.group_size), False, self.fp8)
+        else:
+            grid = Grid(self.bits, self.group_size)
+            factor = tensor_scale(weight, self.group_size)
+            absmax = group_absmax(weight, self.group_size)
+            scale = e4m3(absmax * factor / grid.qmax).clamp_min(_E4M3_MIN) / factor
+            codes, quantized = grid.round(weight, scale, torch.ones_like(scale[:, :1]))
+            block.encode(name, grid.pack(codes, scale), self.fp8)
+            block.note(name, tensor_scale=factor)
+        note_errors(block, name, weight, quantized)
+
+    def _descend(self, block: Block, name: str, moments: Moments) -> None:
+        weight = block.linear(name).weight.float()
+        hessian, grid = moments.hessian, self._grid()
+        order = feedback_order(hessian, "activation")
+        usable = damped(hessian, self.damping, order)
+        if usable is None:
+            quantized = encode_nearest(block, name, grid, True, self.fp8)
+            block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
+            note_errors(block, name, weight, quantized)
+            return
+        target = weight
+        if moments.cross is not None:
+            target = corrected_target(weight, hessian, moments.cross, moments.residual, usable.damping)
+        scale, factor = grid.fit_scale(target, hessian.diagonal())
+        rounded = error_feedback(target, usable, grid, scale, factor)
+        metric = hessian.clone()
+        metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
+        rounded = descend(target, rounded, metric, grid, self.sweeps)
+        block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
+        block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
+        note_errors(block, name, weight, rounded.value(grid), hessian)
+
+
+def tensor_scale(weight: Tensor, group_size: int) -> float:
+    """The paper's per-tensor scale t against underflow of E4M3 group scales.
+
+    Searches t = 2^i, i = 0 … 14, while no group's max|w|·t exceeds 448; the cost is how far max|w|·t falls below
+    7·2⁻⁹, summed over groups; ties go to the smallest t. weight: [N, K].
+    """
+    absmax = group_absmax(weight, group_size)
+    best, best_cost = 1.0, math.inf
+    for i in range(_MAX_LOG2 + 1):
+        t = 2.0**i
+        if float(absmax.max()) * t > E4M3_MAX:
+            break
+        cost = float((7 * _E4M3_MIN - absmax * t).clamp_min(0).sum())
+        if cost < best_cost:
+            best, best_cost = t, cost
+    return best

@@ -1,0 +1,46 @@
+"""GPTQ: error feedback through the inverse Hessian (Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from quantize.grid import Grid
+from quantize.methods.encode import Encode, encode_nearest, note_errors
+from quantize.solver import damped, error_feedback, feedback_order
+
+if TYPE_CHECKING:
+    from quantize.block import Block
+
+
+class Gptq(Encode):
+    """Quantize column by column and spread each column's error over the columns still to come."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0, le=1)
+    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular."""
+    order: Literal["natural", "activation"] = "activation"
+    """`activation`: columns with the largest inputs first; groups and their scales stay in natural order."""
+    clip: Literal["absmax", "mse"] = "mse"
+    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers the group's squared error."""
+
+    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+        """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""
+        grid = Grid(self.bits, self.group_size)
+        hessian = block.moments(names[0], self.fp8).hessian
+        order = feedback_order(hessian, self.order)
+        usable = damped(hessian, self.damping, order)
+        for name in names:
+            weight = block.linear(name).weight.float()
+            if usable is None:
+                quantized = encode_nearest(block, name, grid, True, self.fp8)
+                block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
+                note_errors(block, name, weight, quantized)
+                continue
+            scale, factor = grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
+            rounded = error_feedback(weight, usable, grid, scale, factor)
+            block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
+            block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
+            note_errors(block, name, weight, rounded.value(grid), hessian)

@@ -1,0 +1,32 @@
+"""Round to nearest: the data-free baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from quantize.grid import Grid
+from quantize.methods.encode import Encode, encode_nearest, note_errors
+
+if TYPE_CHECKING:
+    from quantize.block import Block
+
+
+class Rtn(Encode):
+    """Round every weight to the nearest code of its group; needs no calibration text."""
+
+    method: Literal["rtn"] = "rtn"
+    clip: Literal["absmax", "mse"] = "absmax"
+    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers the group's squared error."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Data-free."""
+        return False
+
+    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+        """Encode linears one by one."""
+        grid = Grid(self.bits, self.group_size)
+        for name in names:
+            weight = block.linear(name).weight.float()
+            note_errors(block, name, weight, encode_nearest(block, name, grid, self.clip == "mse", self.fp8))

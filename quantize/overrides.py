@@ -1,0 +1,55 @@
+"""`--set FIELD=VALUE`: change stage fields of a recipe from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from quantize import strict_yaml
+from quantize.errors import UsageError
+from quantize.methods.base import Stage
+from quantize.recipe import Recipe
+
+
+def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Return the recipe with `field=value` applied to every stage that has the field.
+
+    `method.field=value` limits it to one method. Raises UsageError for a field no stage has, or a value it refuses.
+    """
+    changes: dict[int, dict[str, object]] = {}
+    for assignment in assignments:
+        target, equals, raw = assignment.partition("=")
+        method, _, field = target.rpartition(".")
+        if not equals or not field:
+            raise UsageError(f"--set {assignment}: write FIELD=VALUE, for example bits=3")
+        chosen = [
+            i
+            for i, stage in enumerate(recipe.stages)
+            if field in type(stage).model_fields and field != "method" and method in ("", stage.method)
+        ]
+        if not chosen:
+            raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
+        for i in chosen:
+            changes.setdefault(i, {})[field] = strict_yaml.resolve_plain(raw)
+    stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _changed(stage: Stage, values: dict[str, object]) -> Stage:
+    try:
+        # Through JSON, because strict types take a list for a tuple only from there.
+        return type(stage).model_validate_json(json.dumps(stage.model_dump(mode="json") | values))
+    except ValidationError as err:
+        problem = err.errors()[0]
+        where = ".".join(str(part) for part in (stage.method, *problem["loc"]))
+        raise UsageError(f"--set: {where}: {problem['msg']} (value {problem['input']!r})") from None
+
+
+def _no_such_field(recipe: Recipe, target: str) -> str:
+    fields = sorted({name for stage in recipe.stages for name in type(stage).model_fields} - {"method"})
+    close = difflib.get_close_matches(target.rpartition(".")[2], fields, 1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"no stage of recipe '{recipe.name}' has the field '{target}'; {hint}(fields: {', '.join(fields)})"

@@ -1,0 +1,130 @@
+"""A transformers model without weights, from which single decoder blocks are brought to life."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantize.arch import Architecture
+from quantize.errors import ModelError
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: passes hidden states on and keeps the keyword arguments it was given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Models choose a mask by attributes of the layer (sliding window or full attention).
+        for name in ("attention_type", "layer_idx", "is_sliding"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.kwargs = {"args": args, "kwargs": {**kwargs, "past_key_values": None, "use_cache": False}}
+        return hidden_states
+
+
+def meta_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The full-precision model that config.json describes, without memory; ModelError for what transformers refuses."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as err:
+        # A bad field gives KeyError, AttributeError, RuntimeError, AssertionError or a validator's own class.
+        reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]
+        raise ModelError(f"{folder}/config.json: transformers cannot build this model ({reason})") from None
+    return model.eval().requires_grad_(False)
+
+
+class Skeleton:
+    """Builds decoder layers on demand and replays the arguments the full model would give them."""
+
+    def __init__(self, folder: Path, arch: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+        self.arch, self.device, self.dtype = arch, device, dtype
+        self.model = meta_model(folder, dtype)
+        self.config = self.model.config
+        self._layers = self.model.get_submodule(arch.blocks)
+        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+        """ModelError unless a checkpoint's tensors (full name → shape) are those that config.json implies.
+
+        tied: the head may be absent.
+        """
+        expected = {name: tuple(p.shape) for name, p in self.model.state_dict().items()}
+        if surplus := sorted(set(shapes) - set(expected)):
+            raise ModelError(
+                f"tensor {surplus[0]} has no place in a {self.arch.model_type} model of {len(self._layers)} layers; "
+                "config.json and weights disagree"
+            )
+        for name, shape in expected.items():
+            found = shapes.get(name)
+            if found is None and not (tied and name.startswith(f"{self.arch.head}.")):
+                raise ModelError(f"tensor {name} is missing from the checkpoint; download it again")
+            if found not in (None, shape):
+                raise ModelError(f"tensor {name} is {list(found or ())}, config.json implies {list(shape)}")
+
+    def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Shapes [N, K] of every nn.Linear of block `index`, by name relative to the block."""
+        layer = self._layers[index]
+        return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+    def layer(self, index: int, weights: dict[str, Tensor]) -> nn.Module:
+        """Materialize block `index` from tensors named relative to it; ModelError names what does not fit."""
+        layer: nn.Module = copy.deepcopy(self._layers[index])
+        expected = {n: tuple(p.shape) for n, p in layer.state_dict().items()}
+        for name, shape in expected.items():
+            if name not in weights:
+                raise ModelError(f"block {index}: tensor {name} is missing from the checkpoint")
+            if tuple(weights[name].shape) != shape:
+                raise ModelError(
+                    f"block {index}: {name} is {list(weights[name].shape)}, config.json implies {list(shape)}"
+                )
+        if surplus := sorted(set(weights) - set(expected)):
+            raise ModelError(f"block {index}: tensor {surplus[0]} is in the checkpoint but not in the architecture")
+        placed = {n: w.to(self.device, self.dtype) for n, w in weights.items()}
+        layer.load_state_dict(placed, assign=True)
+        layer.requires_grad_(False)
+        return layer
+
+    def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run block `index` on hidden [B, T, D], with the masks and rotary tables of that batch shape."""
+        call = self._call(hidden.shape[0], hidden.shape[1])[index]
+        out = layer(hidden, *call["args"], **call["kwargs"])
+        hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden_states
+
+    def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
+        """tokens [B, T] → the hidden states [B, T, D] that enter block 0."""
+        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device, self.dtype))
+        return self._replay(hidden)[0]
+
+    def _call(self, batch: int, length: int) -> list[dict[str, Any]]:
+        if (batch, length) not in self._calls:
+            hidden = torch.zeros(batch, length, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            self._calls[batch, length] = self._replay(hidden)[1]
+        return self._calls[batch, length]
+
+    def _replay(self, hidden: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Run the model's own forward with recorders as layers: → (input of block 0, arguments of every block)."""
+        root, _, _ = self.arch.blocks.rpartition(".")
+        shell = copy.copy(self.model.get_submodule(root))
+        shell._modules = dict(shell._modules)
+        recorders = [_Recorder(layer) for layer in self._layers]
+        shell._modules[self.arch.blocks.rpartition(".")[2]] = nn.ModuleList(recorders)
+        shell._modules[self.arch.final_norm.rpartition(".")[2]] = nn.Identity()
+        # Rotary tables are computed buffers, absent from checkpoints and from the meta device.
+        shell._modules["rotary_emb"] = type(shell.rotary_emb)(config=self.config).to(self.device)
+        with torch.no_grad():
+            out = shell(inputs_embeds=hidden, use_cache=False)
+        return out.last_hidden_state, [recorder.kwargs for recorder in recorders]

@@ -1,0 +1,193 @@
+"""Rounding in the Hessian's metric: GPTQ error feedback, then monotone coordinate descent.
+
+All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) over codes and scales of one linear, W [N, K], H = E[x xᵀ] [K, K].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantize.grid import Grid
+
+_BLOCK = 128  # columns between two wide matrix updates
+_MAX_DAMPING_TRIES = 6
+
+
+@dataclass
+class Rounded:
+    """Codes [N, K] (float32 whole numbers), scales [N, G] and per-row factor [N, 1] of one linear."""
+
+    codes: Tensor
+    scale: Tensor
+    factor: Tensor
+
+    def value(self, grid: Grid) -> Tensor:
+        """Quantized weight [N, K] in float32, on the grid that was fitted."""
+        return grid.value(self.codes, grid.expand(self.scale), self.factor)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """A Hessian made safe to factor, and what it took."""
+
+    order: Tensor
+    """Columns in the order in which error feedback visits them, [K]."""
+    inverse_factor: Tensor
+    """Upper U with H⁻¹ = Uᵀ U, of the damped Hessian permuted by `order`."""
+    damping: float
+    dead: Tensor
+    """bool [K], natural order: inputs that were always zero."""
+
+
+def feedback_order(hessian: Tensor, order: Literal["natural", "activation"]) -> Tensor:
+    """Column order [K]: as stored, or by falling mean square of the input (GPTQ's act-order)."""
+    if order == "natural" or not torch.isfinite(hessian).all():
+        return torch.arange(hessian.shape[0], device=hessian.device)
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
+    """Damp H by `damping`·mean(diag) and factor its inverse; raises the damping tenfold until that works.
+
+    Returns None when H is not finite, is zero or stays singular: the caller falls back to data-free rounding.
+    """
+    if not torch.isfinite(hessian).all() or not bool((hessian.diagonal() > 0).any()):
+        return None
+    H = hessian[order][:, order].double()
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean())
+    for attempt in range(_MAX_DAMPING_TRIES):
+        amount = damping * 10.0**attempt
+        candidate = H.clone()
+        candidate.diagonal().add_(amount * mean)
+        candidate.diagonal()[dead] = mean
+        lower, info = torch.linalg.cholesky_ex(candidate)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0 and torch.isfinite(upper).all():
+                natural = torch.empty_like(dead)
+                natural[order] = dead
+                return Damped(order, upper.float(), amount, natural)
+    return None
+
+
+def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tensor) -> Rounded:
+    """GPTQ (arXiv 2210.17323, algorithm 1) with scales [N, G] fixed beforehand.
+
+    Scales stay with their natural groups whatever the column order, so the checkpoint needs no g_idx.
+    """
+    order, U = d.order, d.inverse_factor
+    w = w.masked_fill(d.dead, 0)[:, order]
+    group = (order // grid.group_size).tolist()
+    books = [grid.book(scale[:, g], factor[:, 0]) for g in range(scale.shape[1])]
+    codes = torch.empty_like(w)
+    K = w.shape[1]
+    for start in range(0, K, _BLOCK):
+        stop = min(start + _BLOCK, K)
+        local = w[:, start:stop].clone()
+        errors = torch.empty_like(local)
+        for j in range(start, stop):
+            column = local[:, j - start : j - start + 1]
+            q, value = books[group[j]].round(column)
+            codes[:, j] = q[:, 0]
+            error = (column - value)[:, 0] / U[j, j]
+            errors[:, j - start] = error
+            local[:, j - start + 1 :] -= torch.outer(error, U[j, j + 1 : stop])
+        w[:, stop:] -= errors @ U[start:stop, stop:]
+    out = torch.empty_like(codes)
+    out[:, order] = codes
+    return Rounded(out, scale, factor)
+
+
+def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
+    """Per-row tr((Ŵ − W) H (Ŵ − W)ᵀ) → [N]."""
+    delta = rounded.value(grid) - w
+    rows: Tensor = ((delta @ hessian) * delta).sum(dim=1)
+    return rows
+
+
+def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
+    """Coordinate descent from `rounded`: every sweep moves group scales, row factors, then codes.
+
+    Each move is the exact minimiser of its coordinate, so no row's loss grows.
+    """
+    current = rounded
+    for _ in range(sweeps):
+        current = _move_scales(w, current, hessian, grid)
+        current = _move_codes(w, current, hessian, grid)
+    return current
+
+
+def _move_codes(w: Tensor, r: Rounded, H: Tensor, grid: Grid) -> Rounded:
+    """One sweep over the columns; gradient kept exact by a lazy blocked update (QuantEase, arXiv 2309.01885)."""
+    codes, value = r.codes.clone(), r.value(grid)
+    books = [grid.book(r.scale[:, g], r.factor[:, 0]) for g in range(r.scale.shape[1])]
+    gradient = (value - w) @ H
+    K = w.shape[1]
+    for start in range(0, K, _BLOCK):
+        stop = min(start + _BLOCK, K)
+        local = gradient[:, start:stop].clone()
+        moved = torch.zeros_like(local)
+        for j in range(start, stop):
+            target = value[:, j] - local[:, j - start] / H[j, j]
+            q, new = (column[:, 0] for column in books[j // grid.group_size].round(target[:, None]))
+            change = new - value[:, j]
+            codes[:, j], value[:, j] = q, new
+            moved[:, j - start] = change
+            local += torch.outer(change, H[j, start:stop])
+        gradient += moved @ H[start:stop]
+    return Rounded(codes, r.scale, r.factor)
+
+
+def _move_scales(w: Tensor, r: Rounded, H: Tensor, grid: Grid) -> Rounded:
+    """Try neighbouring scales group by group, codes rounded again to the group's conditional optimum."""
+    codes, scale, value = r.codes.clone(), r.scale.clone(), r.value(grid)
+    gradient = (value - w) @ H
+    G = grid.group_size
+    candidates = grid.neighbour_scales(scale, r.factor)
+    for g in range(scale.shape[1]):
+        span = slice(g * G, (g + 1) * G)
+        block = H[span, span]
+        here, slope = value[:, span], gradient[:, span]
+        best = torch.zeros_like(w[:, 0])
+        best_value, best_codes, best_scale = here.clone(), codes[:, span].clone(), scale[:, g].clone()
+        for candidate in candidates:
+            s = candidate[:, g : g + 1]
+            kept = codes[:, span]
+            for q, trial in (
+                (kept, grid.value(kept, s, r.factor)),
+                grid.book(s[:, 0], r.factor[:, 0]).round(here),
+            ):
+                delta = trial - here
+                gain = 2 * (slope * delta).sum(1) + ((delta @ block) * delta).sum(1)
+                better = gain < best
+                best = torch.where(better, gain, best)
+                best_value = torch.where(better[:, None], trial, best_value)
+                best_codes = torch.where(better[:, None], q, best_codes)
+                best_scale = torch.where(better, s[:, 0], best_scale)
+        gradient += (best_value - here) @ H[span]
+        value[:, span], codes[:, span], scale[:, g] = best_value, best_codes, best_scale
+    return Rounded(codes, scale, r.factor)
+
+
+def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, damping: float) -> Tensor:
+    """Weight that reproduces the parent from the inputs the quantized model really has, by least squares.
+
+    hessian = E[x̂ x̂ᵀ], cross = E[x x̂ᵀ] with the parent's input x, residual = E[(r − r̂) x̂ᵀ] with the residual stream r
+    that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹. Rounding W* in the metric of
+    `hessian` then minimises the error against the parent's output (the asymmetric objective of GPTAQ, arXiv
+    2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what earlier layers got wrong.
+    """
+    H = hessian.double()
+    H = H + damping * H.diagonal().mean() * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    drift = w.double() @ (cross - hessian).double()
+    if residual is not None:
+        drift = drift + residual.double()
+    # H is symmetric: solving for the transpose avoids an explicit inverse.
+    correction: Tensor = torch.linalg.solve(H, drift.T).T
+    return (w.double() + correction).float()

@@ -1,0 +1,163 @@
+"""Writing a checkpoint so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantize.checkpoint import INDEX_NAME, sha256_file
+from quantize.errors import OutputError, VerifyError
+
+
+def require_free(output: Path) -> None:
+    """OutputError unless `output` is absent or an empty folder whose parent can be written to."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists and is not an empty folder; give another --output or remove it")
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: {parent} cannot be written to; give another --output")
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn what a file system can refuse into one line about `path`."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{path}: no space left on the disk; free some or give another --output") from None
+        raise OutputError(f"{path}: cannot be written ({err.strerror or err})") from None
+    except SafetensorError as err:
+        full = "No space left" in str(err)
+        reason = "no space left on the disk; free some or give another --output" if full else f"not written ({err})"
+        raise OutputError(f"{path}: {reason}") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class CheckpointWriter:
+    """Streams shards into a temporary folder beside `output`; `commit` verifies and renames it.
+
+    Use as a context manager: leaving it without `commit`, by error or interrupt, removes everything it wrote.
+    """
+
+    def __init__(self, output: Path, n_shards: int) -> None:
+        require_free(output)
+        self.output = output.absolute()
+        self._n_shards = n_shards
+        self._weight_map: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
+        self._total_size = 0
+        self.folder = Path()
+
+    def __enter__(self) -> CheckpointWriter:
+        with _reported(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """SHA-256 of every file written so far, by name."""
+        return dict(sorted(self._hashes.items()))
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of tensor data written so far."""
+        return self._total_size
+
+    def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard, read it back and compare it bit for bit while the tensors are still at hand."""
+        number = len({*self._weight_map.values()}) + 1
+        name = f"model-{number:05d}-of-{self._n_shards:05d}.safetensors"
+        path = self.folder / name
+        if doubled := sorted(set(tensors) & set(self._weight_map)):
+            raise VerifyError(f"{doubled[0]} would be written twice; this is a bug in pq, please report it")
+        plain = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        with _reported(path):
+            save_file(plain, path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
+            _sync(path)
+            _compare(path, plain)
+            self._hashes[name] = sha256_file(path)
+        self._weight_map |= dict.fromkeys(plain, name)
+        self._total_size += sum(t.numel() * t.element_size() for t in plain.values())
+
+    def copy(self, source: Path) -> None:
+        """Copy a side file byte for byte."""
+        target = self.folder / source.name
+        with _reported(target):
+            shutil.copyfile(source, target)
+            _sync(target)
+            self._hashes[source.name] = sha256_file(target)
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON file with stable formatting."""
+        path = self.folder / name
+        with _reported(path):
+            path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _sync(path)
+            self._hashes[name] = sha256_file(path)
+
+    def write_index(self) -> None:
+        """Write the index of all shards; VerifyError when fewer shards were written than announced."""
+        written = set(self._weight_map.values())
+        if len(written) != self._n_shards:
+            raise VerifyError(f"{len(written)} of {self._n_shards} shards were written; this is a bug in pq")
+        weight_map = dict(sorted(self._weight_map.items()))
+        self.write_json(INDEX_NAME, {"metadata": {"total_size": self._total_size}, "weight_map": weight_map})
+
+    def commit(self) -> None:
+        """Check that every file still is what was written, then let the folder appear under its final name."""
+        for name, digest in self._hashes.items():
+            if sha256_file(self.folder / name) != digest:
+                raise VerifyError(f"{self.folder / name}: reads back differently from what was written; check the disk")
+        with _reported(self.output):
+            _sync(self.folder)
+            self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
+            require_free(self.output)
+            if self.output.exists():
+                self.output.rmdir()
+            self.folder.rename(self.output)
+            _sync(self.output.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(tensors):
+            raise VerifyError(f"{path}: holds other tensors than were written; check the disk")
+        for name, tensor in tensors.items():
+            back = file.get_tensor(name)
+            same = back.dtype == tensor.dtype and back.shape == tensor.shape
+            if not same or not torch.equal(back.view(torch.uint8), tensor.view(torch.uint8)):
+                raise VerifyError(f"{path}: {name} reads back differently from what was written; check the disk")
