@@ -81,7 +81,7 @@ def measure(model: Path, row: tuple[str, str, int], args: argparse.Namespace) ->
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| model | recipe | scheme | bits/weight | perplexity (parent) | KLD | same top-1 | KLD, stock numerics | encode |",
+        "| model | recipe | scheme | bits/weight | perplexity (parent) | KLD | same top-1 | KLD, stock | encode |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
@@ -110,7 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     wanted = set(args.only.split(",")) if args.only else {row[0] for row in ROWS}
     results: dict[str, Any] = {
-        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; parent and model in float32; "
+        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; "
+        "parent and model in float32; "
         f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
         "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -61,11 +61,6 @@ class Architecture:
             f"{self.model_type} has no scale edge '{name}'; it has {', '.join(e.name for e in self.edges)}"
         )
 
-    def weight_prefixes(self, n_blocks: int) -> tuple[str, ...]:
-        """Name prefixes that together must cover every tensor of a checkpoint."""
-        blocks = tuple(f"{self.blocks}.{i}." for i in range(n_blocks))
-        return (*blocks, f"{self.embedding}.", f"{self.final_norm}.", f"{self.head}.")
-
 
 _GATED_MLP_ROLES: Mapping[str, Role] = {
     "self_attn.q_proj": "q",
@@ -112,12 +107,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Return the table row for a parsed config.json; ModelError says which table to extend."""
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(
             f"config.json: model_type {model_type!r} is not supported (supported: {', '.join(ARCHITECTURES)}); "
             "to add it, write one row in ARCHITECTURES of quantize/arch.py (see CONTRIBUTING.md)"
         )
-    return ARCHITECTURES[str(model_type)]
+    return ARCHITECTURES[model_type]
 
 
 @dataclass(frozen=True)

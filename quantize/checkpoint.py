@@ -17,6 +17,7 @@ from quantize.errors import ModelError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_COMPUTED = (".rotary_emb.inv_freq",)  # buffers that early Llama checkpoints store and models compute anew
 _MAX_JSON = 64 << 20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,8 +90,8 @@ class Checkpoint:
                 )
         if not where:
             raise ModelError(f"{self.folder}: the checkpoint holds no tensors")
-        self.shapes = {name: shape for shapes in held.values() for name, shape in shapes.items()}
-        return where
+        self.shapes = {n: s for shapes in held.values() for n, s in shapes.items() if not n.endswith(_COMPUTED)}
+        return {name: shard for name, shard in where.items() if name in self.shapes}
 
     def _no_weights(self) -> str:
         pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))

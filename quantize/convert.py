@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import quantize
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.block import Block
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint, require_finite_floats
-from quantize.errors import DataError, ModelError
+from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, quantization_config
 from quantize.linear import PackedLinear
 from quantize.recipe import Recipe, resolved_yaml
-from quantize.skeleton import Skeleton
+from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.writer import CheckpointWriter, require_free
 
 log = logging.getLogger(__name__)
@@ -135,15 +134,8 @@ def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skele
 
 def _calibration(request: Request, shape: Shape) -> TokenSet:
     c = request.recipe.calibration
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(request.model, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as err:
-        reason = str(err).splitlines()[0]
-        raise DataError(
-            f"{request.model}: no usable tokenizer ({reason}); put tokenizer.json beside the weights"
-        ) from None
     tokens = calibration_tokens(
-        tokenizer,
+        load_tokenizer(request.model),
         dataset=c.dataset,
         nsamples=c.nsamples,
         seqlen=c.seqlen,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from quantize.arch import Shape, architecture_of
 from quantize.calib import check_vocab, evaluation_tokens
@@ -19,7 +19,7 @@ from quantize.errors import DataError, ModelError
 from quantize.formats.compressed_tensors import Scheme, schemes_of
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import Numerics, PackedLinear
-from quantize.skeleton import meta_model
+from quantize.skeleton import load_tokenizer, meta_model
 
 Progress = Callable[[str, int, int], None]
 _LOGIT_TOKENS = 4096  # tokens whose logits are compared at once
@@ -59,7 +59,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     try:
         schemes = schemes_of(quantization, linears)
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ModelError(f"{folder}/config.json: quantization_config is not one that pq reads ({err})") from None
     _materialize(model, source, schemes, device, dtype, numerics)
     return _frozen(model)
@@ -100,7 +100,10 @@ def _materialize(
         setattr(model.get_submodule(parent), attribute, linear.to(device))
     packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*_SUFFIXES, "bias")}
     plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
-    result = model.load_state_dict(plain, assign=True, strict=False)
+    try:
+        result = model.load_state_dict(plain, assign=True, strict=False)
+    except RuntimeError as err:
+        raise ModelError(f"{source.folder}: {' '.join(str(err).split())[:300]}") from None
     model.tie_weights()  # type: ignore[operator]  # every transformers model has it
     if result.unexpected_keys:
         raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
@@ -155,8 +158,7 @@ def evaluate(
     ours = load_model(model, device, dtype, numerics)
     parent = None if baseline is None else load_model(baseline, device, dtype, numerics)
     _same_vocabulary(model, baseline)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    text = evaluation_tokens(tokenizer, dataset=dataset, seqlen=seqlen, max_windows=max_windows)
+    text = evaluation_tokens(load_tokenizer(model), dataset=dataset, seqlen=seqlen, max_windows=max_windows)
     check_vocab(text.tokens, Shape.of(Checkpoint(model).config).vocab)
 
     totals = _Totals()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale
+from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale, row_factor
 from quantize.formats.packed_int import PackedInt
 
 _CLIPS = 24  # clip ratios tried per group, evenly spaced
@@ -69,7 +69,7 @@ class Grid:
     def _representable(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Round scales to what the checkpoint can hold; return them with the per-row factor [N, 1]."""
         scale = scale.to(torch.bfloat16).float()
-        factor = (scale.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(2.0**-100)
+        factor = row_factor(scale.abs())
         if self.fp8_scales:
             scale = representable_scale(scale, factor).float()
         return scale, factor
@@ -152,5 +152,7 @@ def group_absmax(w: Tensor, group_size: int) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A group of zeros gets scale 1: its codes are 0 whatever the scale."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """Give a group of zeros its row's largest scale (1 in a row of zeros), so that it changes no row factor."""
+    largest = scale.amax(dim=1, keepdim=True)
+    fallback = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(scale > 0, scale, fallback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from typing import get_origin
 
 from pydantic import ValidationError
 
@@ -17,7 +18,8 @@ from quantize.recipe import Recipe
 def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """Return the recipe with `field=value` applied to every stage that has the field.
 
-    `method.field=value` limits it to one method. Raises UsageError for a field no stage has, or a value it refuses.
+    A field that is a list takes values separated by commas. `method.field=value` limits it to one method.
+    Raises UsageError for a field no stage has, or a value it refuses.
     """
     changes: dict[int, dict[str, object]] = {}
     for assignment in assignments:
@@ -33,7 +35,9 @@ def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         if not chosen:
             raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
         for i in chosen:
-            changes.setdefault(i, {})[field] = strict_yaml.resolve_plain(raw)
+            several = get_origin(type(recipe.stages[i]).model_fields[field].annotation) is tuple
+            parts = [strict_yaml.resolve_plain(part) for part in raw.split(",")] if several else None
+            changes.setdefault(i, {})[field] = strict_yaml.resolve_plain(raw) if parts is None else parts
     stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
     return recipe.model_copy(update={"stages": stages})
 

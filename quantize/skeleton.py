@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantize.arch import Architecture
-from quantize.errors import ModelError
+from quantize.errors import DataError, ModelError
 
 
 class _Recorder(nn.Module):
@@ -20,10 +20,9 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        # Models choose a mask by attributes of the layer (sliding window or full attention).
-        for name in ("attention_type", "layer_idx", "is_sliding"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        # Earlier releases of transformers 5 choose a mask (sliding window or full) by this attribute of the layer.
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,6 +43,16 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]
         raise ModelError(f"{folder}/config.json: transformers cannot build this model ({reason})") from None
     return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that stands beside the weights; DataError when there is none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as err:
+        # The tokenizers library raises plain Exception for a broken file, transformers half a dozen classes.
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise DataError(f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside the weights") from None
 
 
 class Skeleton:

@@ -15,6 +15,7 @@ from quantize.grid import Grid
 
 _BLOCK = 128  # columns between two wide matrix updates
 _MAX_DAMPING_TRIES = 6
+_MIN_GAIN = 0.005
 
 
 @dataclass
@@ -112,67 +113,86 @@ def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
 
 
 def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
-    """Coordinate descent from `rounded`: every sweep moves group scales, row factors, then codes.
+    """Coordinate descent from `rounded`: every sweep moves group scales, then codes.
 
-    Each move is the exact minimiser of its coordinate, so no row's loss grows.
+    Each move is the exact minimiser of its coordinate, so the loss never grows; ends early once a sweep gains less than
+    half a percent.
     """
-    current = rounded
+    state = _Descent.start(w, rounded, hessian, grid)
+    before = state.loss(w)
     for _ in range(sweeps):
-        current = _move_scales(w, current, hessian, grid)
-        current = _move_codes(w, current, hessian, grid)
-    return current
+        _move_scales(state, hessian, grid)
+        _move_codes(state, hessian, grid)
+        after = state.loss(w)
+        if after > before * (1 - _MIN_GAIN):
+            break
+        before = after
+    return Rounded(state.codes, state.scale, state.factor)
 
 
-def _move_codes(w: Tensor, r: Rounded, H: Tensor, grid: Grid) -> Rounded:
-    """One sweep over the columns; gradient kept exact by a lazy blocked update (QuantEase, arXiv 2309.01885)."""
-    codes, value = r.codes.clone(), r.value(grid)
-    books = [grid.book(r.scale[:, g], r.factor[:, 0]) for g in range(r.scale.shape[1])]
-    gradient = (value - w) @ H
-    K = w.shape[1]
+@dataclass
+class _Descent:
+    """Codes, scales, values [N, K] and half the loss's gradient (Ŵ − W) H, kept consistent by every move."""
+
+    codes: Tensor
+    scale: Tensor
+    factor: Tensor
+    value: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def start(cls, w: Tensor, r: Rounded, hessian: Tensor, grid: Grid) -> _Descent:
+        value = r.value(grid)
+        return cls(r.codes.clone(), r.scale.clone(), r.factor, value, (value - w) @ hessian)
+
+    def loss(self, w: Tensor) -> float:
+        return float(((self.value - w) * self.gradient).sum())
+
+
+def _move_codes(state: _Descent, H: Tensor, grid: Grid) -> None:
+    """One sweep over the columns; the gradient is updated in blocks (QuantEase, arXiv 2309.01885)."""
+    books = [grid.book(state.scale[:, g], state.factor[:, 0]) for g in range(state.scale.shape[1])]
+    value = state.value
+    K = value.shape[1]
     for start in range(0, K, _BLOCK):
         stop = min(start + _BLOCK, K)
-        local = gradient[:, start:stop].clone()
+        local = state.gradient[:, start:stop].clone()
         moved = torch.zeros_like(local)
         for j in range(start, stop):
             target = value[:, j] - local[:, j - start] / H[j, j]
             q, new = (column[:, 0] for column in books[j // grid.group_size].round(target[:, None]))
             change = new - value[:, j]
-            codes[:, j], value[:, j] = q, new
+            state.codes[:, j], value[:, j] = q, new
             moved[:, j - start] = change
-            local += torch.outer(change, H[j, start:stop])
-        gradient += moved @ H[start:stop]
-    return Rounded(codes, r.scale, r.factor)
+            local.addr_(change, H[j, start:stop])
+        state.gradient.addmm_(moved, H[start:stop])
 
 
-def _move_scales(w: Tensor, r: Rounded, H: Tensor, grid: Grid) -> Rounded:
-    """Try neighbouring scales group by group, codes rounded again to the group's conditional optimum."""
-    codes, scale, value = r.codes.clone(), r.scale.clone(), r.value(grid)
-    gradient = (value - w) @ H
+def _move_scales(state: _Descent, H: Tensor, grid: Grid) -> None:
+    """Try neighbouring scales group by group, with the codes kept and with the codes rounded again."""
     G = grid.group_size
-    candidates = grid.neighbour_scales(scale, r.factor)
-    for g in range(scale.shape[1]):
+    candidates = grid.neighbour_scales(state.scale, state.factor)
+    for g in range(state.scale.shape[1]):
         span = slice(g * G, (g + 1) * G)
         block = H[span, span]
-        here, slope = value[:, span], gradient[:, span]
-        best = torch.zeros_like(w[:, 0])
-        best_value, best_codes, best_scale = here.clone(), codes[:, span].clone(), scale[:, g].clone()
+        kept, here, slope = state.codes[:, span], state.value[:, span], state.gradient[:, span]
+        best = torch.zeros_like(here[:, 0])
+        best_value, best_codes, best_scale = here.clone(), kept.clone(), state.scale[:, g].clone()
         for candidate in candidates:
             s = candidate[:, g : g + 1]
-            kept = codes[:, span]
             for q, trial in (
-                (kept, grid.value(kept, s, r.factor)),
-                grid.book(s[:, 0], r.factor[:, 0]).round(here),
+                (kept, grid.value(kept, s, state.factor)),
+                grid.book(s[:, 0], state.factor[:, 0]).round(here),
             ):
                 delta = trial - here
-                gain = 2 * (slope * delta).sum(1) + ((delta @ block) * delta).sum(1)
+                gain = ((2 * slope + delta @ block) * delta).sum(1)
                 better = gain < best
                 best = torch.where(better, gain, best)
                 best_value = torch.where(better[:, None], trial, best_value)
                 best_codes = torch.where(better[:, None], q, best_codes)
                 best_scale = torch.where(better, s[:, 0], best_scale)
-        gradient += (best_value - here) @ H[span]
-        value[:, span], codes[:, span], scale[:, g] = best_value, best_codes, best_scale
-    return Rounded(codes, scale, r.factor)
+        state.gradient.addmm_(best_value - here, H[span])
+        state.value[:, span], state.codes[:, span], state.scale[:, g] = best_value, best_codes, best_scale
 
 
 def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, damping: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -40,17 +42,31 @@ def _root(
     """Options of `pq` itself."""
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # Unwinding removes the half-written output, which a plain SIGTERM would leave behind.
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Console entry point: expected errors become one line on stderr and their documented exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except PqError as err:
         for line in str(err).splitlines():
             typer.echo(f"pq: error: {line}", err=True)
         sys.exit(err.exit_code)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as err:
+        if not _is_out_of_memory(err):
+            raise
         typer.echo("pq: error: out of memory; lower --nsamples or --seqlen, or use a machine with more", err=True)
         sys.exit(8)
-    except KeyboardInterrupt:
-        typer.echo("pq: interrupted; nothing was written", err=True)
-        sys.exit(130)
+    except SystemExit as left:
+        if left.code == 130:  # typer turns an interrupt into this
+            typer.echo("pq: interrupted; nothing was written", err=True)
+        raise
+
+
+def _is_out_of_memory(err: Exception) -> bool:
+    # torch has no common class for it: accelerators say "out of memory", the CPU allocator "can't allocate memory".
+    return isinstance(err, MemoryError) or any(s in str(err) for s in ("out of memory", "can't allocate memory"))

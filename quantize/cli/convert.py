@@ -49,7 +49,7 @@ def convert(
         with progress_bar() as progress:
             summary = run(request, progress)
     except BaseException as err:
-        logging.getLogger("quantize").error("stopped: %s", err or type(err).__name__)
+        logging.getLogger("quantize").error("stopped: %s", str(err) or type(err).__name__)
         raise
     finally:
         handler.close()

@@ -26,6 +26,16 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     half = 1 << (bits - 1)
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise ValueError(f"codes outside the {bits}-bit range [{-half}, {half - 1}]")
+    return torch.cat([_pack_rows(rows, bits) for rows in torch.split(codes, _rows_at_once(codes.shape[1]))])
+
+
+def _rows_at_once(columns: int) -> int:
+    # The int64 work space of a piece stays in the cache, and small beside the weight.
+    return max(1, (1 << 18) // max(1, columns))
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    half = 1 << (bits - 1)
     N, K = codes.shape
     # 32 codes fill exactly `bits` words, so every run of 32 codes packs alike.
     runs = math.ceil(K / 32)
@@ -44,6 +54,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack_codes`: int32 [N, W] → int8 codes [N, columns]."""
+    pieces = torch.split(packed, _rows_at_once(columns))
+    return torch.cat([_unpack_rows(rows, bits, columns) for rows in pieces])
+
+
+def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     N = packed.shape[0]
     runs = math.ceil(columns / 32)
     words = torch.zeros(N, runs * bits, dtype=torch.int64, device=packed.device)

@@ -1,0 +1,163 @@
+"""Who may import whom, read from the source text: types alone (under TYPE_CHECKING) may point anywhere."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import quantize
+
+ROOT = Path(quantize.__file__).parent
+FILES = {
+    ".".join(("quantize", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# Package or module → the only ones of ours that it may import.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "quantize.errors": (),
+    "quantize.resources": (),
+    "quantize.formats": ("quantize.formats", "quantize.errors"),
+    "quantize.arch": ("quantize.errors",),
+    "quantize.checkpoint": ("quantize.errors", "quantize.formats"),
+    "quantize.writer": ("quantize.errors", "quantize.checkpoint", "quantize.formats"),
+    "quantize.grid": ("quantize.formats",),
+    "quantize.solver": ("quantize.grid", "quantize.formats"),
+    "quantize.linear": ("quantize.formats", "quantize.kernels"),
+}
+METHODS_NEVER = ("checkpoint", "writer", "recipe", "convert", "evaluate", "skeleton", "calib", "text_sources", "cli")
+METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
+# Third-party package → the only modules that may import it.
+OWNERS: dict[str, tuple[str, ...]] = {
+    "typer": ("quantize.cli",),
+    "click": ("quantize.cli",),
+    "rich": ("quantize.cli", "quantize.report"),
+    "datasets": ("quantize.text_sources",),
+    "lm_eval": ("quantize.evaluate",),
+    "triton": ("quantize.kernels",),
+    "yaml": ("quantize.strict_yaml", "quantize.text_sources"),
+    "huggingface_hub": ("quantize.cli",),
+}
+
+
+def below(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def type_only(tree: ast.AST) -> set[ast.AST]:
+    """Return the nodes that only a type checker runs."""
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    return {inner for test in tests for statement in test.body for inner in ast.walk(statement)}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Yield the dotted names that a module imports at run time, those inside functions included."""
+    tree = TREES[module]
+    skipped = type_only(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            base = str(node.module)
+            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (ast.literal_eval(arg) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+GRAPH = {module: sorted(set(imports(module))) for module in FILES}
+
+
+def ours(module: str) -> list[str]:
+    return [name for name in GRAPH[module] if below(name, ("quantize",))]
+
+
+def test_the_walk_sees_imports():
+    assert "quantize.errors" in GRAPH["quantize.arch"]
+    assert "quantize.convert" in GRAPH["quantize.cli.convert"]  # inside a function
+    assert "quantize.block" not in GRAPH["quantize.methods.base"]  # for types alone
+    assert "rich.console" in GRAPH["quantize.cli.convert"]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_the_foundations_know_nothing_above_them(package: str):
+    for module in (name for name in FILES if below(name, (package,))):
+        wrong = [name for name in ours(module) if not below(name, ALLOWED[package]) and name != "quantize"]
+        assert not wrong, f"{module} imports {wrong}"
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("quantize.methods.")])
+def test_methods_see_blocks_and_tensors_only(module: str):
+    for name in ours(module):
+        assert not below(name, tuple(f"quantize.{part}" for part in METHODS_NEVER)), f"{module} imports {name}"
+        assert not below(name, ("quantize.kernels",)), f"{module} imports {name}"
+        if name.startswith("quantize.methods"):
+            assert name in METHODS_SHARE, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_third_parties_have_one_home(package: str):
+    users = [module for module, names in GRAPH.items() if any(below(name, (package,)) for name in names)]
+    assert not [module for module in users if not below(module, OWNERS[package])]
+
+
+def test_nothing_below_the_command_line_imports_it():
+    for module in FILES:
+        if not below(module, ("quantize.cli", "quantize.__main__")):
+            assert not [name for name in ours(module) if below(name, ("quantize.cli",))], module
+
+
+def test_imports_form_no_circle():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path, module))
+        if module not in done:
+            for name in ours(module):
+                if name in FILES and name != module:
+                    visit(name, (*path, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+def test_library_code_never_prints():
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("print", "breakpoint", "input"), f"{module}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+                assert below(module, ("quantize.cli",)), f"{module}:{node.lineno}"
+
+
+def test_only_the_command_line_exits():
+    for module, tree in TREES.items():
+        if not below(module, ("quantize.cli",)):
+            source = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+            assert not source & {"sys.exit", "exit", "quit", "os._exit"}, module
+
+
+def test_no_code_is_run_from_data():
+    for module, tree in TREES.items():
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        wrong = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "os.system"}
+        assert not calls & wrong, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", module
+
+
+def test_the_command_line_starts_without_torch():
+    heavy = ("torch", "transformers", "datasets", "safetensors", "pydantic", "rich.progress")
+    code = f"import sys, quantize.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
