@@ -5,6 +5,8 @@ All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) over codes and scales of o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +17,25 @@ from quantize.grid import Grid
 
 _BLOCK = 128  # columns between two wide matrix updates
 _MAX_DAMPING_TRIES = 6
+_SMALL = 1 << 20  # elements
 _MIN_GAIN = 0.005
+
+
+@contextmanager
+def _few_threads(work: Tensor) -> Iterator[None]:
+    """Run a loop of tiny operations on one CPU thread.
+
+    Waiting for a second thread costs more than it brings, and on a machine that others use tens of times more.
+    """
+    threads = torch.get_num_threads()
+    if work.is_cuda or work.numel() > _SMALL or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -92,13 +112,14 @@ def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tens
         stop = min(start + _BLOCK, K)
         local = w[:, start:stop].clone()
         errors = torch.empty_like(local)
-        for j in range(start, stop):
-            column = local[:, j - start : j - start + 1]
-            q, value = books[group[j]].round(column)
-            codes[:, j] = q[:, 0]
-            error = (column - value)[:, 0] / U[j, j]
-            errors[:, j - start] = error
-            local[:, j - start + 1 :] -= torch.outer(error, U[j, j + 1 : stop])
+        with _few_threads(local):
+            for j in range(start, stop):
+                column = local[:, j - start : j - start + 1]
+                q, value = books[group[j]].round(column)
+                codes[:, j] = q[:, 0]
+                error = (column - value)[:, 0] / U[j, j]
+                errors[:, j - start] = error
+                local[:, j - start + 1 :] -= torch.outer(error, U[j, j + 1 : stop])
         w[:, stop:] -= errors @ U[start:stop, stop:]
     out = torch.empty_like(codes)
     out[:, order] = codes
@@ -158,13 +179,14 @@ def _move_codes(state: _Descent, H: Tensor, grid: Grid) -> None:
         stop = min(start + _BLOCK, K)
         local = state.gradient[:, start:stop].clone()
         moved = torch.zeros_like(local)
-        for j in range(start, stop):
-            target = value[:, j] - local[:, j - start] / H[j, j]
-            q, new = (column[:, 0] for column in books[j // grid.group_size].round(target[:, None]))
-            change = new - value[:, j]
-            state.codes[:, j], value[:, j] = q, new
-            moved[:, j - start] = change
-            local.addr_(change, H[j, start:stop])
+        with _few_threads(local):
+            for j in range(start, stop):
+                target = value[:, j] - local[:, j - start] / H[j, j]
+                q, new = (column[:, 0] for column in books[j // grid.group_size].round(target[:, None]))
+                change = new - value[:, j]
+                state.codes[:, j], value[:, j] = q, new
+                moved[:, j - start] = change
+                local.addr_(change, H[j, start:stop])
         state.gradient.addmm_(moved, H[start:stop])
 
 
