@@ -33,6 +33,7 @@ ROWS = (
     ("rtn", "none", 4),
     ("gptq", "none", 4),
     ("awq", "none", 4),
+    ("fireq-paper", "none", 4),
     ("fireq", "none", 4),
     ("rtn", "fp8", 4),
     ("gptq", "fp8", 4),
@@ -106,9 +107,12 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--only", help="recipes to run, separated by commas")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bits", default="4,3,2", help="bits to run, separated by commas")
+    parser.add_argument("--output", type=Path, help="results file")
     args = parser.parse_args()
-    wanted = set(args.only.split(",")) if args.only else {row[0] for row in ROWS}
+    names = set(args.only.split(",")) if args.only else {row[0] for row in ROWS}
+    bits = {int(b) for b in args.bits.split(",")}
+    rows = [row for row in ROWS if row[0] in names and row[2] in bits]
     results: dict[str, Any] = {
         "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; "
         "parent and model in float32; "
@@ -119,9 +123,7 @@ def main() -> None:
         "rows": [],
     }
     for model in args.model:
-        for row in ROWS:
-            if row[0] not in wanted:
-                continue
+        for row in rows:
             results["rows"].append(measure(model, row, args))
             results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)

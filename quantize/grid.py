@@ -12,6 +12,7 @@ from quantize.formats.packed_int import PackedInt
 
 _CLIPS = 24  # clip ratios tried per group, evenly spaced
 _MIN_CLIP = 0.45
+_MOVES = (0.06, 0.03, 0.015)  # relative changes of a scale tried in the first, second and later sweeps
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,19 @@ class Grid:
     def book(self, scale: Tensor, factor: Tensor) -> Book:
         """The values of all codes under scales [R] of rows with factors [R]."""
         if not self.product:
-            return Book(self, scale[:, None], None)
+            return Book(self, scale, None, None)
         codes = torch.arange(self.qmin, self.qmax + 1, device=scale.device, dtype=torch.float32)
-        return Book(self, scale[:, None], product_weight(codes, scale[:, None], factor[:, None]))
+        levels = product_weight(codes[:, None], scale, factor)
+        return Book(self, scale, levels, (levels[1:] + levels[:-1]) / 2)
 
     def round(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] → (codes, values), float32 [N, K]."""
-        groups = w.reshape(-1, self.group_size)
-        codes, values = self.book(scale.flatten(), factor.expand_as(scale).flatten()).round(groups)
-        return codes.view_as(w), values.view_as(w)
+        codes, values = torch.empty_like(w), torch.empty_like(w)
+        for g in range(scale.shape[1]):
+            span = slice(g * self.group_size, (g + 1) * self.group_size)
+            rounded = self.book(scale[:, g], factor[:, 0]).round(w[:, span].T)
+            codes[:, span], values[:, span] = rounded[0].T, rounded[1].T
+        return codes, values
 
     def expand(self, scale: Tensor) -> Tensor:
         """Group scales [N, G] → one per input [N, K]."""
@@ -102,24 +107,19 @@ class Grid:
     def _fit_fp8(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a row's largest scale stays."""
         best, best_error = scale, self.group_error(w, scale, factor, weight)
-        for candidate in self.neighbour_scales(scale, factor):
+        for steps in (-1, 1, -2, 2):
+            candidate = _e4m3_neighbour(scale, factor, steps)
             error = self.group_error(w, candidate, factor, weight)
             best = torch.where(error < best_error, candidate, best)
             best_error = torch.minimum(error, best_error)
         return best
 
-    def neighbour_scales(self, scale: Tensor, factor: Tensor) -> list[Tensor]:
-        """Alternatives to group scales [N, G] that the checkpoint can hold, nearest first."""
-        if not self.fp8_scales:
-            return [(scale * r).to(torch.bfloat16).float() for r in (0.98, 1.02, 0.95, 1.05, 0.9, 1.1)]
-        code = e4m3(scale / factor)
-        pinned = code >= E4M3_MAX  # the factor of the row is derived from it
-        step = 2.0 ** (torch.floor(torch.log2(code)) - 3)
-        out = []
-        for n in (-1, 1, -2, 2):
-            moved = e4m3((code + n * step).clamp(2.0**-9, E4M3_MAX))
-            out.append(torch.where(pinned, scale, representable_scale(moved * factor, factor).float()))
-        return out
+    def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
+        """Smaller and larger alternatives to group scales [N, G] that the checkpoint can hold; finer every sweep."""
+        if self.fp8_scales:
+            return _e4m3_neighbour(scale, factor, -1), _e4m3_neighbour(scale, factor, 1)
+        step = _MOVES[min(sweep, len(_MOVES) - 1)]
+        return (scale * (1 - step)).to(torch.bfloat16).float(), (scale * (1 + step)).to(torch.bfloat16).float()
 
     def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Σ weight·(w − ŵ)² of every group → [N, G]."""
@@ -129,21 +129,36 @@ class Grid:
 
 @dataclass(frozen=True)
 class Book:
-    """Values of all codes for R rows that each have one scale."""
+    """Values of all codes for R rows that each have one scale [R]."""
 
     grid: Grid
-    scale: Tensor  # [R, 1]
-    levels: Tensor | None  # [R, 2^bits], rising; None where codes are evenly spaced
+    scale: Tensor
+    levels: Tensor | None
+    """[2^bits, R], rising; None where codes are evenly spaced."""
+    middles: Tensor | None
+    """[2^bits − 1, R] borders between neighbouring levels."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest codes of w [R, M] → (codes, values), float32 [R, M]."""
-        if self.levels is None:
+        """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
+        if self.levels is None or self.middles is None:
             codes = (w / self.scale).round_().clamp_(self.grid.qmin, self.grid.qmax)
             return codes, codes * self.scale
-        # E4M3 products are not evenly spaced, so a rounded quotient can miss the nearest one.
-        middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
-        index = torch.searchsorted(middles, w.contiguous())
-        return (index + self.grid.qmin).float(), self.levels.gather(1, index)
+        # E4M3 products are not evenly spaced, so a rounded quotient can miss the nearest one: count borders below w.
+        index = torch.zeros_like(w, dtype=torch.int8)
+        if w.shape[0] == 1:
+            index = (w > self.middles).sum(dim=0, keepdim=True, dtype=torch.int8)
+        else:
+            for border in self.middles:
+                index += w > border
+        return (index + self.grid.qmin).float(), self.levels.gather(0, index.long())
+
+
+def _e4m3_neighbour(scale: Tensor, factor: Tensor, steps: int) -> Tensor:
+    """Scales [N, G] some E4M3 codes further; a row's largest one stays: the row factor [N, 1] is derived from it."""
+    code = e4m3(scale / factor)
+    size = 2.0 ** (torch.floor(torch.log2(code)) - 3)
+    moved = e4m3((code + steps * size).clamp(2.0**-9, E4M3_MAX))
+    return torch.where(code >= E4M3_MAX, scale, representable_scale(moved * factor, factor).float())
 
 
 def group_absmax(w: Tensor, group_size: int) -> Tensor:

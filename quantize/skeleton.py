@@ -115,7 +115,7 @@ class Skeleton:
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
         """tokens [B, T] → the hidden states [B, T, D] that enter block 0."""
-        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device, self.dtype))
+        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device)).to(self.dtype)
         return self._replay(hidden)[0]
 
     def _call(self, batch: int, length: int) -> list[dict[str, Any]]:

@@ -82,14 +82,14 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     diagonal = H.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean())
+    original = diagonal.clone()
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
-        candidate = H.clone()
-        candidate.diagonal().add_(amount * mean)
-        candidate.diagonal()[dead] = mean
-        lower, info = torch.linalg.cholesky_ex(candidate)
+        H.diagonal().copy_(torch.where(dead, mean, original + amount * mean))
+        inverse, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            torch.cholesky_inverse(inverse, out=inverse)  # K = 14336 takes 1.6 GB: no second copy
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0 and torch.isfinite(upper).all():
                 natural = torch.empty_like(dead)
                 natural[order] = dead
@@ -110,17 +110,16 @@ def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tens
     K = w.shape[1]
     for start in range(0, K, _BLOCK):
         stop = min(start + _BLOCK, K)
-        local = w[:, start:stop].clone()
-        errors = torch.empty_like(local)
-        with _few_threads(local):
-            for j in range(start, stop):
-                column = local[:, j - start : j - start + 1]
-                q, value = books[group[j]].round(column)
-                codes[:, j] = q[:, 0]
-                error = (column - value)[:, 0] / U[j, j]
-                errors[:, j - start] = error
-                local[:, j - start + 1 :] -= torch.outer(error, U[j, j + 1 : stop])
-        w[:, stop:] -= errors @ U[start:stop, stop:]
+        columns = w[:, start:stop].T.contiguous()  # a column is contiguous only when it is a row
+        rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
+        with _few_threads(columns):
+            for i, j in enumerate(range(start, stop)):
+                q, value = books[group[j]].round(columns[i : i + 1])
+                rounded[i] = q[0]
+                errors[i] = (columns[i] - value[0]) / U[j, j]
+                columns[i + 1 :].addr_(U[j, j + 1 : stop], errors[i], alpha=-1)
+        codes[:, start:stop] = rounded.T
+        w[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
     out = torch.empty_like(codes)
     out[:, order] = codes
     return Rounded(out, scale, factor)
@@ -141,8 +140,8 @@ def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: in
     """
     state = _Descent.start(w, rounded, hessian, grid)
     before = state.loss(w)
-    for _ in range(sweeps):
-        _move_scales(state, hessian, grid)
+    for sweep in range(sweeps):
+        _move_scales(state, hessian, grid, sweep)
         _move_codes(state, hessian, grid)
         after = state.loss(w)
         if after > before * (1 - _MIN_GAIN):
@@ -177,23 +176,23 @@ def _move_codes(state: _Descent, H: Tensor, grid: Grid) -> None:
     K = value.shape[1]
     for start in range(0, K, _BLOCK):
         stop = min(start + _BLOCK, K)
-        local = state.gradient[:, start:stop].clone()
-        moved = torch.zeros_like(local)
-        with _few_threads(local):
-            for j in range(start, stop):
-                target = value[:, j] - local[:, j - start] / H[j, j]
-                q, new = (column[:, 0] for column in books[j // grid.group_size].round(target[:, None]))
-                change = new - value[:, j]
-                state.codes[:, j], value[:, j] = q, new
-                moved[:, j - start] = change
-                local.addr_(change, H[j, start:stop])
-        state.gradient.addmm_(moved, H[start:stop])
+        span = slice(start, stop)
+        # Columns as contiguous rows.
+        gradient, old = state.gradient[:, span].T.contiguous(), value[:, span].T.contiguous()
+        codes, new = torch.empty_like(old), torch.empty_like(old)
+        with _few_threads(old):
+            for i, j in enumerate(range(start, stop)):
+                target = torch.addcdiv(old[i : i + 1], gradient[i : i + 1], H[j, j], value=-1)
+                codes[i : i + 1], new[i : i + 1] = books[j // grid.group_size].round(target)
+                gradient[i + 1 :].addr_(H[j, j + 1 : stop], new[i] - old[i])
+        state.codes[:, span], value[:, span] = codes.T, new.T
+        state.gradient.addmm_((new - old).T, H[span])
 
 
-def _move_scales(state: _Descent, H: Tensor, grid: Grid) -> None:
+def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
     """Try neighbouring scales group by group, with the codes kept and with the codes rounded again."""
     G = grid.group_size
-    candidates = grid.neighbour_scales(state.scale, state.factor)
+    candidates = grid.scale_moves(state.scale, state.factor, sweep)
     for g in range(state.scale.shape[1]):
         span = slice(g * G, (g + 1) * G)
         block = H[span, span]
@@ -204,7 +203,7 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid) -> None:
             s = candidate[:, g : g + 1]
             for q, trial in (
                 (kept, grid.value(kept, s, state.factor)),
-                grid.book(s[:, 0], state.factor[:, 0]).round(here),
+                tuple(t.T for t in grid.book(s[:, 0], state.factor[:, 0]).round(here.T)),
             ):
                 delta = trial - here
                 gain = ((2 * slope + delta @ block) * delta).sum(1)
@@ -224,12 +223,16 @@ def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor
     that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹. Rounding W* in the metric of
     `hessian` then minimises the error against the parent's output (the asymmetric objective of GPTAQ, arXiv
     2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what earlier layers got wrong.
+    Returns w where the damped Hessian is singular.
     """
-    H = hessian.double()
-    H = H + damping * H.diagonal().mean() * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
-    drift = w.double() @ (cross - hessian).double()
+    drift = w @ (cross - hessian)
     if residual is not None:
-        drift = drift + residual.double()
-    # H is symmetric: solving for the transpose avoids an explicit inverse.
-    correction: Tensor = torch.linalg.solve(H, drift.T).T
-    return (w.double() + correction).float()
+        drift = drift + residual
+    H = hessian.double()
+    H.diagonal().add_(damping * H.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(H)
+    if int(info):
+        return w
+    del H
+    # The Hessian is symmetric, so solving for the transpose gives drift · H⁻¹ without an explicit inverse.
+    return w + torch.cholesky_solve(drift.T.double(), lower).T.float()

@@ -118,7 +118,7 @@ def test_error_falls_as_bits_rise(size: float):
 @pytest.mark.parametrize("grid", [PLAIN, KERNEL], ids=str)
 def test_neighbour_scales_are_storable_and_keep_the_rows_factor(grid: Grid):
     scale, factor = grid.absmax_scale(weight())
-    for other in grid.neighbour_scales(scale, factor):
+    for other in (moved for sweep in range(4) for moved in grid.scale_moves(scale, factor, sweep)):
         assert torch.equal(other.to(torch.bfloat16).float(), other)
         assert (other > 0).all()
         if grid.fp8_scales:

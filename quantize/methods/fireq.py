@@ -39,7 +39,7 @@ class Fireq(Encode):
     σ_FP8 with its search for t), or bfloat16 (σ_BF16). With 16-bit activations scales are always bfloat16."""
     aim: Literal["parent", "layer"] = "parent"
     """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`: this layer's own outputs."""
-    damping: float = Field(default=0.2, gt=0, le=1)
+    damping: float = Field(default=0.1, gt=0, le=1)
     """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular.
     More than GPTQ's customary 0.01: a solver that descends further fits the calibration text too closely without it."""
     sweeps: int = Field(default=4, ge=0, le=100)
