@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -49,6 +50,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Console entry point: expected errors become one line on stderr and their documented exit code."""
+    # Read when torch loads: spinning threads make a machine that others use several times slower (36 s became 9 s).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

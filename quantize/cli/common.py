@@ -41,6 +41,17 @@ def progress_bar() -> Iterator[Progress]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of the libraries below us off the terminal; errors still raise."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there."""
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar
+from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from quantize.convert import Summary
@@ -42,6 +42,7 @@ def convert(
     chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
     chosen = with_stage_fields(chosen, assignments or [])
     require_free(output)
+    quiet_libraries()
     place = pick_device(device)
     request = Request(local_model(model), chosen, output, place, pick_dtype(dtype, place))
     handler = _log_to(output.with_name(output.name + ".log"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar
+from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def evaluate(
         raise UsageError(f"--numerics {numerics}: choose kernel or stock")
     from quantize.evaluate import evaluate as run
 
+    quiet_libraries()
     place = pick_device(device)
     with progress_bar() as progress:
         result = run(

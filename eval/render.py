@@ -1,0 +1,32 @@
+"""Put the accuracy tables of results files into README.md, between the markers `accuracy: begin` and `accuracy: end`.
+
+python eval/render.py README.md eval/results/*.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from accuracy import table  # the script beside this one
+
+_SECTION = re.compile(r"(<!-- accuracy: begin -->\n).*(<!-- accuracy: end -->)", re.DOTALL)
+
+
+def main(readme: Path, results: list[Path]) -> None:
+    """Rewrite the section; every table is headed by the protocol and versions that its file records."""
+    parts = []
+    for path in results:
+        data = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        parts.append(f"`{path.name}`: {data['protocol']} ({data['machine']}; {versions}).\n\n{table(data)}\n")
+    text, count = _SECTION.subn(lambda m: m[1] + "\n".join(parts) + m[2], readme.read_text())
+    if count != 1:
+        sys.exit(f"{readme}: the markers are missing")
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
