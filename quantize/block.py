@@ -141,6 +141,14 @@ class Block:
         if with_reference:
             parent = self.inputs_of(names, self.reference, self.reference_inputs)
         for ours, theirs in zip(self.inputs_of(names), parent, strict=False):
+            # A token that overflowed would spoil the whole matrix.
+            finite = torch.stack([t.isfinite().all(dim=1) for t in (*ours, *(theirs or ()))]).all(dim=0)
+            if not finite.all():
+                self.note(
+                    name, dropped_tokens=int((~finite).sum()) + self.report.get(name, {}).get("dropped_tokens", 0)
+                )
+                ours = tuple(t[finite] for t in ours)
+                theirs = None if theirs is None else tuple(t[finite] for t in theirs)
             x = quantize_activations(ours[-1]) if fp8_activations else ours[-1]
             sums.add("hessian", x.T @ x)
             sums.add("absmean", x.abs().sum(dim=0))
@@ -150,7 +158,7 @@ class Block:
                 sums.add("residual", (theirs[0] - ours[0]).T @ x)
             sums.tokens += len(x)
         if not sums.tokens:
-            raise ModelError("a stage needs calibration inputs but there are none")
+            raise ModelError(f"{self.full_name(name)}: no finite calibration inputs; try --dtype float32")
         mean = {key: total / sums.tokens for key, total in sums.totals.items()}
         return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"))
 

@@ -24,6 +24,7 @@ from quantize.formats.compressed_tensors import Scheme, quantization_config
 from quantize.linear import PackedLinear
 from quantize.recipe import Recipe, resolved_yaml
 from quantize.skeleton import Skeleton, load_tokenizer
+from quantize.streams import Streams
 from quantize.writer import CheckpointWriter, require_free
 
 log = logging.getLogger(__name__)
@@ -65,14 +66,6 @@ class Summary:
     """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
 
-@dataclass
-class _Streams:
-    """Hidden states entering the current block, batch by batch."""
-
-    quantized: list[Tensor]
-    reference: list[Tensor] | None
-
-
 def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Summary:
     """Run a recipe over a checkpoint and write the packed result to `request.output`.
 
@@ -107,7 +100,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
             writer.copy(path)
         writer.write_index()
         writer.write_json("config.json", source.config | {"quantization_config": run.quantization_config()})
-        writer.write_json(PROVENANCE, provenance | run.results() | {"files": writer.hashes})
+        writer.write_json(PROVENANCE, provenance | run.results(streams) | {"files": writer.hashes})
         output_bytes = writer.total_size
         writer.commit()
     return run.summary(time.monotonic() - started, output_bytes)
@@ -172,7 +165,7 @@ class _Conversion:
         self.weights = 0
         self.source_bytes = 0
 
-    def embed(self, tokens: TokenSet | None) -> _Streams | None:
+    def embed(self, tokens: TokenSet | None) -> Streams | None:
         """Hidden states that enter block 0."""
         if tokens is None:
             return None
@@ -180,7 +173,7 @@ class _Conversion:
         weight = self.source.tensor(f"{self.arch.embedding}.weight")
         hidden = [self.skeleton.embed(weight, part) for part in torch.split(tokens.tokens, batch)]
         needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
-        return _Streams(hidden, list(hidden) if needs_reference else None)
+        return Streams(hidden, list(hidden) if needs_reference else None)
 
     def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
         """Tensors of modules outside the blocks, kept as they are (a tied head has none of its own)."""
@@ -192,7 +185,7 @@ class _Conversion:
         self.source_bytes += _bytes(out)
         return out
 
-    def block(self, index: int, streams: _Streams | None) -> dict[str, Tensor]:
+    def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
         """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
         prefix = f"{self.arch.blocks}.{index}."
         weights = self.source.tensors(prefix)
@@ -214,20 +207,9 @@ class _Conversion:
             for stage in self.request.recipe.stages:
                 stage.apply(block)
             if streams and index + 1 < self.shape.n_blocks:
-                self._advance(block, streams)
+                streams.advance(block)
         self._record(block, prefix)
         return {prefix + name: tensor for name, tensor in _stored(block).items()}
-
-    def _advance(self, block: Block, streams: _Streams) -> None:
-        for batch, hidden in enumerate(streams.quantized):
-            out = block.forward(block.module, hidden)
-            if not torch.isfinite(out).all():
-                raise ModelError(f"block {block.index}: its outputs are not finite; try --dtype float32")
-            # The streams start as the same tensors, so the reference is advanced before its input goes.
-            if streams.reference is not None:
-                teacher = block.reference if block.reference is not None else block.module
-                streams.reference[batch] = block.forward(teacher, streams.reference[batch])
-            streams.quantized[batch] = out
 
     def _record(self, block: Block, prefix: str) -> None:
         for name, packed in block.packed.items():
@@ -253,9 +235,10 @@ class _Conversion:
         """Mean stored bits of a quantized weight, scales counted."""
         return self.stored_bits / self.weights
 
-    def results(self) -> dict[str, Any]:
+    def results(self, streams: Streams | None) -> dict[str, Any]:
         """What goes into the provenance after the last block."""
-        return {"bits_per_weight": self.bits_per_weight, "layers": self.report}
+        dropped = streams.dropped if streams else 0
+        return {"bits_per_weight": self.bits_per_weight, "dropped_sequences": dropped, "layers": self.report}
 
     def summary(self, seconds: float, output_bytes: int) -> Summary:
         """Totals of the run."""

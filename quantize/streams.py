@@ -1,0 +1,54 @@
+"""Hidden states of the calibration text on their way through the blocks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.block import Block
+from quantize.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Streams:
+    """What enters the current block, batch by batch [B, T, D].
+
+    `quantized` went through the already quantized blocks; `reference`, where a stage needs it, through the parent's.
+    """
+
+    quantized: list[Tensor]
+    reference: list[Tensor] | None
+    dropped: int = 0
+    """Sequences left out so far because their hidden states were no longer finite."""
+
+    def advance(self, block: Block) -> None:
+        """Replace every batch by the block's outputs; a sequence with NaN or Inf leaves the calibration.
+
+        ModelError when no sequence is left.
+        """
+        dropped_before = self.dropped
+        quantized, reference = self.quantized, self.reference
+        teacher = block.module if block.reference is None else block.reference
+        for batch, hidden in enumerate(quantized):
+            outputs = [block.forward(block.module, hidden)]
+            if reference is not None:
+                outputs.append(block.forward(teacher, reference[batch]))
+            finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]).all(dim=0)
+            if not finite.all():
+                self.dropped += int((~finite).sum())
+                outputs = [out[finite] for out in outputs]
+            quantized[batch] = outputs[0]
+            if reference is not None:
+                reference[batch] = outputs[1]
+        kept = [batch for batch, hidden in enumerate(quantized) if len(hidden)]
+        self.quantized = [quantized[batch] for batch in kept]
+        self.reference = None if reference is None else [reference[batch] for batch in kept]
+        if self.dropped > dropped_before:
+            log.warning("block %d: %d sequences became non-finite", block.index, self.dropped - dropped_before)
+        if not kept:
+            raise ModelError(f"block {block.index}: its outputs are not finite for any sequence; try --dtype float32")
