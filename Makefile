@@ -47,8 +47,8 @@ format: setup ## Let ruff rewrite the sources
 reference-model: setup ## Train the embedded reference model again (about ten minutes on two cores)
 	$(BIN)/python eval/reference-model/build.py
 
-bench: setup ## Accuracy table and cost of the shipped recipes, into out/
-	$(BIN)/python eval/accuracy.py --help
+bench: setup ## Accuracy and cost of the shipped recipes on the reference model, into out/
+	$(BIN)/python eval/accuracy.py --model eval/reference-model --bits 4 --output out/accuracy.json
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) out

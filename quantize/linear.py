@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.formats.fp8 import quantize_activations
+from quantize.formats.fp8 import quantize_activations, quantize_activations_in_dtype
 from quantize.formats.packed_int import PackedInt
 
 Numerics = Literal["kernel", "stock"]
 """`kernel`: E4M3 weight products, as an INT4×FP8 tensor-core kernel. `stock`: code × scale, as transformers loads it.
-Activations are rounded per token to E4M3 in both; the two differ only for FP8 activations."""
+Activations are rounded per token to E4M3 in both, by `stock` in the computing dtype. Equal for 16-bit activations."""
 
 
 class PackedLinear(nn.Module):
@@ -26,13 +26,15 @@ class PackedLinear(nn.Module):
         self.packed = packed
         self.fp8_activations = fp8_activations
         self.out_features, self.in_features = packed.shape
-        as_kernel = fp8_activations and numerics == "kernel"
+        as_kernel = self.as_kernel = fp8_activations and numerics == "kernel"
         weight = packed.kernel_weight() if as_kernel else packed.unpack()
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N] in x's dtype."""
-        if self.fp8_activations:
+        if self.as_kernel:
             x = quantize_activations(x).to(self.weight.dtype)
+        elif self.fp8_activations:
+            x = quantize_activations_in_dtype(x)
         return F.linear(x, self.weight, self.bias)

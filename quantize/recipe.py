@@ -83,12 +83,15 @@ class Recipe(BaseModel):
         nsamples: int | None = None,
         seqlen: int | None = None,
         seed: int | None = None,
+        chat_template: bool | None = None,
+        text_field: str | None = None,
     ) -> Recipe:
         """Return a copy whose calibration has the given values; None keeps the recipe's own.
 
         Raises UsageError, one line per value out of range.
         """
         given = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+        given |= {"chat_template": chat_template, "text_field": text_field}
         values = self.calibration.model_dump() | {key: value for key, value in given.items() if value is not None}
         try:
             calibration = Calibration(**values)

@@ -32,14 +32,14 @@ def tokens(length: int = 24) -> Tensor:
     return torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(7))
 
 
-def stock_logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def stock_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
         return model(tokens()).logits
 
 
-def our_logits(folder: Path, numerics: str = "stock") -> Tensor:
-    model = load_model(folder, CPU, torch.float32, "stock" if numerics == "stock" else "kernel")
+def our_logits(folder: Path, numerics: str = "stock", dtype: torch.dtype = torch.float32) -> Tensor:
+    model = load_model(folder, CPU, dtype, "stock" if numerics == "stock" else "kernel")
     with torch.no_grad():
         return model(tokens()).logits
 
@@ -78,6 +78,13 @@ def test_fp8_activations_are_declared_and_run(converted: Maker):
     assert all(m.fp8_activations for m in linears)
     assert difference(our_logits(out), stock_logits(out)) < 1e-5
     assert 1e-4 < difference(our_logits(out, "kernel"), our_logits(out, "stock")) < 0.2
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "fireq-paper"])
+def test_stock_transformers_computes_the_same_in_bfloat16(converted: Maker, recipe: str):
+    out = converted(recipe, "llama")
+    ours, theirs = our_logits(out, dtype=torch.bfloat16), stock_logits(out, torch.bfloat16)
+    assert difference(ours.float(), theirs.float()) < 1e-3
 
 
 def test_layers_that_are_left_out_stay_as_they_were(tiny: Maker, text_file: Path, tmp_path: Path):

@@ -24,6 +24,10 @@ def convert(
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template", help="Render rows with the tokenizer's chat template.")
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."),
@@ -39,7 +43,14 @@ def convert(
     from quantize.recipe import load_recipe
     from quantize.writer import require_free
 
-    chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed)
+    chosen = load_recipe(recipe).with_overrides(
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        chat_template=chat_template,
+        text_field=text_field,
+    )
     chosen = with_stage_fields(chosen, assignments or [])
     require_free(output)
     quiet_libraries()

@@ -35,6 +35,16 @@ def quantize_activations(x: Tensor) -> Tensor:
     return e4m3(x / scale).mul_(scale)
 
 
+def quantize_activations_in_dtype(x: Tensor) -> Tensor:
+    """Fake-quantize x [..., K] as compressed-tensors does it in Python: scale and division in x's own dtype.
+
+    Equal to `quantize_activations` for float32; in bfloat16 the rounded scale moves some values across an E4M3 border.
+    """
+    scale = x.abs().amax(dim=-1, keepdim=True) / E4M3_MAX
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    return e4m3((x / scale).float()).to(x.dtype) * scale
+
+
 def row_factor(scale: Tensor) -> Tensor:
     """Per-row factor [N, 1] that vLLM's Hopper scheme derives from group scales [N, G]: rowmax(s) / 448, floored."""
     return (scale.float().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(_MIN_SCALE)
