@@ -216,23 +216,19 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
         state.value[:, span], state.codes[:, span], state.scale[:, g] = best_value, best_codes, best_scale
 
 
-def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, damping: float) -> Tensor:
+def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, d: Damped) -> Tensor:
     """Weight that reproduces the parent from the inputs the quantized model really has, by least squares.
 
     hessian = E[x̂ x̂ᵀ], cross = E[x x̂ᵀ] with the parent's input x, residual = E[(r − r̂) x̂ᵀ] with the residual stream r
-    that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹. Rounding W* in the metric of
-    `hessian` then minimises the error against the parent's output (the asymmetric objective of GPTAQ, arXiv
-    2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what earlier layers got wrong.
-    Returns w where the damped Hessian is singular.
+    that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹, δ and the inverse those of
+    `d`. Rounding W* in the metric of `hessian` then minimises the error against the parent's output (the asymmetric
+    objective of GPTAQ, arXiv 2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what
+    earlier layers got wrong.
     """
     drift = w @ (cross - hessian)
     if residual is not None:
         drift = drift + residual
-    H = hessian.double()
-    H.diagonal().add_(damping * H.diagonal().mean())
-    lower, info = torch.linalg.cholesky_ex(H)
-    if int(info):
-        return w
-    del H
-    # The Hessian is symmetric, so solving for the transpose gives drift · H⁻¹ without an explicit inverse.
-    return w + torch.cholesky_solve(drift.T.double(), lower).T.float()
+    U = d.inverse_factor
+    correction = torch.empty_like(w)
+    correction[:, d.order] = drift[:, d.order] @ U.T @ U  # H⁻¹ = Uᵀ U in the order of feedback
+    return w + correction

@@ -240,13 +240,17 @@ def test_corrected_target_is_least_squares(with_residual: bool):
     stacked = torch.cat([seen, ridge * torch.eye(32, dtype=torch.float64)])
     expected = torch.linalg.lstsq(stacked, torch.cat([x @ w.T + missing, ridge * w.T])).solution.T
     given_residual = residual.float() if with_residual else None
-    out = corrected_target(w.float(), H.float(), cross.float(), given_residual, delta)
+    usable = damped(H.float(), delta, feedback_order(H.float(), "activation"))
+    assert usable is not None
+    out = corrected_target(w.float(), H.float(), cross.float(), given_residual, usable)
     assert torch.allclose(out.double(), expected, atol=2e-5)
 
 
 def test_without_drift_the_target_is_the_weight():
     H, w = correlated_hessian(), weight()
-    assert torch.equal(corrected_target(w, H, H, None, 0.01), w)
+    usable = damped(H, 0.01, feedback_order(H, "activation"))
+    assert usable is not None
+    assert torch.equal(corrected_target(w, H, H, None, usable), w)
 
 
 def test_damping_grows_until_a_singular_hessian_factors():

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
 from quantize.methods.encode import Encode, encode_nearest, note_errors
-from quantize.solver import corrected_target, damped, descend, error_feedback, feedback_order
+from quantize.solver import Damped, corrected_target, damped, descend, error_feedback, feedback_order
 
 if TYPE_CHECKING:
     from quantize.block import Block, Moments
@@ -47,8 +47,8 @@ class Fireq(Encode):
 
     @model_validator(mode="after")
     def _descent_has_row_scales(self) -> Self:
-        if self.rounding == "descent" and self.scales == "tensor":
-            raise ValueError("scales: tensor is the paper's and goes with rounding: nearest; use scales: row")
+        if self.rounding == "descent" and self.scales != "row":
+            raise ValueError(f"scales: {self.scales} is the paper's and goes with rounding: nearest; use scales: row")
         return self
 
     @property
@@ -68,13 +68,20 @@ class Fireq(Encode):
                 self._nearest(block, name)
             return
         moments = block.moments(names[0], self.fp8, with_reference=self.aim == "parent")
+        hessian = moments.hessian
+        usable = damped(hessian, self.damping, feedback_order(hessian, "activation"))
         for name in names:
-            self._descend(block, name, moments)
+            if usable is None:
+                weight = block.linear(name).weight.float()
+                block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
+                note_errors(block, name, weight, encode_nearest(block, name, self._grid(), True, self.fp8))
+            else:
+                self._descend(block, name, moments, usable)
 
     def _grid(self) -> Grid:
         if not self.fp8:
             return Grid(self.bits, self.group_size, signed=True)
-        return Grid(self.bits, self.group_size, product=True, fp8_scales=self.scales == "row")
+        return Grid(self.bits, self.group_size, product=True, fp8_scales=True)
 
     def _nearest(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
@@ -91,19 +98,12 @@ class Fireq(Encode):
             block.note(name, tensor_scale=factor)
         note_errors(block, name, weight, quantized)
 
-    def _descend(self, block: Block, name: str, moments: Moments) -> None:
+    def _descend(self, block: Block, name: str, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
         hessian, grid = moments.hessian, self._grid()
-        order = feedback_order(hessian, "activation")
-        usable = damped(hessian, self.damping, order)
-        if usable is None:
-            quantized = encode_nearest(block, name, grid, True, self.fp8)
-            block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
-            note_errors(block, name, weight, quantized)
-            return
         target = weight
         if moments.cross is not None:
-            target = corrected_target(weight, hessian, moments.cross, moments.residual, usable.damping)
+            target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
         metric = hessian.clone()
