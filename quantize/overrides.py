@@ -36,10 +36,18 @@ def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
             raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
         for i in chosen:
             several = get_origin(type(recipe.stages[i]).model_fields[field].annotation) is tuple
-            parts = [strict_yaml.resolve_plain(part) for part in raw.split(",")] if several else None
-            changes.setdefault(i, {})[field] = strict_yaml.resolve_plain(raw) if parts is None else parts
+            changes.setdefault(i, {})[field] = _value(assignment, raw, several)
     stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
     return recipe.model_copy(update={"stages": stages})
+
+
+def _value(assignment: str, raw: str, several: bool) -> object:
+    try:
+        if several:
+            return [strict_yaml.resolve_plain(part) for part in raw.split(",")] if raw else []
+        return strict_yaml.resolve_plain(raw)
+    except ValueError as err:
+        raise UsageError(f"--set {assignment}: {err}") from None
 
 
 def _changed(stage: Stage, values: dict[str, object]) -> Stage:
@@ -49,7 +57,10 @@ def _changed(stage: Stage, values: dict[str, object]) -> Stage:
     except ValidationError as err:
         problem = err.errors()[0]
         where = ".".join(str(part) for part in (stage.method, *problem["loc"]))
-        raise UsageError(f"--set: {where}: {problem['msg']} (value {problem['input']!r})") from None
+        reason = problem["msg"].removeprefix("Value error, ")
+        # A rule about several fields has no value of its own; pydantic would show the whole stage.
+        value = f" (value {problem['input']!r})" if problem["loc"] else ""
+        raise UsageError(f"--set: {where}: {reason}{value}") from None
 
 
 def _no_such_field(recipe: Recipe, target: str) -> str:

@@ -220,7 +220,7 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
 def test_statistics_need_inputs(make_block: BlockMaker):
     block = make_block("llama")
     block.inputs = []
-    with pytest.raises(ModelError, match="needs calibration inputs"):
+    with pytest.raises(ModelError, match="no finite calibration inputs"):
         block.moments("mlp.up_proj", False)
 
 
