@@ -54,6 +54,10 @@ class Grid:
         levels = product_weight(codes[:, None], scale, factor)
         return Book(self, scale, levels, (levels[1:] + levels[:-1]) / 2)
 
+    def books(self, scale: Tensor, factor: Tensor) -> list[Book]:
+        """One book per group of scales [N, G] with factors [N, 1]."""
+        return [self.book(scale[:, g], factor[:, 0]) for g in range(scale.shape[1])]
+
     def round(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] → (codes, values), float32 [N, K]."""
         codes, values = torch.empty_like(w), torch.empty_like(w)

@@ -105,7 +105,7 @@ def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tens
     order, U = d.order, d.inverse_factor
     w = w.masked_fill(d.dead, 0)[:, order]
     group = (order // grid.group_size).tolist()
-    books = [grid.book(scale[:, g], factor[:, 0]) for g in range(scale.shape[1])]
+    books = grid.books(scale, factor)
     codes = torch.empty_like(w)
     K = w.shape[1]
     for start in range(0, K, _BLOCK):
@@ -171,7 +171,7 @@ class _Descent:
 
 def _move_codes(state: _Descent, H: Tensor, grid: Grid) -> None:
     """One sweep over the columns; the gradient is updated in blocks (QuantEase, arXiv 2309.01885)."""
-    books = [grid.book(state.scale[:, g], state.factor[:, 0]) for g in range(state.scale.shape[1])]
+    books = grid.books(state.scale, state.factor)
     value = state.value
     K = value.shape[1]
     for start in range(0, K, _BLOCK):

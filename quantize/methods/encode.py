@@ -112,6 +112,14 @@ def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, he
         block.note(name, output_error=relative_error(original, quantized, hessian))
 
 
+def fall_back(block: Block, name: str, grid: Grid, fp8: bool) -> None:
+    """Round a linear whose Hessian cannot be used, and say so in the report."""
+    weight = block.linear(name).weight.float()
+    quantized = encode_nearest(block, name, grid, True, fp8)
+    block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
+    note_errors(block, name, weight, quantized)
+
+
 def encode_nearest(block: Block, name: str, grid: Grid, clip: bool, fp8: bool) -> Tensor:
     """Round one linear to the nearest codes; returns the quantized weight [N, K]."""
     weight = block.linear(name).weight.float()

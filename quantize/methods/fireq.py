@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
-from quantize.methods.encode import Encode, encode_nearest, note_errors
+from quantize.methods.encode import Encode, encode_nearest, fall_back, note_errors
 from quantize.solver import Damped, corrected_target, damped, descend, error_feedback, feedback_order
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ class Fireq(Encode):
         usable = damped(hessian, self.damping, feedback_order(hessian, "activation"))
         for name in names:
             if usable is None:
-                weight = block.linear(name).weight.float()
-                block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
-                note_errors(block, name, weight, encode_nearest(block, name, self._grid(), True, self.fp8))
+                fall_back(block, name, self._grid(), self.fp8)
             else:
                 self._descend(block, name, moments, usable)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantize.grid import Grid
-from quantize.methods.encode import Encode, encode_nearest, note_errors
+from quantize.methods.encode import Encode, fall_back, note_errors
 from quantize.solver import damped, error_feedback, feedback_order
 
 if TYPE_CHECKING:
@@ -33,12 +33,10 @@ class Gptq(Encode):
         order = feedback_order(hessian, self.order)
         usable = damped(hessian, self.damping, order)
         for name in names:
-            weight = block.linear(name).weight.float()
             if usable is None:
-                quantized = encode_nearest(block, name, grid, True, self.fp8)
-                block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
-                note_errors(block, name, weight, quantized)
+                fall_back(block, name, grid, self.fp8)
                 continue
+            weight = block.linear(name).weight.float()
             scale, factor = grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
             rounded = error_feedback(weight, usable, grid, scale, factor)
             block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
