@@ -16,9 +16,9 @@ from quantize.block import Block
 from quantize.calib import calibration_tokens
 from quantize.checkpoint import INDEX_NAME, Checkpoint, sha256_file
 from quantize.convert import convert
-from quantize.evaluate import load_model
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import PackedLinear
+from quantize.load import load_model
 from quantize.recipe import parse_recipe
 from quantize.skeleton import load_tokenizer
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantize.checkpoint import INDEX_NAME
 from quantize.errors import DataError, ModelError
-from quantize.evaluate import Evaluation, bits_per_weight, evaluate, load_model
+from quantize.evaluate import Evaluation, evaluate
+from quantize.load import bits_per_weight, load_model
 
 CPU = torch.device("cpu")
 Maker = Callable[..., Path]

@@ -10,20 +10,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from quantize.arch import Shape, architecture_of
+from quantize.arch import Shape
 from quantize.calib import check_vocab, evaluation_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.errors import DataError, ModelError
-from quantize.formats.compressed_tensors import Scheme, schemes_of
-from quantize.formats.packed_int import PackedInt
-from quantize.linear import Numerics, PackedLinear
-from quantize.skeleton import load_tokenizer, meta_model
+from quantize.linear import Numerics
+from quantize.load import bits_per_weight, load_model
+from quantize.skeleton import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
 _LOGIT_TOKENS = 4096  # tokens whose logits are compared at once
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -41,92 +38,6 @@ class Evaluation:
     kld_p99: float | None
     top1_agreement: float | None
     bits_per_weight: float | None
-
-
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics = "kernel") -> nn.Module:
-    """Load a plain or packed checkpoint; packed linears compute with the given numerics.
-
-    ModelError for a packing that pq does not read or tensors that do not match it.
-    """
-    source = Checkpoint(folder)
-    quantization = source.config.get("quantization_config")
-    if quantization is None:
-        return _load_plain(folder, device, dtype)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "compressed-tensors":
-        raise ModelError(f"{folder}: quant_method {method!r} is not one that pq reads")
-    model = meta_model(folder, dtype)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    try:
-        schemes = schemes_of(quantization, linears)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ModelError(f"{folder}/config.json: quantization_config is not one that pq reads ({err})") from None
-    _materialize(model, source, schemes, device, dtype, numerics)
-    return _frozen(model)
-
-
-def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    meta_model(folder, dtype)  # refuses a broken config.json in one line
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (RuntimeError, ValueError, OSError) as err:
-        reason = " ".join(str(err).split())[:300]
-        raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random weights.
-        raise ModelError(f"{folder}: tensor {missing[0]} is missing from the checkpoint")
-    return _frozen(model.to(device))
-
-
-def _materialize(
-    model: nn.Module,
-    source: Checkpoint,
-    schemes: dict[str, Scheme],
-    device: torch.device,
-    dtype: torch.dtype,
-    numerics: Numerics,
-) -> None:
-    for name, scheme in schemes.items():
-        parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in _SUFFIXES}
-        try:
-            packed = PackedInt.from_tensors(parts, scheme.bits, scheme.group_size)
-        except ValueError as err:
-            raise ModelError(f"{source.folder}: {name}: {err}") from None
-        bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
-        parent, _, attribute = name.rpartition(".")
-        linear = PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics)
-        setattr(model.get_submodule(parent), attribute, linear.to(device))
-    packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*_SUFFIXES, "bias")}
-    plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
-    try:
-        result = model.load_state_dict(plain, assign=True, strict=False)
-    except RuntimeError as err:
-        raise ModelError(f"{source.folder}: {' '.join(str(err).split())[:300]}") from None
-    model.tie_weights()  # type: ignore[operator]  # every transformers model has it
-    if result.unexpected_keys:
-        raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
-    arch = architecture_of(source.config)
-    root, _, _ = arch.blocks.rpartition(".")
-    decoder = model.get_submodule(root)
-    # Rotary tables are computed buffers: absent from checkpoints, and empty on the meta device.
-    decoder.rotary_emb = type(decoder.get_submodule("rotary_emb"))(config=model.config).to(device)
-    if missing := [n for n, p in model.named_parameters() if p.is_meta]:
-        raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def bits_per_weight(model: nn.Module) -> float | None:
-    """Mean stored bits of quantized weights, scales counted; None for a model without any."""
-    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
-    weights = sum(p.codes.numel() for p in packed)
-    return sum(p.bits_per_weight * p.codes.numel() for p in packed) / weights if weights else None
 
 
 @dataclass
