@@ -17,6 +17,7 @@ from quantize.errors import ModelError
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import PackedLinear
+from quantize.statistics import code_histogram
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """Runs one decoder layer on hidden states [B, T, D] with the masks and rotary tables of that batch shape."""
@@ -70,6 +71,8 @@ class Block:
     reference_inputs: list[Tensor] | None
     device: torch.device
     packed: dict[str, PackedInt] = field(default_factory=dict)
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+    """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
 
@@ -100,6 +103,7 @@ class Block:
         new = PackedLinear(packed, old.bias, fp8_activations, old.weight.dtype, "kernel")
         setattr(self.module.get_submodule(parent), attribute, new.to(self.device))
         self.packed[name] = packed
+        self.histograms[name] = code_histogram(old.weight, packed)
 
     def inputs_of(
         self, names: Sequence[str], module: nn.Module | None = None, stream: list[Tensor] | None = None

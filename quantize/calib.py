@@ -92,26 +92,80 @@ def evaluation_tokens(
     seqlen: int,
     max_windows: int | None = None,
     text_field: str | None = None,
+    overlap: int = 0,
 ) -> TokenSet:
     """Return the first `max_windows` (None: all) windows [B, seqlen] of one continuous token stream, in order.
 
     Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special tokens; the remainder that
     fills no window is dropped.
     dataset, text_field: as for `calibration_tokens`.
+    overlap: tokens that a window shares with the one before.
     Raises DataError when the text cannot be read or is shorter than one window.
     """
     _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
     limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    ids = _encode(tokenizer, _joined(text))
-    windows = len(ids) // seqlen
-    if not windows:
+    # What stands far behind the last window cannot change its tokens.
+    ids = _encode(tokenizer, _joined(text)[:limit])
+    if len(ids) < seqlen:
         raise DataError(
             f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}; lower seqlen or give more text"
         )
+    stride = seqlen - overlap
+    windows = 1 + (len(ids) - seqlen) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
-    return _token_set(text, ids, windows, seqlen, {"seed": None, "packing": "stream", "chat_template": False})
+    use: dict[str, object] = {"seed": None, "packing": "stream", "chat_template": False}
+    _check_sizes(windows, seqlen, count="windows")
+    return _token_set(text, ids, windows, seqlen, use, stride)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of an evaluation text, or its beginning."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    """Documents in their original order."""
+
+    documents: list[Document]
+    sha256: str
+    """Of all tokens as little-endian int64, document after document."""
+    source: str
+
+
+def evaluation_documents(
+    tokenizer: PreTrainedTokenizerBase, *, dataset: str, max_tokens: int | None = None, text_field: str | None = None
+) -> DocumentSet:
+    """Return the documents of an evaluation text, encoded with the tokenizer's own special tokens.
+
+    A .txt file, "builtin" and sets that are one running text are one document; otherwise each row is one.
+    max_tokens: stop there; the document it falls into is cut, its text being what the kept tokens decode to.
+    Raises DataError when the text cannot be read or has no tokens.
+    """
+    limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
+    text = text_sources.load(dataset, "evaluation", text_field, limit)
+    rows = [_joined(text)] if text.packing == "stream" else text.rows
+    documents: list[Document] = []
+    left = MAX_TOKENS if max_tokens is None else max_tokens
+    for row in rows:
+        if left <= 0:
+            break
+        plain = _plain(tokenizer, row, chat_template=False)
+        ids = list(tokenizer(plain, verbose=False)["input_ids"])
+        if len(ids) > left:
+            ids = ids[:left]
+            plain = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        left -= len(ids)
+        documents.append(Document(ids, plain))
+    if not any(document.ids for document in documents):
+        raise DataError(f"{text.source} holds no tokens; give more text")
+    sha256 = _sha256(torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64))
+    return DocumentSet(documents, sha256, text.source)
 
 
 def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
@@ -186,7 +240,14 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
         raise DataError(f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}") from error
 
 
-def _token_set(text: Text, ids: list[int], windows: int, seqlen: int, use: dict[str, object]) -> TokenSet:
-    tokens = torch.tensor(ids[: windows * seqlen], dtype=torch.int64).view(windows, seqlen)
-    sha256 = hashlib.sha256(tokens.numpy().astype("<i8", copy=False).tobytes()).hexdigest()
-    return TokenSet(tokens, sha256, text.source, text.origin | {"nsamples": windows, "seqlen": seqlen} | use)
+def _token_set(
+    text: Text, ids: list[int], windows: int, seqlen: int, use: dict[str, object], stride: int | None = None
+) -> TokenSet:
+    stride = seqlen if stride is None else stride
+    used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
+    tokens = used.unfold(0, seqlen, stride).contiguous()
+    return TokenSet(tokens, _sha256(tokens), text.source, text.origin | {"nsamples": windows, "seqlen": seqlen} | use)
+
+
+def _sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().astype("<i8", copy=False).tobytes()).hexdigest()

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; give a folder that holds a Hugging Face model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of 4300 digits
         raise ModelError(f"{path}: cannot be read as JSON ({err})") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path}: expected a JSON object")
@@ -157,7 +157,7 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Every file that is not a weight, its index or config.json: tokenizer, templates, licence, …"""
-        skip = {INDEX_NAME, "config.json", "pq.json", *self.shards}
+        skip = {INDEX_NAME, "config.json", "pq.json", "pq-statistics.json", *self.shards}
         weights = {p for pattern in ("*.safetensors", "*.gguf", *_PICKLES) for p in self.folder.glob(pattern)}
         return sorted(
             p

@@ -22,8 +22,10 @@ from quantize.checkpoint import Checkpoint, require_finite_floats
 from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, quantization_config
 from quantize.linear import PackedLinear
+from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, resolved_yaml
 from quantize.skeleton import Skeleton, load_tokenizer
+from quantize.statistics import STATISTICS, Collected, profile
 from quantize.streams import Streams
 from quantize.writer import CheckpointWriter, require_free
 
@@ -32,7 +34,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, blocks done, blocks in all)."""
 
-PROVENANCE = "pq.json"
 _VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -87,7 +88,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     progress("hashing source", 0, shape.n_blocks)
     provenance = _provenance(request, source, tokens)
 
-    run = _Conversion(request, source, arch, shape, skeleton)
+    run = Conversion(request, source, arch, shape, skeleton)
     streams = run.embed(tokens)
     with CheckpointWriter(request.output, shape.n_blocks + 2) as writer:
         writer.add_shard(run.tensors_outside(arch.embedding))
@@ -100,7 +101,9 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
             writer.copy(path)
         writer.write_index()
         writer.write_json("config.json", source.config | {"quantization_config": run.quantization_config()})
-        writer.write_json(PROVENANCE, provenance | run.results(streams) | {"files": writer.hashes})
+        writer.write_json(STATISTICS, run.statistics.as_json())
+        facts = provenance | run.results(streams) | {"files": writer.hashes}
+        writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
         output_bytes = writer.total_size
         writer.commit()
     return run.summary(time.monotonic() - started, output_bytes)
@@ -152,7 +155,7 @@ def _provenance(request: Request, source: Checkpoint, tokens: TokenSet | None) -
     }
 
 
-class _Conversion:
+class Conversion:
     """State of one run: what was encoded so far and what is known about it."""
 
     def __init__(
@@ -161,6 +164,7 @@ class _Conversion:
         self.request, self.source, self.arch, self.shape, self.skeleton = request, source, arch, shape, skeleton
         self.schemes: dict[str, Scheme] = {}
         self.report: dict[str, dict[str, Any]] = {}
+        self.statistics = Collected(arch.roles)
         self.stored_bits = 0.0
         self.weights = 0
         self.source_bytes = 0
@@ -204,12 +208,21 @@ class _Conversion:
         )
         del weights
         with torch.no_grad():
-            for stage in self.request.recipe.stages:
-                stage.apply(block)
+            self._apply_stages(block)
             if streams and index + 1 < self.shape.n_blocks:
                 streams.advance(block)
         self._record(block, prefix)
         return {prefix + name: tensor for name, tensor in _stored(block).items()}
+
+    def _apply_stages(self, block: Block) -> None:
+        before = after = profile(block)
+        smoothed = False
+        for stage in self.request.recipe.stages:
+            if smoothed and stage.kind == "encode":
+                after, smoothed = profile(block), False
+            stage.apply(block)
+            smoothed |= stage.kind == "smooth"
+        self.statistics.add(block, before, after)
 
     def _record(self, block: Block, prefix: str) -> None:
         for name, packed in block.packed.items():

@@ -41,3 +41,9 @@ class VerifyError(PqError):
     """A written checkpoint does not read back as what was written."""
 
     exit_code = 7
+
+
+class QualityError(PqError):
+    """The accuracy gate failed: a figure is worse than its baseline allows."""
+
+    exit_code = 9

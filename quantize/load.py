@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, schemes_of
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import Numerics, PackedLinear
-from quantize.skeleton import meta_model
+from quantize.skeleton import Skeleton, meta_model
 
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics = "kernel") -> nn.Module:
@@ -25,20 +26,60 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics:
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
     source = Checkpoint(folder)
-    quantization = source.config.get("quantization_config")
-    if quantization is None:
+    if source.config.get("quantization_config") is None:
         return _load_plain(folder, device, dtype)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "compressed-tensors":
-        raise ModelError(f"{folder}: quant_method {method!r} is not one that pq reads")
+    require_readable(source)
     model = meta_model(folder, dtype)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    try:
-        schemes = schemes_of(quantization, linears)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ModelError(f"{folder}/config.json: quantization_config is not one that pq reads ({err})") from None
+    schemes = packed_schemes(source, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     _materialize(model, source, schemes, device, dtype, numerics)
     return _frozen(model)
+
+
+def require_readable(source: Checkpoint) -> None:
+    """ModelError for a packing that pq does not read."""
+    quantization = source.config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and method != "compressed-tensors":
+        raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
+
+
+def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, Scheme]:
+    """Scheme of every packed linear by full name, empty for a plain model; ModelError for schemes pq does not read."""
+    quantization = source.config.get("quantization_config")
+    if quantization is None:
+        return {}
+    try:
+        return schemes_of(quantization, linears)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})") from None
+
+
+def packed_linear(
+    source: Checkpoint, name: str, scheme: Scheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
+) -> PackedLinear:
+    """Read the packed linear with this full name; ModelError when its tensors do not fit the scheme."""
+    parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in PACKED_SUFFIXES}
+    try:
+        packed = PackedInt.from_tensors(parts, scheme.bits, scheme.group_size)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}: {name}: {err}") from None
+    bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
+    return PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics).to(device)
+
+
+def load_block(
+    source: Checkpoint, skeleton: Skeleton, schemes: Mapping[str, Scheme], index: int, numerics: Numerics
+) -> nn.Module:
+    """Materialize block `index` of a plain or packed checkpoint; schemes: those of its packed linears by full name."""
+    prefix = f"{skeleton.arch.blocks}.{index}."
+    packed = {
+        name.removeprefix(prefix): packed_linear(source, name, scheme, skeleton.device, skeleton.dtype, numerics)
+        for name, scheme in schemes.items()
+        if name.startswith(prefix)
+    }
+    inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
+    weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside}
+    return skeleton.layer(index, weights, packed)
 
 
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -65,16 +106,8 @@ def _materialize(
     numerics: Numerics,
 ) -> None:
     for name, scheme in schemes.items():
-        parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in _SUFFIXES}
-        try:
-            packed = PackedInt.from_tensors(parts, scheme.bits, scheme.group_size)
-        except ValueError as err:
-            raise ModelError(f"{source.folder}: {name}: {err}") from None
-        bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
-        parent, _, attribute = name.rpartition(".")
-        linear = PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics)
-        setattr(model.get_submodule(parent), attribute, linear.to(device))
-    packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*_SUFFIXES, "bias")}
+        model.set_submodule(name, packed_linear(source, name, scheme, device, dtype, numerics))
+    packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*PACKED_SUFFIXES, "bias")}
     plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
     try:
         result = model.load_state_dict(plain, assign=True, strict=False)

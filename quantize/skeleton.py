@@ -88,9 +88,16 @@ class Skeleton:
         layer = self._layers[index]
         return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
-    def layer(self, index: int, weights: dict[str, Tensor]) -> nn.Module:
-        """Materialize block `index` from tensors named relative to it; ModelError names what does not fit."""
+    def layer(
+        self, index: int, weights: Mapping[str, Tensor], packed: Mapping[str, nn.Module] | None = None
+    ) -> nn.Module:
+        """Materialize block `index` from tensors named relative to it; ModelError names what does not fit.
+
+        packed: modules that stand in for linears of the block.
+        """
         layer: nn.Module = copy.deepcopy(self._layers[index])
+        for name in packed or {}:
+            layer.set_submodule(name, nn.Identity())  # has no tensors to look for
         expected = {n: tuple(p.shape) for n, p in layer.state_dict().items()}
         for name, shape in expected.items():
             if name not in weights:
@@ -103,6 +110,8 @@ class Skeleton:
             raise ModelError(f"block {index}: tensor {surplus[0]} is in the checkpoint but not in the architecture")
         placed = {n: w.to(self.device, self.dtype) for n, w in weights.items()}
         layer.load_state_dict(placed, assign=True)
+        for name, module in (packed or {}).items():
+            layer.set_submodule(name, module)
         layer.requires_grad_(False)
         return layer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from quantize.checkpoint import INDEX_NAME, sha256_file
 from quantize.errors import OutputError, VerifyError
+from quantize.provenance import canonical_json
 
 
 def require_free(output: Path) -> None:
@@ -34,7 +34,7 @@ def require_free(output: Path) -> None:
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     """Turn what a file system can refuse into one line about `path`."""
     try:
         yield
@@ -46,6 +46,18 @@ def _reported(path: Path) -> Iterator[None]:
         full = "No space left" in str(err)
         reason = "no space left on the disk; free some or give another --output" if full else f"not written ({err})"
         raise OutputError(f"{path}: {reason}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it appears whole or not at all; folders are made. OutputError when it cannot be."""
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -72,7 +84,7 @@ class CheckpointWriter:
         self.folder = Path()
 
     def __enter__(self) -> CheckpointWriter:
-        with _reported(self.output):
+        with reported(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
         return self
@@ -98,7 +110,7 @@ class CheckpointWriter:
         if doubled := sorted(set(tensors) & set(self._weight_map)):
             raise VerifyError(f"{doubled[0]} would be written twice; this is a bug in pq, please report it")
         plain = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-        with _reported(path):
+        with reported(path):
             save_file(plain, path, metadata={"format": "pt"})
             path.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
             _sync(path)
@@ -110,7 +122,7 @@ class CheckpointWriter:
     def copy(self, source: Path) -> None:
         """Copy a side file byte for byte."""
         target = self.folder / source.name
-        with _reported(target):
+        with reported(target):
             shutil.copyfile(source, target)
             _sync(target)
             self._hashes[source.name] = sha256_file(target)
@@ -118,8 +130,8 @@ class CheckpointWriter:
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file with stable formatting."""
         path = self.folder / name
-        with _reported(path):
-            path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with reported(path):
+            path.write_text(canonical_json(data), encoding="utf-8")
             _sync(path)
             self._hashes[name] = sha256_file(path)
 
@@ -136,7 +148,7 @@ class CheckpointWriter:
         for name, digest in self._hashes.items():
             if sha256_file(self.folder / name) != digest:
                 raise VerifyError(f"{self.folder / name}: reads back differently from what was written; check the disk")
-        with _reported(self.output):
+        with reported(self.output):
             _sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
             require_free(self.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,20 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
         )
 
     return make
+
+
+@pytest.fixture
+def pq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the console entry point in this process → (exit code, stdout, stderr)."""
+
+    from quantize.cli import main
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pq", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return (0 if left.value.code is None else int(str(left.value.code))), out, err
+
+    return run

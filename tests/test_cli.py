@@ -20,26 +20,12 @@ from quantize.errors import (
     PqError,
     RecipeError,
     UsageError,
+    QualityError,
     VerifyError,
 )
 
 Maker = Callable[..., Path]
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def pq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the console entry point in this process → (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pq", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return (0 if left.value.code is None else int(str(left.value.code))), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -142,7 +128,7 @@ def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
 
 def test_exit_codes_are_the_documented_ones():
     codes = {cls: cls.exit_code for cls in PqError.__subclasses__()}
-    assert codes == {UsageError: 2, RecipeError: 3, ModelError: 4, DataError: 5, OutputError: 6, VerifyError: 7}
+    assert codes == {UsageError: 2, RecipeError: 3, ModelError: 4, DataError: 5, OutputError: 6, VerifyError: 7, QualityError: 9}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +202,7 @@ def test_bugs_are_not_hidden(convert_args: list[object], monkeypatch: pytest.Mon
 def test_usage_mistakes(pq: Call):
     assert pq("convert", "--model", "x")[0] == 2
     assert pq("nonsense")[0] == 2
-    assert pq("eval", "x", "--seqlen", "3")[0] == 2
+    assert pq("eval", "x", "--seqlen", "1")[0] == 2
     code, _, err = pq("eval", "x", "--numerics", "fp3")
     assert (code, err) == (2, "pq: error: --numerics fp3: choose kernel or stock\n")
 

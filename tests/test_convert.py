@@ -107,7 +107,14 @@ def test_side_files_are_copied_byte_for_byte(converted: Maker, tiny: Maker, mode
     for name in names:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     made = {p.name for p in out.iterdir()} - set(names)
-    assert made == {"config.json", "pq.json", INDEX_NAME, *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5))}
+    shards = {f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)}
+    assert made == {"config.json", "pq.json", "pq-statistics.json", INDEX_NAME, *shards}
+        "config.json",
+        "pq.json",
+        "pq-statistics.json",
+        INDEX_NAME,
+        *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)),
+    }
 
 
 def test_config_keeps_every_field_of_the_source(converted: Maker, tiny: Maker, model_type: str):

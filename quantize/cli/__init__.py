@@ -11,9 +11,13 @@ from typing import Annotated
 import typer
 
 import quantize
+from quantize.cli import compare as compare_command
 from quantize.cli import convert as convert_command
 from quantize.cli import evaluate as evaluate_command
+from quantize.cli import inspect as inspect_command
 from quantize.cli import recipe as recipe_command
+from quantize.cli import report as report_command
+from quantize.cli import verify as verify_command
 from quantize.errors import PqError
 
 app = typer.Typer(
@@ -21,10 +25,15 @@ app = typer.Typer(
     help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint you can serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # --num-fewshot and --num_fewshot are the same option: other tools of the field write underscores.
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
 )
 app.command("convert")(convert_command.convert)
 app.command("eval")(evaluate_command.evaluate)
+app.command("compare")(compare_command.compare)
+app.command("inspect")(inspect_command.inspect)
+app.command("verify")(verify_command.verify)
+app.command("report")(report_command.report)
 app.add_typer(recipe_command.app, name="recipe")
 
 

@@ -1,79 +1,253 @@
-"""`pq eval`: perplexity, and divergence from the parent."""
+"""`pq eval`: perplexity, divergence from the parent, tasks, and the accuracy gate."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.evaluate import Evaluation
+    import torch
+
+    from quantize.evaluate.run import Measured
+    from quantize.evaluate.task_results import TaskRun
+    from quantize.evaluate.task_scores import TaskScore
+    from quantize.linear import Numerics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What perplexity and tasks have in common."""
+
+    model: Path
+    baseline: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    numerics: Numerics
+    output: Path | None
+    """Folder for results; None saves nothing."""
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Packed or plain model folder.")],
-    baseline: Annotated[str | None, typer.Option(help="Its parent, run in the same pass.")] = None,
-    dataset: Annotated[str, typer.Option(help="Text: builtin (held-out part), a file, or a Hub set.")] = "builtin",
-    seqlen: Annotated[int, typer.Option(min=8, help="Window length in tokens.")] = 512,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")] = None,
-    numerics: Annotated[
-        str, typer.Option(help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it.")
-    ] = "kernel",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    model: Annotated[str | None, typer.Argument(help="Packed or plain model folder; not needed with --gate.")] = None,
+    baseline: options.Baseline = None,
+    protocol: options.ProtocolOption = None,
+    dataset: options.Dataset = None,
+    text_field: options.TextField = None,
+    seqlen: options.Seqlen = 512,
+    context: options.Context = 0,
+    max_windows: options.MaxWindows = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[float | None, typer.Option(help="First documents of each task, or a fraction below 1.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests at once, or auto.")] = "auto",
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a chat.")] = False,
+    log_samples: Annotated[bool, typer.Option("--log-samples", help="Save every document's scores.")] = False,
+    model_args: Annotated[str, typer.Option(help="Arguments of lm-eval's HFLM: k=v,k=v.")] = "",
+    output_path: Annotated[
+        Path | None, typer.Option(help="Folder for results; default: MODEL.eval beside a model that pq made.")
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="Check against this baselines file; exit code 9 on failure.")
+    ] = None,
+    update_baselines: Annotated[
+        bool, typer.Option("--update-baselines", help="Write the measured values into the gate's file.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Why the baselines change; kept in their history.")] = "",
+    only: Annotated[str | None, typer.Option(help="Recipes of the gate to run, separated by commas.")] = None,
+    numerics: options.NumericsOption = "kernel",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    as_json: options.AsJson = False,
 ) -> None:
-    """Measure a model on text that calibration never saw."""
-    if numerics not in ("kernel", "stock"):
-        raise UsageError(f"--numerics {numerics}: choose kernel or stock")
-    from quantize.evaluate import evaluate as run
+    """Measure a model on text that calibration never saw.
+
+    Without --tasks this is perplexity; with --tasks it is the tasks, and perplexity too where --protocol or --dataset
+    is given.
+    """
+    options.check_choices(protocol, numerics)
+    if gate is not None:
+        _gate(gate, model, baseline, _names(only), reason if update_baselines else None, device, as_json)
+        return
+    if update_baselines or reason or only:
+        raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
+    if model is None:
+        raise UsageError("name the model folder to evaluate, or give --gate FILE")
+    quiet_libraries()
+    place, folder = pick_device(device), local_model(model)
+    setting = _Setting(
+        folder,
+        None if baseline is None else local_model(baseline),
+        place,
+        pick_dtype(dtype, place),
+        "kernel" if numerics == "kernel" else "stock",
+        _output(folder, output_path, log_samples),
+    )
+    out: dict[str, Any] = {}
+    with progress_bar() as progress:
+        measured = scored = None
+        if not tasks or protocol or dataset:
+            measured = _perplexity(
+                setting, protocol or "strided", dataset or "builtin", text_field, seqlen, context, max_windows, progress
+            )
+        if tasks:
+            how = {
+                "num_fewshot": num_fewshot,
+                "limit": _limit(limit),
+                "batch_size": batch_size,
+                "apply_chat_template": apply_chat_template,
+            }
+            scored = _tasks(setting, _names(tasks), how, _pairs(model_args), log_samples, progress)
+    from quantize.cli import figures
+
+    if measured:
+        out |= dataclasses.asdict(measured.figures)
+    if scored:
+        from quantize.evaluate.saved import tasks_json
+
+        out["tasks"] = tasks_json(scored[0], _name(setting.baseline), scored[1])
+    if as_json:
+        typer.echo(json.dumps(out, indent=2))
+        return
+    if measured:
+        figures.print_perplexity(measured.figures)
+    if scored:
+        figures.print_tasks(*scored)
+    if setting.output:
+        typer.echo(f"saved in {setting.output}; pq report {model} makes a page of it", err=True)
+
+
+def _gate(
+    file: Path, model: str | None, baseline: str | None, only: list[str], reason: str | None, device: str, as_json: bool
+) -> None:
+    from quantize.cli.gate import print_verdicts
+    from quantize.gate import run_gate, update_baselines
 
     quiet_libraries()
-    place = pick_device(device)
+    if reason is not None and not reason.strip():
+        raise UsageError("--update-baselines: say why with --reason TEXT; it is kept in the file's history")
     with progress_bar() as progress:
-        result = run(
-            local_model(model),
+        result = run_gate(
+            file,
+            None if model is None else local_model(model),
             None if baseline is None else local_model(baseline),
-            dataset=dataset,
-            seqlen=seqlen,
-            max_windows=max_windows,
-            device=place,
-            dtype=pick_dtype(dtype, place),
-            numerics="kernel" if numerics == "kernel" else "stock",
+            only or None,
+            device=pick_device(device),
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result), indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2))
     else:
-        _print(result, Path(model).name)
+        print_verdicts(result)
+    if reason is None:
+        result.raise_if_failed()
+    else:
+        for change in update_baselines(file, result, reason):
+            typer.echo(f"{file}: {change}", err=True)
 
 
-def _print(result: Evaluation, name: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _output(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
+    from quantize.evaluate.saved import results_folder
+    from quantize.provenance import PROVENANCE
 
-    title = f"{name}: {result.protocol} on {result.data}, {result.tokens} tokens, {result.numerics} numerics"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "perplexity", "KLD mean", "KLD p99", "same top-1", "bits/weight"):
-        table.add_column(column, justify="left" if not column else "right")
+    if wanted is not None or (model / PROVENANCE).is_file():
+        return wanted or results_folder(model)
+    if log_samples:
+        raise UsageError("--log-samples: say where to with --output-path (pq did not make this model)")
+    return None
 
-    def shown(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
 
-    if result.baseline_perplexity is not None:
-        table.add_row("parent", shown(result.baseline_perplexity, 3), "-", "-", "-", "16")
-    table.add_row(
-        name,
-        shown(result.perplexity, 3),
-        shown(result.kld_mean, 5),
-        shown(result.kld_p99, 5),
-        shown(result.top1_agreement, 4),
-        shown(result.bits_per_weight, 3),
-    )
-    Console().print(table)
+def _perplexity(
+    setting: _Setting,
+    protocol: str,
+    dataset: str,
+    text_field: str | None,
+    seqlen: int,
+    context: int,
+    max_windows: int | None,
+    progress: Any,
+) -> Measured:
+    from quantize.evaluate.protocols import Protocol
+    from quantize.evaluate.run import measure
+    from quantize.evaluate.saved import save_measured
+
+    measured = measure(
+        [setting.model],
+        setting.baseline,
+        Protocol("rolling" if protocol == "rolling" else "strided", seqlen, context),
+        dataset=dataset,
+        text_field=text_field,
+        max_windows=max_windows,
+        device=setting.device,
+        dtype=setting.dtype,
+        numerics=setting.numerics,
+        progress=progress,
+    )[0]
+    if setting.output:
+        save_measured(measured, dataset, setting.output)
+    return measured
+
+
+def _tasks(
+    setting: _Setting,
+    names: Sequence[str],
+    how: dict[str, Any],
+    model_args: dict[str, str],
+    log_samples: bool,
+    progress: Any,
+) -> tuple[TaskRun, list[TaskScore]]:
+    from quantize.evaluate.harness import run_tasks
+    from quantize.evaluate.saved import save_tasks
+    from quantize.evaluate.task_scores import compare_tasks
+
+    def run(folder: Path) -> TaskRun:
+        samples = setting.output / "samples" / folder.name if log_samples and setting.output else None
+        return run_tasks(
+            folder,
+            names,
+            log_samples=samples,
+            model_args=model_args,
+            device=setting.device,
+            dtype=setting.dtype,
+            numerics=setting.numerics,
+            progress=progress,
+            **how,
+        )
+
+    ours = run(setting.model)
+    scores = compare_tasks(ours, run(setting.baseline)) if setting.baseline else []
+    if setting.output:
+        save_tasks(ours, _name(setting.baseline), scores, setting.output)
+    return ours, scores
+
+
+def _name(folder: Path | None) -> str | None:
+    return None if folder is None else folder.name
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _limit(limit: float | None) -> int | float | None:
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = {}
+    for item in _names(text):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--model-args {item}: write key=value, separated by commas")
+        pairs[key.strip()] = value.strip()
+    return pairs

@@ -1,5 +1,6 @@
 """Measuring a model: perplexity protocols, divergence from the parent, tasks."""
 
-from quantize.evaluate.run import Evaluation, evaluate
+from quantize.evaluate.figures import Evaluation
+from quantize.evaluate.run import evaluate
 
 __all__ = ["Evaluation", "evaluate"]

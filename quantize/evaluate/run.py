@@ -1,52 +1,38 @@
-"""A packed model against its parent: perplexity, KL divergence and agreement on the same windows."""
+"""A packed model against its parent: perplexity, KL divergence and agreement on the same windows.
+
+Nothing is held whole: models are run one decoder block at a time over as many windows as a budget of hidden states
+allows, and logits exist for a few positions at a time, so size of model, text and vocabulary do not bound the run.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from quantize.arch import Shape
-from quantize.calib import check_vocab, evaluation_tokens
 from quantize.checkpoint import Checkpoint
 from quantize.errors import DataError, ModelError
+from quantize.evaluate.figures import Evaluation, Run
+from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
+from quantize.evaluate.records import Records
+from quantize.evaluate.streamed import Span, open_model
 from quantize.linear import Numerics
-from quantize.load import bits_per_weight, load_model
 from quantize.skeleton import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
-_LOGIT_TOKENS = 4096  # tokens whose logits are compared at once
+_LOGIT_BYTES = 1 << 26  # float32 logits compared at once
+_HIDDEN_BYTES = 1 << 29  # hidden states of one model held at once
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Figures of one comparison; field names are the keys of `pq eval --json`."""
+class Measured:
+    """Figures and the per-token records they are made from."""
 
-    protocol: str
-    """strided-N: one continuous token stream, no BOS, windows of N tokens without overlap, N − 1 predictions each."""
-    data: str
-    numerics: str
-    tokens: int
-    perplexity: float
-    baseline_perplexity: float | None
-    kld_mean: float | None
-    kld_p99: float | None
-    top1_agreement: float | None
-    bits_per_weight: float | None
-
-
-@dataclass
-class _Totals:
-    nll: float = 0.0
-    baseline_nll: float = 0.0
-    agree: int = 0
-    predictions: int = 0
-    kld: list[Tensor] = field(default_factory=list)
+    figures: Evaluation
+    records: Records
 
 
 def evaluate(
@@ -56,83 +42,108 @@ def evaluate(
     dataset: str = "builtin",
     seqlen: int = 512,
     max_windows: int | None = None,
+    protocol: ProtocolName = "strided",
+    context: int = 0,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
-    """Strided perplexity of `model`, and its divergence from `baseline` where one is given.
+    """Perplexity of one model, and its divergence from `baseline` where one is given. Raises PqError subclasses."""
+    measured = measure(
+        [model],
+        baseline,
+        Protocol(protocol, seqlen, context),
+        dataset=dataset,
+        max_windows=max_windows,
+        device=device,
+        dtype=dtype,
+        numerics=numerics,
+        progress=progress,
+    )
+    return measured[0].figures
 
-    KL divergence is KL(baseline ‖ model) in nats, over every predicted position. Raises PqError subclasses.
+
+def measure(
+    models: Sequence[Path],
+    baseline: Path | None,
+    protocol: Protocol,
+    *,
+    dataset: str = "builtin",
+    text_field: str | None = None,
+    max_windows: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    numerics: Numerics = "kernel",
+    progress: Progress = lambda what, done, total: None,
+) -> list[Measured]:
+    """Measure several models against one baseline on the same windows in one run.
+
+    dataset: "builtin", a file, a name of calib_data/ or a Hub set; the first model's tokenizer cuts it.
+    max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
+    Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
-    ours = load_model(model, device, dtype, numerics)
-    parent = None if baseline is None else load_model(baseline, device, dtype, numerics)
-    _same_vocabulary(model, baseline)
-    text = evaluation_tokens(load_tokenizer(model), dataset=dataset, seqlen=seqlen, max_windows=max_windows)
-    check_vocab(text.tokens, Shape.of(Checkpoint(model).config).vocab)
+    vocab = _vocabulary(models, baseline)
+    tokenizer = load_tokenizer(models[0])
+    windows = windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
+    parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
+    opened = [open_model(folder, device, dtype, numerics) for folder in models]
+    records = [Records() for _ in models]
 
-    totals = _Totals()
-    batches = torch.split(text.tokens, max(1, _LOGIT_TOKENS // seqlen))
-    for done, windows in enumerate(batches):
-        progress("evaluating", done, len(batches))
-        _compare(ours, parent, windows.to(device), totals)
-    progress("evaluating", len(batches), len(batches))
-    kld = torch.cat(totals.kld) if totals.kld else None
-    n = totals.predictions
-    return Evaluation(
-        protocol=f"strided-{seqlen}",
-        data=text.source,
-        numerics=numerics,
-        tokens=n,
-        perplexity=_perplexity(totals.nll / n, model),
-        baseline_perplexity=None if parent is None else _perplexity(totals.baseline_nll / n, model),
-        kld_mean=None if kld is None else float(kld.double().mean()),
-        kld_p99=None if kld is None else float(_quantile(kld, 0.99)),
-        top1_agreement=None if kld is None else totals.agree / n,
-        bits_per_weight=bits_per_weight(ours),
-    )
+    everyone = [*opened, *([parent] if parent else [])]
+    groups = list(_groups(windows, vocab, max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)))
+    total, done = len(groups) * sum(m.units for m in everyone), 0
 
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress("evaluating", done, total)
 
-def _same_vocabulary(model: Path, baseline: Path | None) -> None:
-    if baseline is None:
-        return
-    ours, parents = (Shape.of(Checkpoint(folder).config).vocab for folder in (model, baseline))
-    if ours != parents:
-        raise DataError(f"{model} has {ours} tokens and {baseline} {parents}; --baseline must be the model's parent")
+    progress("evaluating", 0, total)
+    for start, end, spans in groups:
+        inputs, targets = windows.inputs[start:end], windows.targets[start:end]
+        theirs = parent.read(inputs, tick) if parent else None
+        for model, record in zip(opened, records, strict=True):
+            ours = model.read(inputs, tick)
+            parents = theirs(spans) if theirs else itertools.repeat(None)
+            for (window, first, last), q, p in zip(spans, ours(spans), parents, strict=False):
+                record.add(start + window, first, q, p, targets[window, first:last])
+            del ours  # its hidden states go before the next model's come
+    name = None if baseline is None else baseline.name
+    run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
+    return [
+        Measured(run.figures(folder, record, model.bits_per_weight), record)
+        for folder, model, record in zip(models, opened, records, strict=True)
+    ]
 
 
-@torch.no_grad()
-def _compare(ours: nn.Module, parent: nn.Module | None, windows: Tensor, totals: _Totals) -> None:
-    targets = windows[:, 1:].flatten()
-    for log_q, log_p, wanted in _log_probabilities(ours, parent, windows, targets):
-        totals.nll += float(F.nll_loss(log_q, wanted, reduction="sum"))
-        totals.predictions += len(wanted)
-        if log_p is not None:
-            totals.baseline_nll += float(F.nll_loss(log_p, wanted, reduction="sum"))
-            totals.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            # Rounding can make a divergence of equal distributions slightly negative.
-            totals.kld.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp_min(0).cpu())
+def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
+    first, *others = [_vocabulary_of(folder) for folder in models]
+    if baseline is not None:
+        parents = _vocabulary_of(baseline)
+        if first != parents:
+            raise DataError(
+                f"{models[0]} has {first} tokens and {baseline} {parents}; --baseline must be the model's parent"
+            )
+    if any(size != first for size in others):
+        raise DataError("the models have vocabularies of different sizes; compare conversions of one parent")
+    return first
 
 
-def _log_probabilities(
-    ours: nn.Module, parent: nn.Module | None, windows: Tensor, targets: Tensor
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Yield (ours [P, V], parent's [P, V], targets [P]) for one window after another, in float32."""
-    q = ours(windows, use_cache=False).logits
-    p = None if parent is None else parent(windows, use_cache=False).logits
-    T = windows.shape[1] - 1
-    for i in range(windows.shape[0]):
-        log_p = None if p is None else p[i, :-1].float().log_softmax(-1)
-        yield q[i, :-1].float().log_softmax(-1), log_p, targets[i * T : (i + 1) * T]
+def _vocabulary_of(folder: Path) -> int:
+    size = Checkpoint(folder).config.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise ModelError(f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer")
+    return size
 
 
-def _quantile(values: Tensor, q: float) -> Tensor:
-    # torch.quantile refuses more than 16 million values.
-    return values.sort().values[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
-
-
-def _perplexity(mean_nll: float, model: Path) -> float:
-    if not math.isfinite(mean_nll):
-        raise ModelError(f"{model}: its logits are not finite")
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+def _groups(windows: Windows, vocab: int, window_bytes: int) -> Iterator[tuple[int, int, list[Span]]]:
+    """Yield (first window, end, spans relative to the first): so many windows that their hidden states fit."""
+    at_once = max(1, _HIDDEN_BYTES // max(1, window_bytes))
+    length = max(1, _LOGIT_BYTES // (4 * vocab))
+    spans = windows.spans()
+    for start in range(0, len(windows.inputs), at_once):
+        end = min(start + at_once, len(windows.inputs))
+        inside = [(w - start, f, e) for w, f, e in spans if start <= w < end]
+        yield start, end, [(w, i, min(i + length, e)) for w, f, e in inside for i in range(f, e, length)]

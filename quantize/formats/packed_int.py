@@ -21,6 +21,11 @@ def words_per_row(columns: int, bits: int) -> int:
     return math.ceil(columns * bits / 32)
 
 
+def stored_bits(bits: int, group_size: int) -> float:
+    """Bits that one weight takes, its share of the group's bfloat16 scale counted."""
+    return bits + 16 / group_size
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack signed codes [N, K] (any integer dtype, -2^(bits-1) … 2^(bits-1)-1) into int32 [N, ceil(K·bits/32)]."""
     half = 1 << (bits - 1)
@@ -105,7 +110,7 @@ class PackedInt:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales counted."""
-        return self.bits + 16 / self.group_size
+        return stored_bits(self.bits, self.group_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""

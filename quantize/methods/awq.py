@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
+from quantize.pictures import Picture, block_map, facts
 from quantize.smoothing import balanced, per_source_channel, search
 
 if TYPE_CHECKING:
@@ -45,6 +46,18 @@ class Awq(Stage):
             block.note(edge.name, search_ratio=ratio)
             if scale is not None:
                 block.fold(edge, scale)
+
+    def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
+        """Show what the search gained at each edge."""
+        gained = block_map(
+            facts(layers, "search_ratio"),
+            title="Gain of the scale search",
+            caption="Output error of an edge's linears, rounded to nearest, with the scales found over that with none: "
+            "less is better, 1 means that no scale helped and the edge was left alone. Measured on the calibration "
+            "text while searching, before the encode stages.",
+            unit="error after / before",
+        )
+        return () if gained is None else (gained,)
 
     def _candidates(self, block: Block, edge: Edge, absmean: Tensor) -> Iterator[Tensor]:
         columns = torch.cat([block.linear(sink).weight.float() for sink in edge.sinks]).abs().mean(dim=0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from quantize.block import Block
+    from quantize.pictures import Picture
 
 Kind = Literal["restructure", "smooth", "encode", "refine"]
 """Order in a recipe: restructure* smooth* encode+ refine*."""
@@ -44,3 +45,10 @@ class Stage(BaseModel):
     def apply(self, block: Block) -> None:
         """Transform `block` in place."""
         raise NotImplementedError
+
+    def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
+        """What the method adds to the report, drawn from the facts noted in `apply`: full layer or edge name → facts.
+
+        Facts of other versions may lack any key; a picture without its facts is left out.
+        """
+        return ()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from typing_extensions import Self
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
 from quantize.methods.encode import Encode, encode_nearest, fall_back, note_errors
+from quantize.pictures import Picture, block_map, facts
 from quantize.solver import Damped, corrected_target, damped, descend, error_feedback, feedback_order
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 _E4M3_MIN = 2.0**-9
 _MAX_LOG2 = 14
+_SEEN = (
+    "Relative output error over relative weight error. Below 1 the rounding error lies in directions that the inputs "
+    "rarely take, which is what error feedback and descent are for. Measured on the calibration text."
+)
+_DAMPING = "Added to the Hessian's diagonal; above the recipe's value where the Hessian stayed singular with less."
+_DEAD = "Input channels that were zero on all calibration tokens; their weights are rounded without any evidence."
+_SCALE = "The paper's power of two by which a tensor's group scales are multiplied so that E4M3 does not lose them."
 
 
 class Fireq(Encode):
@@ -76,6 +84,24 @@ class Fireq(Encode):
             else:
                 self._descend(block, name, moments, usable)
 
+    def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
+        """Show what the descent buys and where it met trouble; for the paper's rounding, the scales against underflow.
+
+        Damping that was never raised and inputs that are all alive make no picture.
+        """
+        weight, damping = facts(layers, "weight_error"), facts(layers, "damping")
+        seen = {n: e / w if (w := weight.get(n)) and e is not None else None for n, e in _errors(layers).items()}
+        raised = any(d is not None and d > self.damping for d in damping.values())
+        dead = facts(layers, "dead_inputs")
+        dead = dead if any(dead.values()) else {}
+        drawn = (
+            block_map(seen, title="Share of the weight error that inputs see", caption=_SEEN, unit="ratio", log=True),
+            block_map(damping if raised else {}, title="Damping", caption=_DAMPING, unit="of the mean", log=True),
+            block_map(dead, title="Dead inputs", caption=_DEAD, unit="channels"),
+            block_map(facts(layers, "tensor_scale"), title="Scale t against underflow", caption=_SCALE, log=True),
+        )
+        return tuple(picture for picture in drawn if picture is not None)
+
     def _grid(self) -> Grid:
         if not self.fp8:
             return Grid(self.bits, self.group_size, signed=True)
@@ -110,6 +136,11 @@ class Fireq(Encode):
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), hessian)
+
+
+def _errors(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None]:
+    # Only layers that this method encoded: every one of them has its damping on record.
+    return facts({name: found for name, found in layers.items() if "damping" in found}, "output_error")
 
 
 def tensor_scale(weight: Tensor, group_size: int) -> float:

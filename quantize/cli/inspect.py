@@ -1,0 +1,155 @@
+"""`pq inspect`: what a checkpoint holds, as a tree or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantize.cli.common import local_model
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from quantize.inspection import DecoderBlock, Inspection, Linear, Other, Totals
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's.")],
+    every_block: Annotated[bool, typer.Option("--all", help="Show every block; equal ones are folded else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
+) -> None:
+    """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
+    from quantize.inspection import inspect as run
+
+    found = run(local_model(model))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+    else:
+        _print(found, every_block)
+
+
+def _print(found: Inspection, every_block: bool) -> None:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    sizes = ", ".join(f"{key} {value}" for key, value in found.sizes.items())
+    root = Tree(printable(f"{found.folder}: {found.architecture} ({found.model_type})"))
+    root.add(printable(sizes))
+    for line in _total_lines(found.totals):
+        root.add(line)
+    runs = list(_runs(found.blocks, every_block))
+    for other in found.outside:
+        root.add(_other_line(other))
+    for run in runs:
+        _add_blocks(root, run)
+    _add_made(root, found)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width; whole lines can be searched
+    console.print(root)
+
+
+def _total_lines(totals: Totals) -> Iterator[str]:
+    if totals.parameters is None:
+        yield f"{_size(totals.tensor_bytes)}; headers do not tell every shape, so parameters are not counted"
+        return
+    quantized, share = totals.quantized_parameters or 0, 100 / max(1, totals.parameters)
+    yield (
+        f"{totals.parameters:,} parameters: {totals.embedding_parameters:,} in embeddings, "
+        f"{quantized:,} quantized ({share * quantized:.1f} %)"
+    )
+    if totals.bits_per_weight is not None:
+        linears = totals.quantized_bits_per_weight
+        inside = "" if linears is None else f"{linears:.3f} in quantized linears, scales counted; "
+        yield f"bits per weight: {inside}{totals.bits_per_weight:.3f} over everything"
+    line = f"{_size(totals.file_bytes)} on disk"
+    if totals.expected_bytes:
+        line += f", {100 * (totals.file_bytes / totals.expected_bytes - 1):+.2f} % against the sum of bits"
+    if totals.sixteen_bit_bytes:
+        line += f"; 16-bit {_size(totals.sixteen_bit_bytes)}, {totals.sixteen_bit_bytes / totals.file_bytes:.2f}x"
+    yield line
+
+
+def _runs(blocks: Sequence[DecoderBlock], every_block: bool) -> Iterator[list[DecoderBlock]]:
+    """Neighbouring blocks that hold the same."""
+
+    def content(block: DecoderBlock) -> tuple[Any, ...]:
+        return (block.name.rpartition(".")[0], block.linears, block.others)
+
+    for _, run in itertools.groupby(blocks, key=lambda b: b.name if every_block else content(b)):
+        yield list(run)
+
+
+def _add_blocks(root: Tree, run: list[DecoderBlock]) -> None:
+    first, last = run[0], run[-1]
+    name = first.name if first is last else f"{first.name} … {last.index}, {len(run)} equal blocks"
+    branch = root.add(printable(f"{name}: {_size(first.bytes)}{'' if first is last else ' each'}"))
+    for linear in first.linears:
+        branch.add(printable(_linear_line(linear)))
+    for other in first.others:
+        branch.add(_other_line(other))
+
+
+def _linear_line(linear: Linear) -> str:
+    shape = "shape unknown" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]}"
+    known = linear.role != linear.name.rpartition(".")[2]
+    name = f"{linear.role} ({linear.name})" if known else linear.name
+    if not linear.quantized:
+        return f"{name}: {shape}, {linear.format}, {_size(linear.bytes)}"
+    bits = "bits unknown" if linear.bits is None else f"{linear.bits}-bit"
+    group = "" if linear.group_size is None else f" g{linear.group_size}"
+    activations = "16-bit" if linear.activations == "none" else linear.activations
+    stored = "" if linear.bits_per_weight is None else f", {linear.bits_per_weight:.3f} bits per weight"
+    return f"{name}: {shape}, {bits}{group}, {activations} activations{stored}, {linear.format}, {_size(linear.bytes)}"
+
+
+def _other_line(other: Other) -> str:
+    return printable(
+        f"{other.name}: {' x '.join(map(str, other.shape)) or 'scalar'}, {other.dtype}, {_size(other.bytes)}"
+    )
+
+
+def _add_made(root: Tree, found: Inspection) -> None:
+    made = found.made
+    if made is None:
+        root.add(printable(found.made_problem or "no pq.json: pq did not write this model"))
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    branch = root.add(printable(f"made by pq {made.pq} with recipe {made.recipe}"))
+    branch.add(printable(f"{versions}; {' '.join(made.machine.values())}"))
+    calibration = made.calibration
+    text = "no calibration" if calibration is None else ", ".join(f"{k} {_short(v)}" for k, v in calibration.items())
+    branch.add(printable(f"calibration: {text}" if calibration else text))
+    if made.dropped_sequences:
+        branch.add(f"{made.dropped_sequences} calibration sequences were dropped as not finite")
+    source = branch.add("source, SHA-256")
+    for name, digest in made.source.items():
+        source.add(printable(f"{name} {_short(digest)}"))
+    if made.fallbacks:
+        branch.add(printable(f"rounded to nearest for want of a usable Hessian: {', '.join(made.fallbacks)}"))
+    if made.worst:
+        worst = branch.add(f"largest {made.worst[0].kind} (relative, squared)")
+        for layer in made.worst:
+            worst.add(printable(f"{layer.name} {layer.error:.4g}"))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
+
+
+def _size(size: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"
+
+
+def printable(text: str) -> str:
+    """Names come from files of others: no control characters on the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

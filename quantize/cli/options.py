@@ -1,0 +1,32 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantize.errors import UsageError
+
+Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
+ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="strided (default) or rolling.")]
+Dataset = Annotated[str | None, typer.Option(help="Text: builtin (held-out part), a file, or a Hub set.")]
+TextField = Annotated[str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Window length in tokens.")]
+Context = Annotated[int, typer.Option(min=0, help="Tokens that strided windows share, read but not scored.")]
+MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
+NumericsOption = Annotated[
+    str,
+    typer.Option("--numerics", help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
+
+def check_choices(protocol: str | None, numerics: str) -> None:
+    """UsageError for a protocol or numerics that do not exist."""
+    if numerics not in ("kernel", "stock"):
+        raise UsageError(f"--numerics {numerics}: choose kernel or stock")
+    if protocol not in (None, "strided", "rolling"):
+        raise UsageError(f"--protocol {protocol}: choose strided or rolling")

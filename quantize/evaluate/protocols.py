@@ -1,0 +1,162 @@
+"""Perplexity protocols: which tokens a model reads, and which of them it must predict.
+
+`strided-N` (the GPTQ literature's): all text is one token stream without special tokens, cut into windows of N tokens
+that do not overlap; each predicts its tokens 2 … N. The remainder is dropped.
+
+`strided-N-context-C`: windows of N tokens that overlap by C; each predicts all but its first C tokens (the first
+window all but its first token), so every token but the first is predicted once, with C … N − 1 tokens before it.
+
+`rolling-N` (lm-eval's `loglikelihood_rolling`): each document is encoded with the tokenizer's own special tokens and
+preceded by its BOS (else EOS) token; the model reads N tokens at a time and predicts every token of the document once.
+The last window of a document reaches back so that it is full. Log-likelihoods are also given per word (separated by
+white space) and per UTF-8 byte.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from quantize.calib import check_vocab, evaluation_documents, evaluation_tokens
+from quantize.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ProtocolName = Literal["strided", "rolling"]
+PROTOCOLS: tuple[ProtocolName, ...] = ("strided", "rolling")
+
+UNSCORED = -1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named way to measure perplexity."""
+
+    kind: ProtocolName = "strided"
+    seqlen: int = 512
+    """Tokens that the model reads at once."""
+    context: int = 0
+    """Tokens at the start of a strided window that are read but not predicted again."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROTOCOLS:
+            raise UsageError(f"protocol {self.kind!r}: choose one of {', '.join(PROTOCOLS)}")
+        if self.seqlen < 2:
+            raise UsageError(f"seqlen {self.seqlen}: a window needs at least 2 tokens")
+        if self.context and self.kind != "strided":
+            raise UsageError("context belongs to the strided protocol; rolling windows carry their own")
+        if not 0 <= self.context < self.seqlen:
+            raise UsageError(f"context {self.context} must be at least 0 and below seqlen {self.seqlen}")
+
+    @property
+    def name(self) -> str:
+        """What every printed perplexity carries: strided-2048, strided-2048-context-1024, rolling-2048."""
+        return f"{self.kind}-{self.seqlen}" + (f"-context-{self.context}" if self.context else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What a model reads and what it must predict."""
+
+    inputs: Tensor
+    """[B, T] int64; short windows are padded at the end, which a causal model cannot see."""
+    targets: Tensor
+    """[B, T] int64: the token that follows each input, or UNSCORED. Scored positions of a window are consecutive."""
+    source: str
+    sha256: str
+    words: int | None = None
+    """Words of the predicted text (rolling protocol)."""
+    utf8_bytes: int | None = None
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(window, first, end) of the scored positions of every window."""
+        scored = self.targets != UNSCORED
+        first = scored.int().argmax(dim=1).tolist()
+        return [(w, f, f + n) for w, (f, n) in enumerate(zip(first, scored.sum(dim=1).tolist(), strict=True)) if n]
+
+
+def windows_of(
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    max_windows: int | None,
+    vocab: int,
+    text_field: str | None = None,
+) -> Windows:
+    """Read `dataset` and cut it as the protocol says; DataError when the text cannot be read or does not fit."""
+    if protocol.kind == "strided":
+        windows = _strided(protocol, tokenizer, dataset, max_windows, text_field)
+    else:
+        windows = _rolling(protocol, tokenizer, dataset, max_windows, text_field)
+    check_vocab(windows.inputs, vocab)
+    return windows
+
+
+def _strided(
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    max_windows: int | None,
+    text_field: str | None,
+) -> Windows:
+    text = evaluation_tokens(
+        tokenizer,
+        dataset=dataset,
+        seqlen=protocol.seqlen,
+        max_windows=max_windows,
+        text_field=text_field,
+        overlap=protocol.context,
+    )
+    tokens = text.tokens
+    targets = torch.full_like(tokens, UNSCORED)
+    targets[:, :-1] = tokens[:, 1:]
+    if protocol.context:
+        targets[1:, : protocol.context - 1] = UNSCORED
+    return Windows(tokens, targets, text.source, text.sha256)
+
+
+def _rolling(
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    max_windows: int | None,
+    text_field: str | None,
+) -> Windows:
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise DataError("the rolling protocol needs a tokenizer with a BOS or EOS token; use the strided protocol")
+    limit = None if max_windows is None else max_windows * protocol.seqlen
+    text = evaluation_documents(tokenizer, dataset=dataset, max_tokens=limit, text_field=text_field)
+    rows: list[tuple[list[int], list[int]]] = []
+    words = utf8_bytes = 0
+    for document in text.documents:
+        for read, wanted in rolling_windows(document.ids, int(prefix), protocol.seqlen):
+            rows.append((read, wanted))
+        words += len(re.split(r"\s+", document.text))
+        utf8_bytes += len(document.text.encode("utf-8"))
+    T = max(len(read) for read, _ in rows)
+    inputs = torch.full((len(rows), T), int(prefix), dtype=torch.int64)
+    targets = torch.full((len(rows), T), UNSCORED, dtype=torch.int64)
+    for row, (read, wanted) in enumerate(rows):
+        inputs[row, : len(read)] = torch.tensor(read)
+        targets[row, len(read) - len(wanted) : len(read)] = torch.tensor(wanted)
+    return Windows(inputs, targets, text.source, text.sha256, words, utf8_bytes)
+
+
+def rolling_windows(ids: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """(tokens read, tokens predicted after the last of them) so that every token of a document is predicted once.
+
+    Every window reads at most `length` tokens; the last one is filled up with tokens that were predicted before.
+    """
+    stream = [prefix, *ids]
+    out = []
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        first = max(0, end - length)
+        out.append((stream[first:end], ids[start:end]))
+    return out

@@ -1,0 +1,57 @@
+"""Results of evaluations on disk, beside the checkpoint they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantize.evaluate.run import Measured
+from quantize.evaluate.task_results import TaskRun
+from quantize.evaluate.task_scores import TaskScore
+from quantize.writer import reported, write_text
+
+
+def results_folder(model: Path) -> Path:
+    """DIR.eval beside the checkpoint DIR, which itself is never changed: its hashes stay valid."""
+    return model.absolute().with_name(f"{model.absolute().name}.eval")
+
+
+def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
+    """Write NAME.json (the figures) and NAME.parquet (the per-token records); returns the former.
+
+    NAME tells protocol, data and numerics, so that a repeated evaluation replaces its predecessor.
+    """
+    figures = measured.figures
+    name = f"{figures.protocol}-{_slug(dataset)}-{figures.numerics}"
+    with reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.parquet.part"
+        measured.records.save(part)
+        part.replace(folder / f"{name}.parquet")
+    return _write_json(folder / f"{name}.json", {"kind": "perplexity", **dataclasses.asdict(figures)})
+
+
+def save_tasks(run: TaskRun, baseline: str | None, scores: Sequence[TaskScore], folder: Path) -> Path:
+    """Write tasks-NAMES.json: the run, and its comparison with the parent."""
+    return _write_json(
+        folder / f"tasks-{_slug('+'.join(run.tasks))}-{run.numerics}.json", tasks_json(run, baseline, scores)
+    )
+
+
+def tasks_json(run: TaskRun, baseline: str | None, scores: Sequence[TaskScore]) -> dict[str, Any]:
+    """What is saved about tasks; per-document values are left to `--log_samples`."""
+    facts = {name: value for name, value in dataclasses.asdict(run).items() if name != "samples"}
+    return {"kind": "tasks", **facts, "baseline": baseline, "scores": [dataclasses.asdict(score) for score in scores]}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", Path(text).name if Path(text).exists() else text).strip("-")[:80]
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> Path:
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    return path

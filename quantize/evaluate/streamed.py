@@ -1,0 +1,170 @@
+"""Models that give their logits piece by piece: streamed by decoder block, or whole in memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantize.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.checkpoint import Checkpoint
+from quantize.errors import ModelError
+from quantize.formats.packed_int import stored_bits
+from quantize.linear import Numerics
+from quantize.load import PACKED_SUFFIXES, load_block, load_model, packed_schemes, require_readable
+from quantize.skeleton import Skeleton
+
+Span = tuple[int, int, int]
+"""(window, first position, end): predictions wanted of one window, as half-open positions of its inputs."""
+
+Logits = Callable[[Sequence[Span]], Iterator[Tensor]]
+"""Yields logits [end − first, V] of every span, in order."""
+
+Tick = Callable[[], None]
+"""Called after each unit of work; a model's `units` says how many there are in one pass."""
+
+_BATCH_TOKENS = 4096
+"""Tokens per forward pass; bounds the memory of one pass."""
+
+
+class Model(Protocol):
+    """What evaluation needs of a model."""
+
+    units: int
+
+    def read(self, inputs: Tensor, tick: Tick) -> Logits:
+        """Run over inputs [B, T] int64; what it returns gives the logits of spans, more than once if need be."""
+        ...
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Bytes of hidden states that one pass over so many tokens holds in memory."""
+        ...
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Mean stored bits of quantized weights, scales counted; None without any."""
+        ...
+
+
+def open_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics) -> Model:
+    """A checkpoint ready to be evaluated: streamed where the architecture is known, else whole in memory."""
+    config = Checkpoint(folder).config
+    if config.get("quantization_config") or config.get("model_type") in ARCHITECTURES:
+        return StreamedModel(folder, device, dtype, numerics)
+    return WholeModel(folder, device, dtype)
+
+
+class StreamedModel:
+    """Runs a checkpoint one decoder block at a time: memory holds one block, the hidden states and the head."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics) -> None:
+        self.source = Checkpoint(folder)
+        require_readable(self.source)
+        self.device, self.dtype, self.numerics = device, dtype, numerics
+        self.arch = architecture_of(self.source.config)
+        self.shape = Shape.of(self.source.config)
+        self.skeleton = Skeleton(folder, self.arch, device, dtype)
+        self.linears = {
+            f"{self.arch.blocks}.{i}.{name}": size
+            for i in range(self.shape.n_blocks)
+            for name, size in self.skeleton.linear_shapes(i).items()
+        }
+        self.schemes = packed_schemes(self.source, [*self.linears, self.arch.head])
+        self._check()
+        self.units = self.shape.n_blocks
+        self._norm, self._head = self._tail()
+
+    def _check(self) -> None:
+        """Refuse what does not fit before any block is run; block by block, a fault would show late."""
+        plain = {n: s for n, s in self.source.shapes.items() if not n.endswith(PACKED_SUFFIXES)}
+        for name in self.schemes:
+            if name == self.arch.head:
+                raise ModelError(f"{self.source.folder}: a packed {name} is not one that pq reads")
+            for suffix in PACKED_SUFFIXES:
+                if f"{name}.{suffix}" not in self.source:
+                    raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
+            plain[f"{name}.weight"] = self.linears[name]
+        try:
+            self.skeleton.check(plain, self.shape.tied)
+        except ModelError as err:
+            raise ModelError(f"{self.source.folder}: {err}") from None
+
+    def _tail(self) -> tuple[nn.Module, Tensor]:
+        norm = copy.deepcopy(self.skeleton.model.get_submodule(self.arch.final_norm))
+        weights = self.source.tensors(f"{self.arch.final_norm}.")
+        norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in weights.items()}, assign=True)
+        head = f"{self.arch.head}.weight"
+        name = head if head in self.source else f"{self.arch.embedding}.weight"
+        return norm, self.source.tensor(name).to(self.device, self.dtype)
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Bytes of hidden states of so many tokens."""
+        return tokens * self.shape.hidden * self.dtype.itemsize
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Mean stored bits of quantized weights, scales counted; None without any."""
+        sizes = {name: math.prod(self.linears[name]) for name in self.schemes}
+        total = sum(stored_bits(s.bits, s.group_size) * sizes[name] for name, s in self.schemes.items())
+        return total / sum(sizes.values()) if sizes else None
+
+    def read(self, inputs: Tensor, tick: Tick) -> Logits:
+        """Run all blocks over inputs [B, T] int64; the head is applied when logits are asked for."""
+        hidden = self._hidden(inputs, tick)
+
+        @torch.no_grad()
+        def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
+            for window, first, end in spans:
+                yield F.linear(self._norm(hidden[window, first:end]), self._head)
+
+        return logits
+
+    @torch.no_grad()
+    def _hidden(self, inputs: Tensor, tick: Tick) -> Tensor:
+        """inputs [B, T] → hidden states [B, T, D] that leave the last block."""
+        embedding = self.source.tensor(f"{self.arch.embedding}.weight")
+        batch = max(1, _BATCH_TOKENS // inputs.shape[1])
+        hidden = torch.cat([self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)])
+        del embedding
+        for index in range(self.shape.n_blocks):
+            layer = load_block(self.source, self.skeleton, self.schemes, index, self.numerics)
+            for part in torch.split(hidden, batch):  # views: each is overwritten by its own result
+                part.copy_(self.skeleton.forward(index, layer, part))
+            tick()
+        return hidden
+
+
+class WholeModel:
+    """A plain checkpoint of an architecture that pq cannot stream, loaded by transformers."""
+
+    units = 1
+    bits_per_weight = None
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.model = load_model(folder, device, dtype)
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Nothing is held between windows."""
+        return 0
+
+    def read(self, inputs: Tensor, tick: Tick) -> Logits:
+        """Nothing is computed before logits over inputs [B, T] int64 are asked for."""
+
+        @torch.no_grad()
+        def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
+            last, out = -1, torch.empty(0)
+            for window, first, end in spans:
+                if window != last:
+                    batch = inputs[window : window + 1].to(self.device)
+                    last, out = window, self.model(batch, use_cache=False).logits[0]
+                yield out[first:end]
+
+        tick()
+        return logits

@@ -1,0 +1,227 @@
+"""A loaded model as lm-eval sees it: its HFLM, with batches chosen by tokens and nothing printed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from quantize.calib import check_vocab
+from quantize.errors import DataError, ModelError, UsageError
+
+_ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
+_CPU_LOGIT_BYTES = 2**30
+_COPIES = 3  # of the logits, float32: as computed, as float32, as log-probabilities
+_MAX_TOKENS = {"cpu": 4096}
+_MAX_REQUESTS = 4096  # of one batch
+_GENERATED_TOGETHER = {"cpu": 8}
+
+Scored = tuple[float, bool]
+
+
+class TaskModel(HFLM):  # type: ignore[misc]
+    """HFLM around a model in memory. `batch_size` None: as many requests as the memory for logits holds."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | None,
+        progress: Callable[[str, int, int], None],
+        **options: Any,
+    ) -> None:
+        self.vocab: int = model.get_input_embeddings().weight.shape[0]
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_ANY_NUMBER, **options)
+        self.fixed_batch = batch_size
+        self.progress = progress
+        self.truncated = 0
+        """Requests that were longer than the model's window and were cut from the left."""
+        kind = self.device.type
+        affordable = _logit_bytes(self.device) // (self.vocab * 4 * _COPIES)
+        self._tokens_at_once = min(_MAX_TOKENS.get(kind, 16384), affordable)
+        self._generated_together = batch_size or _GENERATED_TOGETHER.get(kind, 32)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before the first token of a text."""
+        token: int | None = super().prefix_token_id
+        if token is None:
+            raise DataError(
+                "the tokenizer has neither a BOS nor an EOS token to put before a text; "
+                "name one with the model argument prefix_token_id=ID"
+            )
+        if not 0 <= token < self.vocab:
+            raise UsageError(f"prefix_token_id={token} is outside the model's vocabulary of {self.vocab}")
+        return token
+
+    @torch.no_grad()
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """inps [B, T] → logits [B, T, V] in float32, so that no difference is lost in a rounded softmax."""
+        logits: Tensor = self.model(inps, use_cache=False).logits
+        return logits.float()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
+        """Score continuations: (sum of log-probabilities, whether each token is the likeliest)."""
+        scores: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Score whole texts, each token once, in windows of the model's length."""
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return scores
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Continue each prompt until its stop strings."""
+        self.progress("generating", 0, len(requests))
+        self.batch_size_per_gpu = self._generated_together
+        try:
+            texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        except AssertionError as err:
+            raise UsageError(f"{' '.join(str(err).split())}; these tasks need a longer max_length") from None
+        finally:
+            self.batch_size_per_gpu = _ANY_NUMBER
+        self.progress("generating", len(requests), len(requests))
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: Any = None
+    ) -> list[Scored]:
+        """Score (_, context, continuation) token lists, longest first, in batches that fit the memory."""
+        self._check(requests)
+        order = sorted(range(len(requests)), key=lambda i: (-_length(requests[i]), requests[i][1] + requests[i][2]))
+        scores: list[Scored] = [(0.0, False)] * len(requests)
+        at = 0
+        while at < len(order):
+            self.progress("scoring", at, len(order))
+            batch = order[at : at + self._fitting([requests[i] for i in order[at : at + _MAX_REQUESTS]])]
+            try:
+                found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise self._too_long(_length(requests[batch[0]])) from None
+                self._tokens_at_once = max(1, _length(requests[batch[0]]) * len(batch) // 2)
+                self.fixed_batch = None
+                continue
+            for i, score in zip(batch, found, strict=True):
+                scores[i] = score
+            at += len(batch)
+        self.progress("scoring", len(order), len(order))
+        if not all(math.isfinite(score) for score, _ in scores):
+            raise ModelError("the model's logits are not finite; its weights are damaged or the dtype is too narrow")
+        return scores
+
+    def _fitting(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> int:
+        """How many of `requests`, sorted, make the next batch.
+
+        Those that differ in their last token alone are one sequence to HFLM, and count once.
+        """
+        if self.fixed_batch is not None:
+            return self.fixed_batch
+        width = min(_length(requests[0]), self.max_length)
+        together = max(1, self._tokens_at_once // width)
+        distinct: set[tuple[int, ...]] = set()
+        for count, (_, context, continuation) in enumerate(requests):
+            distinct.add((*context, *continuation[:-1]))
+            if len(distinct) > together:
+                return count
+        return len(requests)
+
+    def _check(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
+        for _, context, continuation in requests:
+            check_vocab(torch.tensor([context + continuation]), self.vocab)
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"a text to score has {len(continuation)} tokens; 1 to {self.max_length} (max_length) can be scored"
+                )
+        longest = min(self.max_length, max(map(_length, requests), default=1))
+        if self.device.type == "cpu" and longest * self.vocab * 4 * _COPIES > _physical_memory():
+            raise self._too_long(longest)
+        self.truncated += sum(_length(request) > self.max_length + 1 for request in requests)
+
+    def _too_long(self, tokens: int) -> UsageError:
+        tokens = min(tokens, self.max_length)
+        return UsageError(
+            f"the logits of a window of {tokens} tokens ({tokens * self.vocab * 4 * _COPIES / 1e9:.0f} GB) do not fit "
+            f"the memory of {self.device}; lower it with the model argument max_length={max(1, min(2048, tokens // 4))}"
+        )
+
+
+def _length(request: tuple[Any, list[int], list[int]]) -> int:
+    return len(request[1]) + len(request[2])
+
+
+def _logit_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    return _CPU_LOGIT_BYTES
+
+
+def _physical_memory() -> float:
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return math.inf
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _whole(text)
+    if not value:
+        raise ValueError
+    return value
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+_ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "max_length": ("a positive whole number", _positive),
+    "add_bos_token": ("true or false", _truth),
+    "prefix_token_id": ("a token id", _whole),
+    "truncation": ("true or false", _truth),
+    "logits_cache": ("true or false", _truth),
+    "think_end_token": ("a token", str),
+    "enable_thinking": ("true or false", _truth),
+    "chat_template_args": ("a JSON object", _mapping),
+}
+"""Arguments of HFLM that mean something for a model that is already loaded."""
+
+
+def model_options(arguments: Mapping[str, str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Turn `k=v` model arguments into HFLM's keyword arguments.
+
+    others: further keys, for the message alone. UsageError for a key that this lm-eval lacks and for a bad value.
+    """
+    accepted = set(inspect.signature(HFLM.__init__).parameters)
+    known = [key for key in _ARGUMENTS if key in accepted]
+    options: dict[str, Any] = {}
+    for key, text in arguments.items():
+        if key not in known:
+            raise UsageError(f"model argument {key}={text}: unknown; choose among {', '.join([*others, *known])}")
+        says, parse = _ARGUMENTS[key]
+        try:
+            options[key] = parse(text)
+        except (ValueError, KeyError):
+            raise UsageError(f"model argument {key}={text}: give {says}") from None
+    return options

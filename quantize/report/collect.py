@@ -1,0 +1,154 @@
+"""From the files in and beside a checkpoint to a Report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantize.pictures import Cell, Table
+from quantize.report import layers, quality
+from quantize.report.model import Headline, Listing, Note, Report, Section, mapping, number, text
+from quantize.report.sources import Sources, beside, read
+
+_NAMED = 5  # layers of a warning that are named
+
+
+def collect(folder: Path) -> Report:
+    """Gather everything that is known about the checkpoint in `folder`.
+
+    Reads pq.json, pq-statistics.json, config.json and tensor headers in it, and the log and evaluations beside it; of
+    these only pq.json must be there, the report says which command adds the others. ModelError for a folder that pq
+    did not write.
+    """
+    sources = read(folder)
+    evaluation = quality.headline_evaluation(sources.evaluations)
+    sections = [
+        quality.quality(sources),
+        quality.tasks(sources),
+        quality.tokens(sources),
+        *(section(sources) for section in layers.SECTIONS),
+        _provenance(sources),
+    ]
+    return Report(
+        name=beside(folder, "").name,
+        subtitle=_subtitle(sources),
+        pq=text(sources.provenance, "pq"),
+        headlines=[*_cost(sources), *(_quality(evaluation) if evaluation else ()), *_time(sources)],
+        basis=quality.basis(evaluation) + "." if evaluation else "",
+        warnings=_warnings(sources, evaluation),
+        sections=sections,
+    )
+
+
+def _subtitle(sources: Sources) -> str:
+    recipe = text(mapping(sources.provenance, "recipe"), "name", "unknown")
+    said = [f"Recipe {recipe}"]
+    if found := sources.weights:
+        shape = found.shape
+        said += [f"{found.arch.model_type}, {shape.n_blocks} blocks, hidden size {shape.hidden}"]
+        said += [f"{_count(found.parameters)} parameters"]
+    parents = {text(data, "baseline") for data in sources.evaluations.values()} - {""}
+    if len(parents) == 1:
+        said.append(f"parent {parents.pop()}")
+    return " · ".join(said)
+
+
+def _count(n: int) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return str(n)
+
+
+def _four(value: float) -> str:
+    return f"{value:#.4g}".removesuffix(".")
+
+
+def _size(n: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def _cost(sources: Sources) -> list[Headline]:
+    bits = number(sources.provenance, "bits_per_weight")
+    encoded = len(sources.weights.schemes) if sources.weights else 0
+    detail = f"scales counted, {encoded} linears" if encoded else "scales counted"
+    out = [] if bits is None else [Headline("Bits per weight", f"{bits:.4g}", detail, bits)]
+    if found := sources.weights:
+        whole = 2 * found.parameters
+        detail = f"{whole / found.stored_bytes:.2f}× below {_size(whole)} at 16 bit"
+        out.append(Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)))
+    return out
+
+
+def _time(sources: Sources) -> list[Headline]:
+    out = []
+    if (seconds := number(sources.summary, "seconds")) is not None:
+        machine = mapping(sources.provenance, "machine")
+        shown = f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+        detail = " ".join(part for part in ("on", text(machine, "device"), text(machine, "dtype")) if part)
+        out.append(Headline("Conversion", shown, detail, seconds))
+    return out
+
+
+def _quality(data: Mapping[str, Any]) -> list[Headline]:
+    out: list[Headline] = []
+    perplexity, parent = number(data, "perplexity"), number(data, "baseline_perplexity")
+    if perplexity is not None:
+        change = f" ({100 * (perplexity / parent - 1):+.2f}\u00a0%)" if parent else ""
+        detail = f"parent {_four(parent)}{change}" if parent else "no parent measured"
+        out.append(Headline("Perplexity", _four(perplexity), detail, perplexity))
+    if (kld := number(data, "kld_mean")) is not None:
+        p99 = number(data, "kld_p99")
+        detail = "mean, nats" + ("" if p99 is None else f"; p99\u00a0{p99:.3g}")
+        out.append(Headline("KL divergence", f"{kld:.3g}", detail, kld))
+    if (top1 := number(data, "top1_agreement")) is not None:
+        stderr = number(data, "top1_stderr")
+        detail = "of tokens" + ("" if stderr is None else f", ±\u00a0{100 * stderr:.2g}\u00a0%")
+        out.append(Headline("Same top-1", f"{100 * top1:.1f}\u00a0%", detail, top1))
+    return out
+
+
+def _warnings(sources: Sources, evaluation: Mapping[str, Any] | None) -> list[str]:
+    out = []
+    if fallen := layers.fallbacks(sources):
+        out.append(_listed("Not encoded as the recipe says", fallen))
+    if dropped := number(sources.provenance, "dropped_sequences"):
+        out.append(f"{dropped:.0f} calibration sequences were left out because their activations were not finite.")
+    if worst := layers.alarming(sources):
+        key = layers.leading_error(sources)[0].replace("_", " ")
+        out.append(_listed(f"More than ten times the median {key}", worst))
+    perplexity, parent = (number(evaluation or {}, key) for key in ("perplexity", "baseline_perplexity"))
+    if perplexity and parent and perplexity > 1.1 * parent:
+        out.append(f"Perplexity is {100 * (perplexity / parent - 1):.0f} % above the parent's.")
+    return out + sources.notes
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{what}: {'; '.join(names[:_NAMED])}{more}."
+
+
+def _provenance(sources: Sources) -> Section:
+    found = sources.provenance
+    versions = {"pq": found["pq"], **mapping(found, "versions"), **mapping(found, "machine")}
+    calibration = found["calibration"]
+    shown = [
+        _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
+        if calibration
+        else Note("The recipe reads no calibration text."),
+        _pairs("Source", "SHA-256 of the parent's files.", ("file", "SHA-256"), mapping(found, "source")),
+        _pairs("Versions", "Of the software and the machine that converted.", ("name", "value"), versions),
+        Listing("Recipe", "With every default filled in.", text(mapping(found, "recipe"), "resolved")),
+    ]
+    files = len(mapping(found, "files"))
+    lead = f"From pq.json, which also holds the SHA-256 of the checkpoint's {files} files (check: pq verify)."
+    return Section("provenance", "Provenance", lead, shown)
+
+
+def _pairs(title: str, caption: str, columns: tuple[str, str], found: Mapping[str, Any]) -> Table:
+    rows: list[list[Cell]] = [[str(key), "–" if value is None else str(value)] for key, value in found.items()]
+    return Table(title, caption, columns, rows)

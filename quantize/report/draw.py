@@ -1,0 +1,256 @@
+"""Pictures drawn with matplotlib, in stand-in colours that `svg` turns into the page's own.
+
+One point of a figure is one CSS pixel. Titles and captions are the page's, not the figure's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from quantize.pictures import Bars, Histogram, Lines, Number, Scatter
+from quantize.report.model import clean
+
+INK, RULE, MUTED, ACCENT = "#000001", "#000002", "#000003", "#000100"
+SERIES = tuple(f"#0001{i:02x}" for i in range(6))
+_DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
+_MARKERS = "osD^vP"
+_SIZE = 11  # of text, in pixels
+
+Chart = Lines | Bars | Histogram | Scatter
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size of a chart in pixels, and the range of its vertical axis where pictures of a group share one."""
+
+    width: int = 460
+    height: int = 270
+    y_range: Range | None = None
+
+
+def finite(value: Number) -> float:
+    """The value, NaN for anything that has no place on an axis."""
+    try:
+        return float(value) if value is not None and math.isfinite(value) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+
+
+def positive(value: Number) -> float:
+    """The value, NaN for anything that has no place on a logarithmic axis."""
+    found = finite(value)
+    return found if found > 0 else math.nan
+
+
+def shown(value: float, digits: int = 4) -> str:
+    """A number of an axis or a cell, without a needless exponent."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.0f}" if abs(value) >= 10.0 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def draw(picture: Chart, frame: Frame) -> Figure:
+    """Draw one chart."""
+    fig, ax = _axes(picture, frame)
+    if isinstance(picture, Lines):
+        _lines(ax, picture)
+    elif isinstance(picture, Bars):
+        _bars(ax, picture)
+    elif isinstance(picture, Histogram):
+        _histogram(ax, picture)
+    else:
+        _scatter(ax, picture)
+    _finish(ax, picture, frame)
+    return fig
+
+
+def shares(picture: Histogram) -> list[float]:
+    """Counts as percentages of their sum."""
+    counts = [max(0.0, value) if not math.isnan(value := finite(c)) else 0.0 for c in picture.counts]
+    total = sum(counts) or 1.0
+    return [100 * c / total for c in counts]
+
+
+def y_range(pictures: Sequence[Chart]) -> Range | None:
+    """The vertical range that holds the curves of all pictures, with a margin; None when there is nothing to hold."""
+    histograms = [p for p in pictures if isinstance(p, Histogram)]
+    if histograms and len(histograms) == len(pictures):
+        return 0.0, 1.06 * max(max(shares(p), default=0.0) for p in histograms) or 1.0
+    lines = [p for p in pictures if isinstance(p, Lines)]
+    log = all(p.log_y for p in lines)
+    keep = positive if log else finite
+    values = [v for p in lines for curve in p.series.values() for v in map(keep, curve) if not math.isnan(v)]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    if log:
+        margin = max((high / low) ** 0.06, 1.08)
+        return low / margin, high * margin
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
+    legend = not isinstance(picture, Histogram | Scatter) and len(picture.series) > 1
+    left, right, top, bottom = 62, 12, 30 if legend else 12, 44
+    fig = Figure(figsize=(frame.width / 72, frame.height / 72), dpi=72)
+    box = (
+        left / frame.width,
+        bottom / frame.height,
+        1 - (left + right) / frame.width,
+        1 - (top + bottom) / frame.height,
+    )
+    ax = fig.add_axes(box)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(MUTED)
+    ax.tick_params(which="both", colors=MUTED, labelcolor=INK, labelsize=_SIZE, length=3, width=0.8)
+    ax.grid(True, axis="y", color=RULE, linewidth=0.8)
+    ax.set_axisbelow(True)
+    return fig, ax
+
+
+def _lines(ax: Axes, picture: Lines) -> None:
+    keep = positive if picture.log_y else finite
+    few = len(picture.x) <= 40
+    for i, (name, values) in enumerate(picture.series.items()):
+        ax.plot(
+            picture.x,
+            [keep(v) for v in values],
+            color=SERIES[i % len(SERIES)],
+            linestyle=_DASHES[i % len(_DASHES)],
+            marker=_MARKERS[i % len(_MARKERS)] if few else None,
+            markersize=3.6,
+            linewidth=1.6,
+            label=name,
+        )
+    if picture.log_y:
+        ax.set_yscale("log")
+    if picture.log_x and len(picture.x) > 1 and min(picture.x) >= 0:
+        _log_x(ax, picture.x)
+    elif all(float(x).is_integer() for x in picture.x):
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        if len(set(picture.x)) == 1:
+            ax.set_xticks([picture.x[0]])
+
+
+def _log_x(ax: Axes, x: Sequence[float]) -> None:
+    """Ticks at powers of two; the stretch from zero to one is linear, as positions count from zero."""
+    high = max(*x, 1.0)
+    powers = [
+        2.0**k for k in range(math.floor(math.log2(min((v for v in x if v > 0), default=1.0))), 64) if 2**k <= high
+    ]
+    step = math.ceil(len(powers) / 7)
+    if min(x) > 0:
+        ax.set_xscale("log", base=2)
+        ticks = powers[::step]
+    else:
+        ax.set_xscale("symlog", base=2, linthresh=1)
+        ticks = [0.0, *powers[::step]]
+        ax.set_xlim(-0.15, high * 1.15)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _bars(ax: Axes, picture: Bars) -> None:
+    keep = positive if picture.log_y else finite
+    width = 0.8 / max(1, len(picture.series))
+    for i, (name, values) in enumerate(picture.series.items()):
+        at = [c + (i - (len(picture.series) - 1) / 2) * width for c in range(len(picture.categories))]
+        ax.bar(at, [keep(v) for v in values], width * 0.9, color=SERIES[i % len(SERIES)], label=name)
+    if picture.log_y:
+        ax.set_yscale("log")
+    step = max(1, math.ceil(len(picture.categories) / 12))
+    ax.set_xticks(range(0, len(picture.categories), step), [_short(c) for c in picture.categories[::step]])
+    if max(map(len, picture.categories), default=0) * len(picture.categories) > 60:
+        ax.tick_params(axis="x", labelrotation=30)
+
+
+def _histogram(ax: Axes, picture: Histogram) -> None:
+    heights = shares(picture)
+    low, high = picture.edges[0], picture.edges[-1]
+    points = [p for p in picture.points if low <= p <= high]
+    if len(points) <= 40:  # 8-bit code points would be a grey wall
+        ax.vlines(points, 0, 1, transform=ax.get_xaxis_transform(), color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
+    ax.stairs(heights, picture.edges, fill=True, color=SERIES[0], alpha=0.28, linewidth=0)
+    ax.stairs(heights, picture.edges, color=SERIES[0], linewidth=1.3)
+    ax.set_xlim(low, high)
+    ax.set_ylim(0, max(heights, default=0) * 1.06 or 1)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.set_ylabel("% of weights", color=INK, fontsize=_SIZE)
+
+
+def _scatter(ax: Axes, picture: Scatter) -> None:
+    points = [p for p in picture.points if not (math.isnan(finite(p[1])) or math.isnan(finite(p[2])))]
+    if picture.front and points:
+        best = [p for p in points if not any(_beats(q, p) for q in points)]
+        best.sort(key=lambda p: (p[1], -p[2]))
+        ax.plot([p[1] for p in best], [p[2] for p in best], color=SERIES[1], linewidth=1.2, drawstyle="steps-post")
+    ax.plot([p[1] for p in points], [p[2] for p in points], "o", color=SERIES[0], markersize=5)
+    for name, x, y in points:
+        ax.annotate(_short(name), (x, y), (5, 4), textcoords="offset points", fontsize=_SIZE, color=INK)
+    ax.margins(0.12)
+
+
+def _beats(q: tuple[str, float, float], p: tuple[str, float, float]) -> bool:
+    return q[1] <= p[1] and q[2] <= p[2] and q[1:] != p[1:]
+
+
+def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
+    if frame.y_range:
+        ax.set_ylim(frame.y_range)
+    if getattr(picture, "log_y", False):
+        _log_ticks(ax)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.yaxis.set_major_formatter(_format(shown))
+    ax.xaxis.set_major_formatter(ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(shown))
+    ax.set_xlabel(clean(getattr(picture, "x_label", "")), color=INK, fontsize=_SIZE)
+    if label := getattr(picture, "y_label", ""):
+        ax.set_ylabel(clean(label), color=INK, fontsize=_SIZE)
+    handles, names = ax.get_legend_handles_labels()
+    if len(handles) > 1:
+        ax.legend(
+            handles,
+            [_short(n) for n in names],
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(len(names), 4),
+            frameon=False,
+            fontsize=_SIZE,
+            labelcolor=INK,
+            borderaxespad=0.2,
+            borderpad=0,
+            handlelength=2.4,
+            columnspacing=1.4,
+        )
+
+
+def _log_ticks(ax: Axes) -> None:
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low) if low > 0 else 1.0
+    subs: tuple[float, ...] = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.4 else (1.0, 2.0, 5.0)
+    if decades < 0.5:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    else:
+        ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    ax.yaxis.set_major_formatter(_format(shown))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _format(show: Callable[[float], str]) -> FuncFormatter:
+    return FuncFormatter(lambda value, _: show(value))
+
+
+def _short(name: str) -> str:
+    name = clean(name)
+    return name if len(name) <= 28 else name[:27] + "…"

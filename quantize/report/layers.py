@@ -1,0 +1,228 @@
+"""Sections on the layers: rounding errors, outliers, weights on their grid, bits, and what methods add of their own."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from quantize.errors import RecipeError
+from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts
+from quantize.recipe import parse_recipe
+from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
+from quantize.report.sources import STATISTICS, Sources
+
+_WORST = 10
+_ALARM = 10.0  # times the median error of all layers
+_UNQUANTIZED = 16
+_PICTURES = 24
+
+_OUTPUT = (
+    "E‖(Ŵ − W)x‖² / E‖Wx‖² of each linear: W the parent's weight after smoothing, Ŵ the stored one, x its inputs on "
+    "the calibration text as they arrive through the blocks quantized before it."
+)
+_WEIGHT = "‖Ŵ − W‖² / ‖W‖² of each linear, without any text: W the parent's weight after smoothing, Ŵ the stored one."
+_ACTIVATIONS = (
+    "Largest magnitude of any channel over the median of the channels' largest magnitudes, on the calibration text, by "
+    "block: 1 would be channels all alike. Before as in the parent, after as the encode stages met it."
+)
+_WEIGHTS = (
+    "Largest magnitude over root mean square, by block. Before as in the parent, after as the encode stages met it: "
+    "smoothing moves outliers from activations into weights."
+)
+_HISTOGRAM = (
+    "Weights over the scale of their group, after smoothing, all blocks together; dashed lines are the integer codes "
+    "(the FP8 tensor core rounds the products of code and scale once more)."
+)
+
+
+def leading_error(sources: Sources) -> tuple[str, dict[str, Number]]:
+    """The error that ranks layers, and its value for each: of outputs where they were measured, else of weights."""
+    output = facts(sources.layers, "output_error")
+    return ("output_error", output) if output else ("weight_error", facts(sources.layers, "weight_error"))
+
+
+def alarming(sources: Sources) -> list[str]:
+    """Layers whose error is many times that of the middle layer."""
+    _, errors = leading_error(sources)
+    known = {name: float(e) for name, e in errors.items() if e is not None}
+    limit = _ALARM * median(known.values()) if known else 0.0
+    return sorted((n for n, e in known.items() if not e <= limit), key=lambda n: -known[n]) if limit else []
+
+
+def errors(sources: Sources) -> Section:
+    """Heat maps of the errors of all linears, and a table of the worst."""
+    output, weight = facts(sources.layers, "output_error"), facts(sources.layers, "weight_error")
+    maps = [block_map(output, title="Relative output error", caption=_OUTPUT, log=True)]
+    if set(weight) - set(output):
+        maps.append(block_map(weight, title="Relative weight error", caption=_WEIGHT, log=True))
+    shown: list[Item] = [drawn for drawn in maps if drawn]
+    if shown:
+        shown.append(_worst(sources, output, weight))
+    else:
+        shown.append(Note("pq.json records no layer errors."))
+    return Section("errors", "Error per layer", "", shown)
+
+
+def _worst(sources: Sources, output: Mapping[str, Number], weight: Mapping[str, Number]) -> Table:
+    key, ranked = leading_error(sources)
+    worst = sorted(ranked, key=lambda name: -float(ranked[name] or 0))[:_WORST]
+    rows: list[list[Cell]] = []
+    for name in worst:
+        others = {k: v for k, v in sources.layers[name].items() if k not in ("output_error", "weight_error")}
+        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in others.items())
+        rows.append([name, output.get(name), weight.get(name), said])
+    caption = f"By {key.replace('_', ' ')}, the worst first."
+    return Table("Worst layers", caption, ("layer", "output error", "weight error", "on record"), rows)
+
+
+def outliers(sources: Sources) -> Section:
+    """Outliers of activations and weights, before and after smoothing."""
+    if sources.statistics is None:
+        return Section("outliers", "Outliers", "", [_no_statistics(sources)])
+    blocks = [block for block in items(sources.statistics, "blocks") if isinstance(block, dict)]
+    inputs = _curves(blocks, "inputs", "absmax", "median")
+    shown: list[Item] = []
+    if inputs:
+        named = [
+            Lines(_group_title(sources, name), "", x, series, "block", "max / median", False, True)
+            for name, (x, series) in inputs.items()
+        ]
+        shown.append(_limited("Activations", _ACTIVATIONS, named))
+        shown.append(_channels(sources, blocks))
+    else:
+        shown.append(Note("The recipe reads no calibration text, so no activations were measured."))
+    if weights := _curves(blocks, "weights", "absmax", "rms"):
+        drawn = [Lines(name, "", x, series, "block", "max / rms", False, True) for name, (x, series) in weights.items()]
+        shown.append(_limited("Weights", _WEIGHTS, drawn))
+    return Section("outliers", "Outliers", "", shown)
+
+
+def _no_statistics(sources: Sources) -> Note:
+    said = f"{STATISTICS} is not there or cannot be read; pq convert writes it."
+    recipe = shlex.quote(text(mapping(sources.provenance, "recipe"), "name", "RECIPE"))
+    return Note(said, f"pq convert --model PARENT --recipe {recipe} --output NEW_FOLDER")
+
+
+def _limited(title: str, caption: str, pictures: Sequence[Picture]) -> Group:
+    """A group that stays readable where a block has very many linears."""
+    if len(pictures) > _PICTURES:
+        caption += f" The first {_PICTURES} of {len(pictures)}."
+    return Group(title, caption, pictures[:_PICTURES])
+
+
+def _ratio(data: Mapping[str, Any], above: str, below: str) -> float | None:
+    top, bottom = number(data, above), number(data, below)
+    return top / bottom if top is not None and bottom else None
+
+
+def _curves(
+    blocks: Sequence[Mapping[str, Any]], part: str, above: str, below: str
+) -> dict[str, tuple[list[float], dict[str, list[Number]]]]:
+    """Ratio of two statistics by block for every name in `part`: name → (block numbers, {"after": …, "before": …})."""
+    names = list(dict.fromkeys(name for block in blocks for name in mapping(block, part)))
+    x = [number(block, "index") if number(block, "index") is not None else i for i, block in enumerate(blocks)]
+    out: dict[str, tuple[list[float], dict[str, list[Number]]]] = {}
+    for name in names:
+        series: dict[str, list[Number]] = {}
+        for moment in ("after", "before"):
+            found = [mapping(mapping(mapping(block, part), name), moment) for block in blocks]
+            series[moment] = [_ratio(data, above, below) for data in found]
+        if series["after"] == series["before"]:
+            series = {"as in the parent": series["before"]}
+        out[name] = ([float(i or 0) for i in x], series)
+    return out
+
+
+def _group_title(sources: Sources, first: str) -> str:
+    order = sources.weights.arch.calibration_order if sources.weights else ()
+    group = next((g for g in order if g[0] == first), (first,))
+    return ", ".join([group[0], *(name.rpartition(".")[2] for name in group[1:])])
+
+
+def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
+    """The most uneven block of every group of linears, with its largest channels."""
+    rows: list[list[Cell]] = []
+    for name in dict.fromkeys(name for block in blocks for name in mapping(block, "inputs")):
+        worst: tuple[float, list[Cell]] | None = None
+        for i, block in enumerate(blocks):
+            found = mapping(mapping(block, "inputs"), name)
+            before, after = mapping(found, "before"), mapping(found, "after")
+            ratio = _ratio(before, "absmax", "median")
+            if ratio is not None and (worst is None or ratio > worst[0]):
+                row: list[Cell] = [_group_title(sources, name), number(block, "index") or i, number(before, "tokens")]
+                worst = ratio, [*row, ratio, _ratio(after, "absmax", "median"), _top(before), _top(after)]
+        if worst:
+            rows.append(worst[1])
+    columns = ("inputs of", "block", "tokens", "before", "after", "largest channels before", "after")
+    caption = "The block with the largest ratio in the parent, and its largest channels (channel: max |x|)."
+    return Table("Most uneven inputs", caption, columns, rows, ("", ".0f", ",.0f", ".1f", ".1f", "", ""))
+
+
+def _top(data: Mapping[str, Any]) -> str:
+    pairs = [pair for pair in items(data, "top") if isinstance(pair, list) and len(pair) == 2][:3]
+    return ", ".join(f"{c}: {m:.3g}" for c, m in pairs if isinstance(c, int) and isinstance(m, int | float))
+
+
+def weights(sources: Sources) -> Section:
+    """Bits of every linear, and weights against the code points they are rounded to."""
+    shown: list[Item] = []
+    if found := sources.weights:
+        prefix = found.arch.blocks
+        names = [f"{prefix}.{i}.{role}" for i in range(found.shape.n_blocks) for role in found.arch.roles]
+        bits = {name: found.schemes[name].bits if name in found.schemes else _UNQUANTIZED for name in names}
+        kinds = {(s.bits, s.group_size, s.fp8_activations) for s in found.schemes.values()}
+        said = [f"{b}-bit g{g} with {'FP8' if fp8 else '16-bit'} activations" for b, g, fp8 in sorted(kinds)]
+        caption = (
+            f"Bits of a weight code, scales not counted; 16 is not quantized. Schemes: {'; '.join(said) or 'none'}."
+        )
+        if drawn := block_map(bits, title="Bits", caption=caption, unit="bits"):
+            shown.append(drawn)
+    histograms = [h for h in _histograms(mapping(sources.statistics or {}, "histograms")) if h]
+    if histograms:
+        shown.append(_limited("Weights against the code points", _HISTOGRAM, histograms))
+    elif sources.statistics is None:
+        shown.append(_no_statistics(sources))
+    return Section("weights", "Weights", "", shown)
+
+
+def _histograms(found: Mapping[str, Any]) -> Iterator[Histogram | None]:
+    for name, data in found.items():
+        if not isinstance(data, dict):
+            continue
+        edges = [number({"": edge}, "") for edge in items(data, "edges")]
+        counts = [number({"": count}, "") for count in items(data, "counts")]
+        known = [edge for edge in edges if edge is not None]
+        if len(known) != len(counts) + 1 or not counts or known != sorted(set(known)):
+            continue
+        bits = int(min(max(number(data, "bits") or 0, 0), 8))
+        points = [float(code) for code in range(-(1 << bits >> 1), 1 << bits >> 1)]
+        group = number(data, "group_size")
+        title = text(data, "role", name) + (f", {bits}-bit" if bits else "") + (f" g{group:.0f}" if group else "")
+        yield Histogram(title, "", known, counts, points, "weight / group scale, in codes")
+
+
+def methods(sources: Sources) -> Section:
+    """Pictures that the recipe's methods draw of their own facts."""
+    recipe = mapping(sources.provenance, "recipe")
+    try:
+        stages = parse_recipe(text(recipe, "resolved"), f"{text(recipe, 'name', 'recipe')}.yaml").stages
+    except RecipeError as err:
+        first = str(err).splitlines()[0]
+        said = f"The recipe is not one that this version of pq reads, so its methods' pictures are left out ({first})."
+        return Section("methods", "Methods", "", [Note(said)])
+    shown: list[Picture] = []
+    for stage in stages:
+        shown += [picture for picture in stage.pictures(sources.layers) if picture not in shown]
+    chain = " → ".join(f"{stage.method} ({stage.kind})" for stage in stages)
+    nothing: list[Item] = [Note("These methods have no pictures of their own.")]
+    return Section("methods", "Methods", f"Stages: {chain}.", [*shown] or nothing)
+
+
+def fallbacks(sources: Sources) -> list[str]:
+    """Names of linears that could not be encoded as the recipe says, with the reason."""
+    return [f"{name}: {found['fallback']}" for name, found in sources.layers.items() if found.get("fallback")]
+
+
+SECTIONS: tuple[Callable[[Sources], Section], ...] = (errors, outliers, weights, methods)

@@ -1,0 +1,140 @@
+"""Everything that lies in and beside a converted checkpoint, as far as it is there and can be read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantize.arch import Architecture, Shape, architecture_of
+from quantize.checkpoint import Checkpoint, read_json
+from quantize.errors import ModelError
+from quantize.formats.compressed_tensors import Scheme, schemes_of
+from quantize.provenance import PROVENANCE, read_provenance
+from quantize.report.model import mapping
+
+STATISTICS = "pq-statistics.json"
+_LOG_TAIL = 1 << 20
+_SUMMARY = "summary {"
+_PACKED_SCALE = ".weight_scale"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What config.json and the headers of the checkpoint say."""
+
+    arch: Architecture
+    shape: Shape
+    schemes: Mapping[str, Scheme]
+    """Of every quantized linear, by full name."""
+    parameters: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Parsed files; what is absent is empty or None."""
+
+    folder: Path
+    provenance: Mapping[str, Any]
+    layers: Mapping[str, Mapping[str, Any]]
+    statistics: Mapping[str, Any] | None
+    evaluations: Mapping[str, Mapping[str, Any]]
+    """Perplexity evaluations by file name without its ending."""
+    tasks: Mapping[str, Mapping[str, Any]]
+    weights: Weights | None
+    summary: Mapping[str, Any]
+    """The conversion's own summary, from its log."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read, and why."""
+
+    @property
+    def command_path(self) -> str:
+        """The folder as a shell takes it."""
+        return shlex.quote(str(self.folder))
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """Sibling of a checkpoint: DIR.eval, DIR.log, DIR.report.html."""
+    whole = Path(os.path.abspath(folder))  # `.` and `..` have no name of their own; links keep theirs
+    return whole.with_name(whole.name + ending)
+
+
+def read(folder: Path) -> Sources:
+    """Read all there is. ModelError for a folder that pq did not write, or whose pq.json is broken."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; give the output folder of pq convert")
+    provenance = read_provenance(folder)
+    if provenance is None:
+        raise ModelError(f"{folder}: has no {PROVENANCE}, so pq did not write it; give the output folder of pq convert")
+    notes: list[str] = []
+    statistics = _optional(folder / STATISTICS, notes)
+    saved = {path.stem: _optional(path, notes) for path in sorted(beside(folder, ".eval").glob("*.json"))}
+    kinds = {name: data.get("kind") for name, data in saved.items() if data is not None}
+    notes += [
+        f"{name}.json: holds no evaluation" for name, kind in kinds.items() if kind not in ("perplexity", "tasks")
+    ]
+    return Sources(
+        folder=folder,
+        provenance=provenance,
+        layers=provenance["layers"],
+        statistics=statistics,
+        evaluations={n: data for n, data in saved.items() if data is not None and kinds[n] == "perplexity"},
+        tasks={n: data for n, data in saved.items() if data is not None and kinds[n] == "tasks"},
+        weights=_weights(folder, notes),
+        summary=_summary(beside(folder, ".log")),
+        notes=notes,
+    )
+
+
+def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except (ModelError, ValueError) as err:  # ValueError: an integer of thousands of digits
+        notes.append(f"{path.name}: left out, it cannot be read ({err})")
+        return None
+
+
+def _weights(folder: Path, notes: list[str]) -> Weights | None:
+    try:
+        source = Checkpoint(folder)
+        arch, shape = architecture_of(source.config), Shape.of(source.config)
+        packed = [n.removesuffix(_PACKED_SCALE) for n in source.shapes if n.endswith(_PACKED_SCALE)]
+        schemes = schemes_of(mapping(source.config, "quantization_config"), packed)
+        stored = sum((folder / shard).stat().st_size for shard in source.shards)
+        return Weights(arch, shape, schemes, _parameters(source.shapes, schemes), stored)
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+        notes.append(f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).")
+        return None
+
+
+def _parameters(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]) -> int:
+    """Number of weights; a packed linear [N, K] is known by its scales [N, K / group]."""
+    total = 0
+    for name, shape in shapes.items():
+        linear, _, suffix = name.rpartition(".")
+        if linear not in schemes or suffix == "bias":
+            total += math.prod(shape)
+        elif suffix == "weight_scale":
+            total += math.prod(shape) * schemes[linear].group_size
+    return total
+
+
+def _summary(log: Path) -> Mapping[str, Any]:
+    """The last `summary {…}` line of a conversion's log; empty when there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        found = [line for line in lines if _SUMMARY in line]
+        data = json.loads(found[-1][found[-1].index(_SUMMARY) + len(_SUMMARY) - 1 :]) if found else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}

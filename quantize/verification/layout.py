@@ -1,0 +1,162 @@
+"""Whether the tensors of a checkpoint are exactly those that its config.json implies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of
+from quantize.checkpoint import INDEX_NAME, Checkpoint, read_json
+from quantize.errors import ModelError, VerifyError
+from quantize.formats.compressed_tensors import Scheme
+from quantize.formats.packed_int import words_per_row
+from quantize.headers import Header, tensor_headers
+from quantize.load import PACKED_SUFFIXES, packed_schemes, require_readable
+from quantize.skeleton import Skeleton
+from quantize.verification.checks import Skipped, counted
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint whose tensors fit its config.json."""
+
+    source: Checkpoint
+    arch: Architecture
+    shape: Shape
+    skeleton: Skeleton
+    linears: Mapping[str, tuple[int, int]]
+    """Full name → [N, K] of every linear of the blocks."""
+    schemes: Mapping[str, Scheme]
+    """Full name → scheme of every packed linear."""
+    headers: Mapping[str, Header]
+
+
+def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
+    """Open a checkpoint and check every tensor's name, dtype and shape, the index and quantization_config.
+
+    by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is Skipped. PqError for any misfit.
+    """
+    source = Checkpoint(folder)
+    if not by_pq:
+        _skip_foreign(source)
+    require_readable(source)
+    arch, shape = architecture_of(source.config), Shape.of(source.config)
+    last = f"{arch.blocks}.{shape.n_blocks - 1}."
+    if not source.names(last):  # before a skeleton of an absurd number of layers is built
+        raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
+    skeleton = Skeleton(folder, arch, device, torch.float32)
+    linears = {
+        f"{arch.blocks}.{i}.{name}": size
+        for i in range(shape.n_blocks)
+        for name, size in skeleton.linear_shapes(i).items()
+    }
+    schemes = packed_schemes(source, [*linears, arch.head])
+    layout = Layout(source, arch, shape, skeleton, linears, schemes, tensor_headers(source))
+    _check_coverage(layout)
+    _check_packed(layout)
+    _check_plain(layout)
+    if by_pq:
+        _check_total(layout)
+    return layout
+
+
+def described(layout: Layout) -> str:
+    """What was found, in a line."""
+    tensors, shards = len(layout.headers), len(layout.source.shards)
+    return f"{tensors} tensors in {shards} shards, {len(layout.schemes)} packed linears"
+
+
+def _skip_foreign(source: Checkpoint) -> None:
+    model_type = source.config.get("model_type")
+    if model_type not in list(ARCHITECTURES):
+        raise Skipped(f"pq did not write this model and does not know model_type {model_type!r}")
+    quantization = source.config.get("quantization_config")
+    if quantization is None:
+        return
+    try:
+        require_readable(source)
+        packed_schemes(source, [])
+        # Patterns and column orders, which others write, are not read.
+        known = quantization.get("format") == "pack-quantized" and '"re:' not in json.dumps(quantization)
+        known = known and not any(g["weights"].get("actorder") for g in quantization["config_groups"].values())
+    except (ModelError, AttributeError):
+        known = False
+    if not known:
+        raise Skipped("pq did not write this model and does not know its quantization_config")
+
+
+def _check_coverage(layout: Layout) -> None:
+    """quantization_config and the tensors agree on which linears are packed."""
+    for name, scheme in layout.schemes.items():
+        numbers = (scheme.bits, scheme.group_size)
+        if not all(type(n) is int for n in numbers) or not 2 <= scheme.bits <= 8 or scheme.group_size < 1:
+            raise VerifyError(f"config.json gives {name} {scheme.bits} bits in groups of {scheme.group_size}")
+        if name not in layout.linears:
+            raise VerifyError(f"config.json says that {name} is packed, which pq never does")
+    stored = {n.rpartition(".")[0] for n in layout.headers if n.endswith(PACKED_SUFFIXES)}
+    if wrong := sorted(stored - set(layout.schemes)):
+        raise VerifyError(counted([f"{n} is packed but config.json does not say how" for n in wrong]))
+    if wrong := sorted(set(layout.schemes) - stored):
+        raise VerifyError(counted([f"config.json says that {n} is packed but it is not" for n in wrong]))
+    quantization = layout.source.config.get("quantization_config") or {}
+    named = list(quantization.get("ignore", ()))
+    named += [t for g in quantization.get("config_groups", {}).values() for t in g["targets"] if t != "Linear"]
+    if wrong := sorted(str(n) for n in named if n not in layout.linears and n != layout.arch.head):
+        raise VerifyError(counted([f"config.json's quantization_config names {n}, which is no linear" for n in wrong]))
+
+
+def _check_packed(layout: Layout) -> None:
+    for name, scheme in layout.schemes.items():
+        N, K = layout.linears[name]
+        if K % scheme.group_size:
+            raise VerifyError(f"{name}: {K} inputs are no multiple of config.json's group_size {scheme.group_size}")
+        if scheme.fp8_activations and (scheme.bits, scheme.group_size, N % 128) != (4, 128, 0):
+            raise VerifyError(
+                f"{name}: FP8 activations with {scheme.bits} bits, group {scheme.group_size}, {N} outputs"
+            )
+        expected = {
+            "weight_packed": ("I32", (N, words_per_row(K, scheme.bits))),
+            "weight_scale": ("BF16", (N, K // scheme.group_size)),
+            "weight_shape": ("I64", (2,)),
+        }
+        for suffix, (dtype, shape) in expected.items():
+            found = layout.headers.get(f"{name}.{suffix}")
+            if found is None:
+                raise VerifyError(f"tensor {name}.{suffix} is missing")
+            if (found.dtype, found.shape) != (dtype, shape):
+                raise VerifyError(
+                    f"{name}.{suffix} is {found.dtype} {list(found.shape)}, "
+                    f"config.json implies {dtype} {list(shape)} ({scheme.bits} bits, group {scheme.group_size})"
+                )
+        if (stored := layout.source.tensor(f"{name}.weight_shape").tolist()) != [N, K]:
+            raise VerifyError(f"{name}.weight_shape says {stored}, config.json implies {[N, K]}")
+
+
+def _check_plain(layout: Layout) -> None:
+    plain = {n: h for n, h in layout.headers.items() if not n.endswith(PACKED_SUFFIXES)}
+    shapes = {n: h.shape for n, h in plain.items()}
+    for name in layout.schemes:
+        if f"{name}.weight" in plain:
+            raise VerifyError(f"{name} is stored twice: packed, and plain as {name}.weight")
+        shapes[f"{name}.weight"] = layout.linears[name]
+    layout.skeleton.check(shapes, layout.shape.tied)
+    for name, header in plain.items():
+        if header.dtype not in FLOATS:
+            raise VerifyError(f"{name} is {header.dtype}, expected one of {', '.join(FLOATS)}")
+
+
+def _check_total(layout: Layout) -> None:
+    path = layout.source.folder / INDEX_NAME
+    if not path.exists():
+        return
+    metadata = read_json(path).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(header.bytes for header in layout.headers.values())
+    if stated != total:
+        raise VerifyError(f"{path}: total_size is {stated}, the tensors hold {total} bytes")

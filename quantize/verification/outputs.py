@@ -1,0 +1,120 @@
+"""Running blocks of a conversion beside the parent's on the same hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.arch import Architecture
+from quantize.calib import check_vocab, evaluation_tokens
+from quantize.errors import DataError, VerifyError
+from quantize.load import load_block
+from quantize.skeleton import Skeleton, load_tokenizer
+from quantize.verification.layout import Layout
+from quantize.verification.parent import Parent, Tick
+
+_WINDOWS, _SEQLEN = 4, 128
+_USELESS = 0.9
+"""An output of zeros has a relative squared error of 1."""
+_FLOOR, _SLACK = 0.1, 10.0
+"""Errors of a block's linears add up within it, and the text is another than in calibration."""
+_RANDOM = 3.0
+"""Times more is granted on random tokens, which calibration never saw the like of."""
+
+
+@torch.no_grad()
+def check_outputs(
+    layout: Layout, parent: Parent, layers: Mapping[str, Any] | None, blocks: Sequence[int], seed: int, tick: Tick
+) -> str:
+    """Linears of the sampled blocks give about the parent's outputs, with the serving kernel's numerics in float32.
+
+    Both blocks get the hidden states that enter the parent's block. Compared is every linear whose output no scale
+    edge rescales, its bias left out. layers: facts of pq.json, whose output errors set the limit; None: unknown.
+    VerifyError when a relative squared error is above its limit or not finite.
+    """
+    skeleton = Skeleton(parent.source.folder, parent.arch, layout.skeleton.device, torch.float32)
+    tokens, text, slack = _tokens(parent, seed)
+    hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
+    found, problems = [], []
+    for index in range(max(blocks) + 1):
+        tick(index, max(blocks) + 1)
+        teacher = skeleton.layer(index, parent.source.tensors(f"{parent.arch.blocks}.{index}."))
+        if index in blocks:
+            errors = _errors(layout, skeleton, teacher, index, hidden)
+            limit = min(_USELESS, slack * _limit(layout, layers, index))
+            figures = " ".join(f"{layout.arch.roles.get(name, name)} {error:.2g}" for name, error in errors.items())
+            line = f"block {index}: {figures} (limit {limit:.2g})"
+            found.append(line)
+            if not all(error <= limit for error in errors.values()):  # NaN is above every limit
+                problems.append(line)
+        hidden = skeleton.forward(index, teacher, hidden)
+    if problems:
+        raise VerifyError(f"relative squared errors of outputs on {text}: {'; '.join(problems)}")
+    return f"relative squared errors on {text}: {'; '.join(found)}"
+
+
+def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
+    """Windows [B, T] of the built-in text, or of random tokens for want of a tokenizer; their name, their slack."""
+    vocab = parent.shape.vocab
+    longest = parent.source.config.get("max_position_embeddings")
+    seqlen = min(_SEQLEN, longest) if type(longest) is int and longest > 0 else _SEQLEN
+    try:
+        tokenizer = load_tokenizer(parent.source.folder)
+        text = evaluation_tokens(tokenizer, dataset="builtin", seqlen=seqlen, max_windows=_WINDOWS)
+        check_vocab(text.tokens, vocab)
+        return text.tokens, f"{text.tokens.numel()} tokens of text", 1.0
+    except DataError:
+        tokens = torch.randint(vocab, (_WINDOWS, seqlen), generator=torch.Generator().manual_seed(seed))
+        return tokens, f"{tokens.numel()} random tokens", _RANDOM
+
+
+def _errors(layout: Layout, skeleton: Skeleton, teacher: nn.Module, index: int, hidden: Tensor) -> dict[str, float]:
+    """Relative squared output error of each compared linear of block `index`, by name within the block."""
+    names = _comparable(layout.arch)
+    student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel")
+    wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
+    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, hidden))
+    return {name: _relative(wanted[name], given[name]) for name in names}
+
+
+def _comparable(arch: Architecture) -> list[str]:
+    sources = {edge.source for edge in arch.edges}
+    return [name for name in arch.roles if name not in sources]
+
+
+def _outputs(layer: nn.Module, names: Sequence[str], run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Outputs [B, T, N] of the named linears without their biases while `run` runs the layer."""
+    seen: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(linear: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+            # A large bias would hide what became of the weights.
+            seen[name] = out - linear.bias if isinstance(linear.bias, Tensor) else out
+
+        return record
+
+    for name in names:
+        layer.get_submodule(name).register_forward_hook(recorder(name))
+    run(layer)
+    return seen
+
+
+def _relative(wanted: Tensor, given: Tensor) -> float:
+    size = wanted.double().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((given.double() - wanted.double()).square().sum() / size)
+
+
+def _limit(layout: Layout, layers: Mapping[str, Any] | None, index: int) -> float:
+    if layers is None:
+        return _USELESS
+    facts = [layers.get(f"{layout.arch.blocks}.{index}.{name}", {}) for name in layout.arch.roles]
+    if not any("output_error" in f for f in facts):
+        # A data-free recipe: what the errors of its weights do to outputs depends on the outliers of the text.
+        return _USELESS
+    recorded = [f.get("output_error", f.get("weight_error", 0.0)) for f in facts]
+    numbers = [float(error) for error in recorded if isinstance(error, int | float) and math.isfinite(error)]
+    return max(_FLOOR, _SLACK * max(numbers, default=0.0))

@@ -1,0 +1,144 @@
+"""Comparing a conversion with the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.arch import Architecture, Shape, architecture_of
+from quantize.checkpoint import Checkpoint
+from quantize.convert import Conversion, Request
+from quantize.errors import ModelError, VerifyError
+from quantize.recipe import Recipe
+from quantize.skeleton import Skeleton
+from quantize.verification.checks import Skipped, counted
+from quantize.verification.layout import Layout
+
+Tick = Callable[[int, int], None]
+"""Called with (units done, units in all)."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An unquantized checkpoint that fits the architecture table."""
+
+    source: Checkpoint
+    arch: Architecture
+    shape: Shape
+
+
+def open_parent(folder: Path) -> Parent:
+    """Open the checkpoint given as parent; ModelError when it cannot be one."""
+    source = Checkpoint(folder)
+    if source.config.get("quantization_config"):
+        raise ModelError(f"{folder}: is quantized itself; give the model that was converted as the parent")
+    return Parent(source, architecture_of(source.config), Shape.of(source.config))
+
+
+def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
+    """pq.json's hashes of the source (file name → SHA-256) are those of the parent; VerifyError names what differs."""
+    tick(0, 1)
+    hashes = parent.source.hashes()
+    changed = sorted(name for name in {*hashes, *recorded} if hashes.get(name) != recorded.get(name))
+    if changed:
+        raise VerifyError(f"differ from those of {parent.source.folder}: {', '.join(changed)}")
+    return f"{len(hashes)} files of the parent are those that were converted"
+
+
+def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick: Tick) -> str:
+    """config.json and every tensor that no stage may change equal the parent's; VerifyError names what differs."""
+    ours = {k: v for k, v in layout.source.config.items() if k != "quantization_config"}
+    theirs = parent.source.config
+    problems = [
+        f"config.json: '{key}' is {ours.get(key)!r}, the parent's {theirs.get(key)!r}"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+    names = [name for name in layout.headers if not _may_change(name, layout, recipe)]
+    for done, name in enumerate(names):
+        tick(done, len(names))
+        if name not in parent.source:
+            problems.append(f"{name} is not in the parent")
+        elif not same_bytes(layout.source.tensor(name), parent.source.tensor(name)):
+            problems.append(f"{name} differs from the parent's")
+    if problems:
+        raise VerifyError(counted(problems))
+    return f"config.json and {len(names)} tensors equal the parent's"
+
+
+def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
+    """Whether a stage may have changed the tensor `name`: packed, or at a scale edge that smoothing moves over."""
+    prefix = f"{layout.arch.blocks}."
+    if not name.startswith(prefix):
+        return False
+    if name.rpartition(".")[0] in layout.schemes and not name.endswith(".bias"):
+        return True
+    if recipe is not None and all(stage.kind == "encode" for stage in recipe.stages):
+        return False
+    local = name.removeprefix(prefix).partition(".")[2]
+    scaled = {f"{edge.source}.{part}" for edge in layout.arch.edges for part in ("weight", "bias")}
+    return local in scaled | {f"{sink}.weight" for edge in layout.arch.edges for sink in edge.sinks}
+
+
+def check_recomputed(
+    layout: Layout,
+    parent: Parent,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    blocks: Sequence[int],
+    tick: Tick,
+) -> str:
+    """Blocks of a data-free recipe, converted again from the parent, are bit for bit those stored.
+
+    VerifyError names the tensors that differ. Skipped for recipes that read text, and where blocks differ but were
+    converted with another torch or device, whose sums may round otherwise.
+    """
+    if any(stage.needs_inputs for stage in recipe.stages):
+        raise Skipped(f"recipe {recipe.name} reads calibration text; only data-free recipes are computed again")
+    device = layout.skeleton.device
+    dtype = getattr(torch, str(provenance["machine"].get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise VerifyError(f"pq.json's machine.dtype is {provenance['machine'].get('dtype')!r}, no dtype")
+    request = Request(parent.source.folder, recipe, layout.source.folder, device, dtype)
+    skeleton = Skeleton(parent.source.folder, parent.arch, device, dtype)
+    conversion = Conversion(request, parent.source, parent.arch, parent.shape, skeleton)
+    problems = []
+    for done, index in enumerate(blocks):
+        tick(done, len(blocks))
+        prefix = f"{layout.arch.blocks}.{index}."
+        stored = layout.source.tensors(prefix)
+        again = {n.removeprefix(prefix): t for n, t in conversion.block(index, None).items()}
+        if wrong := sorted(n for n in {*stored, *again} if not _equal(stored.get(n), again.get(n))):
+            problems.append(f"block {index} converted again differs in {counted([prefix + n for n in wrong])}")
+    if problems and (elsewhere := _elsewhere(provenance, device)):
+        raise Skipped(f"{counted(problems)}, but it was converted {elsewhere}, which may round otherwise")
+    if problems:
+        raise VerifyError("; ".join(problems))
+    return f"{_listed(blocks)} converted again from the parent: equal bit for bit"
+
+
+def _elsewhere(provenance: Mapping[str, Any], device: torch.device) -> str:
+    versions, machine = provenance["versions"], provenance["machine"]
+    torch_then, device_then = versions.get("torch"), machine.get("device")
+    here = (importlib.metadata.version("torch"), device.type)
+    return "" if here == (torch_then, device_then) else f"with torch {torch_then} on {device_then}"
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and same_bytes(a, b.cpu())
+
+
+def _listed(blocks: Sequence[int]) -> str:
+    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
