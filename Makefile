@@ -12,7 +12,7 @@ else
 TORCH ?= torch
 endif
 
-.PHONY: demo test test-all lint format setup reference-model bench clean help
+.PHONY: demo test gate lint format setup reference-model bench clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,12 +28,17 @@ $(BIN)/.ready: pyproject.toml Makefile
 	touch $@
 
 demo: setup ## Convert the embedded reference model with fireq.yaml and measure it against its parent
-	rm -rf $(OUT) $(OUT).log
+	rm -rf $(OUT) $(OUT).*
 	$(BIN)/pq convert --model eval/reference-model --recipe fireq.yaml --output $(OUT) --nsamples 64 --seqlen 512
 	$(BIN)/pq eval $(OUT) --baseline eval/reference-model
+	$(BIN)/pq verify $(OUT) --parent eval/reference-model
+	$(BIN)/pq report $(OUT)
 
 test: setup ## Run the tests (about as long as a coffee)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
+
+gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
+	$(BIN)/pq eval --gate eval/baselines.yaml
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,6 +55,10 @@ CPU = torch.device("cpu")
 
 # Threads that wait for each other cost far more than they bring on matrices this small, above all on a busy machine.
 torch.set_num_threads(1)
+
+# The machine may be busy: a slow example is no fault of the code.
+hypothesis.settings.register_profile("pq", deadline=None)
+hypothesis.settings.load_profile("pq")
 
 ModelMaker = Callable[..., Path]
 BlockMaker = Callable[..., Block]

@@ -18,9 +18,9 @@ from quantize.errors import (
     ModelError,
     OutputError,
     PqError,
+    QualityError,
     RecipeError,
     UsageError,
-    QualityError,
     VerifyError,
 )
 
@@ -127,8 +127,9 @@ def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
 
 
 def test_exit_codes_are_the_documented_ones():
-    codes = {cls: cls.exit_code for cls in PqError.__subclasses__()}
-    assert codes == {UsageError: 2, RecipeError: 3, ModelError: 4, DataError: 5, OutputError: 6, VerifyError: 7, QualityError: 9}
+    codes = {cls.exit_code: cls for cls in PqError.__subclasses__()}
+    documented = (UsageError, RecipeError, ModelError, DataError, OutputError, VerifyError)
+    assert codes == dict(enumerate(documented, start=2)) | {9: QualityError}
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,6 @@ def test_side_files_are_copied_byte_for_byte(converted: Maker, tiny: Maker, mode
     made = {p.name for p in out.iterdir()} - set(names)
     shards = {f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)}
     assert made == {"config.json", "pq.json", "pq-statistics.json", INDEX_NAME, *shards}
-        "config.json",
-        "pq.json",
-        "pq-statistics.json",
-        INDEX_NAME,
-        *(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)),
-    }
 
 
 def test_config_keeps_every_field_of_the_source(converted: Maker, tiny: Maker, model_type: str):
@@ -153,7 +147,8 @@ def test_a_sharded_source_gives_the_same_weights(converted: Maker):
     whole, parts = files_of(converted("gptq", "qwen2")), files_of(converted("gptq", "qwen2", shards=2))
     one, two = (json.loads(files.pop("pq.json")) for files in (whole, parts))
     assert whole == parts
-    assert one.pop("source") != two.pop("source")
+    for key in ("source", "sha256"):
+        assert one.pop(key) != two.pop(key)
     assert one == two
 
 

@@ -118,7 +118,7 @@ def test_a_layer_without_its_packed_tensors(converted: Maker, text_file: Path, t
     def forget(config: dict) -> None:
         config["quantization_config"]["ignore"] = ["lm_head"]
 
-    source = converted("rtn", "llama", 'ignore=*.0.mlp.down_proj')
+    source = converted("rtn", "llama", "ignore=*.0.mlp.down_proj")
     broken = edited(source, tmp_path / "model", forget)
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj\.weight_packed is missing"):
         evaluate(broken, None, dataset=str(text_file), seqlen=32, max_windows=2)

@@ -36,7 +36,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
-    """Quantize a model; the output appears whole or not at all. A log is written to OUTPUT.log."""
+    """Quantize a model; the output appears whole or not at all. Beside it: OUTPUT.log and OUTPUT.report.html."""
     from quantize.convert import Request
     from quantize.convert import convert as run
     from quantize.overrides import with_stage_fields
@@ -60,6 +60,7 @@ def convert(
     try:
         with progress_bar() as progress:
             summary = run(request, progress)
+        _write_report(output)
     except BaseException as err:
         logging.getLogger("quantize").error("stopped: %s", str(err) or type(err).__name__)
         raise
@@ -70,6 +71,18 @@ def convert(
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     else:
         _print(summary)
+
+
+def _write_report(output: Path) -> None:
+    from quantize.report import write
+
+    try:
+        page = write(output)
+    except Exception as err:  # the conversion is done and worth more than its page
+        logging.getLogger("quantize").exception("no report")
+        typer.echo(f"pq: warning: the report was not written ({err}); pq report {output} tries again", err=True)
+    else:
+        typer.echo(f"report: {page}", err=True)
 
 
 def _log_to(path: Path) -> logging.Handler:

@@ -52,7 +52,7 @@ def positive(value: Number) -> float:
 def shown(value: float, digits: int = 4) -> str:
     """A number of an axis or a cell, without a needless exponent."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.0f}" if abs(value) >= 10.0 ** (digits - 1) else f"{value:.{digits}g}"
 
@@ -114,6 +114,7 @@ def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
     for side in ("left", "bottom"):
         ax.spines[side].set_color(MUTED)
     ax.tick_params(which="both", colors=MUTED, labelcolor=INK, labelsize=_SIZE, length=3, width=0.8)
+    ax.tick_params(axis="x", pad=6)
     ax.grid(True, axis="y", color=RULE, linewidth=0.8)
     ax.set_axisbelow(True)
     return fig, ax

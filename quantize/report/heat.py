@@ -91,6 +91,8 @@ def _bare(ax: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
 def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: _Scale) -> list[str]:
     tooltips: list[str] = []
     named = len(picture.columns) <= _NAMED
+    # Two digits tell values apart unless they are all much the same.
+    alike = len(scale.values) > 1 and 0 < scale.values[-1] < 2 * scale.values[0]
     for r, row in enumerate(cells):
         for c, value in enumerate(row):
             known = not math.isnan(value)
@@ -103,7 +105,7 @@ def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: 
             ax.add_patch(box)
             if named:
                 colour = HEAT_TEXT[step] if known else INK
-                label = shown(value, 2) if known else "–"
+                label = shown(value, 3 if alike else 2) if known else "–"
                 ax.text(c + 0.5, r + 0.5, label, ha="center", va="center_baseline", fontsize=_SIZE, color=colour)
     return tooltips
 
@@ -143,8 +145,10 @@ def _key(ax: Axes, scale: _Scale, unit: str) -> None:
     _bare(ax, (0, span), (0, 1))
     for i, step in enumerate(steps):
         ax.add_patch(Rectangle((i, 0), 1, 1, facecolor=HEAT[step], clip_on=False))
-    ax.xaxis.tick_top()
-    ax.set_xticks([at for at, _ in marks], [label for _, label in marks])
+    for at, label in marks:
+        # The scale's ends are written inwards, so that they stay on the picture.
+        ha = "center" if 0 < at < shares else "left" if at == 0 else "right"
+        ax.annotate(label, (at, 1), (0, 4), "data", "offset points", ha=ha, fontsize=_SIZE, color=INK)
     ax.annotate(clean(unit), (0, 0), (0, -5), "axes fraction", "offset points", va="top", fontsize=_SIZE, color=INK)
 
 

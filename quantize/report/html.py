@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantize.errors import OutputError, UsageError
+from quantize.errors import UsageError
 from quantize.pictures import Cell, Heatmap, Picture, Table
 from quantize.report.collect import collect
 from quantize.report.draw import Frame, y_range
 from quantize.report.model import Group, Report, as_json, clean
 from quantize.report.sources import beside
 from quantize.report.svg import svg
+from quantize.writer import write_text
 
 _HERE = Path(__file__).resolve().parent
 _SMALL = (308, 210)
 _HALF = (400, 225)
+_ALONE = (440, 300)
 PAIRED = (1, 2, 4)
 """Sizes of groups that stand in two columns; others stand in three."""
 # Characters that would not show, or would reorder the text around them.
@@ -57,39 +56,19 @@ def write(folder: Path, output: Path | None = None) -> Path:
 def write_report(report: Report, folder: Path, output: Path | None = None) -> Path:
     """`write` for a report that was collected already."""
     page = beside(folder, ".report.html") if output is None else output
-    if page.suffix not in (".html", ".htm"):
-        raise UsageError(f"--output {page}: must end in .html; the JSON goes beside it")
     if page.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--output {page}: lies inside the checkpoint, which pq verify would refuse; give another")
+    return write_page(report, page)
+
+
+def write_page(report: Report, page: Path) -> Path:
+    """Write a report to `page` and its data as JSON beside it; UsageError unless `page` ends in .html, OutputError."""
+    if page.suffix not in (".html", ".htm"):
+        raise UsageError(f"--output {page}: must end in .html; the JSON goes beside it")
     data = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(page.with_suffix(".json"), clean(data))
-    _replace(page, render(report))
+    write_text(page.with_suffix(".json"), clean(data))
+    write_text(page, render(report))
     return page
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write a text file beside its final name, then rename it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as err:
-        raise OutputError(f"{path}: cannot be written ({err.strerror or err}); give another --output") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(name, path)
-    except OSError as err:
-        raise OutputError(
-            f"{path}: cannot be written ({err.strerror or err}); free some space or give another"
-        ) from None
-    finally:
-        with suppress(OSError):
-            os.unlink(name)
 
 
 class _Drawer:
@@ -99,7 +78,7 @@ class _Drawer:
         self._drawn = 0
 
     def one(self, picture: Picture) -> Markup:
-        return self._svg(picture, Frame(*_HALF))
+        return self._svg(picture, Frame(*_ALONE))
 
     def group(self, group: Group) -> Iterator[tuple[Picture, Markup]]:
         pictures = [p for p in group.pictures if not isinstance(p, Table)]

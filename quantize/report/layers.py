@@ -10,8 +10,10 @@ from typing import Any
 from quantize.errors import RecipeError
 from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts
 from quantize.recipe import parse_recipe
+from quantize.report import draw
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
-from quantize.report.sources import STATISTICS, Sources
+from quantize.report.sources import Sources
+from quantize.statistics import STATISTICS
 
 _WORST = 10
 _ALARM = 10.0  # times the median error of all layers
@@ -33,7 +35,7 @@ _WEIGHTS = (
 )
 _HISTOGRAM = (
     "Weights over the scale of their group, after smoothing, all blocks together; dashed lines are the integer codes "
-    "(the FP8 tensor core rounds the products of code and scale once more)."
+    "(the FP8 tensor core rounds the products of code and scale once more). What lies beyond is counted at the ends."
 )
 
 
@@ -67,14 +69,15 @@ def errors(sources: Sources) -> Section:
 
 def _worst(sources: Sources, output: Mapping[str, Number], weight: Mapping[str, Number]) -> Table:
     key, ranked = leading_error(sources)
-    worst = sorted(ranked, key=lambda name: -float(ranked[name] or 0))[:_WORST]
     rows: list[list[Cell]] = []
-    for name in worst:
+    for name in sorted(ranked, key=lambda name: -float(ranked[name] or 0))[:_WORST]:
         others = {k: v for k, v in sources.layers[name].items() if k not in ("output_error", "weight_error")}
         said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in others.items())
         rows.append([name, output.get(name), weight.get(name), said])
+    columns = ("layer", "output error", "weight error", "on record")
+    known = [c for c in range(len(columns)) if any(row[c] not in (None, "") for row in rows)]
     caption = f"By {key.replace('_', ' ')}, the worst first."
-    return Table("Worst layers", caption, ("layer", "output error", "weight error", "on record"), rows)
+    return Table("Worst layers", caption, [columns[c] for c in known], [[row[c] for c in known] for row in rows])
 
 
 def outliers(sources: Sources) -> Section:
@@ -162,7 +165,9 @@ def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
 
 def _top(data: Mapping[str, Any]) -> str:
     pairs = [pair for pair in items(data, "top") if isinstance(pair, list) and len(pair) == 2][:3]
-    return ", ".join(f"{c}: {m:.3g}" for c, m in pairs if isinstance(c, int) and isinstance(m, int | float))
+    return ", ".join(
+        f"{c}: {draw.shown(float(m), 3)}" for c, m in pairs if isinstance(c, int) and isinstance(m, int | float)
+    )
 
 
 def weights(sources: Sources) -> Section:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from quantize.pictures import Cell, Lines, Table
@@ -136,11 +137,13 @@ def _by_position(data: Data, folded: bool) -> Iterator[Group]:
         if (values := curve(key)) is not None
     }
     drawn: list[Lines] = []
+    gaps = [b - a for a, b in pairwise(start)]
+    log = bool(gaps) and max(gaps) > 4 * min(gaps)  # stretches that grow; equal ones would crowd at the end
     label = "position in the window (start of a stretch)"
     if perplexity:
-        drawn.append(Lines("Perplexity", "", start, perplexity, label, "perplexity", True, True))
+        drawn.append(Lines("Perplexity", "", start, perplexity, label, "perplexity", log, True))
     if (kld := curve("kld")) is not None:
-        drawn.append(Lines("KLD", "", start, {"model": kld}, label, "KLD, nats", True))
+        drawn.append(Lines("KLD", "", start, {"model": kld}, label, "KLD, nats", log))
     if drawn:
         yield Group("By position in the window", basis(data) + ". Means over stretches.", drawn, folded)
 

@@ -17,8 +17,8 @@ from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, schemes_of
 from quantize.provenance import PROVENANCE, read_provenance
 from quantize.report.model import mapping
+from quantize.statistics import STATISTICS
 
-STATISTICS = "pq-statistics.json"
 _LOG_TAIL = 1 << 20
 _SUMMARY = "summary {"
 _PACKED_SCALE = ".weight_scale"
