@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from quantize.arch import architecture_of
 from quantize.formats.compressed_tensors import Scheme, quantization_config
 from quantize.recipe import load_recipe, resolved_yaml
+from quantize.report import Report, as_json
 
 LLAMA = architecture_of({"model_type": "llama"})
 LINEARS = tuple(LLAMA.roles)
@@ -188,3 +190,56 @@ def add_everything(folder: Path, blocks: int) -> Path:
     log = folder.with_name(folder.name + ".log")
     log.write_text(f"2026-01-01 00:00:00 INFO summary {summary}\n", encoding="utf-8")
     return folder
+
+
+def save(folder: Path, name: str, data: Any) -> None:
+    results = folder.with_name(folder.name + ".eval")
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def section(report: Report, identity: str) -> dict[str, Any]:
+    return next(s for s in as_json(report)["sections"] if s["id"] == identity)
+
+
+def titles(report: Report, identity: str) -> list[str]:
+    return [item.get("title", item["kind"]) for item in section(report, identity)["items"]]
+
+
+def headlines(report: Report) -> dict[str, float | None]:
+    return {headline.label: headline.number for headline in report.headlines}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes and the text outside style sheets; insists that tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]

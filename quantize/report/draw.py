@@ -20,6 +20,7 @@ INK, RULE, MUTED, ACCENT = "#000001", "#000002", "#000003", "#000100"
 SERIES = tuple(f"#0001{i:02x}" for i in range(6))
 _DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
 _MARKERS = "osD^vP"
+_HUGE = 1e200  # ratios and differences of anything smaller are still floats
 _SIZE = 11  # of text, in pixels
 
 Chart = Lines | Bars | Histogram | Scatter
@@ -36,17 +37,14 @@ class Frame:
 
 
 def finite(value: Number) -> float:
-    """The value, NaN for anything that has no place on an axis."""
-    try:
-        return float(value) if value is not None and math.isfinite(value) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
+    """The value, NaN for anything that has no place on an axis, absurd magnitudes included."""
+    return float(value) if value is not None and abs(value) <= _HUGE else math.nan
 
 
 def positive(value: Number) -> float:
     """The value, NaN for anything that has no place on a logarithmic axis."""
     found = finite(value)
-    return found if found > 0 else math.nan
+    return found if found >= 1 / _HUGE else math.nan
 
 
 def shown(value: float, digits: int = 4) -> str:
@@ -164,6 +162,8 @@ def _log_x(ax: Axes, x: Sequence[float]) -> None:
 
 def _bars(ax: Axes, picture: Bars) -> None:
     keep = positive if picture.log_y else finite
+    if not picture.categories:
+        return  # matplotlib would make up a legend for bars that are not there
     width = 0.8 / max(1, len(picture.series))
     for i, (name, values) in enumerate(picture.series.items()):
         at = [c + (i - (len(picture.series) - 1) / 2) * width for c in range(len(picture.categories))]
@@ -209,7 +209,7 @@ def _beats(q: tuple[str, float, float], p: tuple[str, float, float]) -> bool:
 def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
     if frame.y_range:
         ax.set_ylim(frame.y_range)
-    if getattr(picture, "log_y", False):
+    if ax.get_yscale() == "log":
         _log_ticks(ax)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -238,7 +238,7 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
 
 def _log_ticks(ax: Axes) -> None:
     low, high = ax.get_ylim()
-    decades = math.log10(high / low) if low > 0 else 1.0
+    decades = math.log10(high) - math.log10(low) if low > 0 else 1.0
     subs: tuple[float, ...] = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.4 else (1.0, 2.0, 5.0)
     if decades < 0.5:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -19,6 +19,7 @@ _WORST = 10
 _ALARM = 10.0  # times the median error of all layers
 _UNQUANTIZED = 16
 _PICTURES = 24
+_SPAN = 1e6  # codes; a histogram over more is none of ours
 
 _OUTPUT = (
     "E‖(Ŵ − W)x‖² / E‖Wx‖² of each linear: W the parent's weight after smoothing, Ŵ the stored one, x its inputs on "
@@ -199,7 +200,7 @@ def _histograms(found: Mapping[str, Any]) -> Iterator[Histogram | None]:
         edges = [number({"": edge}, "") for edge in items(data, "edges")]
         counts = [number({"": count}, "") for count in items(data, "counts")]
         known = [edge for edge in edges if edge is not None]
-        if len(known) != len(counts) + 1 or not counts or known != sorted(set(known)):
+        if len(known) != len(counts) + 1 or not counts or known != sorted(set(known)) or known[-1] - known[0] > _SPAN:
             continue
         bits = int(min(max(number(data, "bits") or 0, 0), 8))
         points = [float(code) for code in range(-(1 << bits >> 1), 1 << bits >> 1)]
