@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from quantize.errors import ModelError
 
+RopeLayout = Literal["half-split", "interleaved"]
+"""Which channels form a rotation pair: (i, i + d/2) or (2i, 2i + 1)."""
+
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -41,16 +44,21 @@ class Architecture:
     edges: tuple[Edge, ...]
     residual: Mapping[str, str]
     """Linear whose output is added to the residual stream → the norm that reads the stream just before."""
-    rope: Literal["half-split", "interleaved"] = "half-split"
-    """Which channels form a rotation pair: (i, i + d/2) or (2i, 2i + 1)."""
+    rope: RopeLayout = "half-split"
     qk_norm: tuple[str, str] | None = None
     """RMSNorms over head_dim that follow q_proj and k_proj."""
+    attention: str = "self_attn"
+    """The module that projects, rotates and attends."""
     experts: str | None = None
     """Container of routed experts inside a block; None for a dense FFN."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    def of_role(self, role: Role) -> str:
+        """Name of the linear with this role."""
+        return next(name for name, found in self.roles.items() if found == role)
 
     def edge(self, name: str) -> Edge:
         """Return the edge called `name`; ModelError lists the edges there are."""
@@ -87,9 +95,9 @@ _PRE_NORM_EDGES = (
 _PRE_NORM_RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
 
-def _llama_like(model_type: str, qk_norm: tuple[str, str] | None = None) -> Architecture:
+def _llama_like(model_type: str, **special: Any) -> Architecture:
     return Architecture(
-        model_type, _GATED_MLP_ROLES, _GATED_MLP_ORDER, _PRE_NORM_EDGES, _PRE_NORM_RESIDUAL, qk_norm=qk_norm
+        model_type, _GATED_MLP_ROLES, _GATED_MLP_ORDER, _PRE_NORM_EDGES, _PRE_NORM_RESIDUAL, **special
     )
 
 
@@ -100,6 +108,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _llama_like("mistral"),
         _llama_like("qwen2"),  # q/k/v biases; a bias is scaled like its row
         _llama_like("qwen3", qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
+        _llama_like("helium", rope="interleaved"),
     )
 }
 

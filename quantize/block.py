@@ -23,6 +23,16 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 """Runs one decoder layer on hidden states [B, T, D] with the masks and rotary tables of that batch shape."""
 
 
+class _AttentionInputs(nn.Module):
+    """Stands in for a block's `kv`: keeps what reaches attention, after RoPE."""
+
+    seen: tuple[Tensor, Tensor, Tensor, Tensor | None, float]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        self.seen = (query, key, value, mask, scaling)
+        raise _Stop
+
+
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once the wanted input was seen."""
 
@@ -70,6 +80,10 @@ class Block:
     inputs: list[Tensor]
     reference_inputs: list[Tensor] | None
     device: torch.device
+    rotary_dim: int
+    """Leading channels of a head that RoPE rotates."""
+    keeps_post_scales: bool = False
+    """Whether the checkpoint's format can hold post-RoPE scales."""
     packed: dict[str, PackedInt] = field(default_factory=dict)
     histograms: dict[str, Tensor] = field(default_factory=dict)
     """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
@@ -95,6 +109,9 @@ class Block:
         """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
         if self.reference is None and self.reference_inputs is not None:
             self.reference = copy.deepcopy(self.module)
+            attention = self.reference.get_submodule(self.arch.attention)
+            if hasattr(attention, "kv"):
+                del attention.kv  # the parent's cache is not rounded
 
     def encode(self, name: str, packed: PackedInt, fp8_activations: bool) -> None:
         """Replace a linear by its packed form; later statistics see the quantized layer."""
@@ -104,6 +121,38 @@ class Block:
         setattr(self.module.get_submodule(parent), attribute, new.to(self.device))
         self.packed[name] = packed
         self.histograms[name] = code_histogram(old.weight, packed)
+
+    def attend_with(self, kv: nn.Module) -> None:
+        """Let the block attend through `kv` (a KvAttention) from now on; the checkpoint stores it with the block."""
+        self.module.get_submodule(self.arch.attention).kv = kv.to(self.device)
+
+    def attention_inputs(self, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
+        """Yield (queries, keys, values, mask, scaling) as they reach attention, batch by batch until `tokens` are seen.
+
+        Queries [B, H, T, d], keys and values [B, Hkv, T, d], after RoPE.
+        """
+        recorder = _AttentionInputs()
+        attention = self.module.get_submodule(self.arch.attention)
+        attention.kv = recorder
+        try:
+            for batch in self.inputs:
+                hidden = batch[: max(1, tokens // batch.shape[1])]
+                with suppress(_Stop):
+                    self.forward(self.module, hidden.to(self.device))
+                yield recorder.seen
+                tokens -= hidden.shape[0] * hidden.shape[1]
+                if tokens <= 0:
+                    break
+        finally:
+            del attention.kv
+
+    def scale_rows(self, name: str, scale: Tensor) -> None:
+        """Multiply the outputs of a not yet encoded linear by scale [N]: weight rows and bias."""
+        linear = self.linear(name)
+        scale = scale.to(linear.weight.device, linear.weight.dtype)
+        linear.weight.data = linear.weight * scale[:, None]
+        if linear.bias is not None:
+            linear.bias.data = linear.bias * scale
 
     def inputs_of(
         self, names: Sequence[str], module: nn.Module | None = None, stream: list[Tensor] | None = None

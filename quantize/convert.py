@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 import quantize
+from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.block import Block
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint, require_finite_floats
 from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, quantization_config
+from quantize.formats.native import native_config
 from quantize.linear import PackedLinear
+from quantize.methods.fireq_attention import FireqAttention
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, resolved_yaml
+from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.statistics import STATISTICS, Collected, profile
 from quantize.streams import Streams
@@ -48,6 +52,8 @@ class Request:
     dtype: torch.dtype
     batch_tokens: int = 4096
     """Calibration tokens per forward pass; bounds the memory of one pass."""
+    target_bpw: float | None = None
+    """Overrides the recipe's `target_bpw`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,11 @@ class Summary:
     source_bytes: int
     output_bytes: int
     seconds: float
+    promoted: list[str]
+    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
     fallbacks: list[str]
+    lost: list[str]
+    """What the recipe asks for and the format of the output cannot hold."""
     mean_output_error: float | None
     """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
@@ -83,12 +93,14 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
         raise ModelError(f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
     skeleton = Skeleton(request.model, arch, request.device, request.dtype)
-    _check(source, arch, shape, skeleton, request.recipe)
-    tokens = _calibration(request, shape) if any(s.needs_inputs for s in request.recipe.stages) else None
-    progress("hashing source", 0, shape.n_blocks)
-    provenance = _provenance(request, source, tokens)
-
+    space = _space(request, arch, _check(source, arch, shape, skeleton, request.recipe))
+    tokens = _calibration(request, shape) if space or any(s.needs_inputs for s in request.recipe.stages) else None
     run = Conversion(request, source, arch, shape, skeleton)
+    if space and tokens:
+        run = run.within(space, tokens, progress)
+    progress("hashing source", 0, shape.n_blocks)
+    provenance = _provenance(run.request, source, tokens)
+
     streams = run.embed(tokens)
     with CheckpointWriter(request.output, shape.n_blocks + 2) as writer:
         writer.add_shard(run.tensors_outside(arch.embedding))
@@ -109,8 +121,10 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     return run.summary(time.monotonic() - started, output_bytes)
 
 
-def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
-    """Everything that can be refused before the first block is computed."""
+def _check(
+    source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
+) -> dict[str, tuple[int, int]]:
+    """Everything that can be refused before the first block is computed. Returns the linears: full name → [N, K]."""
     if source.config.get("quantization_config"):
         raise ModelError(
             f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
@@ -126,6 +140,13 @@ def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skele
         raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
     for stage in recipe.stages:
         stage.check(linears)
+    return linears
+
+
+def _space(request: Request, arch: Architecture, linears: dict[str, tuple[int, int]]) -> Space | None:
+    """What a target of bits per weight lets choose; None without a target."""
+    target = request.recipe.target_bpw if request.target_bpw is None else request.target_bpw
+    return None if target is None else Space.of(request.recipe, arch, linears, target)
 
 
 def _calibration(request: Request, shape: Shape) -> TokenSet:
@@ -165,17 +186,34 @@ class Conversion:
         self.schemes: dict[str, Scheme] = {}
         self.report: dict[str, dict[str, Any]] = {}
         self.statistics = Collected(arch.roles)
+        self.rotary_dim = rotary_dim(source.config, shape.head_dim)
+        self.allocation: Allocation | None = None
         self.stored_bits = 0.0
         self.weights = 0
         self.source_bytes = 0
 
-    def embed(self, tokens: TokenSet | None) -> Streams | None:
-        """Hidden states that enter block 0."""
-        if tokens is None:
-            return None
-        batch = max(1, self.request.batch_tokens // tokens.tokens.shape[1])
+    def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
+        """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
+        windows = tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]
+        errors = space.measure(self.open, self.shape.n_blocks, self._hidden(windows), progress)
+        chosen = space.choose(errors)
+        log.info("%.3f bits per weight for a target of %g: %s", chosen.bits_per_weight, chosen.target, chosen.bits)
+        request = replace(self.request, recipe=chosen.recipe)
+        run = Conversion(request, self.source, self.arch, self.shape, self.skeleton)
+        run.allocation = chosen
+        return run
+
+    def _hidden(self, windows: Tensor) -> list[Tensor]:
+        """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
+        batch = max(1, self.request.batch_tokens // windows.shape[1])
         weight = self.source.tensor(f"{self.arch.embedding}.weight")
-        hidden = [self.skeleton.embed(weight, part) for part in torch.split(tokens.tokens, batch)]
+        return [self.skeleton.embed(weight, part) for part in torch.split(windows, batch)]
+
+    def embed(self, tokens: TokenSet | None) -> Streams | None:
+        """Hidden states that enter block 0; None where no stage needs them."""
+        if tokens is None or not any(s.needs_inputs for s in self.request.recipe.stages):
+            return None
+        hidden = self._hidden(tokens.tokens)
         needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
         return Streams(hidden, list(hidden) if needs_reference else None)
 
@@ -189,36 +227,45 @@ class Conversion:
         self.source_bytes += _bytes(out)
         return out
 
-    def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
-        """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
+    def open(self, index: int, inputs: list[Tensor], reference_inputs: list[Tensor] | None = None) -> Block:
+        """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's."""
         prefix = f"{self.arch.blocks}.{index}."
         weights = self.source.tensors(prefix)
         require_finite_floats(weights, prefix)
         self.source_bytes += _bytes(weights)
-        block = Block(
+        return Block(
             index=index,
             arch=self.arch,
             shape=self.shape,
             module=self.skeleton.layer(index, weights),
             storage={name: tensor.dtype for name, tensor in weights.items()},
             forward=lambda module, hidden: self.skeleton.forward(index, module, hidden),
-            inputs=streams.quantized if streams else [],
-            reference_inputs=streams.reference if streams else None,
+            inputs=inputs,
+            reference_inputs=reference_inputs,
             device=self.request.device,
+            rotary_dim=self.rotary_dim,
+            keeps_post_scales=self.request.recipe.format == "pq",
         )
-        del weights
+
+    def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
+        """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
+        prefix = f"{self.arch.blocks}.{index}."
+        block = self.open(index, streams.quantized, streams.reference) if streams else self.open(index, [])
         with torch.no_grad():
             self._apply_stages(block)
             if streams and index + 1 < self.shape.n_blocks:
                 streams.advance(block)
         self._record(block, prefix)
-        return {prefix + name: tensor for name, tensor in _stored(block).items()}
+        stored = _stored(block)
+        if self.request.recipe.format != "pq":
+            stored.pop(f"{self.arch.attention}.kv.scale", None)
+        return {prefix + name: tensor for name, tensor in stored.items()}
 
     def _apply_stages(self, block: Block) -> None:
         before = after = profile(block)
         smoothed = False
         for stage in self.request.recipe.stages:
-            if smoothed and stage.kind == "encode":
+            if smoothed and stage.kind in ("cache", "encode"):
                 after, smoothed = profile(block), False
             stage.apply(block)
             smoothed |= stage.kind == "smooth"
@@ -241,17 +288,40 @@ class Conversion:
             f"{self.arch.blocks}.{i}.{n}" for i in range(self.shape.n_blocks) for n in self.skeleton.linear_shapes(i)
         )
         alone = [self.arch.head, *(name for name in linears if name not in self.schemes)]
+        if self.request.recipe.format == "pq":
+            return native_config(self.schemes, alone, self.attention)
         return quantization_config(self.schemes, alone)
+
+    @property
+    def attention(self) -> dict[str, Any] | None:
+        """How attention works on its cache; None where it is left alone."""
+        return next((s.as_json() for s in self.request.recipe.stages if isinstance(s, FireqAttention)), None)
+
+    def lost(self) -> list[str]:
+        """What the recipe asks for and its format cannot hold."""
+        if self.attention is None or self.request.recipe.format == "pq":
+            return []
+        return [
+            "post-RoPE scales were not used, and value and key scales were fitted without them",
+            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
+            "pq eval --kv-cache int4 measures it)",
+        ]
 
     @property
     def bits_per_weight(self) -> float:
         """Mean stored bits of a quantized weight, scales counted."""
-        return self.stored_bits / self.weights
+        return self.stored_bits / self.weights if self.weights else 16.0
 
     def results(self, streams: Streams | None) -> dict[str, Any]:
         """What goes into the provenance after the last block."""
         dropped = streams.dropped if streams else 0
-        return {"bits_per_weight": self.bits_per_weight, "dropped_sequences": dropped, "layers": self.report}
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "dropped_sequences": dropped,
+            "attention": self.attention,
+            "allocation": self.allocation.as_json() if self.allocation else None,
+            "layers": self.report,
+        }
 
     def summary(self, seconds: float, output_bytes: int) -> Summary:
         """Totals of the run."""
@@ -265,7 +335,9 @@ class Conversion:
             source_bytes=self.source_bytes,
             output_bytes=output_bytes,
             seconds=round(seconds, 2),
+            promoted=list(self.allocation.promoted) if self.allocation else [],
             fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
+            lost=self.lost(),
             mean_output_error=sum(errors) / len(errors) if errors else None,
         )
 
@@ -280,7 +352,9 @@ def _stored(block: Block) -> dict[str, Tensor]:
                 out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
         elif not isinstance(module, nn.ModuleList):
             own = module._parameters | module._buffers
-            out |= {f"{name}.{k}": t.to(block.storage[f"{name}.{k}"]) for k, t in own.items() if t is not None}
+            named = {f"{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
+            # What a stage added (post-RoPE scales) keeps its own dtype.
+            out |= {key: tensor.to(block.storage.get(key, tensor.dtype)) for key, tensor in named.items()}
     return out
 
 

@@ -131,6 +131,8 @@ class Inspection:
     architecture: str
     sizes: Mapping[str, int]
     formats: tuple[str, ...]
+    attention: Mapping[str, Any] | None
+    """How attention rounds, in pq's own format; None where it does not."""
     totals: Totals
     blocks: tuple[DecoderBlock, ...]
     outside: tuple[Other, ...]
@@ -158,12 +160,19 @@ def inspect(folder: Path) -> Inspection:
         architecture=_architecture(source.config),
         sizes=_sizes(source.config),
         formats=tuple(dict.fromkeys(linear.format for block in blocks for linear in block.linears)),
+        attention=_attention(source.config),
         totals=_totals(headers, stored, outside, file_bytes),
         blocks=blocks,
         outside=outside,
         made=made,
         made_problem=problem,
     )
+
+
+def _attention(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    quantization = config.get("quantization_config")
+    found = quantization.get("attention") if isinstance(quantization, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

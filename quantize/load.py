@@ -9,37 +9,53 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantize.arch import architecture_of
+from quantize.arch import Architecture, Shape, architecture_of
+from quantize.attention import KvAttention, KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, schemes_of
+from quantize.formats.native import NATIVE
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import Numerics, PackedLinear
 from quantize.skeleton import Skeleton, meta_model
 
 PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+KV_SCALE = "kv.scale"
+"""Post-RoPE scale of an attention module, relative to it."""
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics = "kernel") -> nn.Module:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics = "kernel",
+    attention: KvNumerics | None = None,
+) -> nn.Module:
     """Load a plain or packed checkpoint; packed linears compute with the given numerics.
 
+    attention: how to attend where the checkpoint does not say, None: in full precision.
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
     source = Checkpoint(folder)
-    if source.config.get("quantization_config") is None:
+    if source.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
     require_readable(source)
     model = meta_model(folder, dtype)
     schemes = packed_schemes(source, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
-    _materialize(model, source, schemes, device, dtype, numerics)
-    return _frozen(model)
+    arch = architecture_of(source.config)
+    kv_numerics = attention_numerics(source) or attention
+    if kv_numerics is not None:
+        for layer in model.get_submodule(arch.blocks):
+            layer.get_submodule(arch.attention).kv = kv_attention(kv_numerics, Shape.of(source.config))
+    _materialize(model, source, arch, schemes, device, dtype, numerics)
+    return _frozen(model.to(device))
 
 
 def require_readable(source: Checkpoint) -> None:
     """ModelError for a packing that pq does not read."""
     quantization = source.config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method != "compressed-tensors":
+    if quantization is not None and method not in ("compressed-tensors", NATIVE):
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
 
 
@@ -52,6 +68,26 @@ def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, Sche
         return schemes_of(quantization, linears)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})") from None
+
+
+def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
+    """A module for attention on the cache, all its scales 1; ModelError where the head does not fit the groups."""
+    try:
+        return KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
+    except ValueError as err:
+        raise ModelError(f"INT4 KV cache: {err}") from None
+
+
+def attention_numerics(source: Checkpoint) -> KvNumerics | None:
+    """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
+    quantization = source.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
+        return None
+    facts = quantization.get("attention")
+    try:
+        return None if facts is None else KvNumerics.from_json(facts)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
 
 
 def packed_linear(
@@ -68,9 +104,17 @@ def packed_linear(
 
 
 def load_block(
-    source: Checkpoint, skeleton: Skeleton, schemes: Mapping[str, Scheme], index: int, numerics: Numerics
+    source: Checkpoint,
+    skeleton: Skeleton,
+    schemes: Mapping[str, Scheme],
+    index: int,
+    numerics: Numerics,
+    attention: KvNumerics | None = None,
 ) -> nn.Module:
-    """Materialize block `index` of a plain or packed checkpoint; schemes: those of its packed linears by full name."""
+    """Materialize block `index` of a plain or packed checkpoint.
+
+    schemes: those of its packed linears by full name. attention: how it works on its cache (`attention_numerics`).
+    """
     prefix = f"{skeleton.arch.blocks}.{index}."
     packed = {
         name.removeprefix(prefix): packed_linear(source, name, scheme, skeleton.device, skeleton.dtype, numerics)
@@ -78,8 +122,15 @@ def load_block(
         if name.startswith(prefix)
     }
     inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
-    weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside}
-    return skeleton.layer(index, weights, packed)
+    scale = f"{prefix}{skeleton.arch.attention}.{KV_SCALE}"
+    weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside | {scale}}
+    layer = skeleton.layer(index, weights, packed)
+    if attention is not None:
+        kv = kv_attention(attention, Shape.of(source.config))
+        if scale in source:
+            kv.scale = source.tensor(scale)
+        layer.get_submodule(skeleton.arch.attention).kv = kv.to(skeleton.device)
+    return layer
 
 
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -100,6 +151,7 @@ def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mo
 def _materialize(
     model: nn.Module,
     source: Checkpoint,
+    arch: Architecture,
     schemes: dict[str, Scheme],
     device: torch.device,
     dtype: torch.dtype,
@@ -109,6 +161,7 @@ def _materialize(
         model.set_submodule(name, packed_linear(source, name, scheme, device, dtype, numerics))
     packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*PACKED_SUFFIXES, "bias")}
     plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
+    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}  # stays float32
     try:
         result = model.load_state_dict(plain, assign=True, strict=False)
     except RuntimeError as err:
@@ -116,7 +169,6 @@ def _materialize(
     model.tie_weights()  # type: ignore[operator]  # every transformers model has it
     if result.unexpected_keys:
         raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
-    arch = architecture_of(source.config)
     root, _, _ = arch.blocks.rpartition(".")
     decoder = model.get_submodule(root)
     # Rotary tables are computed buffers: absent from checkpoints, and empty on the meta device.

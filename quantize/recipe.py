@@ -1,7 +1,7 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* encode+ refine*. Every problem of a file is reported at once, one line each,
-with file, line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode* refine*, with a cache or an encode stage. Every problem of a file
+is reported at once, one line each, with file, line, path, value and remedy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
     AnyStage = Annotated[Union[STAGES], Field(discriminator="method")]  # noqa: UP007
 
 METHODS: dict[str, type[Stage]] = {cls.model_fields["method"].default: cls for cls in STAGES}
-LAW = "restructure* smooth* encode+ refine*"
+LAW = "restructure* smooth* cache? encode* refine*, with a cache or an encode stage"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -63,12 +63,16 @@ class Recipe(BaseModel):
     """The file's name without its ending; not a key of the file."""
     description: str
     """What the recipe is for, in one line."""
-    format: Literal["compressed-tensors"] = "compressed-tensors"
-    """Layout of the written checkpoint."""
+    format: Literal["compressed-tensors", "pq"] = "compressed-tensors"
+    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers and vLLM, `pq` also holds
+    post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)."""
     calibration: Calibration = Calibration()
     """Text that the statistics are measured on."""
+    target_bpw: float | None = Field(default=None, ge=2, le=16)
+    """Mean bits per weight that integer linears may take, scales counted: those that suffer most from rounding get 8
+    bits instead of their stage's own until it is spent (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* encode+ refine*."""
+    """Methods in order: restructure* smooth* cache? encode* refine*, with a cache or an encode stage."""
 
     @field_validator("stages")
     @classmethod
@@ -193,7 +197,12 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
     pairs = ((this, other) for this in known for other in known if other[0] < this[0] and other[1] > this[1])
     for (i, _, label), (j, _, later) in islice(pairs, 1):
         yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
-    if known and None not in stages and _KINDS.index("encode") not in [rank for _, rank, _ in known]:
+    ranks = [rank for _, rank, _ in known]
+    cache, encode = _KINDS.index("cache"), _KINDS.index("encode")
+    if ranks.count(cache) > 1:
+        second = [i for i, rank, _ in known if rank == cache][1]
+        yield second, f"a second cache stage; the order is {LAW}"
+    if known and None not in stages and not {cache, encode} & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantize.arch import Architecture
+from quantize.attention import ATTENTION
 from quantize.errors import DataError, ModelError
 
 
@@ -37,7 +38,7 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     except Exception as err:
         # A bad field gives KeyError, AttributeError, RuntimeError, AssertionError or a validator's own class.
         reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]

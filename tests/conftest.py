@@ -44,6 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},  # shorter than every sequence in the tests
     "qwen2": {},
     "qwen3": {},
+    "helium": {"num_attention_heads": 2},  # its o_proj is square
 }
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -231,6 +232,8 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
             inputs=inputs,
             reference_inputs=[x.clone() for x in inputs] if reference else None,
             device=CPU,
+            rotary_dim=shape.head_dim,
+            keeps_post_scales=True,
         )
 
     return make

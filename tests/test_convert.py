@@ -23,7 +23,7 @@ from quantize.recipe import parse_recipe
 from quantize.skeleton import load_tokenizer
 
 CPU = torch.device("cpu")
-RECIPES = ("rtn", "gptq", "awq", "fireq-paper")
+RECIPES = ("rtn", "gptq", "awq", "fireq-paper-linear")
 Maker = Callable[..., Path]
 BlockMaker = Callable[..., Block]
 
@@ -80,7 +80,7 @@ def test_fp8_activations_are_declared_and_run(converted: Maker):
     assert 1e-4 < difference(our_logits(out, "kernel"), our_logits(out, "stock")) < 0.2
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "fireq-paper"])
+@pytest.mark.parametrize("recipe", ["rtn", "fireq-paper-linear"])
 def test_stock_transformers_computes_the_same_in_bfloat16(converted: Maker, recipe: str):
     out = converted(recipe, "llama")
     ours, theirs = our_logits(out, dtype=torch.bfloat16), stock_logits(out, torch.bfloat16)
@@ -137,7 +137,7 @@ def test_a_tied_head_that_was_stored_twice_is_stored_once(tmp_path: Path, text_f
     assert not Checkpoint(tmp_path / "out").names("lm_head")
 
 
-@pytest.mark.parametrize("recipe", ["gptq", "fireq-paper"])
+@pytest.mark.parametrize("recipe", ["gptq", "fireq-paper-linear"])
 def test_a_second_run_gives_the_same_bytes(converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str):
     convert(request_for(tiny("llama"), recipe, tmp_path / "again", text_file))
     assert files_of(tmp_path / "again") == files_of(converted(recipe, "llama"))

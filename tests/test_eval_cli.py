@@ -19,7 +19,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def packed(converted: Maker, tmp_path: Path) -> Path:
     """A conversion whose neighbours belong to this test."""
-    return shutil.copytree(converted("fireq-paper", "llama"), tmp_path / "packed")
+    return shutil.copytree(converted("fireq-paper-linear", "llama"), tmp_path / "packed")
 
 
 def test_results_are_saved_beside_the_model(pq: Call, packed: Path, tiny: Maker, text_file: Path):

@@ -117,7 +117,7 @@ def continuation(model: Any, tokenizer: Any, context: str, text: str) -> tuple[f
 def test_multiple_choice_by_its_definition(
     packed: bool, tiny: Maker, converted: Maker, files: dict[str, str], offline: None
 ):
-    folder = converted("fireq-paper", "qwen2") if packed else tiny("qwen2")
+    folder = converted("fireq-paper-linear", "qwen2") if packed else tiny("qwen2")
     run = run_tasks(folder, [files["quiz"]])
     model, tokenizer = load_model(folder, CPU, torch.float32), AutoTokenizer.from_pretrained(folder)
     right, right_by_length = [], []
@@ -194,7 +194,7 @@ def test_numerics_and_dtype(converted: Maker, files: dict[str, str]):
         return float(run.tasks["pages"]["bits_per_byte"]["value"])
 
     assert perplexity("rtn") == perplexity("rtn", numerics="stock")
-    assert perplexity("fireq-paper") != perplexity("fireq-paper", numerics="stock")
+    assert perplexity("fireq-paper-linear") != perplexity("fireq-paper-linear", numerics="stock")
     narrow = perplexity("rtn", dtype="bfloat16")
     assert narrow != perplexity("rtn")
     assert narrow == pytest.approx(perplexity("rtn"), rel=0.02)

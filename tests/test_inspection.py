@@ -95,7 +95,7 @@ def test_a_plain_model_of_every_architecture(tiny: Maker, model_type: str):
     [
         ("rtn", ("bits=3", "group_size=16"), 3, 16, "none"),
         ("gptq", ("bits=4",), 4, 128, "none"),
-        ("fireq-paper", (), 4, 128, "fp8"),
+        ("fireq-paper-linear", (), 4, 128, "fp8"),
     ],
 )
 def test_numbers_of_a_conversion(
@@ -280,7 +280,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
 
 
 def test_equal_blocks_are_folded(converted: Maker):
-    folder = converted("fireq-paper", "llama")
+    folder = converted("fireq-paper-linear", "llama")
     folded, whole = pq_inspect(folder), pq_inspect(folder, "--all")
     assert folded.exit_code == whole.exit_code == 0
     assert folded.output.count("q (self_attn.q_proj): 256 x 128, 4-bit g128, fp8 activations, 4.125 bits") == 1

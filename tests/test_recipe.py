@@ -93,7 +93,7 @@ def test_seed_takes_its_whole_range():
         ("description: a\n\nstages: [rtn]",
          "r.yaml:3: stages[0]: must be a mapping (value 'rtn'); write '- method: ...'"),
         (GOOD + "name: x", "r.yaml:4: name: unknown field 'name'; a recipe is named by its file, remove the line"),
-        (GOOD + "format: gguf", "r.yaml:4: format: must be 'compressed-tensors' (value 'gguf'); "
+        (GOOD + "format: gguf", "r.yaml:4: format: must be 'compressed-tensors' or 'pq' (value 'gguf'); "
          "the default is 'compressed-tensors'"),
         (GOOD + "seqlen: 9", "r.yaml:4: seqlen: unknown field 'seqlen' (value 9); it belongs to 'calibration'"),
         (GOOD + "calibration:", "r.yaml:4: calibration: must be a mapping (value null)"),
@@ -250,7 +250,7 @@ def test_a_recipe_without_encode_is_refused():
 def test_schema_is_strict_and_discriminated():
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) == {"description", "format", "calibration", "stages"}
+    assert set(schema["properties"]) == {"description", "format", "calibration", "target_bpw", "stages"}
     assert schema["required"] == ["description", "stages"]
     items = schema["properties"]["stages"]["items"]
     assert items["discriminator"]["propertyName"] == "method"

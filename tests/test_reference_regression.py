@@ -57,7 +57,7 @@ def test_the_protocol(measured: Measure):
 
 
 def test_fireq_beats_gptq_beats_rounding(measured: Measure):
-    fireq = measured("fireq")
+    fireq = measured("fireq-linear")
     gptq, rtn = (measured(name, "activations=fp8") for name in ("gptq", "rtn"))
     assert fireq.bits_per_weight == gptq.bits_per_weight == rtn.bits_per_weight
     assert kld(fireq) < 0.52 * kld(gptq)  # measured: 0.44 … 0.45 of it
@@ -66,23 +66,23 @@ def test_fireq_beats_gptq_beats_rounding(measured: Measure):
 
 
 def test_fireq_stays_below_its_ceiling(measured: Measure):
-    figures = measured("fireq")
+    figures = measured("fireq-linear")
     assert kld(figures) < CEILING
     assert figures.baseline_perplexity is not None
     assert figures.perplexity < 1.06 * figures.baseline_perplexity
 
 
 def test_fireq_with_16_bit_activations_stays_below_its_own(measured: Measure):
-    assert kld(measured("fireq", "activations=none")) < min(CEILING_W4A16, kld(measured("fireq")))
+    assert kld(measured("fireq-linear", "activations=none")) < min(CEILING_W4A16, kld(measured("fireq-linear")))
 
 
 def test_the_paper_is_finite_and_between(measured: Measure):
-    figures = measured("fireq-paper")
+    figures = measured("fireq-paper-linear")
     assert math.isfinite(kld(figures))
     assert math.isfinite(figures.perplexity)
-    assert kld(measured("fireq")) < kld(figures) < kld(measured("rtn", "activations=fp8"))
+    assert kld(measured("fireq-linear")) < kld(figures) < kld(measured("rtn", "activations=fp8"))
 
 
 def test_the_ceiling_catches_a_bad_recipe(measured: Measure):
-    assert kld(measured("fireq", "activations=none", "bits=2")) > 2 * CEILING
+    assert kld(measured("fireq-linear", "activations=none", "bits=2")) > 2 * CEILING
     assert kld(measured("gptq", "activations=fp8")) > CEILING

@@ -57,7 +57,7 @@ def copied(converted: Maker, tmp_path: Path) -> Maker:
         ("gptq", float("inf"), "NaN or Inf"),
         ("gptq", 0.0, "1 zeros"),
         ("fireq", -0.01, "negative"),
-        ("fireq-paper", -0.01, "negative"),
+        ("fireq-paper-linear", -0.01, "negative"),
     ],
 )
 def test_unusable_scales(copied: Maker, recipe: str, value: float, says: str):

@@ -74,7 +74,7 @@ def test_a_block_of_another_conversion(
 
 
 def test_swapped_scales(copied: Maker, tiny: Maker):
-    folder = copied("fireq-paper")
+    folder = copied("fireq-paper-linear")
     gate, up = (f"model.layers.0.mlp.{name}_proj.weight_scale" for name in ("gate", "up"))
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -89,7 +89,7 @@ def test_swapped_scales(copied: Maker, tiny: Maker):
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
 def test_a_tensor_outside_the_blocks_that_changed(copied: Maker, tiny: Maker, name: str):
-    folder = copied("fireq")
+    folder = copied("fireq-linear")
     shard = folder / json.loads((folder / INDEX_NAME).read_text())["weight_map"][name]
     tensors = load_file(shard)
     tensors[name].flatten()[0] += 1
@@ -101,7 +101,7 @@ def test_a_tensor_outside_the_blocks_that_changed(copied: Maker, tiny: Maker, na
 
 
 def test_a_bias_that_no_edge_scales(copied: Maker, tiny: Maker):
-    folder = copied("fireq-paper", "qwen2")
+    folder = copied("fireq-paper-linear", "qwen2")
     edit_tensors(folder, put("model.layers.0.self_attn.k_proj.bias", lambda t: t + 1))
     result = verify(folder, tiny("qwen2"), blocks=1)
     assert "untouched" in failed(result)

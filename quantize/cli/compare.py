@@ -24,6 +24,7 @@ def compare(
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
     numerics: options.NumericsOption = "kernel",
+    kv_cache: options.KvCache = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     output: Annotated[
@@ -53,6 +54,7 @@ def compare(
             max_windows=max_windows,
             device=place,
             dtype=pick_dtype(dtype, place),
+            attention=options.kv_numerics(kv_cache),
             numerics="stock" if numerics == "stock" else "kernel",
             progress=progress,
         )

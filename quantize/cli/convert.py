@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,13 @@ def convert(
         list[str] | None,
         typer.Option("--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean bits per weight of the quantized linears, scales counted, e.g. 4.5: those that suffer most from "
+            "rounding, measured on calibration text, get 8 bits (activations: none) instead of the recipe's own."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
@@ -55,11 +63,12 @@ def convert(
     require_free(output)
     quiet_libraries()
     place = pick_device(device)
-    request = Request(local_model(model), chosen, output, place, pick_dtype(dtype, place))
+    request = Request(local_model(model), chosen, output, place, pick_dtype(dtype, place), target_bpw=target_bpw)
     handler = _log_to(output.with_name(output.name + ".log"))
     try:
         with progress_bar() as progress:
             summary = run(request, progress)
+        logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(output)
     except BaseException as err:
         logging.getLogger("quantize").error("stopped: %s", str(err) or type(err).__name__)
@@ -95,6 +104,11 @@ def _log_to(path: Path) -> logging.Handler:
     return handler
 
 
+def _named(names: Sequence[str], shown: int = 7) -> str:
+    rest = f" and {len(names) - shown} more, all in pq.json" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
 def _print(summary: Summary) -> None:
     from rich.console import Console
 
@@ -104,6 +118,10 @@ def _print(summary: Summary) -> None:
         f"[bold]{summary.output}[/bold]: {summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per "
         f"weight, {summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller), {summary.seconds:.1f} s"
     )
+    for lost in summary.lost:
+        console.print(f"[yellow]not in this format:[/yellow] {lost}")
+    if summary.promoted:
+        console.print(f"{len(summary.promoted)} linears got more bits to spend the target: {_named(summary.promoted)}")
     if summary.fallbacks:
         console.print(
             f"[yellow]rounded to nearest for want of a usable Hessian:[/yellow] {', '.join(summary.fallbacks)}"

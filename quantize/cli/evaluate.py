@@ -17,6 +17,7 @@ from quantize.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from quantize.attention import KvNumerics
     from quantize.evaluate.run import Measured
     from quantize.evaluate.task_results import TaskRun
     from quantize.evaluate.task_scores import TaskScore
@@ -32,6 +33,7 @@ class _Setting:
     device: torch.device
     dtype: torch.dtype
     numerics: Numerics
+    attention: KvNumerics | None
     output: Path | None
     """Folder for results; None saves nothing."""
 
@@ -66,6 +68,7 @@ def evaluate(
     reason: Annotated[str, typer.Option(help="Why the baselines change; kept in their history.")] = "",
     only: Annotated[str | None, typer.Option(help="Recipes of the gate to run, separated by commas.")] = None,
     numerics: options.NumericsOption = "kernel",
+    kv_cache: options.KvCache = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     as_json: options.AsJson = False,
@@ -91,6 +94,7 @@ def evaluate(
         place,
         pick_dtype(dtype, place),
         "kernel" if numerics == "kernel" else "stock",
+        options.kv_numerics(kv_cache),
         _output(folder, output_path, log_samples),
     )
     out: dict[str, Any] = {}
@@ -191,6 +195,7 @@ def _perplexity(
         device=setting.device,
         dtype=setting.dtype,
         numerics=setting.numerics,
+        attention=setting.attention,
         progress=progress,
     )[0]
     if setting.output:
@@ -210,7 +215,7 @@ def _tasks(
     from quantize.evaluate.saved import save_tasks
     from quantize.evaluate.task_scores import compare_tasks
 
-    def run(folder: Path) -> TaskRun:
+    def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
         samples = setting.output / "samples" / folder.name if log_samples and setting.output else None
         return run_tasks(
             folder,
@@ -220,11 +225,12 @@ def _tasks(
             device=setting.device,
             dtype=setting.dtype,
             numerics=setting.numerics,
+            attention=attention,
             progress=progress,
             **how,
         )
 
-    ours = run(setting.model)
+    ours = run(setting.model, setting.attention)
     scores = compare_tasks(ours, run(setting.baseline)) if setting.baseline else []
     if setting.output:
         save_tasks(ours, _name(setting.baseline), scores, setting.output)

@@ -60,6 +60,7 @@ def print_perplexity(e: Evaluation) -> None:
         ("KLD p99.9", "", shown(e.kld_p999, 4)),
         ("same top-1", "", shown(e.top1_agreement, 4, e.top1_stderr)),
         ("bits per weight", "16" if e.bits_per_weight else "", shown(e.bits_per_weight, 3)),
+        ("KV cache", "16-bit", e.kv_cache),
     ]
     for name, parent, ours in rows:
         if ours != "-":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantize.attention import KvNumerics
 
 Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
 ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="strided (default) or rolling.")]
@@ -22,6 +25,23 @@ NumericsOption = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
+
+KvCache = Annotated[
+    str,
+    typer.Option("--kv-cache", help="auto: as the checkpoint says; int4: emulate it, and FP8 queries."),
+]
+
+
+def kv_numerics(choice: str) -> KvNumerics | None:
+    """What --kv-cache asks for; UsageError for anything else."""
+    if choice not in ("auto", "int4"):
+        raise UsageError(f"--kv-cache {choice}: choose auto or int4")
+    if choice == "auto":
+        return None
+    from quantize.attention import KvNumerics
+
+    return KvNumerics()
 
 
 def check_choices(protocol: str | None, numerics: str) -> None:

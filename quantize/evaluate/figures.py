@@ -29,6 +29,8 @@ class Evaluation:
     data_sha256: str
     """Of the tokens."""
     numerics: str
+    kv_cache: str
+    """`16-bit`, or how keys and values are rounded."""
     dtype: str
     windows: int
     context: int
@@ -74,7 +76,7 @@ class Run:
     windows: Windows
     tokenizer: Any
 
-    def figures(self, folder: Path, records: Records, bits: float | None) -> Evaluation:
+    def figures(self, folder: Path, records: Records, bits: float | None, kv_cache: str) -> Evaluation:
         """Figures of one model; ModelError when its logits, or the baseline's, were not finite."""
         baseline, windows = self.baseline, self.windows
         nll = records.mean(records["nll"])
@@ -99,6 +101,7 @@ class Run:
             data=windows.source,
             data_sha256=windows.sha256,
             numerics=self.numerics,
+            kv_cache=kv_cache,
             dtype=self.dtype,
             windows=len(windows.inputs),
             context=self.protocol.context,

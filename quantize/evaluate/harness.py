@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quantize.attention import KvNumerics
 from quantize.errors import DataError, ModelError, UsageError
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluate.task_sources import Source, load_tasks, resolve
@@ -42,6 +43,7 @@ def run_tasks(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
+    attention: KvNumerics | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> TaskRun:
     """Score a model folder on tasks of lm-eval.
@@ -68,7 +70,7 @@ def run_tasks(
         tokenizer = load_tokenizer(folder)
         if apply_chat_template and not tokenizer.chat_template:
             raise DataError(f"{folder}: its tokenizer has no chat template; run without one")
-        model = load_model(folder, device or torch.device("cpu"), dtype, numerics)
+        model = load_model(folder, device or torch.device("cpu"), dtype, numerics, attention)
         lm = task_model.TaskModel(model, tokenizer, batch, progress, **options)
         results = _evaluate(lm, loaded, limit, apply_chat_template, folder)
         if log_samples is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
@@ -47,6 +48,7 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
+    attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Perplexity of one model, and its divergence from `baseline` where one is given. Raises PqError subclasses."""
@@ -59,6 +61,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         numerics=numerics,
+        attention=attention,
         progress=progress,
     )
     return measured[0].figures
@@ -75,11 +78,13 @@ def measure(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
+    attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Measured]:
     """Measure several models against one baseline on the same windows in one run.
 
     dataset: "builtin", a file, a name of calib_data/ or a Hub set; the first model's tokenizer cuts it.
+    attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
     Raises PqError subclasses.
     """
@@ -88,7 +93,7 @@ def measure(
     tokenizer = load_tokenizer(models[0])
     windows = windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
     parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
-    opened = [open_model(folder, device, dtype, numerics) for folder in models]
+    opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
     records = [Records() for _ in models]
 
     everyone = [*opened, *([parent] if parent else [])]
@@ -113,7 +118,7 @@ def measure(
     name = None if baseline is None else baseline.name
     run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
     return [
-        Measured(run.figures(folder, record, model.bits_per_weight), record)
+        Measured(run.figures(folder, record, model.bits_per_weight, model.kv_cache), record)
         for folder, model, record in zip(models, opened, records, strict=True)
     ]
 

@@ -26,7 +26,8 @@ def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
     NAME tells protocol, data and numerics, so that a repeated evaluation replaces its predecessor.
     """
     figures = measured.figures
-    name = f"{figures.protocol}-{_slug(dataset)}-{figures.numerics}"
+    kv = "" if figures.kv_cache == "16-bit" else f"-{_slug(figures.kv_cache)}"
+    name = f"{figures.protocol}-{_slug(dataset)}-{figures.numerics}{kv}"
     with reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.parquet.part"

@@ -13,11 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
 from quantize.formats.packed_int import stored_bits
 from quantize.linear import Numerics
-from quantize.load import PACKED_SUFFIXES, load_block, load_model, packed_schemes, require_readable
+from quantize.load import (
+    KV_SCALE,
+    PACKED_SUFFIXES,
+    attention_numerics,
+    load_block,
+    load_model,
+    packed_schemes,
+    require_readable,
+)
 from quantize.skeleton import Skeleton
 
 Span = tuple[int, int, int]
@@ -37,6 +46,8 @@ class Model(Protocol):
     """What evaluation needs of a model."""
 
     units: int
+    kv_cache: str
+    """`16-bit`, or how keys and values are rounded."""
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Run over inputs [B, T] int64; what it returns gives the logits of spans, more than once if need be."""
@@ -52,18 +63,36 @@ class Model(Protocol):
         ...
 
 
-def open_model(folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics) -> Model:
-    """A checkpoint ready to be evaluated: streamed where the architecture is known, else whole in memory."""
+def open_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    attention: KvNumerics | None = None,
+) -> Model:
+    """A checkpoint ready to be evaluated: streamed where the architecture is known, else whole in memory.
+
+    attention: how to attend where the checkpoint does not say, None: in full precision.
+    """
     config = Checkpoint(folder).config
     if config.get("quantization_config") or config.get("model_type") in ARCHITECTURES:
-        return StreamedModel(folder, device, dtype, numerics)
+        return StreamedModel(folder, device, dtype, numerics, attention)
+    if attention is not None:
+        raise ModelError(f"{folder}: attention of {config.get('model_type')!r} on an INT4 cache is not emulated")
     return WholeModel(folder, device, dtype)
 
 
 class StreamedModel:
     """Runs a checkpoint one decoder block at a time: memory holds one block, the hidden states and the head."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        attention: KvNumerics | None = None,
+    ) -> None:
         self.source = Checkpoint(folder)
         require_readable(self.source)
         self.device, self.dtype, self.numerics = device, dtype, numerics
@@ -77,12 +106,14 @@ class StreamedModel:
         }
         self.schemes = packed_schemes(self.source, [*self.linears, self.arch.head])
         self._check()
+        self.attention = attention_numerics(self.source) or attention
+        self.kv_cache = "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
         self.units = self.shape.n_blocks
         self._norm, self._head = self._tail()
 
     def _check(self) -> None:
         """Refuse what does not fit before any block is run; block by block, a fault would show late."""
-        plain = {n: s for n, s in self.source.shapes.items() if not n.endswith(PACKED_SUFFIXES)}
+        plain = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
         for name in self.schemes:
             if name == self.arch.head:
                 raise ModelError(f"{self.source.folder}: a packed {name} is not one that pq reads")
@@ -133,7 +164,7 @@ class StreamedModel:
         hidden = torch.cat([self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)])
         del embedding
         for index in range(self.shape.n_blocks):
-            layer = load_block(self.source, self.skeleton, self.schemes, index, self.numerics)
+            layer = load_block(self.source, self.skeleton, self.schemes, index, self.numerics, self.attention)
             for part in torch.split(hidden, batch):  # views: each is overwritten by its own result
                 part.copy_(self.skeleton.forward(index, layer, part))
             tick()
@@ -144,6 +175,7 @@ class WholeModel:
     """A plain checkpoint of an architecture that pq cannot stream, loaded by transformers."""
 
     units = 1
+    kv_cache = "16-bit"
     bits_per_weight = None
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:

@@ -4,9 +4,10 @@ from quantize.methods.awq import Awq
 from quantize.methods.base import Stage
 from quantize.methods.cas import Cas
 from quantize.methods.fireq import Fireq
+from quantize.methods.fireq_attention import FireqAttention
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
 
-STAGES: tuple[type[Stage], ...] = (Cas, Awq, Rtn, Gptq, Fireq)
+STAGES: tuple[type[Stage], ...] = (Cas, Awq, FireqAttention, Rtn, Gptq, Fireq)
 
 __all__ = ["STAGES", "Stage"]

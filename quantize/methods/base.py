@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from quantize.block import Block
     from quantize.pictures import Picture
 
-Kind = Literal["restructure", "smooth", "encode", "refine"]
-"""Order in a recipe: restructure* smooth* encode+ refine*."""
+Kind = Literal["restructure", "smooth", "cache", "encode", "refine"]
+"""Order in a recipe: restructure* smooth* cache? encode* refine*, with a cache or an encode stage."""
 
 
 class Stage(BaseModel):

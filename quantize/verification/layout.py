@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of
+from quantize.attention import KvNumerics
 from quantize.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.errors import ModelError, VerifyError
 from quantize.formats.compressed_tensors import Scheme
+from quantize.formats.native import NATIVE
 from quantize.formats.packed_int import words_per_row
 from quantize.headers import Header, tensor_headers
-from quantize.load import PACKED_SUFFIXES, packed_schemes, require_readable
+from quantize.load import KV_SCALE, PACKED_SUFFIXES, attention_numerics, packed_schemes, require_readable
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
 
@@ -35,6 +37,8 @@ class Layout:
     schemes: Mapping[str, Scheme]
     """Full name → scheme of every packed linear."""
     headers: Mapping[str, Header]
+    attention: KvNumerics | None
+    """How it attends on an INT4 cache; None where it does not."""
 
 
 def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
@@ -57,7 +61,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         for name, size in skeleton.linear_shapes(i).items()
     }
     schemes = packed_schemes(source, [*linears, arch.head])
-    layout = Layout(source, arch, shape, skeleton, linears, schemes, tensor_headers(source))
+    layout = Layout(source, arch, shape, skeleton, linears, schemes, tensor_headers(source), attention_numerics(source))
     _check_coverage(layout)
     _check_packed(layout)
     _check_plain(layout)
@@ -77,7 +81,7 @@ def _skip_foreign(source: Checkpoint) -> None:
     if model_type not in list(ARCHITECTURES):
         raise Skipped(f"pq did not write this model and does not know model_type {model_type!r}")
     quantization = source.config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or (isinstance(quantization, dict) and quantization.get("quant_method") == NATIVE):
         return
     try:
         require_readable(source)
@@ -145,10 +149,26 @@ def _check_plain(layout: Layout) -> None:
         if f"{name}.weight" in plain:
             raise VerifyError(f"{name} is stored twice: packed, and plain as {name}.weight")
         shapes[f"{name}.weight"] = layout.linears[name]
+    for name, shape in _post_scales(layout).items():
+        found = plain.get(name)
+        if found is None:
+            raise VerifyError(f"tensor {name} is missing, config.json says that attention has an INT4 cache")
+        if (found.dtype, found.shape) != ("F32", shape):
+            raise VerifyError(f"{name} is {found.dtype} {list(found.shape)}, expected F32 {list(shape)}")
+        del shapes[name]
     layout.skeleton.check(shapes, layout.shape.tied)
     for name, header in plain.items():
         if header.dtype not in FLOATS:
             raise VerifyError(f"{name} is {header.dtype}, expected one of {', '.join(FLOATS)}")
+
+
+def _post_scales(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Full name → shape of the post-RoPE scales that there must be."""
+    if layout.attention is None:
+        return {}
+    arch, shape = layout.arch, layout.shape
+    size = (shape.n_kv_heads, shape.head_dim)
+    return {f"{arch.blocks}.{i}.{arch.attention}.{KV_SCALE}": size for i in range(shape.n_blocks)}
 
 
 def _check_total(layout: Layout) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.arch import Architecture
 from quantize.calib import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.load import load_block
@@ -74,16 +73,19 @@ def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
 
 def _errors(layout: Layout, skeleton: Skeleton, teacher: nn.Module, index: int, hidden: Tensor) -> dict[str, float]:
     """Relative squared output error of each compared linear of block `index`, by name within the block."""
-    names = _comparable(layout.arch)
-    student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel")
+    names = _comparable(layout)
+    student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
     wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
     given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, hidden))
     return {name: _relative(wanted[name], given[name]) for name in names}
 
 
-def _comparable(arch: Architecture) -> list[str]:
-    sources = {edge.source for edge in arch.edges}
-    return [name for name in arch.roles if name not in sources]
+def _comparable(layout: Layout) -> list[str]:
+    """Linears whose outputs no stage rescales."""
+    rescaled = {edge.source for edge in layout.arch.edges}
+    if layout.attention is not None and layout.arch.qk_norm is None:
+        rescaled |= {layout.arch.of_role("q"), layout.arch.of_role("k")}  # by the pre-RoPE scale
+    return [name for name in layout.arch.roles if name not in rescaled]
 
 
 def _outputs(layer: nn.Module, names: Sequence[str], run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
@@ -111,10 +113,11 @@ def _relative(wanted: Tensor, given: Tensor) -> float:
 def _limit(layout: Layout, layers: Mapping[str, Any] | None, index: int) -> float:
     if layers is None:
         return _USELESS
-    facts = [layers.get(f"{layout.arch.blocks}.{index}.{name}", {}) for name in layout.arch.roles]
+    parts = (*layout.arch.roles, layout.arch.attention)
+    facts = [layers.get(f"{layout.arch.blocks}.{index}.{name}", {}) for name in parts]
     if not any("output_error" in f for f in facts):
         # A data-free recipe: what the errors of its weights do to outputs depends on the outliers of the text.
         return _USELESS
-    recorded = [f.get("output_error", f.get("weight_error", 0.0)) for f in facts]
+    recorded = [f.get("output_error", f.get("weight_error", f.get("kv_error", 0.0))) for f in facts]
     numbers = [float(error) for error in recorded if isinstance(error, int | float) and math.isfinite(error)]
     return max(_FLOOR, _SLACK * max(numbers, default=0.0))

@@ -15,6 +15,7 @@ from quantize.arch import Architecture, Shape, architecture_of
 from quantize.checkpoint import Checkpoint
 from quantize.convert import Conversion, Request
 from quantize.errors import ModelError, VerifyError
+from quantize.load import KV_SCALE
 from quantize.recipe import Recipe
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
@@ -83,6 +84,11 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
         return False
     local = name.removeprefix(prefix).partition(".")[2]
     scaled = {f"{edge.source}.{part}" for edge in layout.arch.edges for part in ("weight", "bias")}
+    if recipe is None or any(stage.kind == "cache" for stage in recipe.stages):
+        arch = layout.arch  # the pre-RoPE scale, and the post-RoPE scale that the parent does not have
+        rotated = (arch.of_role("q"), arch.of_role("k"), *(arch.qk_norm or ()))
+        scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
+        scaled.add(f"{arch.attention}.{KV_SCALE}")
     return local in scaled | {f"{sink}.weight" for edge in layout.arch.edges for sink in edge.sinks}
 
 

@@ -1,0 +1,136 @@
+"""What each part of FireQ costs and gains: linears, INT4 cache, pre- and post-RoPE scales, scale dtypes.
+
+    python eval/ablation.py --model DIR [--model DIR …] --calibration FILE --text FILE --output eval/results/NAME.json
+
+Every row converts from scratch and is measured against the parent in the same run. `--long N` also measures the KV
+rows on windows of N tokens and keeps their KL divergence by position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import quantize
+from quantize.attention import KvNumerics
+from quantize.convert import Request, convert
+from quantize.evaluate import evaluate
+from quantize.overrides import with_stage_fields
+from quantize.recipe import load_recipe
+
+# (part, recipe, changes of stage fields, format)
+ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("W4A16 GPTQ g128, 16-bit cache", "gptq", (), ""),
+    ("linear only", "fireq-linear", (), ""),
+    ("KV4 only, no scales", "fireq-kv", ("pre=false", "post=false", "values=false"), ""),
+    ("KV4 only, pre", "fireq-kv", ("post=false", "values=false"), ""),
+    ("KV4 only, post", "fireq-kv", ("pre=false", "values=false"), ""),
+    ("KV4 only, pre and post", "fireq-kv", ("values=false",), ""),
+    ("KV4 only, pre, post and values", "fireq-kv", (), ""),
+    ("KV4 only, E4M3 cache scales", "fireq-kv", ("scale_dtype=e4m3",), ""),
+    ("KV4 only, asymmetric", "fireq-kv", ("symmetric=false",), ""),
+    ("linear and KV4", "fireq", (), ""),
+    ("linear and KV4, E4M3 cache scales", "fireq", ("scale_dtype=e4m3",), ""),
+    ("linear and KV4 without post scales, compressed-tensors", "fireq", (), "compressed-tensors"),
+    ("published: linear only, FP8 group scales", "fireq-paper-linear", (), ""),
+    ("published: linear only, BF16 group scales", "fireq-paper-linear", ("fireq.scales=bf16",), ""),
+    ("published: linear and KV4, FP8 group scales", "fireq-paper", (), ""),
+    ("published: linear and KV4, BF16 group scales", "fireq-paper", ("fireq.scales=bf16",), ""),
+)
+
+
+def measure(model: Path, row: tuple[str, str, tuple[str, ...], str], args: argparse.Namespace) -> dict[str, Any]:
+    """Convert and evaluate one row."""
+    part, name, changes, kind = row
+    recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = with_stage_fields(recipe, changes)
+    if kind:
+        recipe = recipe.model_copy(update={"format": kind})
+    attention = KvNumerics() if kind else None  # the run-time flag of a format that does not hold it
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        started = time.monotonic()
+        convert(Request(model, recipe, output, torch.device("cpu"), torch.float32))
+        seconds = time.monotonic() - started
+        how: dict[str, Any] = {"dataset": args.text, "attention": attention}
+        found = evaluate(output, model, seqlen=args.seqlen, max_windows=args.windows, **how)
+        long = None
+        if args.long and "KV4" in part:
+            windows = max(1, args.windows * args.seqlen // args.long)
+            long = evaluate(output, model, seqlen=args.long, max_windows=windows, **how)
+    keys = (
+        "perplexity",
+        "baseline_perplexity",
+        "kld_mean",
+        "kld_stderr",
+        "top1_agreement",
+        "bits_per_weight",
+        "kv_cache",
+    )
+    return {
+        "model": model.name,
+        "part": part,
+        "recipe": name,
+        "changes": list(changes),
+        "seconds": round(seconds, 1),
+        **{key: getattr(found, key) for key in keys},
+        "long": None if long is None else {"protocol": long.protocol, "kld_mean": long.kld_mean, **long.by_position},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | part | KV cache | perplexity (parent) | KLD | same top-1 | encode |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['part']} | {r['kv_cache']} | {r['perplexity']:.2f} ({r['baseline_perplexity']:.2f}) "
+        f"| {r['kld_mean']:.5f} | {r['top1_agreement']:.3f} | {r['seconds']:.0f} s |"
+        for r in results["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the rows and write the results file after each of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--long", type=int, help="also measure windows of so many tokens, by position")
+    parser.add_argument("--only", help="measure rows whose part contains this")
+    parser.add_argument("--output", type=Path, help="results file")
+    args = parser.parse_args()
+    results: dict[str, Any] = {
+        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; float32; "
+        f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; kernel numerics; "
+        "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"pq": quantize.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": [],
+    }
+    for model in args.model:
+        for row in ROWS:
+            if args.only and args.only not in row[0]:
+                continue
+            results["rows"].append(measure(model, row, args))
+            print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""config.json of pq's own format: packed linears as in `compressed_tensors`, and attention on an INT4 KV cache.
+
+    {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
+     "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null}}
+
+Tensors of packed linears are those of `PackedInt`. With attention, every block also has
+`model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored keys are K·S, queries Q/S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantize.formats.compressed_tensors import Scheme, quantization_config, schemes_of
+from quantize.formats.kv4 import KvScheme
+
+NATIVE = "pq"
+VERSION = 1
+_KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
+_ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
+
+
+def native_config(
+    schemes: Mapping[str, Scheme], left_alone: Sequence[str], attention: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit.
+
+    attention: None, or the keys kv_cache, query and probabilities as config.json holds them.
+    """
+    found = quantization_config(schemes, left_alone)
+    return {
+        "quant_method": NATIVE,
+        "version": VERSION,
+        "config_groups": found["config_groups"],
+        "ignore": found["ignore"],
+        "attention": None if attention is None else dict(attention),
+    }
+
+
+def require_understood(config: Mapping[str, Any]) -> None:
+    """ValueError for a quantization_config that this release does not understand in full."""
+    if config.get("quant_method") != NATIVE:
+        raise ValueError(f"quant_method is {config.get('quant_method')!r}, expected '{NATIVE}'")
+    version = config.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise ValueError(f"format version {version!r} is not known (known: {VERSION}); install a newer pq-quantize")
+    if unknown := sorted(set(config) - _KEYS):
+        raise ValueError(f"unknown field '{unknown[0]}'; install a newer pq-quantize")
+    if missing := sorted(_KEYS - set(config)):
+        raise ValueError(f"field '{missing[0]}' is missing")
+    attention_of(config)
+
+
+def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The checked `attention` part, None where attention is left alone; ValueError for what is not understood."""
+    found = config.get("attention")
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or set(found) != _ATTENTION_KEYS:
+        raise ValueError(f"attention must be null or have the fields {', '.join(sorted(_ATTENTION_KEYS))}")
+    for key in ("query", "probabilities"):
+        if found[key] not in ("fp8", None):
+            raise ValueError(f"attention.{key} is {found[key]!r}, expected 'fp8' or null")
+    try:
+        KvScheme.from_json(found["kv_cache"])
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ValueError(f"attention.kv_cache: {err}") from None
+    return found
+
+
+def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Scheme]:
+    """Scheme of every packed linear by full name; linears: full names of the model's linears that may be packed.
+
+    ValueError for a scheme that pq does not write and for targets that are none of them.
+    """
+    try:
+        schemes = schemes_of(config, linears)
+        targets = {target for group in config["config_groups"].values() for target in group["targets"]} - {"Linear"}
+    except (KeyError, TypeError, AttributeError) as err:
+        raise ValueError(f"config_groups cannot be read ({type(err).__name__}: {err})") from None
+    if strangers := sorted(targets - set(linears), key=str):
+        raise ValueError(f"config_groups targets {strangers[0]}, which is no linear of the model")
+    for scheme in schemes.values():
+        if not _whole(scheme.bits, 2, 8) or not _whole(scheme.group_size, 1, 1 << 20):
+            raise ValueError(f"{scheme.bits!r} bits in groups of {scheme.group_size!r} cannot be read")
+    return schemes
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
