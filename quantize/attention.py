@@ -7,7 +7,7 @@ post-RoPE scale S of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,13 @@ class KvAttention(nn.Module):
         super().__init__()
         self.numerics = numerics
         numerics.scheme.group(head_dim)  # refuses what the cache cannot hold
-        self.register_buffer("scale", torch.ones(n_kv_heads, head_dim))
+        self.register_buffer("scale", torch.ones(n_kv_heads, head_dim, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KvAttention:
+        moved = fn(self.scale)
+        # A cast of the model must not round S: keys that were stored with it would no longer fit the queries.
+        self.scale = moved if moved.dtype == torch.float32 else self.scale.to(moved.device)
+        return self
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """query [B, H, T, d], key and value [B, Hkv, S, d], mask bool or additive → [B, H, T, d] in query's dtype.

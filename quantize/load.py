@@ -14,7 +14,7 @@ from quantize.attention import KvAttention, KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
 from quantize.formats.compressed_tensors import Scheme, schemes_of
-from quantize.formats.native import NATIVE
+from quantize.formats.native import NATIVE, require_understood
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import Numerics, PackedLinear
 from quantize.skeleton import Skeleton, meta_model
@@ -57,6 +57,11 @@ def require_readable(source: Checkpoint) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method not in ("compressed-tensors", NATIVE):
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
+    if isinstance(quantization, dict) and method == NATIVE:
+        try:
+            require_understood(quantization)
+        except ValueError as err:
+            raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
 def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, Scheme]:

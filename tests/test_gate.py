@@ -195,16 +195,16 @@ rtn: {arc/acc: {recovery: 0.91}}"""
 @pytest.mark.slow
 def test_a_broken_recipe_fails_the_shipped_gate(tmp_path: Path):
     text = BASELINES.read_text(encoding="utf-8").replace(
-        "  fireq:\n", "  fireq:\n    set: [bits=2, activations=none]\n"
+        "  fireq-linear:\n", "  fireq-linear:\n    set: [bits=2, activations=none]\n"
     )
     text = text.replace("nsamples: 32", "nsamples: 8")
     path = tmp_path / "broken.yaml"
     path.write_text(text.replace("model: reference-model", f"model: {data_dir('eval') / 'reference-model'}"))
-    result = run_gate(path, only=["fireq", "fireq-paper"])
+    result = run_gate(path, only=["fireq-linear", "fireq-paper-linear"])
     status = {(v.recipe, v.metric): v.status for v in result.verdicts}
-    assert {status["fireq", m] for m in ("kld_mean", "perplexity", "top1_agreement")} == {"FAIL"}
-    assert status["fireq", "bits_per_weight"] == "better"
-    assert {s for (recipe, _), s in status.items() if recipe == "fireq-paper"} == {"pass"}
+    assert {status["fireq-linear", m] for m in ("kld_mean", "perplexity", "top1_agreement")} == {"FAIL"}
+    assert status["fireq-linear", "bits_per_weight"] == "better"
+    assert {s for (recipe, _), s in status.items() if recipe == "fireq-paper-linear"} == {"pass"}
 
 
 def test_a_real_run_on_a_tiny_model(gate_file: Callable[..., Path], text_file: Path):
