@@ -96,9 +96,7 @@ _PRE_NORM_RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "p
 
 
 def _llama_like(model_type: str, **special: Any) -> Architecture:
-    return Architecture(
-        model_type, _GATED_MLP_ROLES, _GATED_MLP_ORDER, _PRE_NORM_EDGES, _PRE_NORM_RESIDUAL, **special
-    )
+    return Architecture(model_type, _GATED_MLP_ROLES, _GATED_MLP_ORDER, _PRE_NORM_EDGES, _PRE_NORM_RESIDUAL, **special)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

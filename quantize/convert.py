@@ -3,78 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import quantize
-from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
+from quantize.allocation import Space
 from quantize.arch import Architecture, Shape, architecture_of
-from quantize.block import Block
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
-from quantize.checkpoint import Checkpoint, require_finite_floats
+from quantize.checkpoint import Checkpoint
+from quantize.conversion import Conversion, Progress, Request, Summary
 from quantize.errors import ModelError
-from quantize.formats.compressed_tensors import Scheme, quantization_config
-from quantize.formats.native import native_config
-from quantize.linear import PackedLinear
-from quantize.methods.fireq_attention import FireqAttention
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, resolved_yaml
-from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton, load_tokenizer
-from quantize.statistics import STATISTICS, Collected, profile
-from quantize.streams import Streams
+from quantize.statistics import STATISTICS
 from quantize.writer import CheckpointWriter, require_free
 
-log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, blocks done, blocks in all)."""
+__all__ = ["Request", "Summary", "convert"]
 
 _VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to convert, how, and where to."""
-
-    model: Path
-    recipe: Recipe
-    output: Path
-    device: torch.device
-    dtype: torch.dtype
-    batch_tokens: int = 4096
-    """Calibration tokens per forward pass; bounds the memory of one pass."""
-    target_bpw: float | None = None
-    """Overrides the recipe's `target_bpw`."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did; the JSON that `pq convert --json` prints."""
-
-    output: str
-    recipe: str
-    blocks: int
-    quantized_linears: int
-    bits_per_weight: float
-    source_bytes: int
-    output_bytes: int
-    seconds: float
-    promoted: list[str]
-    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
-    fallbacks: list[str]
-    lost: list[str]
-    """What the recipe asks for and the format of the output cannot hold."""
-    mean_output_error: float | None
-    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
 
 def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Summary:
@@ -174,189 +122,3 @@ def _provenance(request: Request, source: Checkpoint, tokens: TokenSet | None) -
         "source": source.hashes(),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }
-
-
-class Conversion:
-    """State of one run: what was encoded so far and what is known about it."""
-
-    def __init__(
-        self, request: Request, source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton
-    ) -> None:
-        self.request, self.source, self.arch, self.shape, self.skeleton = request, source, arch, shape, skeleton
-        self.schemes: dict[str, Scheme] = {}
-        self.report: dict[str, dict[str, Any]] = {}
-        self.statistics = Collected(arch.roles)
-        self.rotary_dim = rotary_dim(source.config, shape.head_dim)
-        self.allocation: Allocation | None = None
-        self.stored_bits = 0.0
-        self.weights = 0
-        self.source_bytes = 0
-
-    def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
-        """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
-        windows = tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]
-        errors = space.measure(self.open, self.shape.n_blocks, self._hidden(windows), progress)
-        chosen = space.choose(errors)
-        log.info("%.3f bits per weight for a target of %g: %s", chosen.bits_per_weight, chosen.target, chosen.bits)
-        request = replace(self.request, recipe=chosen.recipe)
-        run = Conversion(request, self.source, self.arch, self.shape, self.skeleton)
-        run.allocation = chosen
-        return run
-
-    def _hidden(self, windows: Tensor) -> list[Tensor]:
-        """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
-        batch = max(1, self.request.batch_tokens // windows.shape[1])
-        weight = self.source.tensor(f"{self.arch.embedding}.weight")
-        return [self.skeleton.embed(weight, part) for part in torch.split(windows, batch)]
-
-    def embed(self, tokens: TokenSet | None) -> Streams | None:
-        """Hidden states that enter block 0; None where no stage needs them."""
-        if tokens is None or not any(s.needs_inputs for s in self.request.recipe.stages):
-            return None
-        hidden = self._hidden(tokens.tokens)
-        needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
-        return Streams(hidden, list(hidden) if needs_reference else None)
-
-    def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
-        """Tensors of modules outside the blocks, kept as they are (a tied head has none of its own)."""
-        out: dict[str, Tensor] = {}
-        for module in modules:
-            if module != self.arch.head or not self.shape.tied:
-                out |= {f"{module}.{n}": t for n, t in self.source.tensors(f"{module}.").items()}
-        require_finite_floats(out, "")
-        self.source_bytes += _bytes(out)
-        return out
-
-    def open(self, index: int, inputs: list[Tensor], reference_inputs: list[Tensor] | None = None) -> Block:
-        """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's."""
-        prefix = f"{self.arch.blocks}.{index}."
-        weights = self.source.tensors(prefix)
-        require_finite_floats(weights, prefix)
-        self.source_bytes += _bytes(weights)
-        return Block(
-            index=index,
-            arch=self.arch,
-            shape=self.shape,
-            module=self.skeleton.layer(index, weights),
-            storage={name: tensor.dtype for name, tensor in weights.items()},
-            forward=lambda module, hidden: self.skeleton.forward(index, module, hidden),
-            inputs=inputs,
-            reference_inputs=reference_inputs,
-            device=self.request.device,
-            rotary_dim=self.rotary_dim,
-            keeps_post_scales=self.request.recipe.format == "pq",
-        )
-
-    def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
-        """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
-        prefix = f"{self.arch.blocks}.{index}."
-        block = self.open(index, streams.quantized, streams.reference) if streams else self.open(index, [])
-        with torch.no_grad():
-            self._apply_stages(block)
-            if streams and index + 1 < self.shape.n_blocks:
-                streams.advance(block)
-        self._record(block, prefix)
-        stored = _stored(block)
-        if self.request.recipe.format != "pq":
-            stored.pop(f"{self.arch.attention}.kv.scale", None)
-        return {prefix + name: tensor for name, tensor in stored.items()}
-
-    def _apply_stages(self, block: Block) -> None:
-        before = after = profile(block)
-        smoothed = False
-        for stage in self.request.recipe.stages:
-            if smoothed and stage.kind in ("cache", "encode"):
-                after, smoothed = profile(block), False
-            stage.apply(block)
-            smoothed |= stage.kind == "smooth"
-        self.statistics.add(block, before, after)
-
-    def _record(self, block: Block, prefix: str) -> None:
-        for name, packed in block.packed.items():
-            linear = block.module.get_submodule(name)
-            assert isinstance(linear, PackedLinear)
-            self.schemes[prefix + name] = Scheme(packed.bits, packed.group_size, linear.fp8_activations)
-            self.stored_bits += packed.bits_per_weight * packed.codes.numel()
-            self.weights += packed.codes.numel()
-        for name, facts in block.report.items():
-            self.report[prefix + name] = facts
-            log.info("%s%s %s", prefix, name, facts)
-
-    def quantization_config(self) -> dict[str, Any]:
-        """quantization_config of the output's config.json."""
-        linears = (
-            f"{self.arch.blocks}.{i}.{n}" for i in range(self.shape.n_blocks) for n in self.skeleton.linear_shapes(i)
-        )
-        alone = [self.arch.head, *(name for name in linears if name not in self.schemes)]
-        if self.request.recipe.format == "pq":
-            return native_config(self.schemes, alone, self.attention)
-        return quantization_config(self.schemes, alone)
-
-    @property
-    def attention(self) -> dict[str, Any] | None:
-        """How attention works on its cache; None where it is left alone."""
-        return next((s.as_json() for s in self.request.recipe.stages if isinstance(s, FireqAttention)), None)
-
-    def lost(self) -> list[str]:
-        """What the recipe asks for and its format cannot hold."""
-        if self.attention is None or self.request.recipe.format == "pq":
-            return []
-        return [
-            "post-RoPE scales were not used, and value and key scales were fitted without them",
-            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
-            "pq eval --kv-cache int4 measures it)",
-        ]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Mean stored bits of a quantized weight, scales counted."""
-        return self.stored_bits / self.weights if self.weights else 16.0
-
-    def results(self, streams: Streams | None) -> dict[str, Any]:
-        """What goes into the provenance after the last block."""
-        dropped = streams.dropped if streams else 0
-        return {
-            "bits_per_weight": self.bits_per_weight,
-            "dropped_sequences": dropped,
-            "attention": self.attention,
-            "allocation": self.allocation.as_json() if self.allocation else None,
-            "layers": self.report,
-        }
-
-    def summary(self, seconds: float, output_bytes: int) -> Summary:
-        """Totals of the run."""
-        errors = [f["output_error"] for f in self.report.values() if "output_error" in f]
-        return Summary(
-            output=str(self.request.output),
-            recipe=self.request.recipe.name,
-            blocks=self.shape.n_blocks,
-            quantized_linears=len(self.schemes),
-            bits_per_weight=self.bits_per_weight,
-            source_bytes=self.source_bytes,
-            output_bytes=output_bytes,
-            seconds=round(seconds, 2),
-            promoted=list(self.allocation.promoted) if self.allocation else [],
-            fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
-            lost=self.lost(),
-            mean_output_error=sum(errors) / len(errors) if errors else None,
-        )
-
-
-def _stored(block: Block) -> dict[str, Tensor]:
-    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's dtypes."""
-    out: dict[str, Tensor] = {}
-    for name, module in block.module.named_modules():
-        if isinstance(module, PackedLinear):
-            out |= {f"{name}.{suffix}": tensor for suffix, tensor in module.packed.tensors().items()}
-            if module.bias is not None:
-                out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
-        elif not isinstance(module, nn.ModuleList):
-            own = module._parameters | module._buffers
-            named = {f"{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
-            # What a stage added (post-RoPE scales) keeps its own dtype.
-            out |= {key: tensor.to(block.storage.get(key, tensor.dtype)) for key, tensor in named.items()}
-    return out
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())

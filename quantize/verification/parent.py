@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.checkpoint import Checkpoint
-from quantize.convert import Conversion, Request
+from quantize.conversion import Conversion, Request
 from quantize.errors import ModelError, VerifyError
 from quantize.load import KV_SCALE
 from quantize.recipe import Recipe
