@@ -9,17 +9,14 @@ rows on windows of N tokens and keeps their KL divergence by position.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import measuring  # the script beside this one
 import torch
-import transformers
 
-import quantize
 from quantize.attention import KvNumerics
 from quantize.convert import Request, convert
 from quantize.evaluate import evaluate
@@ -102,34 +99,17 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the rows and write the results file after each of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, action="append", required=True)
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--text", default="builtin")
-    parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=60)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--long", type=int, help="also measure windows of so many tokens, by position")
     parser.add_argument("--only", help="measure rows whose part contains this")
-    parser.add_argument("--output", type=Path, help="results file")
     args = parser.parse_args()
-    results: dict[str, Any] = {
-        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; float32; "
-        f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; kernel numerics; "
-        "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"pq": quantize.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "rows": [],
-    }
+    results = measuring.head(args)
     for model in args.model:
         for row in ROWS:
-            if args.only and args.only not in row[0]:
-                continue
-            results["rows"].append(measure(model, row, args))
-            print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(results, indent=1) + "\n")
+            if not args.only or args.only in row[0]:
+                results["rows"].append(measure(model, row, args))
+                print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
+                measuring.keep(results, args.output)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import resource
 import sys
 import tempfile
@@ -20,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measuring  # the script beside this one
 import torch
-import transformers
 
-import quantize
 from quantize.convert import Request, convert
 from quantize.evaluate import evaluate
 from quantize.overrides import with_stage_fields
@@ -99,37 +96,20 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the rows asked for and write the results file after each of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, action="append", required=True)
-    parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--text", default="builtin")
-    parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=60)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--only", help="recipes to run, separated by commas")
     parser.add_argument("--bits", default="4,3,2", help="bits to run, separated by commas")
-    parser.add_argument("--output", type=Path, help="results file")
     args = parser.parse_args()
     names = set(args.only.split(",")) if args.only else {row[0] for row in ROWS}
     bits = {int(b) for b in args.bits.split(",")}
     rows = [row for row in ROWS if row[0] in names and row[2] in bits]
-    results: dict[str, Any] = {
-        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; "
-        "parent and model in float32; "
-        f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
-        "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"pq": quantize.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "rows": [],
-    }
+    results = measuring.head(args)
     for model in args.model:
         for row in rows:
             results["rows"].append(measure(model, row, args))
             results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(results, indent=1) + "\n")
+            measuring.keep(results, args.output)
     print(table(results), file=sys.stderr)
 
 

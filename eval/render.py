@@ -9,10 +9,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from accuracy import table  # the script beside this one
+import ablation  # the scripts beside this one
+import accuracy
 
 _SECTION = re.compile(r"(<!-- accuracy: begin -->\n).*(<!-- accuracy: end -->)", re.DOTALL)
+
+
+def _table(data: dict[str, Any]) -> str:
+    kind = ablation if "part" in data["rows"][0] else accuracy
+    return kind.table(data)
 
 
 def main(readme: Path, results: list[Path]) -> None:
@@ -21,7 +28,7 @@ def main(readme: Path, results: list[Path]) -> None:
     for path in results:
         data = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-        parts.append(f"`{path.name}`: {data['protocol']} ({data['machine']}; {versions}).\n\n{table(data)}\n")
+        parts.append(f"`{path.name}`: {data['protocol']} ({data['machine']}; {versions}).\n\n{_table(data)}\n")
     text, count = _SECTION.subn(lambda m: m[1] + "\n".join(parts) + m[2], readme.read_text())
     if count != 1:
         sys.exit(f"{readme}: the markers are missing")
