@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantize.arch import Architecture
 from quantize.attention import ATTENTION
@@ -37,13 +38,25 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        _require_known_rope(folder, config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    except ModelError:
+        raise
     except Exception as err:
         # A bad field gives KeyError, AttributeError, RuntimeError, AssertionError or a validator's own class.
         reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]
         raise ModelError(f"{folder}/config.json: transformers cannot build this model ({reason})") from None
     return model.eval().requires_grad_(False)
+
+
+def _require_known_rope(folder: Path, config: Any) -> None:
+    # transformers would say no more than KeyError.
+    parameters = getattr(config, "rope_parameters", None)
+    kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise ModelError(f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})")
 
 
 def load_tokenizer(folder: Path) -> Any:

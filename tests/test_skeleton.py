@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import config_of, random_weights, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.arch import Shape, architecture_of
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.skeleton import Skeleton
+from quantize.skeleton import Skeleton, meta_model
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ def test_layers_that_do_not_fit_the_config(tiny: Callable[..., Path]):
     "change",
     [
         {"hidden_act": "nope"}, {"intermediate_size": -1}, {"intermediate_size": "12"}, {"head_dim": 7},
-        {"rope_parameters": {"rope_type": "nope"}}, {"rms_norm_eps": "x"}, {"dtype": "float99"}, {"id2label": 5},
+        {"rms_norm_eps": "x"}, {"dtype": "float99"}, {"id2label": 5},
         {"layer_types": ["a"]},
     ],
     ids=str,
@@ -80,3 +81,11 @@ def test_absurd_sizes(single: Path, change: dict[str, object]):
 def test_unknown_model_types(model_type: object):
     with pytest.raises(ModelError, match=r"is not supported \(supported: llama.*ARCHITECTURES"):
         architecture_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize("kind", ["weird", None, 7])
+def test_a_rope_type_that_nobody_knows(tmp_path: Path, kind: object):
+    config = config_of("llama") | {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0}}
+    save_model(tmp_path, config, random_weights(config_of("llama")))
+    with pytest.raises(ModelError, match="rope_type"):
+        meta_model(tmp_path, torch.float32)
