@@ -18,6 +18,7 @@ from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
 from quantize.formats.compressed_tensors import Scheme, quantization_config
 from quantize.formats.native import native_config
+from quantize.grid import Grid
 from quantize.linear import PackedLinear
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.recipe import Recipe
@@ -27,6 +28,10 @@ from quantize.statistics import Collected, profile
 from quantize.streams import Streams
 
 log = logging.getLogger(__name__)
+
+HEAD_GROUP = 128
+"""Group of an encoded lm_head."""
+_HEAD_WEIGHTS = 1 << 24  # of lm_head encoded at once
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, blocks done, blocks in all)."""
@@ -117,7 +122,28 @@ class Conversion:
                 out |= {f"{module}.{n}": t for n, t in self.source.tensors(f"{module}.").items()}
         require_finite_floats(out, "")
         self.source_bytes += _bytes(out)
+        if self.arch.head in modules and self.request.recipe.head_bits is not None:
+            out |= self._head(out.pop(f"{self.arch.head}.weight"), self.request.recipe.head_bits)
         return out
+
+    def _head(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
+        """Encode lm_head [V, D]; returns its packed tensors."""
+        grid = Grid(bits, HEAD_GROUP, signed=True)
+        codes, scales, error, size = [], [], 0.0, 0.0
+        for rows in torch.split(weight, max(1, _HEAD_WEIGHTS // weight.shape[1])):
+            part = rows.to(self.request.device).float()
+            scale, factor = grid.fit_scale(part)
+            code, value = grid.round(part, scale, factor)
+            codes.append(code)
+            scales.append(scale)
+            error, size = error + float((value - part).square().sum()), size + float(part.square().sum())
+        packed = grid.pack(torch.cat(codes), torch.cat(scales))
+        name = self.arch.head
+        self.schemes[name] = Scheme(bits, HEAD_GROUP, fp8_activations=False)
+        self.stored_bits += packed.bits_per_weight * packed.codes.numel()
+        self.weights += packed.codes.numel()
+        self.report[name] = {"weight_error": error / size if size else 0.0}
+        return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
 
     def open(self, index: int, inputs: list[Tensor], reference_inputs: list[Tensor] | None = None) -> Block:
         """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's."""
@@ -179,7 +205,7 @@ class Conversion:
         linears = (
             f"{self.arch.blocks}.{i}.{n}" for i in range(self.shape.n_blocks) for n in self.skeleton.linear_shapes(i)
         )
-        alone = [self.arch.head, *(name for name in linears if name not in self.schemes)]
+        alone = [name for name in (self.arch.head, *linears) if name not in self.schemes]
         if self.request.recipe.format == "pq":
             return native_config(self.schemes, alone, self.attention)
         return quantization_config(self.schemes, alone)

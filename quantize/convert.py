@@ -12,7 +12,7 @@ from quantize.allocation import Space
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
-from quantize.conversion import Conversion, Progress, Request, Summary
+from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
 from quantize.errors import ModelError
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, resolved_yaml
@@ -86,6 +86,10 @@ def _check(
     unknown = [n for n in skeleton.linear_shapes(0) if n not in arch.roles]
     if unknown:
         raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
+    if recipe.head_bits is not None and shape.tied:
+        raise ModelError(f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits")
+    if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
+        raise ModelError(f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group {HEAD_GROUP}")
     for stage in recipe.stages:
         stage.check(linears)
     return linears

@@ -32,6 +32,9 @@ def register() -> None:
         register_quantizer(NATIVE)(PqQuantizer)
 
 
+_HEAD = "lm_head"
+
+
 class PqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
     """quantization_config of a native checkpoint, kept as it was read; ModelError for one that is not understood."""
 
@@ -65,14 +68,15 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
             raise ModelError(f"{model.name_or_path}: {err}") from None
 
     def _place_linears(self, model: Any) -> None:
-        inner = _inner_prefix(model)
+        inner, head = _inner_prefix(model), model.get_output_embeddings()
         linears = {
-            _full_name(model, name): (name, module)
+            name if module is head else _full_name(model, name): (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(inner)
+            if isinstance(module, nn.Linear) and (name.startswith(inner) or module is head)
         }
-        schemes = packed_linears(self.quantization_config.to_dict(), list(linears))
-        for full, scheme in schemes.items():
+        # A decoder without its head has no place for a packed one.
+        schemes = packed_linears(self.quantization_config.to_dict(), [*linears, _HEAD])
+        for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
                 new = NativeLinear(old.in_features, old.out_features, old.bias is not None, scheme)

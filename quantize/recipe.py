@@ -66,6 +66,8 @@ class Recipe(BaseModel):
     format: Literal["compressed-tensors", "pq"] = "compressed-tensors"
     """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers and vLLM, `pq` also holds
     post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)."""
+    head_bits: int | None = Field(default=None, ge=2, le=8)
+    """Bits of lm_head (clipped rounding, group 128, 16-bit activations); null: it stays as it is."""
     calibration: Calibration = Calibration()
     """Text that the statistics are measured on."""
     target_bpw: float | None = Field(default=None, ge=2, le=16)

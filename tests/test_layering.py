@@ -34,7 +34,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.solver": ("quantize.grid", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
 }
-METHODS_NEVER = ("checkpoint", "writer", "recipe", "convert", "conversion", "evaluate", "skeleton", "calib", "text_sources", "cli")
+METHODS_NEVER = (
+    "checkpoint",
+    "writer",
+    "recipe",
+    "convert",
+    "conversion",
+    "evaluate",
+    "skeleton",
+    "calib",
+    "text_sources",
+    "cli",
+)
 METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
 # Third-party package → the only modules that may import it.
 OWNERS: dict[str, tuple[str, ...]] = {

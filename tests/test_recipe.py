@@ -250,7 +250,7 @@ def test_a_recipe_without_encode_is_refused():
 def test_schema_is_strict_and_discriminated():
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) == {"description", "format", "calibration", "target_bpw", "stages"}
+    assert set(schema["properties"]) == {"description", "format", "head_bits", "calibration", "target_bpw", "stages"}
     assert schema["required"] == ["description", "stages"]
     items = schema["properties"]["stages"]["items"]
     assert items["discriminator"]["propertyName"] == "method"

@@ -251,7 +251,7 @@ def test_resolved_yaml_keeps_awkward_text(text: str):
 
 def test_resolved_yaml_is_complete_and_in_order():
     data = strict_yaml.load(resolved_yaml(parse_recipe(GOOD, "r.yaml")), "r.yaml").data
-    assert list(data) == ["description", "format", "calibration", "target_bpw", "stages"]
+    assert list(data) == ["description", "format", "head_bits", "calibration", "target_bpw", "stages"]
     assert list(data["calibration"]) == list(Calibration.model_fields)
     assert next(iter(data["stages"][0])) == "method"
     assert set(data["stages"][0]) == set(METHODS["rtn"].model_fields)

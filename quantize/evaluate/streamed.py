@@ -24,6 +24,7 @@ from quantize.load import (
     attention_numerics,
     load_block,
     load_model,
+    packed_linear,
     packed_schemes,
     require_readable,
 )
@@ -104,7 +105,8 @@ class StreamedModel:
             for i in range(self.shape.n_blocks)
             for name, size in self.skeleton.linear_shapes(i).items()
         }
-        self.schemes = packed_schemes(self.source, [*self.linears, self.arch.head])
+        self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)
+        self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
@@ -115,8 +117,6 @@ class StreamedModel:
         """Refuse what does not fit before any block is run; block by block, a fault would show late."""
         plain = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
         for name in self.schemes:
-            if name == self.arch.head:
-                raise ModelError(f"{self.source.folder}: a packed {name} is not one that pq reads")
             for suffix in PACKED_SUFFIXES:
                 if f"{name}.{suffix}" not in self.source:
                     raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
@@ -126,13 +126,18 @@ class StreamedModel:
         except ModelError as err:
             raise ModelError(f"{self.source.folder}: {err}") from None
 
-    def _tail(self) -> tuple[nn.Module, Tensor]:
+    def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        """The final norm and the head."""
         norm = copy.deepcopy(self.skeleton.model.get_submodule(self.arch.final_norm))
         weights = self.source.tensors(f"{self.arch.final_norm}.")
         norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in weights.items()}, assign=True)
-        head = f"{self.arch.head}.weight"
-        name = head if head in self.source else f"{self.arch.embedding}.weight"
-        return norm, self.source.tensor(name).to(self.device, self.dtype)
+        head = self.arch.head
+        if head in self.schemes:
+            packed = packed_linear(self.source, head, self.schemes[head], self.device, self.dtype, self.numerics)
+            return norm, packed
+        name = f"{head}.weight" if f"{head}.weight" in self.source else f"{self.arch.embedding}.weight"
+        weight = self.source.tensor(name).to(self.device, self.dtype)
+        return norm, lambda hidden: F.linear(hidden, weight)
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states of so many tokens."""
@@ -152,7 +157,7 @@ class StreamedModel:
         @torch.no_grad()
         def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
             for window, first, end in spans:
-                yield F.linear(self._norm(hidden[window, first:end]), self._head)
+                yield self._head(self._norm(hidden[window, first:end]))
 
         return logits
 

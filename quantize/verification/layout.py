@@ -61,6 +61,8 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         for name, size in skeleton.linear_shapes(i).items()
     }
     schemes = packed_schemes(source, [*linears, arch.head])
+    if arch.head in schemes and not shape.tied:
+        linears[arch.head] = (shape.vocab, shape.hidden)
     layout = Layout(source, arch, shape, skeleton, linears, schemes, tensor_headers(source), attention_numerics(source))
     _check_coverage(layout)
     _check_packed(layout)

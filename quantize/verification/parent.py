@@ -76,10 +76,10 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
 def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     """Whether a stage may have changed the tensor `name`: packed, or at a scale edge that smoothing moves over."""
     prefix = f"{layout.arch.blocks}."
-    if not name.startswith(prefix):
-        return False
     if name.rpartition(".")[0] in layout.schemes and not name.endswith(".bias"):
         return True
+    if not name.startswith(prefix):
+        return False
     if recipe is not None and all(stage.kind == "encode" for stage in recipe.stages):
         return False
     local = name.removeprefix(prefix).partition(".")[2]
