@@ -35,8 +35,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
 }
 METHODS_NEVER = (
-    *("checkpoint", "writer", "recipe", "convert", "conversion", "evaluate", "skeleton", "calib", "text_sources", "cli"),
-)
     "checkpoint",
     "writer",
     "recipe",
