@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import ModelMaker
 from kv_models import UNEVEN, assert_once_equal, in_pieces, kv_model, logits, some_ids, takes_tokens_back
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -91,8 +93,14 @@ def test_update_hands_out_rounded_keys_in_the_space_of_s(tiny: ModelMaker):
     assert torch.equal(values, fake_quantize(value, kv.scheme))
 
 
+SLIDES_BACK = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="a cropped sliding window loses count of its tokens there, whatever it stores",
+)
+
+
 @takes_tokens_back
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("mistral", marks=SLIDES_BACK)])
 def test_cropped_tokens_leave_no_trace(tiny: ModelMaker, model_type: str):
     model = kv_model(tiny, model_type)
 

@@ -50,7 +50,7 @@ def test_layers_that_do_not_fit_the_config(tiny: Callable[..., Path]):
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_act": "nope"}, {"intermediate_size": -1}, {"intermediate_size": "12"}, {"head_dim": 7},
+        {"hidden_act": "nope"}, {"intermediate_size": -1}, {"intermediate_size": "12"},
         {"rms_norm_eps": "x"}, {"dtype": "float99"}, {"id2label": 5},
         {"layer_types": ["a"]},
     ],
