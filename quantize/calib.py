@@ -23,6 +23,8 @@ MAX_TOKENS = 2**28
 
 _POOL_CHARACTERS = 2**25
 """A large Hub set is shuffled within at least so many characters, about 10,000 web pages."""
+_NEAR_THE_CUT = 256
+"""Tokens that a cut in the text may have changed, generously."""
 _CHARACTERS_PER_TOKEN = 16
 """Well above what text gives (4 to 6), so that what is read of a stream suffices for the tokens wanted."""
 
@@ -105,13 +107,13 @@ def evaluation_tokens(
     _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
     limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    # What stands far behind the last window cannot change its tokens.
-    ids = _encode(tokenizer, _joined(text)[:limit])
+    stride = seqlen - overlap
+    wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
+    ids = _first_tokens(tokenizer, _joined(text), wanted)
     if len(ids) < seqlen:
         raise DataError(
             f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}; lower seqlen or give more text"
         )
-    stride = seqlen - overlap
     windows = 1 + (len(ids) - seqlen) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
@@ -192,6 +194,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the model never sees all at once.
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoding["input_ids"])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
+    """At least the first `wanted` tokens of the text (None: all), the same as if all of it were encoded."""
+    characters = len(text) if wanted is None else 6 * wanted
+    while True:
+        ids = _encode(tokenizer, text[:characters])
+        # What stands far behind the last window cannot change its tokens; a few next to the cut may differ.
+        if characters >= len(text) or (wanted is not None and len(ids) >= wanted + _NEAR_THE_CUT):
+            return ids
+        characters *= 2
 
 
 def _joined(text: Text) -> str:

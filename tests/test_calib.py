@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quantize.calib import TokenSet, calibration_tokens, check_vocab, evaluation_tokens
 from quantize.errors import DataError
+from quantize.skeleton import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
@@ -296,3 +297,16 @@ def test_first_windows_of_the_shared_text() -> None:
     assert result.tokens.shape == (128, 512)
     assert result.tokens.flatten().tolist() == direct.ids[: 128 * 512]
     check_vocab(result.tokens, len(tokenizer))
+
+
+def test_the_first_windows_are_those_of_the_whole_text(tiny: Callable[..., Path], tmp_path: Path):
+    """Only the beginning of a long text is encoded; more of it where characters give few tokens."""
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"word{i} " + " " * (i % 40) + "x" * (i % 7) for i in range(6000)))
+    tokenizer = load_tokenizer(tiny("llama"))
+    whole = evaluation_tokens(tokenizer, dataset=str(path), seqlen=32).tokens
+    for count, overlap in ((1, 0), (3, 0), (40, 0), (7, 20)):
+        part = evaluation_tokens(tokenizer, dataset=str(path), seqlen=32, max_windows=count, overlap=overlap).tokens
+        stream = whole.flatten()
+        expected = torch.stack([stream[i * (32 - overlap) :][:32] for i in range(count)])
+        assert torch.equal(part, expected)
