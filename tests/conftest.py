@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,6 +209,16 @@ def converted(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPa
         return output
 
     return run
+
+
+@pytest.fixture
+def copied(converted: ModelMaker, tmp_path: Path) -> ModelMaker:
+    """A copy of a tiny conversion that a test may damage."""
+
+    def make(recipe: str = "gptq", model_type: str = "llama", *changes: str, **model: Any) -> Path:
+        return shutil.copytree(converted(recipe, model_type, *changes, **model), tmp_path / "copy")
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ def sign(folder: Path, **changes: Any) -> None:
     data.pop("sha256", None)
     text = canonical_json(data | {"sha256": provenance_digest(data)})
     (folder / "pq.json").write_text(text, encoding="utf-8")
-
-
-def copy_of(folder: Path, target: Path) -> Path:
-    """A consistent copy of a conversion, to be damaged."""
-    shutil.copytree(folder, target)
-    sign(target)
-    return target
 
 
 def checks_of(result: Verification) -> dict[str, Check]:

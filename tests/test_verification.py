@@ -9,14 +9,12 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from damage import (
     WITH_PARENT,
     checks_of,
-    copy_of,
     failed,
     sign,
 )
@@ -33,16 +31,6 @@ from quantize.provenance import canonical_json, provenance_digest, read_provenan
 from quantize.verification import verify
 
 Maker = Callable[..., Path]
-
-
-@pytest.fixture
-def copied(converted: Maker, tmp_path: Path) -> Maker:
-    """A copy of a tiny conversion that a test may damage."""
-
-    def make(recipe: str = "gptq", model_type: str = "llama", *changes: str, **model: Any) -> Path:
-        return copy_of(converted(recipe, model_type, *changes, **model), tmp_path / "copy")
-
-    return make
 
 
 # Sound conversions

@@ -16,7 +16,6 @@ from damage import (
     OWN,
     Q0,
     checks_of,
-    copy_of,
     edit_json,
     edit_tensors,
     failed,
@@ -35,16 +34,6 @@ from quantize.provenance import canonical_json, provenance_digest
 from quantize.verification import verify
 
 Maker = Callable[..., Path]
-
-
-@pytest.fixture
-def copied(converted: Maker, tmp_path: Path) -> Maker:
-    """A copy of a tiny conversion that a test may damage."""
-
-    def make(recipe: str = "gptq", model_type: str = "llama", *changes: str, **model: Any) -> Path:
-        return copy_of(converted(recipe, model_type, *changes, **model), tmp_path / "copy")
-
-    return make
 
 
 # Damage with hashes made consistent again

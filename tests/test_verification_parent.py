@@ -13,7 +13,6 @@ from conftest import config_of, random_weights, request_for, save_model, save_si
 from damage import (
     Q0,
     checks_of,
-    copy_of,
     edit_json,
     edit_tensors,
     failed,
@@ -28,16 +27,6 @@ from quantize.convert import convert
 from quantize.verification import verify
 
 Maker = Callable[..., Path]
-
-
-@pytest.fixture
-def copied(converted: Maker, tmp_path: Path) -> Maker:
-    """A copy of a tiny conversion that a test may damage."""
-
-    def make(recipe: str = "gptq", model_type: str = "llama", *changes: str, **model: Any) -> Path:
-        return copy_of(converted(recipe, model_type, *changes, **model), tmp_path / "copy")
-
-    return make
 
 
 def another_parent(tmp_path: Path, **changes: Any) -> Path:
