@@ -202,10 +202,7 @@ class Conversion:
 
     def quantization_config(self) -> dict[str, Any]:
         """quantization_config of the output's config.json."""
-        linears = (
-            f"{self.arch.blocks}.{i}.{n}" for i in range(self.shape.n_blocks) for n in self.skeleton.linear_shapes(i)
-        )
-        alone = [name for name in (self.arch.head, *linears) if name not in self.schemes]
+        alone = [name for name in (self.arch.head, *self.skeleton.linears()) if name not in self.schemes]
         if self.request.recipe.format == "pq":
             return native_config(self.schemes, alone, self.attention)
         return quantization_config(self.schemes, alone)

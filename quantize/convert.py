@@ -78,11 +78,7 @@ def _check(
             f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
         )
     skeleton.check(source.shapes, shape.tied)
-    linears = {
-        f"{arch.blocks}.{i}.{name}": size
-        for i in range(shape.n_blocks)
-        for name, size in skeleton.linear_shapes(i).items()
-    }
+    linears = skeleton.linears()
     unknown = [n for n in skeleton.linear_shapes(0) if n not in arch.roles]
     if unknown:
         raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")

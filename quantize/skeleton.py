@@ -97,6 +97,14 @@ class Skeleton:
             if found not in (None, shape):
                 raise ModelError(f"tensor {name} is {list(found or ())}, config.json implies {list(shape)}")
 
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Shapes [N, K] of every nn.Linear of all blocks, by full name."""
+        return {
+            f"{self.arch.blocks}.{index}.{name}": size
+            for index in range(len(self._layers))
+            for name, size in self.linear_shapes(index).items()
+        }
+
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Shapes [N, K] of every nn.Linear of block `index`, by name relative to the block."""
         layer = self._layers[index]

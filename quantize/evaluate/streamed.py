@@ -100,11 +100,7 @@ class StreamedModel:
         self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
         self.skeleton = Skeleton(folder, self.arch, device, dtype)
-        self.linears = {
-            f"{self.arch.blocks}.{i}.{name}": size
-            for i in range(self.shape.n_blocks)
-            for name, size in self.skeleton.linear_shapes(i).items()
-        }
+        self.linears = self.skeleton.linears()
         self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)
         self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()

@@ -94,7 +94,15 @@ class FireqAttention(Stage):
         # Outliers in the values hide what key scales do, and the other way round: twice.
         for _ in range(2 if self.search else 1):
             values = self._values(block, samples, chosen, gram)
-            chosen = self._keys(block, samples, partner, values, gram)
+            chosen, error = self._keys(block, samples, partner, values, gram)
+        power = float(output_power(samples, gram, shape.n_kv_heads).sum())
+        block.note(
+            arch.attention,
+            kv_error_unscaled=float(output_error(samples, one, one, gram, self.numerics).sum()) / power,
+            kv_error=error / power,
+            pre_channels=int((chosen.pre != 1).sum()),
+            post_channels=int((chosen.post != 1).sum()),
+        )
         self._fold(block, chosen.pre)
         if (values != 1).any():
             block.fold(arch.edge("v_o"), values.flatten())
@@ -104,8 +112,8 @@ class FireqAttention(Stage):
 
     def _keys(
         self, block: Block, samples: Sequence[Sample], partner: Tensor, values: Tensor, gram: Tensor
-    ) -> KeyScales:
-        """The key scales of every kv head, and what they gain in the report."""
+    ) -> tuple[KeyScales, float]:
+        """The key scales of every kv head, and the error that is left with them."""
         channel, pair = channel_maxima(samples, partner)
         post = self.post and block.keeps_post_scales
         shared = block.arch.qk_norm is not None  # one norm weight for all heads
@@ -131,15 +139,7 @@ class FireqAttention(Stage):
             consider(candidate)
         for candidate in post_candidates(channel, pair, partner, best.pre) if self.search and post else ():
             consider(candidate)
-        power = float(output_power(samples, gram, block.shape.n_kv_heads).sum())
-        block.note(
-            block.arch.attention,
-            kv_error_unscaled=float(output_error(samples, one, one, gram, self.numerics).sum()) / power,
-            kv_error=float(errors.sum()) / power,
-            pre_channels=int((best.pre != 1).sum()),
-            post_channels=int((best.post != 1).sum()),
-        )
-        return best
+        return best, float(errors.sum())
 
     def _values(self, block: Block, samples: Sequence[Sample], keys: KeyScales, gram: Tensor) -> Tensor:
         """λ [Hkv, d] on the v → o edge, by the same error."""

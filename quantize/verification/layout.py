@@ -55,11 +55,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
         raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
     skeleton = Skeleton(folder, arch, device, torch.float32)
-    linears = {
-        f"{arch.blocks}.{i}.{name}": size
-        for i in range(shape.n_blocks)
-        for name, size in skeleton.linear_shapes(i).items()
-    }
+    linears = skeleton.linears()
     schemes = packed_schemes(source, [*linears, arch.head])
     if arch.head in schemes and not shape.tied:
         linears[arch.head] = (shape.vocab, shape.hidden)
