@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import ModelError, UsageError
-from quantize.formats.compressed_tensors import Scheme
-from quantize.formats.packed_int import stored_bits
+from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.grid import Grid
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
@@ -126,12 +125,12 @@ class Space:
         """Weights that the budget counts."""
         return sum(N * K for N, K in self.shapes.values())
 
-    def schemes(self, name: str) -> tuple[Scheme, ...]:
+    def schemes(self, name: str) -> tuple[IntScheme, ...]:
         """Ways to round a linear, the stage's own first, then by bits."""
         stage = self._stage(name)
-        own = Scheme(stage.bits, stage.group_size, stage.fp8)
+        own = IntScheme(stage.bits, stage.group_size, stage.fp8)
         more = sorted(bits for bits in set(self.candidates) if bits > stage.bits)
-        return own, *(Scheme(bits, stage.group_size, False) for bits in more)
+        return own, *(IntScheme(bits, stage.group_size, False) for bits in more)
 
     def bits_per_weight(self, picks: Sequence[int]) -> float:
         """Mean stored bits where group i gets its schemes[picks[i]]."""
@@ -221,7 +220,7 @@ class Space:
             yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
 
 
-def sensitivities(block: Block, schemes: Mapping[str, Sequence[Scheme]]) -> dict[str, dict[int, float]]:
+def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> dict[str, dict[int, float]]:
     """Error at the block's output from rounding one linear alone, by linear (relative name) and bits.
 
     It is the mean over tokens of ‖y' − y‖² / ‖y‖² with y the output of the block as it is: relative to each token,
@@ -247,7 +246,7 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[Scheme]]) -> dict
     return out
 
 
-def rounded(linear: nn.Linear, scheme: Scheme) -> PackedLinear:
+def rounded(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
     """The linear with its weight rounded to nearest under clipped scales, which needs no calibration."""
     fp8 = scheme.fp8_activations
     weight = linear.weight.float()

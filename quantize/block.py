@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantize.arch import Architecture, Edge, Shape
 from quantize.errors import ModelError
 from quantize.formats.fp8 import quantize_activations
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.scheme import Packed
 from quantize.linear import PackedLinear
 from quantize.statistics import code_histogram
 
@@ -84,7 +84,7 @@ class Block:
     """Leading channels of a head that RoPE rotates."""
     keeps_post_scales: bool = False
     """Whether the checkpoint's format can hold post-RoPE scales."""
-    packed: dict[str, PackedInt] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
     histograms: dict[str, Tensor] = field(default_factory=dict)
     """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Block:
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
 
-    def encode(self, name: str, packed: PackedInt, fp8_activations: bool) -> None:
+    def encode(self, name: str, packed: Packed, fp8_activations: bool) -> None:
         """Replace a linear by its packed form; later statistics see the quantized layer."""
         old = self.linear(name)
         parent, _, attribute = name.rpartition(".")

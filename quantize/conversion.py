@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from quantize.arch import Architecture, Shape
 from quantize.block import Block
 from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
-from quantize.formats.compressed_tensors import Scheme, quantization_config
+from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.native import native_config
+from quantize.formats.scheme import AnyScheme, Packed
 from quantize.grid import Grid
 from quantize.linear import PackedLinear
 from quantize.methods.fireq_attention import FireqAttention
@@ -80,7 +82,7 @@ class Conversion:
         self, request: Request, source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton
     ) -> None:
         self.request, self.source, self.arch, self.shape, self.skeleton = request, source, arch, shape, skeleton
-        self.schemes: dict[str, Scheme] = {}
+        self.schemes: dict[str, AnyScheme] = {}
         self.report: dict[str, dict[str, Any]] = {}
         self.statistics = Collected(arch.roles)
         self.rotary_dim = rotary_dim(source.config, shape.head_dim)
@@ -139,9 +141,7 @@ class Conversion:
             error, size = error + float((value - part).square().sum()), size + float(part.square().sum())
         packed = grid.pack(torch.cat(codes), torch.cat(scales))
         name = self.arch.head
-        self.schemes[name] = Scheme(bits, HEAD_GROUP, fp8_activations=False)
-        self.stored_bits += packed.bits_per_weight * packed.codes.numel()
-        self.weights += packed.codes.numel()
+        self._count(name, packed, fp8_activations=False)
         self.report[name] = {"weight_error": error / size if size else 0.0}
         return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
 
@@ -193,12 +193,16 @@ class Conversion:
         for name, packed in block.packed.items():
             linear = block.module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
-            self.schemes[prefix + name] = Scheme(packed.bits, packed.group_size, linear.fp8_activations)
-            self.stored_bits += packed.bits_per_weight * packed.codes.numel()
-            self.weights += packed.codes.numel()
+            self._count(prefix + name, packed, linear.fp8_activations)
         for name, facts in block.report.items():
             self.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)
+
+    def _count(self, name: str, packed: Packed, fp8_activations: bool) -> None:
+        self.schemes[name] = packed.scheme(fp8_activations)
+        weights = math.prod(packed.shape)
+        self.stored_bits += packed.bits_per_weight * weights
+        self.weights += weights
 
     def quantization_config(self) -> dict[str, Any]:
         """quantization_config of the output's config.json."""

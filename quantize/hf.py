@@ -18,11 +18,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantize.arch import Shape, architecture_of
 from quantize.errors import ModelError
+from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.native import NATIVE, attention_of, packed_linears, require_understood
-from quantize.native_linear import NativeLinear
+from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.scheme import STORED_AS
+from quantize.native_linear import NativeLinear, native_linear
 
-_DTYPES = {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"}
-_OURS = (*(f".{suffix}" for suffix in _DTYPES), ".kv.scale")
+_PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
+_OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
 
 def register() -> None:
@@ -79,7 +82,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
-                new = NativeLinear(old.in_features, old.out_features, old.bias is not None, scheme)
+                new = native_linear(old.in_features, old.out_features, old.bias is not None, scheme)
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)
@@ -157,7 +160,7 @@ def _require_tensors(model: Any, found: Mapping[str, tuple[str, tuple[int, ...]]
         if name not in found:
             raise ValueError(f"tensor {name} is missing from the checkpoint; download it again")
         dtype, shape = found[name]
-        wanted = _DTYPES.get(name.rpartition(".")[2], dtype)
+        wanted = STORED_AS[tensor.dtype] if name.rpartition(".")[2] in _PACKED else dtype
         if (dtype, shape) != (wanted, tuple(tensor.shape)):
             raise ValueError(
                 f"tensor {name} is {dtype} {list(shape)}, config.json implies {wanted} {list(tensor.shape)}"

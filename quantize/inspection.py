@@ -12,7 +12,6 @@ from typing import Any
 from quantize.arch import ARCHITECTURES
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.formats.packed_int import stored_bits
 from quantize.headers import Header, tensor_headers
 from quantize.provenance import read_provenance
 from quantize.storage import Storage, storage_of
@@ -260,9 +259,9 @@ def _totals(
 def _expected(quantized: list[Storage], plain_bytes: int) -> int | None:
     bits = 0.0
     for storage in quantized:
-        if not (storage.weights and storage.bits and storage.group_size):
+        if storage.expected_bits is None:
             return None
-        bits += storage.weights * stored_bits(storage.bits, storage.group_size)
+        bits += storage.expected_bits
     return plain_bytes + math.ceil(bits / 8)
 
 

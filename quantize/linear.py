@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.formats.fp8 import quantize_activations, quantize_activations_in_dtype
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.scheme import Packed
 
 Numerics = Literal["kernel", "stock"]
 """`kernel`: E4M3 weight products, as an INT4×FP8 tensor-core kernel. `stock`: code × scale, as transformers loads it.
@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
     """y = x̂ Ŵᵀ + b with x̂ the (optionally FP8) activations and Ŵ [N, K] decoded once from its packed form."""
 
     def __init__(
-        self, packed: PackedInt, bias: Tensor | None, fp8_activations: bool, dtype: torch.dtype, numerics: Numerics
+        self, packed: Packed, bias: Tensor | None, fp8_activations: bool, dtype: torch.dtype, numerics: Numerics
     ) -> None:
         super().__init__()
         self.packed = packed

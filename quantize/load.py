@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.attention import KvAttention, KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.formats.compressed_tensors import Scheme, schemes_of
-from quantize.formats.native import NATIVE, require_understood
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
+from quantize.formats.native import NATIVE, require_understood, schemes_in
+from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.scheme import AnyScheme
 from quantize.linear import Numerics, PackedLinear
 from quantize.skeleton import Skeleton, meta_model
 
-PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
+"""Names of packed tensors after the linear's own, of all layouts."""
 KV_SCALE = "kv.scale"
 """Post-RoPE scale of an attention module, relative to it."""
 
@@ -64,13 +67,10 @@ def require_readable(source: Checkpoint) -> None:
             raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
-def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, Scheme]:
+def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
     """Scheme of every packed linear by full name, empty for a plain model; ModelError for schemes pq does not read."""
-    quantization = source.config.get("quantization_config")
-    if quantization is None:
-        return {}
     try:
-        return schemes_of(quantization, linears)
+        return schemes_in(source.config.get("quantization_config") or {}, linears)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})") from None
 
@@ -96,22 +96,27 @@ def attention_numerics(source: Checkpoint) -> KvNumerics | None:
 
 
 def packed_linear(
-    source: Checkpoint, name: str, scheme: Scheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
+    source: Checkpoint, name: str, scheme: AnyScheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
 ) -> PackedLinear:
     """Read the packed linear with this full name; ModelError when its tensors do not fit the scheme."""
-    parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in PACKED_SUFFIXES}
     try:
-        packed = PackedInt.from_tensors(parts, scheme.bits, scheme.group_size)
+        packed = scheme.read(_parts(source, name, device))
     except ValueError as err:
         raise ModelError(f"{source.folder}: {name}: {err}") from None
     bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
     return PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics).to(device)
 
 
+def _parts(source: Checkpoint, name: str, device: torch.device) -> dict[str, Tensor]:
+    """Packed tensors of the linear with this full name, by suffix."""
+    found = (suffix for suffix in PACKED_SUFFIXES if f"{name}.{suffix}" in source)
+    return {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in found}
+
+
 def load_block(
     source: Checkpoint,
     skeleton: Skeleton,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, AnyScheme],
     index: int,
     numerics: Numerics,
     attention: KvNumerics | None = None,
@@ -157,7 +162,7 @@ def _materialize(
     model: nn.Module,
     source: Checkpoint,
     arch: Architecture,
-    schemes: dict[str, Scheme],
+    schemes: dict[str, AnyScheme],
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics,
@@ -191,5 +196,5 @@ def _frozen(model: nn.Module) -> nn.Module:
 def bits_per_weight(model: nn.Module) -> float | None:
     """Mean stored bits of quantized weights, scales counted; None for a model without any."""
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
-    weights = sum(p.codes.numel() for p in packed)
-    return sum(p.bits_per_weight * p.codes.numel() for p in packed) / weights if weights else None
+    weights = sum(math.prod(p.shape) for p in packed)
+    return sum(p.bits_per_weight * math.prod(p.shape) for p in packed) / weights if weights else None

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.formats.compressed_tensors import Scheme
 from quantize.formats.fp8 import product_weight, quantize_activations, row_factor
-from quantize.formats.packed_int import unpack_codes, words_per_row
+from quantize.formats.packed_int import IntScheme, unpack_codes, words_per_row
+from quantize.formats.scheme import AnyScheme
 
 _ROOM = {"cpu": 1 << 20}  # weights decoded at once: what fits a cache
 _ROOM_ELSEWHERE = 1 << 24  # an accelerator wants few, large operations
@@ -29,7 +29,7 @@ class NativeLinear(nn.Module):
     weight_shape: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: IntScheme) -> None:
         """Make an empty layer on the default device; ValueError when the inputs do not divide into groups."""
         super().__init__()
         if in_features % scheme.group_size:
@@ -86,6 +86,12 @@ class NativeLinear(nn.Module):
         """Sizes and scheme, for printing the model."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme}"
+
+
+def native_linear(in_features: int, out_features: int, bias: bool, scheme: AnyScheme) -> NativeLinear:
+    """An empty layer for weights of this scheme; ValueError for sizes that it cannot hold."""
+    assert isinstance(scheme, IntScheme)
+    return NativeLinear(in_features, out_features, bias, scheme)
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.arch import Role
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.scheme import Packed
 
 if TYPE_CHECKING:
     from quantize.block import Block
@@ -72,16 +72,16 @@ def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
     }
 
 
-def code_histogram(weight: Tensor, packed: PackedInt) -> Tensor:
-    """Counts [96] of weight / group scale, over ±1.25·2^(bits−1) codes; what lies beyond is counted at the ends.
+def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
+    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is counted at the ends.
 
     weight: [N, K] as it was before rounding.
     """
     edge = _SPAN * 2 ** (packed.bits - 1)
-    N, G = packed.scale.shape
-    # A group whose scale is zero holds zeros.
-    scale = packed.scale.float().unsqueeze(-1)
-    position = weight.float().view(N, G, -1) / torch.where(scale == 0, 1, scale)
+    step = packed.unit()
+    # A group whose step is zero holds zeros.
+    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[:, : weight.shape[1]]
+    position = weight.float() / step
     return torch.histc(position.clamp_(-edge, edge), bins=_BINS, min=-edge, max=edge).long().cpu()
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantize.formats.bitvec import BitVecScheme
+from quantize.formats.packed_int import stored_bits
 from quantize.headers import Header
 
 DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -17,6 +19,10 @@ _PARTS = (
     "weight_packed",
     "weight_scale",
     "weight_shape",
+    "weight_planes",
+    "weight_index",
+    "weight_lines",
+    "weight_scales",
     "weight_zero_point",
     "weight_g_idx",
     "weight_global_scale",
@@ -50,6 +56,8 @@ class Storage:
     bytes: int
     code_bytes: int
     """Without the note of the shape."""
+    expected_bits: float | None
+    """What config.json's scheme takes for this shape."""
 
 
 def storage_of(headers: Mapping[str, Header], quantization: Any) -> dict[str, Storage]:
@@ -66,9 +74,10 @@ def storage_of(headers: Mapping[str, Header], quantization: Any) -> dict[str, St
         parts = {part: headers[name] for part, name in names.items()}
         facts = _facts(module, parts, quantization)
         if facts is not None:
+            expected = _expected_bits(module, facts, quantization)
             sizes = {part: header.bytes for part, header in parts.items()}
             code_bytes = sum(size for part, size in sizes.items() if part not in _NOT_CODES)
-            out[module] = Storage(tuple(names.values()), *facts, sum(sizes.values()), code_bytes)
+            out[module] = Storage(tuple(names.values()), *facts, sum(sizes.values()), code_bytes, expected)
     return out
 
 
@@ -77,6 +86,8 @@ _Facts = tuple["tuple[int, int] | None", "int | None", str, "int | None", "int |
 
 
 def _facts(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts | None:
+    if "weight_planes" in parts:
+        return _bitvec(module, parts, quantization)
     if "weight_packed" in parts:
         return _packed(module, parts, quantization)
     if "qweight" in parts:
@@ -109,6 +120,29 @@ def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str,
         elif bits:
             shape = (N, words * 32 // bits)
     return shape, math.prod(shape) if shape else None, label, bits, group_size, activations, True
+
+
+def _bitvec(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
+    """Bit planes [N, ceil(K / 32)·bits]; rows are taken to fill their words."""
+    bits, group_size, activations = _scheme(module, quantization)
+    label = _label(quantization, _group(module, quantization)) or "bitvec"
+    planes, shape = parts["weight_planes"], None
+    if bits and len(planes.shape) == 2:
+        shape = (planes.shape[0], planes.shape[1] // bits * 32)
+    return shape, math.prod(shape) if shape else None, label, bits, group_size, activations, True
+
+
+def _expected_bits(module: str, facts: _Facts, quantization: Mapping[str, Any]) -> float | None:
+    shape, weights, _, bits, group_size, _, quantized = facts
+    if not (quantized and weights and bits and group_size):
+        return None
+    group = _group(module, quantization)
+    if group.get("format") != "bitvec" or shape is None:
+        return weights * stored_bits(bits, group_size)
+    try:
+        return weights * BitVecScheme.from_json(group).stored_bits(*shape)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _gptq_or_awq(parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:

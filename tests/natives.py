@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from quantize.arch import Shape
 from quantize.checkpoint import INDEX_NAME
-from quantize.formats.compressed_tensors import Scheme
 from quantize.formats.kv4 import KvScheme
+from quantize.formats.packed_int import IntScheme
 
 Maker = Callable[..., Path]
 ATTENTION = {"kv_cache": KvScheme().as_json(), "query": "fp8", "probabilities": "fp8"}
-W4A16, W4A8 = Scheme(4, 64, False), Scheme(4, 128, True)
+W4A16, W4A8 = IntScheme(4, 64, False), IntScheme(4, 128, True)
 KV_SHARD = "kv.safetensors"
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from quantize.arch import architecture_of
-from quantize.formats.compressed_tensors import Scheme, quantization_config
+from quantize.formats.compressed_tensors import quantization_config
+from quantize.formats.packed_int import IntScheme
 from quantize.recipe import load_recipe, resolved_yaml
 from quantize.report import Report, as_json
 
@@ -164,7 +165,7 @@ def write_checkpoint(folder: Path, blocks: int, **changes: Any) -> Path:
     """Write a folder of tiny tensors with the names of a packed llama, and its pq.json."""
     folder.mkdir(parents=True)
     names = [f"model.layers.{i}.{name}" for i in range(blocks) for name in LINEARS]
-    schemes = {name: Scheme(4, 128, True) for name in names}
+    schemes = {name: IntScheme(4, 128, True) for name in names}
     tensors = {"model.embed_tokens.weight": torch.zeros(32, 128, dtype=torch.bfloat16)}
     for name in names:
         tensors[f"{name}.weight_packed"] = torch.zeros(2, 16, dtype=torch.int32)

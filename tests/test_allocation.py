@@ -25,7 +25,8 @@ from quantize.checkpoint import Checkpoint
 from quantize.convert import Request, convert
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate import evaluate
-from quantize.formats.compressed_tensors import Scheme, schemes_of
+from quantize.formats.compressed_tensors import schemes_of
+from quantize.formats.packed_int import IntScheme
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
 from quantize.load import load_model
@@ -111,7 +112,7 @@ def test_a_block_is_measured_and_left_as_it_was(make_block: BlockMaker, model_ty
     block = make_block(model_type)
     before = block.forward(block.module, block.inputs[0])
     names = list(block.arch.roles)
-    schemes = [Scheme(4, 64, False), Scheme(6, 64, False), Scheme(8, 64, False)]
+    schemes = [IntScheme(4, 64, False), IntScheme(6, 64, False), IntScheme(8, 64, False)]
     found = sensitivities(block, dict.fromkeys(names, schemes))
     assert list(found) == names
     for errors in found.values():
@@ -124,7 +125,7 @@ def test_a_block_is_measured_and_left_as_it_was(make_block: BlockMaker, model_ty
 def test_the_error_is_that_of_the_blocks_output(make_block: BlockMaker):
     block = make_block("llama")
     outputs = torch.cat([block.forward(block.module, x) for x in block.inputs]).flatten(0, 1)
-    found = sensitivities(block, {"mlp.down_proj": [Scheme(4, 128, False)]})["mlp.down_proj"][4]
+    found = sensitivities(block, {"mlp.down_proj": [IntScheme(4, 128, False)]})["mlp.down_proj"][4]
     weight = block.linear("mlp.down_proj").weight
     seen = torch.cat([x for (x,) in block.inputs_of(["mlp.down_proj"])])
     rounded = weight.clone()
@@ -136,14 +137,14 @@ def test_the_error_is_that_of_the_blocks_output(make_block: BlockMaker):
 
 def test_fp8_activations_cost_something(make_block: BlockMaker):
     block = make_block("qwen2")
-    schemes = [Scheme(4, 128, fp8) for fp8 in (False, True)]
+    schemes = [IntScheme(4, 128, fp8) for fp8 in (False, True)]
     plain, fp8 = (sensitivities(block, {"mlp.up_proj": [scheme]})["mlp.up_proj"][4] for scheme in schemes)
     assert 1.05 * plain < fp8 < 2 * plain
 
 
 def test_tokens_that_overflow_are_left_out(make_block: BlockMaker):
     block = make_block("llama")
-    schemes = {"mlp.up_proj": [Scheme(4, 128, False)]}
+    schemes = {"mlp.up_proj": [IntScheme(4, 128, False)]}
     whole = sensitivities(block, schemes)["mlp.up_proj"][4]
     block.inputs[0][1, -1] = torch.inf  # the last token of a sequence, which no other attends to
     assert sensitivities(block, schemes)["mlp.up_proj"][4] == pytest.approx(whole, rel=0.05)

@@ -10,9 +10,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.formats.compressed_tensors import Scheme, quantization_config, schemes_of
+from quantize.formats.compressed_tensors import quantization_config, schemes_of
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
-from quantize.formats.packed_int import PackedInt, pack_codes, unpack_codes, words_per_row
+from quantize.formats.packed_int import IntScheme, PackedInt, pack_codes, unpack_codes, words_per_row
 from quantize.grid import Grid
 
 SHAPES = st.tuples(st.integers(2, 8), st.integers(1, 4), st.integers(1, 131), st.integers(0, 2**31))
@@ -203,12 +203,16 @@ def test_kernel_weights_stay_near_the_stock_weights():
 
 def test_schemes_read_back_from_the_config():
     linears = [f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.up_proj")]
-    everywhere = dict.fromkeys(linears, Scheme(4, 128, True))
+    everywhere = dict.fromkeys(linears, IntScheme(4, 128, True))
     config = quantization_config(everywhere, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert schemes_of(config, [*linears, "lm_head"]) == everywhere
 
-    mixed = {linears[0]: Scheme(4, 128, True), linears[1]: Scheme(3, 64, False), linears[2]: Scheme(4, 128, True)}
+    mixed = {
+        linears[0]: IntScheme(4, 128, True),
+        linears[1]: IntScheme(3, 64, False),
+        linears[2]: IntScheme(4, 128, True),
+    }
     config = quantization_config(mixed, ["lm_head", linears[3]])
     assert schemes_of(config, [*linears, "lm_head"]) == mixed
     assert all(group["format"] == "pack-quantized" for group in config["config_groups"].values())
@@ -220,7 +224,7 @@ def test_schemes_read_back_from_the_config():
      ("input_activations", {"strategy": "tensor"}, "per-token FP8"), ("weights", {"strategy": "channel"}, "channel")],
 )  # fmt: skip
 def test_schemes_that_pq_does_not_write_are_refused(field: str, change: dict[str, object], says: str):
-    config = quantization_config({"a": Scheme(4, 128, True)}, [])
+    config = quantization_config({"a": IntScheme(4, 128, True)}, [])
     config["config_groups"]["group_0"][field] |= change
     with pytest.raises(ValueError, match=says):
         schemes_of(config, ["a"])

@@ -29,9 +29,9 @@ from transformers import AutoModel
 from quantize.attention import KvAttention
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.formats.compressed_tensors import Scheme
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.native import native_config
+from quantize.formats.packed_int import IntScheme
 from quantize.load import load_model
 from quantize.native_linear import NativeLinear
 
@@ -57,7 +57,7 @@ def test_mixed_schemes_load(converted: Maker, tmp_path: Path):
 
     def mixed(quantization: dict[str, Any]) -> None:
         packed = [n.removesuffix(".weight_shape") for n in tensors_of(source) if n.endswith("weight_shape")]
-        schemes = dict.fromkeys(packed, Scheme(4, 128, False)) | dict.fromkeys(packed[:2], W4A8)
+        schemes = dict.fromkeys(packed, IntScheme(4, 128, False)) | dict.fromkeys(packed[:2], W4A8)
         quantization.update(native_config(schemes, quantization["ignore"], None))
 
     folder = rewritten(native(tmp_path / "native", source), mixed)

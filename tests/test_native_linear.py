@@ -11,13 +11,12 @@ import torch
 from natives import W4A8, W4A16
 from torch import Tensor
 
-from quantize.formats.compressed_tensors import Scheme
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.packed_int import IntScheme, PackedInt
 from quantize.linear import PackedLinear
 from quantize.native_linear import NativeLinear
 
 
-def layer_pair(scheme: Scheme, N: int = 48, K: int = 256, bias: bool = True) -> tuple[NativeLinear, PackedLinear]:
+def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) -> tuple[NativeLinear, PackedLinear]:
     """The same random layer decoded (PackedLinear) and packed."""
     generator = torch.Generator().manual_seed(N + K + scheme.bits)
     half = 1 << (scheme.bits - 1)
@@ -30,17 +29,17 @@ def layer_pair(scheme: Scheme, N: int = 48, K: int = 256, bias: bool = True) -> 
     return layer, PackedLinear(packed, offset, scheme.fp8_activations, torch.float32, "kernel")
 
 
-@pytest.mark.parametrize("scheme", [W4A8, W4A16, *(Scheme(bits, 32, False) for bits in (2, 3, 5, 8))], ids=str)
+@pytest.mark.parametrize("scheme", [W4A8, W4A16, *(IntScheme(bits, 32, False) for bits in (2, 3, 5, 8))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_computes_what_a_decoded_one_does(scheme: Scheme, dtype: torch.dtype):
+def test_a_packed_layer_computes_what_a_decoded_one_does(scheme: IntScheme, dtype: torch.dtype):
     layer, decoded = layer_pair(scheme)
     x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(layer(x), decoded.to(dtype)(x))
     assert layer(x).dtype == dtype
 
 
-@pytest.mark.parametrize("scheme", [W4A8, Scheme(3, 32, False)], ids=str)
-def test_rows_are_decoded_piece_by_piece(scheme: Scheme, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("scheme", [W4A8, IntScheme(3, 32, False)], ids=str)
+def test_rows_are_decoded_piece_by_piece(scheme: IntScheme, monkeypatch: pytest.MonkeyPatch):
     layer, decoded = layer_pair(scheme, N=50)
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
     pieces: list[tuple[int, ...]] = []

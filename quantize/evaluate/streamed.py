@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from quantize.arch import ARCHITECTURES, Shape, architecture_of
 from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.formats.packed_int import stored_bits
+from quantize.formats.scheme import AnyScheme
 from quantize.linear import Numerics
 from quantize.load import (
     KV_SCALE,
@@ -112,8 +112,8 @@ class StreamedModel:
     def _check(self) -> None:
         """Refuse what does not fit before any block is run; block by block, a fault would show late."""
         plain = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
-        for name in self.schemes:
-            for suffix in PACKED_SUFFIXES:
+        for name, scheme in self.schemes.items():
+            for suffix in self._layout(name, scheme):
                 if f"{name}.{suffix}" not in self.source:
                     raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
             plain[f"{name}.weight"] = self.linears[name]
@@ -121,6 +121,13 @@ class StreamedModel:
             self.skeleton.check(plain, self.shape.tied)
         except ModelError as err:
             raise ModelError(f"{self.source.folder}: {err}") from None
+
+    def _layout(self, name: str, scheme: AnyScheme) -> Collection[str]:
+        """Suffixes of a packed linear's tensors."""
+        try:
+            return scheme.layout(*self.linears[name])
+        except ValueError as err:
+            raise ModelError(f"{self.source.folder}: {name}: {err}") from None
 
     def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         """The final norm and the head."""
@@ -143,7 +150,7 @@ class StreamedModel:
     def bits_per_weight(self) -> float | None:
         """Mean stored bits of quantized weights, scales counted; None without any."""
         sizes = {name: math.prod(self.linears[name]) for name in self.schemes}
-        total = sum(stored_bits(s.bits, s.group_size) * sizes[name] for name, s in self.schemes.items())
+        total = sum(s.stored_bits(*self.linears[name]) * sizes[name] for name, s in self.schemes.items())
         return total / sum(sizes.values()) if sizes else None
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:

@@ -1,8 +1,8 @@
 """`bitvec`: weights as sums of bit vectors (SBVR, arXiv 2509.18172), the sums taken from a cache of coefficients.
 
-A group of `group_size` consecutive inputs of one output row uses one line of coefficients c: weight = Σ_k c_k · b_k, plus
-one constant c_bits where lines carry a bias. Line i of a matrix is lines[i // Z] · scales[i % Z], Z the number of scales:
-one scale gives free lines, several give shapes × scales.
+A group of `group_size` consecutive inputs of one output row uses one line of coefficients c: weight = Σ_k c_k · b_k,
+plus one constant c_bits where lines carry a bias. Line i of a matrix is lines[i // Z] · scales[i % Z], Z the number of
+scales: one scale gives free lines, several give shapes × scales.
 
 Worked bits, 4-bit: word 4·w + k of a row holds bit k of the codes of inputs 32·w … 32·w + 31, input 32·w + i at bit i.
 Codes [1, 2, 3, 8] start a row with plane words 0x…5, 0x…6, 0x0, 0x…8: bit 0 of the codes is 1, 0, 1, 0 from the low
@@ -87,7 +87,7 @@ def levels(coefficients: Tensor, bits: int) -> Tensor:
     Added in the order bias, c_0, c_1 …: float32 sums are the same wherever they are computed so.
     """
     L, C = coefficients.shape
-    out = coefficients[:, bits:] if C > bits else coefficients.new_zeros(L, 1)
+    out = coefficients[:, bits:] if bits < C else coefficients.new_zeros(L, 1)
     for k in range(bits):
         out = torch.cat([out, out + coefficients[:, k : k + 1]], dim=1)
     return out
@@ -195,16 +195,23 @@ class BitVec:
         """Logical shape (N, K)."""
         return (self.codes.shape[0], self.codes.shape[1])
 
-    @property
-    def scheme(self) -> BitVecScheme:
-        """How it is stored."""
+    def scheme(self, fp8_activations: bool = False) -> BitVecScheme:
+        """How it is stored; ValueError for FP8 activations."""
+        if fp8_activations:
+            raise ValueError("bit vectors are multiplied with 16-bit activations only")
         bias = self.lines.shape[1] > self.bits
         return BitVecScheme(self.bits, self.group_size, bias, self.lines.shape[0], self.scales.shape[0])
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: planes, indices and the whole cache."""
-        return self.scheme.stored_bits(*self.shape)
+        return self.scheme().stored_bits(*self.shape)
+
+    def unit(self) -> Tensor:
+        """Mean step between neighbouring codes of every group, float32 [N, G]."""
+        table = levels(coefficients(self.lines, self.scales), self.bits)
+        steps = (table.amax(dim=1) - table.amin(dim=1)) / ((1 << self.bits) - 1)
+        return steps[self.index.long()]
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
@@ -220,6 +227,8 @@ class BitVec:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: BitVecScheme) -> BitVec:
         """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
+        if missing := [suffix for suffix in SUFFIXES if suffix not in tensors]:
+            raise ValueError(f"{missing[0]} is missing")
         N, K = (int(v) for v in tensors["weight_shape"])
         for suffix, (dtype, shape) in scheme.layout(N, K).items():
             found = tensors[suffix]
@@ -234,3 +243,7 @@ class BitVec:
         table = levels(coefficients(self.lines, self.scales), self.bits)
         index = self.index.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
         return table.flatten()[(index.long() << self.bits) + self.codes]
+
+    def kernel_weight(self) -> Tensor:
+        """As `unpack`: there is no kernel for FP8 activations."""
+        return self.unpack()

@@ -3,8 +3,9 @@
     {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
      "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null}}
 
-Tensors of packed linears are those of `PackedInt`. With attention, every block also has
-`model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored keys are K·S, queries Q/S).
+Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format bitvec). With
+attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored
+keys are K·S, queries Q/S).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantize.formats.compressed_tensors import Scheme, quantization_config, schemes_of
+from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.kv4 import KvScheme
+from quantize.formats.packed_int import IntScheme
+from quantize.formats.scheme import AnyScheme, config_groups, read_groups
 
 NATIVE = "pq"
 VERSION = 1
@@ -22,18 +25,17 @@ _ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
 
 
 def native_config(
-    schemes: Mapping[str, Scheme], left_alone: Sequence[str], attention: Mapping[str, Any] | None
+    schemes: Mapping[str, AnyScheme], left_alone: Sequence[str], attention: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit.
 
     attention: None, or the keys kv_cache, query and probabilities as config.json holds them.
     """
-    found = quantization_config(schemes, left_alone)
     return {
         "quant_method": NATIVE,
         "version": VERSION,
-        "config_groups": found["config_groups"],
-        "ignore": found["ignore"],
+        "config_groups": config_groups(schemes),
+        "ignore": list(left_alone),
         "attention": None if attention is None else dict(attention),
     }
 
@@ -69,13 +71,27 @@ def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found
 
 
-def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Scheme]:
+def schemes_in(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, AnyScheme]:
+    """Full linear names → scheme, of a quantization_config of either kind that pq writes; empty for an empty one.
+
+    ValueError, KeyError, TypeError or AttributeError for what cannot be read.
+    """
+    if not config:
+        return {}
+    return read_groups(config, linears, _scheme if config["quant_method"] == NATIVE else IntScheme.from_json)
+
+
+def _scheme(group: Mapping[str, Any]) -> AnyScheme:
+    return BitVecScheme.from_json(group) if group.get("format") == "bitvec" else IntScheme.from_json(group)
+
+
+def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, AnyScheme]:
     """Scheme of every packed linear by full name; linears: full names of the model's linears that may be packed.
 
     ValueError for a scheme that pq does not write and for targets that are none of them.
     """
     try:
-        schemes = schemes_of(config, linears)
+        schemes = read_groups(config, linears, _scheme)
         targets = {target for group in config["config_groups"].values() for target in group["targets"]} - {"Linear"}
     except (KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"config_groups cannot be read ({type(err).__name__}: {err})") from None

@@ -8,12 +8,17 @@ at bit 3·i of the row's bit string and may cross a word border; a row always st
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantize.formats.fp8 import product_weight, row_factor
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+"""Names of a linear's tensors in the checkpoint, after the linear's own."""
 
 
 def words_per_row(columns: int, bits: int) -> int:
@@ -80,6 +85,63 @@ def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     return run.view(N, runs * 32)[:, :columns].contiguous()
 
 
+@dataclass(frozen=True, order=True)
+class IntScheme:
+    """How one set of linears is stored and run."""
+
+    bits: int
+    group_size: int
+    fp8_activations: bool
+
+    def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where groups do not divide K."""
+        if K % self.group_size:
+            raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
+        return {
+            "weight_packed": (torch.int32, (N, words_per_row(K, self.bits))),
+            "weight_scale": (torch.bfloat16, (N, K // self.group_size)),
+            "weight_shape": (torch.int64, (2,)),
+        }
+
+    def stored_bits(self, N: int, K: int) -> float:
+        """Bits that one weight takes, its share of the group's scale counted."""
+        return stored_bits(self.bits, self.group_size)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> PackedInt:
+        """The weight stored in `tensors` by suffix; ValueError when they do not fit the scheme."""
+        return PackedInt.from_tensors(tensors, self.bits, self.group_size)
+
+    def as_json(self, targets: Sequence[str]) -> dict[str, Any]:
+        """One entry of config_groups."""
+        activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        return {
+            "targets": list(targets),
+            # Without it compressed-tensors >= 0.18 infers an 8-bit layout for INT4 weights with FP8 activations.
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": self.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": self.group_size,
+                "dynamic": False,
+                "actorder": None,
+            },
+            "input_activations": activations if self.fp8_activations else None,
+            "output_activations": None,
+        }
+
+    @classmethod
+    def from_json(cls, group: Mapping[str, Any]) -> IntScheme:
+        """Undo `as_json`; ValueError for a scheme that pq does not write."""
+        weights, activations = group["weights"], group.get("input_activations")
+        if weights["type"] != "int" or not weights["symmetric"] or weights["strategy"] != "group":
+            raise ValueError(f"weights are {weights['type']}/{weights['strategy']}, only symmetric int groups are read")
+        if activations and (activations["type"] != "float" or activations["strategy"] != "token"):
+            raise ValueError("activations are not dynamic per-token FP8")
+        return cls(weights["num_bits"], weights["group_size"], bool(activations))
+
+
 @dataclass(frozen=True)
 class PackedInt:
     """A linear's weight [N, K] as signed integer codes with one bfloat16 scale per group of `group_size` inputs.
@@ -112,6 +174,14 @@ class PackedInt:
         """Stored bits per weight, scales counted."""
         return stored_bits(self.bits, self.group_size)
 
+    def scheme(self, fp8_activations: bool) -> IntScheme:
+        """How it is stored and run."""
+        return IntScheme(self.bits, self.group_size, fp8_activations)
+
+    def unit(self) -> Tensor:
+        """Step between neighbouring codes of every group, float32 [N, G]."""
+        return self.scale.float()
+
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
         return {
@@ -121,8 +191,10 @@ class PackedInt:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], bits: int, group_size: int) -> PackedInt:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> PackedInt:
         """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
+        if missing := [suffix for suffix in SUFFIXES if suffix not in tensors]:
+            raise ValueError(f"{missing[0]} is missing")
         N, K = (int(v) for v in tensors["weight_shape"])
         packed = tensors["weight_packed"]
         if tuple(packed.shape) != (N, words_per_row(K, bits)) or packed.dtype != torch.int32:

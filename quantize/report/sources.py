@@ -14,14 +14,15 @@ from typing import Any
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.checkpoint import Checkpoint, read_json
 from quantize.errors import ModelError
-from quantize.formats.compressed_tensors import Scheme, schemes_of
+from quantize.formats.native import schemes_in
+from quantize.formats.scheme import AnyScheme
 from quantize.provenance import PROVENANCE, read_provenance
 from quantize.report.model import mapping
 from quantize.statistics import STATISTICS
 
 _LOG_TAIL = 1 << 20
 _SUMMARY = "summary {"
-_PACKED_SCALE = ".weight_scale"
+_PACKED = ".weight_shape"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Weights:
 
     arch: Architecture
     shape: Shape
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, AnyScheme]
     """Of every quantized linear, by full name."""
     parameters: int
     stored_bytes: int
@@ -106,24 +107,24 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
         source = Checkpoint(folder)
         arch, shape = architecture_of(source.config), Shape.of(source.config)
-        packed = [n.removesuffix(_PACKED_SCALE) for n in source.shapes if n.endswith(_PACKED_SCALE)]
-        schemes = schemes_of(mapping(source.config, "quantization_config"), packed)
+        packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
+        schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
-        return Weights(arch, shape, schemes, _parameters(source.shapes, schemes), stored)
+        return Weights(arch, shape, schemes, _parameters(source, schemes), stored)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
         notes.append(f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).")
         return None
 
 
-def _parameters(shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]) -> int:
-    """Number of weights; a packed linear [N, K] is known by its scales [N, K / group]."""
+def _parameters(source: Checkpoint, schemes: Mapping[str, AnyScheme]) -> int:
+    """Number of weights; a packed linear says itself how many it has."""
     total = 0
-    for name, shape in shapes.items():
+    for name, shape in source.shapes.items():
         linear, _, suffix = name.rpartition(".")
         if linear not in schemes or suffix == "bias":
             total += math.prod(shape)
-        elif suffix == "weight_scale":
-            total += math.prod(shape) * schemes[linear].group_size
+        elif suffix == _PACKED.removeprefix("."):
+            total += math.prod(source.tensor(name).tolist())
     return total
 
 

@@ -13,9 +13,8 @@ from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of
 from quantize.attention import KvNumerics
 from quantize.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.errors import ModelError, VerifyError
-from quantize.formats.compressed_tensors import Scheme
 from quantize.formats.native import NATIVE
-from quantize.formats.packed_int import words_per_row
+from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.headers import Header, tensor_headers
 from quantize.load import KV_SCALE, PACKED_SUFFIXES, attention_numerics, packed_schemes, require_readable
 from quantize.skeleton import Skeleton
@@ -34,7 +33,7 @@ class Layout:
     skeleton: Skeleton
     linears: Mapping[str, tuple[int, int]]
     """Full name → [N, K] of every linear of the blocks."""
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, AnyScheme]
     """Full name → scheme of every packed linear."""
     headers: Mapping[str, Header]
     attention: KvNumerics | None
@@ -116,18 +115,16 @@ def _check_coverage(layout: Layout) -> None:
 def _check_packed(layout: Layout) -> None:
     for name, scheme in layout.schemes.items():
         N, K = layout.linears[name]
-        if K % scheme.group_size:
-            raise VerifyError(f"{name}: {K} inputs are no multiple of config.json's group_size {scheme.group_size}")
         if scheme.fp8_activations and (scheme.bits, scheme.group_size, N % 128) != (4, 128, 0):
             raise VerifyError(
                 f"{name}: FP8 activations with {scheme.bits} bits, group {scheme.group_size}, {N} outputs"
             )
-        expected = {
-            "weight_packed": ("I32", (N, words_per_row(K, scheme.bits))),
-            "weight_scale": ("BF16", (N, K // scheme.group_size)),
-            "weight_shape": ("I64", (2,)),
-        }
-        for suffix, (dtype, shape) in expected.items():
+        try:
+            expected = scheme.layout(N, K)
+        except ValueError as err:
+            raise VerifyError(f"{name}: {err}, as config.json's group_size has it") from None
+        for suffix, (stored_as, shape) in expected.items():
+            dtype = STORED_AS[stored_as]
             found = layout.headers.get(f"{name}.{suffix}")
             if found is None:
                 raise VerifyError(f"tensor {name}.{suffix} is missing")

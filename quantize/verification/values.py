@@ -9,7 +9,6 @@ from torch import Tensor
 
 from quantize.errors import VerifyError
 from quantize.formats.fp8 import representable_scale, row_factor
-from quantize.formats.packed_int import pack_codes, unpack_codes
 from quantize.recipe import Recipe
 from quantize.verification.checks import Skipped, counted
 from quantize.verification.layout import FLOATS, Layout
@@ -69,10 +68,17 @@ def check_packing(layout: Layout, tick: Tick) -> str:
     problems = []
     for done, (name, scheme) in enumerate(layout.schemes.items()):
         tick(done, len(layout.schemes))
-        packed = layout.source.tensor(f"{name}.weight_packed")
-        codes = unpack_codes(packed, scheme.bits, layout.linears[name][1])
-        if not torch.equal(pack_codes(codes, scheme.bits), packed):
-            problems.append(f"{name}.weight_packed holds bits beside its codes")
+        stored = {suffix: layout.source.tensor(f"{name}.{suffix}") for suffix in scheme.layout(*layout.linears[name])}
+        try:
+            again = scheme.read(stored).tensors()
+        except ValueError as err:
+            problems.append(f"{name}: {err}")
+            continue
+        problems += [
+            f"{name}.{suffix} holds bits beside its codes"
+            for suffix, tensor in stored.items()
+            if not torch.equal(again[suffix].view(torch.uint8), tensor.view(torch.uint8))
+        ]
     if problems:
         raise VerifyError(counted(problems))
     return f"{len(layout.schemes)} packed tensors unpack and pack to the same bytes"

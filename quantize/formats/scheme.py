@@ -1,0 +1,111 @@
+"""What every packed layout offers, and how config.json says which linears have which (`config_groups`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+STORED_AS: Mapping[torch.dtype, str] = {
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+"""Dtypes of packed tensors → their names in safetensors headers."""
+
+
+class Packed(Protocol):
+    """A linear's weight [N, K] in its packed form."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight code."""
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive inputs of one output row that share a code book."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape (N, K)."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, all that the code book takes counted."""
+
+    def scheme(self, fp8_activations: bool) -> AnyScheme:
+        """How it is stored and run; ValueError for FP8 activations where there is no such kernel."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint tensors by suffix."""
+
+    def unpack(self) -> Tensor:
+        """Weight [N, K] in float32."""
+
+    def kernel_weight(self) -> Tensor:
+        """Weight [N, K] in float32 that the serving kernel multiplies where activations are FP8."""
+
+    def unit(self) -> Tensor:
+        """Mean step between neighbouring codes of every group, float32 [N, G]; 0 in a group of zeros."""
+
+
+class AnyScheme(Protocol):
+    """How a set of linears is stored and run."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight code."""
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive inputs of one output row that share a code book."""
+
+    @property
+    def fp8_activations(self) -> bool:
+        """Whether inputs are rounded to E4M3 per token."""
+
+    def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where it cannot be stored so."""
+
+    def stored_bits(self, N: int, K: int) -> float:
+        """Bits that one weight of a linear [N, K] takes, all that its code book takes counted."""
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Packed:
+        """The weight stored in `tensors` by suffix; ValueError when they do not fit the scheme."""
+
+    def as_json(self, targets: Sequence[str]) -> dict[str, Any]:
+        """One entry of config_groups."""
+
+
+S = TypeVar("S", bound=AnyScheme)
+
+
+def config_groups(schemes: Mapping[str, AnyScheme]) -> dict[str, Any]:
+    """Linears by full module name → scheme as config.json's `config_groups`: one entry for each scheme."""
+    by_scheme: dict[AnyScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    single = len(by_scheme) == 1
+    ordered = sorted(by_scheme.items(), key=lambda item: repr(item[0]))
+    return {
+        f"group_{i}": scheme.as_json(["Linear"] if single else sorted(names))
+        for i, (scheme, names) in enumerate(ordered)
+    }
+
+
+def read_groups(
+    config: Mapping[str, Any], linears: Sequence[str], read: Callable[[Mapping[str, Any]], S]
+) -> dict[str, S]:
+    """Undo `config_groups`: full linear names → scheme, as `read` makes it of one entry."""
+    ignored = set(config.get("ignore", ()))
+    out: dict[str, S] = {}
+    for group in config["config_groups"].values():
+        scheme, targets = read(group), group["targets"]
+        out |= {name: scheme for name in linears if name not in ignored and ("Linear" in targets or name in targets)}
+    return out
