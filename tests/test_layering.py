@@ -32,6 +32,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.statistics": ("quantize.arch", "quantize.formats"),
     "quantize.grid": ("quantize.formats",),
     "quantize.solver": ("quantize.grid", "quantize.formats"),
+    "quantize.cache_assign": ("quantize.formats",),
+    "quantize.cache_train": ("quantize.cache_assign", "quantize.formats"),
+    "quantize.cache_fit": ("quantize.cache_assign", "quantize.cache_train", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
 }
 METHODS_NEVER = (
