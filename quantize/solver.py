@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -97,15 +97,33 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     return None
 
 
-def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tensor) -> Rounded:
-    """GPTQ (arXiv 2210.17323, algorithm 1) with scales [N, G] fixed beforehand.
+class CodeBook(Protocol):
+    """The values that R rows may take within one group."""
 
-    Scales stay with their natural groups whatever the column order, so the checkpoint needs no g_idx.
+    def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
+
+
+class Books(Protocol):
+    """A code book for every group."""
+
+    def __getitem__(self, group: int, /) -> CodeBook:
+        """The one of `group`."""
+
+
+def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tensor) -> Rounded:
+    """GPTQ on a grid with scales [N, G] fixed beforehand (`feed_back`)."""
+    return Rounded(feed_back(w, d, grid.books(scale, factor), grid.group_size), scale, factor)
+
+
+def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> Tensor:
+    """GPTQ (arXiv 2210.17323, algorithm 1): codes [N, K] of w [N, K], each group's book fixed beforehand.
+
+    Books stay with their natural groups whatever the column order, so the checkpoint needs no g_idx.
     """
     order, U = d.order, d.inverse_factor
     w = w.masked_fill(d.dead, 0)[:, order]
-    group = (order // grid.group_size).tolist()
-    books = grid.books(scale, factor)
+    group = (order // group_size).tolist()
     codes = torch.empty_like(w)
     K = w.shape[1]
     for start in range(0, K, _BLOCK):
@@ -122,7 +140,7 @@ def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tens
         w[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
     out = torch.empty_like(codes)
     out[:, order] = codes
-    return Rounded(out, scale, factor)
+    return out
 
 
 def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
@@ -142,7 +160,8 @@ def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: in
     before = state.loss(w)
     for sweep in range(sweeps):
         _move_scales(state, hessian, grid, sweep)
-        _move_codes(state, hessian, grid)
+        books = grid.books(state.scale, state.factor)
+        move_codes(state.codes, state.value, state.gradient, hessian, books, grid.group_size)
         after = state.loss(w)
         if after > before * (1 - _MIN_GAIN):
             break
@@ -169,24 +188,25 @@ class _Descent:
         return float(((self.value - w) * self.gradient).sum())
 
 
-def _move_codes(state: _Descent, H: Tensor, grid: Grid) -> None:
-    """One sweep over the columns; the gradient is updated in blocks (QuantEase, arXiv 2309.01885)."""
-    books = grid.books(state.scale, state.factor)
-    value = state.value
+def move_codes(codes: Tensor, value: Tensor, gradient: Tensor, H: Tensor, books: Books, group_size: int) -> None:
+    """One sweep of coordinate descent over the columns of codes, values and gradient (Ŵ − W) H, [N, K], in place.
+
+    The gradient is updated in blocks (QuantEase, arXiv 2309.01885).
+    """
     K = value.shape[1]
     for start in range(0, K, _BLOCK):
         stop = min(start + _BLOCK, K)
         span = slice(start, stop)
         # Columns as contiguous rows.
-        gradient, old = state.gradient[:, span].T.contiguous(), value[:, span].T.contiguous()
-        codes, new = torch.empty_like(old), torch.empty_like(old)
+        slope, old = gradient[:, span].T.contiguous(), value[:, span].T.contiguous()
+        chosen, new = torch.empty_like(old), torch.empty_like(old)
         with _few_threads(old):
             for i, j in enumerate(range(start, stop)):
-                target = torch.addcdiv(old[i : i + 1], gradient[i : i + 1], H[j, j], value=-1)
-                codes[i : i + 1], new[i : i + 1] = books[j // grid.group_size].round(target)
-                gradient[i + 1 :].addr_(H[j, j + 1 : stop], new[i] - old[i])
-        state.codes[:, span], value[:, span] = codes.T, new.T
-        state.gradient.addmm_((new - old).T, H[span])
+                target = torch.addcdiv(old[i : i + 1], slope[i : i + 1], H[j, j], value=-1)
+                chosen[i : i + 1], new[i : i + 1] = books[j // group_size].round(target)
+                slope[i + 1 :].addr_(H[j, j + 1 : stop], new[i] - old[i])
+        codes[:, span], value[:, span] = chosen.T, new.T
+        gradient.addmm_((new - old).T, H[span])
 
 
 def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
