@@ -21,7 +21,7 @@ from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.grid import Grid
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
-from quantize.methods.encode import Encode
+from quantize.methods.encode import IntEncode
 from quantize.streams import Streams
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Space:
         Raises UsageError where there is nothing to choose or no choice comes to `target` bits per weight.
         """
         stages = {
-            name: next((i for i, s in enumerate(recipe.stages) if isinstance(s, Encode) and s.selects(name)), None)
+            name: next((i for i, s in enumerate(recipe.stages) if isinstance(s, IntEncode) and s.selects(name)), None)
             for name in shapes
         }
         taken = {name: index for name, index in stages.items() if index is not None}
@@ -193,9 +193,9 @@ class Space:
             promoted=tuple(name for name in self.shapes if bits[name] != self._stage(name).bits),
         )
 
-    def _stage(self, name: str) -> Encode:
+    def _stage(self, name: str) -> IntEncode:
         stage = self.recipe.stages[self.stages[name]]
-        assert isinstance(stage, Encode)
+        assert isinstance(stage, IntEncode)
         return stage
 
     def _costs(self, name: str) -> list[int]:

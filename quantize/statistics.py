@@ -92,6 +92,7 @@ class Collected:
         self.roles = roles
         self.blocks: list[dict[str, Any]] = []
         self._histograms: dict[tuple[Role, int, int], Tensor] = {}
+        self._points: dict[tuple[Role, int, int], list[Tensor]] = {}
 
     def add(self, block: Block, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Take what is known about a finished block: profiles before and after its smooth stages, and histograms."""
@@ -104,6 +105,7 @@ class Collected:
             packed = block.packed[name]
             key = (self.roles[name], packed.bits, packed.group_size)
             self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
+            self._points.setdefault(key, []).append(packed.points().cpu())
 
     def as_json(self) -> dict[str, Any]:
         """Contents of pq-statistics.json."""
@@ -116,5 +118,6 @@ class Collected:
                 "group_size": group_size,
                 "edges": [edge * (2 * i / _BINS - 1) for i in range(_BINS + 1)],
                 "counts": counts.tolist(),
+                "points": [_short(p) for p in torch.stack(self._points[role, bits, group_size]).mean(dim=0)],
             }
         return {"blocks": self.blocks, "histograms": histograms}

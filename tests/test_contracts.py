@@ -13,14 +13,14 @@ from torch import Tensor
 from quantize.arch import ARCHITECTURES
 from quantize.block import Block
 from quantize.errors import ModelError
-from quantize.formats.packed_int import PackedInt
 from quantize.linear import PackedLinear
 from quantize.methods import STAGES, Stage
+from quantize.methods.encode import IntEncode
 
 BlockMaker = Callable[..., Block]
 SMOOTH = [cls for cls in STAGES if cls.kind == "smooth"]
 ENCODE = [cls for cls in STAGES if cls.kind == "encode"]
-INTEGER = [cls for cls in ENCODE if {"bits", "activations"} <= set(cls.model_fields)]
+INTEGER = [cls for cls in ENCODE if issubclass(cls, IntEncode)]
 
 
 def named(cls: type[Stage]) -> str:
@@ -70,11 +70,15 @@ def test_encode_packs_every_linear_bit_exactly(make_block: BlockMaker, cls: type
     block = apply(make_block, cls, model_type)
     assert set(block.packed) == set(ARCHITECTURES[model_type].roles)
     for name, packed in block.packed.items():
-        back = PackedInt.from_tensors(packed.tensors(), packed.bits, packed.group_size)
-        assert torch.equal(back.codes, packed.codes)
-        assert torch.equal(back.scale, packed.scale)
         linear = block.module.get_submodule(name)
         assert isinstance(linear, PackedLinear)
+        stored = packed.tensors()
+        scheme = packed.scheme(linear.fp8_activations)
+        back = scheme.read(stored)
+        for suffix, tensor in back.tensors().items():
+            assert torch.equal(tensor, stored[suffix]), suffix
+            assert (tensor.dtype, tuple(tensor.shape)) == scheme.layout(*packed.shape)[suffix]
+        assert packed.bits_per_weight == scheme.stored_bits(*packed.shape)
         expected = back.kernel_weight() if linear.fp8_activations else back.unpack()
         assert torch.equal(linear.weight, expected)
         assert torch.isfinite(linear.weight).all()
@@ -99,13 +103,13 @@ def test_encode_leaves_the_rest_of_the_block_alone(make_block: BlockMaker, cls: 
             assert torch.equal(parameter, plain[name]), name
 
 
-@pytest.mark.parametrize("cls", INTEGER, ids=named)
+@pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], model_type: str):
     plain = make_block(model_type)
     wanted = outputs(plain, plain.inputs)
     errors = []
     for bits in (2, 3, 4, 8):
-        block = apply(make_block, cls, model_type, bits=bits, activations="none")
+        block = apply(make_block, cls, model_type, bits=bits, **({"activations": "none"} if cls in INTEGER else {}))
         assert {packed.bits for packed in block.packed.values()} == {bits}
         errors.append(difference(outputs(block, plain.inputs), wanted))
     assert all(high > 1.5 * low for high, low in itertools.pairwise(errors)), errors
@@ -119,7 +123,7 @@ def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
     assert one.report == two.report
 
 
-@pytest.mark.parametrize("cls", INTEGER, ids=named)
+@pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_encode_takes_the_layers_it_is_given(make_block: BlockMaker, cls: type[Stage]):
     block = apply(make_block, cls, "llama", layers=("*.mlp.*", "*.q_proj"), ignore=("*.0.mlp.down_proj",))
     assert set(block.packed) == {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"}
@@ -161,6 +165,6 @@ def test_encode_survives_poor_calibration(make_block: BlockMaker, cls: type[Stag
     with torch.no_grad():
         stage.apply(block)
     for name, packed in block.packed.items():
-        assert torch.isfinite(packed.scale.float()).all(), name
+        assert torch.isfinite(packed.unpack()).all(), name
         assert torch.isfinite(block.module.get_submodule(name).weight).all(), name
         assert 0 < block.report[name]["weight_error"] < 1, name

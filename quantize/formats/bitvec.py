@@ -209,9 +209,21 @@ class BitVec:
 
     def unit(self) -> Tensor:
         """Mean step between neighbouring codes of every group, float32 [N, G]."""
-        table = levels(coefficients(self.lines, self.scales), self.bits)
-        steps = (table.amax(dim=1) - table.amin(dim=1)) / ((1 << self.bits) - 1)
-        return steps[self.index.long()]
+        return self._steps()[self.index.long()]
+
+    def points(self) -> Tensor:
+        """Values of all codes in units of the step, rising, float32 [2^bits]: the mean over groups."""
+        counts = torch.bincount(self.index.flatten(), minlength=len(self._levels())).float()
+        steps = self._steps()
+        lines = self._levels().sort(dim=1).values / torch.where(steps == 0, 1, steps)[:, None]
+        return (counts @ lines) / counts.sum()
+
+    def _levels(self) -> Tensor:
+        return levels(coefficients(self.lines, self.scales), self.bits)
+
+    def _steps(self) -> Tensor:
+        table = self._levels()
+        return (table.amax(dim=1) - table.amin(dim=1)) / ((1 << self.bits) - 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
@@ -240,9 +252,8 @@ class BitVec:
 
     def unpack(self) -> Tensor:
         """Weight [N, K] in float32."""
-        table = levels(coefficients(self.lines, self.scales), self.bits)
         index = self.index.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
-        return table.flatten()[(index.long() << self.bits) + self.codes]
+        return self._levels().flatten()[(index.long() << self.bits) + self.codes]
 
     def kernel_weight(self) -> Tensor:
         """As `unpack`: there is no kernel for FP8 activations."""

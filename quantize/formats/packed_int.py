@@ -182,6 +182,11 @@ class PackedInt:
         """Step between neighbouring codes of every group, float32 [N, G]."""
         return self.scale.float()
 
+    def points(self) -> Tensor:
+        """Values of all codes in units of the step, float32 [2^bits]."""
+        half = 1 << (self.bits - 1)
+        return torch.arange(-half, half, dtype=torch.float32, device=self.codes.device)
+
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
         return {

@@ -54,6 +54,9 @@ class Packed(Protocol):
     def unit(self) -> Tensor:
         """Mean step between neighbouring codes of every group, float32 [N, G]; 0 in a group of zeros."""
 
+    def points(self) -> Tensor:
+        """Values of all codes in units of the step, rising, float32 [2^bits]; their mean where groups differ."""
+
 
 class AnyScheme(Protocol):
     """How a set of linears is stored and run."""

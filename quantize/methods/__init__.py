@@ -7,7 +7,8 @@ from quantize.methods.fireq import Fireq
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
+from quantize.methods.sbvr import Sbvr
 
-STAGES: tuple[type[Stage], ...] = (Cas, Awq, FireqAttention, Rtn, Gptq, Fireq)
+STAGES: tuple[type[Stage], ...] = (Cas, Awq, FireqAttention, Rtn, Gptq, Fireq, Sbvr)
 
 __all__ = ["STAGES", "Stage"]

@@ -1,4 +1,4 @@
-"""Fields and checks that every integer encode stage shares."""
+"""Fields and checks that encode stages share."""
 
 from __future__ import annotations
 
@@ -23,56 +23,26 @@ _FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only g
 
 
 class Encode(Stage):
-    """Weights to grouped symmetric integers (`pack-quantized` layout)."""
+    """Weights of the linears that patterns select, to a packed layout."""
 
     kind: ClassVar[Kind] = "encode"
 
-    bits: int = Field(default=4, ge=2, le=8)
-    """Bits of a weight code."""
-    group_size: int = Field(default=128, ge=16, le=1024)
-    """Consecutive inputs of one output row that share a scale."""
-    activations: Literal["none", "fp8"] = "none"
-    """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
     layers: tuple[str, ...] = ("*",)
     """Shell patterns of the linears to encode, matched against full names such as model.layers.0.mlp.down_proj."""
     ignore: tuple[str, ...] = ()
     """Shell patterns of linears that stay 16-bit although `layers` matches them."""
-
-    @model_validator(mode="after")
-    def _kernel_exists(self) -> Self:
-        if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
-            raise ValueError("activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels there are")
-        return self
-
-    @property
-    def fp8(self) -> bool:
-        """Whether activations are rounded to E4M3."""
-        return self.activations == "fp8"
 
     def selects(self, name: str) -> bool:
         """Whether the stage encodes the linear with this full name."""
         return _matches(name, self.layers) and not _matches(name, self.ignore)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for a shape the packed layout or its kernels cannot hold, or patterns that match nothing."""
+        """ModelError for patterns that match nothing."""
         for pattern in (*self.layers, *self.ignore):
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise ModelError(
                     f"recipe stage {self.method}: pattern '{pattern}' matches no linear of this model "
                     f"(names look like {next(iter(linears))})"
-                )
-        for name, (N, K) in linears.items():
-            if not self.selects(name):
-                continue
-            if K % self.group_size:
-                raise ModelError(
-                    f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
-                    f"set group_size to a divisor of {K} or add the layer to ignore"
-                )
-            if self.fp8 and N % _FP8_TILE:
-                raise ModelError(
-                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels need; "
-                    "use activations: none or add the layer to ignore"
                 )
 
     def apply(self, block: Block) -> None:
@@ -87,6 +57,45 @@ class Encode(Stage):
     @abstractmethod
     def encode_group(self, block: Block, names: Sequence[str]) -> None:
         """Encode linears that share one input."""
+
+
+class IntEncode(Encode):
+    """Weights to grouped symmetric integers (`pack-quantized` layout)."""
+
+    bits: int = Field(default=4, ge=2, le=8)
+    """Bits of a weight code."""
+    group_size: int = Field(default=128, ge=16, le=1024)
+    """Consecutive inputs of one output row that share a scale."""
+    activations: Literal["none", "fp8"] = "none"
+    """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+
+    @model_validator(mode="after")
+    def _kernel_exists(self) -> Self:
+        if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
+            raise ValueError("activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels there are")
+        return self
+
+    @property
+    def fp8(self) -> bool:
+        """Whether activations are rounded to E4M3."""
+        return self.activations == "fp8"
+
+    def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """ModelError for a shape the packed layout or its kernels cannot hold, or patterns that match nothing."""
+        super().check(linears)
+        for name, (N, K) in linears.items():
+            if not self.selects(name):
+                continue
+            if K % self.group_size:
+                raise ModelError(
+                    f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
+                    f"set group_size to a divisor of {K} or add the layer to ignore"
+                )
+            if self.fp8 and N % _FP8_TILE:
+                raise ModelError(
+                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels need; "
+                    "use activations: none or add the layer to ignore"
+                )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

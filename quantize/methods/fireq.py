@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
-from quantize.methods.encode import Encode, encode_nearest, fall_back, note_errors
+from quantize.methods.encode import IntEncode, encode_nearest, fall_back, note_errors
 from quantize.pictures import Picture, block_map, facts
 from quantize.solver import Damped, corrected_target, damped, descend, error_feedback, feedback_order
 
@@ -31,7 +31,7 @@ _DEAD = "Input channels that were zero on all calibration tokens; their weights 
 _SCALE = "The paper's power of two by which a tensor's group scales are multiplied so that E4M3 does not lose them."
 
 
-class Fireq(Encode):
+class Fireq(IntEncode):
     """INT4 weights whose group scales, code book and inputs are those of the INT4×FP8 kernel.
 
     With `activations: none` the same solver works on the plain integer grid with signed scales.

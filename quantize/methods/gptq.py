@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantize.grid import Grid
-from quantize.methods.encode import Encode, fall_back, note_errors
+from quantize.methods.encode import IntEncode, fall_back, note_errors
 from quantize.solver import damped, error_feedback, feedback_order
 
 if TYPE_CHECKING:
     from quantize.block import Block
 
 
-class Gptq(Encode):
+class Gptq(IntEncode):
     """Quantize column by column and spread each column's error over the columns still to come."""
 
     method: Literal["gptq"] = "gptq"

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from quantize.grid import Grid
-from quantize.methods.encode import Encode, encode_nearest, note_errors
+from quantize.methods.encode import IntEncode, encode_nearest, note_errors
 
 if TYPE_CHECKING:
     from quantize.block import Block
 
 
-class Rtn(Encode):
+class Rtn(IntEncode):
     """Round every weight to the nearest code of its group; needs no calibration text."""
 
     method: Literal["rtn"] = "rtn"

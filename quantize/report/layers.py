@@ -203,7 +203,9 @@ def _histograms(found: Mapping[str, Any]) -> Iterator[Histogram | None]:
         if len(known) != len(counts) + 1 or not counts or known != sorted(set(known)) or known[-1] - known[0] > _SPAN:
             continue
         bits = int(min(max(number(data, "bits") or 0, 0), 8))
-        points = [float(code) for code in range(-(1 << bits >> 1), 1 << bits >> 1)]
+        stored = [number({"": point}, "") for point in items(data, "points")][: 1 << 8]
+        # Checkpoints of earlier releases have integer codes and do not say so.
+        points = [point for point in stored if point is not None] or [*range(-(1 << bits >> 1), 1 << bits >> 1)]
         group = number(data, "group_size")
         title = text(data, "role", name) + (f", {bits}-bit" if bits else "") + (f" g{group:.0f}" if group else "")
         yield Histogram(title, "", known, counts, points, "weight / group scale, in codes")
