@@ -20,6 +20,7 @@ from quantize.errors import ModelError, UsageError
 from quantize.formats.compressed_tensors import Scheme
 from quantize.formats.packed_int import stored_bits
 from quantize.grid import Grid
+from quantize.hadamard import keep_rotation
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
 from quantize.methods.encode import Encode
@@ -235,7 +236,9 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[Scheme]]) -> dict
         out[name] = {}
         try:
             for scheme in choices:
-                block.module.set_submodule(name, rounded(linear, scheme))
+                trial = rounded(linear, scheme)
+                keep_rotation(linear, trial)
+                block.module.set_submodule(name, trial)
                 pairs = zip(block.inputs, outputs, strict=True)
                 parts = [_relative_errors(block.forward(block.module, x), y) for x, y in pairs]
                 errors = torch.cat(parts)

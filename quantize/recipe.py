@@ -163,9 +163,18 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps({**doc.data, "name": Path(source_name).stem}))
     except ValidationError as err:
         problems += [problem for error in err.errors() for problem in _translate(error, doc)]
+    if recipe is not None:
+        problems += [doc.problem(("stages", i, field), text) for i, field, text in format_problems(recipe)]
     if recipe is None or problems:
         raise strict_yaml.error_of(source_name, problems)
     return recipe
+
+
+def format_problems(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
+    """Yield (index, field, text) for each stage that asks for what the recipe's format cannot hold."""
+    for index, stage in enumerate(recipe.stages):
+        if recipe.format != "pq" and stage.native_field is not None:
+            yield index, stage.native_field, "needs 'format: pq', no other loader can do this; add it or turn this off"
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -204,6 +213,9 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
+    for i, cls in enumerate(stages):
+        if cls and cls.once and cls in stages[:i]:
+            yield i, f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it"
     if known and None not in stages and not {cache, encode} & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 

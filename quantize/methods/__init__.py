@@ -6,8 +6,9 @@ from quantize.methods.cas import Cas
 from quantize.methods.fireq import Fireq
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.methods.gptq import Gptq
+from quantize.methods.rotate import Rotate
 from quantize.methods.rtn import Rtn
 
-STAGES: tuple[type[Stage], ...] = (Cas, Awq, FireqAttention, Rtn, Gptq, Fireq)
+STAGES: tuple[type[Stage], ...] = (Cas, Awq, Rotate, FireqAttention, Rtn, Gptq, Fireq)
 
 __all__ = ["STAGES", "Stage"]
