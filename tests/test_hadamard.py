@@ -190,6 +190,16 @@ def test_a_replaced_linear_keeps_its_rotation():
         let_rotate_inputs(nn.Linear(10, 4))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [64, 768, 11008])
+def test_a_gpu_computes_the_same(n: int):
+    x = noise(4, n)
+    assert error(apply_hadamard(x.cuda()).cpu(), apply_hadamard(x)) < 1e-13
+    assert error(apply_hadamard(x.float().cuda()).cpu(), apply_hadamard(x)) < 1e-6
+    assert error(Rotation(1).undo(Rotation(1).apply(x.cuda())).cpu(), x) < 1e-13
+
+
 def test_outliers_vanish():
     x = noise(200, 512)
     x[:, 17] *= 100

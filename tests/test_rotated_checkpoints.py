@@ -17,6 +17,7 @@ from damage import checks_of, edit_json, failed, sign
 from natives import difference, loaded, logits, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel
 
 import quantize  # registers the native format  # noqa: F401
 from quantize.checkpoint import INDEX_NAME, Checkpoint
@@ -335,6 +336,13 @@ def test_attention_and_rotation_survive_a_copy(made: Maker, tmp_path: Path):
     assert torch.equal(logits(loaded(tmp_path / "saved")), logits(model))
     generated = model.generate(tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (2, 28)
+
+
+def test_the_decoder_alone_rotates_too(made: Maker):
+    with torch.no_grad():
+        inner = AutoModel.from_pretrained(made("rtn"), dtype=torch.float32)(tokens()).last_hidden_state
+        wanted = loaded(made("rtn")).model(tokens()).last_hidden_state
+    assert torch.equal(inner, wanted)
 
 
 def test_equal_inputs_give_equal_bytes(tiny: Maker, made: Maker, text_file: Path, tmp_path: Path):

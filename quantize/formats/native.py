@@ -4,8 +4,8 @@
      "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null},
      "rotated_inputs": ["model.layers.0.mlp.down_proj", …]}
 
-`rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is done
-with them; `quantize.hadamard` says which matrix H_K is.
+`rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is
+done with them; `quantize.hadamard` says which matrix H_K is.
 
 Tensors of packed linears are those of `PackedInt`. With attention, every block also has
 `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored keys are K·S, queries Q/S).

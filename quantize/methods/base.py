@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantize.arch import Architecture, Shape
     from quantize.block import Block
     from quantize.pictures import Picture
