@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 from quantize import strict_yaml
 from quantize.errors import RecipeError, UsageError
@@ -82,6 +83,12 @@ class Recipe(BaseModel):
         for _, text in _order_problems([type(stage) for stage in stages]):
             raise PydanticCustomError("stage_order", "{text}", {"text": text})
         return stages
+
+    @model_validator(mode="after")
+    def _fits_format(self) -> Self:
+        for index, field, text in format_problems(self):
+            raise PydanticCustomError("stage_format", "{text}", {"text": text, "path": ("stages", index, field)})
+        return self
 
     def with_overrides(
         self,
@@ -163,8 +170,6 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps({**doc.data, "name": Path(source_name).stem}))
     except ValidationError as err:
         problems += [problem for error in err.errors() for problem in _translate(error, doc)]
-    if recipe is not None:
-        problems += [doc.problem(("stages", i, field), text) for i, field, text in format_problems(recipe)]
     if recipe is None or problems:
         raise strict_yaml.error_of(source_name, problems)
     return recipe
@@ -230,6 +235,9 @@ def _law_problems(doc: Document) -> Iterator[Problem]:
 def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     """Turn one pydantic error into Problems with line, path, value and remedy."""
     path, kind, value = tuple(error["loc"]), error["type"], error["input"]
+    if kind == "stage_format":
+        yield doc.problem(error["ctx"]["path"], error["msg"])
+        return
     if path[:1] == ("stages",) and len(path) > 2:
         path = path[:2] + path[3:]  # the union puts the method's name after the index
     if path in doc.spoiled or kind == "stage_order" or (path == ("stages",) and kind == "too_short" and value):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, config_of, random_weights, save_model, save_side_files
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ from quantize.methods.awq import Awq
 from quantize.methods.cas import Cas
 from quantize.methods.gptq import Gptq
 from quantize.methods.rotate import Rotate
+from quantize.methods.rtn import Rtn
 from quantize.recipe import Calibration, Recipe, parse_recipe
 
 Maker = Callable[..., Path]
@@ -295,6 +297,14 @@ def test_recipes_that_are_refused(text: str, says: str):
     with pytest.raises(RecipeError, match=says) as caught:
         recipe(text)
     assert "\n" not in str(caught.value)
+
+
+def test_recipes_made_in_code_are_refused_alike():
+    fields: dict[str, Any] = {"name": "r", "description": "d"}
+    with pytest.raises(ValidationError, match="needs 'format: pq'"):
+        Recipe(**fields, stages=(Rotate(down=True), Rtn()))
+    with pytest.raises(ValidationError, match="a second stage 'rotate'"):
+        Recipe(**fields, stages=(Rotate(), Rotate(), Rtn()))
 
 
 def test_recipes_that_are_taken():
