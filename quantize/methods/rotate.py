@@ -38,7 +38,7 @@ class Rotate(Stage):
     residual: bool = True
     """Rotate the residual stream by a randomized Hadamard matrix and fold the norms (R1)."""
     values: bool = True
-    """Rotate the values of every kv head by the Hadamard matrix of head_dim (R2)."""
+    """Rotate the values of every kv head by the Hadamard matrix of head_dim (R2); balance their channels before."""
     down: bool = False
     """Rotate the inputs of down_proj at run time (R4); only `format: pq` can hold it."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
