@@ -19,6 +19,7 @@ from torch import Tensor
 from quantize.errors import ModelError, UsageError
 from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.grid import Grid
+from quantize.hadamard import keep_rotation
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
 from quantize.methods.encode import IntEncode
@@ -234,7 +235,9 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> d
         out[name] = {}
         try:
             for scheme in choices:
-                block.module.set_submodule(name, rounded(linear, scheme))
+                trial = rounded(linear, scheme)
+                keep_rotation(linear, trial)
+                block.module.set_submodule(name, trial)
                 pairs = zip(block.inputs, outputs, strict=True)
                 parts = [_relative_errors(block.forward(block.module, x), y) for x, y in pairs]
                 errors = torch.cat(parts)

@@ -16,6 +16,7 @@ from quantize.arch import Architecture, Edge, Shape
 from quantize.errors import ModelError
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.scheme import Packed
+from quantize.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, rotates_inputs, widened
 from quantize.linear import PackedLinear
 from quantize.statistics import code_histogram
 
@@ -119,8 +120,36 @@ class Block:
         parent, _, attribute = name.rpartition(".")
         new = PackedLinear(packed, old.bias, fp8_activations, old.weight.dtype, "kernel")
         setattr(self.module.get_submodule(parent), attribute, new.to(self.device))
+        keep_rotation(old, new)
         self.packed[name] = packed
         self.histograms[name] = code_histogram(old.weight, packed)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Edges over which a diagonal may still move: none leads into inputs that are rotated on the way."""
+        return tuple(edge for edge in self.arch.edges if not any(self.rotates_inputs(sink) for sink in edge.sinks))
+
+    def rotates_inputs(self, name: str) -> bool:
+        """Whether the linear rotates its inputs at run time."""
+        return rotates_inputs(self.module.get_submodule(name))
+
+    def rotate_inputs(self, name: str) -> None:
+        """Let a not yet encoded linear rotate its inputs at run time, by the Hadamard matrix of their number K.
+
+        Its columns are rotated to match. ModelError where there is no such matrix.
+        """
+        linear = self.linear(name)
+        try:
+            let_rotate_inputs(linear)
+        except ValueError as err:
+            raise ModelError(f"{self.full_name(name)}: {err}") from None
+        linear.weight.data = apply_hadamard(widened(linear.weight)).to(linear.weight.dtype)
+
+    def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the hidden states that enter the block, batch by batch, the parent's too."""
+        for stream in (self.inputs, self.reference_inputs or []):
+            for batch, hidden in enumerate(stream):
+                stream[batch] = change(hidden)
 
     def attend_with(self, kv: nn.Module) -> None:
         """Let the block attend through `kv` (a KvAttention) from now on; the checkpoint stores it with the block."""

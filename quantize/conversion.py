@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
 from quantize.arch import Architecture, Shape
+from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
@@ -71,6 +72,8 @@ class Summary:
     fallbacks: list[str]
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
+    untied_head_bytes: int
+    """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
     mean_output_error: float | None
     """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
@@ -82,14 +85,15 @@ class Conversion:
         self, request: Request, source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton
     ) -> None:
         self.request, self.source, self.arch, self.shape, self.skeleton = request, source, arch, shape, skeleton
+        self.basis = Basis(request.recipe.stages)
         self.schemes: dict[str, AnyScheme] = {}
+        self.rotated_inputs: list[str] = []
         self.report: dict[str, dict[str, Any]] = {}
         self.statistics = Collected(arch.roles)
         self.rotary_dim = rotary_dim(source.config, shape.head_dim)
         self.allocation: Allocation | None = None
-        self.stored_bits = 0.0
-        self.weights = 0
-        self.source_bytes = 0
+        self.stored_bits, self.weights = 0.0, 0
+        self.source_bytes = self.untied_head_bytes = 0
 
     def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
         """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
@@ -105,7 +109,7 @@ class Conversion:
     def _hidden(self, windows: Tensor) -> list[Tensor]:
         """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
         batch = max(1, self.request.batch_tokens // windows.shape[1])
-        weight = self.source.tensor(f"{self.arch.embedding}.weight")
+        weight = self._outside(self.arch.embedding)[f"{self.arch.embedding}.weight"]
         return [self.skeleton.embed(weight, part) for part in torch.split(windows, batch)]
 
     def embed(self, tokens: TokenSet | None) -> Streams | None:
@@ -117,16 +121,27 @@ class Conversion:
         return Streams(hidden, list(hidden) if needs_reference else None)
 
     def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
-        """Tensors of modules outside the blocks, kept as they are (a tied head has none of its own)."""
+        """Tensors of modules outside the blocks as the output holds them; the final norm and the head go together."""
+        out = self._outside(*modules)
+        head, bits = f"{self.arch.head}.weight", self.request.recipe.head_bits
+        untied = {head: out[head]} if self.shape.tied and head in out else {}
+        self.source_bytes += _bytes(out) - _bytes(untied)
+        packed = self._head(out.pop(head), bits) if head in out and bits is not None else {}
+        if untied:
+            self.untied_head_bytes = _bytes(packed or untied)
+            log.info("%s no longer shares the embedding: %d bytes more", self.arch.head, self.untied_head_bytes)
+        return out | packed
+
+    def _outside(self, *modules: str) -> dict[str, Tensor]:
+        """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage unties it."""
         out: dict[str, Tensor] = {}
         for module in modules:
             if module != self.arch.head or not self.shape.tied:
                 out |= {f"{module}.{n}": t for n, t in self.source.tensors(f"{module}.").items()}
+            elif self.basis.unties(self.shape):
+                out[f"{module}.weight"] = self.source.tensor(f"{self.arch.embedding}.weight")
         require_finite_floats(out, "")
-        self.source_bytes += _bytes(out)
-        if self.arch.head in modules and self.request.recipe.head_bits is not None:
-            out |= self._head(out.pop(f"{self.arch.head}.weight"), self.request.recipe.head_bits)
-        return out
+        return self.basis.outside(out, self.arch)
 
     def _head(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
         """Encode lm_head [V, D]; returns its packed tensors."""
@@ -146,12 +161,15 @@ class Conversion:
         return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
 
     def open(self, index: int, inputs: list[Tensor], reference_inputs: list[Tensor] | None = None) -> Block:
-        """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's."""
+        """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's.
+
+        They come in the basis of the output and are replaced by the same in the parent's, which the weights are in.
+        """
         prefix = f"{self.arch.blocks}.{index}."
         weights = self.source.tensors(prefix)
         require_finite_floats(weights, prefix)
         self.source_bytes += _bytes(weights)
-        return Block(
+        block = Block(
             index=index,
             arch=self.arch,
             shape=self.shape,
@@ -164,6 +182,9 @@ class Conversion:
             rotary_dim=self.rotary_dim,
             keeps_post_scales=self.request.recipe.format == "pq",
         )
+        if self.basis.changed:
+            block.map_inputs(self.basis.leave)
+        return block
 
     def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
         """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
@@ -194,6 +215,7 @@ class Conversion:
             linear = block.module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
             self._count(prefix + name, packed, linear.fp8_activations)
+        self.rotated_inputs += [prefix + name for name in self.arch.roles if block.rotates_inputs(name)]
         for name, facts in block.report.items():
             self.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)
@@ -208,7 +230,7 @@ class Conversion:
         """quantization_config of the output's config.json."""
         alone = [name for name in (self.arch.head, *self.skeleton.linears()) if name not in self.schemes]
         if self.request.recipe.format == "pq":
-            return native_config(self.schemes, alone, self.attention)
+            return native_config(self.schemes, alone, self.attention, self.rotated_inputs)
         return quantization_config(self.schemes, alone)
 
     @property
@@ -257,6 +279,7 @@ class Conversion:
             promoted=list(self.allocation.promoted) if self.allocation else [],
             fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
             lost=self.lost(),
+            untied_head_bytes=self.untied_head_bytes,
             mean_output_error=sum(errors) / len(errors) if errors else None,
         )
 

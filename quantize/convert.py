@@ -10,12 +10,13 @@ from typing import Any
 import quantize
 from quantize.allocation import Space
 from quantize.arch import Architecture, Shape, architecture_of
+from quantize.basis import Basis
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
-from quantize.errors import ModelError
+from quantize.errors import ModelError, RecipeError
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
-from quantize.recipe import Recipe, resolved_yaml
+from quantize.recipe import Recipe, format_problems, resolved_yaml
 from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.statistics import STATISTICS
 from quantize.writer import CheckpointWriter, require_free
@@ -60,7 +61,8 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
         for path in source.side_files():
             writer.copy(path)
         writer.write_index()
-        writer.write_json("config.json", source.config | {"quantization_config": run.quantization_config()})
+        config = run.basis.config(source.config, shape)
+        writer.write_json("config.json", config | {"quantization_config": run.quantization_config()})
         writer.write_json(STATISTICS, run.statistics.as_json())
         facts = provenance | run.results(streams) | {"files": writer.hashes}
         writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
@@ -82,11 +84,14 @@ def _check(
     unknown = [n for n in skeleton.linear_shapes(0) if n not in arch.roles]
     if unknown:
         raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
-    if recipe.head_bits is not None and shape.tied:
+    if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):
         raise ModelError(f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits")
     if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
         raise ModelError(f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group {HEAD_GROUP}")
+    for index, field, problem in format_problems(recipe):
+        raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")
     for stage in recipe.stages:
+        stage.check_model(arch, shape, linears)
         stage.check(linears)
     return linears
 

@@ -19,9 +19,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantize.arch import Shape, architecture_of
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
-from quantize.formats.native import NATIVE, attention_of, packed_linears, require_understood
+from quantize.formats.native import NATIVE, attention_of, packed_linears, require_understood, rotated_inputs_of
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.scheme import STORED_AS
+from quantize.hadamard import let_rotate_inputs
 from quantize.native_linear import NativeLinear, native_linear
 
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
@@ -86,6 +87,11 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)
+        for full in rotated_inputs_of(self.quantization_config.to_dict(), set(linears) - {_HEAD}):
+            try:
+                let_rotate_inputs(model.get_submodule(linears[full][0]))
+            except ValueError as err:
+                raise ValueError(f"{full}: {err}") from None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from quantize.attention import KvAttention, KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
-from quantize.formats.native import NATIVE, require_understood, schemes_in
+from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, schemes_in
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.scheme import AnyScheme
+from quantize.hadamard import let_rotate_inputs
 from quantize.linear import Numerics, PackedLinear
 from quantize.skeleton import Skeleton, meta_model
 
@@ -44,13 +45,16 @@ def load_model(
         return _load_plain(folder, device, dtype)
     require_readable(source)
     model = meta_model(folder, dtype)
-    schemes = packed_schemes(source, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    schemes = packed_schemes(source, linears)
     arch = architecture_of(source.config)
     kv_numerics = attention_numerics(source) or attention
     if kv_numerics is not None:
         for layer in model.get_submodule(arch.blocks):
             layer.get_submodule(arch.attention).kv = kv_attention(kv_numerics, Shape.of(source.config))
     _materialize(model, source, arch, schemes, device, dtype, numerics)
+    rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
+    _rotate_inputs(model, source)
     return _frozen(model.to(device))
 
 
@@ -95,6 +99,30 @@ def attention_numerics(source: Checkpoint) -> KvNumerics | None:
         raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
 
 
+def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -> tuple[str, ...]:
+    """Full names of the linears that rotate their inputs; ModelError for what pq does not read.
+
+    linears: full names of those of the blocks; None: names are not checked.
+    """
+    quantization = source.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
+        return ()
+    try:
+        return rotated_inputs_of(quantization, linears)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def _rotate_inputs(module: nn.Module, source: Checkpoint, prefix: str = "") -> None:
+    """Let the linears below `module`, whose names begin with `prefix` in the checkpoint, rotate inputs as it says."""
+    for name in rotated_inputs(source):
+        if name.startswith(prefix):
+            try:
+                let_rotate_inputs(module.get_submodule(name.removeprefix(prefix)))
+            except ValueError as err:
+                raise ModelError(f"{source.folder}: {name}: {err}") from None
+
+
 def packed_linear(
     source: Checkpoint, name: str, scheme: AnyScheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
 ) -> PackedLinear:
@@ -135,6 +163,7 @@ def load_block(
     scale = f"{prefix}{skeleton.arch.attention}.{KV_SCALE}"
     weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside | {scale}}
     layer = skeleton.layer(index, weights, packed)
+    _rotate_inputs(layer, source, prefix)
     if attention is not None:
         kv = kv_attention(attention, Shape.of(source.config))
         if scale in source:

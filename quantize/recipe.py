@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 from quantize import strict_yaml
 from quantize.errors import RecipeError, UsageError
@@ -82,6 +83,12 @@ class Recipe(BaseModel):
         for _, text in _order_problems([type(stage) for stage in stages]):
             raise PydanticCustomError("stage_order", "{text}", {"text": text})
         return stages
+
+    @model_validator(mode="after")
+    def _fits_format(self) -> Self:
+        for index, field, text in format_problems(self):
+            raise PydanticCustomError("stage_format", "{text}", {"text": text, "path": ("stages", index, field)})
+        return self
 
     def with_overrides(
         self,
@@ -168,6 +175,13 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     return recipe
 
 
+def format_problems(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
+    """Yield (index, field, text) for each stage that asks for what the recipe's format cannot hold."""
+    for index, stage in enumerate(recipe.stages):
+        if recipe.format != "pq" and stage.native_field is not None:
+            yield index, stage.native_field, "needs 'format: pq', no other loader can do this; add it or turn this off"
+
+
 def resolved_yaml(recipe: Recipe) -> str:
     """Write the recipe with every default filled in; `parse_recipe` reads an equal recipe back."""
     body = recipe.model_dump(mode="json", exclude={"name"})
@@ -204,6 +218,9 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
+    for i, cls in enumerate(stages):
+        if cls and cls.once and cls in stages[:i]:
+            yield i, f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it"
     if known and None not in stages and not {cache, encode} & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
@@ -218,6 +235,9 @@ def _law_problems(doc: Document) -> Iterator[Problem]:
 def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     """Turn one pydantic error into Problems with line, path, value and remedy."""
     path, kind, value = tuple(error["loc"]), error["type"], error["input"]
+    if kind == "stage_format":
+        yield doc.problem(error["ctx"]["path"], error["msg"])
+        return
     if path[:1] == ("stages",) and len(path) > 2:
         path = path[:2] + path[3:]  # the union puts the method's name after the index
     if path in doc.spoiled or kind == "stage_order" or (path == ("stages",) and kind == "too_short" and value):

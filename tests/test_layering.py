@@ -30,6 +30,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.writer": ("quantize.errors", "quantize.checkpoint", "quantize.provenance"),
     "quantize.pictures": (),
     "quantize.statistics": ("quantize.arch", "quantize.formats"),
+    "quantize.hadamard": (),
+    "quantize.basis": ("quantize.arch", "quantize.methods"),
     "quantize.grid": ("quantize.formats",),
     "quantize.solver": ("quantize.grid", "quantize.formats"),
     "quantize.cache_assign": ("quantize.formats",),

@@ -215,16 +215,18 @@ def some_recipes(draw: st.DrawFn) -> Recipe:
     classes = sorted(draw(st.lists(st.sampled_from(STAGES), max_size=4)), key=lambda cls: order.index(cls.kind))
     kinds = [cls.kind for cls in classes]
     assume("encode" in kinds and kinds.count("cache") < 2)
+    assume(not any(cls.once and classes.count(cls) > 1 for cls in classes))
     try:
-        stages = tuple(cls(**draw_fields(draw, cls)) for cls in classes)
-    except ValidationError:  # fields that contradict each other
+        return Recipe(
+            name="drawn",
+            description=draw(TEXTS),
+            format=draw(st.sampled_from(["compressed-tensors", "pq"])),
+            calibration=Calibration(**draw_fields(draw, Calibration)),
+            stages=tuple(cls(**draw_fields(draw, cls)) for cls in classes),
+        )
+    except ValidationError:  # fields or stages that contradict each other
         assume(False)
-    return Recipe(
-        name="drawn",
-        description=draw(TEXTS),
-        calibration=Calibration(**draw_fields(draw, Calibration)),
-        stages=stages,
-    )
+        raise
 
 
 def draw_fields(draw: st.DrawFn, cls: Any) -> dict[str, Any]:

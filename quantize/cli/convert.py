@@ -120,6 +120,10 @@ def _print(summary: Summary) -> None:
     )
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
+    if summary.untied_head_bytes:
+        console.print(
+            f"the head no longer shares the embedding's weight: {summary.untied_head_bytes / 1e6:.1f} MB more"
+        )
     if summary.promoted:
         console.print(f"{len(summary.promoted)} linears got more bits to spend the target: {_named(summary.promoted)}")
     if summary.fallbacks:

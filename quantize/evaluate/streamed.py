@@ -27,6 +27,7 @@ from quantize.load import (
     packed_linear,
     packed_schemes,
     require_readable,
+    rotated_inputs,
 )
 from quantize.skeleton import Skeleton
 
@@ -101,6 +102,7 @@ class StreamedModel:
         self.shape = Shape.of(self.source.config)
         self.skeleton = Skeleton(folder, self.arch, device, dtype)
         self.linears = self.skeleton.linears()
+        rotated_inputs(self.source, self.linears)
         self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)
         self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()

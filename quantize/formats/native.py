@@ -1,7 +1,11 @@
 """config.json of pq's own format: packed linears as in `compressed_tensors`, and attention on an INT4 KV cache.
 
     {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
-     "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null}}
+     "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null},
+     "rotated_inputs": ["model.layers.0.mlp.down_proj", …]}
+
+`rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is
+done with them; `quantize.hadamard` says which matrix H_K is.
 
 Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format bitvec). With
 attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored
@@ -10,7 +14,7 @@ keys are K·S, queries Q/S).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from quantize.formats.bitvec import BitVecScheme
@@ -21,15 +25,20 @@ from quantize.formats.scheme import AnyScheme, config_groups, read_groups
 NATIVE = "pq"
 VERSION = 1
 _KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
+_OPTIONAL = {"rotated_inputs"}
 _ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
 
 
 def native_config(
-    schemes: Mapping[str, AnyScheme], left_alone: Sequence[str], attention: Mapping[str, Any] | None
+    schemes: Mapping[str, AnyScheme],
+    left_alone: Sequence[str],
+    attention: Mapping[str, Any] | None,
+    rotated_inputs: Sequence[str] = (),
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit.
 
-    attention: None, or the keys kv_cache, query and probabilities as config.json holds them.
+    attention: None, or the keys kv_cache, query and probabilities as config.json holds them. rotated_inputs: full names
+    of linears that rotate their inputs.
     """
     return {
         "quant_method": NATIVE,
@@ -37,7 +46,7 @@ def native_config(
         "config_groups": config_groups(schemes),
         "ignore": list(left_alone),
         "attention": None if attention is None else dict(attention),
-    }
+    } | ({"rotated_inputs": list(rotated_inputs)} if rotated_inputs else {})
 
 
 def require_understood(config: Mapping[str, Any]) -> None:
@@ -47,11 +56,27 @@ def require_understood(config: Mapping[str, Any]) -> None:
     version = config.get("version")
     if version != VERSION or isinstance(version, bool):
         raise ValueError(f"format version {version!r} is not known (known: {VERSION}); install a newer pq-quantize")
-    if unknown := sorted(set(config) - _KEYS):
+    if unknown := sorted(set(config) - _KEYS - _OPTIONAL):
         raise ValueError(f"unknown field '{unknown[0]}'; install a newer pq-quantize")
     if missing := sorted(_KEYS - set(config)):
         raise ValueError(f"field '{missing[0]}' is missing")
     attention_of(config)
+    rotated_inputs_of(config)
+
+
+def rotated_inputs_of(config: Mapping[str, Any], linears: Collection[str] | None = None) -> tuple[str, ...]:
+    """The checked `rotated_inputs` part: full names of the linears that rotate their inputs.
+
+    linears: full names of those that may; None: not checked. ValueError for what is not understood.
+    """
+    found = config.get("rotated_inputs", [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError("rotated_inputs must be a list of names of linears")
+    if len(set(found)) != len(found):
+        raise ValueError("rotated_inputs names a linear twice")
+    if linears is not None and (strangers := sorted(set(found) - set(linears))):
+        raise ValueError(f"rotated_inputs names {strangers[0]}, which is no linear of the model")
+    return tuple(found)
 
 
 def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -39,7 +39,7 @@ class Awq(Stage):
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""
         rounding = Grid(self.bits, self.group_size)
-        for edge in block.arch.edges:
+        for edge in block.edges:
             moments = block.moments(edge.sinks[0], fp8_activations=False)
             candidates = self._candidates(block, edge, moments.absmean)
             scale, ratio = search(block, edge, candidates, moments.hessian, rounding)

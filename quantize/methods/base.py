@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantize.arch import Architecture, Shape
     from quantize.block import Block
     from quantize.pictures import Picture
 
@@ -27,6 +30,8 @@ class Stage(BaseModel):
     )
 
     kind: ClassVar[Kind]
+    once: ClassVar[bool] = False
+    """Whether a recipe may have the stage only once."""
     method: str
 
     @property
@@ -38,6 +43,34 @@ class Stage(BaseModel):
     def needs_reference(self) -> bool:
         """Whether the stage aims at the parent's own outputs, whose activations are then carried along."""
         return False
+
+    @property
+    def native_field(self) -> str | None:
+        """The field that asks for what only `format: pq` can hold; None where every format will do."""
+        return None
+
+    @property
+    def changes_basis(self) -> bool:
+        """Whether the residual stream leaves the parent's basis: then a head cannot share the embedding's weight."""
+        return False
+
+    def to_basis(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] of the residual stream → the same in the basis in which the stage leaves it."""
+        return hidden
+
+    def from_basis(self, hidden: Tensor) -> Tensor:
+        """Undo `to_basis`."""
+        return hidden
+
+    def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
+        """Tensors outside the blocks, by full name, as the stage leaves them; may work in place.
+
+        The embedding comes alone, the final norm and the head (its own, where it was tied) together.
+        """
+        return tensors
+
+    def check_model(self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse (ModelError) a model that the stage cannot handle, before any work; linears as for `check`."""
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """Refuse (ModelError) shapes [N, K] of full linear names that the stage cannot handle, before any work."""

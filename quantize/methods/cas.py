@@ -44,7 +44,7 @@ class Cas(Stage):
 
     def apply(self, block: Block) -> None:
         """Fold λ over every edge whose constant is set."""
-        for edge in block.arch.edges:
+        for edge in block.edges:
             scale = self._scale(block, edge)
             if scale is not None:
                 block.fold(edge, scale)

@@ -16,7 +16,14 @@ from quantize.errors import ModelError, VerifyError
 from quantize.formats.native import NATIVE
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.headers import Header, tensor_headers
-from quantize.load import KV_SCALE, PACKED_SUFFIXES, attention_numerics, packed_schemes, require_readable
+from quantize.load import (
+    KV_SCALE,
+    PACKED_SUFFIXES,
+    attention_numerics,
+    packed_schemes,
+    require_readable,
+    rotated_inputs,
+)
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
 
@@ -55,6 +62,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
     skeleton = Skeleton(folder, arch, device, torch.float32)
     linears = skeleton.linears()
+    rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])
     if arch.head in schemes and not shape.tied:
         linears[arch.head] = (shape.vocab, shape.hidden)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.basis import Basis
 from quantize.calib import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.load import load_block
+from quantize.recipe import Recipe
 from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Parent, Tick
@@ -27,15 +29,23 @@ _RANDOM = 3.0
 
 @torch.no_grad()
 def check_outputs(
-    layout: Layout, parent: Parent, layers: Mapping[str, Any] | None, blocks: Sequence[int], seed: int, tick: Tick
+    layout: Layout,
+    parent: Parent,
+    recipe: Recipe | None,
+    layers: Mapping[str, Any] | None,
+    blocks: Sequence[int],
+    seed: int,
+    tick: Tick,
 ) -> str:
     """Linears of the sampled blocks give about the parent's outputs, with the serving kernel's numerics in float32.
 
-    Both blocks get the hidden states that enter the parent's block. Compared is every linear whose output no scale
-    edge rescales, its bias left out. layers: facts of pq.json, whose output errors set the limit; None: unknown.
+    Both blocks get the hidden states that enter the parent's block, each in its own basis of the residual stream, which
+    recipe tells (None: the parent's). Compared is every linear whose output no scale edge rescales, its bias left out.
+    layers: facts of pq.json, whose output errors set the limit; None: unknown.
     VerifyError when a relative squared error is above its limit or not finite.
     """
     skeleton = Skeleton(parent.source.folder, parent.arch, layout.skeleton.device, torch.float32)
+    basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
     hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
     found, problems = [], []
@@ -43,7 +53,7 @@ def check_outputs(
         tick(index, max(blocks) + 1)
         teacher = skeleton.layer(index, parent.source.tensors(f"{parent.arch.blocks}.{index}."))
         if index in blocks:
-            errors = _errors(layout, skeleton, teacher, index, hidden)
+            errors = _errors(layout, skeleton, basis, teacher, index, hidden)
             limit = min(_USELESS, slack * _limit(layout, layers, index))
             figures = " ".join(f"{layout.arch.roles.get(name, name)} {error:.2g}" for name, error in errors.items())
             line = f"block {index}: {figures} (limit {limit:.2g})"
@@ -71,12 +81,16 @@ def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
         return tokens, f"{tokens.numel()} random tokens", _RANDOM
 
 
-def _errors(layout: Layout, skeleton: Skeleton, teacher: nn.Module, index: int, hidden: Tensor) -> dict[str, float]:
+def _errors(
+    layout: Layout, skeleton: Skeleton, basis: Basis, teacher: nn.Module, index: int, hidden: Tensor
+) -> dict[str, float]:
     """Relative squared output error of each compared linear of block `index`, by name within the block."""
     names = _comparable(layout)
     student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
     wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
-    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, hidden))
+    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, basis.enter(hidden)))
+    for name in layout.arch.residual:
+        given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.arch import Architecture, Shape, architecture_of
+from quantize.basis import Basis
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import Conversion, Request
 from quantize.errors import ModelError, VerifyError
@@ -55,9 +56,10 @@ def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str
 def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick: Tick) -> str:
     """config.json and every tensor that no stage may change equal the parent's; VerifyError names what differs."""
     ours = {k: v for k, v in layout.source.config.items() if k != "quantization_config"}
-    theirs = parent.source.config
+    basis = Basis(recipe.stages if recipe else ())
+    theirs = basis.config(parent.source.config, parent.shape)
     problems = [
-        f"config.json: '{key}' is {ours.get(key)!r}, the parent's {theirs.get(key)!r}"
+        f"config.json: '{key}' is {ours.get(key)!r}, the parent implies {theirs.get(key)!r}"
         for key in sorted({*ours, *theirs})
         if ours.get(key) != theirs.get(key)
     ]
@@ -78,8 +80,9 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     prefix = f"{layout.arch.blocks}."
     if name.rpartition(".")[0] in layout.schemes and not name.endswith(".bias"):
         return True
+    turned = recipe is not None and Basis(recipe.stages).changed
     if not name.startswith(prefix):
-        return False
+        return turned
     if recipe is not None and all(stage.kind == "encode" for stage in recipe.stages):
         return False
     local = name.removeprefix(prefix).partition(".")[2]
@@ -89,6 +92,8 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
         rotated = (arch.of_role("q"), arch.of_role("k"), *(arch.qk_norm or ()))
         scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
         scaled.add(f"{arch.attention}.{KV_SCALE}")
+    if turned:
+        scaled |= {f"{writer}.bias" for writer in layout.arch.residual}
     return local in scaled | {f"{sink}.weight" for edge in layout.arch.edges for sink in edge.sinks}
 
 
@@ -100,12 +105,15 @@ def check_recomputed(
     blocks: Sequence[int],
     tick: Tick,
 ) -> str:
-    """Blocks of a data-free recipe, converted again from the parent, are bit for bit those stored.
+    """What needs no text, converted again from the parent, is bit for bit what is stored.
 
-    VerifyError names the tensors that differ. Skipped for recipes that read text, and where blocks differ but were
-    converted with another torch or device, whose sums may round otherwise.
+    That are blocks of a data-free recipe, and tensors outside the blocks that stages change. VerifyError names the
+    tensors that differ. Skipped where there is neither, and where tensors differ but were converted with another torch
+    or device, whose sums may round otherwise.
     """
-    if any(stage.needs_inputs for stage in recipe.stages):
+    reads_text = any(stage.needs_inputs for stage in recipe.stages)
+    turned = Basis(recipe.stages).changed
+    if reads_text and not turned:
         raise Skipped(f"recipe {recipe.name} reads calibration text; only data-free recipes are computed again")
     device = layout.skeleton.device
     dtype = getattr(torch, str(provenance["machine"].get("dtype")), None)
@@ -114,19 +122,52 @@ def check_recomputed(
     request = Request(parent.source.folder, recipe, layout.source.folder, device, dtype)
     skeleton = Skeleton(parent.source.folder, parent.arch, device, dtype)
     conversion = Conversion(request, parent.source, parent.arch, parent.shape, skeleton)
+    outside = _outside(conversion) if turned else []
+    parts = [*outside, *(_Part.block(conversion, index) for index in ([] if reads_text else blocks))]
     problems = []
-    for done, index in enumerate(blocks):
-        tick(done, len(blocks))
-        prefix = f"{layout.arch.blocks}.{index}."
-        stored = layout.source.tensors(prefix)
-        again = {n.removeprefix(prefix): t for n, t in conversion.block(index, None).items()}
-        if wrong := sorted(n for n in {*stored, *again} if not _equal(stored.get(n), again.get(n))):
-            problems.append(f"block {index} converted again differs in {counted([prefix + n for n in wrong])}")
+    for done, part in enumerate(parts):
+        tick(done, len(parts))
+        if wrong := part.different(layout.source):
+            problems.append(f"{part.name} converted again differs in {counted(wrong)}")
     if problems and (elsewhere := _elsewhere(provenance, device)):
         raise Skipped(f"{counted(problems)}, but it was converted {elsewhere}, which may round otherwise")
     if problems:
         raise VerifyError("; ".join(problems))
-    return f"{_listed(blocks)} converted again from the parent: equal bit for bit"
+    return f"{', '.join(part.name for part in parts)} converted again from the parent: equal bit for bit"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors that are converted again together."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    """Of the names of its tensors."""
+    convert: Callable[[], Mapping[str, Tensor]]
+
+    @classmethod
+    def block(cls, conversion: Conversion, index: int) -> _Part:
+        prefix = f"{conversion.arch.blocks}.{index}."
+        return cls(f"block {index}", (prefix,), lambda: conversion.block(index, None))
+
+    def different(self, stored: Checkpoint) -> list[str]:
+        """Names of tensors that are not stored as they come out now, sorted."""
+        again = self.convert()
+        names = {name for prefix in self.prefixes for name in stored.names(prefix)} | set(again)
+        return sorted(
+            name
+            for name in names
+            if name not in again or name not in stored or not same_bytes(stored.tensor(name), again[name].cpu())
+        )
+
+
+def _outside(conversion: Conversion) -> list[_Part]:
+    arch = conversion.arch
+    groups = ((arch.embedding,), (arch.final_norm, arch.head))
+    return [
+        _Part(names[-1], tuple(f"{name}." for name in names), lambda names=names: conversion.tensors_outside(*names))  # type: ignore[misc]
+        for names in groups
+    ]
 
 
 def _elsewhere(provenance: Mapping[str, Any], device: torch.device) -> str:
@@ -140,11 +181,3 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit."""
     same = a.dtype == b.dtype and a.shape == b.shape
     return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and same_bytes(a, b.cpu())
-
-
-def _listed(blocks: Sequence[int]) -> str:
-    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ class _Run:
         """The parent, whose tensors must fit the child's architecture."""
         assert self.parent is not None
         layout = self._fitting()
-        if (self.parent.arch, self.parent.shape) != (layout.arch, layout.shape):
+        shape = replace(self.parent.shape, tied=layout.shape.tied)  # a stage may untie the head
+        if (self.parent.arch, shape) != (layout.arch, layout.shape):
             raise VerifyError(f"{self.parent.source.folder} is a model of another architecture or size")
         layout.skeleton.check(self.parent.source.shapes, self.parent.shape.tied)
         return self.parent
@@ -186,7 +187,7 @@ class _Run:
     def _outputs(self, tick: Tick) -> str:
         layout = self._fitting()
         layers = None if self.provenance is None else self.provenance["layers"]
-        return check_outputs(layout, self._parent(), layers, self._sample(layout), self.seed, tick)
+        return check_outputs(layout, self._parent(), self.recipe, layers, self._sample(layout), self.seed, tick)
 
     def _sample(self, layout: Layout) -> list[int]:
         n = layout.shape.n_blocks

@@ -1,0 +1,156 @@
+"""Hadamard rotations that spread outliers over all channels (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+
+R1 turns the residual stream, h → hQ: RMSNorm without weights commutes with a rotation, so the norms' weights move into
+the linears that read them, W → W·diag(γ)·Q; what writes the stream becomes QᵀW. R2 turns the values of each kv head. R4
+turns the inputs of down_proj while the model runs, as nothing before them commutes with a rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from quantize.errors import ModelError
+from quantize.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
+from quantize.methods.base import Kind, Stage
+
+if TYPE_CHECKING:
+    from quantize.arch import Architecture, Shape
+    from quantize.block import Block
+
+_WEIGHTS = 1 << 22  # of a matrix outside the blocks rotated at once
+
+
+class Rotate(Stage):
+    """Rotate the residual stream, the values of every head, and the inputs of down_proj.
+
+    With `residual`, a head that was tied to the embedding gets a weight of its own: the final norm moves into it alone.
+    """
+
+    kind: ClassVar[Kind] = "smooth"
+    once: ClassVar[bool] = True
+    method: Literal["rotate"] = "rotate"
+    residual: bool = True
+    """Rotate the residual stream by a randomized Hadamard matrix and fold the norms (R1)."""
+    values: bool = True
+    """Rotate the values of every kv head by the Hadamard matrix of head_dim (R2); balance their channels before."""
+    down: bool = False
+    """Rotate the inputs of down_proj at run time (R4); only `format: pq` can hold it."""
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Seed of the signs of R1."""
+
+    @model_validator(mode="after")
+    def _rotates_something(self) -> Self:
+        if not (self.residual or self.values or self.down):
+            raise ValueError("residual, values and down are all off; turn one on or remove the stage")
+        return self
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Reads weights only."""
+        return False
+
+    @property
+    def native_field(self) -> str | None:
+        """A rotation at run time needs a loader that knows of it."""
+        return "down" if self.down else None
+
+    @property
+    def changes_basis(self) -> bool:
+        """R1 does."""
+        return self.residual
+
+    def to_basis(self, hidden: Tensor) -> Tensor:
+        """Hidden states h [..., D] → hQ."""
+        return self._rotation.apply(hidden) if self.residual else hidden
+
+    def from_basis(self, hidden: Tensor) -> Tensor:
+        """Hidden states hQ [..., D] → h."""
+        return self._rotation.undo(hidden) if self.residual else hidden
+
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation(self.seed)
+
+    def check_model(self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]) -> None:
+        """ModelError names a size without a known Hadamard matrix and the field to turn off."""
+        for field, what, size in self._rotated_sizes(arch, shape, linears):
+            try:
+                hadamard_factors(size)
+            except ValueError as err:
+                raise ModelError(f"recipe stage rotate: {what} {size}: {err}; set {field}: false") from None
+
+    def _rotated_sizes(
+        self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]
+    ) -> Iterator[tuple[str, str, int]]:
+        if self.residual:
+            yield "residual", "hidden size", shape.hidden
+        if self.values:
+            yield "values", "head size", shape.head_dim
+        if self.down:
+            down = arch.of_role("down")
+            for size in sorted({K for name, (_, K) in linears.items() if name.endswith(f".{down}")}):
+                yield "down", f"inputs of {down}", size
+
+    def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
+        """Rotate the embedding's rows; fold the final norm into the head and rotate its columns. In place."""
+        if not self.residual:
+            return tensors
+        embedding, norm, head = (f"{name}.weight" for name in (arch.embedding, arch.final_norm, arch.head))
+        if embedding in tensors:
+            self._rotate_rows(tensors[embedding])
+        if head in tensors:
+            self._rotate_rows(tensors[head], tensors[norm])
+            tensors[norm].fill_(1)
+        return tensors
+
+    def _rotate_rows(self, weight: Tensor, gamma: Tensor | None = None) -> None:
+        """Rotate every row of weight [V, D], times γ [D] if one is given, some rows at a time."""
+        for rows in torch.split(weight, max(1, _WEIGHTS // weight.shape[1])):
+            wide = widened(rows) if gamma is None else widened(rows) * widened(gamma)
+            rows.copy_(self._rotation.apply(wide))
+
+    def apply(self, block: Block) -> None:
+        """Rotate what the fields ask for."""
+        if self.residual:
+            self._rotate_residual(block)
+        if self.values:
+            _rotate_values(block)
+        if self.down:
+            block.rotate_inputs(block.arch.of_role("down"))
+
+    def _rotate_residual(self, block: Block) -> None:
+        rotation = self._rotation
+        for edge in block.arch.edges:
+            if edge.source_kind != "norm":
+                continue
+            gamma = block.module.get_submodule(edge.source).get_parameter("weight")
+            for linear in map(block.linear, edge.sinks):
+                folded = widened(linear.weight) * widened(gamma)
+                linear.weight.data = rotation.apply(folded).to(linear.weight.dtype)
+            gamma.data = torch.ones_like(gamma)
+        for linear in map(block.linear, block.arch.residual):
+            _change_outputs(linear, rotation.apply)
+        block.map_inputs(rotation.apply)
+
+
+def _rotate_values(block: Block) -> None:
+    def per_head(x: Tensor) -> Tensor:
+        return apply_hadamard(x.view(*x.shape[:-1], -1, block.shape.head_dim)).flatten(-2)
+
+    edge = block.arch.edge("v_o")
+    _change_outputs(block.linear(edge.source), per_head)
+    for sink in map(block.linear, edge.sinks):
+        sink.weight.data = per_head(widened(sink.weight)).to(sink.weight.dtype)
+
+
+def _change_outputs(linear: nn.Linear, rotate: Callable[[Tensor], Tensor]) -> None:
+    """Make a linear's outputs [..., N] those that `rotate` makes of them: its weight's columns and its bias."""
+    linear.weight.data = rotate(widened(linear.weight).T).T.to(linear.weight.dtype).contiguous()
+    if linear.bias is not None:
+        linear.bias.data = rotate(widened(linear.bias)).to(linear.bias.dtype)
