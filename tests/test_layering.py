@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.grid": ("quantize.formats",),
     "quantize.solver": ("quantize.grid", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
+    "quantize.kernels": ("quantize.kernels", "quantize.formats"),
 }
 METHODS_NEVER = (
     "checkpoint",
