@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.solver": ("quantize.grid", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
     "quantize.kernels": ("quantize.kernels", "quantize.formats"),
+    "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels"),
 }
 METHODS_NEVER = (
     "checkpoint",
