@@ -62,6 +62,8 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stdout:  # as by Triton 3.6 with NumPy 2.4
+        pytest.skip("this Triton's interpreter does not work with this NumPy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
