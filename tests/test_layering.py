@@ -38,6 +38,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.cache_train": ("quantize.cache_assign", "quantize.formats"),
     "quantize.cache_fit": ("quantize.cache_assign", "quantize.cache_train", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
+    "quantize.kernels": ("quantize.kernels", "quantize.formats"),
+    "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels"),
 }
 METHODS_NEVER = (
     "checkpoint",
