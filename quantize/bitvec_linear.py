@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.formats.bitvec import BitVecScheme, groups_per_row
 from quantize.kernels.multiply import has_kernel, multiply
+from quantize.native_linear import NativeLinear, constant
 
-_ROOM = {"cpu": 1 << 20}  # weights taken at once: what fits a cache
-_ROOM_ELSEWHERE = 1 << 24  # an accelerator wants few, large operations
 _FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than decoding
 
 
-class BitVecLinear(nn.Module):
+class BitVecLinear(NativeLinear[BitVecScheme]):
     """y = x Wᵀ + b in x's dtype, W as `BitVec` unpacks it, summed in float32 (float64 for such x).
 
-    Tensors are those of the checkpoint (`BitVecScheme.layout`), in their own dtypes whatever the model is cast to, and
-    bias [N] or None. An index is trusted to lie within the cache.
+    An index is trusted to lie within the cache.
     """
 
     weight_planes: Tensor
     weight_index: Tensor
     weight_lines: Tensor
     weight_scales: Tensor
-    weight_shape: Tensor
-    bias: Tensor | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: BitVecScheme) -> None:
-        """Make an empty layer on the default device."""
-        super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        for suffix, (dtype, shape) in scheme.layout(out_features, in_features).items():
-            setattr(self, suffix, _constant(torch.empty(shape, dtype=dtype)))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N] in x's dtype."""
@@ -64,7 +51,7 @@ class BitVecLinear(nn.Module):
 
     def _by_rows(self, x: Tensor) -> Tensor:
         exact = x.to(_sums_in(x))
-        parts = [F.linear(exact, self.rows(first, last, exact.dtype)) for first, last in self._pieces(x.device)]
+        parts = [F.linear(exact, self.rows(p.start, p.stop, exact.dtype)) for p in self.pieces(x.device)]
         return self._finished(torch.cat(parts, dim=-1), x.dtype)
 
     def _by_lookup(self, x: Tensor) -> Tensor:
@@ -76,19 +63,15 @@ class BitVecLinear(nn.Module):
         start = torch.arange(0, len(table), 256, dtype=torch.int32).view(G, 1, -1)
         total = inputs.reshape(G, group_size, M).sum(dim=1)
         out = inputs.new_empty(self.out_features, M)
-        for first, last in self._pieces(x.device):
+        for part in self.pieces(x.device):
+            first, last = part.start, part.stop
             lines = self._lines(first, last).to(table.dtype)
             chosen = (self._octets(first, last) + start).view(-1, group_size // 8)
             sums = F.embedding_bag(chosen, table, mode="sum").view(last - first, -1, M)
-            out[first:last] = (lines[:, :, :bits].reshape(last - first, 1, -1) @ sums).squeeze(1)
+            out[part] = (lines[:, :, :bits].reshape(last - first, 1, -1) @ sums).squeeze(1)
             if self.scheme.bias:
-                out[first:last] += lines[:, :, bits] @ total
+                out[part] += lines[:, :, bits] @ total
         return self._finished(out.T, x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _pieces(self, device: torch.device) -> list[tuple[int, int]]:
-        N = self.out_features
-        rows = max(1, _ROOM.get(device.type, _ROOM_ELSEWHERE) // self.in_features)
-        return [(first, min(first + rows, N)) for first in range(0, N, rows)]
 
     def _lines(self, first: int, last: int) -> Tensor:
         # Coefficients of every group: float32 [R, G, C].
@@ -109,38 +92,16 @@ class BitVecLinear(nn.Module):
     def _finished(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitVecLinear:
-        # A cast of the model must not round coefficients: integers are moved and never cast.
-        def move(tensor: Tensor) -> Tensor:
-            if tensor is self.weight_lines:
-                return fn(tensor.detach().view(torch.int16)).view(torch.float16)
-            if tensor is self.weight_scales:
-                return fn(tensor.detach().view(torch.int32)).view(torch.float32)
-            return fn(tensor)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         # A pickle cannot hold unsigned 16-bit integers.
         index = self.weight_index.detach()
         signed = index.view(torch.int16) if index.dtype == torch.uint16 else index
-        return self.__dict__ | {"_parameters": self._parameters | {"weight_index": _constant(signed)}}
+        return self.__dict__ | {"_parameters": self._parameters | {"weight_index": constant(signed)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.weight_index.dtype == torch.int16:
-            self.weight_index = _constant(self.weight_index.detach().view(torch.uint16))
-
-    def extra_repr(self) -> str:
-        """Sizes and scheme, for printing the model."""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme}"
-
-
-def _constant(tensor: Tensor) -> nn.Parameter:
-    # Parameters rather than buffers: loaders place and offload them like any weight.
-    return nn.Parameter(tensor, requires_grad=False)
+            self.weight_index = constant(self.weight_index.detach().view(torch.uint16))
 
 
 def _sums_in(x: Tensor) -> torch.dtype:

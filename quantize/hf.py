@@ -17,14 +17,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantize.arch import Shape, architecture_of
+from quantize.bitvec_linear import BitVecLinear
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
+from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.native import NATIVE, attention_of, packed_linears, require_understood, rotated_inputs_of
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
 from quantize.hadamard import let_rotate_inputs
-from quantize.native_linear import NativeLinear, native_linear
+from quantize.int_linear import IntLinear
+from quantize.native_linear import NativeLinear
 
+_LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
 _OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
@@ -83,7 +88,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
-                new = native_linear(old.in_features, old.out_features, old.bias is not None, scheme)
+                new = _LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)
@@ -97,7 +102,8 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for name, module in model.named_modules():
             if isinstance(module, NativeLinear):
                 _require_loaded(f"{model.name_or_path}: {_full_name(model, name)}", module)
-                module.weight_scale.requires_grad_(False)
+                for suffix in module.scheme.layout(module.out_features, module.in_features):
+                    getattr(module, suffix).requires_grad_(False)
         if attention_of(self.quantization_config.to_dict()):
             from quantize.kv_cache import use_int4_cache
 
@@ -179,7 +185,7 @@ def _tensors_of(module: nn.Module | None) -> list[Tensor]:
     return [] if module is None else list(module.state_dict(keep_vars=True).values())
 
 
-def _require_loaded(name: str, module: NativeLinear) -> None:
+def _require_loaded(name: str, module: NativeLinear[Any]) -> None:
     """ModelError for what the headers do not show."""
     wanted = [module.out_features, module.in_features]
     if not module.weight_shape.is_meta:

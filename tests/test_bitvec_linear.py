@@ -12,7 +12,7 @@ import torch
 from bitvecs import exact_product, random_bitvec
 from torch import Tensor
 
-from quantize import bitvec_linear
+from quantize import bitvec_linear, native_linear
 from quantize.bitvec_linear import BitVecLinear
 from quantize.formats.bitvec import BitVec
 
@@ -21,7 +21,7 @@ RELATIVE = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11,
 
 
 def layer_of(weight: BitVec, bias: bool = True) -> BitVecLinear:
-    layer = BitVecLinear(weight.shape[1], weight.shape[0], bias, weight.scheme)
+    layer = BitVecLinear(weight.shape[1], weight.shape[0], bias, weight.scheme())
     generator = torch.Generator().manual_seed(1)
     given = {"bias": torch.randn(weight.shape[0], generator=generator)} if bias else {}
     layer.load_state_dict(weight.tensors() | given)
@@ -55,7 +55,7 @@ def test_both_ways_are_exact(bits: int, N: int, K: int, group_size: int, bias: b
 def test_rows_are_taken_piece_by_piece(way: str, monkeypatch: pytest.MonkeyPatch):
     weight = random_bitvec(50, 96, 3, 64)
     layer, x = layer_of(weight), torch.randn(4, 96)
-    monkeypatch.setitem(bitvec_linear._ROOM, "cpu", 16 * 96)
+    monkeypatch.setitem(native_linear._ROOM, "cpu", 16 * 96)
     pieces: list[tuple[int, int]] = []
     lines = layer._lines
     monkeypatch.setattr(layer, "_lines", lambda *piece: (pieces.append(piece), lines(*piece))[1])
@@ -137,7 +137,7 @@ def test_a_layer_takes_little_memory():
 
 @pytest.mark.parametrize("M", [1, FEW + 1])
 def test_the_whole_weight_is_never_decoded(M: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(bitvec_linear._ROOM, "cpu", 1 << 15)
+    monkeypatch.setitem(native_linear._ROOM, "cpu", 1 << 15)
     layer, x = layer_of(random_bitvec(512, 1024)), torch.randn(M, 1024)
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         layer(x)

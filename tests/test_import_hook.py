@@ -33,7 +33,7 @@ def test_the_order_of_imports_does_not_matter(converted: Maker, tmp_path: Path, 
     command = [sys.executable, "-c", start + LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     heavy = ["[]"] if order == "quantize first" else []
-    assert done.stdout.split() == [*heavy, "NativeLinear"], done.stderr
+    assert done.stdout.split() == [*heavy, "IntLinear"], done.stderr
 
 
 def test_registering_again_does_nothing():

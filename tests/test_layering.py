@@ -39,7 +39,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.cache_fit": ("quantize.cache_assign", "quantize.cache_train", "quantize.formats"),
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
     "quantize.kernels": ("quantize.kernels", "quantize.formats"),
-    "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels"),
+    "quantize.native_linear": ("quantize.formats",),
+    "quantize.int_linear": ("quantize.formats", "quantize.native_linear"),
+    "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
 }
 METHODS_NEVER = (
     "checkpoint",

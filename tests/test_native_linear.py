@@ -12,11 +12,11 @@ from natives import W4A8, W4A16
 from torch import Tensor
 
 from quantize.formats.packed_int import IntScheme, PackedInt
+from quantize.int_linear import IntLinear
 from quantize.linear import PackedLinear
-from quantize.native_linear import NativeLinear
 
 
-def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) -> tuple[NativeLinear, PackedLinear]:
+def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) -> tuple[IntLinear, PackedLinear]:
     """The same random layer decoded (PackedLinear) and packed."""
     generator = torch.Generator().manual_seed(N + K + scheme.bits)
     half = 1 << (scheme.bits - 1)
@@ -24,7 +24,7 @@ def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) 
     scale = (torch.rand(N, K // scheme.group_size, generator=generator) + 0.01).to(torch.bfloat16)
     packed = PackedInt(codes, scale, scheme.bits, scheme.group_size)
     offset = torch.randn(N, generator=generator) if bias else None
-    layer = NativeLinear(K, N, bias, scheme)
+    layer = IntLinear(K, N, bias, scheme)
     layer.load_state_dict(packed.tensors() | ({} if offset is None else {"bias": offset}))
     return layer, PackedLinear(packed, offset, scheme.fp8_activations, torch.float32, "kernel")
 
@@ -50,7 +50,7 @@ def test_rows_are_decoded_piece_by_piece(scheme: IntScheme, monkeypatch: pytest.
         return piece
 
     monkeypatch.setattr(layer, "rows", rows)
-    monkeypatch.setitem(sys.modules[NativeLinear.__module__]._ROOM, "cpu", 16 * 256)
+    monkeypatch.setitem(sys.modules["quantize.native_linear"]._ROOM, "cpu", 16 * 256)
     torch.testing.assert_close(layer(x), decoded(x), rtol=1e-5, atol=1e-5)
     assert pieces == [(16, 256)] * 3 + [(2, 256)]
 
@@ -78,4 +78,4 @@ def test_a_packed_layer_takes_little_memory():
     held = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
     assert held == 64 * 1024 // 2 + 64 * 8 * 2 + 16
     with pytest.raises(ValueError, match="100 inputs are no multiple of the group 64"):
-        NativeLinear(100, 8, False, W4A16)
+        IntLinear(100, 8, False, W4A16)
