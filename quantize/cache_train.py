@@ -19,6 +19,7 @@ from quantize.formats.bitvec import coefficients, levels
 _STARTS = 64  # random fits tried for a line; the better quarter stays every few rounds
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
 _START_ROUNDS = 4
+_FEW_LINES, _OTHERS = 16, 1024
 _START_SIZE = 1.3  # rms of the levels of a random line, in rms of its group
 _REVIVE_ROUNDS = 12
 _SHAKEN = 0.7  # part of the rounds in which lines are shaken
@@ -56,21 +57,25 @@ class Trainer:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
         normalised, rms = sample.normalised()
         energy = (sample.x.square() * sample.share).sum(dim=1)
-        # Every group can be drawn, and one more often than once where there are fewer groups than lines.
         odds = energy.cpu().double().clamp_min(1e-30)
-        drawn = torch.multinomial(odds, S, len(odds) < S, generator=self.generator).to(rms.device)
-        best = self._best_starts(normalised.x[drawn], sample.share[drawn])
+        drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
+        best = self._best_starts(normalised, drawn)
         if Z == 1:
             return Cache(_representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits)
         return Cache(_representable(best), _spread(rms, sample.share.sum(dim=1), Z), self.bits)
 
-    def _best_starts(self, x: Tensor, share: Tensor) -> Tensor:
-        """The best of many random fits to each of groups x [S, g] with an rms of 1 → lines [S, C]."""
-        S = len(x)
-        axis = Axis.over(NORMAL_REACH, self.bits, x.device)
-        histograms = axis.histogram(x, share)
+    def _best_starts(self, normalised: Sample, drawn: Tensor) -> Tensor:
+        """The best of many random fits to each drawn group [S] → lines [S, C]."""
+        S = len(drawn)
+        axis = Axis.over(NORMAL_REACH, self.bits, drawn.device)
+        histograms = axis.histogram(normalised.x[drawn], normalised.share[drawn])
+        histograms /= histograms.sum(dim=1, keepdim=True)
+        if S < _FEW_LINES:  # the fewer lines there are, the less is a line one group's alone
+            some = normalised.part(slice(_OTHERS))
+            others = axis.histogram(some.x, some.share).sum(dim=0)
+            histograms = histograms * (1 - 1 / S) + others / others.sum() / S
         tries = max(4, min(_STARTS, _START_CELLS // histograms.numel()))
-        lines = self._random(S * tries).to(x.device)
+        lines = self._random(S * tries).to(drawn.device)
         while tries > 1:
             own = histograms.repeat_interleave(tries, 0)
             lines = _polish(lines, own, axis, self.bits, _START_ROUNDS)
