@@ -21,6 +21,7 @@ _START_CELLS = 1 << 22  # starts × points: bounds the work space
 _START_ROUNDS = 4
 _FEW_LINES, _OTHERS = 16, 1024
 _START_SIZE = 1.3  # rms of the levels of a random line, in rms of its group
+_LEAST_VARIANCE = 1e-4
 _REVIVE_ROUNDS = 12
 _SHAKEN = 0.7  # part of the rounds in which lines are shaken
 _RIDGE = 1e-6
@@ -75,7 +76,7 @@ class Trainer:
             others = axis.histogram(some.x, some.share).sum(dim=0)
             histograms = histograms * (1 - 1 / S) + others / others.sum() / S
         tries = max(4, min(_STARTS, _START_CELLS // histograms.numel()))
-        lines = self._random(S * tries).to(drawn.device)
+        lines = self._random(tries, histograms, axis)
         while tries > 1:
             own = histograms.repeat_interleave(tries, 0)
             lines = _polish(lines, own, axis, self.bits, _START_ROUNDS)
@@ -85,12 +86,20 @@ class Trainer:
             lines = lines.view(S, -1, lines.shape[1]).take_along_dim(best[:, :, None], dim=1).flatten(0, 1)
         return _polish(lines, histograms, axis, self.bits, _START_ROUNDS)
 
-    def _random(self, count: int) -> Tensor:
-        c = torch.randn(count, self.bits, generator=self.generator)
+    def _random(self, tries: int, histograms: Tensor, axis: Axis) -> Tensor:
+        """Random lines for histograms [S, B] of mass 1 → [S·tries, C]: levels of their rms, or mean and deviation."""
+        S = len(histograms)
+        c = torch.randn(S * tries, self.bits, generator=self.generator).to(axis.points.device)
         if self.bias:
             c = torch.cat([c, -c.sum(dim=1, keepdim=True) / 2], dim=1)
-        mean, variance = levels(c, self.bits).mean(dim=1), levels(c, self.bits).var(dim=1)
-        return _START_SIZE * c / (mean.square() + variance).sqrt()[:, None]
+        power = levels(c, self.bits).square().mean(dim=1, keepdim=True)
+        mean = (histograms @ axis.points if self.bias else histograms.new_zeros(S)).repeat_interleave(tries)
+        square = (histograms @ axis.points.square()).repeat_interleave(tries)
+        size = (square - mean.square()).clamp_min(_LEAST_VARIANCE).sqrt()
+        c *= _START_SIZE * size[:, None] / power.sqrt()
+        if self.bias:
+            c[:, -1] += mean
+        return c
 
     def train(self, cache: Cache, sample: Sample, rounds: int, shake: float) -> Cache:
         """Lloyd's algorithm on histograms."""
