@@ -223,7 +223,9 @@ class Matcher:
         scales, order = self.cache.scales.sort()
         Z = len(scales)
         place = torch.searchsorted((scales[1:] * scales[:-1]).sqrt(), group_rms(x, share)).clamp_(1, max(1, Z - 2))
-        shape = self._shortlist(x / scales[place][:, None], share)
+        # The cache of a weight of zeros has scales of zero.
+        size = scales[place].clamp_min(torch.finfo(torch.float32).tiny)
+        shape = self._shortlist(x / size[:, None], share)
         near = torch.stack([place - 1, place, (place + 1).clamp(max=Z - 1)], dim=1)
         return (shape[:, :, None] * Z + order[near][:, None, :]).flatten(1)
 

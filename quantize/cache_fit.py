@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.cache_assign import DIRECT, Cache, Groups, Matcher, assign, round_codes
 from quantize.cache_train import Sample, Trainer, refit
-from quantize.formats.bitvec import BitVec, BitVecScheme, groups_per_row, index_dtype
+from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
 
 __all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "round_codes"]
 
@@ -18,11 +18,11 @@ Codebook = Literal["auto", "lines", "shapes"]
 
 _SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
 _LARGEST = 2048  # groups of the sample that are taken for their size: a few can hold most of the energy
-_TRIAL, _TRIAL_ROUNDS = 4096, 8
+_TRIAL, _TRIAL_ROUNDS = 4096, 8  # groups and rounds that numbers of scales are compared by
 _ROUNDS = 30
 _SHAKE, _SHAKE_IN_STEPS = 0.02, 0.32  # relative; the finer the steps between levels, the less
-_PIECE = 2048
-_MOST_SHAPES, _MOST_FREE = 256, DIRECT
+_PIECE = 2048  # groups compared at once
+_MOST_SHAPES, _MOST_FREE = 256, DIRECT  # more would cost time and gain next to nothing
 
 
 def fit(
@@ -87,8 +87,8 @@ def _sizes(
     shape: torch.Size, scheme: BitVecScheme, lines: int, codebook: str, max_overhead: float | None
 ) -> list[tuple[int, int]]:
     """Shapes S and scales Z of the caches worth a trial, those that fit."""
-    if not 1 <= lines <= 1 << 16:
-        raise ValueError(f"{lines} lines, expected 1 … {1 << 16}")
+    if not 1 <= lines <= MAX_LINES:
+        raise ValueError(f"{lines} lines, expected 1 … {MAX_LINES}")
     if codebook not in ("auto", "lines", "shapes"):
         raise ValueError(f"codebook {codebook}: choose auto, lines or shapes")
     doublings = int(math.log2(lines))

@@ -19,9 +19,9 @@ from quantize.formats.bitvec import coefficients, levels
 _STARTS = 64  # random fits tried for a line; the better quarter stays every few rounds
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
 _START_ROUNDS = 4
-_FEW_LINES, _OTHERS = 16, 1024
+_FEW_LINES, _OTHERS = 16, 1024  # below so many lines, starts see so many groups beside their own
 _START_SIZE = 1.3  # rms of the levels of a random line, in rms of its group
-_LEAST_VARIANCE = 1e-4
+_LEAST_VARIANCE = 1e-4  # lets the levels of a constant group part
 _REVIVE_ROUNDS = 12
 _SHAKEN = 0.7  # part of the rounds in which lines are shaken
 _RIDGE = 1e-6
@@ -102,7 +102,10 @@ class Trainer:
         return c
 
     def train(self, cache: Cache, sample: Sample, rounds: int, shake: float) -> Cache:
-        """Lloyd's algorithm on histograms."""
+        """Lloyd's algorithm on histograms; `shake`: first relative change of coefficients after a round.
+
+        Where lines are too many to compare them all, only shapes are trained, on groups brought to an rms of 1.
+        """
         if len(cache.scales) > 1 and cache.size > DIRECT:
             shapes = Cache(cache.lines, torch.ones_like(cache.scales[:1]), self.bits)
             return Cache(self.train(shapes, sample.normalised()[0], rounds, shake).lines, cache.scales, self.bits)
@@ -174,7 +177,10 @@ def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
 
 
 def refit(cache: Cache, counts: Tensor, sums: Tensor) -> Cache:
-    """Least squares for the shapes with scales fixed, then for the scales; totals [S·Z, 2^bits] in float64."""
+    """Least squares for the shapes with scales fixed, then for the scales.
+
+    counts and sums: of all that is coded by a line, how much has each code and its weighted sum, float64 [S·Z, 2^bits].
+    """
     S, C, Z = *cache.lines.shape, len(cache.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
     scales = cache.scales.double()

@@ -129,6 +129,12 @@ def test_of_two_lines_the_better_is_always_taken(seed: int, bits: int, bias: boo
     assert (chosen <= errors.amin(2) * (1 + 1e-5)).all()
 
 
+def test_zeros_are_assigned_under_any_cache():
+    for cache in (some_cache(4, False, 90, 16), some_cache(4, False, 90, 16).times(0.0)):
+        index = assign(torch.zeros(4, 256), cache, 128)
+        assert torch.equal(cache.levels[index.long()].abs().amin(-1), torch.zeros(4, 2))
+
+
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_codes_are_nearest(bits: int):
     w, cache = gaussian(6, 150), some_cache(bits, True, 9, 2)
