@@ -20,7 +20,7 @@ from quantize.formats.bitvec import coefficients, groups_per_row, levels
 
 _BEND = 4.0  # in rms: points lie evenly up to about here, ever further apart beyond
 _POINTS = 256
-_SHORTLIST = 3
+_SHORTLIST = 2
 DIRECT = 1024
 """Most shapes × scales lines that are all compared with every group."""
 NORMAL_REACH = 16.0
@@ -135,7 +135,7 @@ class Axis:
     def over(cls, reach: float, bits: int, device: torch.device) -> Axis:
         """Points for weights up to ±reach rounded to 2^bits levels."""
         edge = max(reach, 1.0) / (max(reach, 1.0) + _BEND)
-        even = torch.linspace(-edge, edge, max(_POINTS, 4 << bits), dtype=torch.float64)
+        even = torch.linspace(-edge, edge, max(_POINTS, 2 << bits), dtype=torch.float64)
         return cls((_BEND * even / (1 - even.abs())).float().to(device), edge)
 
     def histogram(self, x: Tensor, share: Tensor) -> Tensor:
@@ -151,26 +151,41 @@ class Axis:
     def nearest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest code and squared error of every point under levels [L, 2^bits] → int64 and float32 [L, B]."""
         points = self.points.expand(len(levels), -1).contiguous()
-        codes = nearest_codes(points, levels)
+        codes = Book.of(levels).nearest(points, torch.arange(len(levels), device=levels.device))
         return codes, (points - levels.gather(1, codes)).square_()
 
 
-def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
-    """Codes [M, g] (int64) of the nearest of levels [M, 2^bits] (any order) to x [M, g], row by row."""
-    rising, order = levels.sort(dim=1)
-    borders = ((rising[:, 1:] + rising[:, :-1]) / 2).contiguous()
-    return order.gather(1, torch.searchsorted(borders, x))
+@dataclass(frozen=True)
+class Book:
+    """Levels of lines in rising order, which nearest codes are searched in."""
 
+    rising: Tensor  # float32 [L, 2^bits]
+    borders: Tensor  # float32 [L, 2^bits − 1]
+    codes: Tensor  # int64 [L, 2^bits]; the codes of `rising`
 
-def _errors(x: Tensor, share: Tensor, levels: Tensor) -> Tensor:
-    """Σ share·(x − nearest level)² of every row of x [M, g] under levels [M, 2^bits] → [M]."""
-    if levels.shape[1] > _FEW_LEVELS:
-        distance = x - levels.gather(1, nearest_codes(x, levels))
-    else:  # several times faster than a search
-        distance = (x - levels[:, :1]).abs_()
-        for q in range(1, levels.shape[1]):
-            torch.minimum(distance, (x - levels[:, q : q + 1]).abs_(), out=distance)
-    return distance.square_().mul_(share).sum(dim=1)
+    @classmethod
+    def of(cls, levels: Tensor) -> Book:
+        """Sort levels [L, 2^bits]."""
+        rising, codes = levels.sort(dim=1)
+        return cls(rising, (rising[:, 1:] + rising[:, :-1]) / 2, codes)
+
+    def nearest(self, x: Tensor, line: Tensor) -> Tensor:
+        """Codes (int64) nearest to x [M, g], row by row under lines [M]."""
+        return self.codes[line].gather(1, self._places(x, line))
+
+    def errors(self, x: Tensor, share: Tensor, line: Tensor) -> Tensor:
+        """Σ share·(x − nearest level)² of every row of x [M, g] under lines [M] → [M]."""
+        levels = self.rising[line]
+        if levels.shape[1] > _FEW_LEVELS:
+            distance = x - levels.gather(1, self._places(x, line))
+        else:  # several times faster than a search
+            distance = (x - levels[:, :1]).abs_()
+            for q in range(1, levels.shape[1]):
+                torch.minimum(distance, (x - levels[:, q : q + 1]).abs_(), out=distance)
+        return distance.square_().mul_(share).sum(dim=1)
+
+    def _places(self, x: Tensor, line: Tensor) -> Tensor:
+        return torch.searchsorted(self.borders[line], x)
 
 
 @dataclass(frozen=True)
@@ -179,7 +194,7 @@ class Matcher:
 
     cache: Cache
     axis: Axis
-    levels: Tensor  # float32 [L, 2^bits]
+    book: Book
     tables: Tensor  # float32 [B, L], or [B, S] where groups are brought to a common scale first
     common_scale: bool
 
@@ -190,12 +205,12 @@ class Matcher:
         levels = cache.levels
         shapes = Cache(cache.lines, torch.ones_like(cache.scales[:1]), cache.bits).levels if common_scale else levels
         axis = Axis.over(NORMAL_REACH if common_scale else reach, cache.bits, levels.device)
-        return cls(cache, axis, levels, axis.nearest(shapes)[1].T.contiguous(), common_scale)
+        return cls(cache, axis, Book.of(levels), axis.nearest(shapes)[1].T.contiguous(), common_scale)
 
     def best(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Best line (int64) and its error Σ share·(x − x̂)² of groups x [M, g] → [M], [M]."""
         lines = self._scaled_shortlist(x, share) if self.common_scale else self._shortlist(x, share)
-        errors = torch.stack([_errors(x, share, self.levels[line]) for line in lines.T], dim=1)
+        errors = torch.stack([self.book.errors(x, share, line) for line in lines.T], dim=1)
         least = errors.min(dim=1)
         return lines.gather(1, least.indices[:, None])[:, 0], least.values
 
@@ -208,7 +223,9 @@ class Matcher:
         scales, order = self.cache.scales.sort()
         Z = len(scales)
         place = torch.searchsorted((scales[1:] * scales[:-1]).sqrt(), group_rms(x, share)).clamp_(1, max(1, Z - 2))
-        shape = self._shortlist(x / scales[place][:, None], share)
+        # The cache of a weight of zeros has scales of zero.
+        size = scales[place].clamp_min(torch.finfo(torch.float32).tiny)
+        shape = self._shortlist(x / size[:, None], share)
         near = torch.stack([place - 1, place, (place + 1).clamp(max=Z - 1)], dim=1)
         return (shape[:, :, None] * Z + order[near][:, None, :]).flatten(1)
 
@@ -234,12 +251,12 @@ def assign(w: Tensor, cache: Cache, group_size: int, importance: Tensor | None =
 def round_codes(w: Tensor, cache: Cache, index: Tensor, group_size: int) -> Tensor:
     """Codes of w [N, K] with the nearest value under their group's line, index [N, G] → uint8 [N, K]."""
     N, K = w.shape
-    levels, width = cache.levels, index.shape[1] * group_size
+    book, width = Book.of(cache.levels), index.shape[1] * group_size
     codes = torch.empty(N, K, dtype=torch.uint8, device=w.device)
     step = max(1, _AT_ONCE // max(width, 1))
     for first in range(0, N, step):
         rows = w[first : first + step].float()
         x = pad(rows, (0, width - K)).view(-1, group_size)
-        nearest = nearest_codes(x, levels[index[first : first + step].flatten().long()])
+        nearest = book.nearest(x, index[first : first + step].flatten().long())
         codes[first : first + step] = nearest.view(len(rows), width)[:, :K].to(torch.uint8)
     return codes

@@ -8,20 +8,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantize.cache_assign import DIRECT, Cache, Groups, Matcher, assign, nearest_codes, round_codes
+from quantize.cache_assign import DIRECT, Cache, Groups, Matcher, assign, round_codes
 from quantize.cache_train import Sample, Trainer, refit
-from quantize.formats.bitvec import BitVec, BitVecScheme, groups_per_row, index_dtype
+from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
 
 __all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "round_codes"]
 
 Codebook = Literal["auto", "lines", "shapes"]
 
-_SAMPLE = 16384  # groups to train on
-_LARGEST = 8  # one in so many of them is taken for its size: a few outliers can hold most of the energy
-_TRIAL_ROUNDS = 8
-_ROUNDS, _SHAKE = 30, 0.02
-_PIECE = 2048
-_MOST_SHAPES, _MOST_FREE = 256, DIRECT
+_SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
+_LARGEST = 2048  # groups of the sample that are taken for their size: a few can hold most of the energy
+_TRIAL, _TRIAL_ROUNDS = 4096, 8  # groups and rounds that numbers of scales are compared by
+_ROUNDS = 30
+_SHAKE, _SHAKE_IN_STEPS = 0.02, 0.32  # relative; the finer the steps between levels, the less
+_PIECE = 2048  # groups compared at once
+_MOST_SHAPES, _MOST_FREE = 256, DIRECT  # more would cost time and gain next to nothing
 
 
 def fit(
@@ -76,9 +77,9 @@ def fit_cache(
     groups = Groups.of(w, group_size, importance)
     sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, codebook, max_overhead)
     generator = torch.Generator().manual_seed(seed)
-    sample = _take_sample(groups, generator)
-    cache = _best_of(sizes, sample, len(sample.x) == groups.count, Trainer(bits, bias, generator))
-    cache = _refit_everywhere(groups, cache).times(groups.unit)
+    cache = _best_of(sizes, *_take_samples(groups, generator), Trainer(bits, bias, generator))
+    # A line of float16 cannot hold an exact 0 under every code, a scale can.
+    cache = _refit_everywhere(groups, cache).times(groups.unit if groups.reach else 0.0)
     return cache, assign(w, cache, group_size, importance)
 
 
@@ -86,8 +87,8 @@ def _sizes(
     shape: torch.Size, scheme: BitVecScheme, lines: int, codebook: str, max_overhead: float | None
 ) -> list[tuple[int, int]]:
     """Shapes S and scales Z of the caches worth a trial, those that fit."""
-    if not 1 <= lines <= 1 << 16:
-        raise ValueError(f"{lines} lines, expected 1 … {1 << 16}")
+    if not 1 <= lines <= MAX_LINES:
+        raise ValueError(f"{lines} lines, expected 1 … {MAX_LINES}")
     if codebook not in ("auto", "lines", "shapes"):
         raise ValueError(f"codebook {codebook}: choose auto, lines or shapes")
     doublings = int(math.log2(lines))
@@ -114,33 +115,47 @@ def _most_shapes(shape: torch.Size, scheme: BitVecScheme, lines: int, Z: int, ma
     return 0
 
 
-def _take_sample(groups: Groups, generator: torch.Generator) -> Sample:
-    """Groups to train on, in random order: those of most energy, and others drawn at random that count for the rest."""
+def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, Sample]:
+    """Groups to train on and groups to choose by, in random order; both are the whole where that is small.
+
+    Else both hold the groups of most energy, and others drawn at random that count for all the rest.
+    """
     device, M = groups.w.device, groups.count
-    if M <= _SAMPLE:
-        return Sample(*groups.pick(torch.randperm(M, generator=generator).to(device)))
+    if M <= _SAMPLE + _HELD_OUT:
+        whole = Sample(*groups.pick(torch.randperm(M, generator=generator).to(device)))
+        return whole, whole
     energy = torch.empty(M, device=device)
     for where, x, share in groups.pieces(1):
         energy[where] = (x.square() * share).sum(dim=1)
-    chosen = torch.zeros(M, dtype=torch.bool, device=device)
-    chosen[energy.topk(_SAMPLE // _LARGEST).indices] = True
-    rest = (~chosen).nonzero()[:, 0]
-    drawn = rest[torch.randperm(len(rest), generator=generator)[: _SAMPLE - _SAMPLE // _LARGEST].to(device)]
-    counts = torch.cat([torch.ones(_SAMPLE // _LARGEST), torch.full((len(drawn),), len(rest) / len(drawn))]).to(device)
-    order = torch.randperm(_SAMPLE, generator=generator).to(device)
-    x, share = groups.pick(torch.cat([chosen.nonzero()[:, 0], drawn])[order])
+    large = energy.topk(_LARGEST).indices
+    energy[large] = -1
+    rest = (energy >= 0).nonzero()[:, 0]
+    drawn = rest[torch.randperm(len(rest), generator=generator).to(device)]
+    trained, held_out = drawn[: _SAMPLE - _LARGEST], drawn[_SAMPLE - _LARGEST :][:_HELD_OUT]
+    seen = _stratified(groups, large, trained, len(rest), generator)
+    return seen, _stratified(groups, large, held_out, len(rest), generator)
+
+
+def _stratified(groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator) -> Sample:
+    """All of one set of groups, and some `of` another that count for the whole of it."""
+    order = torch.randperm(len(all_of) + len(some), generator=generator).to(some.device)
+    counts = torch.cat([torch.ones_like(all_of), torch.full_like(some, of) / len(some)])
+    x, share = groups.pick(torch.cat([all_of, some])[order])
     return Sample(x, share * counts[order, None])
 
 
-def _best_of(sizes: list[tuple[int, int]], sample: Sample, whole: bool, trainer: Trainer) -> Cache:
-    """Train the size that errs least after a short trial, on groups held out where the sample is not the whole."""
-    half = len(sample.x) // 2
-    seen, unseen = (sample, sample) if whole else (sample.part(slice(half)), sample.part(slice(half, None)))
-    caches = [trainer.start(sample, S, Z) for S, Z in sizes]
-    if len(caches) > 1:
-        caches = [trainer.train(cache, seen, _TRIAL_ROUNDS, 0.0) for cache in caches]
-        caches.sort(key=lambda cache: _error(cache, unseen))
-    return trainer.train(caches[0], sample, _ROUNDS, _SHAKE)
+def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer) -> Cache:
+    """Train free lines and the most promising shapes × scales; return what errs less on the groups held out."""
+    starts = [trainer.start(seen, S, Z) for S, Z in sizes]
+    shapes = [cache for cache in starts if len(cache.scales) > 1]
+    if len(shapes) > 1:
+        trial = seen.part(slice(_TRIAL))
+        shapes = [trainer.train(cache, trial, _TRIAL_ROUNDS, 0.0) for cache in shapes]
+        shapes = [min(shapes, key=lambda cache: _error(cache, held_out))]
+    finalists = [cache for cache in starts if len(cache.scales) == 1] + shapes
+    shake = min(_SHAKE, _SHAKE_IN_STEPS / (1 << trainer.bits))
+    trained = [trainer.train(cache, seen, _ROUNDS, shake) for cache in finalists]
+    return trained[0] if len(trained) == 1 else min(trained, key=lambda cache: _error(cache, held_out))
 
 
 def _error(cache: Cache, sample: Sample) -> float:
@@ -159,7 +174,7 @@ def _refit_everywhere(groups: Groups, cache: Cache) -> Cache:
     sums = torch.zeros_like(counts)
     for _, x, share in groups.pieces(matcher.tables.shape[1]):
         line = matcher.best(x, share)[0]
-        at = ((line << cache.bits)[:, None] + nearest_codes(x, matcher.levels[line])).flatten()
+        at = ((line << cache.bits)[:, None] + matcher.book.nearest(x, line)).flatten()
         mass = share.double()
         counts.index_add_(0, at, mass.flatten())
         sums.index_add_(0, at, (mass * x).flatten())

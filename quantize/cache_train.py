@@ -19,7 +19,9 @@ from quantize.formats.bitvec import coefficients, levels
 _STARTS = 64  # random fits tried for a line; the better quarter stays every few rounds
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
 _START_ROUNDS = 4
+_FEW_LINES, _OTHERS = 16, 1024  # below so many lines, starts see so many groups beside their own
 _START_SIZE = 1.3  # rms of the levels of a random line, in rms of its group
+_LEAST_VARIANCE = 1e-4  # lets the levels of a constant group part
 _REVIVE_ROUNDS = 12
 _SHAKEN = 0.7  # part of the rounds in which lines are shaken
 _RIDGE = 1e-6
@@ -56,21 +58,25 @@ class Trainer:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
         normalised, rms = sample.normalised()
         energy = (sample.x.square() * sample.share).sum(dim=1)
-        # Every group can be drawn, and one more often than once where there are fewer groups than lines.
         odds = energy.cpu().double().clamp_min(1e-30)
-        drawn = torch.multinomial(odds, S, len(odds) < S, generator=self.generator).to(rms.device)
-        best = self._best_starts(normalised.x[drawn], sample.share[drawn])
+        drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
+        best = self._best_starts(normalised, drawn)
         if Z == 1:
             return Cache(_representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits)
         return Cache(_representable(best), _spread(rms, sample.share.sum(dim=1), Z), self.bits)
 
-    def _best_starts(self, x: Tensor, share: Tensor) -> Tensor:
-        """The best of many random fits to each of groups x [S, g] with an rms of 1 → lines [S, C]."""
-        S = len(x)
-        axis = Axis.over(NORMAL_REACH, self.bits, x.device)
-        histograms = axis.histogram(x, share)
+    def _best_starts(self, normalised: Sample, drawn: Tensor) -> Tensor:
+        """The best of many random fits to each drawn group [S] → lines [S, C]."""
+        S = len(drawn)
+        axis = Axis.over(NORMAL_REACH, self.bits, drawn.device)
+        histograms = axis.histogram(normalised.x[drawn], normalised.share[drawn])
+        histograms /= histograms.sum(dim=1, keepdim=True)
+        if S < _FEW_LINES:  # the fewer lines there are, the less is a line one group's alone
+            some = normalised.part(slice(_OTHERS))
+            others = axis.histogram(some.x, some.share).sum(dim=0)
+            histograms = histograms * (1 - 1 / S) + others / others.sum() / S
         tries = max(4, min(_STARTS, _START_CELLS // histograms.numel()))
-        lines = self._random(S * tries).to(x.device)
+        lines = self._random(tries, histograms, axis)
         while tries > 1:
             own = histograms.repeat_interleave(tries, 0)
             lines = _polish(lines, own, axis, self.bits, _START_ROUNDS)
@@ -80,15 +86,26 @@ class Trainer:
             lines = lines.view(S, -1, lines.shape[1]).take_along_dim(best[:, :, None], dim=1).flatten(0, 1)
         return _polish(lines, histograms, axis, self.bits, _START_ROUNDS)
 
-    def _random(self, count: int) -> Tensor:
-        c = torch.randn(count, self.bits, generator=self.generator)
+    def _random(self, tries: int, histograms: Tensor, axis: Axis) -> Tensor:
+        """Random lines for histograms [S, B] of mass 1 → [S·tries, C]: levels of their rms, or mean and deviation."""
+        S = len(histograms)
+        c = torch.randn(S * tries, self.bits, generator=self.generator).to(axis.points.device)
         if self.bias:
             c = torch.cat([c, -c.sum(dim=1, keepdim=True) / 2], dim=1)
-        mean, variance = levels(c, self.bits).mean(dim=1), levels(c, self.bits).var(dim=1)
-        return _START_SIZE * c / (mean.square() + variance).sqrt()[:, None]
+        power = levels(c, self.bits).square().mean(dim=1, keepdim=True)
+        mean = (histograms @ axis.points if self.bias else histograms.new_zeros(S)).repeat_interleave(tries)
+        square = (histograms @ axis.points.square()).repeat_interleave(tries)
+        size = (square - mean.square()).clamp_min(_LEAST_VARIANCE).sqrt()
+        c *= _START_SIZE * size[:, None] / power.sqrt()
+        if self.bias:
+            c[:, -1] += mean
+        return c
 
     def train(self, cache: Cache, sample: Sample, rounds: int, shake: float) -> Cache:
-        """Lloyd's algorithm on histograms."""
+        """Lloyd's algorithm on histograms; `shake`: first relative change of coefficients after a round.
+
+        Where lines are too many to compare them all, only shapes are trained, on groups brought to an rms of 1.
+        """
         if len(cache.scales) > 1 and cache.size > DIRECT:
             shapes = Cache(cache.lines, torch.ones_like(cache.scales[:1]), self.bits)
             return Cache(self.train(shapes, sample.normalised()[0], rounds, shake).lines, cache.scales, self.bits)
@@ -160,7 +177,10 @@ def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
 
 
 def refit(cache: Cache, counts: Tensor, sums: Tensor) -> Cache:
-    """Least squares for the shapes with scales fixed, then for the scales; totals [S·Z, 2^bits] in float64."""
+    """Least squares for the shapes with scales fixed, then for the scales.
+
+    counts and sums: of all that is coded by a line, how much has each code and its weighted sum, float64 [S·Z, 2^bits].
+    """
     S, C, Z = *cache.lines.shape, len(cache.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
     scales = cache.scales.double()

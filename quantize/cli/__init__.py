@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import quantize
+from quantize.cli import bench as bench_command
 from quantize.cli import compare as compare_command
 from quantize.cli import convert as convert_command
 from quantize.cli import evaluate as evaluate_command
@@ -35,6 +36,7 @@ app.command("inspect")(inspect_command.inspect)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.add_typer(recipe_command.app, name="recipe")
+app.add_typer(bench_command.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

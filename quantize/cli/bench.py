@@ -1,0 +1,90 @@
+"""`pq bench`: speed and error of one step alone, on random data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from quantize.cli import options
+from quantize.cli.common import pick_device
+from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantize.bench_fit import FitBench
+    from quantize.cache_fit import Codebook
+
+app = typer.Typer(help="Measure one step alone, on random data.", no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Keep `fit` a command of its own while it is the only one."""
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Option(help="sbvr, rtn (largest weight ends the grid) or rtn-mse (best scale).")],
+    bits: Annotated[int, typer.Option(help="Bits of a code, 2 to 8.")] = 4,
+    shape: Annotated[str, typer.Option(help="Outputs x inputs, like 4096x4096.")] = "4096x4096",
+    group_size: Annotated[int, typer.Option(help="Inputs that share a line or a scale.")] = 128,
+    bias: Annotated[bool, typer.Option("--bias", help="sbvr: lines with a constant.")] = False,
+    lines: Annotated[int, typer.Option(help="sbvr: most lines in the cache.")] = 256,
+    codebook: Annotated[str, typer.Option(help="sbvr: lines, shapes (times scales) or auto.")] = "auto",
+    distribution: Annotated[str, typer.Option(help="gaussian, laplace or student.")] = "gaussian",
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the fit.")] = 0,
+    device: options.Device = "cpu",
+    repeat: Annotated[int, typer.Option(min=1, help="Fits to take the median time of.")] = 3,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fit a random weight: relative squared error, weights per second, memory."""
+    size = _sizes(shape)
+    from quantize.bench_fit import FitSettings, bench_fit
+
+    kind = cast("Codebook", codebook)  # checked by the settings
+    settings = FitSettings(method, bits, size, group_size, bias, lines, kind, distribution, seed)
+    measured = bench_fit(settings, pick_device(device), repeat)
+    if as_json:
+        typer.echo(json.dumps(_facts(measured), indent=2))
+    else:
+        _print(measured)
+
+
+def _sizes(shape: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", shape)
+    if not found:
+        raise UsageError(f"--shape {shape}: write outputs x inputs, like 4096x4096")
+    return int(found[1]), int(found[2])
+
+
+def _facts(measured: FitBench) -> dict[str, Any]:
+    """All in one level; what a method does not have is null."""
+    facts = dataclasses.asdict(measured)
+    settings: dict[str, Any] = facts.pop("settings")
+    if measured.settings.method != "sbvr":
+        settings |= dict.fromkeys(("bias", "lines", "codebook"))
+    return settings | facts
+
+
+def _print(measured: FitBench) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    s = measured.settings
+    cache = f", {measured.shapes} × {measured.scales} lines" if measured.shapes else ""
+    title = f"{s.method} {s.bits} bits{' + bias' if s.bias else ''}{cache}, groups of {s.group_size}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column(f"{s.shape[0]}x{s.shape[1]} {s.distribution}")
+    table.add_column(f"{measured.device}, {measured.threads} threads", justify="right")
+    table.add_row("relative MSE", f"{measured.relative_mse:.4g}")
+    table.add_row("bits per weight", f"{measured.bits_per_weight:.4f}")
+    table.add_row("seconds", f"{measured.seconds:.2f}")
+    table.add_row("weights per second", f"{measured.weights_per_second:,.0f}")
+    table.add_row("peak memory, MB", f"{measured.peak_rss_bytes / 1e6:,.0f}")
+    if measured.peak_device_bytes is not None:
+        table.add_row("peak on the device, MB", f"{measured.peak_device_bytes / 1e6:,.0f}")
+    Console(markup=False, emoji=False, highlight=False).print(table)
