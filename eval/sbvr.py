@@ -9,6 +9,7 @@ from their own packages (`pip install hqq bitsandbytes`); without these their ro
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 import time
@@ -18,7 +19,6 @@ from typing import Any
 
 import measuring  # the script beside this one
 import torch
-from quantize.methods.rotate import Rotate
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,34 +26,41 @@ from quantize.arch import architecture_of
 from quantize.checkpoint import Checkpoint
 from quantize.convert import Request, convert
 from quantize.evaluate import evaluate
+from quantize.methods.rotate import Rotate
 from quantize.overrides import with_stage_fields
 from quantize.recipe import Recipe, load_recipe
 
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
 
 
+RECIPES = {4: "sbvr", 3: "sbvr-3bit", 2: "sbvr-2bit"}
+
+
 def rows() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(name, recipe, changes of stage fields); a leading `rotate` among the changes puts that stage first."""
+    """(name, recipe, changes of stage fields); `unbalanced` leaves AWQ's scales out, `rotated` adds a rotation."""
     found: list[tuple[str, str, tuple[str, ...]]] = []
-    for bits, recipe in ((4, "sbvr"), (3, "sbvr-3bit"), (2, "sbvr-2bit")):
+    for bits, recipe in RECIPES.items():
         found += [
             (f"{bits}-bit RTN g128", "rtn", (f"bits={bits}",)),
             (f"{bits}-bit AWQ g128", "awq", (f"bits={bits}",)),
             (f"{bits}-bit GPTQ g128", "gptq", (f"bits={bits}",)),
-            (f"{bits}-bit FireQ solver, integers", "fireq-linear", (f"fireq.bits={bits}", "fireq.activations=none")),
+            (f"{bits}-bit integers, FireQ's solver", "fireq-linear", (f"fireq.bits={bits}", "fireq.activations=none")),
             (f"{bits}-bit SBVR", recipe, ()),
-            (f"{bits}-bit SBVR, data-free", recipe, ("fit=data-free",)),
-            (f"{bits}-bit SBVR, aimed at the layer", recipe, ("aim=layer",)),
-            (f"{bits}-bit SBVR, no descent", recipe, ("sweeps=0",)),
-            (f"{bits}-bit SBVR, rotated", recipe, ("rotate",)),
-            (f"{bits}-bit SBVR, rotated, data-free", recipe, ("rotate", "fit=data-free")),
-            (f"{bits}-bit SBVR, no bias", recipe, ("bias=false",)),
-            (f"{bits}-bit SBVR, 16 lines", recipe, ("lines=16",)),
-            (f"{bits}-bit SBVR, free lines", recipe, ("codebook=lines",)),
-            (f"{bits}-bit SBVR, shapes x scales", recipe, ("codebook=shapes",)),
-            (f"{bits}-bit SBVR, 256 lines whatever they take", recipe, ("overhead=null",)),
-            (f"{bits}-bit SBVR, g64", recipe, ("group_size=64", "overhead=0.25")),
-            (f"{bits}-bit SBVR, g256", recipe, ("group_size=256", "overhead=0.0625")),
+            (f"{bits}-bit SBVR, data-free", recipe, ("unbalanced", "fit=data-free")),
+        ]
+    for bits in (4, 2):
+        found += [
+            (f"{bits}-bit SBVR, unbalanced", RECIPES[bits], ("unbalanced",)),
+            (f"{bits}-bit SBVR, rotated", RECIPES[bits], ("rotated",)),
+            (f"{bits}-bit SBVR, unbalanced, rotated", RECIPES[bits], ("unbalanced", "rotated")),
+            (f"{bits}-bit SBVR, data-free, rotated", RECIPES[bits], ("unbalanced", "rotated", "fit=data-free")),
+            (f"{bits}-bit SBVR, no bias", RECIPES[bits], ("bias=false",)),
+            (f"{bits}-bit SBVR, 16 lines", RECIPES[bits], ("lines=16",)),
+            (f"{bits}-bit SBVR, 256 lines whatever they take", RECIPES[bits], ("overhead=null",)),
+            (f"{bits}-bit SBVR, free lines", RECIPES[bits], ("codebook=lines",)),
+            (f"{bits}-bit SBVR, shapes x scales", RECIPES[bits], ("codebook=shapes",)),
+            (f"{bits}-bit SBVR, g64", RECIPES[bits], ("sbvr.group_size=64", "overhead=0.25")),
+            (f"{bits}-bit SBVR, g256", RECIPES[bits], ("sbvr.group_size=256", "overhead=0.0625")),
         ]
     return found
 
@@ -104,9 +111,10 @@ def replaced(model: Path, folder: Path, rounded: Callable[[Tensor], Tensor]) -> 
 def recipe_of(name: str, changes: tuple[str, ...], args: argparse.Namespace) -> Recipe:
     """The recipe of a row."""
     recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
-    recipe = with_stage_fields(recipe, tuple(change for change in changes if change != "rotate"))
-    stages = (Rotate(), *recipe.stages) if "rotate" in changes else recipe.stages
-    return recipe.model_copy(update={"stages": stages})
+    recipe = with_stage_fields(recipe, tuple(change for change in changes if "=" in change))
+    smooth = [stage for stage in recipe.stages if stage.kind == "smooth" and "unbalanced" not in changes]
+    smooth += [Rotate()] if "rotated" in changes else []
+    return recipe.model_copy(update={"stages": (*smooth, *(s for s in recipe.stages if s.kind != "smooth"))})
 
 
 def measure(model: Path, name: str, make: Callable[[Path], float], args: argparse.Namespace) -> dict[str, Any]:
@@ -156,12 +164,12 @@ def _makers(model: Path, args: argparse.Namespace) -> dict[str, Callable[[Path],
 def main() -> None:
     """Run the rows and write the results file after each of them."""
     parser = measuring.parser(__doc__)
-    parser.add_argument("--only", help="measure rows whose name contains this")
+    parser.add_argument("--only", help="measure rows whose name this regular expression finds")
     args = parser.parse_args()
     results = measuring.head(args)
     for model in args.model:
         for name, make in _makers(model, args).items():
-            if args.only and args.only not in name:
+            if args.only and not re.search(args.only, name):
                 continue
             try:
                 row = measure(model, name, make, args)

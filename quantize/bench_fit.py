@@ -174,7 +174,7 @@ def _fit(settings: FitSettings, w: Tensor) -> BitVec | PackedInt:
 
 def _packed_and_unpacked(packed: BitVec | PackedInt) -> Tensor:
     if isinstance(packed, BitVec):
-        return BitVec.from_tensors(packed.tensors(), packed.scheme).unpack()
+        return BitVec.from_tensors(packed.tensors(), packed.scheme()).unpack()
     return PackedInt.from_tensors(packed.tensors(), packed.bits, packed.group_size).unpack()
 
 

@@ -28,7 +28,7 @@ def relative(w: Tensor, quantized: Tensor, importance: Tensor | None = None) -> 
 
 
 def through_the_layout(weight: BitVec) -> Tensor:
-    return BitVec.from_tensors(weight.tensors(), weight.scheme).unpack()
+    return BitVec.from_tensors(weight.tensors(), weight.scheme()).unpack()
 
 
 def group_errors(w: Tensor, cache: Cache, group_size: int, importance: Tensor | None = None) -> Tensor:
