@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +71,52 @@ class TokenTiming:
     def speedup(self) -> float:
         """How many times faster than F.linear."""
         return self.plain_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class MultiplyBench:
+    """All that was timed, and where."""
+
+    scheme: BitVecScheme
+    device: str
+    baseline: str
+    """What `plain_seconds` are of."""
+    shapes: list[Timing]
+    tokens: list[TokenTiming]
+    versions: dict[str, str]
+    threads: int
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, the ratios among them."""
+        facts: dict[str, Any] = dataclasses.asdict(self)
+        facts["shapes"] = [dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.shapes]
+        facts["tokens"] = [dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.tokens]
+        return facts
+
+
+def bench(
+    shapes: Sequence[Shape],
+    batches: Sequence[int],
+    scheme: BitVecScheme,
+    device: torch.device,
+    rounds: int = 20,
+    blocks: int = 0,
+) -> MultiplyBench:
+    """`bench_multiply`, and `bench_token` over so many blocks of Llama-3-8B where `blocks` is not 0."""
+    cuda = device.type == "cuda"
+    versions = {"torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    tokens = [bench_token(LLAMA_3_8B_BLOCK, blocks, M, scheme, device, rounds) for M in batches if blocks]
+    return MultiplyBench(
+        scheme=scheme,
+        device=torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        baseline="torch bfloat16 (cuBLAS)" if cuda else "torch float32",
+        shapes=bench_multiply(shapes, batches, scheme, device, rounds),
+        tokens=tokens,
+        versions=versions,
+        threads=torch.get_num_threads(),
+    )
 
 
 def bench_multiply(

@@ -64,6 +64,7 @@ def fit_cache(
     importance: Tensor | None = None,
     max_overhead: float | None = None,
     seed: int = 0,
+    start: Cache | None = None,
 ) -> tuple[Cache, Tensor]:
     """Fit a cache to w [N, K] (any float dtype), least Σ importance_k·(w_k − ŵ_k)².
 
@@ -71,13 +72,19 @@ def fit_cache(
     codebook: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`, whichever errs less on groups
     it was not trained on. importance: [K] ≥ 0 or None.
     max_overhead: bits per weight that index and cache may take together; lines are given up until they fit.
+    start: a cache of a like weight to train on from, whose kind and size stay: several times faster.
     Returns the cache and the line of every group, int32 [N, G]. ValueError for what the layout cannot hold, an overhead
     below that of a single line, or weights that are not finite.
     """
     groups = Groups.of(w, group_size, importance)
     sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, codebook, max_overhead)
     generator = torch.Generator().manual_seed(seed)
-    cache = _best_of(sizes, *_take_samples(groups, generator), Trainer(bits, bias, generator))
+    seen, held_out = _take_samples(groups, generator)
+    trainer = Trainer(bits, bias, generator)
+    if start is None:
+        cache = _best_of(sizes, seen, held_out, trainer)
+    else:
+        cache = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
     # A line of float16 cannot hold an exact 0 under every code, a scale can.
     cache = _refit_everywhere(groups, cache).times(groups.unit if groups.reach else 0.0)
     return cache, assign(w, cache, group_size, importance)

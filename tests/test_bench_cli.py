@@ -99,3 +99,39 @@ def test_the_median_of_the_repeats_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("quantize.bench_fit.time.perf_counter", lambda: next(ticks))
     measured = bench_fit(FitSettings("rtn", 4, (8, 128)), torch.device("cpu"), 3)
     assert (measured.seconds, measured.weights_per_second) == (2.0, 8 * 128 / 2)
+
+
+def test_products_are_timed_and_printed():
+    command = [
+        "bench",
+        "multiply",
+        "--shape",
+        "64x96",
+        "--batch",
+        "1",
+        "--batch",
+        "17",
+        "--rounds",
+        "2",
+        "--lines",
+        "4",
+    ]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert [(t["N"], t["K"], t["M"]) for t in facts["shapes"]] == [(64, 96, 1), (64, 96, 17)]
+    for timing in facts["shapes"]:
+        assert timing["speedup"] == pytest.approx(timing["plain_seconds"] / timing["seconds"])
+        assert timing["fastest"] <= timing["seconds"] <= timing["slowest"]
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["tokens"] == []
+    shown = CliRunner().invoke(app, command).stdout
+    assert "64 x 96" in shown
+    assert "copy" in shown
+
+
+@pytest.mark.parametrize(("args", "named"), [(("--shape", "9"), "--shape 9"), (("--bits", "1"), "1 bit planes")])
+def test_mistakes_about_products_are_one_line(args: tuple[str, ...], named: str):
+    result = CliRunner().invoke(app, ["bench", "multiply", *args])
+    assert isinstance(result.exception, UsageError)
+    assert named in str(result.exception)

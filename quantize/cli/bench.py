@@ -15,14 +15,10 @@ from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.bench_fit import FitBench
+    from quantize.bench_multiply import MultiplyBench
     from quantize.cache_fit import Codebook
 
 app = typer.Typer(help="Measure one step alone, on random data.", no_args_is_help=True)
-
-
-@app.callback()
-def _bench() -> None:
-    """Keep `fit` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -51,6 +47,35 @@ def fit(
         typer.echo(json.dumps(_facts(measured), indent=2))
     else:
         _print(measured)
+
+
+@app.command()
+def multiply(
+    bits: Annotated[int, typer.Option(help="Bit planes, 2 to 8.")] = 4,
+    shape: Annotated[list[str] | None, typer.Option(help="Outputs x inputs; default: those of Llama-3-8B.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 4, 16.")] = None,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a line.")] = 128,
+    bias: Annotated[bool, typer.Option("--bias", help="Lines with a constant.")] = False,
+    lines: Annotated[int, typer.Option(help="Lines in the cache.")] = 256,
+    blocks: Annotated[int, typer.Option(min=0, help="Also time all linears of so many Llama-3-8B blocks.")] = 0,
+    device: options.Device = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
+    as_json: options.AsJson = False,
+) -> None:
+    """Multiply with bit vectors: time, share of the memory's speed, times faster than torch. Wrong products end it."""
+    sizes = [_sizes(text) for text in shape or ()]
+    from quantize.bench_multiply import LLAMA_3_8B, bench
+    from quantize.formats.bitvec import BitVecScheme
+
+    try:
+        scheme = BitVecScheme(bits, group_size, bias, lines, 1)
+    except ValueError as err:
+        raise UsageError(str(err)) from None
+    measured = bench(sizes or LLAMA_3_8B, batch or (1, 4, 16), scheme, pick_device(device), rounds, blocks)
+    if as_json:
+        typer.echo(json.dumps(measured.as_json(), indent=2))
+    else:
+        _print_products(measured)
 
 
 def _sizes(shape: str) -> tuple[int, int]:
@@ -87,4 +112,23 @@ def _print(measured: FitBench) -> None:
     table.add_row("peak memory, MB", f"{measured.peak_rss_bytes / 1e6:,.0f}")
     if measured.peak_device_bytes is not None:
         table.add_row("peak on the device, MB", f"{measured.peak_device_bytes / 1e6:,.0f}")
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _print_products(measured: MultiplyBench) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{measured.scheme.bits} bit planes, groups of {measured.scheme.group_size}; {measured.device}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    for column in ("N x K", "rows", "us", "fastest … slowest", "of the copy rate", f"x {measured.baseline}"):
+        table.add_column(column, justify="right")
+    for t in measured.shapes:
+        spread = f"{t.fastest * 1e6:,.0f} … {t.slowest * 1e6:,.0f}"
+        cells = (f"{t.seconds * 1e6:,.1f}", spread, f"{t.bandwidth:.0%}", f"{t.speedup:.2f}")
+        table.add_row(f"{t.N} x {t.K}", str(t.M), *cells)
+    for token in measured.tokens:
+        name = f"{token.linears} linears"
+        table.add_row(name, str(token.M), f"{token.seconds * 1e6:,.1f}", "", "", f"{token.speedup:.2f}")
     Console(markup=False, emoji=False, highlight=False).print(table)

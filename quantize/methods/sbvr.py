@@ -76,6 +76,11 @@ class Sbvr(Encode):
         """Aiming at the parent takes its activations along."""
         return self.fit == "hessian" and self.aim == "parent"
 
+    @property
+    def native_field(self) -> str | None:
+        """No other format has bit vectors."""
+        return "method"
+
     def encode_group(self, block: Block, names: Sequence[str]) -> None:
         """Encode linears that share one input."""
         if self.fit == "data-free":
@@ -102,9 +107,10 @@ class Sbvr(Encode):
             target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
         metric = hessian.clone()
         metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
-        start = self._cache(target, metric.diagonal())
+        data_free = self._cache(weight)
+        start = self._cache(target, metric.diagonal(), data_free[0])
         fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
-        plain = self._rounded(weight, self._cache(weight))
+        plain = self._rounded(weight, data_free)
         ours, theirs = loss(target, fitted, metric), loss(target, plain, metric)
         if theirs < ours:  # never seen, but the descent is no proof
             fitted, ours = plain, theirs
@@ -125,7 +131,9 @@ class Sbvr(Encode):
         )
         return tuple(picture for picture in drawn if picture is not None)
 
-    def _cache(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Cache, Tensor]:
+    def _cache(
+        self, weight: Tensor, importance: Tensor | None = None, start: Cache | None = None
+    ) -> tuple[Cache, Tensor]:
         return fit_cache(
             weight,
             self.bits,
@@ -136,6 +144,7 @@ class Sbvr(Encode):
             importance=importance,
             max_overhead=self.overhead,
             seed=self.seed,
+            start=start,
         )
 
     def _rounded(self, weight: Tensor, start: tuple[Cache, Tensor]) -> Fitted:
