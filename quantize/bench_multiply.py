@@ -104,7 +104,7 @@ def bench(
 ) -> MultiplyBench:
     """`bench_multiply`, and `bench_token` over so many blocks of Llama-3-8B where `blocks` is not 0."""
     cuda = device.type == "cuda"
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")
     tokens = [bench_token(LLAMA_3_8B_BLOCK, blocks, M, scheme, device, rounds) for M in batches if blocks]

@@ -35,8 +35,9 @@ _WEIGHTS = (
     "smoothing moves outliers from activations into weights."
 )
 _HISTOGRAM = (
-    "Weights over the scale of their group, after smoothing, all blocks together; dashed lines are the integer codes "
-    "(the FP8 tensor core rounds the products of code and scale once more). What lies beyond is counted at the ends."
+    "Weights over the step between codes of their group, after smoothing, all blocks together; dashed lines are the "
+    "values that codes stand for: whole numbers for integers (the FP8 tensor core rounds products of code and scale "
+    "once more), the mean over all groups for bit vectors. What lies beyond is counted at the ends."
 )
 
 
@@ -178,8 +179,11 @@ def weights(sources: Sources) -> Section:
         prefix = found.arch.blocks
         names = [f"{prefix}.{i}.{role}" for i in range(found.shape.n_blocks) for role in found.arch.roles]
         bits = {name: found.schemes[name].bits if name in found.schemes else _UNQUANTIZED for name in names}
-        kinds = {(s.bits, s.group_size, s.fp8_activations) for s in found.schemes.values()}
-        said = [f"{b}-bit g{g} with {'FP8' if fp8 else '16-bit'} activations" for b, g, fp8 in sorted(kinds)]
+        kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in found.schemes.values()}
+        said = [
+            f"{b}-bit g{g} {layout} with {'FP8' if fp8 else '16-bit'} activations"
+            for b, g, fp8, layout in sorted(kinds)
+        ]
         caption = (
             f"Bits of a weight code, scales not counted; 16 is not quantized. Schemes: {'; '.join(said) or 'none'}."
         )
@@ -208,7 +212,7 @@ def _histograms(found: Mapping[str, Any]) -> Iterator[Histogram | None]:
         points = [point for point in stored if point is not None] or [*range(-(1 << bits >> 1), 1 << bits >> 1)]
         group = number(data, "group_size")
         title = text(data, "role", name) + (f", {bits}-bit" if bits else "") + (f" g{group:.0f}" if group else "")
-        yield Histogram(title, "", known, counts, points, "weight / group scale, in codes")
+        yield Histogram(title, "", known, counts, points, "weight / step of its group")
 
 
 def methods(sources: Sources) -> Section:

@@ -36,7 +36,8 @@ def check_values(layout: Layout, recipe: Recipe | None, tick: Tick) -> str:
             problems += [f"{name} {problem}"] if problem else []
     if problems:
         raise VerifyError(counted(problems))
-    return f"{len(names)} float tensors are finite, {len(layout.schemes)} of them usable scales"
+    scales = sum(name.endswith(".weight_scale") for name in names)
+    return f"{len(names)} float tensors are finite" + (f", {scales} of them usable scales" if scales else "")
 
 
 def _reloads(recipe: Recipe | None, linear: str) -> bool:
