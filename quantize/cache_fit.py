@@ -12,7 +12,7 @@ from quantize.cache_assign import DIRECT, Cache, Groups, Matcher, assign, round_
 from quantize.cache_train import Sample, Trainer, refit
 from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
 
-__all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "round_codes"]
+__all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "require_room", "round_codes"]
 
 Codebook = Literal["auto", "lines", "shapes"]
 
@@ -88,6 +88,13 @@ def fit_cache(
     # A line of float16 cannot hold an exact 0 under every code, a scale can.
     cache = _refit_everywhere(groups, cache).times(groups.unit if groups.reach else 0.0)
     return cache, assign(w, cache, group_size, importance)
+
+
+def require_room(
+    shape: tuple[int, int], scheme: BitVecScheme, lines: int, codebook: Codebook, max_overhead: float | None
+) -> None:
+    """ValueError where `fit_cache` would refuse a weight of this shape [N, K]; scheme: its bits, group and bias."""
+    _sizes(torch.Size(shape), scheme, lines, codebook, max_overhead)
 
 
 def _sizes(

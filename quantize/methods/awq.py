@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,7 +31,7 @@ class Awq(Stage):
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
     group_size: int = Field(default=128, ge=16, le=1024)
-    """Group of that rounding."""
+    """Group of that rounding; where it does not divide the inputs, the largest common divisor of both."""
     grid: int = Field(default=20, ge=2, le=100)
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)
@@ -38,9 +39,9 @@ class Awq(Stage):
 
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""
-        rounding = Grid(self.bits, self.group_size)
         for edge in block.edges:
             moments = block.moments(edge.sinks[0], fp8_activations=False)
+            rounding = Grid(self.bits, math.gcd(self.group_size, len(moments.hessian)))
             candidates = self._candidates(block, edge, moments.absmean)
             scale, ratio = search(block, edge, candidates, moments.hessian, rounding)
             block.note(edge.name, search_ratio=ratio)

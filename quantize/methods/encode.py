@@ -15,9 +15,10 @@ from typing_extensions import Self
 from quantize.errors import ModelError
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
+from quantize.solver import Damped, corrected_target
 
 if TYPE_CHECKING:
-    from quantize.block import Block
+    from quantize.block import Block, Moments
 
 _FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
 
@@ -112,6 +113,16 @@ def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None =
         return float(delta.square().sum() / original.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     size = ((original @ hessian) * original).sum().clamp_min(torch.finfo(torch.float32).tiny)
     return float(((delta @ hessian) * delta).sum() / size)
+
+
+def objective(weight: Tensor, moments: Moments, usable: Damped) -> tuple[Tensor, Tensor]:
+    """Target [N, K] and damped metric [K, K] of a fit: the weight itself, or what repairs the drift from the parent."""
+    target, hessian = weight, moments.hessian
+    if moments.cross is not None:
+        target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
+    metric = hessian.clone()
+    metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
+    return target, metric
 
 
 def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:

@@ -13,9 +13,9 @@ from typing_extensions import Self
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
-from quantize.methods.encode import IntEncode, encode_nearest, fall_back, note_errors
+from quantize.methods.encode import IntEncode, encode_nearest, fall_back, note_errors, objective
 from quantize.pictures import Picture, block_map, facts
-from quantize.solver import Damped, corrected_target, damped, descend, error_feedback, feedback_order
+from quantize.solver import Damped, damped, descend, error_feedback, feedback_order
 
 if TYPE_CHECKING:
     from quantize.block import Block, Moments
@@ -125,13 +125,9 @@ class Fireq(IntEncode):
     def _descend(self, block: Block, name: str, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
         hessian, grid = moments.hessian, self._grid()
-        target = weight
-        if moments.cross is not None:
-            target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
+        target, metric = objective(weight, moments, usable)
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
-        metric = hessian.clone()
-        metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
         rounded = descend(target, rounded, metric, grid, self.sweeps)
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantize.cache_fit import Cache, fit_cache, round_codes
+from quantize.cache_fit import Cache, fit_cache, require_room, round_codes
 from quantize.cache_solver import Fitted, loss, solve
-from quantize.formats.bitvec import BitVec
-from quantize.methods.encode import Encode, note_errors
+from quantize.errors import ModelError
+from quantize.formats.bitvec import BitVec, BitVecScheme
+from quantize.methods.encode import Encode, note_errors, objective
 from quantize.pictures import Picture, block_map, facts
-from quantize.solver import Damped, corrected_target, damped, feedback_order
+from quantize.solver import Damped, damped, feedback_order
 
 if TYPE_CHECKING:
     from quantize.block import Block, Moments
@@ -81,6 +82,16 @@ class Sbvr(Encode):
         """No other format has bit vectors."""
         return "method"
 
+    def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """ModelError for patterns that match nothing, or a matrix too small for a cache within `overhead`."""
+        super().check(linears)
+        scheme = BitVecScheme(self.bits, self.group_size, self.bias, 1, 1)
+        for name in filter(self.selects, linears):
+            try:
+                require_room(linears[name], scheme, self.lines, self.codebook, self.overhead)
+            except ValueError as err:
+                raise ModelError(f"{name}: {err}; raise overhead or add the layer to ignore") from None
+
     def encode_group(self, block: Block, names: Sequence[str]) -> None:
         """Encode linears that share one input."""
         if self.fit == "data-free":
@@ -101,12 +112,8 @@ class Sbvr(Encode):
         self._encode(block, name, self._rounded(weight, self._cache(weight)))
 
     def _solve(self, block: Block, name: str, moments: Moments, usable: Damped) -> None:
-        weight, hessian = block.linear(name).weight.float(), moments.hessian
-        target = weight
-        if moments.cross is not None:
-            target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
-        metric = hessian.clone()
-        metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
+        weight = block.linear(name).weight.float()
+        target, metric = objective(weight, moments, usable)
         data_free = self._cache(weight)
         start = self._cache(target, metric.diagonal(), data_free[0])
         fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
@@ -114,7 +121,7 @@ class Sbvr(Encode):
         ours, theirs = loss(target, fitted, metric), loss(target, plain, metric)
         if theirs < ours:  # never seen, but the descent is no proof
             fitted, ours = plain, theirs
-        self._encode(block, name, fitted, hessian)
+        self._encode(block, name, fitted, moments.hessian)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         block.note(name, loss_share=ours / theirs if theirs else 1.0)
 
