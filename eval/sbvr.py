@@ -49,18 +49,21 @@ def rows() -> list[tuple[str, str, tuple[str, ...]]]:
             (f"{bits}-bit SBVR, data-free", recipe, ("unbalanced", "fit=data-free")),
         ]
     for bits in (4, 2):
+        free = ("unbalanced", "fit=data-free")
         found += [
             (f"{bits}-bit SBVR, unbalanced", RECIPES[bits], ("unbalanced",)),
             (f"{bits}-bit SBVR, rotated", RECIPES[bits], ("rotated",)),
-            (f"{bits}-bit SBVR, unbalanced, rotated", RECIPES[bits], ("unbalanced", "rotated")),
-            (f"{bits}-bit SBVR, data-free, rotated", RECIPES[bits], ("unbalanced", "rotated", "fit=data-free")),
             (f"{bits}-bit SBVR, no bias", RECIPES[bits], ("bias=false",)),
-            (f"{bits}-bit SBVR, 16 lines", RECIPES[bits], ("lines=16",)),
-            (f"{bits}-bit SBVR, 256 lines whatever they take", RECIPES[bits], ("overhead=null",)),
-            (f"{bits}-bit SBVR, free lines", RECIPES[bits], ("codebook=lines",)),
-            (f"{bits}-bit SBVR, shapes x scales", RECIPES[bits], ("codebook=shapes",)),
-            (f"{bits}-bit SBVR, g64", RECIPES[bits], ("sbvr.group_size=64", "overhead=0.25")),
-            (f"{bits}-bit SBVR, g256", RECIPES[bits], ("sbvr.group_size=256", "overhead=0.0625")),
+            (f"{bits}-bit SBVR, data-free, rotated", RECIPES[bits], (*free, "rotated")),
+            (f"{bits}-bit SBVR, data-free, no bias", RECIPES[bits], (*free, "bias=false")),
+            (f"{bits}-bit SBVR, data-free, 1 line", RECIPES[bits], (*free, "lines=1")),
+            (f"{bits}-bit SBVR, data-free, 16 lines", RECIPES[bits], (*free, "lines=16")),
+            (f"{bits}-bit SBVR, data-free, 64 lines", RECIPES[bits], (*free, "lines=64")),
+            (f"{bits}-bit SBVR, data-free, 256 lines at any cost", RECIPES[bits], (*free, "overhead=null")),
+            (f"{bits}-bit SBVR, data-free, free lines", RECIPES[bits], (*free, "codebook=lines")),
+            (f"{bits}-bit SBVR, data-free, shapes x scales", RECIPES[bits], (*free, "codebook=shapes")),
+            (f"{bits}-bit SBVR, data-free, g64", RECIPES[bits], (*free, "group_size=64", "overhead=0.25")),
+            (f"{bits}-bit SBVR, data-free, g256", RECIPES[bits], (*free, "group_size=256", "overhead=0.0625")),
         ]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ def tensor_headers(source: Checkpoint) -> dict[str, Header]:
                 first, end = entry["data_offsets"]
                 out[name] = Header(entry["dtype"], tuple(entry["shape"]), end - first)
     return out
+
+
+def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
+    """[N, K] of the linears whose planes alone do not tell it, by full name, from the note beside them."""
+    planes = [name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")]
+    notes = {name: headers.get(f"{name}.weight_shape") for name in planes}
+    found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
+    sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}
+    return {name: (N, K) for name, (N, K) in sizes.items()}
 
 
 def _entries(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from quantize.arch import ARCHITECTURES
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.headers import Header, tensor_headers
+from quantize.headers import Header, noted_shapes, tensor_headers
 from quantize.provenance import read_provenance
 from quantize.storage import Storage, storage_of
 
@@ -149,7 +149,7 @@ def inspect(folder: Path) -> Inspection:
     """
     source = Checkpoint(folder)
     headers = tensor_headers(source)
-    stored = storage_of(headers, source.config.get("quantization_config"))
+    stored = storage_of(headers, source.config.get("quantization_config"), noted_shapes(source, headers))
     blocks, outside = _sorted_out(headers, stored, str(source.config.get("model_type")))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
     made, problem = _made(folder)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from quantize.formats.bitvec import BitVecScheme
@@ -60,8 +61,13 @@ class Storage:
     """What config.json's scheme takes for this shape."""
 
 
-def storage_of(headers: Mapping[str, Header], quantization: Any) -> dict[str, Storage]:
-    """Every weight matrix by full module name. quantization: config.json's quantization_config, whatever it is."""
+def storage_of(
+    headers: Mapping[str, Header], quantization: Any, shapes: Mapping[str, tuple[int, int]] = MappingProxyType({})
+) -> dict[str, Storage]:
+    """Every weight matrix by full module name. quantization: config.json's quantization_config, whatever it is.
+
+    shapes: [N, K] of bit vectors by module; those that are missing are taken to fill their words.
+    """
     quantization = quantization if isinstance(quantization, dict) else {}
     modules: dict[str, dict[str, str]] = {}
     for name in headers:
@@ -72,7 +78,7 @@ def storage_of(headers: Mapping[str, Header], quantization: Any) -> dict[str, St
     out = {}
     for module, names in modules.items():
         parts = {part: headers[name] for part, name in names.items()}
-        facts = _facts(module, parts, quantization)
+        facts = _facts(module, parts, quantization, shapes.get(module))
         if facts is not None:
             expected = _expected_bits(module, facts, quantization)
             sizes = {part: header.bytes for part, header in parts.items()}
@@ -85,9 +91,11 @@ _Facts = tuple["tuple[int, int] | None", "int | None", str, "int | None", "int |
 """shape, weights, format, bits, group_size, activations, quantized."""
 
 
-def _facts(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts | None:
+def _facts(
+    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any], shape: tuple[int, int] | None
+) -> _Facts | None:
     if "weight_planes" in parts:
-        return _bitvec(module, parts, quantization)
+        return _bitvec(module, parts, quantization, shape)
     if "weight_packed" in parts:
         return _packed(module, parts, quantization)
     if "qweight" in parts:
@@ -122,12 +130,14 @@ def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str,
     return shape, math.prod(shape) if shape else None, label, bits, group_size, activations, True
 
 
-def _bitvec(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
-    """Bit planes [N, ceil(K / 32)·bits]; rows are taken to fill their words."""
+def _bitvec(
+    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any], shape: tuple[int, int] | None
+) -> _Facts:
+    """Bit planes [N, ceil(K / 32)·bits]; without its shape a row is taken to fill its words."""
     bits, group_size, activations = _scheme(module, quantization)
     label = _label(quantization, _group(module, quantization)) or "bitvec"
-    planes, shape = parts["weight_planes"], None
-    if bits and len(planes.shape) == 2:
+    planes = parts["weight_planes"]
+    if shape is None and bits and len(planes.shape) == 2:
         shape = (planes.shape[0], planes.shape[1] // bits * 32)
     return shape, math.prod(shape) if shape else None, label, bits, group_size, activations, True
 
