@@ -185,12 +185,21 @@ def _tensors_of(module: nn.Module | None) -> list[Tensor]:
     return [] if module is None else list(module.state_dict(keep_vars=True).values())
 
 
+def _require_index(name: str, module: NativeLinear[Any]) -> None:
+    """ModelError for lines outside the cache, where a kernel would read what is not its own."""
+    if isinstance(module, BitVecLinear):
+        lines, largest = module.scheme.lines * module.scheme.scales, int(module.weight_index.int().max())
+        if largest >= lines:
+            raise ModelError(f"{name}.weight_index names line {largest} of a cache of {lines}; download it again")
+
+
 def _require_loaded(name: str, module: NativeLinear[Any]) -> None:
     """ModelError for what the headers do not show."""
     wanted = [module.out_features, module.in_features]
     if not module.weight_shape.is_meta:
         if module.weight_shape.tolist() != wanted:
             raise ModelError(f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json implies {wanted}")
+        _require_index(name, module)
         return
     # Early releases of transformers 5 read what stays on the disk as floats, and packed integers come out as others.
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

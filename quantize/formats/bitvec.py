@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.formats.scheme import noted_shape
+
 GROUP_SIZES = (64, 128, 256)
 MIN_BITS, MAX_BITS = 2, 8
 MAX_LINES = 1 << 16  # what a 16-bit index tells apart
@@ -231,7 +233,7 @@ class BitVec:
         return {
             "weight_planes": pack_planes(self.codes, self.bits),
             "weight_index": self.index.to(dtype),
-            "weight_lines": self.lines,
+            "weight_lines": self.lines.contiguous(),
             "weight_scales": self.scales,
             "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
         }
@@ -239,9 +241,7 @@ class BitVec:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: BitVecScheme) -> BitVec:
         """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
-        if missing := [suffix for suffix in SUFFIXES if suffix not in tensors]:
-            raise ValueError(f"{missing[0]} is missing")
-        N, K = (int(v) for v in tensors["weight_shape"])
+        N, K = noted_shape(tensors, SUFFIXES)
         for suffix, (dtype, shape) in scheme.layout(N, K).items():
             found = tensors[suffix]
             if (found.dtype, tuple(found.shape)) != (dtype, shape):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.fp8 import product_weight, row_factor
+from quantize.formats.scheme import noted_shape
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 """Names of a linear's tensors in the checkpoint, after the linear's own."""
@@ -135,8 +136,9 @@ class IntScheme:
     def from_json(cls, group: Mapping[str, Any]) -> IntScheme:
         """Undo `as_json`; ValueError for a scheme that pq does not write."""
         weights, activations = group["weights"], group.get("input_activations")
-        if weights["type"] != "int" or not weights["symmetric"] or weights["strategy"] != "group":
-            raise ValueError(f"weights are {weights['type']}/{weights['strategy']}, only symmetric int groups are read")
+        kind, strategy = weights["type"], weights.get("strategy")
+        if kind != "int" or not weights["symmetric"] or strategy != "group":
+            raise ValueError(f"weights are {kind}/{strategy}, only symmetric int groups are read")
         if activations and (activations["type"] != "float" or activations["strategy"] != "token"):
             raise ValueError("activations are not dynamic per-token FP8")
         return cls(weights["num_bits"], weights["group_size"], bool(activations))
@@ -198,9 +200,7 @@ class PackedInt:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> PackedInt:
         """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
-        if missing := [suffix for suffix in SUFFIXES if suffix not in tensors]:
-            raise ValueError(f"{missing[0]} is missing")
-        N, K = (int(v) for v in tensors["weight_shape"])
+        N, K = noted_shape(tensors, SUFFIXES)
         packed = tensors["weight_packed"]
         if tuple(packed.shape) != (N, words_per_row(K, bits)) or packed.dtype != torch.int32:
             raise ValueError(f"weight_packed is {packed.dtype} {tuple(packed.shape)}, expected int32 for {(N, K)}")

@@ -20,6 +20,17 @@ STORED_AS: Mapping[torch.dtype, str] = {
 """Dtypes of packed tensors → their names in safetensors headers."""
 
 
+def noted_shape(tensors: Mapping[str, Tensor], suffixes: Sequence[str]) -> tuple[int, int]:
+    """[N, K] of the linear whose tensors these are, by suffix; ValueError unless all are there and the note is one."""
+    if missing := [suffix for suffix in suffixes if suffix not in tensors]:
+        raise ValueError(f"{missing[0]} is missing")
+    note = tensors["weight_shape"]
+    if (note.dtype, tuple(note.shape)) != (torch.int64, (2,)):
+        raise ValueError(f"weight_shape is {note.dtype} {tuple(note.shape)}, expected torch.int64 (2,)")
+    N, K = note.tolist()
+    return N, K
+
+
 class Packed(Protocol):
     """A linear's weight [N, K] in its packed form."""
 

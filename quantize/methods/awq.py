@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,7 +30,7 @@ class Awq(Stage):
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
     group_size: int = Field(default=128, ge=16, le=1024)
-    """Group of that rounding; where it does not divide the inputs, the largest common divisor of both."""
+    """Group of that rounding; where it does not divide the inputs, their largest divisor below it."""
     grid: int = Field(default=20, ge=2, le=100)
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)
@@ -41,7 +40,7 @@ class Awq(Stage):
         """Search and fold every edge, in the order of the forward pass."""
         for edge in block.edges:
             moments = block.moments(edge.sinks[0], fp8_activations=False)
-            rounding = Grid(self.bits, math.gcd(self.group_size, len(moments.hessian)))
+            rounding = Grid(self.bits, _divisor(len(moments.hessian), self.group_size))
             candidates = self._candidates(block, edge, moments.absmean)
             scale, ratio = search(block, edge, candidates, moments.hessian, rounding)
             block.note(edge.name, search_ratio=ratio)
@@ -68,3 +67,8 @@ class Awq(Stage):
             a = step / self.grid
             for b in self.weight_exponents:
                 yield balanced(x**a / w ** (b * (1 - a)))
+
+
+def _divisor(inputs: int, most: int) -> int:
+    """Largest divisor of a number of inputs that is not above `most`."""
+    return next(d for d in range(min(most, inputs), 0, -1) if inputs % d == 0)
