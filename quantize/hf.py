@@ -102,7 +102,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for name, module in model.named_modules():
             if isinstance(module, NativeLinear):
                 _require_loaded(f"{model.name_or_path}: {_full_name(model, name)}", module)
-                for suffix in module.scheme.layout(module.out_features, module.in_features):
+                for suffix in module.scheme.suffixes:
                     getattr(module, suffix).requires_grad_(False)
         if attention_of(self.quantization_config.to_dict()):
             from quantize.kv_cache import use_int4_cache

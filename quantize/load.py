@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantize.arch import Architecture, Shape, architecture_of
@@ -127,18 +127,13 @@ def packed_linear(
     source: Checkpoint, name: str, scheme: AnyScheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
 ) -> PackedLinear:
     """Read the packed linear with this full name; ModelError when its tensors do not fit the scheme."""
+    parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in scheme.suffixes}
     try:
-        packed = scheme.read(_parts(source, name, device))
+        packed = scheme.read(parts)
     except ValueError as err:
         raise ModelError(f"{source.folder}: {name}: {err}") from None
     bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
     return PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics).to(device)
-
-
-def _parts(source: Checkpoint, name: str, device: torch.device) -> dict[str, Tensor]:
-    """Packed tensors of the linear with this full name, by suffix."""
-    found = (suffix for suffix in PACKED_SUFFIXES if f"{name}.{suffix}" in source)
-    return {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in found}
 
 
 def load_block(

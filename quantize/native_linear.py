@@ -48,7 +48,7 @@ class NativeLinear(nn.Module, Generic[S]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast of the model must not round what codes are made of: integers are moved and never cast.
-        ours = {id(self._parameters[suffix]) for suffix in self.scheme.layout(self.out_features, self.in_features)}
+        ours = {id(self._parameters[suffix]) for suffix in self.scheme.suffixes}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) in ours and tensor.is_floating_point():

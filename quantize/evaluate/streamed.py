@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,6 @@ from quantize.arch import ARCHITECTURES, Shape, architecture_of
 from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.formats.scheme import AnyScheme
 from quantize.linear import Numerics
 from quantize.load import (
     KV_SCALE,
@@ -115,7 +114,7 @@ class StreamedModel:
         """Refuse what does not fit before any block is run; block by block, a fault would show late."""
         plain = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
         for name, scheme in self.schemes.items():
-            for suffix in self._layout(name, scheme):
+            for suffix in scheme.suffixes:
                 if f"{name}.{suffix}" not in self.source:
                     raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
             plain[f"{name}.weight"] = self.linears[name]
@@ -123,13 +122,6 @@ class StreamedModel:
             self.skeleton.check(plain, self.shape.tied)
         except ModelError as err:
             raise ModelError(f"{self.source.folder}: {err}") from None
-
-    def _layout(self, name: str, scheme: AnyScheme) -> Collection[str]:
-        """Suffixes of a packed linear's tensors."""
-        try:
-            return scheme.layout(*self.linears[name])
-        except ValueError as err:
-            raise ModelError(f"{self.source.folder}: {name}: {err}") from None
 
     def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         """The final norm and the head."""

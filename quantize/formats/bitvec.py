@@ -113,6 +113,7 @@ class BitVecScheme:
     """Scales Z; the index tells S·Z lines apart."""
 
     fp8_activations = False
+    suffixes = SUFFIXES
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:

@@ -94,6 +94,8 @@ class IntScheme:
     group_size: int
     fp8_activations: bool
 
+    suffixes = SUFFIXES
+
     def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where groups do not divide K."""
         if K % self.group_size:

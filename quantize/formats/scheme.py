@@ -84,6 +84,10 @@ class AnyScheme(Protocol):
     def fp8_activations(self) -> bool:
         """Whether inputs are rounded to E4M3 per token."""
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names of a linear's tensors in the checkpoint, after the linear's own."""
+
     def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where it cannot be stored so."""
 

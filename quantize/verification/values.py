@@ -69,7 +69,7 @@ def check_packing(layout: Layout, tick: Tick) -> str:
     problems = []
     for done, (name, scheme) in enumerate(layout.schemes.items()):
         tick(done, len(layout.schemes))
-        stored = {suffix: layout.source.tensor(f"{name}.{suffix}") for suffix in scheme.layout(*layout.linears[name])}
+        stored = {suffix: layout.source.tensor(f"{name}.{suffix}") for suffix in scheme.suffixes}
         try:
             again = scheme.read(stored).tensors()
         except ValueError as err:
