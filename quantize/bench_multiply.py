@@ -34,8 +34,18 @@ _COPIED_ELSEWHERE = 1 << 26
 _CACHES = 1 << 27  # bytes; weights beside each other fill more, so that none is read from a cache (an H100's: 50 MiB)
 
 
+class _Compared:
+    seconds: float
+    plain_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than F.linear."""
+        return self.plain_seconds / self.seconds
+
+
 @dataclass(frozen=True)
-class Timing:
+class Timing(_Compared):
     """One shape at one batch: seconds of a call, medians over rounds."""
 
     N: int
@@ -51,14 +61,9 @@ class Timing:
     bandwidth: float
     """Bytes of weight, activations and outputs in a second, as a part of what a copy of memory moves."""
 
-    @property
-    def speedup(self) -> float:
-        """How many times faster than F.linear."""
-        return self.plain_seconds / self.seconds
-
 
 @dataclass(frozen=True)
-class TokenTiming:
+class TokenTiming(_Compared):
     """All linears of a model, one after the other, for M rows of activations: median seconds."""
 
     M: int
@@ -66,11 +71,6 @@ class TokenTiming:
     linears: int
     seconds: float
     plain_seconds: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than F.linear."""
-        return self.plain_seconds / self.seconds
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.convert import Request, convert
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate import evaluate
-from quantize.formats.compressed_tensors import schemes_of
+from quantize.formats.native import schemes_in
 from quantize.formats.packed_int import IntScheme
 from quantize.knapsack import knapsack, total
 from quantize.linear import PackedLinear
@@ -257,7 +257,7 @@ def test_stock_transformers_loads_what_the_command_line_makes(
     summary, facts = json.loads(printed), facts_of(out)
     assert 4.5 < summary["bits_per_weight"] <= 5
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    schemes = schemes_of(config, _linears(2))
+    schemes = schemes_in(config, _linears(2))
     assert {name for name, scheme in schemes.items() if scheme.bits == 8} == set(summary["promoted"]) != set()
     assert {name: scheme.bits for name, scheme in schemes.items()} == {
         name: linear["bits"] for name, linear in facts["allocation"]["linears"].items()
@@ -310,7 +310,7 @@ def test_first_and_last_blocks_at_8_bits(tiny: Maker, text_file: Path, tmp_path:
     model = tiny("llama", num_hidden_layers=3)
     convert(request_for(model, recipe_file(tmp_path, f"stages: {stages}"), tmp_path / "out", text_file))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    bits = {name: scheme.bits for name, scheme in schemes_of(config, _linears(3)).items()}
+    bits = {name: scheme.bits for name, scheme in schemes_in(config, _linears(3)).items()}
     assert bits == {name: 4 if ".layers.1." in name else 8 for name in _linears(3)}
     facts = run_to(7.4, model, str(tmp_path / "r.yaml"), tmp_path / "more", text_file)
     linears = facts["allocation"]["linears"]

@@ -10,8 +10,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.formats.compressed_tensors import quantization_config, schemes_of
+from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
+from quantize.formats.native import schemes_in
 from quantize.formats.packed_int import IntScheme, PackedInt, pack_codes, unpack_codes, words_per_row
 from quantize.grid import Grid
 
@@ -206,7 +207,7 @@ def test_schemes_read_back_from_the_config():
     everywhere = dict.fromkeys(linears, IntScheme(4, 128, True))
     config = quantization_config(everywhere, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert schemes_of(config, [*linears, "lm_head"]) == everywhere
+    assert schemes_in(config, [*linears, "lm_head"]) == everywhere
 
     mixed = {
         linears[0]: IntScheme(4, 128, True),
@@ -214,7 +215,7 @@ def test_schemes_read_back_from_the_config():
         linears[2]: IntScheme(4, 128, True),
     }
     config = quantization_config(mixed, ["lm_head", linears[3]])
-    assert schemes_of(config, [*linears, "lm_head"]) == mixed
+    assert schemes_in(config, [*linears, "lm_head"]) == mixed
     assert all(group["format"] == "pack-quantized" for group in config["config_groups"].values())
 
 
@@ -227,4 +228,4 @@ def test_schemes_that_pq_does_not_write_are_refused(field: str, change: dict[str
     config = quantization_config({"a": IntScheme(4, 128, True)}, [])
     config["config_groups"]["group_0"][field] |= change
     with pytest.raises(ValueError, match=says):
-        schemes_of(config, ["a"])
+        schemes_in(config, ["a"])

@@ -212,21 +212,18 @@ class BitVec:
 
     def unit(self) -> Tensor:
         """Mean step between neighbouring codes of every group, float32 [N, G]."""
-        return self._steps()[self.index.long()]
+        return _steps(self._levels())[self.index.long()]
 
     def points(self) -> Tensor:
         """Values of all codes in units of the step, rising, float32 [2^bits]: the mean over groups."""
-        counts = torch.bincount(self.index.flatten(), minlength=len(self._levels())).float()
-        steps = self._steps()
-        lines = self._levels().sort(dim=1).values / torch.where(steps == 0, 1, steps)[:, None]
+        table = self._levels()
+        counts = torch.bincount(self.index.flatten(), minlength=len(table)).float()
+        steps = _steps(table)
+        lines = table.sort(dim=1).values / torch.where(steps == 0, 1, steps)[:, None]
         return (counts @ lines) / counts.sum()
 
     def _levels(self) -> Tensor:
         return levels(coefficients(self.lines, self.scales), self.bits)
-
-    def _steps(self) -> Tensor:
-        table = self._levels()
-        return (table.amax(dim=1) - table.amin(dim=1)) / ((1 << self.bits) - 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
@@ -259,3 +256,8 @@ class BitVec:
     def kernel_weight(self) -> Tensor:
         """As `unpack`: there is no kernel for FP8 activations."""
         return self.unpack()
+
+
+def _steps(table: Tensor) -> Tensor:
+    # Mean steps between neighbouring codes [L] of the levels of lines [L, 2^bits].
+    return (table.amax(dim=1) - table.amin(dim=1)) / (table.shape[1] - 1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantize.formats.packed_int import IntScheme
-from quantize.formats.scheme import AnyScheme, config_groups, read_groups
+from quantize.formats.scheme import AnyScheme, config_groups
 
 
 def quantization_config(schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]) -> dict[str, Any]:
@@ -19,11 +18,3 @@ def quantization_config(schemes: Mapping[str, AnyScheme], left_alone: Sequence[s
         "ignore": list(left_alone),
         "kv_cache_scheme": None,
     }
-
-
-def schemes_of(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, IntScheme]:
-    """Undo `quantization_config`: full linear names → scheme, for the subset of the format that pq writes.
-
-    Raises ValueError for a scheme that pq does not write.
-    """
-    return read_groups(config, linears, IntScheme.from_json)
