@@ -6,7 +6,7 @@ Module names are relative to a decoder block (`self_attn.q_proj`) unless a field
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from quantize.errors import ModelError
@@ -33,6 +33,20 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Names of the parts of a Mixture of Experts that stands where a dense FFN would."""
+
+    ffn: str = "mlp"
+    router: str = "mlp.gate"
+    """Linear without bias whose outputs are the scores of the routed experts."""
+    routed: str = "mlp.experts"
+    shared: str = "mlp.shared_expert"
+    """Expert that every token visits."""
+    shared_gate: str = "mlp.shared_expert_gate"
+    """Linear of one output without bias; the shared expert's output is multiplied by its sigmoid."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Roles of a decoder's linears, its scale edges and its RoPE layout."""
 
@@ -49,8 +63,8 @@ class Architecture:
     """RMSNorms over head_dim that follow q_proj and k_proj."""
     attention: str = "self_attn"
     """The module that projects, rotates and attends."""
-    experts: str | None = None
-    """Container of routed experts inside a block; None for a dense FFN."""
+    experts: Experts | None = None
+    """Its Mixture of Experts; None where every FFN is dense. Of a model, not of each block: see `with_experts`."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -59,6 +73,44 @@ class Architecture:
     def of_role(self, role: Role) -> str:
         """Name of the linear with this role."""
         return next(name for name, found in self.roles.items() if found == role)
+
+    def with_experts(self, n: int) -> Architecture:
+        """The same decoder for a block whose FFN has n routed experts: the FFN's linears stand once in every expert.
+
+        Roles, groups and edges then name linears such as `mlp.experts.3.up_proj`; the norm before the FFN also feeds
+        the router and the gate of the shared expert, which are never quantized.
+        """
+        parts = self.experts
+        assert parts is not None, self.model_type
+        homes = {"shared": parts.shared} | {str(e): f"{parts.routed}.{e}" for e in range(n)}
+
+        def inside(name: str, home: str) -> str:
+            return home + name.removeprefix(parts.ffn)
+
+        def in_ffn(name: str) -> bool:
+            return name.startswith(f"{parts.ffn}.")
+
+        roles: dict[str, Role] = {name: role for name, role in self.roles.items() if not in_ffn(name)}
+        order = [group for group in self.calibration_order if not in_ffn(group[0])]
+        edges = [edge for edge in self.edges if not any(map(in_ffn, edge.sinks))]
+        residual = {name: norm for name, norm in self.residual.items() if not in_ffn(name)}
+        for home in homes.values():
+            roles |= {inside(name, home): role for name, role in self.roles.items() if in_ffn(name)}
+            residual |= {inside(name, home): norm for name, norm in self.residual.items() if in_ffn(name)}
+        for group in self.calibration_order:
+            if in_ffn(group[0]):
+                order += [tuple(inside(name, home) for name in group) for home in homes.values()]
+        for edge in (edge for edge in self.edges if any(map(in_ffn, edge.sinks))):
+            sinks = {key: tuple(inside(sink, home) for sink in edge.sinks) for key, home in homes.items()}
+            if in_ffn(edge.source):
+                edges += [
+                    replace(edge, name=f"{edge.name}.{key}", source=inside(edge.source, home), sinks=sinks[key])
+                    for key, home in homes.items()
+                ]
+            else:
+                everywhere = tuple(sink for group in sinks.values() for sink in group)
+                edges.append(replace(edge, sinks=(*everywhere, parts.router, parts.shared_gate)))
+        return replace(self, roles=roles, calibration_order=tuple(order), edges=tuple(edges), residual=residual)
 
     def edge(self, name: str) -> Edge:
         """Return the edge called `name`; ModelError lists the edges there are."""
@@ -107,6 +159,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _llama_like("qwen2"),  # q/k/v biases; a bias is scaled like its row
         _llama_like("qwen3", qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
         _llama_like("helium", rope="interleaved"),
+        _llama_like("qwen2_moe", experts=Experts()),
     )
 }
 
@@ -161,3 +214,56 @@ class Shape:
                 f"num_key_value_heads {shape.n_kv_heads}"
             )
         return shape
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of the Mixture of Experts of a `qwen2_moe` config.json; the same in every block that has one."""
+
+    n: int
+    """Routed experts."""
+    size: int
+    """Hidden neurons of a routed expert."""
+    shared: int
+    """Hidden neurons of the shared expert."""
+    top_k: int
+    renormalize: bool
+    """Whether the weights of the chosen experts are scaled to add up to 1."""
+    dense_blocks: frozenset[int]
+    """Blocks whose FFN is dense."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ExpertSizes:
+        """Read the sizes; ModelError names the missing or absurd field."""
+
+        def size(key: str) -> int:
+            value = config.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 20:
+                raise ModelError(f"config.json: {key} is {value!r}, expected a positive integer")
+            return value
+
+        dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+        if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
+            raise ModelError(f"config.json: mlp_only_layers is {dense!r}, expected a list of block numbers")
+        if not isinstance(step, int) or step < 1:
+            raise ModelError(f"config.json: decoder_sparse_step is {step!r}, expected a positive integer")
+        blocks = size("num_hidden_layers")
+        found = cls(
+            n=size("num_experts"),
+            size=size("moe_intermediate_size"),
+            shared=size("shared_expert_intermediate_size"),
+            top_k=size("num_experts_per_tok"),
+            renormalize=bool(config.get("norm_topk_prob", False)),
+            dense_blocks=frozenset(dense) | {index for index in range(blocks) if (index + 1) % step},
+        )
+        if found.top_k > found.n:
+            raise ModelError(f"config.json: num_experts_per_tok {found.top_k} is above num_experts {found.n}")
+        return found
+
+
+def block_architecture(arch: Architecture, config: Mapping[str, Any], index: int) -> Architecture:
+    """The row of block `index` alone, with its experts written out where it has any."""
+    if arch.experts is None:
+        return arch
+    sizes = ExpertSizes.of(config)
+    return arch if index in sizes.dense_blocks else arch.with_experts(sizes.n)

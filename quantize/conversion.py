@@ -89,7 +89,7 @@ class Conversion:
         self.schemes: dict[str, AnyScheme] = {}
         self.rotated_inputs: list[str] = []
         self.report: dict[str, dict[str, Any]] = {}
-        self.statistics = Collected(arch.roles)
+        self.statistics = Collected()
         self.rotary_dim = rotary_dim(source.config, shape.head_dim)
         self.allocation: Allocation | None = None
         self.stored_bits, self.weights = 0.0, 0
@@ -171,7 +171,7 @@ class Conversion:
         self.source_bytes += _bytes(weights)
         block = Block(
             index=index,
-            arch=self.arch,
+            arch=self.skeleton.block_arch(index),
             shape=self.shape,
             module=self.skeleton.layer(index, weights),
             storage={name: tensor.dtype for name, tensor in weights.items()},
@@ -215,7 +215,7 @@ class Conversion:
             linear = block.module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
             self._count(prefix + name, packed, linear.fp8_activations)
-        self.rotated_inputs += [prefix + name for name in self.arch.roles if block.rotates_inputs(name)]
+        self.rotated_inputs += [prefix + name for name in block.arch.roles if block.rotates_inputs(name)]
         for name, facts in block.report.items():
             self.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)

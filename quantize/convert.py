@@ -81,7 +81,9 @@ def _check(
         )
     skeleton.check(source.shapes, shape.tied)
     linears = skeleton.linears()
-    unknown = [n for n in skeleton.linear_shapes(0) if n not in arch.roles]
+    unknown = [
+        n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
+    ]
     if unknown:
         raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
     if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from quantize.arch import Architecture
+from quantize.arch import Architecture, block_architecture
 from quantize.attention import ATTENTION
 from quantize.errors import DataError, ModelError
+from quantize.moe import Router, place_experts
 
 
 class _Recorder(nn.Module):
@@ -76,6 +77,8 @@ class Skeleton:
         self.arch, self.device, self.dtype = arch, device, dtype
         self.model = meta_model(folder, dtype)
         self.config = self.model.config
+        self._facts = self.config.to_dict()
+        place_experts(self.model, arch, self._facts)
         self._layers = self.model.get_submodule(arch.blocks)
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
@@ -106,9 +109,13 @@ class Skeleton:
         }
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """Shapes [N, K] of every nn.Linear of block `index`, by name relative to the block."""
-        layer = self._layers[index]
-        return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        """Shapes [N, K] of every linear of block `index` but its routers, by name relative to the block."""
+        linears = {n: m for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear)}
+        return {n: (m.out_features, m.in_features) for n, m in linears.items() if not isinstance(m, Router)}
+
+    def block_arch(self, index: int) -> Architecture:
+        """Roles, groups and edges of block `index`, its experts written out."""
+        return block_architecture(self.arch, self._facts, index)
 
     def layer(
         self, index: int, weights: Mapping[str, Tensor], packed: Mapping[str, nn.Module] | None = None

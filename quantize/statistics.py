@@ -88,8 +88,7 @@ def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
 class Collected:
     """Statistics of a whole run."""
 
-    def __init__(self, roles: Mapping[str, Role]) -> None:
-        self.roles = roles
+    def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
         self._histograms: dict[tuple[Role, int, int], Tensor] = {}
         self._points: dict[tuple[Role, int, int], list[Tensor]] = {}
@@ -103,7 +102,7 @@ class Collected:
         self.blocks.append({"index": block.index, **pairs})
         for name, counts in block.histograms.items():
             packed = block.packed[name]
-            key = (self.roles[name], packed.bits, packed.group_size)
+            key = (block.arch.roles[name], packed.bits, packed.group_size)
             self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
             self._points.setdefault(key, []).append(packed.points().cpu())
 

@@ -22,6 +22,7 @@ from quantize.arch import ARCHITECTURES, Shape, architecture_of
 from quantize.block import Block
 from quantize.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from quantize.convert import Request, convert
+from quantize.moe import place_experts
 from quantize.overrides import with_stage_fields
 from quantize.recipe import load_recipe
 from quantize.skeleton import Skeleton
@@ -46,6 +47,14 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "helium": {"num_attention_heads": 2},  # its o_proj is square
+    # Its second block has a dense FFN.
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "mlp_only_layers": [1],
+    },
 }
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -108,6 +117,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Seeded bfloat16 weights; norms and biases are far from one and zero, and channels differ in size."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    place_experts(model, architecture_of(config), config)  # checkpoints hold every expert's tensors apart
     generator = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -235,7 +245,7 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
         inputs = [torch.randn(2, 24, shape.hidden, generator=generator) for _ in range(3)]
         return Block(
             index=index,
-            arch=arch,
+            arch=skeleton.block_arch(index),
             shape=shape,
             module=skeleton.layer(index, weights),
             storage={name: tensor.dtype for name, tensor in weights.items()},

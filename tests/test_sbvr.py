@@ -182,7 +182,7 @@ def test_the_seed_fixes_every_byte(make_block: BlockMaker):
 
 def test_the_histogram_carries_the_points(make_block: BlockMaker):
     block = run(Sbvr(**SOME | {"fit": "data-free"}), make_block("llama"))
-    collected = Collected(block.arch.roles)
+    collected = Collected()
     collected.add(block, {}, {})
     for name in (OUT, DOWN):
         found = collected.as_json()["histograms"][f"{block.arch.roles[name]}/4"]
