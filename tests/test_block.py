@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import row_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +20,8 @@ from quantize.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 BlockMaker = Callable[..., Block]
-EDGES = [(name, edge.name) for name, arch in ARCHITECTURES.items() for edge in arch.edges]
-GROUPED = [(name, group[0]) for name, arch in ARCHITECTURES.items() for group in arch.calibration_order]
+EDGES = [(name, edge.name) for name in ARCHITECTURES for edge in row_of(name).edges]
+GROUPED = [(name, group[0]) for name in ARCHITECTURES for group in row_of(name).calibration_order]
 
 
 def outputs(block: Block) -> Tensor:
