@@ -213,7 +213,7 @@ def request_for(model: Path, recipe: str, output: Path, text: Path, *changes: st
 
     Calibrated on 6 windows of 32 tokens, of which an expert would see too few.
     """
-    nsamples = 24 if architecture_of(Checkpoint(model).config).experts else 6
+    nsamples = 48 if architecture_of(Checkpoint(model).config).experts else 6
     chosen = with_stage_fields(load_recipe(recipe).with_overrides(str(text), nsamples=nsamples, seqlen=32), changes)
     return Request(model, chosen, output, CPU, torch.float32, batch_tokens=96)
 
