@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import row_of
 from torch import Tensor
 
-from quantize.arch import ARCHITECTURES
 from quantize.block import Block
 from quantize.errors import ModelError
 from quantize.linear import PackedLinear
@@ -73,7 +73,7 @@ def test_smooth_leaves_the_function_alone(make_block: BlockMaker, cls: type[Stag
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_encode_packs_every_linear_bit_exactly(make_block: BlockMaker, cls: type[Stage], model_type: str):
     block = apply(make_block, cls, model_type)
-    assert set(block.packed) == set(ARCHITECTURES[model_type].roles)
+    assert set(block.packed) == set(row_of(model_type).roles)
     for name, packed in block.packed.items():
         linear = block.module.get_submodule(name)
         assert isinstance(linear, PackedLinear)
@@ -104,7 +104,7 @@ def test_encode_stays_near_the_parent(make_block: BlockMaker, cls: type[Stage], 
 def test_encode_leaves_the_rest_of_the_block_alone(make_block: BlockMaker, cls: type[Stage], model_type: str):
     plain = dict(make_block(model_type).module.named_parameters())
     for name, parameter in apply(make_block, cls, model_type).module.named_parameters():
-        if name.rpartition(".")[0] not in ARCHITECTURES[model_type].roles or name.endswith(".bias"):
+        if name.rpartition(".")[0] not in row_of(model_type).roles or name.endswith(".bias"):
             assert torch.equal(parameter, plain[name]), name
 
 
