@@ -23,6 +23,7 @@ from quantize.load import (
     packed_schemes,
     require_readable,
     rotated_inputs,
+    routing,
 )
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
@@ -60,7 +61,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
         raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
-    skeleton = Skeleton(folder, arch, device, torch.float32)
+    skeleton = Skeleton(folder, arch, device, torch.float32, routing(source))
     linears = skeleton.linears()
     rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])
