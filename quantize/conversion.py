@@ -18,7 +18,7 @@ from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
-from quantize.formats.compressed_tensors import quantization_config
+from quantize.formats.compressed_tensors import lost, quantization_config
 from quantize.formats.native import native_config
 from quantize.formats.scheme import AnyScheme, Packed
 from quantize.grid import Grid
@@ -228,7 +228,8 @@ class Conversion:
 
     def quantization_config(self) -> dict[str, Any]:
         """quantization_config of the output's config.json."""
-        alone = [name for name in (self.arch.head, *self.skeleton.linears()) if name not in self.schemes]
+        linears = (self.arch.head, *self.skeleton.linears(), *self.skeleton.routers())
+        alone = [name for name in linears if name not in self.schemes]
         if self.request.recipe.format == "pq":
             return native_config(self.schemes, alone, self.attention, self.rotated_inputs)
         return quantization_config(self.schemes, alone)
@@ -240,13 +241,10 @@ class Conversion:
 
     def lost(self) -> list[str]:
         """What the recipe asks for and its format cannot hold."""
-        if self.attention is None or self.request.recipe.format == "pq":
+        if self.request.recipe.format == "pq":
             return []
-        return [
-            "post-RoPE scales were not used, and value and key scales were fitted without them",
-            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
-            "pq eval --kv-cache int4 measures it)",
-        ]
+        experts = [n for n in self.skeleton.linears() if self.arch.experts and f".{self.arch.experts.routed}." in n]
+        return lost(self.attention is not None, {self.schemes.get(name) for name in experts})
 
     @property
     def bits_per_weight(self) -> float:

@@ -124,6 +124,10 @@ class Skeleton:
         linears = {n: m for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear)}
         return {n: (m.out_features, m.in_features) for n, m in linears.items() if not isinstance(m, Router)}
 
+    def routers(self) -> list[str]:
+        """Full names of the linears that decide how much of an expert a token gets, which are never quantized."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, Router)]
+
     def block_arch(self, index: int) -> Architecture:
         """Roles, groups and edges of block `index`, its experts written out."""
         return block_architecture(self.arch, self._facts, index)

@@ -148,6 +148,54 @@ def test_a_config_of_another_number_of_experts_is_refused(made: Maker, tmp_path:
             load(folder)
 
 
+# Stock transformers
+
+STOCK = {
+    "4 bits": ("{method: rtn}", True),
+    "3 bits": ("{method: rtn, bits: 3, group_size: 64}", True),
+    "attention finer": ("{method: rtn, bits: 8, ignore: ['*.mlp.*']}, {method: rtn, layers: ['*.mlp.*']}", True),
+    "experts finer": ("{method: rtn, ignore: ['*.mlp.*']}, {method: rtn, bits: 8, layers: ['*.mlp.*']}", True),
+    "others finer": ("{method: rtn, bits: 8, ignore: ['*.experts.*']}, {method: rtn, layers: ['*.experts.*']}", True),
+    "one 16-bit": ("{method: rtn, ignore: ['*.experts.1.*']}", False),
+    "all 16-bit": ("{method: rtn, ignore: ['*.experts.*']}", False),
+    "one finer": ("{method: rtn, ignore: ['*.experts.1.*']}, {method: rtn, bits: 8, layers: ['*.experts.1.*']}", False),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_transformers_reads_experts_packed_alike(tiny: Maker, text_file: Path, tmp_path: Path, name: str):
+    stages, alike = STOCK[name]
+    (tmp_path / "r.yaml").write_text(f"description: d\nstages: [{stages}]\n")
+    request = request_for(tiny("qwen2_moe"), str(tmp_path / "r.yaml"), tmp_path / "out", text_file)
+    lost = convert(request).lost
+    assert [("packed alike" in line, "\n" in line) for line in lost] == ([] if alike else [(True, False)])
+    ours = load_model(request.output, CPU, torch.float32, "stock")
+    assert difference(streamed(request.output), logits(ours)) < 1e-5
+    if alike:
+        theirs = loaded(request.output)
+        stacked = theirs.get_submodule(f"{MLP}.experts")
+        for index, expert in enumerate(ours.get_submodule(f"{MLP}.experts").children()):
+            rows = torch.cat([expert.gate_proj.weight, expert.up_proj.weight])
+            assert torch.equal(stacked.gate_up_proj[index], rows.bfloat16())
+            assert torch.equal(stacked.down_proj[index], expert.down_proj.weight.bfloat16())
+        assert difference(logits(theirs), logits(ours)) < 0.01  # experts alone compute in bfloat16
+
+
+def test_a_conversion_says_that_stock_transformers_does_not_round_what_enters_experts(
+    tiny: Maker, text_file: Path, tmp_path: Path
+):
+    for name, activations in (("a", "activations=fp8"), ("b", "activations=none")):
+        lost = convert(request_for(tiny("qwen2_moe"), "rtn", tmp_path / name, text_file, activations)).lost
+        assert [line.startswith("transformers runs routed experts with 16-bit") for line in lost] == [True] * (
+            name == "a"
+        )
+
+
+def test_stock_transformers_reads_experts_that_are_not_packed(tiny: Maker):
+    folder = tiny("qwen2_moe", norm_topk_prob=True)
+    assert difference(logits(loaded(folder)), streamed(folder)) < 1e-5
+
+
 # Routing
 
 

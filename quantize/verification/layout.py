@@ -117,7 +117,8 @@ def _check_coverage(layout: Layout) -> None:
     quantization = layout.source.config.get("quantization_config") or {}
     named = list(quantization.get("ignore", ()))
     named += [t for g in quantization.get("config_groups", {}).values() for t in g["targets"] if t != "Linear"]
-    if wrong := sorted(str(n) for n in named if n not in layout.linears and n != layout.arch.head):
+    known = {*layout.linears, layout.arch.head, *layout.skeleton.routers()}
+    if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(counted([f"config.json's quantization_config names {n}, which is no linear" for n in wrong]))
 
 
