@@ -234,6 +234,10 @@ class Shape:
         return shape
 
 
+ROUTERS = ("gate", "shared_expert_gate")
+"""Linears of an FFN with experts, by their names within it, that no recipe quantizes."""
+
+
 @dataclass(frozen=True)
 class ExpertSizes:
     """Sizes of the Mixture of Experts of a `qwen2_moe` config.json; the same in every block that has one."""

@@ -19,8 +19,8 @@ from quantize.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, 
 from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.moe import MoeFfn
-from quantize.peak import Cost
 from quantize.moments import Moments, Sums
+from quantize.peak import Cost
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
 
@@ -73,8 +73,6 @@ class Block:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
     """The layer that encode stages aim at, see `freeze_reference`."""
-    parent: nn.Module | None = None
-    """The layer as the source has it, where a stage restructured it: the parent's stream goes on through it."""
     memo: Memo = field(default_factory=lambda: Memo(None))
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
@@ -111,16 +109,11 @@ class Block:
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
 
-    def keep_parent(self) -> None:
-        """Keep a copy of the layer as it came from the source, before it is restructured."""
-        if self.parent is None and self.reference_inputs is not None:
-            self.parent = copy.deepcopy(self.module)
-
-    def parent_outputs(self, batch: int) -> Tensor:
-        """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
-        assert self.parent is not None
+    def reference_outputs(self, batch: int) -> Tensor:
+        """Outputs [B·T, D] of the frozen reference for the parent's hidden states, in float32."""
+        assert self.reference is not None
         assert self.reference_inputs is not None
-        return self.forward(self.parent, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
+        return self.forward(self.reference, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
 
     def add_bias(self, name: str) -> None:
         """Give a linear a bias of zeros where it has none."""

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
-from quantize.arch import Architecture, Shape
+from quantize.arch import ROUTERS, Architecture, Shape
 from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
-from quantize.formats.compressed_tensors import quantization_config
+from quantize.formats.compressed_tensors import lost, quantization_config
 from quantize.formats.native import native_config
 from quantize.formats.scheme import AnyScheme, Packed
 from quantize.grid import Grid
@@ -293,7 +293,8 @@ class Conversion:
 
     def _quantization_config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any] | None:
         """How the output is packed, attends and routes; None where any loader gets that right without being told."""
-        alone = [name for name in (self.arch.head, *linears) if name not in self.schemes]
+        routers = [f"{ffn}.{router}" for ffn in self.routing for router in ROUTERS]
+        alone = [name for name in (self.arch.head, *linears, *routers) if name not in self.schemes]
         if self.request.recipe.format != "pq":
             return quantization_config(self.schemes, alone) if self.schemes else None
         usual = {"policy": "top-k", "k": config.get("num_experts_per_tok"), "renormalize": config.get("norm_topk_prob")}
@@ -309,13 +310,10 @@ class Conversion:
 
     def lost(self) -> list[str]:
         """What the recipe asks for and its format cannot hold."""
-        if self.attention is None or self.request.recipe.format == "pq":
+        if self.request.recipe.format == "pq":
             return []
-        return [
-            "post-RoPE scales were not used, and value and key scales were fitted without them",
-            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
-            "pq eval --kv-cache int4 measures it)",
-        ]
+        experts = [n for n in self.skeleton.linears() if self.arch.experts and f".{self.arch.experts.routed}." in n]
+        return lost(self.attention is not None, {self.schemes.get(name) for name in experts})
 
     @property
     def bits_per_weight(self) -> float:

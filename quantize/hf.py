@@ -16,17 +16,25 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantize.arch import Shape, architecture_of
+from quantize.arch import ARCHITECTURES, Shape, architecture_of
 from quantize.bitvec_linear import BitVecLinear
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.bitvec import BitVecScheme
-from quantize.formats.native import NATIVE, attention_of, packed_linears, require_understood, rotated_inputs_of
+from quantize.formats.native import (
+    NATIVE,
+    attention_of,
+    packed_linears,
+    require_understood,
+    rotated_inputs_of,
+    routing_of,
+)
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
 from quantize.hadamard import let_rotate_inputs
 from quantize.int_linear import IntLinear
+from quantize.moe import Policy, Router, place_experts
 from quantize.native_linear import NativeLinear
 
 _LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
@@ -68,6 +76,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         try:
+            _place_experts(model, routing_of(self.quantization_config.to_dict()))
             self._place_linears(model)
             if attention := attention_of(self.quantization_config.to_dict()):
                 _place_attention(model, attention)
@@ -81,7 +90,9 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         linears = {
             name if module is head else _full_name(model, name): (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and (name.startswith(inner) or module is head)
+            if isinstance(module, nn.Linear)
+            and not isinstance(module, Router)
+            and (name.startswith(inner) or module is head)
         }
         # A decoder without its head has no place for a packed one.
         schemes = packed_linears(self.quantization_config.to_dict(), [*linears, _HEAD])
@@ -97,6 +108,14 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
                 let_rotate_inputs(model.get_submodule(linears[full][0]))
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
+
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> list[Any]:
+        """The model's conversions but those that stack experts: `MoeFfn` has their tensors as checkpoints do.
+
+        args: the model, in releases of transformers that pass it.
+        """
+        kept = [c for c in weight_conversions if not any("experts" in p for p in c.source_patterns)]
+        return list(super().update_weight_conversions(kept, *args))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -128,6 +147,19 @@ def _full_name(model: Any, name: str) -> str:
 def _inner_prefix(model: Any) -> str:
     """What the names of the decoder start with inside `model`: empty where the model is the decoder alone."""
     return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+
+
+def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
+    arch = ARCHITECTURES.get(model.config.model_type)
+    if arch is None:
+        if policies:
+            raise ValueError(f"pq knows no experts of model_type {model.config.model_type!r}, which routing is for")
+        return
+    if arch.experts and not hasattr(HfQuantizer, "update_weight_conversions"):
+        raise ValueError("this release of transformers cannot load packed experts; install a newer one")
+    # A decoder alone has shorter names.
+    whole = nn.ModuleDict({model.base_model_prefix: model.base_model})
+    place_experts(whole, arch, model.config.to_dict(), policies)
 
 
 def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantize.arch import ARCHITECTURES
 from quantize.checkpoint import Checkpoint
-from quantize.errors import ModelError
 from quantize.headers import Header, noted_shapes, tensor_headers
-from quantize.provenance import read_provenance
+from quantize.made import Made, read_made
+from quantize.roles import ROUTER, natural, role_of
 from quantize.storage import Storage, storage_of
 
 _SIZES = (
@@ -28,7 +28,6 @@ _SIZES = (
     "tie_word_embeddings",
 )
 _BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<index>\d{1,6})\.(?P<local>.+)")
-_WORST = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Linear:
     name: str
     """Relative to its block."""
     role: str
-    """q, k, v, o, gate, up or down; the name's last part where the architecture is unknown."""
+    """q, k, v, o, gate, up, down or router; the name's last part where the architecture is unknown."""
     shape: tuple[int, int] | None
     """(N, K): outputs, inputs; None where headers do not tell."""
     format: str
@@ -73,6 +72,8 @@ class DecoderBlock:
     linears: tuple[Linear, ...]
     others: tuple[Other, ...]
     bytes: int
+    routing: Mapping[str, Any] | None = None
+    """How tokens find its experts, in pq's own format; None where config.json's own fields say it."""
 
 
 @dataclass(frozen=True)
@@ -93,32 +94,6 @@ class Totals:
     """Of the safetensors files."""
     sixteen_bit_bytes: int | None
     """What all parameters would take in 16 bits."""
-
-
-@dataclass(frozen=True)
-class Worst:
-    """A linear with a large recorded error."""
-
-    name: str
-    error: float
-    kind: str
-    """output_error, or weight_error for data-free recipes."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What pq.json says about the conversion."""
-
-    pq: str
-    recipe: str
-    recipe_resolved: str
-    calibration: Mapping[str, Any] | None
-    source: Mapping[str, str]
-    versions: Mapping[str, str]
-    machine: Mapping[str, str]
-    dropped_sequences: int
-    fallbacks: tuple[str, ...]
-    worst: tuple[Worst, ...]
 
 
 @dataclass(frozen=True)
@@ -151,15 +126,16 @@ def inspect(folder: Path) -> Inspection:
     headers = tensor_headers(source)
     stored = storage_of(headers, source.config.get("quantization_config"), noted_shapes(source, headers))
     blocks, outside = _sorted_out(headers, stored, str(source.config.get("model_type")))
+    blocks = _routed(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
-    made, problem = _made(folder)
+    made, problem = read_made(folder)
     return Inspection(
         folder=str(folder),
         model_type=str(source.config.get("model_type", "unknown")),
         architecture=_architecture(source.config),
         sizes=_sizes(source.config),
         formats=tuple(dict.fromkeys(linear.format for block in blocks for linear in block.linears)),
-        attention=_attention(source.config),
+        attention=_native(source.config, "attention"),
         totals=_totals(headers, stored, outside, file_bytes),
         blocks=blocks,
         outside=outside,
@@ -168,10 +144,17 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _attention(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _native(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """An object within quantization_config; None where there is none."""
     quantization = config.get("quantization_config")
-    found = quantization.get("attention") if isinstance(quantization, dict) else None
+    found = quantization.get(key) if isinstance(quantization, dict) else None
     return found if isinstance(found, dict) else None
+
+
+def _routed(blocks: tuple[DecoderBlock, ...], routing: Mapping[str, Any] | None) -> tuple[DecoderBlock, ...]:
+    """Blocks with the policies that name their FFNs."""
+    policies = {name.rpartition(".")[0]: found for name, found in (routing or {}).items() if isinstance(found, dict)}
+    return tuple(replace(block, routing=policies.get(block.name)) for block in blocks)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -192,12 +175,12 @@ def _sorted_out(
     linears: dict[tuple[str, int], list[Linear]] = {}
     others: dict[tuple[str, int], list[Other]] = {}
     outside: list[Other] = []
-    roles = ARCHITECTURES[model_type].roles if model_type in ARCHITECTURES else {}
+    arch = ARCHITECTURES.get(model_type)
     matrices = {part for storage in stored.values() for part in storage.parts}
     for name, storage in stored.items():
         if found := _BLOCK.fullmatch(name):
             key, local = (found["blocks"], int(found["index"])), found["local"]
-            linears.setdefault(key, []).append(_linear(local, roles.get(local), storage))
+            linears.setdefault(key, []).append(_linear(local, role_of(arch, local) if arch else None, storage))
     for name, header in headers.items():
         found = _BLOCK.fullmatch(name)
         if not found:
@@ -205,10 +188,12 @@ def _sorted_out(
         elif name not in matrices:
             other = Other(found["local"], header.dtype, header.shape, header.bytes)
             others.setdefault((found["blocks"], int(found["index"])), []).append(other)
-    order = list(roles)
+    order = [*arch.roles.values(), ROUTER] if arch else []
     blocks = []
     for key in sorted({*linears, *others}):
-        mine = sorted(linears.get(key, []), key=lambda x: (order.index(x.name) if x.name in order else 99, x.name))
+        mine = sorted(
+            linears.get(key, []), key=lambda x: (order.index(x.role) if x.role in order else 99, natural(x.name))
+        )
         rest = sorted(others.get(key, []), key=lambda x: x.name)
         size = sum(x.bytes for x in mine) + sum(x.bytes for x in rest)
         blocks.append(DecoderBlock(f"{key[0]}.{key[1]}", key[1], tuple(mine), tuple(rest), size))
@@ -263,36 +248,3 @@ def _expected(quantized: list[Storage], plain_bytes: int) -> int | None:
             return None
         bits += storage.expected_bits
     return plain_bytes + math.ceil(bits / 8)
-
-
-def _made(folder: Path) -> tuple[Made | None, str | None]:
-    try:
-        data = read_provenance(folder)
-    except ModelError as err:
-        return None, str(err)
-    if data is None:
-        return None, None
-    made = Made(
-        pq=data["pq"],
-        recipe=data["recipe"]["name"],
-        recipe_resolved=data["recipe"]["resolved"],
-        calibration=data["calibration"],
-        source=data["source"],
-        versions=data["versions"],
-        machine=data["machine"],
-        dropped_sequences=data["dropped_sequences"],
-        fallbacks=tuple(name for name, facts in data["layers"].items() if facts.get("fallback")),
-        worst=_worst(data["layers"]),
-    )
-    return made, None
-
-
-def _worst(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Worst, ...]:
-    found = []
-    for name, facts in layers.items():
-        kind = "output_error" if "output_error" in facts else "weight_error"
-        error = facts.get(kind)
-        if isinstance(error, int | float):
-            found.append(Worst(name, float(error), kind))
-    # NaN is the worst of all.
-    return tuple(sorted(found, key=lambda w: math.inf if math.isnan(w.error) else w.error, reverse=True)[:_WORST])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +16,12 @@ from quantize.attention import KvAttention, KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
-from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, schemes_in
+from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, routing_of, schemes_in
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.scheme import AnyScheme
 from quantize.hadamard import let_rotate_inputs
 from quantize.linear import Numerics, PackedLinear
+from quantize.moe import Policy, Router, place_experts
 from quantize.skeleton import Skeleton, meta_model
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
@@ -44,10 +46,10 @@ def load_model(
     if source.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
     require_readable(source)
-    model = meta_model(folder, dtype)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model, arch = meta_model(folder, dtype), architecture_of(source.config)
+    place_experts(model, arch, model.config.to_dict(), routing(source))
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Router)]
     schemes = packed_schemes(source, linears)
-    arch = architecture_of(source.config)
     kv_numerics = attention_numerics(source) or attention
     if kv_numerics is not None:
         for layer in model.get_submodule(arch.blocks):
@@ -71,6 +73,14 @@ def require_readable(source: Checkpoint) -> None:
             raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
+def _native_config(source: Checkpoint) -> Mapping[str, Any]:
+    """quantization_config of a checkpoint in pq's own format; empty for any other."""
+    quantization = source.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
+        return {}
+    return quantization
+
+
 def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
     """Scheme of every packed linear by full name, empty for a plain model; ModelError for schemes pq does not read."""
     try:
@@ -89,10 +99,7 @@ def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
 
 def attention_numerics(source: Checkpoint) -> KvNumerics | None:
     """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
-    quantization = source.config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
-        return None
-    facts = quantization.get("attention")
+    facts = _native_config(source).get("attention")
     try:
         return None if facts is None else KvNumerics.from_json(facts)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
@@ -104,11 +111,16 @@ def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -
 
     linears: full names of those of the blocks; None: names are not checked.
     """
-    quantization = source.config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
-        return ()
     try:
-        return rotated_inputs_of(quantization, linears)
+        return rotated_inputs_of(_native_config(source), linears)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def routing(source: Checkpoint) -> Mapping[str, Policy]:
+    """How FFNs with experts route, by full name, where not as config.json's own fields say; ModelError as above."""
+    try:
+        return routing_of(_native_config(source))
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 

@@ -8,7 +8,7 @@ selects expert e, else 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,57 +16,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from quantize.arch import Architecture, ExpertSizes
+from quantize.errors import ModelError
+from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
 
-
-@dataclass(frozen=True)
-class TopK:
-    """Every token visits the k experts of highest score, as stock loaders route."""
-
-    k: int
-    renormalize: bool = False
-    """Whether the weights of the chosen experts are scaled to add up to 1."""
-
-    def select(self, scores: Tensor) -> Tensor:
-        """Scores [M, N] → whether a token visits an expert [M, N]."""
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        return chosen.scatter_(1, scores.topk(self.k, dim=1).indices, True)
-
-    def as_json(self) -> dict[str, Any]:
-        """As config.json of a native checkpoint holds it."""
-        return {"policy": "top-k", "k": self.k, "renormalize": self.renormalize}
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A token visits every expert whose score exceeds a threshold: none, a few or all."""
-
-    threshold: float
-    """In units of the router's scores, before the softmax."""
-
-    renormalize = False
-
-    def select(self, scores: Tensor) -> Tensor:
-        """Scores [M, N] → whether a token visits an expert [M, N]."""
-        return scores > self.threshold
-
-    def as_json(self) -> dict[str, Any]:
-        """As config.json of a native checkpoint holds it."""
-        return {"policy": "threshold", "threshold": self.threshold}
-
-
-Policy = TopK | Threshold
-
-
-def policy_from_json(facts: Mapping[str, Any]) -> Policy:
-    """Read what `as_json` wrote; ValueError for anything else."""
-    kind = facts.get("policy") if isinstance(facts, Mapping) else None
-    if kind == "top-k" and set(facts) == {"policy", "k", "renormalize"}:
-        k, renormalize = facts["k"], facts["renormalize"]
-        if type(k) is int and k > 0 and type(renormalize) is bool:
-            return TopK(k, renormalize)
-    if kind == "threshold" and set(facts) == {"policy", "threshold"} and isinstance(facts["threshold"], int | float):
-        return Threshold(float(facts["threshold"]))
-    raise ValueError(f"routing policy {facts!r} is not one that pq knows; install a newer pq-quantize")
+__all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
 
 
 class Router(nn.Linear):
@@ -121,16 +74,30 @@ class MoeFfn(nn.Module):
         return out
 
 
-def place_experts(model: nn.Module, arch: Architecture, config: Mapping[str, Any]) -> None:
+def place_experts(
+    model: nn.Module,
+    arch: Architecture,
+    config: Mapping[str, Any],
+    policies: Mapping[str, Policy] = MappingProxyType({}),
+) -> None:
     """Let the blocks of a transformers model compute their experts by `MoeFfn`, without weights on the meta device.
 
-    config: parsed config.json; ModelError for sizes that it lacks. A model whose FFNs are dense is left alone.
+    config: parsed config.json; policies: full name of an FFN → how it routes, where not as config.json says. ModelError
+    for sizes that config.json lacks and policies that do not fit. A model whose FFNs are dense is left alone.
     """
-    if arch.experts is None:
-        return
-    sizes = ExpertSizes.of(config)
-    for index, block in enumerate(model.get_submodule(arch.blocks).children()):
-        if index not in sizes.dense_blocks:
-            with torch.device("meta"):
-                ffn = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")])
-            block.set_submodule(arch.experts.ffn, ffn.to(next(block.parameters()).dtype).eval().requires_grad_(False))
+    ffns: dict[str, nn.Module] = {}
+    if arch.experts is not None:
+        sizes = ExpertSizes.of(config)
+        for index, block in enumerate(model.get_submodule(arch.blocks).children()):
+            if index not in sizes.dense_blocks:
+                name = f"{arch.blocks}.{index}.{arch.experts.ffn}"
+                policy = policies.get(name)
+                if isinstance(policy, TopK) and policy.k > sizes.n:
+                    raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
+                with torch.device("meta"):
+                    made = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")], policy)
+                ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
+    if strangers := sorted(set(policies) - set(ffns)):
+        raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")
+    for name, ffn in ffns.items():
+        model.set_submodule(name, ffn)

@@ -6,6 +6,7 @@ finite, means "not measured".
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,19 +139,39 @@ def place_of(name: str) -> tuple[int, str] | None:
     return None
 
 
+ANY = "*"
+"""Stands for all numbers in a folded name."""
+
+
+def folded(name: str) -> str:
+    """A name within a block with its numbers left open: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
+    return ".".join(ANY if part.isascii() and part.isdecimal() else part for part in name.split("."))
+
+
+def _mean(values: Sequence[float | int]) -> Number:
+    return values[0] if len(values) == 1 else statistics.fmean(values) if values else None
+
+
 def block_map(
     values: Mapping[str, Number], *, title: str, caption: str, unit: str = "", log: bool = False
 ) -> Heatmap | None:
     """Heat map of block (across) and name within the block (down) from full names; None when nothing is known.
 
-    Rows stand in the order in which the names first appear.
+    Rows stand in the order in which the names first appear. Names that differ by a number alone, such as those of
+    experts, share a row and give their mean.
     """
-    placed = {place: value for name, value in values.items() if (place := place_of(name)) is not None}
-    if all(value is None for value in placed.values()):
+    placed: dict[tuple[int, str], list[float | int]] = {}
+    for name, value in values.items():
+        if (place := place_of(name)) is not None:
+            cell = placed.setdefault((place[0], folded(place[1])), [])
+            cell += [] if value is None else [value]
+    if not any(placed.values()):
         return None
     blocks = sorted({block for block, _ in placed})
     names = list(dict.fromkeys(name for _, name in placed))
-    cells = [[placed.get((block, name)) for block in blocks] for name in names]
+    cells = [[_mean(placed.get((block, name), [])) for block in blocks] for name in names]
+    if any(ANY in name for name in names):
+        caption += f" A row with {ANY} is the mean over the numbers that stand there."
     return Heatmap(title, caption, names, [str(block) for block in blocks], cells, unit, log, "block")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from quantize.arch import Architecture, block_architecture
 from quantize.attention import ATTENTION
 from quantize.errors import DataError, ModelError
-from quantize.moe import Router, place_experts
+from quantize.moe import Policy, Router, place_experts
 
 
 class _Recorder(nn.Module):
@@ -71,14 +72,24 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Skeleton:
-    """Builds decoder layers on demand and replays the arguments the full model would give them."""
+    """Builds decoder layers on demand and replays the arguments the full model would give them.
 
-    def __init__(self, folder: Path, arch: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+    routing: full names of FFNs with experts → how they route, where that is not as config.json says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arch: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        routing: Mapping[str, Policy] = MappingProxyType({}),
+    ) -> None:
         self.arch, self.device, self.dtype = arch, device, dtype
         self.model = meta_model(folder, dtype)
         self.config = self.model.config
         self._facts = self.config.to_dict()
-        place_experts(self.model, arch, self._facts)
+        place_experts(self.model, arch, self._facts, routing)
         self._layers = self.model.get_submodule(arch.blocks)
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
@@ -112,6 +123,10 @@ class Skeleton:
         """Shapes [N, K] of every linear of block `index` but its routers, by name relative to the block."""
         linears = {n: m for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear)}
         return {n: (m.out_features, m.in_features) for n, m in linears.items() if not isinstance(m, Router)}
+
+    def routers(self) -> list[str]:
+        """Full names of the linears that decide how much of an expert a token gets, which are never quantized."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, Router)]
 
     def block_arch(self, index: int) -> Architecture:
         """Roles, groups and edges of block `index`, its experts written out."""

@@ -97,6 +97,8 @@ def poisoned_memory() -> Iterator[None]:
 
         return made
 
+    with torch.device("meta"):
+        torch.empty(0)  # lets torch note what makes tensors, or it would not know the patched from then on
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poison(getattr(torch, name)))

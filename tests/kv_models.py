@@ -11,6 +11,7 @@ from conftest import ModelMaker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache
 
+from quantize.arch import ARCHITECTURES
 from quantize.attention import ATTENTION, KvAttention, KvNumerics
 from quantize.formats.kv4 import KvScheme
 from quantize.kv_cache import use_int4_cache
@@ -28,7 +29,9 @@ def kv_model(tiny: ModelMaker, model_type: str, scheme: KvScheme | None = None, 
     In float64: the last bit of a float32 product depends on how many tokens are multiplied at once, and now and then
     tips a key over to the next code.
     """
-    model = AutoModelForCausalLM.from_pretrained(tiny(model_type, **changes), dtype=torch.float64)
+    # Stacked products of experts have no kernel for float64.
+    kwargs = {"experts_implementation": "eager"} if ARCHITECTURES[model_type].experts else {}
+    model = AutoModelForCausalLM.from_pretrained(tiny(model_type, **changes), dtype=torch.float64, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         shape = (model.config.num_key_value_heads, model.config.head_dim)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quantize.arch import Shape
+from quantize.arch import Shape, architecture_of, block_architecture
 from quantize.checkpoint import INDEX_NAME
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.packed_int import IntScheme
@@ -67,6 +67,13 @@ def native(folder: Path, source: Path, attention: Mapping[str, Any] | None = Non
     scales = {name: torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
     save_file(scales, folder / KV_SHARD, metadata={"format": "pt"})
     return edited(folder, lambda tensors: None)
+
+
+def linears_of(folder: Path) -> int:
+    """How many linears the blocks of a model have."""
+    config = json.loads((folder / "config.json").read_text())
+    arch, n = architecture_of(config), Shape.of(config).n_blocks
+    return sum(len(block_architecture(arch, config, index).roles) for index in range(n))
 
 
 def tokens(length: int = 24) -> Tensor:

@@ -12,6 +12,7 @@ from conftest import config_of, random_weights, request_for, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantize.arch import ARCHITECTURES
 from quantize.block import Block
 from quantize.calib import calibration_tokens
 from quantize.checkpoint import INDEX_NAME, Checkpoint, sha256_file
@@ -56,7 +57,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_stock_transformers_computes_what_we_compute(converted: Maker, tiny: Maker, recipe: str, model_type: str):
     out = converted(recipe, model_type)
     ours = our_logits(out)
-    assert difference(ours, stock_logits(out)) < 1e-5
+    limit = 1e-5
+    if ARCHITECTURES[model_type].experts:  # there they are run in bfloat16, and what enters them is not rounded to FP8
+        limit = 0.1 if recipe == "fireq-paper-linear" else 0.01
+    assert difference(ours, stock_logits(out)) < limit
     assert 1e-3 < difference(ours, our_logits(tiny(model_type))) < 0.6
 
 
@@ -114,7 +118,9 @@ def test_side_files_are_copied_byte_for_byte(converted: Maker, tiny: Maker, mode
 def test_config_keeps_every_field_of_the_source(converted: Maker, tiny: Maker, model_type: str):
     before = json.loads((tiny(model_type) / "config.json").read_text())
     after = json.loads((converted("rtn", model_type) / "config.json").read_text())
-    assert after.pop("quantization_config")["ignore"] == ["lm_head"]
+    routers = ["model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"]
+    ignored = ["lm_head", *(routers if ARCHITECTURES[model_type].experts else [])]
+    assert after.pop("quantization_config")["ignore"] == ignored
     assert after == before
 
 

@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from quantize.arch import ARCHITECTURES
 from quantize.checkpoint import Checkpoint
 from quantize.cli.inspect import inspect as inspect_command
 from quantize.errors import ModelError
 from quantize.headers import Header
 from quantize.inspection import Inspection, Linear, inspect
+from quantize.roles import natural, role_of
 from quantize.storage import storage_of
 
 Maker = Callable[..., Path]
@@ -84,7 +86,10 @@ def test_a_plain_model_of_every_architecture(tiny: Maker, model_type: str):
     assert found.made is None
     assert found.made_problem is None
     assert [block.index for block in found.blocks] == [0, 1]
-    assert [linear.role for linear in found.blocks[0].linears] == ["q", "k", "v", "o", "gate", "up", "down"]
+    experts = ARCHITECTURES[model_type].experts  # in the first block, four and a shared one
+    ffn = 5 * ["gate"] + 5 * ["up"] + 5 * ["down"] + 2 * ["router"] if experts else ["gate", "up", "down"]
+    assert [linear.role for linear in found.blocks[0].linears] == ["q", "k", "v", "o", *ffn]
+    assert [linear.role for linear in found.blocks[1].linears] == ["q", "k", "v", "o", "gate", "up", "down"]
     assert linears_of(found)["model.layers.1.mlp.down_proj"].shape == (128, 256)
     shown = {f"{block.name}.{o.name}" for block in found.blocks for o in block.others} | {o.name for o in found.outside}
     assert shown | {f"{name}.weight" for name in linears_of(found)} == set(tensors)
@@ -294,6 +299,33 @@ def test_different_blocks_are_not_folded(converted: Maker):
     output = pq_inspect(converted("rtn", "llama", "ignore=model.layers.1.*")).output
     assert "equal blocks" not in output
     assert "up (mlp.up_proj): 256 x 128, bfloat16" in output
+
+
+def test_equal_experts_are_folded(converted: Maker, tmp_path: Path):
+    folder = Path(shutil.copytree(converted("rtn", "qwen2_moe", "ignore=*.experts.2.up_proj"), tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["routing"] = {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.5}}
+    (folder / "config.json").write_text(json.dumps(config))
+    folded, whole = pq_inspect(folder).output, pq_inspect(folder, "--all").output
+    assert folded.count("gate (mlp.experts.*.gate_proj, 4 equal): 128 x 128, 4-bit g128") == 1
+    assert folded.count("8.46 kB each") == 3
+    assert "up (mlp.experts.*.up_proj, 3 equal): 128 x 128, 4-bit" in folded
+    assert "up (mlp.experts.2.up_proj): 128 x 128, bfloat16" in folded
+    assert folded.count("(mlp.shared_expert.gate_proj): 256 x 128") == 1
+    assert "router (mlp.gate): 4 x 128, bfloat16" in folded
+    assert folded.count('routing: {"policy": "threshold", "threshold": 0.5}') == 1
+    assert whole.count("gate (mlp.experts.") == 4
+    assert "equal" not in whole
+
+
+def test_experts_stand_in_the_order_of_their_numbers():
+    names = [f"mlp.experts.{n}.up_proj" for n in (0, 9, 10, 11)]
+    assert sorted(names[::-1], key=natural) == names
+    arch = ARCHITECTURES["qwen2_moe"]
+    assert role_of(arch, "mlp.experts.10.up_proj") == role_of(arch, "mlp.shared_expert.up_proj") == "up"
+    assert role_of(arch, "mlp.shared_expert_gate") == "router"
+    assert role_of(arch, "mlp.experts.x.up_proj") is None
+    assert role_of(ARCHITECTURES["llama"], "mlp.experts.0.up_proj") is None
 
 
 def test_json_is_the_function_s_result(converted: Maker):

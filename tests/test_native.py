@@ -16,6 +16,7 @@ from natives import (
     W4A8,
     Maker,
     difference,
+    linears_of,
     loaded,
     logits,
     native,
@@ -45,7 +46,7 @@ def test_transformers_computes_what_we_compute(converted: Maker, tmp_path: Path,
     for dtype in (torch.float32, torch.bfloat16):
         model = loaded(folder, dtype)
         layers = [m for m in model.modules() if isinstance(m, NativeLinear)]
-        assert len(layers) == 14
+        assert len(layers) == linears_of(folder)
         assert {m.scheme.fp8_activations for m in layers} == {recipe == "fireq-paper-linear"}
         assert {t.dtype for m in layers for n, t in m.named_parameters() if n == "weight_scale"} == {torch.bfloat16}
         assert difference(logits(model), logits(load_model(source, CPU, dtype))) < 1e-5
@@ -130,7 +131,9 @@ def test_what_a_conversion_writes_loads(converted: Maker, recipe: str, model_typ
     folder = converted(recipe, model_type)
     for dtype in (torch.float32, torch.bfloat16):
         model, ours = loaded(folder, dtype), load_model(folder, CPU, dtype)
-        assert sum(isinstance(m, NativeLinear) for m in model.modules()) == (14 if recipe == "fireq-paper" else 0)
+        assert sum(isinstance(m, NativeLinear) for m in model.modules()) == (
+            linears_of(folder) if recipe == "fireq-paper" else 0
+        )
         assert difference(logits(model), logits(ours)) < 1e-5
         scales = [[m.scale for m in each.modules() if isinstance(m, KvAttention)] for each in (model, ours)]
         assert len(scales[0]) == 2

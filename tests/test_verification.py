@@ -36,7 +36,7 @@ Maker = Callable[..., Path]
 # Sound conversions
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen2_moe"])
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "fireq", "fireq-paper-linear"])
 def test_a_sound_conversion_passes(copied: Maker, tiny: Maker, recipe: str, model_type: str):
     result = verify(copied(recipe, model_type), tiny(model_type))

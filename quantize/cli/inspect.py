@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantize.cli.common import local_model
+from quantize.pictures import folded
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
     from quantize.inspection import DecoderBlock, Inspection, Linear, Other, Totals
 
+_NAMED = 10  # fallbacks that are named
+
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's.")],
-    every_block: Annotated[bool, typer.Option("--all", help="Show every block; equal ones are folded else.")] = False,
+    every_block: Annotated[
+        bool, typer.Option("--all", help="Show every block and expert; equal ones are folded else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
@@ -48,7 +53,7 @@ def _print(found: Inspection, every_block: bool) -> None:
     for other in found.outside:
         root.add(_other_line(other))
     for run in runs:
-        _add_blocks(root, run)
+        _add_blocks(root, run, every_block)
     _add_made(root, found)
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
@@ -81,33 +86,47 @@ def _runs(blocks: Sequence[DecoderBlock], every_block: bool) -> Iterator[list[De
     """Neighbouring blocks that hold the same."""
 
     def content(block: DecoderBlock) -> tuple[Any, ...]:
-        return (block.name.rpartition(".")[0], block.linears, block.others)
+        return (block.name.rpartition(".")[0], block.linears, block.others, block.routing)
 
     for _, run in itertools.groupby(blocks, key=lambda b: b.name if every_block else content(b)):
         yield list(run)
 
 
-def _add_blocks(root: Tree, run: list[DecoderBlock]) -> None:
+def _add_blocks(root: Tree, run: list[DecoderBlock], every_expert: bool) -> None:
     first, last = run[0], run[-1]
     name = first.name if first is last else f"{first.name} … {last.index}, {len(run)} equal blocks"
     branch = root.add(printable(f"{name}: {_size(first.bytes)}{'' if first is last else ' each'}"))
-    for linear in first.linears:
-        branch.add(printable(_linear_line(linear)))
+    if first.routing is not None:
+        branch.add(printable(f"routing: {json.dumps(first.routing)}"))
+    for alike in [[x] for x in first.linears] if every_expert else _alike(first.linears):
+        branch.add(printable(_linear_line(alike)))
     for other in first.others:
         branch.add(_other_line(other))
 
 
-def _linear_line(linear: Linear) -> str:
+def _alike(linears: Sequence[Linear]) -> list[list[Linear]]:
+    """Linears that differ by a number in their names alone, as those of experts do, together."""
+    runs: dict[Linear, list[Linear]] = {}
+    for linear in linears:
+        runs.setdefault(dataclasses.replace(linear, name=folded(linear.name)), []).append(linear)
+    return list(runs.values())
+
+
+def _linear_line(alike: Sequence[Linear]) -> str:
+    """One line for linears that differ in their names alone."""
+    linear, each = alike[0], " each" if len(alike) > 1 else ""
     shape = "shape unknown" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]}"
-    known = linear.role != linear.name.rpartition(".")[2]
-    name = f"{linear.role} ({linear.name})" if known else linear.name
+    name = f"{folded(linear.name)}, {len(alike)} equal" if each else linear.name
+    if linear.role != linear.name.rpartition(".")[2]:
+        name = f"{linear.role} ({name})"
+    size = f"{_size(linear.bytes)}{each}"
     if not linear.quantized:
-        return f"{name}: {shape}, {linear.format}, {_size(linear.bytes)}"
+        return f"{name}: {shape}, {linear.format}, {size}"
     bits = "bits unknown" if linear.bits is None else f"{linear.bits}-bit"
     group = "" if linear.group_size is None else f" g{linear.group_size}"
     activations = "16-bit" if linear.activations == "none" else linear.activations
     stored = "" if linear.bits_per_weight is None else f", {linear.bits_per_weight:.3f} bits per weight"
-    return f"{name}: {shape}, {bits}{group}, {activations} activations{stored}, {linear.format}, {_size(linear.bytes)}"
+    return f"{name}: {shape}, {bits}{group}, {activations} activations{stored}, {linear.format}, {size}"
 
 
 def _other_line(other: Other) -> str:
@@ -133,7 +152,9 @@ def _add_made(root: Tree, found: Inspection) -> None:
     for name, digest in made.source.items():
         source.add(printable(f"{name} {_short(digest)}"))
     if made.fallbacks:
-        branch.add(printable(f"rounded to nearest for want of a usable Hessian: {', '.join(made.fallbacks)}"))
+        more = len(made.fallbacks) - _NAMED
+        names = ", ".join(made.fallbacks[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        branch.add(printable(f"rounded to nearest for want of a usable Hessian: {names}"))
     if made.worst:
         worst = branch.add(f"largest {made.worst[0].kind} (relative, squared)")
         for layer in made.worst:

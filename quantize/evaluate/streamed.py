@@ -26,6 +26,7 @@ from quantize.load import (
     packed_schemes,
     require_readable,
     rotated_inputs,
+    routing,
 )
 from quantize.skeleton import Skeleton
 
@@ -98,7 +99,7 @@ class StreamedModel:
         self.device, self.dtype, self.numerics = device, dtype, numerics
         self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
-        self.skeleton = Skeleton(folder, self.arch, device, dtype)
+        self.skeleton = Skeleton(folder, self.arch, device, dtype, routing(self.source))
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
         self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)

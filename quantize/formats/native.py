@@ -2,10 +2,12 @@
 
     {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
      "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null},
-     "rotated_inputs": ["model.layers.0.mlp.down_proj", …]}
+     "rotated_inputs": ["model.layers.0.mlp.down_proj", …],
+     "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …}}
 
 `rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is
-done with them; `quantize.hadamard` says which matrix H_K is.
+done with them; `quantize.hadamard` says which matrix H_K is. `routing` (absent: none) are Mixtures of Experts that do
+not route as the model's own fields say; `quantize.formats.routing` has the policies.
 
 Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format bitvec). With
 attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored
@@ -15,17 +17,19 @@ keys are K·S, queries Q/S).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.packed_int import IntScheme
+from quantize.formats.routing import Policy, policy_from_json
 from quantize.formats.scheme import AnyScheme, config_groups, read_groups
 
 NATIVE = "pq"
 VERSION = 1
 _KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
-_OPTIONAL = {"rotated_inputs"}
+_OPTIONAL = {"rotated_inputs", "routing"}
 _ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
 
 
@@ -34,19 +38,25 @@ def native_config(
     left_alone: Sequence[str],
     attention: Mapping[str, Any] | None,
     rotated_inputs: Sequence[str] = (),
+    routing: Mapping[str, Policy] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit.
 
     attention: None, or the keys kv_cache, query and probabilities as config.json holds them. rotated_inputs: full names
-    of linears that rotate their inputs.
+    of linears that rotate their inputs. routing: full name of an FFN with experts → how it routes, where that is not as
+    the model's own fields say.
     """
+    optional = {
+        "rotated_inputs": list(rotated_inputs),
+        "routing": {name: policy.as_json() for name, policy in routing.items()},
+    }
     return {
         "quant_method": NATIVE,
         "version": VERSION,
         "config_groups": config_groups(schemes),
         "ignore": list(left_alone),
         "attention": None if attention is None else dict(attention),
-    } | ({"rotated_inputs": list(rotated_inputs)} if rotated_inputs else {})
+    } | {key: value for key, value in optional.items() if value}
 
 
 def require_understood(config: Mapping[str, Any]) -> None:
@@ -62,6 +72,7 @@ def require_understood(config: Mapping[str, Any]) -> None:
         raise ValueError(f"field '{missing[0]}' is missing")
     attention_of(config)
     rotated_inputs_of(config)
+    routing_of(config)
 
 
 def rotated_inputs_of(config: Mapping[str, Any], linears: Collection[str] | None = None) -> tuple[str, ...]:
@@ -77,6 +88,23 @@ def rotated_inputs_of(config: Mapping[str, Any], linears: Collection[str] | None
     if linears is not None and (strangers := sorted(set(found) - set(linears))):
         raise ValueError(f"rotated_inputs names {strangers[0]}, which is no linear of the model")
     return tuple(found)
+
+
+def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
+    """The checked `routing` part: full names of FFNs with experts → how they route; the model says which may be named.
+
+    ValueError for what is not understood.
+    """
+    found = config.get("routing", {})
+    if not isinstance(found, Mapping):
+        raise ValueError("routing must map names of FFNs to policies")
+    out: dict[str, Policy] = {}
+    for name, facts in found.items():
+        try:
+            out[name] = policy_from_json(facts)
+        except ValueError as err:
+            raise ValueError(f"routing of {name}: {err}") from None
+    return out
 
 
 def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

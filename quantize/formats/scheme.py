@@ -106,11 +106,16 @@ S = TypeVar("S", bound=AnyScheme)
 
 def config_groups(schemes: Mapping[str, AnyScheme]) -> dict[str, Any]:
     """Linears by full module name → scheme as config.json's `config_groups`: one entry for each scheme."""
+
+    def place(item: tuple[AnyScheme, list[str]]) -> tuple[bool, str]:
+        # transformers stacks the experts of a Mixture of Experts and takes the first group's scheme to be theirs.
+        return not any(".experts." in name for name in item[1]), repr(item[0])
+
     by_scheme: dict[AnyScheme, list[str]] = {}
     for name, scheme in schemes.items():
         by_scheme.setdefault(scheme, []).append(name)
     single = len(by_scheme) == 1
-    ordered = sorted(by_scheme.items(), key=lambda item: repr(item[0]))
+    ordered = sorted(by_scheme.items(), key=place)
     return {
         f"group_{i}": scheme.as_json(["Linear"] if single else sorted(names))
         for i, (scheme, names) in enumerate(ordered)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from quantize.errors import RecipeError
-from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts
+from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts, folded
 from quantize.recipe import parse_recipe
 from quantize.report import draw
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
@@ -125,15 +125,22 @@ def _ratio(data: Mapping[str, Any], above: str, below: str) -> float | None:
 def _curves(
     blocks: Sequence[Mapping[str, Any]], part: str, above: str, below: str
 ) -> dict[str, tuple[list[float], dict[str, list[Number]]]]:
-    """Ratio of two statistics by block for every name in `part`: name → (block numbers, {"after": …, "before": …})."""
-    names = list(dict.fromkeys(name for block in blocks for name in mapping(block, part)))
+    """Ratio of two statistics by block for every name in `part`: name → (block numbers, {"after": …, "before": …}).
+
+    Of names that differ by a number alone, such as those of experts, the largest ratio.
+    """
+    names = dict.fromkeys(folded(name) for block in blocks for name in mapping(block, part))
     x = [number(block, "index") if number(block, "index") is not None else i for i, block in enumerate(blocks)]
     out: dict[str, tuple[list[float], dict[str, list[Number]]]] = {}
     for name in names:
         series: dict[str, list[Number]] = {}
         for moment in ("after", "before"):
-            found = [mapping(mapping(mapping(block, part), name), moment) for block in blocks]
-            series[moment] = [_ratio(data, above, below) for data in found]
+            found = [
+                [_ratio(mapping(mapping(mapping(block, part), one), moment), above, below) for one in alike]
+                for block in blocks
+                for alike in [[one for one in mapping(block, part) if folded(one) == name]]
+            ]
+            series[moment] = [max((r for r in ratios if r is not None), default=None) for ratios in found]
         if series["after"] == series["before"]:
             series = {"as in the parent": series["before"]}
         out[name] = ([float(i or 0) for i in x], series)
@@ -141,25 +148,27 @@ def _curves(
 
 
 def _group_title(sources: Sources, first: str) -> str:
-    order = sources.weights.arch.calibration_order if sources.weights else ()
-    group = next((g for g in order if g[0] == first), (first,))
-    return ", ".join([group[0], *(name.rpartition(".")[2] for name in group[1:])])
+    """Names of the linears that share one input, of which `first` is the first."""
+    arch = sources.weights.arch if sources.weights else None
+    rows = [] if arch is None else [arch, arch.with_experts(1)] if arch.experts else [arch]
+    groups = (group for row in rows for group in row.calibration_order)
+    group = next((g for g in groups if folded(g[0]) == folded(first)), (first,))
+    return ", ".join([first, *(name.rpartition(".")[2] for name in group[1:])])
 
 
 def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
-    """The most uneven block of every group of linears, with its largest channels."""
-    rows: list[list[Cell]] = []
-    for name in dict.fromkeys(name for block in blocks for name in mapping(block, "inputs")):
-        worst: tuple[float, list[Cell]] | None = None
-        for i, block in enumerate(blocks):
+    """The most uneven block of every group of linears, with its largest channels; of experts the most uneven one."""
+    worst: dict[str, tuple[float, list[Cell]]] = {}
+    for i, block in enumerate(blocks):
+        for name in mapping(block, "inputs"):
             found = mapping(mapping(block, "inputs"), name)
             before, after = mapping(found, "before"), mapping(found, "after")
             ratio = _ratio(before, "absmax", "median")
-            if ratio is not None and (worst is None or ratio > worst[0]):
+            if ratio is not None and (folded(name) not in worst or ratio > worst[folded(name)][0]):
                 row: list[Cell] = [_group_title(sources, name), number(block, "index") or i, number(before, "tokens")]
-                worst = ratio, [*row, ratio, _ratio(after, "absmax", "median"), _top(before), _top(after)]
-        if worst:
-            rows.append(worst[1])
+                row += [ratio, _ratio(after, "absmax", "median"), _top(before), _top(after)]
+                worst[folded(name)] = ratio, row
+    rows = [row for _, row in worst.values()]
     columns = ("inputs of", "block", "tokens", "before", "after", "largest channels before", "after")
     caption = "The block with the largest ratio in the parent, and its largest channels (channel: max |x|)."
     return Table("Most uneven inputs", caption, columns, rows, ("", ".0f", ",.0f", ".1f", ".1f", "", ""))
@@ -176,9 +185,7 @@ def weights(sources: Sources) -> Section:
     """Bits of every linear, and weights against the code points they are rounded to."""
     shown: list[Item] = []
     if found := sources.weights:
-        prefix = found.arch.blocks
-        names = [f"{prefix}.{i}.{role}" for i in range(found.shape.n_blocks) for role in found.arch.roles]
-        bits = {name: found.schemes[name].bits if name in found.schemes else _UNQUANTIZED for name in names}
+        bits = {name: found.schemes[name].bits if name in found.schemes else _UNQUANTIZED for name in found.linears}
         kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in found.schemes.values()}
         said = [
             f"{b}-bit g{g} {layout} with {'FP8' if fp8 else '16-bit'} activations"

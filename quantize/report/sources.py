@@ -6,12 +6,12 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.arch import Architecture, Shape, architecture_of
+from quantize.arch import Architecture, Shape, architecture_of, block_architecture
 from quantize.checkpoint import Checkpoint, read_json
 from quantize.errors import ModelError
 from quantize.formats.native import schemes_in
@@ -31,6 +31,8 @@ class Weights:
 
     arch: Architecture
     shape: Shape
+    linears: Sequence[str]
+    """Full names of all linears of the blocks."""
     schemes: Mapping[str, AnyScheme]
     """Of every quantized linear, by full name."""
     parameters: int
@@ -110,7 +112,9 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
-        return Weights(arch, shape, schemes, _parameters(source, schemes), stored)
+        rows = [block_architecture(arch, source.config, index) for index in range(shape.n_blocks)]
+        linears = [f"{arch.blocks}.{index}.{name}" for index, row in enumerate(rows) for name in row.roles]
+        return Weights(arch, shape, linears, schemes, _parameters(source, schemes), stored)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
         notes.append(f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).")
         return None

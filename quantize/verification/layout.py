@@ -23,6 +23,7 @@ from quantize.load import (
     packed_schemes,
     require_readable,
     rotated_inputs,
+    routing,
 )
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
@@ -60,7 +61,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
         raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
-    skeleton = Skeleton(folder, arch, device, torch.float32)
+    skeleton = Skeleton(folder, arch, device, torch.float32, routing(source))
     linears = skeleton.linears()
     rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])
@@ -116,7 +117,8 @@ def _check_coverage(layout: Layout) -> None:
     quantization = layout.source.config.get("quantization_config") or {}
     named = list(quantization.get("ignore", ()))
     named += [t for g in quantization.get("config_groups", {}).values() for t in g["targets"] if t != "Linear"]
-    if wrong := sorted(str(n) for n in named if n not in layout.linears and n != layout.arch.head):
+    known = {*layout.linears, layout.arch.head, *layout.skeleton.routers()}
+    if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(counted([f"config.json's quantization_config names {n}, which is no linear" for n in wrong]))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.arch import Architecture
 from quantize.basis import Basis
 from quantize.calib import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
-from quantize.load import load_block
+from quantize.load import load_block, routing
+from quantize.moe import Router
 from quantize.recipe import Recipe
 from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.verification.layout import Layout
@@ -40,11 +43,14 @@ def check_outputs(
     """Linears of the sampled blocks give about the parent's outputs, with the serving kernel's numerics in float32.
 
     Both blocks get the hidden states that enter the parent's block, each in its own basis of the residual stream, which
-    recipe tells (None: the parent's). Compared is every linear whose output no scale edge rescales, its bias left out.
+    recipe tells (None: the parent's). Compared is every linear whose output no scale edge rescales, its bias left out,
+    and of a Mixture of Experts the routers; then tokens visit the experts that the parent's scores choose.
     layers: facts of pq.json, whose output errors set the limit; None: unknown.
     VerifyError when a relative squared error is above its limit or not finite.
     """
-    skeleton = Skeleton(parent.source.folder, parent.arch, layout.skeleton.device, torch.float32)
+    skeleton = Skeleton(
+        parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, routing(layout.source)
+    )
     basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
     hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
@@ -55,8 +61,7 @@ def check_outputs(
         if index in blocks:
             errors = _errors(layout, skeleton, basis, teacher, index, hidden)
             limit = min(_USELESS, slack * _limit(layout, layers, index))
-            figures = " ".join(f"{layout.arch.roles.get(name, name)} {error:.2g}" for name, error in errors.items())
-            line = f"block {index}: {figures} (limit {limit:.2g})"
+            line = f"block {index}: {_figures(errors, layout.skeleton.block_arch(index))} (limit {limit:.2g})"
             found.append(line)
             if not all(error <= limit for error in errors.values()):  # NaN is above every limit
                 problems.append(line)
@@ -81,35 +86,58 @@ def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
         return tokens, f"{tokens.numel()} random tokens", _RANDOM
 
 
+def _figures(errors: Mapping[str, float], arch: Architecture) -> str:
+    """The largest error of each role."""
+    by_role: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        by_role.setdefault(arch.roles.get(name, "router"), []).append(error)
+    # NaN is the largest of all.
+    worst = {role: max(found, key=lambda e: math.inf if math.isnan(e) else e) for role, found in by_role.items()}
+    return " ".join(f"{role} {error:.2g}" for role, error in worst.items())
+
+
 def _errors(
     layout: Layout, skeleton: Skeleton, basis: Basis, teacher: nn.Module, index: int, hidden: Tensor
 ) -> dict[str, float]:
     """Relative squared output error of each compared linear of block `index`, by name within the block."""
-    names = _comparable(layout)
+    arch = layout.skeleton.block_arch(index)
+    routers = [name for name, module in teacher.named_modules() if isinstance(module, Router)]
+    names = [*_comparable(arch, layout.attention is not None), *routers]
     student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
     wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
-    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, basis.enter(hidden)))
-    for name in layout.arch.residual:
+    # A token at the edge of an expert may visit it in one block and not in the other, and there is no row to compare.
+    instead = {name: wanted[name] for name in routers}
+    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, basis.enter(hidden)), instead)
+    for name in arch.residual:
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
 
 
-def _comparable(layout: Layout) -> list[str]:
-    """Linears whose outputs no stage rescales."""
-    rescaled = {edge.source for edge in layout.arch.edges}
-    if layout.attention is not None and layout.arch.qk_norm is None:
-        rescaled |= {layout.arch.of_role("q"), layout.arch.of_role("k")}  # by the pre-RoPE scale
-    return [name for name in layout.arch.roles if name not in rescaled]
+def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
+    """Linears of a block whose outputs no stage rescales. rounds_keys: whether it attends on an INT4 cache."""
+    rescaled = {edge.source for edge in arch.edges}
+    if rounds_keys and arch.qk_norm is None:
+        rescaled |= {arch.of_role("q"), arch.of_role("k")}  # by the pre-RoPE scale
+    return [name for name in arch.roles if name not in rescaled]
 
 
-def _outputs(layer: nn.Module, names: Sequence[str], run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Outputs [B, T, N] of the named linears without their biases while `run` runs the layer."""
+def _outputs(
+    layer: nn.Module,
+    names: Sequence[str],
+    run: Callable[[nn.Module], Tensor],
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Outputs [..., N] of the named linears without their biases while `run` runs the layer.
+
+    instead: outputs that the layer goes on with in place of those.
+    """
     seen: dict[str, Tensor] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(linear: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def record(linear: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
             # A large bias would hide what became of the weights.
             seen[name] = out - linear.bias if isinstance(linear.bias, Tensor) else out
+            return instead.get(name)
 
         return record
 
@@ -127,7 +155,7 @@ def _relative(wanted: Tensor, given: Tensor) -> float:
 def _limit(layout: Layout, layers: Mapping[str, Any] | None, index: int) -> float:
     if layers is None:
         return _USELESS
-    parts = (*layout.arch.roles, layout.arch.attention)
+    parts = (*layout.skeleton.block_arch(index).roles, layout.arch.attention)
     facts = [layers.get(f"{layout.arch.blocks}.{index}.{name}", {}) for name in parts]
     if not any("output_error" in f for f in facts):
         # A data-free recipe: what the errors of its weights do to outputs depends on the outliers of the text.

@@ -85,16 +85,17 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
         return turned
     if recipe is not None and all(stage.kind == "encode" for stage in recipe.stages):
         return False
-    local = name.removeprefix(prefix).partition(".")[2]
-    scaled = {f"{edge.source}.{part}" for edge in layout.arch.edges for part in ("weight", "bias")}
+    index, _, local = name.removeprefix(prefix).partition(".")
+    arch = layout.skeleton.block_arch(int(index))
+    scaled = {f"{edge.source}.{part}" for edge in arch.edges for part in ("weight", "bias")}
     if recipe is None or any(stage.kind == "cache" for stage in recipe.stages):
-        arch = layout.arch  # the pre-RoPE scale, and the post-RoPE scale that the parent does not have
+        # The pre-RoPE scale, and the post-RoPE scale that the parent does not have.
         rotated = (arch.of_role("q"), arch.of_role("k"), *(arch.qk_norm or ()))
         scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
         scaled.add(f"{arch.attention}.{KV_SCALE}")
     if turned:
-        scaled |= {f"{writer}.bias" for writer in layout.arch.residual}
-    return local in scaled | {f"{sink}.weight" for edge in layout.arch.edges for sink in edge.sinks}
+        scaled |= {f"{writer}.bias" for writer in arch.residual}
+    return local in scaled | {f"{sink}.weight" for edge in arch.edges for sink in edge.sinks}
 
 
 def check_recomputed(
