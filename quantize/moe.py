@@ -184,7 +184,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _bind(experts: list[Expert], *names: str) -> Tensor:
     # Weights of each expert's linears, one below the other: [N, rows, columns]; the linears become views of it.
-    linears = [[expert.get_submodule(name) for name in names] for expert in experts]
+    linears = [[getattr(expert, name) for name in names] for expert in experts]
     first: Tensor = linears[0][0].weight
     rows, columns = first.shape
     stack = torch.empty(len(experts), len(names) * rows, columns, dtype=first.dtype, device=first.device)
