@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
-from quantize.arch import ROUTERS, Architecture, Shape
+from quantize.arch import ROUTERS, Architecture, ExpertSizes, Shape
 from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
@@ -26,7 +26,7 @@ from quantize.grid import Grid
 from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.methods.fireq_attention import FireqAttention
-from quantize.moe import MoeFfn
+from quantize.moe import MoeFfn, Policy, TopK
 from quantize.peak import Cost
 from quantize.recipe import Recipe
 from quantize.rope import rotary_dim
@@ -108,7 +108,7 @@ class Conversion:
         self.allocation: Allocation | None = None
         self.stored_bits, self.weights = 0.0, 0
         self.source_bytes = self.untied_head_bytes = 0
-        self.routing: dict[str, dict[str, Any]] = {}
+        self.routing: dict[str, Policy] = {}
         self.costs: dict[str, Cost] = {}
         self.memo = Memo(request.work)
 
@@ -271,7 +271,7 @@ class Conversion:
         self.costs |= {prefix + name: cost for name, cost in block.costs.items()}
         for name, module in block.module.named_modules():
             if isinstance(module, MoeFfn):
-                self.routing[prefix + name] = module.policy.as_json()
+                self.routing[prefix + name] = module.policy
         for name, facts in block.report.items():
             self.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)
@@ -297,8 +297,11 @@ class Conversion:
         alone = [name for name in (self.arch.head, *linears, *routers) if name not in self.schemes]
         if self.request.recipe.format != "pq":
             return quantization_config(self.schemes, alone) if self.schemes else None
-        usual = {"policy": "top-k", "k": config.get("num_experts_per_tok"), "renormalize": config.get("norm_topk_prob")}
-        routing = {name: policy for name, policy in self.routing.items() if policy != usual}
+        routing = {}
+        if self.routing:
+            sizes = ExpertSizes.of(config)
+            usual = TopK(sizes.top_k, sizes.renormalize)
+            routing = {name: policy for name, policy in self.routing.items() if policy != usual}
         if not (self.schemes or self.attention or self.rotated_inputs or routing):
             return None
         return native_config(self.schemes, alone, self.attention, self.rotated_inputs, routing)
