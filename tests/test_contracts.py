@@ -47,7 +47,9 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def test_every_kind_has_its_law():
-    assert {cls.kind for cls in STAGES} <= {"smooth", "cache", "encode"}, "write the law of the new kind in this file"
+    known = {"restructure", "smooth", "cache", "encode"}
+    assert {cls.kind for cls in STAGES} <= known, "write the law of the new kind in this file"
+    # The law of restructure, that the output loads by its own config.json, needs a whole model: test_ladimo.py.
     # The law of cache, that scales alone leave the function as it was, stands in test_attention.py.
     assert len({named(cls) for cls in STAGES}) == len(STAGES)
 
@@ -120,7 +122,7 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
     assert all(high > 1.5 * low for high, low in itertools.pairwise(errors)), errors
 
 
-@pytest.mark.parametrize("cls", STAGES, ids=named)
+@pytest.mark.parametrize("cls", [cls for cls in STAGES if not cls().needs_plan], ids=named)
 def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
     one, two = (apply(make_block, cls, "qwen3") for _ in range(2))
     for (name, a), (_, b) in zip(one.module.named_parameters(), two.module.named_parameters(), strict=True):

@@ -11,7 +11,8 @@ from quantize.knapsack import knapsack
 from quantize.ladimo.split import Layout
 
 UNIT = 128
-"""Sizes of experts are multiples of it, so that groups of 128 quantize them; where the FFN is none, of its divisor."""
+"""Sizes of experts are multiples of it, so that groups of 128 quantize them; for small or odd FFNs of a part of it."""
+_PARTS = 4
 COUNTED = (
     "weights of all blocks, the final norm and the head; the embedding table, of which a token reads a row, is not"
 )
@@ -105,8 +106,11 @@ def ffn_neurons(arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int,
 
 
 def unit_of(neurons: int) -> int:
-    """What the sizes of experts are multiples of: 128, or for other FFNs the largest divisor below it."""
-    return UNIT if neurons % UNIT == 0 else max(d for d in range(1, UNIT) if neurons % d == 0)
+    """What the sizes of experts are multiples of: 128, or the largest power of two that leaves something to split."""
+    unit = UNIT
+    while unit > 1 and (neurons % unit or neurons < _PARTS * unit):
+        unit //= 2
+    return unit
 
 
 def ffn_cost(hidden: int, layout: Layout, mean: float) -> int:
