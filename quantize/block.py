@@ -17,6 +17,9 @@ from quantize.errors import ModelError
 from quantize.formats.scheme import Packed
 from quantize.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, rotates_inputs, widened
 from quantize.linear import PackedLinear
+from quantize.memo import Memo
+from quantize.moe import MoeFfn
+from quantize.peak import Cost
 from quantize.moments import Moments, Sums
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
@@ -70,6 +73,11 @@ class Block:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
     """The layer that encode stages aim at, see `freeze_reference`."""
+    parent: nn.Module | None = None
+    """The layer as the source has it, where a stage restructured it: the parent's stream goes on through it."""
+    memo: Memo = field(default_factory=lambda: Memo(None))
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """What single parts took, for those who wait; no part of the reproducible output."""
     reference_arch: Architecture | None = None
     """Its row: that of a dense block where experts were placed after it was frozen."""
     _kept: dict[str, Moments] = field(default_factory=dict)
@@ -102,6 +110,34 @@ class Block:
             attention = self.reference.get_submodule(self.arch.attention)
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
+
+    def keep_parent(self) -> None:
+        """Keep a copy of the layer as it came from the source, before it is restructured."""
+        if self.parent is None and self.reference_inputs is not None:
+            self.parent = copy.deepcopy(self.module)
+
+    def parent_outputs(self, batch: int) -> Tensor:
+        """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
+        assert self.parent is not None
+        assert self.reference_inputs is not None
+        return self.forward(self.parent, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
+
+    def add_bias(self, name: str) -> None:
+        """Give a linear a bias of zeros where it has none."""
+        linear = self.linear(name)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]), requires_grad=False)
+            self.storage[f"{name}.bias"] = self.storage[f"{name}.weight"]
+
+    def replace_ffn(self, ffn: MoeFfn, arch: Architecture) -> None:
+        """Put experts in the place of the dense FFN; arch: the block's row from now on."""
+        assert arch.experts is not None
+        place = arch.experts.ffn
+        stored = self.storage[f"{self.arch.of_role('down')}.weight"]
+        self.storage = {name: dtype for name, dtype in self.storage.items() if not name.startswith(f"{place}.")}
+        self.storage |= {f"{place}.{name}": stored for name in ffn.state_dict()}
+        self.module.set_submodule(place, ffn)
+        self.arch = arch
 
     def encode(self, name: str, packed: Packed, fp8_activations: bool) -> None:
         """Replace a linear by its packed form; later statistics see the quantized layer."""

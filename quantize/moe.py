@@ -76,12 +76,12 @@ class Router(nn.Linear):
 class Expert(nn.Module):
     """A gated FFN: (act(x W_gᵀ) ⊙ x W_uᵀ) W_dᵀ."""
 
-    def __init__(self, hidden: int, size: int, activation: str) -> None:
+    def __init__(self, hidden: int, size: int, activation: nn.Module) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, size, bias=False)
         self.up_proj = nn.Linear(hidden, size, bias=False)
         self.down_proj = nn.Linear(size, hidden, bias=False)
-        self.act = ACT2FN[activation]
+        self.act = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, D] → [M, D]."""
@@ -92,7 +92,7 @@ class Expert(nn.Module):
 class MoeFfn(nn.Module):
     """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`."""
 
-    def __init__(self, hidden: int, sizes: ExpertSizes, activation: str, policy: Policy | None = None) -> None:
+    def __init__(self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None) -> None:
         super().__init__()
         self.policy = policy or TopK(sizes.top_k, sizes.renormalize)
         self.gate = Router(hidden, sizes.n, bias=False)
@@ -132,5 +132,5 @@ def place_experts(model: nn.Module, arch: Architecture, config: Mapping[str, Any
     for index, block in enumerate(model.get_submodule(arch.blocks).children()):
         if index not in sizes.dense_blocks:
             with torch.device("meta"):
-                ffn = MoeFfn(config["hidden_size"], sizes, config.get("hidden_act", "silu"))
+                ffn = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")])
             block.set_submodule(arch.experts.ffn, ffn.to(next(block.parameters()).dtype).eval().requires_grad_(False))
