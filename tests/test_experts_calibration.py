@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from conftest import config_of, row_of
 from torch import Tensor, nn
 
-import quantize.block as block_module
+import quantize.moments as moments_module
 from quantize.arch import ExpertSizes
 from quantize.block import Block
 from quantize.errors import ModelError
@@ -129,7 +128,7 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
 def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     together = {n: m for b in [make_block("qwen2_moe")] for n in (*GATES, *DOWNS) for m in [b.moments(n, False)]}
     for at_once, passes in ((1, 4), (2, 2), (3, 2)):
-        monkeypatch.setattr(block_module, "_KEPT_BYTES", at_once * 4 * 128**2)
+        monkeypatch.setattr(moments_module, "_KEPT_BYTES", at_once * 4 * 128**2)
         block = make_block("qwen2_moe")
         runs = count_forwards(block)
         for names in (GATES, DOWNS):
@@ -137,7 +136,7 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
             for name in names:
                 assert torch.equal(block.moments(name, False).hessian, together[name].hessian)
             assert len(runs) == passes * len(block.inputs)
-    monkeypatch.setattr(block_module, "_KEPT_BYTES", 1)  # one at a time, however large
+    monkeypatch.setattr(moments_module, "_KEPT_BYTES", 1)  # one at a time, however large
     assert torch.equal(make_block("qwen2_moe").moments(DOWNS[3], False).hessian, together[DOWNS[3]].hessian)
 
 
@@ -311,57 +310,48 @@ def test_profiles_count_the_tokens_of_each_expert(make_block: BlockMaker):
 
 
 def with_experts(block: Block) -> Block:
-    """Put experts where the block had a dense FFN, which is frozen as what the parent computes."""
-    block.freeze_reference()
-    config = config_of("qwen2_moe")
+    """Put experts where the block had a dense FFN, as a restructure stage does."""
+    block.keep_parent()
     torch.manual_seed(4)
-    ffn = MoeFfn(128, ExpertSizes.of(config), "silu").requires_grad_(False).eval()
-    for name, parameter in ffn.named_parameters():
+    ffn = MoeFfn(128, ExpertSizes.of(config_of("qwen2_moe")), nn.SiLU()).requires_grad_(False).eval()
+    for parameter in ffn.parameters():
         parameter.data.normal_(std=128**-0.5)
-        block.storage[f"mlp.{name}"] = torch.bfloat16
-    block.module.mlp = ffn
-    block.arch = ROW
+    block.replace_ffn(ffn, ROW)
     return block
 
 
-@pytest.mark.parametrize("smooth", [(), (Awq(grid=5),), (Cas(),), (Rotate(seed=2),), (Awq(grid=5), Rotate(down=True))])
-def test_attention_aims_at_a_parent_with_a_dense_ffn(make_block: BlockMaker, smooth: tuple[Stage, ...]):
+@pytest.mark.parametrize(
+    "smooth",
+    [(), (Awq(grid=5),), (Cas(),), (Rotate(seed=2),), (Awq(grid=5), Rotate(down=True))],
+    ids=lambda stages: "+".join(stage.method for stage in stages) or "none",
+)
+def test_the_parent_may_have_a_dense_ffn(make_block: BlockMaker, smooth: tuple[Stage, ...]):
     block = make_block("qwen2_moe", index=1, reference=True, batches=12)
     assert block.reference_inputs is not None
     noise = torch.Generator().manual_seed(5)
-    for batch, x in enumerate(block.inputs):
-        block.inputs[batch] = x + 0.3 * torch.randn(x.shape, generator=noise)
+    block.inputs = [x + 0.3 * torch.randn(x.shape, generator=noise) for x in block.inputs]
     with torch.no_grad():
-        teacher = torch.cat([block.forward(block.module, x) for x in block.reference_inputs])
+        wanted = torch.cat([block.forward(block.module, x) for x in block.reference_inputs])
     with_experts(block)
-    turn: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     for stage in smooth:
         run(stage, block)
-        turn = stage.to_basis if stage.changes_basis else turn
-    assert block.reference is not None
+        wanted = stage.to_basis(wanted)
     run(Fireq(layers=("*.q_proj", "*.k_proj", "*.v_proj")), block)
-    streams = Streams(list(block.inputs), list(block.reference_inputs))
-    name, (ours, theirs) = (
-        "self_attn.o_proj",
-        (
-            [
-                torch.cat(x)
-                for x in zip(*block.inputs_of(("input_layernorm", "self_attn.o_proj"), module, stream), strict=True)
-            ]
-            for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
-        ),
+    names = ("input_layernorm", "self_attn.o_proj")
+    (r, x), (parents_r, parents) = (
+        [torch.cat(seen).double() for seen in zip(*block.inputs_of(names, module, stream), strict=True)]
+        for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
     )
-    moments = block.moments(name, False, with_reference=True)
-    x, parents = ours[1].double(), theirs[1].double()
+    moments = block.moments(names[1], False, with_reference=True)
     assert moments.cross is not None
     assert moments.residual is not None
     assert difference(moments.cross, parents.T @ x / len(x)) < 1e-5
-    assert difference(moments.residual, (theirs[0] - ours[0]).double().T @ x / len(x)) < 1e-5
-    # Both have the same channels, so that what is left between them is drift alone.
-    assert difference(x, parents) < 0.6
-    for ffn in ("mlp.shared_expert.gate_proj", GATES[0], DOWNS[1]):
-        assert block.moments(ffn, False, with_reference=True).cross is None
+    assert difference(moments.residual, (parents_r - r).T @ x / len(x)) < 1e-5
+    assert difference(x, parents) < 0.6  # the same channels, with drift between them
+    for name in ("mlp.shared_expert.gate_proj", GATES[0], DOWNS[1]):
+        assert block.moments(name, False, with_reference=True).cross is None
+    streams = Streams(list(block.inputs), list(block.reference_inputs))
     with torch.no_grad():
         streams.advance(block)
     assert streams.reference is not None
-    assert difference(torch.cat(streams.reference), turn(teacher)) < 1e-5
+    assert difference(torch.cat(streams.reference), wanted) < 1e-5
