@@ -15,6 +15,8 @@ from conftest import request_for
 from natives import difference, edited, linears_of, loaded, logits, rewritten, tensors_of, tokens
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from quantize.checkpoint import Checkpoint
 from quantize.convert import convert
@@ -116,7 +118,7 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(made: Maker, tmp_path: Pat
 
 def test_the_decoder_loads_alone(routed: Callable[..., Path]):
     folder = routed({MLP: Threshold(0.5).as_json()})
-    whole, alone = loaded(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    whole, alone = loaded(folder, torch.bfloat16), AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert [m.policy for m in ffns(alone)] == [Threshold(0.5)]
     with torch.no_grad():
         assert torch.equal(whole.model(tokens()).last_hidden_state, alone(tokens()).last_hidden_state)
@@ -162,6 +164,12 @@ STOCK = {
 }
 
 
+def stacks_packed_experts() -> bool:
+    """Whether this release of transformers decodes packed experts; earlier ones leave them random and say so."""
+    by_base = hasattr(HfQuantizer, "get_load_operations")
+    return by_base or "update_weight_conversions" in vars(CompressedTensorsHfQuantizer)
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_transformers_reads_experts_packed_alike(tiny: Maker, text_file: Path, tmp_path: Path, name: str):
     stages, alike = STOCK[name]
@@ -171,7 +179,7 @@ def test_stock_transformers_reads_experts_packed_alike(tiny: Maker, text_file: P
     assert [("packed alike" in line, "\n" in line) for line in lost] == ([] if alike else [(True, False)])
     ours = load_model(request.output, CPU, torch.float32, "stock")
     assert difference(streamed(request.output), logits(ours)) < 1e-5
-    if alike:
+    if alike and stacks_packed_experts():
         theirs = loaded(request.output)
         stacked = theirs.get_submodule(f"{MLP}.experts")
         for index, expert in enumerate(ours.get_submodule(f"{MLP}.experts").children()):

@@ -71,6 +71,18 @@ def test_place_of(name: str, place: tuple[int, str] | None):
     assert place_of(name) == place
 
 
+def test_names_that_differ_by_a_number_share_a_row():
+    values = {"m.0.a": 1.0, "m.0.e.0.up": 2.0, "m.0.e.1.up": None, "m.0.e.10.up": 5.0, "m.1.e.0.up": None}
+    drawn = block_map(values, title="", caption="c.", unit="")
+    assert drawn is not None
+    assert (drawn.rows, drawn.values) == (["a", "e.*.up"], [[1.0, None], [3.5, None]])
+    assert drawn.caption.startswith("c. ")
+    assert "mean" in drawn.caption
+    plain = block_map({"m.0.a": 1.0}, title="", caption="c.")
+    assert plain is not None
+    assert plain.caption == "c."
+
+
 def test_block_map_sorts_blocks_and_leaves_gaps():
     drawn = block_map({"m.10.a": 1.0, "m.9.b": 2.0, "head": 9.0}, title="", caption="")
     assert drawn is not None

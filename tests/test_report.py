@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,30 @@ def test_outliers_are_ratios_before_and_after(full: Path):
     last = weights["pictures"][-1]
     expected = [b["weights"]["mlp.down_proj"]["after"] for b in data]
     assert last["series"]["after"] == [w["absmax"] / w["rms"] for w in expected]
+
+
+def test_experts_share_rows_and_curves(converted: Callable[..., Path], tmp_path: Path):
+    folder = Path(shutil.copytree(converted("rtn", "qwen2_moe", "ignore=*.experts.1.*"), tmp_path / "experts"))
+    data = json.loads((folder / "pq-statistics.json").read_text())
+    maxima = {f"mlp.experts.{e}.gate_proj": [3.0, 8.0, 5.0, 4.0][e] for e in range(4)} | {"self_attn.q_proj": 2.0}
+    data["blocks"][0]["inputs"] = {
+        name: {"before": {"absmax": largest, "median": 1.0}, "after": {"absmax": 1.0, "median": 1.0}}
+        for name, largest in maxima.items()
+    }
+    (folder / "pq-statistics.json").write_text(json.dumps(data))
+    report = collect(folder)
+    activations, channels, weights = section(report, "outliers")["items"]
+    assert [p["title"] for p in activations["pictures"]] == [
+        "mlp.experts.*.gate_proj, up_proj", "self_attn.q_proj, k_proj, v_proj"
+    ]  # fmt: skip
+    assert activations["pictures"][0]["series"]["before"] == [8.0, None]
+    assert channels["rows"][0][0] == "mlp.experts.1.gate_proj, up_proj"
+    assert len(channels["rows"]) == 2
+    assert len(weights["pictures"]) == 4 + 3 + 3 + 3  # attention, routed experts, the shared one, a dense FFN
+    bits = section(report, "weights")["items"][0]
+    row = bits["rows"].index("mlp.experts.*.up_proj")
+    assert bits["values"][row] == [(3 * 4 + 16) / 4, None]
+    assert bits["values"][bits["rows"].index("mlp.up_proj")] == [None, 4]
 
 
 def test_without_smoothing_there_is_one_curve(bare: Path):

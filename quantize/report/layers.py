@@ -135,16 +135,18 @@ def _curves(
     for name in names:
         series: dict[str, list[Number]] = {}
         for moment in ("after", "before"):
-            found = [
-                [_ratio(mapping(mapping(mapping(block, part), one), moment), above, below) for one in alike]
-                for block in blocks
-                for alike in [[one for one in mapping(block, part) if folded(one) == name]]
-            ]
-            series[moment] = [max((r for r in ratios if r is not None), default=None) for ratios in found]
+            ratios = [_ratios(mapping(block, part), name, moment, above, below) for block in blocks]
+            series[moment] = [max(found, default=None) for found in ratios]
         if series["after"] == series["before"]:
             series = {"as in the parent": series["before"]}
         out[name] = ([float(i or 0) for i in x], series)
     return out
+
+
+def _ratios(part: Mapping[str, Any], name: str, moment: str, above: str, below: str) -> list[float]:
+    """Known ratios of all entries that fold to `name`."""
+    found = [_ratio(mapping(mapping(part, one), moment), above, below) for one in part if folded(one) == name]
+    return [ratio for ratio in found if ratio is not None]
 
 
 def _group_title(sources: Sources, first: str) -> str:
