@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +16,7 @@ from quantize.bitvec_linear import BitVecLinear
 from quantize.errors import QualityError
 from quantize.formats.bitvec import BitVecScheme
 from quantize.kernels.reference import multiply_reference
+from quantize.stopwatch import Compared, device_name, take_turns, versions, watch
 
 Shape = tuple[int, int]
 LLAMA_3_8B: tuple[Shape, ...] = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -34,18 +31,8 @@ _COPIED_ELSEWHERE = 1 << 26
 _CACHES = 1 << 27  # bytes; weights beside each other fill more, so that none is read from a cache (an H100's: 50 MiB)
 
 
-class _Compared:
-    seconds: float
-    plain_seconds: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than F.linear."""
-        return self.plain_seconds / self.seconds
-
-
 @dataclass(frozen=True)
-class Timing(_Compared):
+class Timing(Compared):
     """One shape at one batch: seconds of a call, medians over rounds."""
 
     N: int
@@ -63,7 +50,7 @@ class Timing(_Compared):
 
 
 @dataclass(frozen=True)
-class TokenTiming(_Compared):
+class TokenTiming(Compared):
     """All linears of a model, one after the other, for M rows of activations: median seconds."""
 
     M: int
@@ -103,18 +90,14 @@ def bench(
     blocks: int = 0,
 ) -> MultiplyBench:
     """`bench_multiply`, and `bench_token` over so many blocks of Llama-3-8B where `blocks` is not 0."""
-    cuda = device.type == "cuda"
-    versions = {"torch": str(torch.__version__)}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
     tokens = [bench_token(LLAMA_3_8B_BLOCK, blocks, M, scheme, device, rounds) for M in batches if blocks]
     return MultiplyBench(
         scheme=scheme,
-        device=torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        baseline="torch bfloat16 (cuBLAS)" if cuda else "torch float32",
+        device=device_name(device),
+        baseline="torch bfloat16 (cuBLAS)" if device.type == "cuda" else "torch float32",
         shapes=bench_multiply(shapes, batches, scheme, device, rounds),
         tokens=tokens,
-        versions=versions,
+        versions=versions(),
         threads=torch.get_num_threads(),
     )
 
@@ -192,41 +175,7 @@ def require_correct(layer: BitVecLinear, x: Tensor) -> None:
 
 
 def _round_seconds(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
-    # Seconds of each round of all calls, after a round to warm up.
-    with torch.no_grad():
-        if device.type == "cuda":
-            return _graph_seconds(calls, device, rounds)
-        found = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            for call in calls:
-                call()
-            found.append(time.perf_counter() - started)
-        return found[1:]
-
-
-def _graph_seconds(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compilation and libraries' workspaces must not fall into the graph
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        found = []
-        for _ in range(rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        return found
+    return take_turns([watch(calls, device)], rounds)[0]
 
 
 def _layers(shapes: Sequence[Shape], scheme: BitVecScheme, device: torch.device, least: int = 0) -> list[BitVecLinear]:

@@ -1,4 +1,4 @@
-"""`pq bench`: speed and error of one step alone, on random data."""
+"""`pq bench`: speed and error of one step alone, mostly on random data."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import pick_device
+from quantize.cli.common import local_model, pick_device, pick_dtype
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantize.bench_ffn import FfnBench, FfnTiming
     from quantize.bench_fit import FitBench
     from quantize.bench_multiply import MultiplyBench
     from quantize.cache_fit import Codebook
@@ -78,6 +79,50 @@ def multiply(
         _print_products(measured)
 
 
+@app.command()
+def ffn(
+    hidden: Annotated[int, typer.Option(min=1, help="Inputs and outputs of the FFN.")] = 4096,
+    intermediate: Annotated[int, typer.Option(min=1, help="Hidden neurons of the dense FFN.")] = 11008,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="Shared neurons + experts x neurons @ mean experts a token; default: 2816+8x1024@4."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its first Mixture of Experts instead of random weights.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 32.")] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time Mixtures of Experts against the dense FFN they stand for, and against a loop over experts."""
+    if model and form:
+        raise UsageError("--model and --form: a model has its own form, give one of them")
+    where, batches = pick_device(device), batch or (1, 32)
+    parts = [_form(text) for text in form or ("2816+8x1024@4",)]
+    kind = pick_dtype(dtype, where)
+    from quantize.bench_ffn import Form, bench_forms, bench_model
+
+    if model:
+        measured = bench_model(local_model(model), batches, where, kind, rounds)
+    else:
+        forms = [Form(*part) for part in parts]
+        measured = bench_forms(hidden, intermediate, forms, batches, where, kind, rounds)
+    if as_json:
+        typer.echo(json.dumps(measured.as_json(), indent=2))
+    else:
+        _print_ffns(measured)
+
+
+def _form(text: str) -> tuple[int, int, int, float]:
+    found = re.fullmatch(r"([1-9]\d{0,8})\+([1-9]\d{0,3})x([1-9]\d{0,8})@(\d{1,4}(?:\.\d+)?)", text)
+    if not found:
+        raise UsageError(f"--form {text}: write shared + experts x size @ experts a token, like 2816+8x1024@4")
+    shared, n, size, k = int(found[1]), int(found[2]), int(found[3]), float(found[4])
+    if not 0 < k <= n:
+        raise UsageError(f"--form {text}: a token can visit more than 0 and up to {n} experts")
+    return shared, n, size, k
+
+
 def _sizes(shape: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", shape)
     if not found:
@@ -132,3 +177,38 @@ def _print_products(measured: MultiplyBench) -> None:
         name = f"{token.linears} linears"
         table.add_row(name, str(token.M), f"{token.seconds * 1e6:,.1f}", "", "", f"{token.speedup:.2f}")
     Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _print_ffns(measured: FfnBench) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    size = f"{measured.hidden} x {measured.intermediate} {measured.dtype}"
+    title = f"FFN {size}; {measured.device}, {measured.threads} threads"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("us")
+    for t in measured.timings:
+        table.add_column(f"{t.form}\n{t.M} rows", justify="right")
+    for row in zip(*(_ffn_cells(t) for t in measured.timings), strict=True):
+        table.add_row(row[0][0], *(cell for _, cell in row))
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+def _ffn_cells(t: FfnTiming) -> list[tuple[str, str]]:
+    return [
+        ("all experts at once", _us(t.seconds)),
+        ("  fastest … slowest", f"{_us(t.fastest)} … {_us(t.slowest)}"),
+        ("loop over experts", _us(t.loop_seconds)),
+        ("dense", _us(t.plain_seconds)),
+        ("  fastest … slowest", f"{_us(t.plain_fastest)} … {_us(t.plain_slowest)}"),
+        ("times faster than dense", f"{t.speedup:.2f}"),
+        ("MB read", f"{t.bytes_read / 1e6:,.1f}"),
+        ("  of the dense FFN's", f"{t.bytes_read / t.plain_bytes_read:.0%}"),
+        ("experts a token", f"{t.experts_per_token:.2f}"),
+        ("activated parameters", f"{t.activated:.0%}"),
+    ]
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}"
