@@ -219,7 +219,7 @@ def random_mixture(hidden: int, form: Form, device: torch.device, dtype: torch.d
     k = math.ceil(form.k)
     sizes = ExpertSizes(form.n, form.size, form.shared, k, renormalize=False, dense_blocks=frozenset())
     with torch.device(device), torch.no_grad():
-        mixture = MoeFfn(hidden, sizes, "silu", TopK(k)).to(dtype)
+        mixture = MoeFfn(hidden, sizes, nn.SiLU(), TopK(k)).to(dtype)
         if form.k != k:
             scores = mixture.gate(torch.randn(_PROFILED, hidden, dtype=dtype)).float()
             mixture.policy = Threshold(float(scores.quantile(1 - form.k / form.n)))
@@ -235,7 +235,7 @@ def _stacked(mixture: nn.Module) -> MoeFfn:
 
 def _random_dense(hidden: int, intermediate: int, device: torch.device, dtype: torch.dtype) -> Expert:
     with torch.device(device):
-        return Expert(hidden, intermediate, "silu").to(dtype).requires_grad_(False)
+        return Expert(hidden, intermediate, nn.SiLU()).to(dtype).requires_grad_(False)
 
 
 def _fill(make: Callable[[], _Module]) -> list[_Module]:
