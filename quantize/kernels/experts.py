@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.kernels.multiply import has_kernel
 
 # Measured on two cores with 16 and 8 experts.
-_SMALL = 1 << 20  # bytes of an expert's gate and up projections, up to which a batch of all experts is faster
+_SMALL = 1 << 20  # bytes of a weight that takes less time than a call, so that a batch of all experts is faster
 _PADDED = 2  # rows of that batch for every row that is needed, at most
 _FEW = 32  # rows up to which splitting the outputs is faster
 
@@ -96,9 +96,10 @@ def _all_at_once(
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    # MKL multiplies few rows in one thread: the outputs go as one batch a thread.
+    # MKL multiplies few rows in one thread: the outputs of a large weight go as one batch a thread.
     threads = torch.get_num_threads()
-    if x.is_cuda or x.dtype != torch.float32 or len(x) > _FEW or len(weight) % threads:
+    small = weight.nbytes <= _SMALL or len(weight) % threads
+    if small or x.is_cuda or x.dtype != torch.float32 or len(x) > _FEW:
         return F.linear(x, weight)
     batches = weight.view(threads, -1, weight.shape[1])
     return torch.bmm(x.expand(threads, *x.shape), batches.mT).transpose(0, 1).reshape(len(x), -1)
