@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantize.errors import ModelError, UsageError
+from quantize.errors import UsageError
 from quantize.formats.packed_int import IntScheme, stored_bits
-from quantize.grid import Grid
-from quantize.hadamard import keep_rotation
 from quantize.knapsack import knapsack, total
-from quantize.linear import PackedLinear
 from quantize.methods.encode import IntEncode
+from quantize.sensitivity import sensitivities
 from quantize.streams import Streams
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from quantize.arch import Architecture
     from quantize.block import Block
     from quantize.recipe import Recipe
@@ -83,6 +79,8 @@ class Space:
     """Linears that must get the same bits."""
     candidates: tuple[int, ...] = (8,)
     """Bits that a linear may get instead of its stage's own, if more than these."""
+    experts: Mapping[str, set[str]] = field(default_factory=dict)
+    """Layer pattern of a block's routed experts → all linears of the model that it matches."""
 
     @classmethod
     def of(
@@ -110,7 +108,7 @@ class Space:
                 "chosen; add one (rtn, gptq, fireq) or leave the target out"
             )
         groups = tuple(_groups(arch, taken, tie_inputs))
-        space = cls(recipe, target, {n: shapes[n] for n in taken}, taken, groups, candidates)
+        space = cls(recipe, target, {n: shapes[n] for n in taken}, taken, groups, candidates, _experts(arch, shapes))
         lowest, highest = (space.bits_per_weight([pick] * len(groups)) for pick in (0, -1))
         if not lowest <= target <= highest:
             # Rounded inwards, so that both ends can be given as they are shown.
@@ -214,73 +212,51 @@ class Space:
             yield stage
             return
         if len(moved) < len(bits):
-            yield _changed(stage, ignore=(*self._stage(moved[0]).ignore, *moved))
+            yield _changed(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
         for more in sorted({bits[name] for name in moved}):
-            names = tuple(name for name in moved if bits[name] == more)
+            names = self._patterns([name for name in moved if bits[name] == more])
             # INT8 weights have kernels for 16-bit activations only.
             yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
 
-
-def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> dict[str, dict[int, float]]:
-    """Error at the block's output from rounding one linear alone, by linear (relative name) and bits.
-
-    It is the mean over tokens of ‖y' − y‖² / ‖y‖² with y the output of the block as it is: relative to each token,
-    because norms further on take a token's length away. The block is left as it was.
-    ModelError where no token has a finite output.
-    """
-    outputs = [block.forward(block.module, hidden) for hidden in block.inputs]
-    out: dict[str, dict[int, float]] = {}
-    for name, choices in schemes.items():
-        linear = block.linear(name)
-        out[name] = {}
-        try:
-            for scheme in choices:
-                trial = rounded(linear, scheme)
-                keep_rotation(linear, trial)
-                block.module.set_submodule(name, trial)
-                pairs = zip(block.inputs, outputs, strict=True)
-                parts = [_relative_errors(block.forward(block.module, x), y) for x, y in pairs]
-                errors = torch.cat(parts)
-                if not len(errors):
-                    raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
-                out[name][scheme.bits] = float(errors.double().mean())
-        finally:
-            block.module.set_submodule(name, linear)
-    return out
-
-
-def rounded(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
-    """The linear with its weight rounded to nearest under clipped scales, which needs no calibration."""
-    fp8 = scheme.fp8_activations
-    weight = linear.weight.float()
-    grid = Grid(scheme.bits, scheme.group_size, product=fp8, fp8_scales=fp8)
-    scale, factor = grid.fit_scale(weight)
-    packed = grid.pack(grid.round(weight, scale, factor)[0], scale)
-    module = PackedLinear(packed, linear.bias, fp8, linear.weight.dtype, "kernel")
-    return module.to(linear.weight.device)
+    def _patterns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names, but one pattern for all experts of a block where all are among them: a model has thousands."""
+        whole = {name: pattern for pattern, inside in self.experts.items() if inside <= set(names) for name in inside}
+        return tuple(dict.fromkeys(whole.get(name, name) for name in names))
 
 
 def _groups(arch: Architecture, stages: Mapping[str, int], tie_inputs: bool) -> Iterator[tuple[str, ...]]:
-    """Linears that must get the same bits: those of one input and one stage, or each one alone."""
+    """Linears that must get the same bits: those of one input and one stage, or each one alone.
+
+    All linears of a block's routed experts go together: vLLM refuses experts that are not all of one scheme.
+    """
     if not tie_inputs:
         yield from ((name,) for name in stages)
         return
     place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
-    groups: dict[tuple[str, int, int], list[str]] = {}
+    groups: dict[tuple[str, str, int, int], list[str]] = {}
     for name, stage in stages.items():
-        block, _, relative = name.removeprefix(f"{arch.blocks}.").partition(".")
-        groups.setdefault((block, place[relative], stage), []).append(name)
+        block, inside = _place(arch, name)
+        routed = arch.is_routed(inside)
+        where = ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
+        groups.setdefault((block, *where, stage), []).append(name)
     yield from map(tuple, groups.values())
+
+
+def _place(arch: Architecture, name: str) -> tuple[str, str]:
+    """Full name of a linear → (number of its block, its name there)."""
+    block, _, inside = name.removeprefix(f"{arch.blocks}.").partition(".")
+    return block, inside
+
+
+def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
+    """Layer pattern of the routed experts of a block → the linears that it matches, for every block that has any."""
+    out: dict[str, set[str]] = {}
+    for name in names:
+        block, inside = _place(arch, name)
+        if arch.experts is not None and arch.is_routed(inside):
+            out.setdefault(f"{arch.blocks}.{block}.{arch.experts.routed}.*", set()).add(name)
+    return out
 
 
 def _changed(stage: Any, **fields: Any) -> Any:
     return type(stage).model_validate({key: getattr(stage, key) for key in type(stage).model_fields} | fields)
-
-
-def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """‖found − wanted‖² / ‖wanted‖² of every token with a finite target; a token that overflowed counts as lost: 1."""
-    found, wanted = found.flatten(0, -2).float(), wanted.flatten(0, -2).float()
-    usable = wanted.isfinite().all(dim=1)
-    size = wanted[usable].square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    errors = (found[usable] - wanted[usable]).square().sum(dim=1) / size
-    return errors.nan_to_num(nan=1.0, posinf=1.0)

@@ -74,6 +74,24 @@ class Architecture:
         """Name of the linear with this role."""
         return next(name for name, found in self.roles.items() if found == role)
 
+    def expert_of(self, name: str) -> str | None:
+        """The expert that a module of a block lies in, `mlp.experts.3` or `mlp.shared_expert`; None outside of all."""
+        parts = self.experts
+        if parts is not None and name.startswith(f"{parts.shared}."):
+            return parts.shared
+        if parts is not None and name.startswith(f"{parts.routed}."):
+            return f"{parts.routed}.{name.removeprefix(f'{parts.routed}.').partition('.')[0]}"
+        return None
+
+    def is_routed(self, name: str) -> bool:
+        """Whether a module of a block lies in an expert that sees only the tokens routed to it."""
+        return self.experts is not None and name.startswith(f"{self.experts.routed}.")
+
+    def dense_name(self, name: str) -> str:
+        """The name that a linear of an expert has in a dense FFN; other names are their own."""
+        expert = self.expert_of(name)
+        return name if self.experts is None or expert is None else self.experts.ffn + name.removeprefix(expert)
+
     def with_experts(self, n: int) -> Architecture:
         """The same decoder for a block whose FFN has n routed experts: the FFN's linears stand once in every expert.
 
@@ -214,6 +232,10 @@ class Shape:
                 f"num_key_value_heads {shape.n_kv_heads}"
             )
         return shape
+
+
+ROUTERS = ("gate", "shared_expert_gate")
+"""Linears of an FFN with experts, by their names within it, that no recipe quantizes."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from quantize.arch import Architecture, Edge, Shape
 from quantize.errors import ModelError
-from quantize.formats.fp8 import quantize_activations
 from quantize.formats.scheme import Packed
 from quantize.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, rotates_inputs, widened
 from quantize.linear import PackedLinear
+from quantize.memo import Memo
+from quantize.moe import MoeFfn
+from quantize.moments import Moments, Sums
+from quantize.peak import Cost
+from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -38,29 +42,7 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once the wanted input was seen."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32."""
-
-    hessian: Tensor
-    """E[x̂ x̂ᵀ] [K, K]."""
-    absmean: Tensor
-    """E|x̂| [K]."""
-    cross: Tensor | None
-    """E[x x̂ᵀ] [K, K] with the parent's input x."""
-    residual: Tensor | None
-    """E[(r − r̂) x̂ᵀ] [N, K] for a linear whose output is added to the residual stream r."""
-
-
-@dataclass
-class _Sums:
-    """Running totals of a pass over the calibration inputs."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-
-    def add(self, key: str, value: Tensor) -> None:
-        self.totals[key] = value if key not in self.totals else self.totals[key].add_(value)
+_KEPT_BYTES = 1 << 30  # of Hessians measured in one pass and not yet asked for
 
 
 @dataclass
@@ -90,6 +72,15 @@ class Block:
     """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
+    """The layer that encode stages aim at, see `freeze_reference`."""
+    memo: Memo = field(default_factory=lambda: Memo(None))
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """What single parts took, for those who wait; no part of the reproducible output."""
+    reference_arch: Architecture | None = None
+    """Its row: that of a dense block where experts were placed after it was frozen."""
+    _kept: dict[str, Moments] = field(default_factory=dict)
+    """Moments of routed experts that were measured along with another's, until they are used."""
+    _kept_fp8: bool = False
 
     def linear(self, name: str) -> nn.Linear:
         """The not yet encoded linear `name` (relative to the block)."""
@@ -107,12 +98,39 @@ class Block:
         self.report.setdefault(name, {}).update(facts)
 
     def freeze_reference(self) -> None:
-        """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
+        """Keep a copy of the layer as it is now (not quantized): the function encode stages aim at.
+
+        Called before anything is encoded, and earlier by a stage that changes the function; then `fold` changes the
+        copy alike, so that inputs of its linears stay comparable with ours.
+        """
         if self.reference is None and self.reference_inputs is not None:
-            self.reference = copy.deepcopy(self.module)
+            self.reference, self.reference_arch = copy.deepcopy(self.module), self.arch
             attention = self.reference.get_submodule(self.arch.attention)
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
+
+    def reference_outputs(self, batch: int) -> Tensor:
+        """Outputs [B·T, D] of the frozen reference for the parent's hidden states, in float32."""
+        assert self.reference is not None
+        assert self.reference_inputs is not None
+        return self.forward(self.reference, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
+
+    def add_bias(self, name: str) -> None:
+        """Give a linear a bias of zeros where it has none."""
+        linear = self.linear(name)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]), requires_grad=False)
+            self.storage[f"{name}.bias"] = self.storage[f"{name}.weight"]
+
+    def replace_ffn(self, ffn: MoeFfn, arch: Architecture) -> None:
+        """Put experts in the place of the dense FFN; arch: the block's row from now on."""
+        assert arch.experts is not None
+        place = arch.experts.ffn
+        stored = self.storage[f"{self.arch.of_role('down')}.weight"]
+        self.storage = {name: dtype for name, dtype in self.storage.items() if not name.startswith(f"{place}.")}
+        self.storage |= {f"{place}.{name}": stored for name in ffn.state_dict()}
+        self.module.set_submodule(place, ffn)
+        self.arch = arch
 
     def encode(self, name: str, packed: Packed, fp8_activations: bool) -> None:
         """Replace a linear by its packed form; later statistics see the quantized layer."""
@@ -121,8 +139,20 @@ class Block:
         new = PackedLinear(packed, old.bias, fp8_activations, old.weight.dtype, "kernel")
         setattr(self.module.get_submodule(parent), attribute, new.to(self.device))
         keep_rotation(old, new)
+        self.forget_moments(name)
         self.packed[name] = packed
         self.histograms[name] = code_histogram(old.weight, packed)
+
+    @property
+    def versions(self) -> Iterator[tuple[nn.Module, Architecture]]:
+        """The layer with its row, and the reference where it is frozen already: what a change of basis must reach."""
+        yield self.module, self.arch
+        if self.reference is not None and self.reference_arch is not None:
+            yield self.reference, self.reference_arch
+
+    def rounded_sinks(self, edge: Edge) -> list[str]:
+        """Sinks of an edge that encode stages may round: all but routers."""
+        return [sink for sink in edge.sinks if sink in self.arch.roles]
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -144,15 +174,18 @@ class Block:
         except ValueError as err:
             raise ModelError(f"{self.full_name(name)}: {err}") from None
         linear.weight.data = apply_hadamard(widened(linear.weight)).to(linear.weight.dtype)
+        self.forget_moments(name)
 
     def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the hidden states that enter the block, batch by batch, the parent's too."""
         for stream in (self.inputs, self.reference_inputs or []):
             for batch, hidden in enumerate(stream):
                 stream[batch] = change(hidden)
+        self.forget_moments()
 
     def attend_with(self, kv: nn.Module) -> None:
         """Let the block attend through `kv` (a KvAttention) from now on; the checkpoint stores it with the block."""
+        self.forget_moments()
         self.module.get_submodule(self.arch.attention).kv = kv.to(self.device)
 
     def attention_inputs(self, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
@@ -178,6 +211,7 @@ class Block:
     def scale_rows(self, name: str, scale: Tensor) -> None:
         """Multiply the outputs of a not yet encoded linear by scale [N]: weight rows and bias."""
         linear = self.linear(name)
+        self.forget_moments(name)
         scale = scale.to(linear.weight.device, linear.weight.dtype)
         linear.weight.data = linear.weight * scale[:, None]
         if linear.bias is not None:
@@ -214,59 +248,67 @@ class Block:
     def moments(self, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
         """Second moments of the inputs of `name`; FP8-rounded where the layer will round its activations.
 
-        with_reference: also the moments against the parent (`freeze_reference` must have been called).
+        with_reference: also the moments against the parent (`freeze_reference` must have been called), but for the
+        FFN of a block with experts: the parent's tokens may go to others, or through a dense FFN.
+        A routed expert that no token visits has moments of zero; ModelError for any other linear without tokens.
         """
+        if self.arch.is_routed(name):
+            if name not in self._kept or self._kept_fp8 != fp8_activations:
+                self._measure_routed(name, fp8_activations)
+            return self._kept.pop(name)
+        with_reference = with_reference and self.arch.expert_of(name) is None
         residual = self.arch.residual.get(name) if with_reference else None
         names = (name,) if residual is None else (residual, name)
-        sums = _Sums()
+        sums = Sums(fp8_activations)
         parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
         if with_reference:
             parent = self.inputs_of(names, self.reference, self.reference_inputs)
         for ours, theirs in zip(self.inputs_of(names), parent, strict=False):
-            # A token that overflowed would spoil the whole matrix.
-            finite = torch.stack([t.isfinite().all(dim=1) for t in (*ours, *(theirs or ()))]).all(dim=0)
-            if not finite.all():
-                self.note(
-                    name, dropped_tokens=int((~finite).sum()) + self.report.get(name, {}).get("dropped_tokens", 0)
-                )
-                ours = tuple(t[finite] for t in ours)
-                theirs = None if theirs is None else tuple(t[finite] for t in theirs)
-            x = quantize_activations(ours[-1]) if fp8_activations else ours[-1]
-            sums.add("hessian", x.T @ x)
-            sums.add("absmean", x.abs().sum(dim=0))
-            if theirs is not None:
-                sums.add("cross", theirs[-1].T @ x)
-            if theirs is not None and residual is not None:
-                sums.add("residual", (theirs[0] - ours[0]).T @ x)
-            sums.tokens += len(x)
-        if not sums.tokens:
+            sums.add(ours, theirs)
+        return self._mean(name, sums)
+
+    def _measure_routed(self, name: str, fp8_activations: bool) -> None:
+        """Measure an expert's linear and, in the same pass, the same linear of as many experts behind it as fit.
+
+        A real model has dozens of experts, and none changes what another one sees.
+        """
+        inside, linear = name.rpartition(".")[2], self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear | PackedLinear)
+        experts = [n for n in self.arch.roles if self.arch.is_routed(n) and n.endswith(f".{inside}")]
+        behind = [n for n in experts[experts.index(name) :] if n == name or n not in self.packed]
+        sums = {n: Sums(fp8_activations) for n in behind[: max(1, _KEPT_BYTES // (4 * linear.in_features**2))]}
+        for inputs in self.inputs_of(tuple(sums)):
+            for total, x in zip(sums.values(), inputs, strict=True):
+                total.add((x,))
+        self._kept = {n: self._mean(n, total) for n, total in sums.items()}
+        self._kept_fp8 = fp8_activations
+
+    def _mean(self, name: str, sums: Sums) -> Moments:
+        if sums.dropped:
+            self.note(name, dropped_tokens=sums.dropped + self.report.get(name, {}).get("dropped_tokens", 0))
+        if not sums.totals or (not sums.tokens and not self.arch.is_routed(name)):
             raise ModelError(f"{self.full_name(name)}: no finite calibration inputs; try --dtype float32")
-        mean = {key: total / sums.tokens for key, total in sums.totals.items()}
-        return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"))
+        return sums.mean()
+
+    def forget_moments(self, *names: str) -> None:
+        """Drop kept moments that a change of these modules may reach: all without a name.
+
+        What changes within an expert reaches that expert alone.
+        """
+        changed = {self.arch.expert_of(name) for name in names} or {None}
+        self._kept = {n: m for n, m in self._kept.items() if not {None, self.arch.expert_of(n)} & changed}
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Move λ over `edge`: source output ÷ λ, sink columns × λ. scale: λ [channels of the source], float32.
 
-        The source keeps its dtype; sinks see exactly the ratio that the rounded source really changed by, so the
-        function is preserved even where the source is stored in bfloat16.
+        See `fold_edge`. A reference that is frozen already, and has the edge too, follows.
         """
         scale = scale.to(self.device, torch.float32)
-        source = self.module.get_submodule(edge.source)
-        weight = source.get_parameter("weight")
-        if edge.source_kind == "norm":
-            before = weight.detach().float().clone()  # .float() alone may be the same tensor
-            stored = (before / scale).to(self.storage[f"{edge.source}.weight"])
-            weight.data = stored.to(weight.dtype)
-            scale = torch.where(stored == 0, scale, before / stored.float())
-        else:
-            weight.data = weight / scale[:, None]
-            bias = dict(source.named_parameters()).get("bias")
-            if bias is not None:
-                bias.data = bias / scale
-        columns = self.sink_columns(edge, scale)
-        for sink in edge.sinks:
-            linear = self.linear(sink)
-            linear.weight.data = linear.weight * columns
+        dtype = self.storage[f"{edge.source}.weight"]
+        for module, arch in self.versions:
+            for same in (other for other in arch.edges if other.name == edge.name):
+                fold_edge(module, same, scale, dtype, self.sink_columns)
+        self.forget_moments(edge.source, *edge.sinks)
 
     def sink_columns(self, edge: Edge, scale: Tensor) -> Tensor:
         """λ per source channel → λ per sink input column (repeats kv heads over their query group)."""

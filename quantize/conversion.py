@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.allocation import SAMPLE_TOKENS, Allocation, Space
-from quantize.arch import Architecture, Shape
+from quantize.arch import ROUTERS, Architecture, ExpertSizes, Shape
 from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
@@ -23,18 +24,25 @@ from quantize.formats.native import native_config
 from quantize.formats.scheme import AnyScheme, Packed
 from quantize.grid import Grid
 from quantize.linear import PackedLinear
+from quantize.memo import Memo
 from quantize.methods.fireq_attention import FireqAttention
+from quantize.moe import MoeFfn, Policy, TopK
+from quantize.peak import Cost
 from quantize.recipe import Recipe
 from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton
 from quantize.statistics import Collected, profile
 from quantize.streams import Streams
+from quantize.view import ModelView
 
 log = logging.getLogger(__name__)
 
 HEAD_GROUP = 128
 """Group of an encoded lm_head."""
 _HEAD_WEIGHTS = 1 << 24  # of lm_head encoded at once
+
+RESTRUCTURED = ("policy", "mean_experts", "ffn_error", "pruned_error", "untrained_error", "random_error")
+"""Facts of a restructured FFN that a summary shows."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, blocks done, blocks in all)."""
@@ -51,6 +59,8 @@ class Request:
     dtype: torch.dtype
     batch_tokens: int = 4096
     """Calibration tokens per forward pass; bounds the memory of one pass."""
+    work: Path | None = None
+    """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
 
@@ -74,6 +84,10 @@ class Summary:
     """What the recipe asks for and the format of the output cannot hold."""
     untied_head_bytes: int
     """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
+    restructured: list[dict[str, Any]]
+    """What each restructured block became: errors of its FFN beside its baselines', time, peak memory."""
+    activated_reduction: float | None
+    """Share of the parameters a token meets that was saved; None without a restructure stage."""
     mean_output_error: float | None
     """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
@@ -94,6 +108,9 @@ class Conversion:
         self.allocation: Allocation | None = None
         self.stored_bits, self.weights = 0.0, 0
         self.source_bytes = self.untied_head_bytes = 0
+        self.routing: dict[str, Policy] = {}
+        self.costs: dict[str, Cost] = {}
+        self.memo = Memo(request.work)
 
     def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
         """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
@@ -105,6 +122,36 @@ class Conversion:
         run = Conversion(request, self.source, self.arch, self.shape, self.skeleton)
         run.allocation = chosen
         return run
+
+    def planned(self, tokens: TokenSet, progress: Progress) -> Conversion:
+        """A conversion whose stages have settled what hangs on the whole model."""
+        stages, found = [], {}
+        with torch.no_grad():
+            for stage in self.request.recipe.stages:
+                if stage.needs_plan:
+                    stage, found[stage.method] = stage.planned(self._view(tokens, progress))
+                stages.append(stage)
+        request = replace(self.request, recipe=self.request.recipe.model_copy(update={"stages": tuple(stages)}))
+        run = Conversion(request, self.source, self.arch, self.shape, self.skeleton)
+        run.report |= found
+        return run
+
+    def _view(self, tokens: TokenSet, progress: Progress) -> ModelView:
+        weights = self._outside(self.arch.final_norm, self.arch.head)
+        head = weights.pop(f"{self.arch.head}.weight", None)
+        if head is None:
+            head = self._outside(self.arch.embedding)[f"{self.arch.embedding}.weight"]
+        norm = self.skeleton.final_norm({n.removeprefix(f"{self.arch.final_norm}."): w for n, w in weights.items()})
+        placed = head.to(self.request.device, self.request.dtype)
+        return ModelView(
+            arch=self.arch,
+            shape=self.shape,
+            sizes=self.source.shapes,
+            hidden=self._hidden(tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]),
+            open=self.open,
+            log_probs=lambda hidden: F.linear(norm(hidden), placed).float().log_softmax(dim=-1),
+            progress=progress,
+        )
 
     def _hidden(self, windows: Tensor) -> list[Tensor]:
         """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
@@ -181,6 +228,7 @@ class Conversion:
             device=self.request.device,
             rotary_dim=self.rotary_dim,
             keeps_post_scales=self.request.recipe.format == "pq",
+            memo=self.memo,
         )
         if self.basis.changed:
             block.map_inputs(self.basis.leave)
@@ -201,9 +249,13 @@ class Conversion:
         return {prefix + name: tensor for name, tensor in stored.items()}
 
     def _apply_stages(self, block: Block) -> None:
+        stages = self.request.recipe.stages
+        for stage in stages:
+            if stage.kind == "restructure":  # which leaves other linears than it found
+                stage.apply(block)
         before = after = profile(block)
         smoothed = False
-        for stage in self.request.recipe.stages:
+        for stage in (stage for stage in stages if stage.kind != "restructure"):
             if smoothed and stage.kind in ("cache", "encode"):
                 after, smoothed = profile(block), False
             stage.apply(block)
@@ -216,6 +268,10 @@ class Conversion:
             assert isinstance(linear, PackedLinear)
             self._count(prefix + name, packed, linear.fp8_activations)
         self.rotated_inputs += [prefix + name for name in block.arch.roles if block.rotates_inputs(name)]
+        self.costs |= {prefix + name: cost for name, cost in block.costs.items()}
+        for name, module in block.module.named_modules():
+            if isinstance(module, MoeFfn):
+                self.routing[prefix + name] = module.policy
         for name, facts in block.report.items():
             self.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)
@@ -226,13 +282,29 @@ class Conversion:
         self.stored_bits += packed.bits_per_weight * weights
         self.weights += weights
 
-    def quantization_config(self) -> dict[str, Any]:
-        """quantization_config of the output's config.json."""
-        linears = (self.arch.head, *self.skeleton.linears(), *self.skeleton.routers())
-        alone = [name for name in linears if name not in self.schemes]
-        if self.request.recipe.format == "pq":
-            return native_config(self.schemes, alone, self.attention, self.rotated_inputs)
-        return quantization_config(self.schemes, alone)
+    def config(self) -> dict[str, Any]:
+        """config.json of the output."""
+        config = self.basis.config(self.source.config, self.shape)
+        linears = self.skeleton.linears()
+        for stage in self.request.recipe.stages:
+            config, linears = stage.config(config), stage.linears(linears)
+        found = self._quantization_config(config, linears)
+        return config if found is None else config | {"quantization_config": found}
+
+    def _quantization_config(self, config: dict[str, Any], linears: Collection[str]) -> dict[str, Any] | None:
+        """How the output is packed, attends and routes; None where any loader gets that right without being told."""
+        routers = [f"{ffn}.{router}" for ffn in self.routing for router in ROUTERS]
+        alone = [name for name in (self.arch.head, *linears, *routers) if name not in self.schemes]
+        if self.request.recipe.format != "pq":
+            return quantization_config(self.schemes, alone) if self.schemes else None
+        routing = {}
+        if self.routing:
+            sizes = ExpertSizes.of(config)
+            usual = TopK(sizes.top_k, sizes.renormalize)
+            routing = {name: policy for name, policy in self.routing.items() if policy != usual}
+        if not (self.schemes or self.attention or self.rotated_inputs or routing):
+            return None
+        return native_config(self.schemes, alone, self.attention, self.rotated_inputs, routing)
 
     @property
     def attention(self) -> dict[str, Any] | None:
@@ -278,6 +350,11 @@ class Conversion:
             fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
             lost=self.lost(),
             untied_head_bytes=self.untied_head_bytes,
+            restructured=[
+                {"name": name, **{key: self.report[name].get(key) for key in RESTRUCTURED}, **asdict(cost)}
+                for name, cost in self.costs.items()
+            ],
+            activated_reduction=self.report.get("ladimo", {}).get("activated_reduction"),
             mean_output_error=sum(errors) / len(errors) if errors else None,
         )
 

@@ -14,7 +14,7 @@ from quantize.basis import Basis
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
-from quantize.errors import ModelError, RecipeError
+from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, format_problems, resolved_yaml
 from quantize.skeleton import Skeleton, load_tokenizer
@@ -42,9 +42,13 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
         raise ModelError(f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
     skeleton = Skeleton(request.model, arch, request.device, request.dtype)
-    space = _space(request, arch, _check(source, arch, shape, skeleton, request.recipe))
+    _check(source, arch, shape, skeleton, request.recipe)
+    space = _space(request, arch, skeleton.linears())
     tokens = _calibration(request, shape) if space or any(s.needs_inputs for s in request.recipe.stages) else None
     run = Conversion(request, source, arch, shape, skeleton)
+    if tokens and any(stage.needs_plan for stage in request.recipe.stages):
+        run = run.planned(tokens, progress)
+        _check_linears(run.request.recipe, arch, shape, skeleton.linears())
     if space and tokens:
         run = run.within(space, tokens, progress)
     progress("hashing source", 0, shape.n_blocks)
@@ -61,8 +65,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
         for path in source.side_files():
             writer.copy(path)
         writer.write_index()
-        config = run.basis.config(source.config, shape)
-        writer.write_json("config.json", config | {"quantization_config": run.quantization_config()})
+        writer.write_json("config.json", run.config())
         writer.write_json(STATISTICS, run.statistics.as_json())
         facts = provenance | run.results(streams) | {"files": writer.hashes}
         writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
@@ -71,16 +74,13 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     return run.summary(time.monotonic() - started, output_bytes)
 
 
-def _check(
-    source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
-) -> dict[str, tuple[int, int]]:
-    """Everything that can be refused before the first block is computed. Returns the linears: full name → [N, K]."""
+def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
+    """Everything that can be refused before the first block is computed."""
     if source.config.get("quantization_config"):
         raise ModelError(
             f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
         )
     skeleton.check(source.shapes, shape.tied)
-    linears = skeleton.linears()
     unknown = [
         n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
     ]
@@ -92,15 +92,29 @@ def _check(
         raise ModelError(f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group {HEAD_GROUP}")
     for index, field, problem in format_problems(recipe):
         raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")
+    config = source.config
+    for stage in recipe.stages:
+        config = stage.config(config)
+    if not any(stage.needs_plan for stage in recipe.stages):  # else its linears are not known yet
+        _check_linears(recipe, arch, shape, skeleton.linears())
+
+
+def _check_linears(recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]) -> None:
+    """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
     for stage in recipe.stages:
         stage.check_model(arch, shape, linears)
         stage.check(linears)
-    return linears
+        linears = stage.linears(linears)
 
 
 def _space(request: Request, arch: Architecture, linears: dict[str, tuple[int, int]]) -> Space | None:
     """What a target of bits per weight lets choose; None without a target."""
     target = request.recipe.target_bpw if request.target_bpw is None else request.target_bpw
+    if target is not None and any(stage.kind == "restructure" for stage in request.recipe.stages):
+        raise UsageError(
+            f"target_bpw {target:g}: a recipe that restructures has none; convert with the restructure stage alone, "
+            "then its output with the others and a target"
+        )
     return None if target is None else Space.of(request.recipe, arch, linears, target)
 
 

@@ -7,17 +7,19 @@ selects expert e, else 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from quantize.arch import Architecture, ExpertSizes
 from quantize.errors import ModelError
 from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
+from quantize.kernels.experts import routed_experts
 
 __all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
 
@@ -29,12 +31,12 @@ class Router(nn.Linear):
 class Expert(nn.Module):
     """A gated FFN: (act(x W_gᵀ) ⊙ x W_uᵀ) W_dᵀ."""
 
-    def __init__(self, hidden: int, size: int, activation: str) -> None:
+    def __init__(self, hidden: int, size: int, activation: nn.Module) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, size, bias=False)
         self.up_proj = nn.Linear(hidden, size, bias=False)
         self.down_proj = nn.Linear(size, hidden, bias=False)
-        self.act = ACT2FN[activation]
+        self.act = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, D] → [M, D]."""
@@ -43,15 +45,20 @@ class Expert(nn.Module):
 
 
 class MoeFfn(nn.Module):
-    """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`."""
+    """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`.
 
-    def __init__(self, hidden: int, sizes: ExpertSizes, activation: str, policy: Policy | None = None) -> None:
+    Experts are linears that may be packed, hooked or replaced, and run one after the other, until `stack` binds them
+    together for inference.
+    """
+
+    def __init__(self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None) -> None:
         super().__init__()
         self.policy = policy or TopK(sizes.top_k, sizes.renormalize)
         self.gate = Router(hidden, sizes.n, bias=False)
         self.experts = nn.ModuleList([Expert(hidden, sizes.size, activation) for _ in range(sizes.n)])
         self.shared_expert = Expert(hidden, sizes.shared, activation)
         self.shared_expert_gate = Router(hidden, 1, bias=False)
+        self._stacked: tuple[Tensor, Tensor] | None = None
 
     def weights(self, x: Tensor) -> Tensor:
         """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token does not visit an expert."""
@@ -66,12 +73,83 @@ class MoeFfn(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         weights = self.weights(flat)
         y = torch.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        if self._stacked is None:
+            self._add_one_by_one(y, flat, weights)
+        else:
+            most = self.policy.k if isinstance(self.policy, TopK) else None
+            y = y + routed_experts(flat, weights, *self._stacked, act=self._activation(), most=most)
+        out: Tensor = y.view(x.shape)
+        return out
+
+    def _add_one_by_one(self, y: Tensor, x: Tensor, weights: Tensor) -> None:
         for index, expert in enumerate(self.experts):
             # Experts that no token visits run on no rows, so that whoever records inputs sees every expert.
             rows = weights[:, index].nonzero()[:, 0]
-            y.index_add_(0, rows, expert(flat[rows]) * weights[rows, index, None])
-        out: Tensor = y.view(x.shape)
-        return out
+            y.index_add_(0, rows, expert(x[rows]) * weights[rows, index, None])
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        act: Callable[[Tensor], Tensor] = self.shared_expert.act
+        return F.silu if isinstance(act, nn.SiLU | type(ACT2FN["silu"])) else act
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all routed experts are computed at once."""
+        return self._stacked is not None
+
+    def stack(self) -> bool:
+        """Compute all routed experts at once from now on, where they are plain linears of one dtype → whether they are.
+
+        Their weights become views of two stacked tensors: names, values and memory stay what they were. From then on
+        they learn nothing, are to be written in place only, and hooks on these linears never run. Experts with hooks,
+        packed or not in memory are left as they are. A copy of the module is not stacked.
+        """
+        self._stacked = None
+        experts = [expert for expert in self.experts if isinstance(expert, Expert)]
+        linears = [linear for expert in experts for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)]
+        kinds = {(linear.weight.dtype, linear.weight.device) for linear in linears if _is_plain(linear)}
+        if len(kinds) != 1 or len(experts) < len(self.experts) or not all(map(_is_plain, linears)):
+            return False
+        with torch.no_grad():
+            self._stacked = _bind(experts, "gate_proj", "up_proj"), _bind(experts, "down_proj")
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFfn:
+        # Casts and moves give every linear a weight of its own.
+        again, self._stacked = self.stacked, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if again:
+            self.stack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stacked": None}
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    # Only what a product with `weight` says whole: loaders that keep weights elsewhere replace `forward`.
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and not linear.weight.is_meta
+        and not (linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear))
+    )
+
+
+def _bind(experts: list[Expert], *names: str) -> Tensor:
+    # Weights of each expert's linears, one below the other: [N, rows, columns]; the linears become views of it.
+    linears = [[getattr(expert, name) for name in names] for expert in experts]
+    first: Tensor = linears[0][0].weight
+    rows, columns = first.shape
+    stack = torch.empty(len(experts), len(names) * rows, columns, dtype=first.dtype, device=first.device)
+    for of_expert, held in zip(linears, stack, strict=True):
+        for linear, view in zip(of_expert, held.split(rows), strict=True):
+            linear.weight = nn.Parameter(view.copy_(linear.weight), requires_grad=False)
+    return stack
+
+
+def stack_experts(model: nn.Module) -> int:
+    """Let every Mixture of Experts in a loaded model compute its routed experts at once → how many do."""
+    return sum(ffn.stack() for ffn in model.modules() if isinstance(ffn, MoeFfn))
 
 
 def place_experts(
@@ -95,7 +173,7 @@ def place_experts(
                 if isinstance(policy, TopK) and policy.k > sizes.n:
                     raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
                 with torch.device("meta"):
-                    made = MoeFfn(config["hidden_size"], sizes, config.get("hidden_act", "silu"), policy)
+                    made = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")], policy)
                 ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
     if strangers := sorted(set(policies) - set(ffns)):
         raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")

@@ -1,7 +1,7 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* cache? encode* refine*, with a cache or an encode stage. Every problem of a file
-is reported at once, one line each, with file, line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage. Every
+problem of a file is reported at once, one line each, with file, line, path, value and remedy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ else:
     AnyStage = Annotated[Union[STAGES], Field(discriminator="method")]  # noqa: UP007
 
 METHODS: dict[str, type[Stage]] = {cls.model_fields["method"].default: cls for cls in STAGES}
-LAW = "restructure* smooth* cache? encode* refine*, with a cache or an encode stage"
+LAW = "restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -75,7 +75,7 @@ class Recipe(BaseModel):
     """Mean bits per weight that integer linears may take, scales counted: those that suffer most from rounding get 8
     bits instead of their stage's own until it is spent (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* cache? encode* refine*, with a cache or an encode stage."""
+    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
 
     @field_validator("stages")
     @classmethod
@@ -214,14 +214,14 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
     for (i, _, label), (j, _, later) in islice(pairs, 1):
         yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
     ranks = [rank for _, rank, _ in known]
-    cache, encode = _KINDS.index("cache"), _KINDS.index("encode")
+    cache, sufficient = _KINDS.index("cache"), {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
     for i, cls in enumerate(stages):
         if cls and cls.once and cls in stages[:i]:
             yield i, f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it"
-    if known and None not in stages and not {cache, encode} & set(ranks):
+    if known and None not in stages and not sufficient & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
 

@@ -159,6 +159,12 @@ class Skeleton:
         layer.requires_grad_(False)
         return layer
 
+    def final_norm(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The norm behind the last block, with these weights."""
+        norm: nn.Module = copy.deepcopy(self.model.get_submodule(self.arch.final_norm))
+        norm.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
+        return norm
+
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run block `index` on hidden [B, T, D], with the masks and rotary tables of that batch shape."""
         call = self._call(hidden.shape[0], hidden.shape[1])[index]

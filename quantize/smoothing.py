@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.grid import Grid
 
@@ -14,7 +14,41 @@ if TYPE_CHECKING:
     from quantize.arch import Edge
     from quantize.block import Block
 
-_SAMPLED_ROWS = 512
+_SAMPLED_ROWS = 512  # of one sink
+_ALL_SAMPLED_ROWS = 4096  # of all sinks together: a norm may feed dozens of experts
+
+
+def fold_edge(
+    module: nn.Module, edge: Edge, scale: Tensor, stored: torch.dtype, sink_columns: Callable[[Edge, Tensor], Tensor]
+) -> None:
+    """Move λ [channels of the source] over `edge` of a decoder layer: source output ÷ λ, sink columns × λ.
+
+    stored: dtype of a norm in the checkpoint. The norm keeps to it; sinks see exactly the ratio that the rounded norm
+    really changed by, so the function is preserved even where that is bfloat16.
+    """
+    source = module.get_submodule(edge.source)
+    weight = source.get_parameter("weight")
+    if edge.source_kind == "norm":
+        before = weight.detach().float().clone()  # .float() alone may be the same tensor
+        after = (before / scale).to(stored)
+        weight.data = after.to(weight.dtype)
+        scale = torch.where(after == 0, scale, before / after.float())
+    else:
+        weight.data = weight / scale[:, None]
+        bias = dict(source.named_parameters()).get("bias")
+        if bias is not None:
+            bias.data = bias / scale
+    columns = sink_columns(edge, scale)
+    for sink in edge.sinks:
+        linear = module.get_submodule(sink).get_parameter("weight")
+        linear.data = linear * columns
+
+
+def column_absmean(block: Block, edge: Edge) -> Tensor:
+    """Mean magnitude [K] of the input columns over the rows of all sinks that are rounded."""
+    weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
+    total = torch.stack([weight.float().abs().sum(dim=0) for weight in weights]).sum(dim=0)
+    return total / sum(len(weight) for weight in weights)
 
 
 def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
@@ -55,8 +89,9 @@ def search(
     λ is None, and the ratio 1, when nothing beats leaving the edge alone.
     """
     # Rows are quantized alike: a sample of them ranks the candidates as well as all would, at a fraction of the cost.
-    weights = [block.linear(sink).weight.float() for sink in edge.sinks]
-    weights = [weight[:: max(1, len(weight) // _SAMPLED_ROWS)] for weight in weights]
+    weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
+    most = min(_SAMPLED_ROWS, _ALL_SAMPLED_ROWS // len(weights) or 1)
+    weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]
     plain = rounding_error(weights, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
     best, lowest = None, plain
     for candidate in candidates:

@@ -48,15 +48,16 @@ def _short(value: Tensor | float) -> float:
 def _inputs(block: Block) -> dict[str, dict[str, Any]]:
     names = [group[0] for group in block.arch.calibration_order]
     maxima: dict[str, Tensor] = {}
-    tokens = 0
+    tokens = dict.fromkeys(names, 0)
     for inputs in block.inputs_of(names):
         for name, x in zip(names, inputs, strict=True):
-            largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0)
+            # A routed expert may see no token.
+            largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
-        tokens += len(inputs[0])
-        if tokens >= _TOKENS:
+            tokens[name] += len(x)
+        if tokens[names[0]] >= _TOKENS:
             break
-    return {name: _channels(largest, tokens) for name, largest in maxima.items()}
+    return {name: _channels(largest, tokens[name]) for name, largest in maxima.items()}
 
 
 def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:

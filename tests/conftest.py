@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantize.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
 from quantize.block import Block
 from quantize.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from quantize.convert import Request, convert
@@ -70,6 +70,12 @@ torch.set_num_threads(1)
 # The machine may be busy: a slow example is no fault of the code.
 hypothesis.settings.register_profile("pq", deadline=None)
 hypothesis.settings.load_profile("pq")
+
+
+def row_of(model_type: str, index: int = 0) -> Architecture:
+    """Row of a block of a tiny model, its experts written out."""
+    return block_architecture(ARCHITECTURES[model_type], config_of(model_type), index)
+
 
 ModelMaker = Callable[..., Path]
 BlockMaker = Callable[..., Block]
@@ -205,8 +211,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request_for(model: Path, recipe: str, output: Path, text: Path, *changes: str) -> Request:
-    """A conversion in float32 on the CPU, calibrated on 6 windows of 32 tokens; changes are those of `--set`."""
-    chosen = with_stage_fields(load_recipe(recipe).with_overrides(str(text), nsamples=6, seqlen=32), changes)
+    """A conversion in float32 on the CPU; changes are those of `--set`.
+
+    Calibrated on 6 windows of 32 tokens, of which an expert would see too few.
+    """
+    nsamples = 48 if architecture_of(Checkpoint(model).config).experts else 6
+    chosen = with_stage_fields(load_recipe(recipe).with_overrides(str(text), nsamples=nsamples, seqlen=32), changes)
     return Request(model, chosen, output, CPU, torch.float32, batch_tokens=96)
 
 
@@ -235,19 +245,26 @@ def copied(converted: ModelMaker, tmp_path: Path) -> ModelMaker:
 
 @pytest.fixture(scope="session")
 def make_block(tiny: ModelMaker) -> BlockMaker:
-    """Make a fresh float32 block with 3 batches of random hidden states, two sequences of 24 tokens each."""
+    """Make a fresh float32 block with batches of random hidden states, two sequences of 24 tokens each.
 
-    def make(model_type: str, index: int = 0, reference: bool = False, seed: int = 0) -> Block:
+    Three batches, or enough of them for every expert to see more tokens than its linears have inputs.
+    """
+
+    def make(
+        model_type: str, index: int = 0, reference: bool = False, seed: int = 0, batches: int | None = None
+    ) -> Block:
         folder = tiny(model_type)
         source = Checkpoint(folder)
         arch, shape = architecture_of(source.config), Shape.of(source.config)
         skeleton = Skeleton(folder, arch, CPU, torch.float32)
         weights = source.tensors(f"{arch.blocks}.{index}.")
         generator = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(2, 24, shape.hidden, generator=generator) for _ in range(3)]
+        block_arch = skeleton.block_arch(index)
+        batches = batches or (3 if block_arch is arch else 14)
+        inputs = [torch.randn(2, 24, shape.hidden, generator=generator) for _ in range(batches)]
         return Block(
             index=index,
-            arch=skeleton.block_arch(index),
+            arch=block_arch,
             shape=shape,
             module=skeleton.layer(index, weights),
             storage={name: tensor.dtype for name, tensor in weights.items()},

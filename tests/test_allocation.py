@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantize import knapsack as knapsack_module
-from quantize.allocation import Space, sensitivities
+from quantize.allocation import Space
 from quantize.arch import architecture_of
 from quantize.block import Block
 from quantize.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from quantize.linear import PackedLinear
 from quantize.load import load_model
 from quantize.recipe import load_recipe, parse_recipe
 from quantize.resources import data_dir
+from quantize.sensitivity import sensitivities
 
 Maker = Callable[..., Path]
 BlockMaker = Callable[..., Block]

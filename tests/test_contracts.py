@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import row_of
 from torch import Tensor
 
-from quantize.arch import ARCHITECTURES
 from quantize.block import Block
 from quantize.errors import ModelError
 from quantize.linear import PackedLinear
@@ -47,7 +47,9 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def test_every_kind_has_its_law():
-    assert {cls.kind for cls in STAGES} <= {"smooth", "cache", "encode"}, "write the law of the new kind in this file"
+    known = {"restructure", "smooth", "cache", "encode"}
+    assert {cls.kind for cls in STAGES} <= known, "write the law of the new kind in this file"
+    # The law of restructure, that the output loads by its own config.json, needs a whole model: test_ladimo.py.
     # The law of cache, that scales alone leave the function as it was, stands in test_attention.py.
     assert len({named(cls) for cls in STAGES}) == len(STAGES)
 
@@ -73,7 +75,7 @@ def test_smooth_leaves_the_function_alone(make_block: BlockMaker, cls: type[Stag
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_encode_packs_every_linear_bit_exactly(make_block: BlockMaker, cls: type[Stage], model_type: str):
     block = apply(make_block, cls, model_type)
-    assert set(block.packed) == set(ARCHITECTURES[model_type].roles)
+    assert set(block.packed) == set(row_of(model_type).roles)
     for name, packed in block.packed.items():
         linear = block.module.get_submodule(name)
         assert isinstance(linear, PackedLinear)
@@ -104,7 +106,7 @@ def test_encode_stays_near_the_parent(make_block: BlockMaker, cls: type[Stage], 
 def test_encode_leaves_the_rest_of_the_block_alone(make_block: BlockMaker, cls: type[Stage], model_type: str):
     plain = dict(make_block(model_type).module.named_parameters())
     for name, parameter in apply(make_block, cls, model_type).module.named_parameters():
-        if name.rpartition(".")[0] not in ARCHITECTURES[model_type].roles or name.endswith(".bias"):
+        if name.rpartition(".")[0] not in row_of(model_type).roles or name.endswith(".bias"):
             assert torch.equal(parameter, plain[name]), name
 
 
@@ -120,7 +122,7 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
     assert all(high > 1.5 * low for high, low in itertools.pairwise(errors)), errors
 
 
-@pytest.mark.parametrize("cls", STAGES, ids=named)
+@pytest.mark.parametrize("cls", [cls for cls in STAGES if not cls().needs_plan], ids=named)
 def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
     one, two = (apply(make_block, cls, "qwen3") for _ in range(2))
     for (name, a), (_, b) in zip(one.module.named_parameters(), two.module.named_parameters(), strict=True):

@@ -101,9 +101,10 @@ def test_shipped_recipes(name: str):
 def test_inputs_never_make_it_worse(make_block: BlockMaker, model_type: str, bits: int, bias: bool, aim: str):
     block = make_block(model_type, reference=aim == "parent")
     run(Sbvr(**SOME | {"layers": ("*.down_proj",), "bits": bits, "bias": bias, "aim": aim}), block)
-    facts = block.report[DOWN]
-    assert 0 < facts["loss_share"] < 1
-    assert facts["output_error"] < facts["weight_error"]  # the weights pay for it
+    assert set(block.report) == {name for name, role in block.arch.roles.items() if role == "down"}
+    for facts in block.report.values():
+        assert 0 < facts["loss_share"] < 1
+        assert facts["output_error"] < facts["weight_error"]  # the weights pay for it
 
 
 @pytest.mark.parametrize("fit", ["data-free", "hessian"])
@@ -139,12 +140,12 @@ def test_the_data_free_fit_needs_no_inputs(make_block: BlockMaker):
 
 def test_inputs_that_cannot_be_used(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block, plain = make_block("llama"), make_block("llama")
-    monkeypatch.setattr("quantize.methods.sbvr.damped", lambda *_: None)
+    monkeypatch.setattr("quantize.methods.encode.damped", lambda *_: None)
     run(Sbvr(**SOME | {"aim": "layer"}), block)
     run(Sbvr(**SOME | {"fit": "data-free"}), plain)
     for name in (OUT, DOWN):
         facts = block.report[name]
-        assert facts["fallback"] == "Hessian is not finite or stays singular: fitted without it"
+        assert facts["fallback"] == "Hessian is not finite or stays singular: fitted to the weights alone"
         assert "loss_share" not in facts
         assert torch.equal(weight_of(block, name).unpack(), weight_of(plain, name).unpack())
 

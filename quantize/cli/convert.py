@@ -128,5 +128,6 @@ def _print(summary: Summary) -> None:
         console.print(f"{len(summary.promoted)} linears got more bits to spend the target: {_named(summary.promoted)}")
     if summary.fallbacks:
         console.print(
-            f"[yellow]rounded to nearest for want of a usable Hessian:[/yellow] {', '.join(summary.fallbacks)}"
+            f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] (pq.json says why): "
+            f"{_named(summary.fallbacks)}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,9 +125,7 @@ class StreamedModel:
 
     def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         """The final norm and the head."""
-        norm = copy.deepcopy(self.skeleton.model.get_submodule(self.arch.final_norm))
-        weights = self.source.tensors(f"{self.arch.final_norm}.")
-        norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in weights.items()}, assign=True)
+        norm = self.skeleton.final_norm(self.source.tensors(f"{self.arch.final_norm}."))
         head = self.arch.head
         if head in self.schemes:
             packed = packed_linear(self.source, head, self.schemes[head], self.device, self.dtype, self.numerics)

@@ -6,10 +6,11 @@ from quantize.methods.cas import Cas
 from quantize.methods.fireq import Fireq
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.methods.gptq import Gptq
+from quantize.methods.ladimo import Ladimo
 from quantize.methods.rotate import Rotate
 from quantize.methods.rtn import Rtn
 from quantize.methods.sbvr import Sbvr
 
-STAGES: tuple[type[Stage], ...] = (Cas, Awq, Rotate, FireqAttention, Rtn, Gptq, Fireq, Sbvr)
+STAGES: tuple[type[Stage], ...] = (Ladimo, Cas, Awq, Rotate, FireqAttention, Rtn, Gptq, Fireq, Sbvr)
 
 __all__ = ["STAGES", "Stage"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
+from quantize.moments import too_few
 from quantize.pictures import Picture, block_map, facts
-from quantize.smoothing import balanced, per_source_channel, search
+from quantize.smoothing import balanced, column_absmean, per_source_channel, search
 
 if TYPE_CHECKING:
     from quantize.arch import Edge
@@ -40,6 +40,9 @@ class Awq(Stage):
         """Search and fold every edge, in the order of the forward pass."""
         for edge in block.edges:
             moments = block.moments(edge.sinks[0], fp8_activations=False)
+            if too_little := too_few(block.arch, edge.sinks[0], moments):
+                block.note(edge.name, search_ratio=1.0, left_alone=too_little)
+                continue
             rounding = Grid(self.bits, _divisor(len(moments.hessian), self.group_size))
             candidates = self._candidates(block, edge, moments.absmean)
             scale, ratio = search(block, edge, candidates, moments.hessian, rounding)
@@ -60,7 +63,7 @@ class Awq(Stage):
         return () if gained is None else (gained,)
 
     def _candidates(self, block: Block, edge: Edge, absmean: Tensor) -> Iterator[Tensor]:
-        columns = torch.cat([block.linear(sink).weight.float() for sink in edge.sinks]).abs().mean(dim=0)
+        columns = column_absmean(block, edge)
         x = per_source_channel(block, edge, absmean).clamp_min(1e-4 * float(absmean.mean()) + 1e-30)
         w = per_source_channel(block, edge, columns).clamp_min(1e-4 * float(columns.mean()) + 1e-30)
         for step in range(self.grid):

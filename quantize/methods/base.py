@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from quantize.arch import Architecture, Shape
     from quantize.block import Block
     from quantize.pictures import Picture
+    from quantize.view import ModelView
 
 Kind = Literal["restructure", "smooth", "cache", "encode", "refine"]
-"""Order in a recipe: restructure* smooth* cache? encode* refine*, with a cache or an encode stage."""
+"""Order in a recipe: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
 
 
 class Stage(BaseModel):
@@ -33,6 +34,11 @@ class Stage(BaseModel):
     once: ClassVar[bool] = False
     """Whether a recipe may have the stage only once."""
     method: str
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether `planned` must be called before the first block is transformed."""
+        return False
 
     @property
     def needs_inputs(self) -> bool:
@@ -68,6 +74,18 @@ class Stage(BaseModel):
         The embedding comes alone, the final norm and the head (its own, where it was tied) together.
         """
         return tensors
+
+    def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
+        """The stage with all settled that hangs on the whole model, and facts about that for the provenance."""
+        return self, {}
+
+    def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the output, given that of the model that the stage gets; ModelError where there is none."""
+        return dict(parent)
+
+    def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Linears of the blocks after the stage: full name → [N, K], given those before it."""
+        return dict(linears)
 
     def check_model(self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]) -> None:
         """Refuse (ModelError) a model that the stage cannot handle, before any work; linears as for `check`."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.methods.base import Kind, Stage
-from quantize.smoothing import per_source_channel
+from quantize.smoothing import column_absmean, per_source_channel
 
 if TYPE_CHECKING:
     from quantize.arch import Edge
@@ -53,9 +53,8 @@ class Cas(Stage):
         if edge.name == "v_o":
             channels = block.shape.n_kv_heads * block.shape.head_dim
             return None if self.v_mul == 1 else torch.full((channels,), 1 / self.v_mul)
-        constant = float(getattr(self, _CONSTANTS[edge.name]))
+        constant = float(getattr(self, _CONSTANTS[edge.name.partition(".")[0]]))
         if not constant:
             return None
-        columns = torch.cat([block.linear(sink).weight.float() for sink in edge.sinks]).abs().mean(dim=0)
-        mean = per_source_channel(block, edge, columns)
+        mean = per_source_channel(block, edge, column_absmean(block, edge))
         return torch.where(mean > 0, constant / mean.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(mean))

@@ -15,10 +15,11 @@ from typing_extensions import Self
 from quantize.errors import ModelError
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
-from quantize.solver import Damped, corrected_target
+from quantize.moments import Moments, too_few
+from quantize.solver import Damped, corrected_target, damped, feedback_order
 
 if TYPE_CHECKING:
-    from quantize.block import Block, Moments
+    from quantize.block import Block
 
 _FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
 
@@ -132,11 +133,21 @@ def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, he
         block.note(name, output_error=relative_error(original, quantized, hessian))
 
 
-def fall_back(block: Block, name: str, grid: Grid, fp8: bool) -> None:
-    """Round a linear whose Hessian cannot be used, and say so in the report."""
+def factored(
+    block: Block, name: str, moments: Moments, damping: float, order: Literal["natural", "activation"] = "activation"
+) -> Damped | str:
+    """The Hessian of `name`, safe to factor, or why the linear cannot be fitted to its inputs."""
+    if too_little := too_few(block.arch, name, moments):
+        return too_little
+    usable = damped(moments.hessian, damping, feedback_order(moments.hessian, order))
+    return "Hessian is not finite or stays singular" if usable is None else usable
+
+
+def fall_back(block: Block, name: str, grid: Grid, fp8: bool, reason: str) -> None:
+    """Round a linear that cannot be fitted to its inputs, and say so in the report."""
     weight = block.linear(name).weight.float()
     quantized = encode_nearest(block, name, grid, True, fp8)
-    block.note(name, fallback="Hessian is not finite or stays singular: rounded to nearest")
+    block.note(name, fallback=f"{reason}: rounded to nearest")
     note_errors(block, name, weight, quantized)
 
 

@@ -13,12 +13,13 @@ from typing_extensions import Self
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
-from quantize.methods.encode import IntEncode, encode_nearest, fall_back, note_errors, objective
+from quantize.methods.encode import IntEncode, encode_nearest, factored, fall_back, note_errors, objective
 from quantize.pictures import Picture, block_map, facts
-from quantize.solver import Damped, damped, descend, error_feedback, feedback_order
+from quantize.solver import Damped, descend, error_feedback
 
 if TYPE_CHECKING:
-    from quantize.block import Block, Moments
+    from quantize.block import Block
+    from quantize.moments import Moments
 
 _E4M3_MIN = 2.0**-9
 _MAX_LOG2 = 14
@@ -76,11 +77,10 @@ class Fireq(IntEncode):
                 self._nearest(block, name)
             return
         moments = block.moments(names[0], self.fp8, with_reference=self.aim == "parent")
-        hessian = moments.hessian
-        usable = damped(hessian, self.damping, feedback_order(hessian, "activation"))
+        usable = factored(block, names[0], moments, self.damping)
         for name in names:
-            if usable is None:
-                fall_back(block, name, self._grid(), self.fp8)
+            if isinstance(usable, str):
+                fall_back(block, name, self._grid(), self.fp8, usable)
             else:
                 self._descend(block, name, moments, usable)
 

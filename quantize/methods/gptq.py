@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantize.grid import Grid
-from quantize.methods.encode import IntEncode, fall_back, note_errors
-from quantize.solver import damped, error_feedback, feedback_order
+from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
+from quantize.solver import error_feedback
 
 if TYPE_CHECKING:
     from quantize.block import Block
@@ -29,16 +29,15 @@ class Gptq(IntEncode):
     def encode_group(self, block: Block, names: Sequence[str]) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""
         grid = Grid(self.bits, self.group_size)
-        hessian = block.moments(names[0], self.fp8).hessian
-        order = feedback_order(hessian, self.order)
-        usable = damped(hessian, self.damping, order)
+        moments = block.moments(names[0], self.fp8)
+        usable = factored(block, names[0], moments, self.damping, self.order)
         for name in names:
-            if usable is None:
-                fall_back(block, name, grid, self.fp8)
+            if isinstance(usable, str):
+                fall_back(block, name, grid, self.fp8, usable)
                 continue
             weight = block.linear(name).weight.float()
             scale, factor = grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
             rounded = error_feedback(weight, usable, grid, scale, factor)
             block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
             block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
-            note_errors(block, name, weight, rounded.value(grid), hessian)
+            note_errors(block, name, weight, rounded.value(grid), moments.hessian)

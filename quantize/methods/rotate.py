@@ -94,7 +94,8 @@ class Rotate(Stage):
             yield "values", "head size", shape.head_dim
         if self.down:
             down = arch.of_role("down")
-            for size in sorted({K for name, (_, K) in linears.items() if name.endswith(f".{down}")}):
+            within = {name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears}
+            for size in sorted({K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}):
                 yield "down", f"inputs of {down}", size
 
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
@@ -117,40 +118,43 @@ class Rotate(Stage):
 
     def apply(self, block: Block) -> None:
         """Rotate what the fields ask for."""
+        for module, arch in block.versions:
+            if self.residual:
+                self._rotate_residual(module, arch)
+            if self.values:
+                _rotate_values(module, arch, block.shape.head_dim)
         if self.residual:
-            self._rotate_residual(block)
-        if self.values:
-            _rotate_values(block)
+            block.map_inputs(self._rotation.apply)
         if self.down:
-            block.rotate_inputs(block.arch.of_role("down"))
+            for name in (name for name, role in block.arch.roles.items() if role == "down"):
+                block.rotate_inputs(name)
 
-    def _rotate_residual(self, block: Block) -> None:
+    def _rotate_residual(self, module: nn.Module, arch: Architecture) -> None:
         rotation = self._rotation
-        for edge in block.arch.edges:
+        for edge in arch.edges:
             if edge.source_kind != "norm":
                 continue
-            gamma = block.module.get_submodule(edge.source).get_parameter("weight")
-            for linear in map(block.linear, edge.sinks):
-                folded = widened(linear.weight) * widened(gamma)
-                linear.weight.data = rotation.apply(folded).to(linear.weight.dtype)
+            gamma = module.get_submodule(edge.source).get_parameter("weight")
+            for weight in (module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks):
+                weight.data = rotation.apply(widened(weight) * widened(gamma)).to(weight.dtype)
             gamma.data = torch.ones_like(gamma)
-        for linear in map(block.linear, block.arch.residual):
-            _change_outputs(linear, rotation.apply)
-        block.map_inputs(rotation.apply)
+        for name in arch.residual:
+            _change_outputs(module.get_submodule(name), rotation.apply)
 
 
-def _rotate_values(block: Block) -> None:
+def _rotate_values(module: nn.Module, arch: Architecture, head_dim: int) -> None:
     def per_head(x: Tensor) -> Tensor:
-        return apply_hadamard(x.view(*x.shape[:-1], -1, block.shape.head_dim)).flatten(-2)
+        return apply_hadamard(x.view(*x.shape[:-1], -1, head_dim)).flatten(-2)
 
-    edge = block.arch.edge("v_o")
-    _change_outputs(block.linear(edge.source), per_head)
-    for sink in map(block.linear, edge.sinks):
-        sink.weight.data = per_head(widened(sink.weight)).to(sink.weight.dtype)
+    edge = arch.edge("v_o")
+    _change_outputs(module.get_submodule(edge.source), per_head)
+    for weight in (module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks):
+        weight.data = per_head(widened(weight)).to(weight.dtype)
 
 
-def _change_outputs(linear: nn.Linear, rotate: Callable[[Tensor], Tensor]) -> None:
+def _change_outputs(linear: nn.Module, rotate: Callable[[Tensor], Tensor]) -> None:
     """Make a linear's outputs [..., N] those that `rotate` makes of them: its weight's columns and its bias."""
-    linear.weight.data = rotate(widened(linear.weight).T).T.to(linear.weight.dtype).contiguous()
-    if linear.bias is not None:
-        linear.bias.data = rotate(widened(linear.bias)).to(linear.bias.dtype)
+    weight, bias = linear.get_parameter("weight"), dict(linear.named_parameters()).get("bias")
+    weight.data = rotate(widened(weight).T).T.to(weight.dtype).contiguous()
+    if bias is not None:
+        bias.data = rotate(widened(bias)).to(bias.dtype)

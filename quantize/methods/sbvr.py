@@ -14,12 +14,13 @@ from quantize.cache_fit import Cache, fit_cache, require_room, round_codes
 from quantize.cache_solver import Fitted, loss, solve
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, note_errors, objective
+from quantize.methods.encode import Encode, factored, note_errors, objective
 from quantize.pictures import Picture, block_map, facts
-from quantize.solver import Damped, damped, feedback_order
+from quantize.solver import Damped
 
 if TYPE_CHECKING:
-    from quantize.block import Block, Moments
+    from quantize.block import Block
+    from quantize.moments import Moments
 
 
 _OCCUPANCY = (
@@ -99,10 +100,10 @@ class Sbvr(Encode):
                 self._data_free(block, name)
             return
         moments = block.moments(names[0], False, with_reference=self.aim == "parent")
-        usable = damped(moments.hessian, self.damping, feedback_order(moments.hessian, "activation"))
+        usable = factored(block, names[0], moments, self.damping)
         for name in names:
-            if usable is None:
-                block.note(name, fallback="Hessian is not finite or stays singular: fitted without it")
+            if isinstance(usable, str):
+                block.note(name, fallback=f"{usable}: fitted to the weights alone")
                 self._data_free(block, name)
             else:
                 self._solve(block, name, moments, usable)

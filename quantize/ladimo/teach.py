@@ -1,0 +1,120 @@
+"""One block's FFN turned into a mixture of experts and taught, with what it is compared with on held-out tokens."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quantize.ladimo.budget import neurons_for
+from quantize.ladimo.dense import Ffn
+from quantize.ladimo.distill import Training, distill, refit_down
+from quantize.ladimo.pruning import prune
+from quantize.ladimo.routing import Budget, profile
+from quantize.ladimo.split import Construction, Layout
+from quantize.ladimo.student import Student
+from quantize.ladimo.trial import Start
+
+Teaching = Literal["none", "least-squares", "distill"]
+
+_HELD_OUT = 16  # one token of so many is not trained on
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Inputs x [M, D] of an FFN and the outputs y [M, D] it should give; the last tokens only measure."""
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def trained(self) -> int:
+        """Tokens to learn from."""
+        return len(self.x) - len(self.x) // _HELD_OUT
+
+    @property
+    def train(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets to learn from."""
+        return self.x[: self.trained], self.y[: self.trained]
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets to measure on; those to learn from where there are too few of others."""
+        return (self.x[self.trained :], self.y[self.trained :]) if self.trained < len(self.x) else self.train
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How FFNs are converted."""
+
+    layout: Layout
+    construction: Construction
+    teaching: Teaching
+    adaptive: bool
+    training: Training
+    stored: torch.dtype
+    """What the weights are rounded to in the end."""
+
+    def teach(self, ffn: Ffn, lesson: Lesson, mean: float) -> tuple[Student, dict[str, Any]]:
+        """The converted FFN with `mean` routed experts a token on average, and facts about it.
+
+        `ffn_error` is the relative squared error on held-out tokens; `untrained_error`, `random_error` and
+        `pruned_error` those of the same split without training, of a random one, and of static pruning to a dense FFN
+        of equally many activated parameters.
+        """
+        x, y = lesson.train
+        seed = self.training.seed
+        start = Start.of(ffn, x, self.layout, self.construction, seed)
+        budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
+        student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
+        untrained = student.error(*lesson.held_out)
+        losses = []
+        if self.teaching != "none":
+            refit_down(student, x, y)
+        if self.teaching == "distill":
+            losses = distill(student, x, y, self.training)
+        student.round(self.stored)
+        errors = self._settle(student, lesson, mean)
+        facts = {
+            "policy": min(errors, key=lambda name: errors[name]),
+            "policy_errors": errors,
+            "ffn_error": min(errors.values()),
+            "untrained_error": untrained,
+            "random_error": self._random(ffn, lesson, mean),
+            "pruned_error": self._pruned(ffn, lesson, mean),
+            "losses": [float(f"{loss:.4g}") for loss in losses[:: max(1, len(losses) // 100)]],
+        }
+        return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
+
+    def _settle(self, student: Student, lesson: Lesson, mean: float) -> dict[str, float]:
+        """Choose the policy that has the least error on held-out tokens (LaDiMo's stage 2). Returns all errors."""
+        scores = student.scores(lesson.train[0])
+        policies = {}
+        if mean == round(mean) > 0:
+            policies["top-k"] = Budget(mean, False).policy(scores)
+        if self.adaptive:
+            policies["threshold"] = Budget(mean, True).policy(scores)
+        errors = {}
+        for name, policy in policies.items():
+            student.policy = policy
+            errors[name] = student.error(*lesson.held_out)
+        student.policy = policies[min(errors, key=lambda name: errors[name])]
+        return errors
+
+    def _random(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
+        x, _ = lesson.train
+        start = Start.of(ffn, x, self.layout, "random", self.training.seed)
+        budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
+        return start.student(budget, start.router(budget, self.training.seed)).error(*lesson.held_out)
+
+    def _pruned(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
+        x, y = lesson.held_out
+        found = prune(ffn, lesson.train[0], neurons_for(ffn.down.shape[0], self.layout, mean))
+        kept = Ffn(ffn.gate[found.kept], ffn.up[found.kept], ffn.down[:, found.kept], ffn.act)
+        lost = kept(x) + found.bias - y
+        return float(
+            lost.double().square().sum() / y.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        )

@@ -1,0 +1,79 @@
+"""Second moments of a linear's inputs, summed batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantize.arch import Architecture
+from quantize.formats.fp8 import quantize_activations
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32.
+
+    The mean E is over the tokens that reach the linear; each of those routed to an expert counts the same. Weighting
+    them by the square of their routing weights, as the block's output sees an expert's error, leaves fewer effective
+    tokens, and on tokens not seen it made the output of randomly weighted experts worse (1 to 28 %), never better.
+    """
+
+    hessian: Tensor
+    """E[x̂ x̂ᵀ] [K, K]."""
+    absmean: Tensor
+    """E|x̂| [K]."""
+    cross: Tensor | None
+    """E[x x̂ᵀ] [K, K] with the parent's input x."""
+    residual: Tensor | None
+    """E[(r − r̂) x̂ᵀ] [N, K] for a linear whose output is added to the residual stream r."""
+    tokens: int
+    """Tokens that the means are over; without any, all moments are zero."""
+
+
+@dataclass
+class Sums:
+    """Running totals of a pass over the calibration inputs of one linear with K inputs."""
+
+    fp8_activations: bool
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    dropped: int = 0
+    """Tokens left out because something about them was not finite."""
+
+    def add(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None) -> None:
+        """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N] where it is wanted.
+
+        theirs: the same of the parent.
+        """
+        # A token that overflowed would spoil the whole matrix.
+        finite = torch.stack([t.isfinite().all(dim=1) for t in (*ours, *(theirs or ()))]).all(dim=0)
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            ours = tuple(t[finite] for t in ours)
+            theirs = None if theirs is None else tuple(t[finite] for t in theirs)
+        x = quantize_activations(ours[-1]) if self.fp8_activations else ours[-1]
+        self._total("hessian", x.T @ x)
+        self._total("absmean", x.abs().sum(dim=0))
+        if theirs is not None:
+            self._total("cross", theirs[-1].T @ x)
+            if len(ours) > 1:
+                self._total("residual", (theirs[0] - ours[0]).T @ x)
+        self.tokens += len(x)
+
+    def _total(self, key: str, value: Tensor) -> None:
+        self.totals[key] = self.totals[key].add_(value) if key in self.totals else value
+
+    def mean(self) -> Moments:
+        """The moments of all tokens added."""
+        mean = {key: total / max(1, self.tokens) for key, total in self.totals.items()}
+        return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
+
+
+def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:
+    """Why a routed expert's linear `name` cannot be fitted to its inputs: fewer tokens than inputs; None if it can."""
+    inputs = len(moments.hessian)
+    if not arch.is_routed(name) or moments.tokens >= inputs:
+        return None
+    return f"saw {moments.tokens} tokens for {inputs} inputs"

@@ -1,0 +1,42 @@
+"""Time and peak memory of a piece of work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Cost:
+    """What a piece of work took."""
+
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    """Most memory of the process meanwhile (of the GPU, where the work runs on one); None where it cannot be told."""
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Cost]:
+    """Fill the yielded Cost when the block ends."""
+    cost, started = Cost(), time.monotonic()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux: forgets the process's peak
+            Path("/proc/self/clear_refs").write_text("5")
+    yield cost
+    cost.seconds = time.monotonic() - started
+    cost.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_rss()
+
+
+def _peak_rss() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
