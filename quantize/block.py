@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from quantize.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, 
 from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.moe import MoeFfn
-from quantize.moments import Moments, Sums
+from quantize.moments import Moments, Sums, routed_sums, sums_of
 from quantize.peak import Cost
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
@@ -40,9 +39,6 @@ class _AttentionInputs(nn.Module):
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once the wanted input was seen."""
-
-
-_KEPT_BYTES = 1 << 30  # of Hessians measured in one pass and not yet asked for
 
 
 @dataclass
@@ -73,11 +69,13 @@ class Block:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
     """The layer that encode stages aim at, see `freeze_reference`."""
+    parent: nn.Module | None = None
+    """The layer before a stage restructured it: the parent's stream goes on through it."""
+    parent_arch: Architecture | None = None
+    """The parent's row: of a dense block, where experts took the place of its FFN."""
     memo: Memo = field(default_factory=lambda: Memo(None))
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
-    reference_arch: Architecture | None = None
-    """Its row: that of a dense block where experts were placed after it was frozen."""
     _kept: dict[str, Moments] = field(default_factory=dict)
     """Moments of routed experts that were measured along with another's, until they are used."""
     _kept_fp8: bool = False
@@ -98,22 +96,23 @@ class Block:
         self.report.setdefault(name, {}).update(facts)
 
     def freeze_reference(self) -> None:
-        """Keep a copy of the layer as it is now (not quantized): the function encode stages aim at.
-
-        Called before anything is encoded, and earlier by a stage that changes the function; then `fold` changes the
-        copy alike, so that inputs of its linears stay comparable with ours.
-        """
+        """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
         if self.reference is None and self.reference_inputs is not None:
-            self.reference, self.reference_arch = copy.deepcopy(self.module), self.arch
+            self.reference = copy.deepcopy(self.module)
             attention = self.reference.get_submodule(self.arch.attention)
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
 
-    def reference_outputs(self, batch: int) -> Tensor:
-        """Outputs [B·T, D] of the frozen reference for the parent's hidden states, in float32."""
-        assert self.reference is not None
+    def keep_parent(self) -> None:
+        """Keep a copy of the layer as it came from the source, before it is restructured."""
+        if self.parent is None and self.reference_inputs is not None:
+            self.parent, self.parent_arch = copy.deepcopy(self.module), self.arch
+
+    def parent_outputs(self, batch: int) -> Tensor:
+        """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
+        assert self.parent is not None
         assert self.reference_inputs is not None
-        return self.forward(self.reference, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
+        return self.forward(self.parent, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
 
     def add_bias(self, name: str) -> None:
         """Give a linear a bias of zeros where it has none."""
@@ -131,6 +130,7 @@ class Block:
         self.storage |= {f"{place}.{name}": stored for name in ffn.state_dict()}
         self.module.set_submodule(place, ffn)
         self.arch = arch
+        self.forget_moments()
 
     def encode(self, name: str, packed: Packed, fp8_activations: bool) -> None:
         """Replace a linear by its packed form; later statistics see the quantized layer."""
@@ -145,10 +145,10 @@ class Block:
 
     @property
     def versions(self) -> Iterator[tuple[nn.Module, Architecture]]:
-        """The layer with its row, and the reference where it is frozen already: what a change of basis must reach."""
+        """The layer with its row, and the parent's where one is kept: what a change of basis must reach."""
         yield self.module, self.arch
-        if self.reference is not None and self.reference_arch is not None:
-            yield self.reference, self.reference_arch
+        if self.parent is not None and self.parent_arch is not None:
+            yield self.parent, self.parent_arch
 
     def rounded_sinks(self, edge: Edge) -> list[str]:
         """Sinks of an edge that encode stages may round: all but routers."""
@@ -254,34 +254,12 @@ class Block:
         """
         if self.arch.is_routed(name):
             if name not in self._kept or self._kept_fp8 != fp8_activations:
-                self._measure_routed(name, fp8_activations)
+                sums = routed_sums(self, name, fp8_activations)
+                self._kept = {n: self._mean(n, total) for n, total in sums.items()}
+                self._kept_fp8 = fp8_activations
             return self._kept.pop(name)
         with_reference = with_reference and self.arch.expert_of(name) is None
-        residual = self.arch.residual.get(name) if with_reference else None
-        names = (name,) if residual is None else (residual, name)
-        sums = Sums(fp8_activations)
-        parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
-        if with_reference:
-            parent = self.inputs_of(names, self.reference, self.reference_inputs)
-        for ours, theirs in zip(self.inputs_of(names), parent, strict=False):
-            sums.add(ours, theirs)
-        return self._mean(name, sums)
-
-    def _measure_routed(self, name: str, fp8_activations: bool) -> None:
-        """Measure an expert's linear and, in the same pass, the same linear of as many experts behind it as fit.
-
-        A real model has dozens of experts, and none changes what another one sees.
-        """
-        inside, linear = name.rpartition(".")[2], self.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear | PackedLinear)
-        experts = [n for n in self.arch.roles if self.arch.is_routed(n) and n.endswith(f".{inside}")]
-        behind = [n for n in experts[experts.index(name) :] if n == name or n not in self.packed]
-        sums = {n: Sums(fp8_activations) for n in behind[: max(1, _KEPT_BYTES // (4 * linear.in_features**2))]}
-        for inputs in self.inputs_of(tuple(sums)):
-            for total, x in zip(sums.values(), inputs, strict=True):
-                total.add((x,))
-        self._kept = {n: self._mean(n, total) for n, total in sums.items()}
-        self._kept_fp8 = fp8_activations
+        return self._mean(name, sums_of(self, name, fp8_activations, with_reference))
 
     def _mean(self, name: str, sums: Sums) -> Moments:
         if sums.dropped:
@@ -299,15 +277,9 @@ class Block:
         self._kept = {n: m for n, m in self._kept.items() if not {None, self.arch.expert_of(n)} & changed}
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
-        """Move λ over `edge`: source output ÷ λ, sink columns × λ. scale: λ [channels of the source], float32.
-
-        See `fold_edge`. A reference that is frozen already, and has the edge too, follows.
-        """
-        scale = scale.to(self.device, torch.float32)
-        dtype = self.storage[f"{edge.source}.weight"]
-        for module, arch in self.versions:
-            for same in (other for other in arch.edges if other.name == edge.name):
-                fold_edge(module, same, scale, dtype, self.sink_columns)
+        """Move λ over `edge` (`fold_edge`). scale: λ [channels of the source], float32."""
+        stored = self.storage[f"{edge.source}.weight"]
+        fold_edge(self.module, edge, scale.to(self.device, torch.float32), stored, self.sink_columns)
         self.forget_moments(edge.source, *edge.sinks)
 
     def sink_columns(self, edge: Edge, scale: Tensor) -> Tensor:

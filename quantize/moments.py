@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantize.arch import Architecture
 from quantize.formats.fp8 import quantize_activations
+
+if TYPE_CHECKING:
+    from quantize.block import Block
+
+_KEPT_BYTES = 1 << 30  # of Hessians measured in one pass and not yet asked for
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,35 @@ class Sums:
         """The moments of all tokens added."""
         mean = {key: total / max(1, self.tokens) for key, total in self.totals.items()}
         return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
+
+
+def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Sums:
+    """Run all batches up to the linear `name`; with_reference: the parent's too, through `block.reference`."""
+    residual = block.arch.residual.get(name) if with_reference else None
+    names = (name,) if residual is None else (residual, name)
+    sums = Sums(fp8_activations)
+    parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
+    if with_reference:
+        parent = block.inputs_of(names, block.reference, block.reference_inputs)
+    for ours, theirs in zip(block.inputs_of(names), parent, strict=False):
+        sums.add(ours, theirs)
+    return sums
+
+
+def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:
+    """Sums of the linear `name` of an expert and, from the same pass, that of as many experts behind it as fit.
+
+    A real model has dozens of experts, and none changes what another one sees. Encoded linears are left out.
+    """
+    inside = name.rpartition(".")[2]
+    experts = [n for n in block.arch.roles if block.arch.is_routed(n) and n.endswith(f".{inside}")]
+    behind = [n for n in experts[experts.index(name) :] if n == name or n not in block.packed]
+    inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
+    sums = {n: Sums(fp8_activations) for n in behind[: max(1, _KEPT_BYTES // (4 * inputs**2))]}
+    for seen in block.inputs_of(tuple(sums)):
+        for total, x in zip(sums.values(), seen, strict=True):
+            total.add((x,))
+    return sums
 
 
 def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:

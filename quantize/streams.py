@@ -33,7 +33,7 @@ class Streams:
         """
         dropped_before = self.dropped
         quantized, reference = self.quantized, self.reference
-        teacher = block.module if block.reference is None else block.reference
+        teacher = block.parent or block.reference or block.module
         for batch, hidden in enumerate(quantized):
             outputs = [block.forward(block.module, hidden)]
             if reference is not None:

@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.writer": ("quantize.errors", "quantize.checkpoint", "quantize.provenance"),
     "quantize.pictures": (),
     "quantize.statistics": ("quantize.arch", "quantize.formats"),
+    "quantize.moments": ("quantize.arch", "quantize.formats"),
     "quantize.hadamard": (),
     "quantize.basis": ("quantize.arch", "quantize.methods"),
     "quantize.grid": ("quantize.formats",),

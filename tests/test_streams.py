@@ -13,13 +13,15 @@ from quantize.errors import ModelError
 from quantize.streams import Streams
 
 
-def block(forward: Callable[[Any, Tensor], Tensor], reference: Any = None) -> Any:
-    return SimpleNamespace(forward=forward, module="ours", reference=reference, index=3)
+def block(forward: Callable[[Any, Tensor], Tensor], reference: Any = None, parent: Any = None) -> Any:
+    return SimpleNamespace(forward=forward, module="ours", reference=reference, parent=parent, index=3)
 
 
-def test_both_streams_advance_through_their_own_layer() -> None:
+@pytest.mark.parametrize("kept", [{"reference": "parent's"}, {"parent": "parent's", "reference": "restructured"}])
+def test_both_streams_advance_through_their_own_layer(kept: dict[str, str]) -> None:
     streams = Streams([torch.ones(2, 3, 4), torch.ones(1, 3, 4)], [torch.ones(2, 3, 4), torch.ones(1, 3, 4)])
-    streams.advance(block(lambda module, hidden: hidden * (2 if module == "ours" else 3), reference="parent's"))
+    factors = {"ours": 2, "parent's": 3, "restructured": 5}
+    streams.advance(block(lambda module, hidden: hidden * factors[module], **kept))
     assert [float(h.mean()) for h in streams.quantized] == [2, 2]
     assert streams.reference is not None
     assert [float(h.mean()) for h in streams.reference] == [3, 3]

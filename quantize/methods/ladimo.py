@@ -152,7 +152,7 @@ class Ladimo(Stage):
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""
         assert self.mean_experts is not None, "planned first"
-        block.freeze_reference()
+        block.keep_parent()
         for role in BIASED:
             block.add_bias(block.arch.of_role(role))
         mean = self.mean_experts[block.index]
@@ -200,7 +200,7 @@ class Ladimo(Stage):
         targets: list[Tensor] = []
         ffn, tokens = dense_ffn(block), 0
         for batch, (residual, x) in enumerate(block.inputs_of([norm, FFN])):
-            y = ffn(x) if self.aim == "layer" else block.reference_outputs(batch) - residual
+            y = ffn(x) if self.aim == "layer" else block.parent_outputs(batch) - residual
             finite = (x.isfinite() & y.isfinite()).all(dim=1)
             inputs.append(x[finite])
             targets.append(y[finite])

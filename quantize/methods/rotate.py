@@ -118,13 +118,12 @@ class Rotate(Stage):
 
     def apply(self, block: Block) -> None:
         """Rotate what the fields ask for."""
-        for module, arch in block.versions:
-            if self.residual:
-                self._rotate_residual(module, arch)
-            if self.values:
-                _rotate_values(module, arch, block.shape.head_dim)
         if self.residual:
+            for module, arch in block.versions:
+                self._rotate_residual(module, arch)
             block.map_inputs(self._rotation.apply)
+        if self.values:
+            _rotate_values(block)
         if self.down:
             for name in (name for name, role in block.arch.roles.items() if role == "down"):
                 block.rotate_inputs(name)
@@ -142,14 +141,14 @@ class Rotate(Stage):
             _change_outputs(module.get_submodule(name), rotation.apply)
 
 
-def _rotate_values(module: nn.Module, arch: Architecture, head_dim: int) -> None:
+def _rotate_values(block: Block) -> None:
     def per_head(x: Tensor) -> Tensor:
-        return apply_hadamard(x.view(*x.shape[:-1], -1, head_dim)).flatten(-2)
+        return apply_hadamard(x.view(*x.shape[:-1], -1, block.shape.head_dim)).flatten(-2)
 
-    edge = arch.edge("v_o")
-    _change_outputs(module.get_submodule(edge.source), per_head)
-    for weight in (module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks):
-        weight.data = per_head(widened(weight)).to(weight.dtype)
+    edge = block.arch.edge("v_o")
+    _change_outputs(block.linear(edge.source), per_head)
+    for sink in map(block.linear, edge.sinks):
+        sink.weight.data = per_head(widened(sink.weight)).to(sink.weight.dtype)
 
 
 def _change_outputs(linear: nn.Module, rotate: Callable[[Tensor], Tensor]) -> None:
