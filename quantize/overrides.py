@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from typing import get_origin
+from typing import get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -35,10 +35,16 @@ def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         if not chosen:
             raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
         for i in chosen:
-            several = get_origin(type(recipe.stages[i]).model_fields[field].annotation) is tuple
+            several = _several(type(recipe.stages[i]).model_fields[field].annotation, raw)
             changes.setdefault(i, {})[field] = _value(assignment, raw, several)
     stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
     return recipe.model_copy(update={"stages": stages})
+
+
+def _several(annotation: object, raw: str) -> bool:
+    """Whether a value is a list: for a field of one or many values, if there is a comma."""
+    options = [get_origin(option) for option in get_args(annotation)]
+    return get_origin(annotation) is tuple or (tuple in options and "," in raw)
 
 
 def _value(assignment: str, raw: str, several: bool) -> object:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import config_of, random_weights, request_for, save_model
+from conftest import CPU, config_of, random_weights, request_for, save_model
 from torch import Tensor
 
-from quantize.convert import convert
+from quantize.convert import Request, convert
 from quantize.errors import DataError, ModelError, OutputError, PqError
+from quantize.recipe import load_recipe
 
 Maker = Callable[..., Path]
 
@@ -115,10 +116,13 @@ def test_tokenizers_that_are_absent_or_foreign(tiny: Maker, broken: Maker, text_
     )
 
 
-def test_an_output_in_use_is_refused_first(tiny: Maker, text_file: Path, tmp_path: Path):
+def test_an_output_in_use_is_refused_first(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    refused(tmp_path / "no model at all", text_file, tmp_path, "exists and is not an empty folder")
+    request = Request(tmp_path / "no model at all", load_recipe("rtn"), tmp_path / "out", CPU, torch.float32)
+    with pytest.raises(PqError, match="exists and is not an empty folder"):
+        convert(request)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -13,6 +13,7 @@ from conftest import CPU, ModelMaker
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from quantize.arch import ExpertSizes, architecture_of
 from quantize.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ POLICIES: list[Policy] = [TopK(2), TopK(3, renormalize=True), Threshold(0.1), Th
 
 def make(policy: Policy | None = None, activation: str = "silu") -> MoeFfn:
     torch.manual_seed(5)
-    ffn = MoeFfn(32, SIZES, activation, policy)
+    ffn = MoeFfn(32, SIZES, ACT2FN[activation], policy)
     for parameter in ffn.parameters():
         nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return ffn.requires_grad_(False)

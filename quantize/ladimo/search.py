@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quantize.errors import ModelError
 from quantize.ladimo.budget import Budget, Levels
 from quantize.ladimo.routing import Budget as Visits
 from quantize.ladimo.split import Construction
@@ -31,8 +32,12 @@ class Found:
     """Block → KL(parent ‖ model with this block alone converted), nats per token."""
     expected: float
     """KL of the chosen levels, untrained."""
+    uniform: tuple[float, float]
+    """The level that saves enough if all blocks have it, and its KL, untrained."""
     curve: dict[float, float]
     """Reduction → KL of the levels chosen for it, untrained."""
+    adaptive: float | None = None
+    """KL of what would be chosen if blocks could differ in how many experts a token visits, where they cannot."""
 
     def as_json(self) -> dict[str, Any]:
         """For the provenance."""
@@ -40,6 +45,9 @@ class Found:
             "mean_experts": {str(index): mean for index, mean in self.levels.items()},
             "kl_alone": {str(index): kl for index, kl in self.alone.items()},
             "kl_untrained": self.expected,
+            "everywhere": self.uniform[0],
+            "kl_untrained_everywhere": self.uniform[1],
+            "kl_untrained_adaptive": self.adaptive,
             "curve": {str(reduction): kl for reduction, kl in self.curve.items()},
         }
 
@@ -64,14 +72,20 @@ class Searcher:
     @torch.no_grad()
     def search(self, reduction: float) -> Found:
         """Choose levels that save `reduction` of the activated parameters."""
+        free = self._search([float(k) for k in range(self.budget.layout.n)], reduction)
         if self.adaptive:
-            return self._search([float(k) for k in range(self.budget.layout.n)], reduction)
+            return free
         # One number of experts for all blocks: a container without policies holds no more.
         found = []
         for k in range(1, self.budget.layout.n):
             if self.budget.reduction(dict.fromkeys(range(self.budget.blocks), float(k))) >= reduction:
                 found.append(self._search([float(k)], reduction))
-        return min(found, key=lambda one: one.expected)
+        if not found:
+            raise ModelError(
+                f"activated_reduction {reduction:g} is out of reach with one number of experts in all blocks (policy: "
+                "top-k); lower it, set smaller experts, or use policy: adaptive"
+            )
+        return replace(min(found, key=lambda one: one.expected), adaptive=free.expected)
 
     def _search(self, levels: Sequence[float], reduction: float) -> Found:
         n = self.budget.blocks
@@ -95,7 +109,7 @@ class Searcher:
             candidates.append((self._measure([second], levels, {})[0], second))
         expected, chosen = min((c for c in candidates if self.budget.reduction(c[1]) >= reduction), key=lambda c: c[0])
         curve = dict(zip(reductions, kls[1 + len(first) : -1], strict=True))
-        return Found(chosen, dict(enumerate(alone)), expected, curve)
+        return Found(chosen, dict(enumerate(alone)), expected, (uniform[0], kls[-1]), curve)
 
     def _reachable(self, levels: Sequence[float], reduction: float) -> bool:
         return self.budget.reduction(dict.fromkeys(range(self.budget.blocks), levels[0])) >= reduction

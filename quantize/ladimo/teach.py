@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,9 +80,9 @@ class Teacher:
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
         facts = {
-            "policy": min(errors, key=lambda name: errors[name]),
+            "policy": self._best(errors),
             "policy_errors": errors,
-            "ffn_error": min(errors.values()),
+            "ffn_error": errors[self._best(errors)],
             "untrained_error": untrained,
             "random_error": self._random(ffn, lesson, mean),
             "pruned_error": self._pruned(ffn, lesson, mean),
@@ -90,19 +91,23 @@ class Teacher:
         return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
 
     def _settle(self, student: Student, lesson: Lesson, mean: float) -> dict[str, float]:
-        """Choose the policy that has the least error on held-out tokens (LaDiMo's stage 2). Returns all errors."""
+        """Choose the policy that has the least error on held-out tokens (LaDiMo's stage 2). Returns all errors.
+
+        Where only a fixed number of experts can be held, the threshold's error says what that costs.
+        """
         scores = student.scores(lesson.train[0])
-        policies = {}
+        policies = {"threshold": Budget(mean, True).policy(scores)}
         if mean == round(mean) > 0:
             policies["top-k"] = Budget(mean, False).policy(scores)
-        if self.adaptive:
-            policies["threshold"] = Budget(mean, True).policy(scores)
         errors = {}
         for name, policy in policies.items():
             student.policy = policy
             errors[name] = student.error(*lesson.held_out)
-        student.policy = policies[min(errors, key=lambda name: errors[name])]
+        student.policy = policies[self._best(errors)]
         return errors
+
+    def _best(self, errors: Mapping[str, float]) -> str:
+        return min(errors, key=lambda name: errors[name]) if self.adaptive else "top-k"
 
     def _random(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
         x, _ = lesson.train

@@ -51,15 +51,16 @@ class Ladimo(Stage):
     """Hidden neurons of the shared expert; null: derived from the reduction."""
     experts: int | None = Field(default=None, ge=2)
     """Routed experts, which divide the other neurons; null: derived."""
-    mean_experts: tuple[float | None, ...] | None = None
-    """For every block the mean number of routed experts a token visits, null where its FFN stays dense. null instead of
-    the list: searched."""
+    mean_experts: float | tuple[float | None, ...] | None = None
+    """Mean number of routed experts a token visits: one number for all blocks, or a list of one for every block with
+    null where its FFN stays dense. null instead: searched."""
     construction: Construction = "clustered"
     """`clustered`: neurons of large contribution are shared, the others grouped by the tokens they work on;
     `contiguous`: neurons in their order, as published; `random`."""
     policy: Literal["adaptive", "top-k"] = "adaptive"
     """`adaptive`: in every layer the better of a fixed number of experts and a threshold on the routing scores, under
-    which tokens visit more or fewer; `top-k`: one number in all converted layers, which stock loaders can hold."""
+    which tokens visit more or fewer; `top-k`: one number in all converted layers, which stock loaders can hold, the
+    nearest to `mean_experts` where that is given."""
     teaching: Teaching = "distill"
     """`distill`: AdamW on all weights of experts and router; `least-squares`: the down projections alone, in closed
     form; `none`."""
@@ -81,10 +82,6 @@ class Ladimo(Stage):
     def _fits(self) -> Self:
         if (self.shared is None) != (self.experts is None):
             raise ValueError("shared and experts: give both or neither")
-        if self.policy == "top-k" and self.mean_experts is not None:
-            numbers = {mean for mean in self.mean_experts if mean is not None}
-            if len(numbers) > 1 or any(mean != round(mean) or mean < 1 for mean in numbers):
-                raise ValueError("mean_experts: policy: top-k needs one whole number of experts for all layers")
         return self
 
     @property
@@ -107,13 +104,11 @@ class Ladimo(Stage):
         layout = self._layout(ffn_neurons(view.arch, view.shape, view.sizes))
         budget = Budget.of(view.arch, view.shape, view.sizes, self.activated_reduction, layout)
         layout, facts = budget.layout, {}
-        means = self.mean_experts
+        means = self._given(view.shape.n_blocks)
         if means is None:
             searcher = Searcher(view, budget, self.construction, self.policy == "adaptive", self.seed)
             found = searcher.search(self.activated_reduction)
             means, facts = tuple(found.levels.get(i) for i in range(view.shape.n_blocks)), found.as_json()
-        if len(means) != view.shape.n_blocks:
-            raise ModelError(f"ladimo: mean_experts has {len(means)} entries for {view.shape.n_blocks} blocks")
         if any(mean is not None and not 0 <= mean <= layout.n for mean in means):
             raise ModelError(f"ladimo: mean_experts must lie between 0 and the {layout.n} routed experts there are")
         levels = {index: mean for index, mean in enumerate(means) if mean is not None}
@@ -126,18 +121,18 @@ class Ladimo(Stage):
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the container; ModelError for a model that does not fit it."""
         layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)  # before it is planned
-        means = self.mean_experts or ()
+        means = self.mean_experts if isinstance(self.mean_experts, tuple) else ()
         dense = [index for index, mean in enumerate(means) if mean is None]
         fixed = max((round(mean) for mean in means if mean is not None), default=1)
         return container_config(parent, layout, min(max(fixed, 1), layout.n), dense)
 
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """The experts' linears in the place of the dense FFN's, where the plan has any."""
-        assert self.mean_experts is not None, "planned first"
+        means = self._planned
         out: dict[str, tuple[int, int]] = {}
         for name, (N, K) in linears.items():
             index, local = place_of(name) or (-1, name)
-            if not local.startswith(f"{FFN}.") or self.mean_experts[index] is None:
+            if not local.startswith(f"{FFN}.") or means[index] is None:
                 out[name] = (N, K)
                 continue
             wide = local.endswith(".down_proj")
@@ -151,11 +146,10 @@ class Ladimo(Stage):
 
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""
-        assert self.mean_experts is not None, "planned first"
         block.keep_parent()
         for role in BIASED:
             block.add_bias(block.arch.of_role(role))
-        mean = self.mean_experts[block.index]
+        mean = self._planned[block.index]
         if mean is None:
             return
         with measured(block.device) as cost:
@@ -167,6 +161,28 @@ class Ladimo(Stage):
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Show sensitivities, errors against the baselines, routing scores and the load of the experts."""
         return pictures(layers, layers.get(self.method, {}))
+
+    @property
+    def _planned(self) -> tuple[float | None, ...]:
+        assert isinstance(self.mean_experts, tuple), "planned first"
+        return self.mean_experts
+
+    def _given(self, blocks: int) -> tuple[float | None, ...] | None:
+        """The recipe's `mean_experts` for so many blocks, as the policy can hold them."""
+        means = self.mean_experts
+        if means is None:
+            return None
+        if not isinstance(means, tuple):
+            means = (means,) * blocks
+        if len(means) != blocks:
+            raise ModelError(f"ladimo: mean_experts has {len(means)} entries for {blocks} blocks")
+        routed = [mean for mean in means if mean is not None]
+        if self.policy == "adaptive" or not routed:
+            return means
+        fixed = float(max(1, round(sum(routed) / len(routed))))
+        if set(routed) != {fixed}:
+            log.warning("policy: top-k has one number of experts for all blocks: %g, the nearest to %s", fixed, routed)
+        return tuple(None if mean is None else fixed for mean in means)
 
     def _experts(self, block: Block, mean: float) -> tuple[MoeFfn, dict[str, Any]]:
         """Teach, or take up what was taught in a run that was stopped."""
