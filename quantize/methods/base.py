@@ -83,6 +83,10 @@ class Stage(BaseModel):
         """config.json of the output, given that of the model that the stage gets; ModelError where there is none."""
         return dict(parent)
 
+    def rewrites(self, index: int, name: str) -> bool:
+        """Whether the tensor `name` of block `index` is new, or other than a change of basis or scale makes it."""
+        return False
+
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Linears of the blocks after the stage: full name → [N, K], given those before it."""
         return dict(linears)

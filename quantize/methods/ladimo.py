@@ -126,6 +126,10 @@ class Ladimo(Stage):
         fixed = max((round(mean) for mean in means if mean is not None), default=1)
         return container_config(parent, layout, min(max(fixed, 1), layout.n), dense)
 
+    def rewrites(self, index: int, name: str) -> bool:
+        """The FFN where it became experts."""
+        return self._planned[index] is not None and name.startswith(f"{FFN}.")
+
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """The experts' linears in the place of the dense FFN's, where the plan has any."""
         means = self._planned

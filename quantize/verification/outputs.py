@@ -26,6 +26,8 @@ _USELESS = 0.9
 """An output of zeros has a relative squared error of 1."""
 _FLOOR, _SLACK = 0.1, 10.0
 """Errors of a block's linears add up within it, and the text is another than in calibration."""
+_MEASURED = {"output_error", "ffn_error"}
+_ERRORS = ("output_error", "ffn_error", "weight_error", "kv_error")
 _RANDOM = 3.0
 """Times more is granted on random tokens, which calibration never saw the like of."""
 
@@ -90,7 +92,8 @@ def _figures(errors: Mapping[str, float], arch: Architecture) -> str:
     """The largest error of each role."""
     by_role: dict[str, list[float]] = {}
     for name, error in errors.items():
-        by_role.setdefault(arch.roles.get(name, "router"), []).append(error)
+        role = "experts" if name in _ffn(arch) else arch.roles.get(name, "router")
+        by_role.setdefault(role, []).append(error)
     # NaN is the largest of all.
     worst = {role: max(found, key=lambda e: math.inf if math.isnan(e) else e) for role, found in by_role.items()}
     return " ".join(f"{role} {error:.2g}" for role, error in worst.items())
@@ -101,16 +104,24 @@ def _errors(
 ) -> dict[str, float]:
     """Relative squared output error of each compared linear of block `index`, by name within the block."""
     arch = layout.skeleton.block_arch(index)
+    before = skeleton.block_arch(index)
     routers = [name for name, module in teacher.named_modules() if isinstance(module, Router)]
     names = [*_comparable(arch, layout.attention is not None), *routers]
+    if arch != before:  # experts took the place of a dense FFN: they are compared as a whole
+        names = [*(name for name in names if name in before.roles), *_ffn(arch)]
     student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
     wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
     # A token at the edge of an expert may visit it in one block and not in the other, and there is no row to compare.
     instead = {name: wanted[name] for name in routers}
     given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, basis.enter(hidden)), instead)
-    for name in arch.residual:
+    for name in {*arch.residual, *_ffn(arch)} & set(given):
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
+
+
+def _ffn(arch: Architecture) -> list[str]:
+    """Name of a block's FFN where that has experts."""
+    return [arch.experts.ffn] if arch.experts and any(map(arch.is_routed, arch.roles)) else []
 
 
 def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
@@ -136,7 +147,8 @@ def _outputs(
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def record(linear: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
             # A large bias would hide what became of the weights.
-            seen[name] = out - linear.bias if isinstance(linear.bias, Tensor) else out
+            bias = getattr(linear, "bias", None)
+            seen[name] = out - bias if isinstance(bias, Tensor) else out
             return instead.get(name)
 
         return record
@@ -155,11 +167,11 @@ def _relative(wanted: Tensor, given: Tensor) -> float:
 def _limit(layout: Layout, layers: Mapping[str, Any] | None, index: int) -> float:
     if layers is None:
         return _USELESS
-    parts = (*layout.skeleton.block_arch(index).roles, layout.arch.attention)
-    facts = [layers.get(f"{layout.arch.blocks}.{index}.{name}", {}) for name in parts]
-    if not any("output_error" in f for f in facts):
+    arch = layout.skeleton.block_arch(index)
+    facts = [layers.get(f"{arch.blocks}.{index}.{name}", {}) for name in (*arch.roles, arch.attention, *_ffn(arch))]
+    if not any(_MEASURED & f.keys() for f in facts):
         # A data-free recipe: what the errors of its weights do to outputs depends on the outliers of the text.
         return _USELESS
-    recorded = [f.get("output_error", f.get("weight_error", f.get("kv_error", 0.0))) for f in facts]
+    recorded = [next((f[key] for key in _ERRORS if key in f), 0.0) for f in facts]
     numbers = [float(error) for error in recorded if isinstance(error, int | float) and math.isfinite(error)]
     return max(_FLOOR, _SLACK * max(numbers, default=0.0))

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from quantize.arch import architecture_of
 from quantize.checkpoint import sha256_file
 from quantize.errors import ModelError, RecipeError, VerifyError
 from quantize.provenance import PROVENANCE, read_provenance, require_unchanged
 from quantize.recipe import Recipe, parse_recipe
+from quantize.skeleton import Skeleton
 from quantize.verification.checks import Check, Skipped, counted, run_check
 from quantize.verification.layout import Layout, described, read_layout
 from quantize.verification.outputs import check_outputs
@@ -23,7 +25,9 @@ from quantize.verification.parent import (
     check_recomputed,
     check_source,
     check_untouched,
+    implied_config,
     open_parent,
+    restructured,
 )
 from quantize.verification.values import check_packing, check_values
 
@@ -165,14 +169,18 @@ class _Run:
         return self.layout
 
     def _parent(self) -> Parent:
-        """The parent, whose tensors must fit the child's architecture."""
+        """The parent, whose tensors must fit the child's architecture, or one that the recipe makes that of."""
         assert self.parent is not None
-        layout = self._fitting()
-        shape = replace(self.parent.shape, tied=layout.shape.tied)  # a stage may untie the head
-        if (self.parent.arch, shape) != (layout.arch, layout.shape):
-            raise VerifyError(f"{self.parent.source.folder} is a model of another architecture or size")
-        layout.skeleton.check(self.parent.source.shapes, self.parent.shape.tied)
-        return self.parent
+        parent, layout, skeleton = self.parent, self._fitting(), self._fitting().skeleton
+        shape = replace(parent.shape, tied=layout.shape.tied)  # a stage may untie the head
+        arch = parent.arch
+        if restructured(self.recipe):
+            arch = architecture_of(implied_config(parent, self.recipe))
+            skeleton = Skeleton(parent.source.folder, parent.arch, skeleton.device, skeleton.dtype)
+        if (arch, shape) != (layout.arch, layout.shape):
+            raise VerifyError(f"{parent.source.folder} is a model of another architecture or size")
+        skeleton.check(parent.source.shapes, parent.shape.tied)
+        return parent
 
     def _source(self, tick: Tick) -> str:
         assert self.parent is not None
