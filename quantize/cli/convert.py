@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.figures import print_restructured
 
 if TYPE_CHECKING:
     from quantize.convert import Summary
@@ -40,6 +42,13 @@ def convert(
             "rounding, measured on calibration text, get 8 bits (activations: none) instead of the recipe's own."
         ),
     ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what took long (layers that LaDiMo taught), so that a stopped run takes it up; "
+            "default: OUTPUT.work, removed when the output is there."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
@@ -63,11 +72,15 @@ def convert(
     require_free(output)
     quiet_libraries()
     place = pick_device(device)
-    request = Request(local_model(model), chosen, output, place, pick_dtype(dtype, place), target_bpw=target_bpw)
+    kept = work or output.with_name(output.name + ".work")
+    computing = pick_dtype(dtype, place)
+    request = Request(local_model(model), chosen, output, place, computing, work=kept, target_bpw=target_bpw)
     handler = _log_to(output.with_name(output.name + ".log"))
     try:
         with progress_bar() as progress:
             summary = run(request, progress)
+        if work is None:
+            shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(output)
     except BaseException as err:
@@ -104,6 +117,10 @@ def _log_to(path: Path) -> logging.Handler:
     return handler
 
 
+def _megabytes(summary: Summary) -> str:
+    return f"{summary.output_bytes / 1e6:.1f} MB (source {summary.source_bytes / 1e6:.1f} MB)"
+
+
 def _named(names: Sequence[str], shown: int = 7) -> str:
     rest = f" and {len(names) - shown} more, all in pq.json" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
@@ -114,10 +131,12 @@ def _print(summary: Summary) -> None:
 
     console = Console(stderr=True)
     ratio = summary.source_bytes / summary.output_bytes
-    console.print(
-        f"[bold]{summary.output}[/bold]: {summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per "
-        f"weight, {summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller), {summary.seconds:.1f} s"
-    )
+    size = f"{summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)" if ratio >= 1.005 else _megabytes(summary)
+    bits = f"{summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per weight, "
+    done = bits if summary.quantized_linears else ""
+    console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {summary.seconds:.1f} s")
+    if summary.restructured:
+        print_restructured(console, summary.restructured, summary.activated_reduction)
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:

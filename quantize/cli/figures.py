@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantize.pictures import place_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from quantize.evaluate import Evaluation
@@ -39,6 +42,26 @@ def _rounded(value: float | None, stderr: float | None) -> str:
         return f"{value:.4g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(stderr))))
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def print_restructured(console: Console, rows: Sequence[Mapping[str, Any]], saved: float | None) -> None:
+    """FFNs that became experts: errors on calibration tokens that nothing was fitted to, beside the baselines'."""
+    title = "" if saved is None else f"{saved:.1%} fewer activated parameters (embedding table not counted)\n"
+    table = _table(
+        f"{title}Relative squared error of converted FFNs, and of what they must beat at equal activation",
+        "block", "policy", "experts", "error", "pruned", "untrained", "random", "s", "MB",
+    )  # fmt: skip
+    for row in rows:
+        peak = row.get("peak_bytes")
+        table.add_row(
+            str((place_of(row["name"]) or (row["name"],))[0]),
+            str(row.get("policy") or "-"),
+            shown(row.get("mean_experts"), 2),
+            *(shown(row.get(f"{key}_error"), 4) for key in ("ffn", "pruned", "untrained", "random")),
+            shown(row.get("seconds"), 1),
+            shown(None if peak is None else peak / 1e6, 0),
+        )
+    console.print(table)
 
 
 def print_perplexity(e: Evaluation) -> None:

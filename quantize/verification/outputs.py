@@ -50,9 +50,8 @@ def check_outputs(
     layers: facts of pq.json, whose output errors set the limit; None: unknown.
     VerifyError when a relative squared error is above its limit or not finite.
     """
-    skeleton = Skeleton(
-        parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, routing(layout.source)
-    )
+    policies = routing(layout.source) if parent.arch.experts else {}
+    skeleton = Skeleton(parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, policies)
     basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
     hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
