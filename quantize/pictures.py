@@ -82,6 +82,7 @@ class Histogram:
     counts: Sequence[Number]
     points: Sequence[float] = ()
     x_label: str = ""
+    counted: str = "weights"
     kind: Literal["histogram"] = field(default="histogram", init=False)
 
     def __post_init__(self) -> None:

@@ -84,11 +84,29 @@ def print_perplexity(e: Evaluation) -> None:
         ("same top-1", "", shown(e.top1_agreement, 4, e.top1_stderr)),
         ("bits per weight", "16" if e.bits_per_weight else "", shown(e.bits_per_weight, 3)),
         ("KV cache", "16-bit", e.kv_cache),
+        *_activated(e),
     ]
     for name, parent, ours in rows:
         if ours != "-":
             table.add_row(name, *([parent] if e.baseline else []), ours)
     Console().print(table)
+
+
+def _activated(e: Evaluation) -> list[tuple[str, str, str]]:
+    """What a token meets of a model with experts."""
+    ours, theirs = e.activated_parameters, e.baseline_activated_parameters
+    if not e.experts_visited or ours is None:
+        return []
+    less = "" if theirs is None else f" ({ours / theirs - 1:+.1%})"
+    mean = sum(e.experts_visited.values()) / len(e.experts_visited)
+    return [
+        ("activated parameters", "-" if theirs is None else _millions(theirs), _millions(ours) + less),
+        ("routed experts a token", "", f"{mean:.3f}"),
+    ]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f} M"
 
 
 def print_comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int]) -> None:

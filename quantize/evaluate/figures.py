@@ -12,6 +12,7 @@ from torch import Tensor
 from quantize.errors import ModelError
 from quantize.evaluate.protocols import Protocol, Windows
 from quantize.evaluate.records import Estimate, Records
+from quantize.evaluate.streamed import Model
 
 _WORST = 20
 _BEFORE, _AFTER = 32, 8  # tokens of context shown around one of the worst tokens
@@ -63,6 +64,11 @@ class Evaluation:
     """start, nll, baseline_nll, kld: means over stretches of the window."""
     worst: list[dict[str, Any]] = field(repr=False)
     """Tokens of the largest KL divergence in their context."""
+    activated_parameters: float | None = None
+    """Parameters that a token is multiplied with, on average; the embedding table's are not."""
+    baseline_activated_parameters: float | None = None
+    experts_visited: dict[str, float] | None = None
+    """Block with experts → mean number of routed ones that a token visits; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,15 @@ class Run:
     windows: Windows
     tokenizer: Any
 
-    def figures(self, folder: Path, records: Records, bits: float | None, kv_cache: str) -> Evaluation:
+    def figures(self, folder: Path, records: Records, model: Model, parent: Model | None) -> Evaluation:
         """Figures of one model; ModelError when its logits, or the baseline's, were not finite."""
         baseline, windows = self.baseline, self.windows
         nll = records.mean(records["nll"])
         if not math.isfinite(nll.mean):
             raise ModelError(f"{folder}: its logits are not finite")
         against = baseline is not None
-        parent = records.mean(records["baseline_nll"]) if against else None
-        if parent and not math.isfinite(parent.mean):
+        theirs = records.mean(records["baseline_nll"]) if against else None
+        if theirs and not math.isfinite(theirs.mean):
             raise ModelError(f"{baseline}: its logits are not finite")
         nothing = Estimate(math.nan, None)
         delta = records.mean(records["nll"] - records["baseline_nll"]) if against else nothing
@@ -101,13 +107,13 @@ class Run:
             data=windows.source,
             data_sha256=windows.sha256,
             numerics=self.numerics,
-            kv_cache=kv_cache,
+            kv_cache=model.kv_cache,
             dtype=self.dtype,
             windows=len(windows.inputs),
             context=self.protocol.context,
             tokens=len(records),
             perplexity=_exp(nll.mean),
-            baseline_perplexity=_exp(parent.mean) if parent else None,
+            baseline_perplexity=_exp(theirs.mean) if theirs else None,
             nll_stderr=nll.stderr,
             delta_nll=delta.mean if against else None,
             delta_nll_stderr=delta.stderr,
@@ -119,11 +125,14 @@ class Run:
             kld_p999=quantile(0.999),
             top1_agreement=top1.mean if against else None,
             top1_stderr=top1.stderr,
-            bits_per_weight=bits,
+            bits_per_weight=model.bits_per_weight,
             **_by_text("", nll.mean * len(records), windows),
-            **_by_text("baseline_", parent.mean * len(records) if parent else None, windows),
+            **_by_text("baseline_", theirs.mean * len(records) if theirs else None, windows),
             by_position=records.by_position(),
             worst=[_in_context(records, row, windows, self.tokenizer) for row in records.worst(_WORST)],
+            activated_parameters=model.activated_parameters,
+            baseline_activated_parameters=parent.activated_parameters if parent else None,
+            experts_visited=dict(model.experts_visited) or None,
         )
 
 

@@ -118,7 +118,7 @@ def measure(
     name = None if baseline is None else baseline.name
     run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
     return [
-        Measured(run.figures(folder, record, model.bits_per_weight, model.kv_cache), record)
+        Measured(run.figures(folder, record, model, parent), record)
         for folder, model, record in zip(models, opened, records, strict=True)
     ]
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of
 from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
@@ -28,6 +29,7 @@ from quantize.load import (
     rotated_inputs,
     routing,
 )
+from quantize.moe import MoeFfn
 from quantize.skeleton import Skeleton
 
 Span = tuple[int, int, int]
@@ -56,6 +58,16 @@ class Model(Protocol):
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states that one pass over so many tokens holds in memory."""
+        ...
+
+    @property
+    def experts_visited(self) -> Mapping[str, float]:
+        """Block with experts → mean number of routed ones that a token visited in what was read."""
+        ...
+
+    @property
+    def activated_parameters(self) -> float | None:
+        """Parameters that a token is multiplied with, on average over what was read; the embedding table's are not."""
         ...
 
     @property
@@ -108,20 +120,24 @@ class StreamedModel:
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
         self.units = self.shape.n_blocks
+        self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens
         self._norm, self._head = self._tail()
 
     def _check(self) -> None:
         """Refuse what does not fit before any block is run; block by block, a fault would show late."""
-        plain = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
         for name, scheme in self.schemes.items():
             for suffix in scheme.suffixes:
                 if f"{name}.{suffix}" not in self.source:
                     raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
-            plain[f"{name}.weight"] = self.linears[name]
         try:
-            self.skeleton.check(plain, self.shape.tied)
+            self.skeleton.check(self._sizes(), self.shape.tied)
         except ModelError as err:
             raise ModelError(f"{self.source.folder}: {err}") from None
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors as they would be without packing."""
+        sizes = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
+        return sizes | {f"{name}.weight": self.linears[name] for name in self.schemes}
 
     def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         """The final norm and the head."""
@@ -145,6 +161,24 @@ class StreamedModel:
         total = sum(s.stored_bits(*self.linears[name]) * sizes[name] for name, s in self.schemes.items())
         return total / sum(sizes.values()) if sizes else None
 
+    @property
+    def experts_visited(self) -> Mapping[str, float]:
+        """Block with experts → mean number of routed ones that a token visited in what was read."""
+        return {str(index): visits / tokens for index, (visits, tokens) in sorted(self._visits.items())}
+
+    @property
+    def activated_parameters(self) -> float:
+        """Parameters that a token is multiplied with, on average over what was read; the embedding table's are not."""
+        sizes = {name: math.prod(shape) for name, shape in self._sizes().items()}
+        total = float(sum(size for name, size in sizes.items() if not name.startswith(f"{self.arch.embedding}.")))
+        total += self.shape.vocab * self.shape.hidden if self.shape.tied else 0
+        for block, visited in self.experts_visited.items():
+            assert self.arch.experts is not None
+            inside = f"{self.arch.blocks}.{block}.{self.arch.experts.routed}."
+            routed = sum(size for name, size in sizes.items() if name.startswith(inside))
+            total -= routed * (1 - visited / ExpertSizes.of(self.source.config).n)
+        return total
+
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Run all blocks over inputs [B, T] int64; the head is applied when logits are asked for."""
         hidden = self._hidden(inputs, tick)
@@ -165,10 +199,21 @@ class StreamedModel:
         del embedding
         for index in range(self.shape.n_blocks):
             layer = load_block(self.source, self.skeleton, self.schemes, index, self.numerics, self.attention)
+            self._count_visits(index, layer)
             for part in torch.split(hidden, batch):  # views: each is overwritten by its own result
                 part.copy_(self.skeleton.forward(index, layer, part))
             tick()
         return hidden
+
+    def _count_visits(self, index: int, layer: nn.Module) -> None:
+        """Let a block that is about to run count who visits its experts."""
+        for ffn in (module for module in layer.modules() if isinstance(module, MoeFfn)):
+
+            def count(router: nn.Module, args: tuple[Tensor, ...], scores: Tensor, ffn: MoeFfn = ffn) -> None:
+                visits, tokens = self._visits.get(index, (0, 0))
+                self._visits[index] = visits + int(ffn.policy.select(scores).sum()), tokens + len(scores)
+
+            ffn.gate.register_forward_hook(count)
 
 
 class WholeModel:
@@ -176,7 +221,9 @@ class WholeModel:
 
     units = 1
     kv_cache = "16-bit"
-    bits_per_weight = None
+    bits_per_weight = activated_parameters = None
+    experts_visited: Mapping[str, float] = MappingProxyType({})
+    """Experts of an unknown architecture are not counted."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device

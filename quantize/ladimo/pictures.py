@@ -32,7 +32,8 @@ def _plan(plan: Facts) -> Iterator[Picture]:
         yield Bars(
             "Sensitivity of the layers",
             "KL(parent || model with this block's FFN alone converted, untrained) on calibration text, at one level. "
-            f"The search left {len(alone) - len(means)} of {len(alone)} FFNs dense.",
+            f"The search left {len(alone) - len(means)} of {len(alone)} FFNs dense; a token then meets "
+            f"{100 * plan.get('activated_reduction', 0):.1f} % fewer parameters (counted: {plan.get('counted', '')}).",
             [str(block) for block in alone],
             {"alone": list(alone.values())},
             "nats per token",
@@ -42,13 +43,22 @@ def _plan(plan: Facts) -> Iterator[Picture]:
         yield Lines(
             "What a smaller budget costs",
             "KL(parent || converted, untrained) of the layers that the search would choose for other reductions of the "
-            "activated parameters. Training lowers all of them.",
+            "activated parameters. Training lowers all of them."
+            f"{_alternatives(plan)}",
             [100 * float(share) for share in curve],
             {"untrained": list(curve.values())},
             "% fewer activated parameters",
             "nats per token",
             log_y=True,
         )
+
+
+def _alternatives(plan: Facts) -> str:
+    """KL of the choice beside those of others that save as much."""
+    others = {"the same level everywhere": "kl_untrained_everywhere", "a level per layer": "kl_untrained_adaptive"}
+    told = [f"{label} {plan[key]:.4f}" for label, key in others.items() if isinstance(plan.get(key), float)]
+    chosen = plan.get("kl_untrained")
+    return f" Chosen: {chosen:.4f} nats; {', '.join(told)}." if told and isinstance(chosen, float) else ""
 
 
 def _errors(ffns: Mapping[int, Facts]) -> Iterator[Picture]:
@@ -90,6 +100,7 @@ def _scores(ffns: Mapping[int, Facts]) -> Iterator[Picture]:
             facts["counts"],
             [] if begin is None else [begin],
             "score",
+            "scores",
         )
 
 
@@ -105,7 +116,7 @@ def _visits(ffns: Mapping[int, Facts]) -> Iterator[Picture]:
             [str(count) for count in range(most)],
             shares,
             "of the tokens",
-            columns_label="routed experts visited",
+            columns_label="experts",
         )
 
 

@@ -34,7 +34,12 @@ def collect(folder: Path) -> Report:
         name=beside(folder, "").name,
         subtitle=_subtitle(sources),
         pq=text(sources.provenance, "pq"),
-        headlines=[*_cost(sources), *(_quality(evaluation) if evaluation else ()), *_time(sources)],
+        headlines=[
+            *_cost(sources),
+            *_activated(sources, evaluation or {}),
+            *(_quality(evaluation) if evaluation else ()),
+            *_time(sources),
+        ],
         basis=quality.basis(evaluation) + "." if evaluation else "",
         warnings=_warnings(sources, evaluation),
         sections=sections,
@@ -82,6 +87,22 @@ def _cost(sources: Sources) -> list[Headline]:
         detail = f"{whole / found.stored_bytes:.2f}× below {_size(whole)} at 16 bit"
         out.append(Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)))
     return out
+
+
+def _activated(sources: Sources, evaluation: Mapping[str, Any]) -> list[Headline]:
+    """What a token meets of a model with experts: measured on evaluation text, else as it was planned."""
+    ours, parents = number(evaluation, "activated_parameters"), number(evaluation, "baseline_activated_parameters")
+    blocks = mapping(evaluation, "experts_visited")
+    visited = [value for block in blocks if (value := number(blocks, block)) is not None]
+    planned = number(mapping(mapping(sources.provenance, "layers"), "ladimo"), "activated_reduction")
+    if visited and ours and parents:
+        change, mean = ours / parents - 1, sum(visited) / len(visited)
+        detail = f"of {_count(round(parents))} parameters, embeddings not counted; {mean:.2f} routed experts a token"
+    elif planned is not None:
+        change, detail = -planned, "of the parameters, planned; embeddings not counted"
+    else:
+        return []
+    return [Headline("Activated", f"{100 * change:+.1f}\u00a0%", detail, change)]
 
 
 def _time(sources: Sources) -> list[Headline]:

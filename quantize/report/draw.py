@@ -6,7 +6,7 @@ One point of a figure is one CSS pixel. Titles and captions are the page's, not 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -97,8 +97,9 @@ def y_range(pictures: Sequence[Chart]) -> Range | None:
 
 
 def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
-    legend = not isinstance(picture, Histogram | Scatter) and len(picture.series) > 1
-    left, right, top, bottom = 62, 12, 30 if legend else 12, 44
+    series = {} if isinstance(picture, Histogram | Scatter) else picture.series
+    rows = -(-len(series) // _legend_columns(series, frame)) if len(series) > 1 else 0
+    left, right, top, bottom = 62, 12, 12 + 18 * rows, 44
     fig = Figure(figsize=(frame.width / 72, frame.height / 72), dpi=72)
     box = (
         left / frame.width,
@@ -187,7 +188,7 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
     ax.set_xlim(low, high)
     ax.set_ylim(0, max(heights, default=0) * 1.06 or 1)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    ax.set_ylabel("% of weights", color=INK, fontsize=_SIZE)
+    ax.set_ylabel(f"% of {clean(picture.counted)}", color=INK, fontsize=_SIZE)
 
 
 def _scatter(ax: Axes, picture: Scatter) -> None:
@@ -225,7 +226,7 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
             [_short(n) for n in names],
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=min(len(names), 4),
+            ncols=_legend_columns(names, frame),
             frameon=False,
             fontsize=_SIZE,
             labelcolor=INK,
@@ -234,6 +235,12 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
             handlelength=2.4,
             columnspacing=1.4,
         )
+
+
+def _legend_columns(names: Collection[str], frame: Frame) -> int:
+    """So many that the widest name fits as often beside itself."""
+    widest = max(len(_short(name)) for name in names) * _SIZE * 0.6 + 50
+    return max(1, min(len(names), 4, int((frame.width - 62) // widest)))
 
 
 def _log_ticks(ax: Axes) -> None:

@@ -64,7 +64,7 @@ def heatmap(picture: Heatmap) -> tuple[Figure, list[str]]:
     scale = _Scale(tuple(sorted({v for row in cells for v in row if not math.isnan(v)})), picture.log)
     rows, columns = len(picture.rows), len(picture.columns)
     cell = min(66.0, max(10.0, 800 / max(1, columns)))
-    left = 16 + _LABELS * max((len(_short(r)) for r in picture.rows), default=4)
+    left = 16 + _LABELS * max(len(name) for name in ("0000", picture.columns_label, *map(_short, picture.rows)))
     grid_width, height = max(columns * cell, 300.0), 26.0 if rows <= 24 else 14.0
     cell = grid_width / max(1, columns)
     width, total = left + grid_width + 12, 30 + rows * height + _KEY
