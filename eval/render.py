@@ -13,13 +13,14 @@ from typing import Any
 
 import ablation  # the scripts beside this one
 import accuracy
+import ladimo
 import sbvr
 
 _SECTION = re.compile(r"(<!-- accuracy: begin -->\n).*(<!-- accuracy: end -->)", re.DOTALL)
 
 
 def _table(data: dict[str, Any]) -> str:
-    kinds = {"part": ablation.table, "method": sbvr.table}
+    kinds = {"part": ablation.table, "method": sbvr.table, "conversion": ladimo.table}
     return next((table for key, table in kinds.items() if key in data["rows"][0]), accuracy.table)(data)
 
 

@@ -26,6 +26,7 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "kld_p999": False,
     "top1_agreement": True,
     "bits_per_weight": False,
+    "activated_parameters": False,
 }
 """Figures of an Evaluation that can be checked; task metrics are written `task/metric`."""
 ROLLING_ONLY = ("word_perplexity", "byte_perplexity", "bits_per_byte")

@@ -99,7 +99,7 @@ def test_every_figure_of_an_evaluation_can_be_checked():
     left_out = {n for n in figures if n.endswith("_stderr") or n.startswith("baseline_")}
     assert figures - left_out == set(HIGHER_IS_BETTER)
     assert [m for m, higher in HIGHER_IS_BETTER.items() if higher] == ["top1_agreement"]
-    assert ("perplexity", *ROLLING_ONLY) == WITH_PARENT
+    assert ("perplexity", *ROLLING_ONLY, "activated_parameters") == WITH_PARENT
 
 
 def test_every_shipped_recipe_is_gated():

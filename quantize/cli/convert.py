@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +18,7 @@ from quantize.cli.common import local_model, pick_device, pick_dtype, progress_b
 from quantize.cli.figures import print_restructured
 
 if TYPE_CHECKING:
-    from quantize.convert import Summary
+    from quantize.convert import Request, Summary
 
 
 def convert(
@@ -75,10 +77,14 @@ def convert(
     kept = work or output.with_name(output.name + ".work")
     computing = pick_dtype(dtype, place)
     request = Request(local_model(model), chosen, output, place, computing, work=kept, target_bpw=target_bpw)
+    if int(os.environ.get("RANK", "0")):
+        _assist(request)
+        return
     handler = _log_to(output.with_name(output.name + ".log"))
     try:
         with progress_bar() as progress:
             summary = run(request, progress)
+        _wait_for_all()
         if work is None:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
@@ -93,6 +99,24 @@ def convert(
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     else:
         _print(summary)
+
+
+def _assist(request: Request) -> None:
+    """Take part as one of several processes: what it writes is what the first one writes, and goes."""
+    from quantize.convert import convert as run
+
+    with tempfile.TemporaryDirectory(prefix="pq-") as folder:
+        run(dataclasses.replace(request, output=Path(folder) / "out"))
+        _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    """Until all processes of a launch are here, so that none keeps results in a folder that another removes."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _write_report(output: Path) -> None:

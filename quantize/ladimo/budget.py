@@ -12,7 +12,7 @@ from quantize.ladimo.split import Layout
 
 UNIT = 128
 """Sizes of experts are multiples of it, so that groups of 128 quantize them; for small or odd FFNs of a part of it."""
-_PARTS = 4
+_PARTS = 3
 COUNTED = (
     "weights of all blocks, the final norm and the head; the embedding table, of which a token reads a row, is not"
 )

@@ -21,6 +21,11 @@ from quantize.ladimo.trial import Start
 
 Teaching = Literal["none", "least-squares", "distill"]
 
+_LESSONS: Mapping[Teaching, tuple[Teaching, ...]] = {
+    "none": (),
+    "least-squares": ("least-squares",),
+    "distill": ("least-squares", "distill"),
+}
 _HELD_OUT = 16  # one token of so many is not trained on
 
 
@@ -66,17 +71,13 @@ class Teacher:
         `pruned_error` those of the same split without training, of a random one, and of static pruning to a dense FFN
         of equally many activated parameters.
         """
-        x, y = lesson.train
+        x, _ = lesson.train
         seed = self.training.seed
         start = Start.of(ffn, x, self.layout, self.construction, seed)
         budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
         student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
         untrained = student.error(*lesson.held_out)
-        losses = []
-        if self.teaching != "none":
-            refit_down(student, x, y)
-        if self.teaching == "distill":
-            losses = distill(student, x, y, self.training)
+        student, taught, losses = self._taught(student, lesson)
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
         facts = {
@@ -84,11 +85,26 @@ class Teacher:
             "policy_errors": errors,
             "ffn_error": errors[self._best(errors)],
             "untrained_error": untrained,
+            "taught": taught,
             "random_error": self._random(ffn, lesson, mean),
             "pruned_error": self._pruned(ffn, lesson, mean),
             "losses": [float(f"{loss:.4g}") for loss in losses[:: max(1, len(losses) // 100)]],
         }
         return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
+
+    def _taught(self, student: Student, lesson: Lesson) -> tuple[Student, Teaching, list[float]]:
+        """The student as far as teaching lowers the error on held-out tokens, how far that is, and losses."""
+        done: Teaching = "none"
+        losses: list[float] = []
+        for teaching in _LESSONS[self.teaching]:
+            tried = copy.deepcopy(student)
+            if teaching == "distill":
+                losses = distill(tried, *lesson.train, self.training)
+            else:
+                refit_down(tried, *lesson.train)
+            if tried.error(*lesson.held_out) < student.error(*lesson.held_out):
+                student, done = tried, teaching
+        return student, done, losses
 
     def _settle(self, student: Student, lesson: Lesson, mean: float) -> dict[str, float]:
         """Choose the policy that has the least error on held-out tokens (LaDiMo's stage 2). Returns all errors.

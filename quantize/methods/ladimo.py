@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,7 +69,10 @@ class Ladimo(Stage):
     """`parent`: reproduce the parent's hidden states from the converted model's; `layer`: the dense FFN's outputs for
     the same inputs, as published."""
     steps: int = Field(default=300, ge=1)
-    """Steps of AdamW for a layer."""
+    """Steps of AdamW for a layer, at most."""
+    passes: float = Field(default=8.0, gt=0)
+    """How often a token is trained on, at most: fewer steps where there are few tokens, of which more would be learnt
+    by heart."""
     batch_tokens: int = Field(default=2048, ge=1)
     """Tokens of a step."""
     learning_rate: float = Field(default=0.025, gt=0)
@@ -199,7 +203,8 @@ class Ladimo(Stage):
         moe = empty_moe(layout, mean, block)
         kept = block.memo.recall(key)
         if kept is None:
-            training = Training(self.steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
+            steps = min(self.steps, math.ceil(self.passes * lesson.trained / self.batch_tokens))
+            training = Training(steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
             adaptive = self.policy == "adaptive"
             teacher = Teacher(layout, self.construction, self.teaching, adaptive, training, stored)
             student, facts = teacher.teach(ffn, lesson, mean)
