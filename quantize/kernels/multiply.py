@@ -23,8 +23,13 @@ def _interpreted() -> bool:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a Triton kernel can take x: an NVIDIA device (or Triton's interpreter) and a dtype of `DTYPES`."""
-    device = x.is_cuda and torch.version.hip is None  # AMD's matrix units may flush the subnormals that bits are
-    return x.dtype in DTYPES and importlib.util.find_spec("triton") is not None and (device or _interpreted())
+    return x.dtype in DTYPES and runs_on(x.device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run there: on an NVIDIA device, or anywhere in Triton's interpreter."""
+    found = device.type == "cuda" and torch.version.hip is None  # AMD's matrix units may flush the subnormals of bits
+    return importlib.util.find_spec("triton") is not None and (found or _interpreted())
 
 
 def multiply(
