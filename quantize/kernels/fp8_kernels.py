@@ -89,6 +89,6 @@ def quantize_kernel(
         parts = as_e4m3(tl.div_rn(_inputs(x, weight, k, K, spread, DTYPE), size), CASTS)
         if GS > 0:
             words = tl.reshape(parts, (BK // GS, 4, GS // 32, 2, 2, 2))
-            order: tl.constexpr = (0, 2, 5, 1, 4, 3) if FOLDED else (0, 2, 5, 1, 3, 4)
-            parts = tl.reshape(tl.permute(words, order), (BK,))
+            placed = tl.permute(words, (0, 2, 5, 1, 4, 3)) if FOLDED else tl.permute(words, (0, 2, 5, 1, 3, 4))
+            parts = tl.reshape(placed, (BK,))
         tl.store(codes + m * K + k, parts, mask=k < K)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -13,9 +12,9 @@ from quantize.formats.bitvec import BitVecScheme
 from quantize.kernels.reference import multiply_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def _interpreted() -> bool:
     # Triton's interpreter takes tensors on the CPU.
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,7 +28,7 @@ def has_kernel(x: Tensor) -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run there: on an NVIDIA device, or anywhere in Triton's interpreter."""
     found = device.type == "cuda" and torch.version.hip is None  # AMD's matrix units may flush the subnormals of bits
-    return importlib.util.find_spec("triton") is not None and (found or _interpreted())
+    return _TRITON and (found or _interpreted())
 
 
 def multiply(
