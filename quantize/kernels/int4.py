@@ -112,7 +112,7 @@ def _run(
     if any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded for E4M3 activations, but there are none")
     y: Tensor = _multiply(_as_rows(x), None, *_flat(weights), bias, x.dtype)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weights[0].packed))
 
 
 def _run_codes(
@@ -137,7 +137,7 @@ def _run_codes(
     elif any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded, but the variant is 'exact'")
     y: Tensor = _multiply(_as_rows(codes), token_scale.reshape(-1), *_flat(weights), bias, dtype)
-    return y.view(*codes.shape[:-1], -1)
+    return y.view(*codes.shape[:-1], len(weights[0].packed))
 
 
 def _as_rows(x: Tensor) -> Tensor:
