@@ -136,11 +136,11 @@ def hopper_code(dtype: torch.dtype, M: int, folded: bool) -> str:
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
 
-@pytest.fixture(params=[1, 3], ids=["whole", "parts"])
+@pytest.fixture(params=[1, 2], ids=["whole", "parts"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products whole, and split over their inputs."""
     launch = pytest.importorskip("quantize.kernels.int4_launch")
-    monkeypatch.setattr(launch, "_split", lambda G, *_: (1, G) if request.param == 1 else (min(G, 3), -(-G // 3)))
+    monkeypatch.setattr(launch, "_split", lambda G, *_: (1, G) if request.param == 1 else (-(-G // 2), 2))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
@@ -159,8 +159,8 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 129])
 @pytest.mark.usefixtures("parts")
 def test_all_batches(M: int, kind: str, device: str):
-    packed, up, dtype = random_weight(37, 384), random_weight(37, 384, seed=1), (torch.bfloat16, torch.float16)[M % 2]
-    x, bias = activations(M, 384, dtype, device), torch.randn(37, device=device).to(dtype)
+    packed, up, dtype = random_weight(37, 256), random_weight(37, 256, seed=1), (torch.bfloat16, torch.float16)[M % 2]
+    x, bias = activations(M, 256, dtype, device), torch.randn(37, device=device).to(dtype)
     check(multiply(x, weight_of(packed, device), bias, **KINDS[kind]), x, packed, kind, bias)
     check_gated(gated(x, weight_of(packed, device), weight_of(up, device), **KINDS[kind]), x, packed, up, kind)
 
@@ -169,7 +169,6 @@ def test_all_batches(M: int, kind: str, device: str):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group_size", int4.GROUP_SIZES)
 @pytest.mark.parametrize(("N", "K"), [(1, 128), (65, 384)])
-@pytest.mark.usefixtures("parts")
 def test_odd_sizes(N: int, K: int, group_size: int, kind: str, device: str):
     packed, up = random_weight(N, K, group_size), random_weight(N, K, group_size, seed=1)
     x, weights = activations(5, K, torch.float16, device), (weight_of(packed, device), weight_of(up, device))
@@ -249,7 +248,7 @@ def test_one_quantization_serves_several_products(variant: Variant, device: str)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("K", [32, 96, 1024, 1056, 4224])
+@pytest.mark.parametrize("K", [32, 96, 1056, 4224])
 def test_quantized_tokens(K: int, dtype: torch.dtype, device: str):
     x = activations(5, K, dtype, device)
     x[1] *= 1e-7
@@ -300,14 +299,14 @@ def test_what_is_no_number_stays_in_its_row(device: str):
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float8_e4m3fn], ids=str)
 def test_every_tile(dtype: torch.dtype, device: str):
     launch = pytest.importorskip("quantize.kernels.int4_launch")
-    packed, up = random_weight(70, 256), random_weight(70, 256, seed=1)
+    packed, up = random_weight(60, 128), random_weight(60, 128, seed=1)
     weights, rows = (weight_of(packed, device), weight_of(up, device)), 0
     for tile in launch.TILES[dtype]:
-        M = min(tile.rows or rows + 70, rows + 70)
-        rows = tile.rows or M
+        M = tile.rows or rows + 6
+        rows = M
         assert launch.tile_for(M, dtype) is tile
         for kind in ["W4A16"] if dtype != torch.float8_e4m3fn else ["exact", "folded"]:
-            x = activations(M, 256, dtype if kind == "W4A16" else torch.float16, device)
+            x = activations(M, 128, dtype if kind == "W4A16" else torch.float16, device)
             check(multiply(x, weights[0], **KINDS[kind]), x, packed, kind)
             check_gated(gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
 
@@ -417,12 +416,12 @@ class TestWithoutKernel:
         folded = fold(weight)
         codes, scale = quantize_tokens(x, group_size=128)
         shapes = ("test_faketensor", "test_aot_dispatch_dynamic")  # E4M3 inputs cannot be compared for test_schema
-        torch.library.opcheck(int4._fold, (weight.scale,))
-        torch.library.opcheck(int4._quantize, (x, None, 1e-6, 128, True), test_utils=shapes)
-        alone, both = (*folded, None, None, None), (*folded, *folded)
-        torch.library.opcheck(int4._multiply, (codes, scale, *alone, None, torch.bfloat16), test_utils=shapes)
-        torch.library.opcheck(int4._multiply, (codes, scale, *both, None, torch.bfloat16), test_utils=shapes)
-        torch.library.opcheck(int4._multiply, (x, None, *weight, None, None, None, None, torch.float16))
+        torch.library.opcheck(torch.ops.pq.fold_int4_scales.default, (weight.scale,))
+        torch.library.opcheck(torch.ops.pq.quantize_tokens.default, (x, None, 1e-6, 128, True), test_utils=shapes)
+        alone, both, product = (*folded, None, None, None), (*folded, *folded), torch.ops.pq.int4_multiply.default
+        torch.library.opcheck(product, (codes, scale, *alone, None, torch.bfloat16), test_utils=shapes)
+        torch.library.opcheck(product, (codes, scale, *both, None, torch.bfloat16), test_utils=shapes)
+        torch.library.opcheck(product, (x, None, *weight, None, None, None, None, torch.float16))
 
     def test_bytes_moved(self):
         assert bytes_moved(1, 4096, 4096, 128, 2, True) == 4096 * 2048 + 4096 * 32 * 2 + 4100 + 8192

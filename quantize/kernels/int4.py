@@ -1,8 +1,8 @@
 """y = x̂ Ŵᵀ + b with Ŵ packed INT4 (`quantize/formats/packed_int.py`) and x̂ = x or x rounded to E4M3, on any device.
 
-Everything is an operator of the library `pq`, so `torch.compile` takes it as it stands. Triton computes it on NVIDIA
-devices, in a number of launches that depends on M alone and without waiting, so that CUDA graphs can hold it, and with
-the same results in every run; elsewhere the plain-torch twin does. No operator has a gradient.
+Triton computes it on NVIDIA devices, in a number of launches that depends on shapes alone and without waiting, so that
+CUDA graphs can hold it, and with the same results in every run; elsewhere the plain-torch twin does. While
+`torch.compile` traces, everything is an operator of the library `pq`. There is no gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from quantize.kernels.int4_reference import Weight, fold_reference, multiply_reference, quantize_reference
 from quantize.kernels.multiply import DTYPES, runs_on
@@ -29,7 +30,7 @@ def takes(bits: int, group_size: int, x: Tensor, fp8_activations: bool) -> bool:
 
 def fold(weight: Weight) -> Weight:
     """The weight with E4M3 scales and a factor for each row: to do so once saves a launch of every folded product."""
-    return Weight(weight.packed, *_fold(weight.scale))
+    return Weight(weight.packed, *(_FOLD if is_compiling() else _fold)(weight.scale))
 
 
 def multiply(
@@ -65,7 +66,8 @@ def quantize_tokens(
     if group_size and (group_size not in GROUP_SIZES or K % group_size):
         raise ValueError(f"{K} inputs are no multiple of a group of 32, 64 or 128: {group_size}")
     norm = None if norm is None else norm.contiguous()
-    codes, scale = _quantize(_as_rows(x), norm, eps, group_size, variant == "folded")
+    run = _QUANTIZE if is_compiling() else _quantize
+    codes, scale = run(_as_rows(x), norm, eps, group_size, variant == "folded")
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -111,8 +113,7 @@ def _run(
         return _run_codes(codes, scale, weights, bias, variant, x.dtype)
     if any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded for E4M3 activations, but there are none")
-    y: Tensor = _multiply(_as_rows(x), None, *_flat(weights), bias, x.dtype)
-    return y.view(*x.shape[:-1], len(weights[0].packed))
+    return _product(x, None, weights, bias, x.dtype)
 
 
 def _run_codes(
@@ -124,11 +125,8 @@ def _run_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     _check(codes, weights, bias, (torch.float8_e4m3fn,))
-    if (
-        token_scale.dtype != torch.float32
-        or token_scale.shape != codes.shape[:-1]
-        or token_scale.device != codes.device
-    ):
+    found = (token_scale.dtype, token_scale.shape, token_scale.device)
+    if found != (torch.float32, codes.shape[:-1], codes.device):
         raise ValueError(f"token_scale is {token_scale.dtype} {tuple(token_scale.shape)}, codes {tuple(codes.shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"a product in {dtype} was asked for, expected bfloat16, float16 or float32")
@@ -136,8 +134,7 @@ def _run_codes(
         weights = tuple(weight if weight.factor is not None else fold(weight) for weight in weights)
     elif any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded, but the variant is 'exact'")
-    y: Tensor = _multiply(_as_rows(codes), token_scale.reshape(-1), *_flat(weights), bias, dtype)
-    return y.view(*codes.shape[:-1], len(weights[0].packed))
+    return _product(codes, token_scale.reshape(-1), weights, bias, dtype)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -145,8 +142,13 @@ def _as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _flat(weights: tuple[Weight, ...]) -> tuple[Tensor | None, ...]:
-    return (*weights[0], *weights[1]) if len(weights) == 2 else (*weights[0], None, None, None)
+def _product(
+    x: Tensor, token_scale: Tensor | None, weights: tuple[Weight, ...], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    nothing: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    up = weights[1] if len(weights) == 2 else nothing
+    y: Tensor = (_MULTIPLY if is_compiling() else _multiply)(_as_rows(x), token_scale, *weights[0], *up, bias, dtype)
+    return y.view(*x.shape[:-1], len(weights[0].packed))
 
 
 def _check(x: Tensor, weights: tuple[Weight, ...], bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -181,7 +183,6 @@ def _has_kernel(device: torch.device, fp8: bool) -> bool:
     return runs_on(device) and (not fp8 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
 
 
-@torch.library.custom_op("pq::quantize_tokens", mutates_args=())
 def _quantize(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded: bool) -> tuple[Tensor, Tensor]:
     if not x.numel() or not _has_kernel(x.device, fp8=True):
         return quantize_reference(x, norm, eps, group_size, folded)
@@ -191,12 +192,14 @@ def _quantize(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folde
         return quantize(x, norm, eps, group_size, folded)
 
 
-@_quantize.register_fake
+_QUANTIZE = torch.library.custom_op("pq::quantize_tokens", _quantize, mutates_args=())
+
+
+@_QUANTIZE.register_fake
 def _(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-@torch.library.custom_op("pq::fold_int4_scales", mutates_args=())
 def _fold(scale: Tensor) -> tuple[Tensor, Tensor]:
     if not scale.numel() or not _has_kernel(scale.device, fp8=True):
         return fold_reference(scale)
@@ -206,12 +209,14 @@ def _fold(scale: Tensor) -> tuple[Tensor, Tensor]:
         return fold(scale)
 
 
-@_fold.register_fake
+_FOLD = torch.library.custom_op("pq::fold_int4_scales", _fold, mutates_args=())
+
+
+@_FOLD.register_fake
 def _(scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale.new_empty(scale.shape, dtype=torch.float16), scale.new_empty(scale.shape[:1], dtype=torch.float32)
 
 
-@torch.library.custom_op("pq::int4_multiply", mutates_args=())
 def _multiply(
     x: Tensor,
     token_scale: Tensor | None,
@@ -235,7 +240,10 @@ def _multiply(
         return launch(x, token_scale, weights, bias, dtype)
 
 
-@_multiply.register_fake
+_MULTIPLY = torch.library.custom_op("pq::int4_multiply", _multiply, mutates_args=())
+
+
+@_MULTIPLY.register_fake
 def _(
     x: Tensor,
     token_scale: Tensor | None,

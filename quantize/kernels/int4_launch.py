@@ -15,6 +15,7 @@ from quantize.kernels.fp8_kernels import quantize_kernel
 from quantize.kernels.int4_kernels import fold_kernel, int4_kernel, int4_sum_kernel
 from quantize.kernels.int4_reference import Weight
 
+_LEAST = 4  # groups of a part
 _INTERPRETED = not isinstance(int4_sum_kernel, triton.JITFunction)
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -101,13 +102,10 @@ def quantize(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded
     return codes, scale
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _split(G: int, tiles: int, programs: int, device: torch.device) -> tuple[int, int]:
-    # Parts that fill the device, and the groups of each.
-    groups = triton.cdiv(G, max(1, _processors(device) * programs // tiles))
+    # Parts that fill the device, and the groups of each: so many at least that several loads are under way.
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    groups = max(_LEAST, triton.cdiv(G, max(1, processors * programs // tiles)))
     return triton.cdiv(G, groups), groups
 
 
