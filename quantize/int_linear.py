@@ -37,10 +37,11 @@ class IntLinear(NativeLinear[IntScheme]):
         weight = Weight(self.weight_packed, self.weight_scale)
         if not self.scheme.fp8_activations or torch.compiler.is_compiling():
             return weight
-        if self._folded is None or self._folded[0] is not weight.scale or self._folded[1] != weight.scale._version:
+        version = 0 if weight.scale.is_inference() else weight.scale._version
+        if self._folded is None or self._folded[0] is not weight.scale or self._folded[1] != version:
             if weight.scale.is_cuda and torch.cuda.is_current_stream_capturing():
                 return weight  # what is made now holds nothing until the graph is replayed
-            self._folded = weight.scale, weight.scale._version, fold(weight)
+            self._folded = weight.scale, version, fold(weight)
         return self._folded[2]._replace(packed=weight.packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -28,7 +28,7 @@ from quantize.kernels.int4 import (
     multiply_codes,
     quantize_tokens,
 )
-from quantize.kernels.int4_reference import operand_order, quantize_reference
+from quantize.kernels.int4_reference import Weight, operand_order, quantize_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -113,6 +113,8 @@ def test_scales_of_any_size(power: int, kind: str, device: str):
     packed.scale[3] = 0
     packed.scale[4, 1] = 0
     weight = weight_of(packed, device)
+    folded = [tensor.cpu() for tensor in fold(weight)]
+    assert torch.equal(Weight(*folded).decode(), packed.kernel_weight())
     x = activations(4, 256, torch.float32, device)
     expected, size = exact_product(x, packed, kind)
     y = multiply(x, weight, **KINDS[kind]).double().cpu()
