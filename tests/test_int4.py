@@ -156,6 +156,8 @@ def test_what_does_not_fit_is_refused():
         multiply(x, fold(weight), fp8_activations=True, variant="exact")
     with pytest.raises(ValueError, match="the weight is folded for E4M3 activations, but there are none"):
         multiply(x, fold(weight), fp8_activations=False)
+    with pytest.raises(ValueError, match="there is no variant 'exakt'"):
+        multiply(x, weight, fp8_activations=True, variant="exakt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="only one of gate and up is folded"):
         gated(x, fold(weight), weight, fp8_activations=True)
     codes, scale = quantize_tokens(x, group_size=128)

@@ -67,7 +67,7 @@ def quantize_tokens(
         raise ValueError(f"{K} inputs are no multiple of a group of 32, 64 or 128: {group_size}")
     norm = None if norm is None else norm.contiguous()
     run = _QUANTIZE if is_compiling() else _quantize
-    codes, scale = run(_as_rows(x), norm, eps, group_size, variant == "folded")
+    codes, scale = run(_as_rows(x), norm, eps, group_size, _is_folded(variant))
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -130,11 +130,17 @@ def _run_codes(
         raise ValueError(f"token_scale is {token_scale.dtype} {tuple(token_scale.shape)}, codes {tuple(codes.shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"a product in {dtype} was asked for, expected bfloat16, float16 or float32")
-    if variant == "folded":
+    if _is_folded(variant):
         weights = tuple(weight if weight.factor is not None else fold(weight) for weight in weights)
     elif any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded, but the variant is 'exact'")
     return _product(codes, token_scale.reshape(-1), weights, bias, dtype)
+
+
+def _is_folded(variant: Variant) -> bool:
+    if variant not in ("folded", "exact"):
+        raise ValueError(f"there is no variant '{variant}', only 'folded' and 'exact'")
+    return variant == "folded"
 
 
 def _as_rows(x: Tensor) -> Tensor:
