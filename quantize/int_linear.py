@@ -1,15 +1,20 @@
-"""A linear layer whose weight stays packed integers: decoded, a block of rows at a time, whenever it is called."""
+"""A linear layer whose weight stays packed integers: a kernel multiplies with it, or it is decoded by rows."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from quantize.formats.fp8 import product_weight, quantize_activations, row_factor
 from quantize.formats.packed_int import IntScheme, unpack_codes
+from quantize.kernels.int4 import fold, multiply, takes
+from quantize.kernels.int4_reference import Weight
 from quantize.native_linear import NativeLinear
 
 
@@ -18,9 +23,35 @@ class IntLinear(NativeLinear[IntScheme]):
 
     weight_packed: Tensor
     weight_scale: Tensor
+    _folded: tuple[Tensor, int, Weight] | None = None  # what came of a scale, and of which version of it
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N] in x's dtype."""
+        """x [..., K] → [..., N] in x's dtype; the kernel has no gradient, so what needs one is decoded."""
+        bits, group_size, fp8 = self.scheme.bits, self.scheme.group_size, self.scheme.fp8_activations
+        if takes(bits, group_size, x, fp8) and not (x.requires_grad and torch.is_grad_enabled()):
+            bias = None if self.bias is None else self.bias.detach()
+            return multiply(x, self._weight(), bias, fp8_activations=fp8)
+        return self._by_rows(x)
+
+    def _weight(self) -> Weight:
+        weight = Weight(self.weight_packed, self.weight_scale)
+        if not self.scheme.fp8_activations or torch.compiler.is_compiling():
+            return weight
+        version = 0 if weight.scale.is_inference() else weight.scale._version
+        if self._folded is None or self._folded[0] is not weight.scale or self._folded[1] != version:
+            if weight.scale.is_cuda and torch.cuda.is_current_stream_capturing():
+                return weight  # what is made now holds nothing until the graph is replayed
+            self._folded = weight.scale, version, fold(weight)
+        return self._folded[2]._replace(packed=weight.packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._folded = None  # tensors change their storage and stay the same objects
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": None}
+
+    def _by_rows(self, x: Tensor) -> Tensor:
         if self.scheme.fp8_activations:
             x = quantize_activations(x).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)

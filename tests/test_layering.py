@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.linear": ("quantize.formats", "quantize.kernels"),
     "quantize.kernels": ("quantize.kernels", "quantize.formats"),
     "quantize.native_linear": ("quantize.formats",),
-    "quantize.int_linear": ("quantize.formats", "quantize.native_linear"),
+    "quantize.int_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
     "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
 }
 METHODS_NEVER = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -13,9 +12,9 @@ from quantize.formats.bitvec import BitVecScheme
 from quantize.kernels.reference import multiply_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def _interpreted() -> bool:
     # Triton's interpreter takes tensors on the CPU.
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,8 +22,13 @@ def _interpreted() -> bool:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a Triton kernel can take x: an NVIDIA device (or Triton's interpreter) and a dtype of `DTYPES`."""
-    device = x.is_cuda and torch.version.hip is None  # AMD's matrix units may flush the subnormals that bits are
-    return x.dtype in DTYPES and importlib.util.find_spec("triton") is not None and (device or _interpreted())
+    return x.dtype in DTYPES and runs_on(x.device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run there: on an NVIDIA device, or anywhere in Triton's interpreter."""
+    found = device.type == "cuda" and torch.version.hip is None  # AMD's matrix units may flush the subnormals of bits
+    return _TRITON and (found or _interpreted())
 
 
 def multiply(
