@@ -4,10 +4,10 @@ Softmax runs online in units of log₂, and the maximum that probabilities are t
 a later, larger one rescales by a power of two, which no E4M3 rounding notices but that of subnormals (below 2⁻¹⁵ of the
 largest probability, where an earlier maximum rounds finer). So neither tiles nor splits change how probabilities round.
 
-`decode_kernel` reads records of `quantize/formats/kv4.py` as they stand. Programs share a sequence, and `combine_kernel`
-adds their parts in a fixed order: results are the same in every run. The query heads that share a key head, and the few
-new tokens, are the rows of one tile. Codes are exact in float16, and scales of values meet the probabilities, relative
-to the power of two of the tile's largest, with 11 bits.
+`decode_kernel` reads records of `quantize/formats/kv4.py` as they stand. Programs share a sequence, and
+`combine_kernel` adds their parts in a fixed order: results are the same in every run. The query heads that share a key
+head, and the few new tokens, are the rows of one tile. Codes are exact in float16, and scales of values meet the
+probabilities, relative to the power of two of the tile's largest, with 11 bits.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantize.kernels.kv_kernels import high_codes, load_bytes, load_scale, load_zero, low_codes, to_e4m3
+from quantize.kernels.kv_kernels import high_codes, load_group, low_codes, to_e4m3
 
 
 @triton.jit
@@ -92,23 +92,15 @@ def _queries(query, inside, S, D: tl.constexpr, G: tl.constexpr, BC: tl.constexp
 
 
 @triton.jit
-def _scores(even, odd, record, inside, group, D: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr,
-            E4M3: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    # Products of one group of queries, in halves [BM, BC], with the keys of records [BN]: float32 [BM, BN].
-    packed = load_bytes(record, inside, group, D // G // 2, BC)
-    zero = load_zero(record, inside, group, D, G, E4M3, SYMMETRIC)
+def _scores(even, odd, packed, zero, scale):
+    # Products of one group of queries, in halves [BM, BC], with packed keys [BN, BC] times scale: float32 [BM, BN].
     product = tl.dot(even, tl.trans(low_codes(packed, zero)))  # [BM, BC] @ [BC, BN] → [BM, BN]
-    product = tl.dot(odd, tl.trans(high_codes(packed, zero)), product)
-    return product * load_scale(record, inside, group, D, E4M3)[None, :]
+    return tl.dot(odd, tl.trans(high_codes(packed, zero)), product) * scale[None, :]
 
 
 @triton.jit
-def _mix(even, odd, weights, factor, record, inside, group, D: tl.constexpr, G: tl.constexpr,
-         SYMMETRIC: tl.constexpr, E4M3: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    # Sums of one group of values [BM, BC], in halves, times `factor`, plus weights [BM, BN] times those of records.
-    packed = load_bytes(record, inside, group, D // G // 2, BC)
-    zero = load_zero(record, inside, group, D, G, E4M3, SYMMETRIC)
-    scale = load_scale(record, inside, group, D, E4M3)
+def _mix(even, odd, weights, factor, packed, zero, scale):
+    # Sums of one group of values [BM, BC], in halves, times `factor`, plus weights [BM, BN] times packed values.
     exponent = tl.max((scale.to(tl.int32, bitcast=True) >> 23) & 0xFF, axis=0)
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
@@ -155,20 +147,22 @@ def decode_kernel(
         inside = s < length
         key = keys + b * keys_b + h * keys_h + s.to(tl.int64) * ROW
         value = values + b * values_b + h * values_h + s.to(tl.int64) * ROW
-        scores = _scores(even0, odd0, key, inside, 0, D, G, SYMMETRIC, E4M3, BC)
+        # All is asked for at once: values arrive while scores are computed.
+        k0, key_zero0, key_scale0 = load_group(key, inside, 0, D, G, BC, SYMMETRIC, E4M3)
+        v0, value_zero0, value_scale0 = load_group(value, inside, 0, D, G, BC, SYMMETRIC, E4M3)
         if G == 2:
-            scores += _scores(even1, odd1, key, inside, 1, D, G, SYMMETRIC, E4M3, BC)
+            k1, key_zero1, key_scale1 = load_group(key, inside, 1, D, G, BC, SYMMETRIC, E4M3)
+            v1, value_zero1, value_scale1 = load_group(value, inside, 1, D, G, BC, SYMMETRIC, E4M3)
+        scores = _scores(even0, odd0, k0, key_zero0, key_scale0)
+        if G == 2:
+            scores += _scores(even1, odd1, k1, key_zero1, key_scale1)
         seen = visible(s, tl.where(live, t, T), length, T, window, mask, mask_t, mask_s, CAUSAL)
         scores = tl.where(seen, scores * scale[:, None], float("-inf"))
         weights, top, total, factor = softmax(scores, top, total)
         weights = to_e4m3(weights * 448.0, OPERAND).to(tl.float32)
-        mixed_even0, mixed_odd0 = _mix(
-            mixed_even0, mixed_odd0, weights, factor, value, inside, 0, D, G, SYMMETRIC, E4M3, BC
-        )
+        mixed_even0, mixed_odd0 = _mix(mixed_even0, mixed_odd0, weights, factor, v0, value_zero0, value_scale0)
         if G == 2:
-            mixed_even1, mixed_odd1 = _mix(
-                mixed_even1, mixed_odd1, weights, factor, value, inside, 1, D, G, SYMMETRIC, E4M3, BC
-            )
+            mixed_even1, mixed_odd1 = _mix(mixed_even1, mixed_odd1, weights, factor, v1, value_zero1, value_scale1)
     row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * R * T + m
     tl.store(tops + row, top, mask=live)
     tl.store(totals + row, total, mask=live)

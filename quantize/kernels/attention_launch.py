@@ -83,11 +83,11 @@ def _expand(keys: Tensor, values: Tensor, D: int, scheme: KvScheme) -> tuple[Ten
     scale = torch.empty(B, H, layout["G"], L, dtype=torch.float32, device=device)
     expanded = torch.empty(B, H, L, D, dtype=torch.float16, device=device)
     unit = torch.empty(B, H, dtype=torch.float32, device=device)
-    strides = (*keys.stride()[:2], *values.stride()[:2], keys.stride(2))
-    unit_kernel[(B * H,)](values, unit, H, L, *values.stride()[:3], **layout, BT=1024)
+    strides = *keys.stride()[:2], *values.stride()[:2]
+    unit_kernel[(B * H,)](values, unit, H, L, *strides[2:], ROW=keys.stride(2), **layout, BT=1024)
     expand_kernel[triton.cdiv(L, 64), B * H](
-        keys, values, codes, scale, expanded, unit, H, L, *strides, **layout, BT=64
-    )  # fmt: skip
+        keys, values, codes, scale, expanded, unit, H, L, *strides, ROW=keys.stride(2), **layout, BT=64
+    )
     return codes, scale, expanded, unit
 
 

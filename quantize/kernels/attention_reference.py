@@ -79,7 +79,7 @@ def visible(
     lengths: Tensor | None,
 ) -> Tensor:
     """Which of L tokens T queries see, bool [B or 1, 1, T, L], for shape (B, T, L); arguments of `attend_records`."""
-    B, T, L = shape
+    _, T, L = shape
     length = torch.full((1,), L, device=device) if lengths is None else lengths.clamp_max(L)
     place = (length[:, None] - T + torch.arange(T, device=device))[:, None, :, None]
     token = torch.arange(L, device=device)

@@ -1,7 +1,7 @@
 """Triton kernels that store keys and values as records of `quantize/formats/kv4.py`, and read them back.
 
-Bits are those of `kv4.quantize` on a CPU: divisions are IEEE ones, scales are rounded by integer arithmetic. Channels 2j
-and 2j + 1 share a byte, so tiles hold even and odd channels apart: nothing is ever interleaved.
+Bits are those of `kv4.quantize` on a CPU: divisions are IEEE ones, scales are rounded by integer arithmetic. Channels
+2j and 2j + 1 share a byte, so tiles hold even and odd channels apart.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -22,7 +22,7 @@ def nearest(x):
 @triton.jit
 def to_e4m3(x, OPERAND: tl.constexpr):
     """Float32 |x| ≤ 448 to the nearest E4M3 value, as OPERAND: float8e4nv, or a wider type (rounded by arithmetic)."""
-    if OPERAND != tl.float8e4nv:
+    if tl.float8e4nv != OPERAND:
         # Three mantissa bits leave steps of an eighth of a power of two, and 2⁻⁹ below the normal numbers.
         exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
         step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
@@ -59,8 +59,7 @@ def _scale(bits, E4M3: tl.constexpr):
 
 
 @triton.jit
-def load_scale(record, inside, group, D: tl.constexpr, E4M3: tl.constexpr):
-    """Scales of one group of records that start at the pointers `record` [BN]: float32 [BN], 0 outside."""
+def _load_scale(record, inside, group, D: tl.constexpr, E4M3: tl.constexpr):
     if E4M3:
         bits = tl.load(record + D // 2 + group, mask=inside, other=0).to(tl.int32)
     else:
@@ -71,21 +70,20 @@ def load_scale(record, inside, group, D: tl.constexpr, E4M3: tl.constexpr):
 
 
 @triton.jit
-def load_zero(record, inside, group, D: tl.constexpr, G: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """What nibbles of one group exceed their codes by: int8 [BN]."""
+def load_group(record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
+               E4M3: tl.constexpr):  # fmt: skip
+    """One group of records at the pointers `record` [BN] → its bytes uint8 [BN, BC], what nibbles exceed codes by, int8
+    [BN], and its scales, float32 [BN]; 0 outside.
+    """
+    BYTES: tl.constexpr = D // G // 2
+    byte = tl.arange(0, BC)
+    where = record[:, None] + group * BYTES + byte[None, :]
+    packed = tl.load(where, mask=inside[:, None] & (byte < BYTES)[None, :], other=0)
     if SYMMETRIC:
         zero = tl.full(record.shape, 8, tl.int8)
     else:
         zero = tl.load(record + D // 2 + (1 if E4M3 else 2) * G + group, mask=inside, other=0).to(tl.int8)
-    return zero
-
-
-@triton.jit
-def load_bytes(record, inside, group, BYTES: tl.constexpr, BC: tl.constexpr):
-    """Packed codes of one group of BYTES bytes: uint8 [BN, BC], 0 outside."""
-    byte = tl.arange(0, BC)
-    where = record[:, None] + group * BYTES + byte[None, :]
-    return tl.load(where, mask=inside[:, None] & (byte < BYTES)[None, :], other=0)
+    return packed, zero, _load_scale(record, inside, group, D, E4M3)
 
 
 @triton.jit
@@ -189,8 +187,9 @@ def store_kernel(
 
 @triton.jit
 def unit_kernel(
-    values, unit, H, L, values_b, values_h, row,
-    D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr, E4M3: tl.constexpr, BT: tl.constexpr,
+    values, unit, H, L, values_b, values_h,
+    ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
+    E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """unit [B, H] = the power of two below the largest scale in the records of a head."""
     head = values + (tl.program_id(0) // H).to(tl.int64) * values_b + tl.program_id(0) % H * values_h
@@ -198,7 +197,7 @@ def unit_kernel(
     for start in range(0, L, BT):
         t = start + tl.arange(0, BT)
         for group in tl.static_range(G):
-            scale = load_scale(head + t.to(tl.int64) * row, t < L, group, D, E4M3)
+            scale = _load_scale(head + t.to(tl.int64) * ROW, t < L, group, D, E4M3)
             largest = tl.maximum(largest, (scale.to(tl.int32, bitcast=True) >> 23) & 0xFF)
     exponent = tl.minimum(tl.maximum(tl.max(largest, axis=0), 1), 253)
     tl.store(unit + tl.program_id(0), (exponent << 23).to(tl.float32, bitcast=True))
@@ -207,35 +206,30 @@ def unit_kernel(
 @triton.jit
 def expand_kernel(
     keys, values, key_codes, key_scale, value_codes, value_unit,
-    H, L, keys_b, keys_h, values_b, values_h, row,
-    D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr, E4M3: tl.constexpr, BT: tl.constexpr,
+    H, L, keys_b, keys_h, values_b, values_h,
+    ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
+    E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Records [B, H, L, R] → key_codes E4M3 [B, H, L, D] with key_scale [B, H, G, L], value_codes float16 [B, H, L, D].
 
     Values are divided by value_unit [B, H], a power of two near their largest scale: all codes but those of far
     smaller scales fit float16 exactly, asymmetric ones to 2⁻¹².
     """
-    BYTES: tl.constexpr = D // G // 2
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    SIZE: tl.constexpr = D // G
+    b, h, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = t < L
-    byte = tl.arange(0, BC)
-    mask = inside[:, None] & (byte < BYTES)[None, :]
-    token = tl.program_id(1).to(tl.int64) * L + t
-    unit = tl.load(value_unit + tl.program_id(1))
+    channel = tl.arange(0, 2 * BC)
+    mask = inside[:, None] & (channel < SIZE)[None, :]
+    unit = tl.load(value_unit + head)
     for group in tl.static_range(G):
-        where = token[:, None] * D + group * 2 * BYTES + 2 * byte[None, :]
-        record = keys + b * keys_b + h * keys_h + t.to(tl.int64) * row
-        packed = load_bytes(record, inside, group, BYTES, BC)
-        zero = load_zero(record, inside, group, D, G, E4M3, SYMMETRIC)
-        tl.store(key_codes + where, low_codes(packed, zero).to(key_codes.dtype.element_ty), mask=mask)
-        tl.store(key_codes + where + 1, high_codes(packed, zero).to(key_codes.dtype.element_ty), mask=mask)
-        scale = load_scale(record, inside, group, D, E4M3)
-        tl.store(key_scale + (tl.program_id(1).to(tl.int64) * G + group) * L + t, scale, mask=inside)
-
-        record = values + b * values_b + h * values_h + t.to(tl.int64) * row
-        packed = load_bytes(record, inside, group, BYTES, BC)
-        zero = load_zero(record, inside, group, D, G, E4M3, SYMMETRIC)
-        scale = (load_scale(record, inside, group, D, E4M3) / unit)[:, None]
-        tl.store(value_codes + where, (low_codes(packed, zero).to(tl.float32) * scale).to(tl.float16), mask=mask)
-        tl.store(value_codes + where + 1, (high_codes(packed, zero).to(tl.float32) * scale).to(tl.float16), mask=mask)
+        where = (head * L + t)[:, None] * D + group * SIZE + channel[None, :]
+        record = keys + b * keys_b + h * keys_h + t.to(tl.int64) * ROW
+        packed, zero, scale = load_group(record, inside, group, D, G, BC, SYMMETRIC, E4M3)
+        codes = tl.interleave(low_codes(packed, zero), high_codes(packed, zero))
+        tl.store(key_codes + where, codes.to(key_codes.dtype.element_ty), mask=mask)
+        tl.store(key_scale + (head * G + group) * L + t, scale, mask=inside)
+        record = values + b * values_b + h * values_h + t.to(tl.int64) * ROW
+        packed, zero, scale = load_group(record, inside, group, D, G, BC, SYMMETRIC, E4M3)
+        codes = tl.interleave(low_codes(packed, zero), high_codes(packed, zero)).to(tl.float32)
+        tl.store(value_codes + where, (codes * (scale / unit)[:, None]).to(tl.float16), mask=mask)

@@ -1,7 +1,7 @@
 """Triton kernel of attention for many queries, in FP8; `attention_launch.py` starts it.
 
-Keys are multiplied in E4M3 on FP8 tensor cores, values in float16 (dequantized INT4) or E4M3. Three tiles of both are in
-flight (FireQ, arXiv 2505.20839, section on three-stage pipelining). Softmax is that of `attention_kernels.py`.
+Keys are multiplied in E4M3 on FP8 tensor cores, values in float16 (dequantized INT4) or E4M3. Tiles of both are asked
+for three at a time (FireQ, arXiv 2505.20839, keeps as many). Softmax is that of `attention_kernels.py`.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
