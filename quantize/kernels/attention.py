@@ -41,7 +41,7 @@ def quantize_records(key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme) ->
     """
     check_states(key, value, S)
     check_head(key.shape[3], scheme)
-    found: tuple[Tensor, Tensor] = ops.quantize_records(key, value, S, *_facts(scheme))
+    found: tuple[Tensor, Tensor] = ops.quantize_records(_rows(key), _rows(value), S, *_facts(scheme))
     return found
 
 
@@ -66,7 +66,7 @@ def append_records(
     else:
         check_rows("start", start, key)
         where = start
-    ops.append_records(key, value, S, keys, values, where, *_facts(scheme))
+    ops.append_records(_rows(key), _rows(value), S, keys, values, where, *_facts(scheme))
 
 
 def attend_records(
@@ -100,7 +100,7 @@ def attend_records(
     check_head(query.shape[3], scheme)
     check_records(keys, values, query, S, scheme)
     facts = (scaling, causal, *_view(query, keys.shape[2], window, mask, lengths))
-    out: Tensor = ops.attend_records(query, keys, values, S, *_facts(scheme), *facts)
+    out: Tensor = ops.attend_records(_rows(query), keys, values, S, *_facts(scheme), *facts)
     return out
 
 
@@ -143,7 +143,7 @@ def attend_fp8(
     check_head(query.shape[3])
     check_fp8(query, keys, key_scale, values, value_scale, S)
     facts = (scaling, causal, *_view(query, keys.shape[2], window, mask, lengths))
-    out: Tensor = ops.attend_fp8(query, keys, key_scale, values, value_scale, S, *facts)
+    out: Tensor = ops.attend_fp8(_rows(query), keys, key_scale, values, value_scale, S, *facts)
     return out
 
 
@@ -159,3 +159,7 @@ def _view(
     if lengths is not None:
         check_rows("lengths", lengths, query)
     return window, checked_mask(mask, query, tokens), lengths
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -29,21 +29,19 @@ def check_head(head_dim: int, scheme: KvScheme | None = None) -> None:
 
 
 def check_states(key: Tensor, value: Tensor, S: Tensor) -> None:
-    """key and value [B, Hkv, T, d], their channels contiguous, S [Hkv, d]."""
+    """key and value [B, Hkv, T, d], S [Hkv, d]."""
     if key.ndim != 4 or key.dtype not in DTYPES:
         found = f"{key.dtype} {tuple(key.shape)}"
         raise ValueError(f"key is {found}, expected [B, H, T, d] in bfloat16, float16 or float32")
     _check("value", value, key.dtype, tuple(key.shape), key.device)
-    if key.stride(3) != 1 or value.stride(3) != 1:
-        raise ValueError("channels of key and value must be contiguous")
     _check("S", S, torch.float32, (key.shape[1], key.shape[3]), key.device, contiguous=True)
 
 
 def check_query(query: Tensor, S: Tensor) -> None:
-    """query [B, H, T, d], its channels contiguous, S [Hkv, d], H a multiple of Hkv."""
-    if query.ndim != 4 or query.dtype not in DTYPES or query.stride(3) != 1:
+    """query [B, H, T, d], S [Hkv, d], H a multiple of Hkv."""
+    if query.ndim != 4 or query.dtype not in DTYPES:
         found = f"{query.dtype} {tuple(query.shape)}"
-        raise ValueError(f"query is {found}, expected [B, H, T, d], d contiguous, in bfloat16, float16 or float32")
+        raise ValueError(f"query is {found}, expected [B, H, T, d] in bfloat16, float16 or float32")
     _check("S", S, torch.float32, (len(S), query.shape[3]), query.device, contiguous=True)
     if not len(S) or query.shape[1] % len(S):
         raise ValueError(f"{query.shape[1]} query heads cannot share {len(S)} key heads")

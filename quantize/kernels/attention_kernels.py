@@ -8,6 +8,8 @@ largest probability, where an earlier maximum rounds finer). So neither tiles no
 `combine_kernel` adds their parts in a fixed order: results are the same in every run. The query heads that share a key
 head, and the few new tokens, are the rows of one tile. Codes are exact in float16, and scales of values meet the
 probabilities, relative to the power of two of the tile's largest, with 11 bits.
+
+Lengths are not specialized on: a growing cache runs one compiled kernel.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -111,7 +113,7 @@ def _mix(even, odd, weights, factor, packed, zero, scale):
     return even, odd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L", "window", "tiles"])
 def decode_kernel(
     query, S, keys, values, mask, lengths, parts, tops, totals,
     H, T, L, window, tiles, scaling, qb, qh, qt, keys_b, keys_h, values_b, values_h, mask_b, mask_t, mask_s,
@@ -176,7 +178,7 @@ def decode_kernel(
         tl.store(where + D // 2 + 1, mixed_odd1, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "T"])
 def combine_kernel(
     parts, tops, totals, out,
     P, H, T, ob, oh, ot,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
 from quantize.kernels.attention_kernels import combine_kernel, decode_kernel
+from quantize.kernels.attention_reference import View
 from quantize.kernels.kv_kernels import expand_kernel, store_kernel, unit_kernel
 from quantize.kernels.prefill_kernels import prefill_kernel
 
@@ -27,13 +28,12 @@ def store(key: Tensor, value: Tensor, S: Tensor, keys: Tensor, values: Tensor, s
     """Write records of K·S and V [B, H, T, d] into keys and values [B, H, …, R] from token start[b] on."""
     B, H, T, _ = key.shape
     strides = (*key.stride()[:3], *value.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.stride(2))
-    BT = 16 if T <= 16 else 64
-    grid = triton.cdiv(T, BT), B * H
-    store_kernel[grid](key, value, S, start, keys, values, H, T, *strides, **_layout(key.shape[3], scheme), BT=BT)
+    layout = _layout(key.shape[3], scheme)
+    store_kernel[triton.cdiv(T, 16), B * H](key, value, S, start, keys, values, H, T, *strides, **layout, BT=16)
 
 
 def attend_records(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor, scaling: float,
-                   scheme: KvScheme, view: tuple[bool, int | None, Tensor | None, Tensor | None]) -> None:  # fmt: skip
+                   scheme: KvScheme, view: View) -> None:  # fmt: skip
     """Write attention to records into `out`; `view` is causal, window, mask [B, 1, T, L] and lengths."""
     if query.shape[1] // keys.shape[1] * query.shape[2] <= FEW:
         _decode(query, keys, values, S, out, scaling, scheme, view)
@@ -42,7 +42,7 @@ def attend_records(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: 
 
 
 def attend_codes(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, unit: Tensor, S: Tensor, out: Tensor,
-                 scaling: float, view: tuple[bool, int | None, Tensor | None, Tensor | None]) -> None:  # fmt: skip
+                 scaling: float, view: View) -> None:  # fmt: skip
     """Write attention to E4M3 keys, key_scale [B, H, G, L], and E4M3 or float16 values, unit [B, H], into `out`."""
     (B, H, T, D), (L, G) = query.shape, (keys.shape[2], key_scale.shape[2])
     causal, window, mask, lengths = view
@@ -58,10 +58,10 @@ def attend_codes(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor,
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor, scaling: float, scheme: KvScheme,
-            view: tuple[bool, int | None, Tensor | None, Tensor | None]) -> None:  # fmt: skip
+            view: View) -> None:  # fmt: skip
     (B, H, T, D), (Hkv, L) = query.shape, keys.shape[1:3]
     causal, window, mask, lengths = view
-    tile = _decode_tile(H // Hkv * T, D)
+    tile = _decode_tile(H // Hkv * T)
     span = L if window is None else min(L, window + T - 1 + tile["BN"])
     P, tiles = _split(triton.cdiv(span, tile["BN"]), B * Hkv, query.device)
     parts = torch.empty(P, B * H * T, D, dtype=torch.float32, device=query.device)
@@ -97,12 +97,15 @@ def _layout(D: int, scheme: KvScheme) -> dict[str, Any]:
     return {"D": D, "G": G, "BC": BC, "SYMMETRIC": scheme.symmetric, "E4M3": scheme.scale_dtype == "e4m3"}
 
 
-def _decode_tile(rows: int, D: int) -> dict[str, Any]:
+def _decode_tile(rows: int) -> dict[str, int]:
     BM = max(16, triton.next_power_of_2(rows))
-    return {"BM": BM, "BN": 128 if BM == 16 and D <= 128 else 64, "num_warps": 4, "num_stages": 3}
+    return {"BM": BM, "BN": 64, "num_warps": 8 if BM == 64 else 4, "num_stages": 3}
 
 
-def _prefill_tile(T: int, D: int) -> dict[str, Any]:
+def _prefill_tile(T: int, D: int) -> dict[str, int]:
+    # What registers hold: tensor cores that multiply values in E4M3 need room for their sums twice.
+    if D > 128:
+        return {"BM": 64, "BN": 64, "STAGES": 3, "num_warps": 8}
     if T <= 64:
         return {"BM": 64, "BN": 64, "STAGES": 3, "num_warps": 4}
     return {"BM": 128, "BN": 128 if D <= 64 else 64, "STAGES": 3, "num_warps": 8}

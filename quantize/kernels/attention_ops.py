@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.attention_reference import attend_reference, read_reference, store_reference, visible
+from quantize.kernels.attention_reference import View, attend_reference, read_reference, store_reference, visible
 from quantize.kernels.multiply import has_kernel
 
 _SCHEME = "int group_size, bool symmetric, str scale_dtype"
@@ -185,10 +185,10 @@ def _by_reference(
     S: Tensor,
     out: Tensor,
     scaling: float,
-    view: tuple[bool, int | None, Tensor | None, Tensor | None],
+    view: View,
 ) -> Tensor:
-    B, T, L = len(query), query.shape[2], k.shape[2]
-    seen = visible((B, T, L), query.device, *view)
+    T, L, device = query.shape[2], k.shape[2], query.device
     # What lies beyond a sequence holds anything, and 0 · NaN would show.
-    k, v = (x.masked_fill(~visible((B, 1, L), x.device, False, None, None, view[3]).mT, 0) for x in (k, v))
-    return out.copy_(attend_reference(query, k, v, S, scaling, seen))
+    held = visible(1, L, (False, None, None, view[3]), device).mT
+    k, v = k.masked_fill(~held, 0), v.masked_fill(~held, 0)
+    return out.copy_(attend_reference(query, k, v, S, scaling, visible(T, L, view, device)))

@@ -12,6 +12,9 @@ from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
 
 _SCORES = 1 << 24  # float32 scores held at once
 
+View = tuple[bool, int | None, Tensor | None, Tensor | None]
+"""What queries see: causal, window, mask and lengths of `quantize.kernels.attention.attend_records`."""
+
 
 def attend(
     q: Tensor,
@@ -70,16 +73,9 @@ def over_scale(query: Tensor, S: Tensor) -> Tensor:
     return query.float() / S.repeat_interleave(query.shape[1] // S.shape[0], dim=0)[:, None]
 
 
-def visible(
-    shape: tuple[int, int, int],
-    device: torch.device,
-    causal: bool,
-    window: int | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """Which of L tokens T queries see, bool [B or 1, 1, T, L], for shape (B, T, L); arguments of `attend_records`."""
-    _, T, L = shape
+def visible(T: int, L: int, view: View, device: torch.device) -> Tensor:
+    """Which of L tokens T queries see: bool [B or 1, 1, T, L]."""
+    causal, window, mask, lengths = view
     length = torch.full((1,), L, device=device) if lengths is None else lengths.clamp_max(L)
     place = (length[:, None] - T + torch.arange(T, device=device))[:, None, :, None]
     token = torch.arange(L, device=device)

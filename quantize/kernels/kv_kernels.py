@@ -161,7 +161,7 @@ def _channels(x, inside, group, factor, D: tl.constexpr, G: tl.constexpr, BC: tl
     return even, odd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def store_kernel(
     key, value, S, start, keys, values,
     H, T, kb, kh, kt, vb, vh, vt, keys_b, keys_h, values_b, values_h, row,
@@ -185,7 +185,7 @@ def store_kernel(
         _store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def unit_kernel(
     values, unit, H, L, values_b, values_h,
     ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -203,7 +203,7 @@ def unit_kernel(
     tl.store(unit + tl.program_id(0), (exponent << 23).to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def expand_kernel(
     keys, values, key_codes, key_scale, value_codes, value_unit,
     H, L, keys_b, keys_h, values_b, values_h,

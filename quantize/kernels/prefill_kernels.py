@@ -50,7 +50,7 @@ def _tiles(
     return mixed, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L", "window"])
 def prefill_kernel(
     query, S, keys, key_scale, values, value_unit, mask, lengths, out,
     H, R, T, L, window, scaling, qb, qh, qt, vb, vh, vs, vd, ob, oh, ot, mask_b, mask_t, mask_s,
