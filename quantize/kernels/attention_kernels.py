@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantize.kernels.kv_kernels import high_codes, load_group, low_codes, to_e4m3
+from quantize.kernels.kv_kernels import finite_exponent, high_codes, load_group, low_codes, to_e4m3
 
 
 @triton.jit
@@ -103,8 +103,7 @@ def _scores(even, odd, packed, zero, scale):
 @triton.jit
 def _mix(even, odd, weights, factor, packed, zero, scale):
     # Sums of one group of values [BM, BC], in halves, times `factor`, plus weights [BM, BN] times packed values.
-    exponent = tl.max((scale.to(tl.int32, bitcast=True) >> 23) & 0xFF, axis=0)
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    exponent = tl.minimum(tl.maximum(tl.max(finite_exponent(scale), axis=0), 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = (weights * (scale * inverse)[None, :]).to(tl.float16)

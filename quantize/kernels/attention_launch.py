@@ -38,7 +38,8 @@ def attend_records(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: 
     if query.shape[1] // keys.shape[1] * query.shape[2] <= FEW:
         _decode(query, keys, values, S, out, scaling, scheme, view)
     else:
-        attend_codes(query, *_expand(keys, values, query.shape[3], scheme), S, out, scaling, view)
+        codes = _expand(keys, values, view[3], query.shape[3], scheme)
+        attend_codes(query, *codes, S, out, scaling, view)
 
 
 def attend_codes(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, unit: Tensor, S: Tensor, out: Tensor,
@@ -76,7 +77,9 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor,
     combine_kernel[(B * H * T,)](parts, tops, totals, out, P, H, T, *out.stride()[:3], D=D, BD=BD, BP=16)
 
 
-def _expand(keys: Tensor, values: Tensor, D: int, scheme: KvScheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expand(
+    keys: Tensor, values: Tensor, lengths: Tensor | None, D: int, scheme: KvScheme
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What prefill_kernel reads: E4M3 codes and scales of keys, float16 values and their unit.
     (B, H, L, _), device, layout = keys.shape, keys.device, _layout(D, scheme)
     codes = torch.empty(B, H, L, D, dtype=torch.float8_e4m3fn, device=device)
@@ -84,7 +87,7 @@ def _expand(keys: Tensor, values: Tensor, D: int, scheme: KvScheme) -> tuple[Ten
     expanded = torch.empty(B, H, L, D, dtype=torch.float16, device=device)
     unit = torch.empty(B, H, dtype=torch.float32, device=device)
     strides = *keys.stride()[:2], *values.stride()[:2]
-    unit_kernel[(B * H,)](values, unit, H, L, *strides[2:], ROW=keys.stride(2), **layout, BT=1024)
+    unit_kernel[(B * H,)](values, lengths, unit, H, L, *strides[2:], ROW=keys.stride(2), **layout, BT=1024)
     expand_kernel[triton.cdiv(L, 64), B * H](
         keys, values, codes, scale, expanded, unit, H, L, *strides, ROW=keys.stride(2), **layout, BT=64
     )

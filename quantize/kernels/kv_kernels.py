@@ -87,6 +87,13 @@ def load_group(record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.c
 
 
 @triton.jit
+def finite_exponent(scale):
+    """Exponent bits of float32 scales ≥ 0, int32; 0 for NaN and infinity."""
+    exponent = scale.to(tl.int32, bitcast=True) >> 23 & 0xFF
+    return tl.where(exponent < 255, exponent, 0)
+
+
+@triton.jit
 def low_codes(packed, zero):
     """Codes of even channels, float16: integers −15 … 15."""
     return ((packed & 15).to(tl.int8) - zero[:, None]).to(tl.float16)
@@ -187,18 +194,20 @@ def store_kernel(
 
 @triton.jit(do_not_specialize=["L"])
 def unit_kernel(
-    values, unit, H, L, values_b, values_h,
+    values, lengths, unit, H, L, values_b, values_h,
     ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
     E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """unit [B, H] = the power of two below the largest scale in the records of a head."""
+    """unit [B, H] = the power of two below the largest scale in the records of a head (NaN and infinity aside)."""
+    if lengths is not None:
+        L = tl.minimum(tl.load(lengths + tl.program_id(0) // H).to(tl.int32), L)
     head = values + (tl.program_id(0) // H).to(tl.int64) * values_b + tl.program_id(0) % H * values_h
     largest = tl.zeros((BT,), tl.int32)
     for start in range(0, L, BT):
         t = start + tl.arange(0, BT)
         for group in tl.static_range(G):
             scale = _load_scale(head + t.to(tl.int64) * ROW, t < L, group, D, E4M3)
-            largest = tl.maximum(largest, (scale.to(tl.int32, bitcast=True) >> 23) & 0xFF)
+            largest = tl.maximum(largest, finite_exponent(scale))
     exponent = tl.minimum(tl.maximum(tl.max(largest, axis=0), 1), 253)
     tl.store(unit + tl.program_id(0), (exponent << 23).to(tl.float32, bitcast=True))
 
