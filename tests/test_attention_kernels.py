@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import ModelMaker
-from kv_models import in_pieces, kv_model, logits, some_ids
+from kv_models import in_pieces, kv_model, some_ids
 from torch import Tensor
 from transformers import Cache
 
@@ -45,6 +46,7 @@ SCHEMES = [SYMMETRIC, ASYMMETRIC, SMALL, UNEVEN]
 # (Triton's interpreter cuts bfloat16 off).
 LIMITS = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 FLIPPED = 2**-5  # of the largest output: a probability at the border of two E4M3 numbers may become the other one
+SUBNORMAL = 2**-13  # of the norm: tiny probabilities round finer against the maximum of a part
 FP8_SUMS = 2**-7  # of the norm: scores that FP8 tensor cores add with 14 bits cross more of those borders
 
 
@@ -338,7 +340,7 @@ def test_parts_of_a_sequence_change_nothing(window: int | None, monkeypatch: pyt
     wanted = expected(query, k, v, S, 0.1, seen_by(2, 400, window=window))
     for out in outs:
         check(out, wanted, torch.float32)
-        torch.testing.assert_close(out, outs[0], rtol=1e-5, atol=1e-5)
+        assert float((out - outs[0]).norm() / out.norm()) <= SUBNORMAL
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs a kernel")
@@ -360,26 +362,26 @@ def test_torch_alone_computes_the_same(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs a kernel")
-@pytest.mark.parametrize("scheme", [SYMMETRIC, UNEVEN], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize(("model_type", "scheme"), [("llama", SYMMETRIC), ("mistral", UNEVEN)])
 def test_models_work_on_records(tiny: ModelMaker, model_type: str, scheme: KvScheme, monkeypatch: pytest.MonkeyPatch):
-    model, ids = kv_model(tiny, model_type, scheme).float(), some_ids(2, 9)
+    model, ids = kv_model(tiny, model_type, scheme, num_hidden_layers=1).float(), some_ids(2, 8)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
 
-    def run() -> tuple[Tensor, Cache]:
+    def run(sizes: list[int]) -> tuple[Tensor, Cache]:
         cache = int4_cache(model)
-        return in_pieces(model, ids, [7, 1, 1], cache, mask)[mask.bool()], cache
+        return in_pieces(model, ids, sizes, cache, mask)[mask.bool()], cache
 
-    by_kernel, cache = run()
+    by_kernel, cache = run([7, 1])
     assert cache.layers[0].keys.dtype == torch.uint8
     assert cache.update(*torch.ones(2, 2, 2, 1, 64), 0)[0].dtype == torch.uint8
-    whole = logits(model, ids, use_cache=False, attention_mask=mask)[mask.bool()]
+    whole, _ = run([8])
     monkeypatch.setattr("quantize.kernels.attention_ops.has_kernel", lambda x: False)
-    by_torch, cache = run()
+    monkeypatch.setattr("quantize.attention.attend", partial(attend, whole_top=True))
+    by_torch, cache = run([7, 1])
     assert cache.update(*torch.ones(2, 2, 2, 1, 64), 0)[0].dtype == torch.float32
-    for out in (by_kernel, whole):
-        assert float((out - by_torch).norm() / by_torch.norm()) < 0.02  # E4M3 rounds probabilities otherwise
+    differences = [float((out - by_torch).norm() / by_torch.norm()) for out in (by_kernel, whole)]
+    assert max(differences) < 2**-10
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs a kernel")
@@ -392,7 +394,8 @@ def test_attention_that_no_kernel_knows_reads_records_by_torch():
     stored = quantize_records(key, value, S, kv.scheme)
     assert torch.equal(kv(query, *stored, None, 0.1), by_kernel)
     additive = torch.zeros(9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -math.inf)[None, None]
-    for out in (kv(query, *stored, additive, 0.1), kv(query.clone().requires_grad_(True), key, value, None, 0.1)):
+    learning = kv(query.clone().requires_grad_(True), key, value, None, 0.1).detach()
+    for out in (kv(query, *stored, additive, 0.1), learning):
         assert float((out - by_kernel).norm() / by_kernel.norm()) < 0.05
     half = KvAttention(replace(numerics, fp8_query=False), 2, 64)
     half.scale.copy_(S)
@@ -425,7 +428,7 @@ def test_a_graph_replays_other_lengths(T: int):
 @pytest.mark.skipif(INTERPRETED, reason="the other tests need a kernel")
 class TestWithoutKernel:
     def test_a_whole_top_is_the_same_softmax(self):
-        key, value, S = states(1, 2, 30, 64)
+        key, value, _ = states(1, 2, 30, 64)
         query = queries(1, 4, 30, 64)
         plain = attend(query, key, value, None, 0.1, False)
         torch.testing.assert_close(attend(query, key, value, None, 0.1, False, whole_top=True), plain)
@@ -466,9 +469,9 @@ class TestWithoutKernel:
                 attend_records(*arguments, 0.1, **view)
 
         refused("query is torch.float64", query.double(), keys, values, S, SYMMETRIC)
-        refused("no kernel knows heads of 48 channels", query[..., :48], keys, values, S[:, :48], SYMMETRIC)
+        refused("no kernel knows heads of 48 channels", query[..., :48], keys, values, S[:, :48].clone(), SYMMETRIC)
         refused("4 groups of 16 channels, only of 1 or 2", query, keys, values, S, KvScheme(16))
-        refused(r"keys is torch.uint8 \(2, 2, 9, 34\) on cpu, expected .* 36\)", query, keys, values, S, ASYMMETRIC)
+        refused(r"keys is torch.uint8 \(2, 2, 9, 34\) on cpu, expected .* 35\)", query, keys, values, S, ASYMMETRIC)
         refused(r"values is .* \(2, 2, 8, 34\)", query, keys, values[:, :, 1:], S, SYMMETRIC)
         refused("3 query heads cannot share 2", query[:, :3], keys, values, S, SYMMETRIC)
         refused("mask is torch.float32", query, keys, values, S, SYMMETRIC, mask=torch.zeros(2, 1, 2, 9))

@@ -36,8 +36,8 @@ def takes(x: Tensor, scheme: KvScheme) -> bool:
 def quantize_records(key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:
     """key and value [B, Hkv, T, d] (bfloat16, float16 or float32), S float32 [Hkv, d] → records of K·S and of V.
 
-    Both are uint8 [B, Hkv, T, R], bit for bit those of `kv4.quantize` on a CPU (but NaN). ValueError for wrong shapes or dtypes,
-    or a layout that no kernel knows (`scheme_fits`).
+    Both are uint8 [B, Hkv, T, R], bit for bit those of `kv4.quantize` on a CPU (but for what NaN looks like).
+    ValueError for wrong shapes or dtypes, or a layout that no kernel knows (`scheme_fits`).
     """
     check_states(key, value, S)
     check_head(key.shape[3], scheme)

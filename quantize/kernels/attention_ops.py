@@ -42,9 +42,11 @@ def quantize_records(
 ) -> tuple[Tensor, Tensor]:
     """`attention.quantize_records`, the scheme in its parts."""
     scheme = KvScheme(group_size, symmetric, scale_dtype)
-    if not has_fp8_kernel(key) or not key.numel():
-        return store_reference(key, value, S, scheme)
     keys, values = _records_like(key, scheme), _records_like(key, scheme)
+    if not key.numel():
+        return keys, values
+    if not has_fp8_kernel(key):
+        return store_reference(key, value, S, scheme)
     with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
         _launch().store(key, value, S, keys, values, None, scheme)
     return keys, values
