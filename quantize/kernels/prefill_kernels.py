@@ -28,7 +28,8 @@ def _tiles(
     group, channel = tl.arange(0, BG), tl.arange(0, BD)
     for start in tl.range(first, last, BN, num_stages=STAGES):
         s = start + tl.arange(0, BN)
-        inside = s < (length if EDGE else last)
+        # Whole tiles need no mask, which would take loads along s apart.
+        inside = s < length if EDGE else tl.full((BN,), True, tl.int1)
         place = keys + s.to(tl.int64)[None, :] * D + group[:, None]
         mask_k = (group < SIZE)[:, None] & inside[None, :]
         key = tl.load(place, mask=mask_k, other=0.0).to(OPERAND)
