@@ -11,7 +11,6 @@ from quantize.formats.kv4 import KvScheme
 
 SYMMETRIC, ASYMMETRIC = KvScheme(), KvScheme(symmetric=False)
 SMALL, UNEVEN = KvScheme(scale_dtype="e4m3"), KvScheme(32, False, "e4m3")
-SCHEMES = [SYMMETRIC, ASYMMETRIC, SMALL, UNEVEN]
 
 
 def states(B: int, H: int, T: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
