@@ -1,4 +1,4 @@
-"""Attention over an INT4 KV cache with FP8 queries and probabilities, as a serving kernel computes it, in plain torch.
+"""Attention over an INT4 KV cache with FP8 queries and probabilities: by a kernel, or emulated in plain torch.
 
 FireQ (arXiv 2505.20839): keys and values are rounded to INT4 per token and head as they enter the cache, queries and
 probabilities to E4M3, products accumulate in float32. Keys are stored as K·S and queries multiplied as Q/S, with the
@@ -17,13 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
+from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
+from quantize.kernels.attention import attend_records, quantize_records, takes
+from quantize.kernels.attention_reference import attend, over_scale, read_reference
 
 ATTENTION = "pq"
 """Name of the attention implementation: SDPA, except in modules that carry a `KvAttention` named `kv`."""
-
-_SCORES = 1 << 24  # float32 scores held at once
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,29 @@ class KvAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """query [B, H, T, d], key and value [B, Hkv, S, d], mask bool or additive → [B, H, T, d] in query's dtype.
 
-        A key with the attribute `pq_stored` comes out of the INT4 cache: it and its value are rounded already.
+        A key with the attribute `pq_stored` comes out of the INT4 cache: it and its value are rounded already. So do
+        keys and values that are records, uint8 [B, Hkv, S, R], which is what kernels read.
         """
         S = self.scale.float()
+        if self._has_kernel(query, mask):
+            if key.dtype != torch.uint8 and not getattr(key, "pq_stored", False):
+                key, value = quantize_records(key, value, S, self.scheme)
+            if key.dtype == torch.uint8:
+                return attend_records(query, key, value, S, self.scheme, scaling, causal=mask is None, mask=mask)
         q = self.rounded_query(query, S)
-        if getattr(key, "pq_stored", False):
+        if key.dtype == torch.uint8:
+            k, v = (read_reference(records, self.scheme, query.shape[3]) for records in (key, value))
+        elif getattr(key, "pq_stored", False):
             k, v = key.float(), value.float()
         else:
             k, v = fake_quantize(key.float() * S[:, None], self.scheme), fake_quantize(value.float(), self.scheme)
         return attend(q, k, v, mask, scaling, self.numerics.fp8_probabilities).to(query.dtype)
+
+    def _has_kernel(self, query: Tensor, mask: Tensor | None) -> bool:
+        learns = torch.is_grad_enabled() and query.requires_grad
+        plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+        fp8 = self.numerics.fp8_query and self.numerics.fp8_probabilities
+        return fp8 and plain and not learns and takes(query, self.scheme)
 
     @property
     def scheme(self) -> KvScheme:
@@ -89,41 +103,8 @@ class KvAttention(nn.Module):
 
     def rounded_query(self, query: Tensor, S: Tensor) -> Tensor:
         """Q/S, rounded to E4M3 per token and head; [B, H, T, d] float32. S: [Hkv, d]."""
-        per_head = S.repeat_interleave(query.shape[1] // S.shape[0], dim=0)
-        q = query.float() / per_head[:, None]
+        q = over_scale(query, S)
         return quantize_activations(q) if self.numerics.fp8_query else q
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, fp8_probabilities: bool) -> Tensor:
-    """Softmax attention in float32 with E4M3 probabilities: exp(s − max) is rounded ×448, its sum is not.
-
-    q [B, H, T, d], k and v [B, Hkv, S, d]; mask [B or 1, H or 1, T, S], bool (True: may be seen) or additive; without
-    one attention is causal. Returns [B, H, T, d]. Scores exist for a few queries at a time.
-    """
-    B, H, T, d = q.shape
-    Hkv, L = k.shape[1], k.shape[2]
-    if mask is None and T > 1:
-        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
-    out = torch.empty_like(q)
-    rows = max(1, _SCORES // (H * L))
-    for b in range(B):
-        kb, vb = k[b, :, None], v[b, :, None]  # [Hkv, 1, L, d]: shared by the query heads of a group
-        for first in range(0, T, rows):
-            part = slice(first, min(first + rows, T))
-            qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
-            scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, -1, L)
-            if mask is not None:
-                allowed = mask[b if mask.shape[0] > 1 else 0, :, part]
-                scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
-            top = scores.amax(dim=-1, keepdim=True)
-            # A row that may see nothing (padding) gives zeros.
-            weights = scores.sub_(torch.where(top.isinf(), 0, top)).exp_()
-            total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            if fp8_probabilities:
-                weights = e4m3(weights.mul_(E4M3_MAX)).div_(E4M3_MAX)
-            mixed = weights.view(Hkv, H // Hkv, -1, L) @ vb
-            out[b, :, part] = mixed.view(H, -1, d) / total
-    return out
 
 
 def attention_forward(

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantize.attention import ATTENTION, KvAttention
 from quantize.errors import ModelError, UsageError
-from quantize.formats.kv4 import KvCodes, dequantize, quantize
+from quantize.kernels.attention import quantize_records, takes
+from quantize.kernels.attention_reference import read_reference, store_reference
 
 _REMEDY = "pass an empty cache, or none"
 
@@ -41,14 +42,18 @@ class _Records:
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store key and value [B, Hkv, T, d]; return those of all tokens that the new ones may see, [B, Hkv, S, d].
 
-        Both are float32 as they read back, keys times S and marked `pq_stored`. UsageError, before anything is stored,
-        where shapes are not those of the model or batch that the cache holds.
+        Both are float32 as they read back, keys times S and marked `pq_stored`; or the records themselves, uint8, where
+        a kernel can read them. UsageError, before anything is stored, where shapes are not those of the model or batch
+        that the cache holds.
         """
         self._check(key, value)
         S = self.scale.to(key.device, torch.float32)
-        stored = [quantize(x, self.scheme).records() for x in (key.float() * S[:, None], value)]
-        seen = super().update(*stored, *args, **kwargs)  # type: ignore[misc]
-        keys, values = (dequantize(KvCodes.from_records(x, self.scheme, key.shape[-1]), self.scheme) for x in seen)
+        packed = takes(key, self.scheme)
+        stored = (quantize_records if packed else store_reference)(key, value, S, self.scheme)
+        keys, values = super().update(*stored, *args, **kwargs)  # type: ignore[misc]
+        if packed:
+            return keys, values
+        keys, values = (read_reference(records, self.scheme, key.shape[-1]) for records in (keys, values))
         keys.pq_stored = True  # type: ignore[attr-defined]  # read by KvAttention
         return keys, values
 

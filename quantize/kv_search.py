@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.attention import KvNumerics, attend
+from quantize.attention import KvNumerics
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import fake_quantize
+from quantize.kernels.attention_reference import attend
 from quantize.rope import pair_norm
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)

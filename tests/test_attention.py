@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quantize.attention import KvAttention, KvNumerics, attend
+from quantize.attention import KvAttention, KvNumerics
 from quantize.block import Block
 from quantize.checkpoint import Checkpoint
 from quantize.convert import convert
@@ -22,6 +22,7 @@ from quantize.errors import ModelError
 from quantize.evaluate import evaluate
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
+from quantize.kernels.attention_reference import attend
 from quantize.kv_search import channel_maxima, published, treated_channels
 from quantize.load import load_model
 from quantize.methods.fireq_attention import FireqAttention
@@ -66,7 +67,7 @@ def test_attention_is_causal_softmax(T: int, L: int):
 def test_few_scores_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch):
     q, k, v = heads(T=40, L=40)
     whole = attend(q, k, v, None, 0.2, True)
-    monkeypatch.setattr("quantize.attention._SCORES", 4 * 40 * 7)
+    monkeypatch.setattr("quantize.kernels.attention_reference._SCORES", 4 * 40 * 7)
     assert torch.allclose(attend(q, k, v, None, 0.2, True), whole, atol=1e-6)
 
 
