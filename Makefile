@@ -12,7 +12,7 @@ else
 TORCH ?= torch
 endif
 
-.PHONY: demo test gate lint format setup reference-model bench clean help
+.PHONY: demo test gate lint format setup reference-model bench bench-gpu clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -54,6 +54,9 @@ reference-model: setup ## Train the embedded reference model again (about ten mi
 
 bench: setup ## Accuracy and cost of the shipped recipes on the reference model, into out/
 	$(BIN)/python eval/accuracy.py --model eval/reference-model --bits 4 --output out/accuracy.json
+
+bench-gpu: setup ## Speed of the kernels on this machine's GPU beside torch's, into eval/results/
+	$(BIN)/python eval/gpu_speed.py --output eval/results
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) out

@@ -1,4 +1,5 @@
-"""Put the accuracy tables of results files into README.md, between the markers `accuracy: begin` and `accuracy: end`.
+"""Put the tables of results files into README.md, between the markers `accuracy: begin` and `accuracy: end`; those of
+speed, if any are given, between `speed: begin` and `speed: end`.
 
 python eval/render.py README.md eval/results/*.json
 """
@@ -13,10 +14,9 @@ from typing import Any
 
 import ablation  # the scripts beside this one
 import accuracy
+import gpu_speed
 import ladimo
 import sbvr
-
-_SECTION = re.compile(r"(<!-- accuracy: begin -->\n).*(<!-- accuracy: end -->)", re.DOTALL)
 
 
 def _table(data: dict[str, Any]) -> str:
@@ -25,16 +25,30 @@ def _table(data: dict[str, Any]) -> str:
 
 
 def main(readme: Path, results: list[Path]) -> None:
-    """Rewrite the section; every table is headed by the protocol and versions that its file records."""
-    parts = []
+    """Rewrite the sections; every table is headed by the protocol and versions that its file records."""
+    parts: dict[str, list[str]] = {"accuracy": [], "speed": []}
     for path in results:
         data = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-        parts.append(f"`{path.name}`: {data['protocol']} ({data['machine']}; {versions}).\n\n{_table(data)}\n")
-    text, count = _SECTION.subn(lambda m: m[1] + "\n".join(parts) + m[2], readme.read_text())
-    if count != 1:
-        sys.exit(f"{readme}: the markers are missing")
+        if "ceilings" in data:
+            head = f"medians of {data['rounds']} rounds ({data['device']}; {versions})"
+            parts["speed"].append(f"`{path.name}`: {head}.\n\n{gpu_speed.table(data)}\n")
+        else:
+            head = f"{data['protocol']} ({data['machine']}; {versions})"
+            parts["accuracy"].append(f"`{path.name}`: {head}.\n\n{_table(data)}\n")
+    text = readme.read_text()
+    for name, tables in parts.items():
+        if tables:
+            text = _put(text, name, "\n".join(tables), readme)
     readme.write_text(text)
+
+
+def _put(text: str, name: str, tables: str, readme: Path) -> str:
+    section = re.compile(rf"(<!-- {name}: begin -->\n).*(<!-- {name}: end -->)", re.DOTALL)
+    text, count = section.subn(lambda m: m[1] + tables + m[2], text)
+    if count != 1:
+        sys.exit(f"{readme}: the markers `{name}: begin` and `{name}: end` are missing")
+    return text
 
 
 if __name__ == "__main__":

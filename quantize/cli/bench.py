@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from quantize.cli import options
+from quantize.cli import bench_speed, options
 from quantize.cli.common import local_model, pick_device, pick_dtype
 from quantize.errors import UsageError
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from quantize.cache_fit import Codebook
 
 app = typer.Typer(help="Measure one step alone, on random data.", no_args_is_help=True)
+app.command()(bench_speed.kernels)
+app.command()(bench_speed.decode)
+app.command()(bench_speed.prefill)
 
 
 @app.command()
