@@ -37,7 +37,7 @@ from quantize.int_linear import IntLinear
 from quantize.moe import Policy, Router, place_experts
 from quantize.native_linear import NativeLinear
 
-_LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
+LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
 _OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
@@ -99,7 +99,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
-                new = _LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
+                new = LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)
