@@ -32,6 +32,7 @@ from quantize.formats.native import (
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
+from quantize.gated_ffn import place_gated_ffns
 from quantize.hadamard import let_rotate_inputs
 from quantize.int_linear import IntLinear
 from quantize.moe import Policy, Router, place_experts
@@ -78,6 +79,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         try:
             _place_experts(model, routing_of(self.quantization_config.to_dict()))
             self._place_linears(model)
+            place_gated_ffns(model)
             if attention := attention_of(self.quantization_config.to_dict()):
                 _place_attention(model, attention)
             if checkpoint_files:
