@@ -156,7 +156,9 @@ def test_a_number_for_all_blocks_and_the_nearest_that_top_k_can_hold(tiny: Model
     assert config["num_experts_per_tok"] == 2
     layers = json.loads((tmp_path / "b/pq.json").read_text())["layers"]
     # What a fixed number costs is told.
-    assert set(layers["model.layers.0.mlp"]["policy_errors"]) == {"top-k", "threshold"}
+    facts = layers["model.layers.0.mlp"]
+    assert set(facts["policy_errors"]) == {"top-k", "threshold"}
+    assert set(facts["split_errors"]) == {"clustered", "contiguous", "random", "contiguous, none shared"}
 
 
 @pytest.mark.parametrize(
