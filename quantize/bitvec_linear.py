@@ -31,7 +31,7 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
         """x [..., K] → [..., N] in x's dtype."""
         if x.requires_grad and torch.is_grad_enabled():
             return self._by_rows(x)  # the only way that knows its gradient
-        if x.is_cuda and has_kernel(x):
+        if has_kernel(x):
             weight = (self.weight_planes, self.weight_index, self.weight_lines, self.weight_scales)
             return multiply(x, *weight, self.bias, bits=self.scheme.bits, group_size=self.scheme.group_size)
         M = x.shape[:-1].numel()

@@ -104,9 +104,9 @@ class Checkpoint:
 
     def _shard_path(self, shard: str) -> Path:
         path = self.folder / shard
-        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or not _is_file_name(shard):
             raise ModelError(
-                f"{self.folder / INDEX_NAME}: shard {shard!r} is not a plain file name; refusing to follow it"
+                f"{self.folder / INDEX_NAME}: shard {shard[:80]!r} is not a plain file name; refusing to follow it"
             )
         if not path.is_file():
             raise ModelError(f"{path}: shard is missing; download the checkpoint again")
@@ -168,6 +168,14 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and every shard."""
         return {name: sha256_file(self.folder / name) for name in ("config.json", *self.shards)}
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether file systems can hold it: no NUL, no lone surrogate, not too long."""
+    try:
+        return "\0" not in name and len(name.encode()) < 256
+    except UnicodeEncodeError:
+        return False
 
 
 def require_finite_floats(tensors: dict[str, Tensor], where: str) -> None:

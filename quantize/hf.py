@@ -32,12 +32,13 @@ from quantize.formats.native import (
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
+from quantize.gated_ffn import place_gated_ffns
 from quantize.hadamard import let_rotate_inputs
 from quantize.int_linear import IntLinear
 from quantize.moe import Policy, Router, place_experts
 from quantize.native_linear import NativeLinear
 
-_LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
+LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
 _OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
@@ -78,6 +79,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         try:
             _place_experts(model, routing_of(self.quantization_config.to_dict()))
             self._place_linears(model)
+            place_gated_ffns(model)
             if attention := attention_of(self.quantization_config.to_dict()):
                 _place_attention(model, attention)
             if checkpoint_files:
@@ -99,7 +101,7 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
         for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
-                new = _LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
+                new = LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)

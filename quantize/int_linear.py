@@ -30,10 +30,11 @@ class IntLinear(NativeLinear[IntScheme]):
         bits, group_size, fp8 = self.scheme.bits, self.scheme.group_size, self.scheme.fp8_activations
         if takes(bits, group_size, x, fp8) and not (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.detach()
-            return multiply(x, self._weight(), bias, fp8_activations=fp8)
+            return multiply(x, self.kernel_weight(), bias, fp8_activations=fp8)
         return self._by_rows(x)
 
-    def _weight(self) -> Weight:
+    def kernel_weight(self) -> Weight:
+        """The packed weight as kernels read it, its scales folded (once) where activations are E4M3."""
         weight = Weight(self.weight_packed, self.weight_scale)
         if not self.scheme.fp8_activations or torch.compiler.is_compiling():
             return weight

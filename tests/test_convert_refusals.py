@@ -15,6 +15,7 @@ from torch import Tensor
 from quantize.convert import Request, convert
 from quantize.errors import DataError, ModelError, OutputError, PqError
 from quantize.recipe import load_recipe
+from quantize.verification import verify
 
 Maker = Callable[..., Path]
 
@@ -145,3 +146,10 @@ def test_errors_have_the_documented_classes(tiny: Maker, tmp_path: Path):
     shutil.copytree(tiny("llama"), tmp_path / "out")
     with pytest.raises(OutputError):
         convert(request)
+
+
+def test_paths_of_any_letters_work(tiny: Maker, text_file: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "modèle 模型 'x'"))
+    output = tmp_path / "sortie\u202e [é]" / "a b"
+    convert(request_for(model, "gptq", output, text_file))
+    assert verify(output, model).ok

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.packed_int import IntScheme, PackedInt
+from quantize.gated_ffn import GatedFfn, place_gated_ffns
 from quantize.int_linear import IntLinear
 from quantize.kernels.int4 import (
     GROUP_SIZES,
@@ -262,3 +263,37 @@ def test_a_graph_replays_the_product(M: int, kind: str):
     check_gated(z, x, packed, up, kind)
     assert torch.equal(y, multiply(x, weights[0], **options))
     assert torch.equal(z, gated(x, *weights, **options))
+
+
+class Ffn(torch.nn.Module):
+    """A gated FFN of packed linears."""
+
+    def __init__(self, hidden: int, inner: int, fp8: bool, device: str) -> None:
+        super().__init__()
+        for name, (N, K) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            packed = random_weight(N, K, seed=len(name))
+            linear = IntLinear(K, N, False, IntScheme(4, 128, fp8))
+            linear.load_state_dict(packed.tensors())
+            self.add_module(f"{name}_proj", linear.to(device))
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fp8", [False, True])
+@torch.no_grad()
+def test_ffns_compute_gate_and_up_at_once(device: str, fp8: bool, monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.ModuleDict({"mlp": Ffn(128, 256, fp8, device)})
+    x = activations(3, 128, torch.float32, device)
+    wanted, calls = model["mlp"](x), []
+    place_gated_ffns(model)
+    fused = model["mlp"]
+    assert isinstance(fused, GatedFfn)
+    monkeypatch.setattr("quantize.gated_ffn.gated", lambda *a, **k: calls.append(1) or gated(*a, **k))
+    torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-3 * float(wanted.abs().max()))
+    handle = fused.up_proj.register_forward_hook(lambda *_: calls.append(2))  # what is hooked is called
+    fused(x)
+    handle.remove()
+    assert calls == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 from conftest import CPU, ModelMaker
 from damage import checks_of, failed, sign
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantize.convert import Request, Summary, convert
 from quantize.errors import ModelError, UsageError
+from quantize.evaluate import evaluate
 from quantize.evaluate.streamed import StreamedModel
+from quantize.load import load_model
 from quantize.methods.ladimo import Ladimo
+from quantize.moe import MoeFfn
 from quantize.recipe import parse_recipe
 from quantize.verification import verify
 
+Call = Callable[..., tuple[int, str, str]]
 EXPERT = "model.layers.0.mlp.shared_expert.down_proj"
 QUICK = "mean_experts: [1, null], shared: 128, experts: 2, steps: 5, batch_tokens: 32"
 
@@ -150,7 +156,9 @@ def test_a_number_for_all_blocks_and_the_nearest_that_top_k_can_hold(tiny: Model
     assert config["num_experts_per_tok"] == 2
     layers = json.loads((tmp_path / "b/pq.json").read_text())["layers"]
     # What a fixed number costs is told.
-    assert set(layers["model.layers.0.mlp"]["policy_errors"]) == {"top-k", "threshold"}
+    facts = layers["model.layers.0.mlp"]
+    assert set(facts["policy_errors"]) == {"top-k", "threshold"}
+    assert set(facts["split_errors"]) == {"clustered", "contiguous", "random", "contiguous, none shared"}
 
 
 @pytest.mark.parametrize(
@@ -179,3 +187,65 @@ def test_other_experts_and_biases_than_were_taught_are_found(tiny: ModelMaker, t
     result = verify(tmp_path / "out", tiny("llama"))
     assert "untouched" in failed(result)
     assert f"{bias} is not in the parent" in checks_of(result)["untouched"].detail
+
+
+@torch.no_grad()
+def test_evaluation_counts_visits_and_parameters(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    stages = f"{{method: ladimo, {QUICK.replace('[1,', '[0.5,')}}}, {{method: rtn, group_size: 64}}"
+    run(tiny("llama"), stages, tmp_path / "out", text_file, "pq")
+    found = evaluate(tmp_path / "out", tiny("llama"), dataset=str(text_file), seqlen=32, max_windows=4)
+    model = load_model(tmp_path / "out", CPU, torch.float32)
+    (ffn,) = (module for module in model.modules() if isinstance(module, MoeFfn))
+    scores: list[Tensor] = []
+    ffn.gate.register_forward_hook(lambda gate, args, out: scores.append(out))
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    model(torch.tensor(ids[: 4 * 32]).view(4, 32))
+    mean = float(ffn.policy.select(scores[0]).sum(dim=1).float().mean())
+    assert 0 < mean < 2
+    assert found.experts_visited == {"0": pytest.approx(mean)}
+    parent = sum(t.numel() for n, t in load_file(tiny("llama") / "model.safetensors").items() if "embed" not in n)
+    assert found.baseline_activated_parameters == parent
+    assert found.activated_parameters is not None
+    # Two experts of 64 neurons, of which a token visits `mean`; router, gate and three biases are new.
+    hidden = ffn.gate.in_features
+    attention = model.get_submodule("model.layers.0.self_attn")
+    biases = 2 * sum(tensor.numel() for name, tensor in attention.state_dict().items() if name.endswith("bias"))
+    assert found.activated_parameters == pytest.approx(parent - 3 * hidden * 64 * (2 - mean) + 3 * hidden + biases)
+
+
+def test_the_command_shows_what_it_beats_and_leaves_no_work(
+    pq: Call, tiny: ModelMaker, text_file: Path, tmp_path: Path
+):
+    (tmp_path / "r.yaml").write_text(f"description: d\nformat: pq\nstages: [{{method: ladimo, {QUICK}}}]\n")
+    sizes = ["--dataset", text_file, "--nsamples", 6, "--seqlen", 32, "--device", "cpu"]
+    paths = ["-m", tiny("llama"), "-r", tmp_path / "r.yaml", "-o", tmp_path / "out"]
+    code, _, err = pq("convert", *paths, *sizes)
+    assert code == 0
+    assert "fewer activated parameters" in err
+    assert all(column in err for column in ("pruned", "untrained", "random"))
+    assert not (tmp_path / "out.work").exists()
+    code, out, _ = pq("eval", tmp_path / "out", "--baseline", tiny("llama"), "--dataset", text_file, "--seqlen", 32)
+    assert code == 0
+    assert "routed experts a token" in out
+    page = json.loads((tmp_path / "out.report.json").read_text())
+    assert "Activated" in {headline["label"] for headline in page["headlines"]}
+
+
+def test_a_stopped_command_keeps_what_was_taught(
+    pq: Call, tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "r.yaml").write_text(f"description: d\nformat: pq\nstages: [{{method: ladimo, {QUICK}}}]\n")
+    sizes = ["--dataset", text_file, "--nsamples", 6, "--seqlen", 32, "--device", "cpu"]
+    paths = ["-m", tiny("llama"), "-r", tmp_path / "r.yaml", "-o", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr("quantize.writer.CheckpointWriter.commit", interrupt)
+        assert pq("convert", *paths, *sizes)[0] == 130
+    assert not (tmp_path / "out").exists()
+    (kept,) = (tmp_path / "out.work").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert pq("convert", *paths, *sizes, "--work", tmp_path / "out.work")[0] == 0
+    assert kept.stat().st_mtime_ns == stamp  # taken up, and a folder that was named stays
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt

@@ -22,7 +22,7 @@ def pictures(layers: Mapping[str, Facts], plan: Facts) -> tuple[Picture, ...]:
     """Pictures from the facts of converted FFNs (full name → facts) and of the search."""
     ffns = {place[0]: facts for name, facts in layers.items() if "ffn_error" in facts and (place := place_of(name))}
     ffns = dict(sorted(ffns.items()))
-    return (*_plan(plan), *_errors(ffns), *_scores(ffns), *_visits(ffns), *_load(ffns))
+    return (*_plan(plan), *_errors(ffns), *_splits(ffns), *_scores(ffns), *_visits(ffns), *_load(ffns))
 
 
 def _plan(plan: Facts) -> Iterator[Picture]:
@@ -85,6 +85,22 @@ def _errors(ffns: Mapping[int, Facts]) -> Iterator[Picture]:
         rows,
         (",d", "", ".3f", ".4f", ".4f", ".4f", ".4f"),
     )
+
+
+def _splits(ffns: Mapping[int, Facts]) -> Iterator[Picture]:
+    found = {block: facts["split_errors"] for block, facts in ffns.items() if facts.get("split_errors")}
+    names = list(dict.fromkeys(name for errors in found.values() for name in errors))
+    if names:
+        yield Bars(
+            "Ways to divide an FFN",
+            "The same error without training, routers fitted, at equal activated parameters. Clustered: neurons of "
+            "large contribution are shared, the others grouped by the tokens they work on; contiguous: neurons in "
+            "their order, as published.",
+            [str(block) for block in found],
+            {name: [errors.get(name) for errors in found.values()] for name in names},
+            "relative squared error",
+            log_y=True,
+        )
 
 
 def _scores(ffns: Mapping[int, Facts]) -> Iterator[Picture]:

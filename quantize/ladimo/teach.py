@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,24 +69,25 @@ class Teacher:
 
         `ffn_error` is the relative squared error on held-out tokens; `untrained_error`, `random_error` and
         `pruned_error` those of the same split without training, of a random one, and of static pruning to a dense FFN
-        of equally many activated parameters.
+        of equally many activated parameters; `split_errors` those of every construction.
         """
         x, _ = lesson.train
         seed = self.training.seed
         start = Start.of(ffn, x, self.layout, self.construction, seed)
         budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
         student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
-        untrained = student.error(*lesson.held_out)
         student, taught, losses = self._taught(student, lesson)
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
+        splits = self._constructions(ffn, lesson, mean)
         facts = {
             "policy": self._best(errors),
             "policy_errors": errors,
             "ffn_error": errors[self._best(errors)],
-            "untrained_error": untrained,
+            "untrained_error": splits[self.construction],
             "taught": taught,
-            "random_error": self._random(ffn, lesson, mean),
+            "random_error": splits["random"],
+            "split_errors": splits,
             "pruned_error": self._pruned(ffn, lesson, mean),
             "losses": [float(f"{loss:.4g}") for loss in losses[:: max(1, len(losses) // 100)]],
         }
@@ -125,11 +126,20 @@ class Teacher:
     def _best(self, errors: Mapping[str, float]) -> str:
         return min(errors, key=lambda name: errors[name]) if self.adaptive else "top-k"
 
-    def _random(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
-        x, _ = lesson.train
-        start = Start.of(ffn, x, self.layout, "random", self.training.seed)
-        budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
-        return start.student(budget, start.router(budget, self.training.seed)).error(*lesson.held_out)
+    def _constructions(self, ffn: Ffn, lesson: Lesson, mean: float) -> dict[str, float]:
+        """Errors of all splits with fitted routers and no training, and of the published one without shared expert."""
+        alone = Layout(-(-self.layout.neurons // self.layout.size), self.layout.size, 0)
+        kinds: dict[str, tuple[Construction, Layout]] = {name: (name, self.layout) for name in get_args(Construction)}
+        if alone.neurons == self.layout.neurons:
+            kinds["contiguous, none shared"] = ("contiguous", alone)
+        errors = {}
+        for name, (construction, layout) in kinds.items():
+            # Neurons that a token meets are as many in all.
+            visits = mean + (self.layout.shared - layout.shared) / layout.size
+            budget = Budget(visits, adaptive=visits != round(visits) or visits == 0)
+            start = Start.of(ffn, lesson.train[0], layout, construction, self.training.seed)
+            errors[name] = start.student(budget, start.router(budget, self.training.seed)).error(*lesson.held_out)
+        return errors
 
     def _pruned(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
         x, y = lesson.held_out

@@ -17,6 +17,7 @@ from quantize.provenance import PROVENANCE, read_provenance, require_unchanged
 from quantize.recipe import Recipe, parse_recipe
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Check, Skipped, counted, run_check
+from quantize.verification.kernels import check_kernels
 from quantize.verification.layout import Layout, described, read_layout
 from quantize.verification.outputs import check_outputs
 from quantize.verification.parent import (
@@ -42,6 +43,7 @@ REMEDIES: Mapping[str, str] = {
     "layout": _COPY,
     "values": _COPY,
     "packing": _COPY,
+    "kernels": "run the kernels' tests on this machine (CONTRIBUTING.md), and report what fails",
     "source": "give the very model that was converted as --parent",
     "untouched": _CONVERT,
     "recomputed": _CONVERT,
@@ -73,17 +75,21 @@ def verify(
     blocks: int = 2,
     seed: int = 0,
     device: torch.device | None = None,
+    kernels: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
     """Check a checkpoint's files, layout and numbers, and with `parent` that it stands for the parent.
 
     blocks: how many, drawn by `seed`, are computed again or run beside the parent's (at least 1). Memory holds one
-    tensor, or one block of each. A checkpoint that pq did not write is checked as far as its config.json and tensors
-    allow. Damage gives a failed check; ModelError only for a `folder` that is none, or a `parent` that cannot be one.
+    tensor, or one block of each. kernels: also run Triton's kernels on its tensors, on `device`. A checkpoint that pq
+    did not write is checked as far as its config.json and tensors allow. Damage gives a failed check; ModelError only
+    for a `folder` that is none, or a `parent` that cannot be one.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give a folder that holds a converted model")
-    run = _Run(folder, None if parent is None else open_parent(parent), blocks, seed, device or torch.device("cpu"))
+    run = _Run(
+        folder, None if parent is None else open_parent(parent), blocks, seed, device or torch.device("cpu"), kernels
+    )
     checks: list[Check] = []
     for name, check in run.checks().items():
         tick: Tick = lambda done, total, name=name: progress(name, done, total)  # type: ignore[misc]  # noqa: E731
@@ -95,8 +101,11 @@ def verify(
 class _Run:
     """What earlier checks found out for later ones."""
 
-    def __init__(self, folder: Path, parent: Parent | None, blocks: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, parent: Parent | None, blocks: int, seed: int, device: torch.device, kernels: bool
+    ) -> None:
         self.folder, self.parent, self.blocks, self.seed, self.device = folder, parent, max(1, blocks), seed, device
+        self.kernels = kernels
         self.by_pq = (folder / PROVENANCE).exists()
         self.provenance: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
@@ -111,6 +120,8 @@ class _Run:
             "values": lambda tick: check_values(self._fitting(), self.recipe, tick),
             "packing": lambda tick: check_packing(self._fitting(), tick),
         }
+        if self.kernels:
+            own["kernels"] = self._kernels
         if self.parent is None:
             return own
         return own | {
@@ -196,6 +207,10 @@ class _Run:
         layout = self._fitting()
         layers = None if self.provenance is None else self.provenance["layers"]
         return check_outputs(layout, self._parent(), self.recipe, layers, self._sample(layout), self.seed, tick)
+
+    def _kernels(self, tick: Tick) -> str:
+        layout = self._fitting()
+        return check_kernels(layout, self._sample(layout), self.seed, self.device, tick)
 
     def _sample(self, layout: Layout) -> list[int]:
         n = layout.shape.n_blocks
