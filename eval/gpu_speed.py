@@ -2,9 +2,9 @@
 
     python eval/gpu_speed.py --output eval/results [--only decode] [--rounds 20]
 
-Writes kernels-DEVICE.json after each figure, and the roofline kernels-DEVICE.svg at the end. A section whose kernel is
-wrong ends there, with a note; the others go on, and the exit code is 9. `--only` measures one section anew and leaves
-the others as they are in the file.
+Writes kernels-DEVICE.json after each figure, and the roofline kernels-DEVICE.svg at the end. A section ends at a kernel
+that is wrong or fails, with a note; the others go on, and the exit code is 1. `--only` measures one section anew and
+leaves the others as they are in the file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from measuring import keep  # the script beside this one
 
-from quantize.errors import QualityError
 from quantize.report.roofline import write_roofline
 from quantize.speed.run import SECTIONS
 from quantize.speed.stand import Stand
@@ -69,7 +69,7 @@ def _cell(section: str, row: dict[str, Any], peer: str) -> str:
 
 
 def measure(device: torch.device, only: str | None, rounds: int, output: Path) -> tuple[Path, bool]:
-    """Measure all sections, or one; the results file, and whether every kernel was right."""
+    """Measure all sections, or one; the results file, and whether none of them stopped early."""
     stand = Stand(device, rounds)
     record = stand.record()
     name = re.sub(r"[^a-z0-9]+", "-", record.device.lower()).strip("-")
@@ -82,9 +82,10 @@ def measure(device: torch.device, only: str | None, rounds: int, output: Path) -
                 rows.append(row)
                 print(f"{section}: {row.what} {row.shape}, {row.M}: {row.time.seconds * 1e6:,.1f} us", flush=True)
                 keep(_joined(before, record.as_json()), path)
-        except QualityError as err:
+        except Exception as err:  # a machine with a GPU is rarely at hand: the other sections are measured all the same
+            traceback.print_exc()
             right = False
-            stand.note(f"{section} stopped: {err}")
+            stand.note(f"{section} stopped: {(str(err).splitlines() or [type(err).__name__])[0]}")
             keep(_joined(before, record.as_json()), path)
     return path, right
 
@@ -114,7 +115,7 @@ def main() -> None:
     data = json.loads(path.read_text())
     write_roofline(data, path.with_suffix(".svg"))
     print(table(data))
-    sys.exit(0 if right else QualityError.exit_code)
+    sys.exit(not right)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.kernels": ("quantize.kernels", "quantize.formats"),
     "quantize.native_linear": ("quantize.formats",),
     "quantize.int_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
+    "quantize.stopwatch": (),
+    "quantize.speed": (
+        "quantize.speed",
+        "quantize.kernels",
+        "quantize.formats",
+        "quantize.stopwatch",
+        "quantize.errors",
+    ),
     "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
 }
 METHODS_NEVER = (
