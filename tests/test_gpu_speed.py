@@ -30,7 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_stopped_section_leaves_the_others(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     right = int4.gated_codes
-    monkeypatch.setattr(int4, "gated_codes", wrong(right, 0.2))
+    monkeypatch.setattr(int4, "gated_codes", wrong(right, 3.0))
     path, good = script.measure(CPU, None, 1, tmp_path)
     data = json.loads(path.read_text())
     assert not good

@@ -20,7 +20,6 @@ from quantize.speed.record import Row
 from quantize.speed.stand import Calls, Stand, require_close
 
 SCHEME = KvScheme()
-_LIMIT = 2e-2  # probabilities beside a border of E4M3 may fall on either side of it
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _decode_row(stand: Stand, cache: Cache, query: Tensor, L: int) -> Row:
     ours = [_attend(query, held, causal=True) for held in caches]
     k, v = cache.read()
     expected = attend_reference(query, k, v, cache.S, d**-0.5, visible(1, L, (True, None, None, None), k.device))
-    require_close(ours[0](), expected, f"decode attention, {L} tokens, batch {B}", _LIMIT)
+    require_close(ours[0](), expected, f"decode attention, {L} tokens, batch {B}")
     others = _plain_calls(stand, query, k / cache.S[:, None], v, expected, causal=False)
     spreads = stand.clock({"pq": ours, **others})
     return stand.row("attention", f"{L} tokens", B, L, spreads.pop("pq"), moved, 4 * B * H * L * d, spreads)
@@ -135,7 +134,7 @@ def _prefill_rows(stand: Stand, cache: Cache, query: Tensor) -> Iterator[Row]:
     seen = visible(T, T, (True, None, None, None), query.device)
     for name, (call, parts, _) in ours.items():
         expected = attend_reference(query, *parts, cache.S, d**-0.5, seen)
-        require_close(call(), expected, f"prefill {name}, {T} tokens", _LIMIT)
+        require_close(call(), expected, f"prefill {name}, {T} tokens")
     others = _plain_calls(stand, query, k / cache.S[:, None], v, expected, causal=True)
     spreads = stand.clock({**{name: [call] for name, (call, _, _) in ours.items()}, **others})
     peers = {name: spreads[name] for name in others}

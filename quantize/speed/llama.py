@@ -14,13 +14,12 @@ from quantize.kernels import attention, int4
 from quantize.kernels.attention_reference import attend_reference, store_reference, visible
 from quantize.kernels.int4_reference import Weight
 from quantize.speed.attention import SCHEME, Cache, Heads, backends, filled_cache, sdpa
-from quantize.speed.linears import GROUP_SIZE, exact_product, gated_plain, random_weight
+from quantize.speed.linears import GROUP_SIZE, exact_norm, exact_product, gated_plain, random_weight
 from quantize.speed.record import Row
-from quantize.speed.stand import Stand, require_close
+from quantize.speed.stand import CHAIN_LIMIT, Stand, require_close
 
 _EPS = 1e-5
 _THETA = 500000.0
-_LIMIT = 3e-2  # values beside a border of E4M3 may fall on either side of it within a chain
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class PackedBlock:
 
     def exact(self, x: Tensor, where: Place) -> Tensor:
         """What a call must return, in float64 but for roundings that the format asks for."""
-        qkv = exact_product(_norm(x, self.norms[0]), self.qkv).to(x.dtype)
+        qkv = exact_product(exact_norm(x, self.norms[0], _EPS), self.qkv).to(x.dtype)
         query, key, value = _split(qkv, self.heads, where)
         k, v = self.cache.part(0, where.tokens + 1).read()
         new = store_reference(key, value, self.cache.S, SCHEME)
@@ -116,7 +115,7 @@ class PackedBlock:
         seen = visible(1, k.shape[2], (True, None, None, None), k.device)
         mixed = attend_reference(query, k, v, self.cache.S, self.heads.channels**-0.5, seen).flatten(1)
         x = (x + exact_product(mixed, self.o)).to(x.dtype)
-        normed = _norm(x, self.norms[1])
+        normed = exact_norm(x, self.norms[1], _EPS)
         hidden = (F.silu(exact_product(normed, self.gate)) * exact_product(normed, self.up)).to(x.dtype)
         return x + exact_product(hidden, self.down)
 
@@ -165,7 +164,7 @@ def time_model(
             where, x = place(stand, B, tokens, sizes.heads), stand.random(B, sizes.hidden)
             packed = [_packed(stand, sizes, of_block, norm, tokens, B) for of_block in folded]
             found, expected = packed[0](x, where), packed[0].exact(x, where)
-            require_close(found - x, expected - x, f"block with INT4 weights, batch {B}, {tokens} tokens", _LIMIT)
+            require_close(found - x, expected - x, f"block with INT4 weights, batch {B}, {tokens} tokens", CHAIN_LIMIT)
             plain = [_plain(stand, sizes, of_block, norm, tokens, B) for of_block in full]
             steps: dict[str, Blocks] = {"pq": packed, stand.plain: plain}
             calls = {name: [partial(_step, blocks, x, where, norm, head)] for name, blocks in steps.items()}
@@ -189,10 +188,6 @@ def _split(qkv: Tensor, heads: Heads, where: Place) -> tuple[Tensor, Tensor, Ten
     parts = qkv.view(len(qkv), -1, 1, heads.channels)
     both = rotate(parts[:, : heads.query + heads.key], where)
     return both[:, : heads.query], both[:, heads.query :], parts[:, heads.query + heads.key :]
-
-
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return weight * F.rms_norm(x.double(), weight.shape, eps=_EPS).to(x.dtype)
 
 
 def _norm_plain(x: Tensor, weight: Tensor) -> Tensor:
