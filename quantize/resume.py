@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantize.checkpoint import sha256_file
 from quantize.errors import OutputError, UsageError
-from quantize.provenance import DIGEST, canonical_json, provenance_digest
+from quantize.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
 from quantize.writer import reported, sync
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class StateFolder:
 
     def __init__(self, folder: Path | None, mode: Resume | None) -> None:
         if mode == "required" and (folder is None or not (folder / _STATE).exists()):
-            raise UsageError(f"--resume required: {folder or 'without a work folder'}: no state is kept there")
+            where = f"no state is kept in {folder}" if folder else "without a work folder no state is kept"
+            raise UsageError(f"--resume required: {where}; --resume auto starts anew")
         self.folder = folder if mode else None
         self.mode = mode
         self._handle: int | None = None
@@ -154,9 +155,10 @@ class StateFolder:
         """Remove the state; what else lies in the folder stays."""
         if self.folder is None:
             return
-        for path in (self.folder / _STATE, self.folder / f"{_STATE}.part", *self.folder.glob(_TENSORS)):
-            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / _PARTIAL, ignore_errors=True)
+        # The JSON file last: `forget_finished` looks for it.
+        for path in (*self.folder.glob(_TENSORS), self.folder / f"{_STATE}.part", self.folder / _STATE):
+            path.unlink(missing_ok=True)
 
 
 def in_use(folder: Path) -> bool:
@@ -172,14 +174,19 @@ def blocks_kept(folder: Path) -> int | None:
         return None
 
 
-def forget_finished(folder: Path, output: Path) -> None:
-    """Remove the state of a run that was killed after its output had appeared, and its folder if nothing else is in it.
+def forget_finished(folder: Path, output: Path, own: bool) -> None:
+    """Remove what a run left that was killed after its output had appeared: its state speaks of shards that have moved.
 
-    Such a state speaks of shards that have moved to the output.
+    own: whether the folder belongs to this output alone, and goes as a whole. OutputError where another process is at
+    work in it.
     """
-    if output.exists() and blocks_kept(folder) and not (folder / _PARTIAL).exists():
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if in_use(folder) and not (folder / _PARTIAL).exists() and blocks_kept(folder) != 0:
         with StateFolder(folder, "never"):
-            log.info("%s: removed, %s is complete", folder, output)
+            log.info("%s: cleared, %s is complete", folder, output)
+    if own and not in_use(folder) and (output / PROVENANCE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -85,7 +85,7 @@ def convert(
     )
     chosen = with_stage_fields(chosen, assignments or [])
     kept = work or output.with_name(output.name + ".work")
-    forget_finished(kept, output)
+    forget_finished(kept, output, own=work is None)
     require_free(output)
     quiet_libraries()
     place = pick_device(device)
