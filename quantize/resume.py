@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.checkpoint import sha256_file
@@ -253,7 +253,10 @@ def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
         for path, digest in files.items():
             if sha256_file(path) != digest:
                 raise _DamagedError(f"{path.name} is not what was written")
-        tensors = {k: t.clone() for name in record["tensors"] for k, t in load_file(folder / name).items()}
+        tensors: dict[str, Tensor] = {}
+        for name in record["tensors"]:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as err:
         raise _DamagedError(str(err)) from None
     return Kept(record["blocks"], record["facts"], tensors, record["written"])

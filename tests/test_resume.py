@@ -19,6 +19,7 @@ from quantize import convert as convert_module
 from quantize.convert import Request, Summary, convert
 from quantize.errors import OutputError, StoppedError, UsageError
 from quantize.resume import StateFolder, forget_finished
+from quantize.snapshot import snapshot
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -52,6 +53,22 @@ def test_it_goes_on_after_every_block(tiny: ModelMaker, text_file: Path, tmp_pat
     left = {path.name for path in tmp_path.iterdir()} - {"work"}
     assert left == {"out", "once"}
     assert all(len(path.stem) == 64 for path in (tmp_path / "work").glob("*"))  # layers that were taught
+
+
+def test_nothing_that_a_conversion_knows_is_left_out(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+    monkeypatch.setattr(convert_module, "snapshot", lambda *state: seen.append(state) or snapshot(*state))
+    convert(kept(tiny, text_file, tmp_path, "ladimo-gptq"))
+    run, streams = seen[-2]
+    facts, _ = snapshot(run, streams)
+    of_the_request = {"request", "source", "arch", "shape", "skeleton", "basis", "rotary_dim", "memo"}
+    assert set(vars(run)) == of_the_request | set(facts) - {"recipe", "layouts", "numbers", "streams"} | set(
+        facts["numbers"]
+    )
+    assert facts["routing"]
+    assert facts["costs"]
 
 
 def test_sequences_that_left_the_calibration_stay_out(
