@@ -92,7 +92,7 @@ class StateFolder:
             self.clear()
         (self.folder / _LOCK).unlink(missing_ok=True)
         os.close(self._handle)
-        remove_if_empty(self.folder)
+        _remove_if_empty(self.folder)
 
     def take_up(self, fingerprint: Mapping[str, Any]) -> Kept | None:
         """The state of an earlier run that `fingerprint` (JSON data) fits; None where the conversion starts anew.
@@ -189,7 +189,7 @@ def forget_finished(folder: Path, output: Path, own: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_if_empty(folder: Path) -> None:
+def _remove_if_empty(folder: Path) -> None:
     """Remove the folder unless something is in it."""
     try:
         folder.rmdir()
