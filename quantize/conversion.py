@@ -29,6 +29,7 @@ from quantize.methods.fireq_attention import FireqAttention
 from quantize.moe import MoeFfn, Policy, TopK
 from quantize.peak import Cost
 from quantize.recipe import Recipe
+from quantize.resume import Resume
 from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton
 from quantize.statistics import Collected, profile
@@ -61,6 +62,9 @@ class Request:
     """Calibration tokens per forward pass; bounds the memory of one pass."""
     work: Path | None = None
     """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
+    resume: Resume | None = None
+    """Whether to go on from the last block that a stopped run kept in `work`, and to keep every block that is done;
+    None: no block is kept, and what another run kept is left alone."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
 
@@ -111,6 +115,11 @@ class Conversion:
         self.routing: dict[str, Policy] = {}
         self.costs: dict[str, Cost] = {}
         self.memo = Memo(request.work)
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether any stage must be `planned` before the first block."""
+        return any(stage.needs_plan for stage in self.request.recipe.stages)
 
     def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
         """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import quantize
@@ -14,11 +16,14 @@ from quantize.basis import Basis
 from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
-from quantize.errors import ModelError, RecipeError, UsageError
+from quantize.errors import ModelError, RecipeError, StoppedError, UsageError
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, format_problems, resolved_yaml
+from quantize.resume import StateFolder
 from quantize.skeleton import Skeleton, load_tokenizer
+from quantize.snapshot import restored, snapshot
 from quantize.statistics import STATISTICS
+from quantize.streams import Streams
 from quantize.writer import CheckpointWriter, require_free
 
 __all__ = ["Request", "Summary", "convert"]
@@ -26,15 +31,66 @@ __all__ = ["Request", "Summary", "convert"]
 _VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
-def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Summary:
+def convert(
+    request: Request,
+    progress: Progress = lambda what, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
     """Run a recipe over a checkpoint and write the packed result to `request.output`.
 
     Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its Hessians, the embedding
-    matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes.
+    matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes,
+    taken up or not. stop: asked after each block where `request.resume` keeps blocks; StoppedError once it is true.
     Raises PqError subclasses; on any error nothing is left at the output.
     """
     started = time.monotonic()
     require_free(request.output)
+    with StateFolder(request.work, request.resume) as state:
+        run, space, tokens = _opened(request)
+        blocks = run.shape.n_blocks
+        progress("hashing source", 0, blocks)
+        hashes = run.source.hashes()
+        keeper = _Keeper(state, _fingerprint(request, hashes, tokens), blocks, stop)
+        kept = state.take_up(keeper.fingerprint)
+        streams: Streams | None = None
+        done, written = (kept.blocks, kept.written) if kept else (0, {})
+        if kept:
+            run, streams = restored(run, kept.facts, kept.tensors)
+            kept.tensors.clear()  # the streams must be freed as they advance
+        elif run.needs_plan or space:
+            run = _settled(run, space, tokens, progress)
+            keeper.keep(run, 0, None, {})
+        if not done:
+            streams = run.embed(tokens)
+        with CheckpointWriter(request.output, blocks + 2, state.partial, written) as writer:
+            streams = _write_blocks(run, streams, done, writer, keeper, progress)
+            progress("writing", blocks, blocks)
+            _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
+        state.clear()
+    return run.summary(time.monotonic() - started, writer.total_size)
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Keeps what is done, and stops where that is asked for."""
+
+    state: StateFolder
+    fingerprint: dict[str, Any]
+    blocks: int
+    stop: Callable[[], bool]
+
+    def keep(self, run: Conversion, done: int, streams: Streams | None, written: dict[str, Any]) -> None:
+        """Commit the state after `done` blocks. StoppedError when it is time to stop."""
+        if not self.state.keeps:
+            return
+        self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
+        if self.stop():
+            what = f"block {done} of {self.blocks}" if done else "planning"
+            raise StoppedError(f"stopped after {what}; the same command goes on from there")
+
+
+def _opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]:
+    """The conversion, what a target of bits per weight lets choose, and calibration text where any is needed."""
     source = Checkpoint(request.model)
     arch = architecture_of(source.config)
     shape = Shape.of(source.config)
@@ -45,33 +101,43 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
     tokens = _calibration(request, shape) if space or any(s.needs_inputs for s in request.recipe.stages) else None
-    run = Conversion(request, source, arch, shape, skeleton)
-    if tokens and any(stage.needs_plan for stage in request.recipe.stages):
-        run = run.planned(tokens, progress)
-        _check_linears(run.request.recipe, arch, shape, skeleton.linears())
-    if space and tokens:
-        run = run.within(space, tokens, progress)
-    progress("hashing source", 0, shape.n_blocks)
-    provenance = _provenance(run.request, source, tokens)
+    return Conversion(request, source, arch, shape, skeleton), space, tokens
 
-    streams = run.embed(tokens)
-    with CheckpointWriter(request.output, shape.n_blocks + 2) as writer:
-        writer.add_shard(run.tensors_outside(arch.embedding))
-        for index in range(shape.n_blocks):
-            progress("quantizing", index, shape.n_blocks)
-            writer.add_shard(run.block(index, streams))
-        progress("writing", shape.n_blocks, shape.n_blocks)
-        writer.add_shard(run.tensors_outside(arch.final_norm, arch.head))
-        for path in source.side_files():
-            writer.copy(path)
-        writer.write_index()
-        writer.write_json("config.json", run.config())
-        writer.write_json(STATISTICS, run.statistics.as_json())
-        facts = provenance | run.results(streams) | {"files": writer.hashes}
-        writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
-        output_bytes = writer.total_size
-        writer.commit()
-    return run.summary(time.monotonic() - started, output_bytes)
+
+def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Conversion:
+    """A conversion in which nothing hangs on the whole model any more."""
+    if tokens and run.needs_plan:
+        run = run.planned(tokens, progress)
+        _check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
+    return run.within(space, tokens, progress) if space and tokens else run
+
+
+def _write_blocks(
+    run: Conversion, streams: Streams | None, done: int, writer: CheckpointWriter, keeper: _Keeper, progress: Progress
+) -> Streams | None:
+    """Convert and write all blocks but the first `done`; returns what is left of the streams."""
+    if not done:
+        writer.add_shard(run.tensors_outside(run.arch.embedding))
+    for index in range(done, keeper.blocks):
+        progress("quantizing", index, keeper.blocks)
+        writer.add_shard(run.block(index, streams))
+        if streams and index + 1 == keeper.blocks:
+            streams = Streams([], None, streams.dropped)
+        keeper.keep(run, index + 1, streams, writer.written)
+    return streams
+
+
+def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, provenance: dict[str, Any]) -> None:
+    """Write what stands behind the blocks and let the output appear."""
+    writer.add_shard(run.tensors_outside(run.arch.final_norm, run.arch.head))
+    for path in run.source.side_files():
+        writer.copy(path)
+    writer.write_index()
+    writer.write_json("config.json", run.config())
+    writer.write_json(STATISTICS, run.statistics.as_json())
+    facts = provenance | run.results(streams) | {"files": writer.hashes}
+    writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
+    writer.commit()
 
 
 def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
@@ -133,13 +199,20 @@ def _calibration(request: Request, shape: Shape) -> TokenSet:
     return tokens
 
 
-def _provenance(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    """All that decides what is written, by name; a state of another fingerprint is not gone on from."""
+    facts = _provenance(request, hashes, tokens)
+    told = {"recipe": request.recipe.model_dump(mode="json"), "target_bpw": request.target_bpw}
+    return told | {key: facts[key] for key in facts if key != "recipe"} | {"batch_tokens": request.batch_tokens}
+
+
+def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
         "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(request.recipe)},
-        "source": source.hashes(),
+        "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }

@@ -32,7 +32,7 @@ class DataError(PqError):
 
 
 class OutputError(PqError):
-    """The output cannot be written: non-empty folder, read-only or full disk."""
+    """The output cannot be written: non-empty folder, read-only or full disk, or another process at work on it."""
 
     exit_code = 6
 
@@ -47,3 +47,9 @@ class QualityError(PqError):
     """The accuracy gate failed: a figure is worse than its baseline allows."""
 
     exit_code = 9
+
+
+class StoppedError(PqError):
+    """The work was stopped on request, and what is done of it is kept."""
+
+    exit_code = 75

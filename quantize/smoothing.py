@@ -34,14 +34,14 @@ def fold_edge(
         weight.data = after.to(weight.dtype)
         scale = torch.where(after == 0, scale, before / after.float())
     else:
-        weight.data = weight / scale[:, None]
+        weight.data = (weight / scale[:, None]).to(weight.dtype)
         bias = dict(source.named_parameters()).get("bias")
         if bias is not None:
-            bias.data = bias / scale
+            bias.data = (bias / scale).to(bias.dtype)
     columns = sink_columns(edge, scale)
     for sink in edge.sinks:
         linear = module.get_submodule(sink).get_parameter("weight")
-        linear.data = linear * columns
+        linear.data = (linear * columns).to(linear.dtype)
 
 
 def column_absmean(block: Block, edge: Edge) -> Tensor:

@@ -107,6 +107,20 @@ class Collected:
             self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
             self._points.setdefault(key, []).append(packed.points().cpu())
 
+    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything as JSON and tensors, for `restore`."""
+        keys = list(self._histograms)
+        counts = {f"counts.{i}": self._histograms[key] for i, key in enumerate(keys)}
+        points = {f"points.{i}": torch.stack(self._points[key]) for i, key in enumerate(keys)}
+        return {"blocks": self.blocks, "keys": keys}, counts | points
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Undo `kept`."""
+        self.blocks = list(facts["blocks"])
+        for i, (role, bits, group_size) in enumerate(facts["keys"]):
+            self._histograms[role, bits, group_size] = tensors[f"counts.{i}"]
+            self._points[role, bits, group_size] = list(tensors[f"points.{i}"])
+
     def as_json(self) -> dict[str, Any]:
         """Contents of pq-statistics.json."""
         histograms = {}

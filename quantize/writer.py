@@ -60,7 +60,8 @@ def write_text(path: Path, text: str) -> None:
             part.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when what was written to a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,26 +72,43 @@ def _sync(path: Path) -> None:
 class CheckpointWriter:
     """Streams shards into a temporary folder beside `output`; `commit` verifies and renames it.
 
-    Use as a context manager: leaving it without `commit`, by error or interrupt, removes everything it wrote.
+    Use as a context manager: leaving it without `commit`, by error or interrupt, removes everything it wrote. With
+    `kept`, files are collected there instead and stay; another writer goes on from `written` of this one.
     """
 
-    def __init__(self, output: Path, n_shards: int) -> None:
+    def __init__(
+        self, output: Path, n_shards: int, kept: Path | None = None, written: Mapping[str, Any] | None = None
+    ) -> None:
         require_free(output)
         self.output = output.absolute()
         self._n_shards = n_shards
-        self._weight_map: dict[str, str] = {}
-        self._hashes: dict[str, str] = {}
-        self._total_size = 0
+        self._kept = kept
+        self._weight_map: dict[str, str] = dict(written["weight_map"]) if written else {}
+        self._hashes: dict[str, str] = dict(written["hashes"]) if written else {}
+        self._total_size: int = written["total_size"] if written else 0
         self.folder = Path()
 
     def __enter__(self) -> CheckpointWriter:
-        with reported(self.output):
+        with reported(self._kept or self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
+            if self._kept is None:
+                self.folder = self._temporary()
+            else:
+                self.folder = self._kept
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for path in self.folder.iterdir():
+                    if path.name not in self._hashes:  # half written when an earlier run was killed
+                        path.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder != self._kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """What another writer must know of the files so far to go on: plain JSON."""
+        return {"weight_map": self._weight_map, "hashes": self._hashes, "total_size": self._total_size}
 
     @property
     def hashes(self) -> Mapping[str, str]:
@@ -113,7 +131,7 @@ class CheckpointWriter:
         with reported(path):
             save_file(plain, path, metadata={"format": "pt"})
             path.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
-            _sync(path)
+            sync(path)
             _compare(path, plain)
             self._hashes[name] = sha256_file(path)
         self._weight_map |= dict.fromkeys(plain, name)
@@ -124,7 +142,7 @@ class CheckpointWriter:
         target = self.folder / source.name
         with reported(target):
             shutil.copyfile(source, target)
-            _sync(target)
+            sync(target)
             self._hashes[source.name] = sha256_file(target)
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
@@ -132,7 +150,7 @@ class CheckpointWriter:
         path = self.folder / name
         with reported(path):
             path.write_text(canonical_json(data), encoding="utf-8")
-            _sync(path)
+            sync(path)
             self._hashes[name] = sha256_file(path)
 
     def write_index(self) -> None:
@@ -149,13 +167,36 @@ class CheckpointWriter:
             if sha256_file(self.folder / name) != digest:
                 raise VerifyError(f"{self.folder / name}: reads back differently from what was written; check the disk")
         with reported(self.output):
-            _sync(self.folder)
+            sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
             require_free(self.output)
             if self.output.exists():
                 self.output.rmdir()
-            self.folder.rename(self.output)
-            _sync(self.output.parent)
+            try:
+                self.folder.rename(self.output)
+            except OSError as err:
+                if err.errno != errno.EXDEV or self._kept is None:
+                    raise
+                self._move_between_disks()
+            sync(self.output.parent)
+
+    def _move_between_disks(self) -> None:
+        copy = self._temporary()
+        try:
+            for name, digest in self._hashes.items():
+                shutil.copy(self.folder / name, copy / name)
+                sync(copy / name)
+                if sha256_file(copy / name) != digest:
+                    raise VerifyError(f"{copy / name}: reads back differently from what was written; check the disk")
+            copy.chmod(0o777 & ~_umask())
+            sync(copy)
+            copy.rename(self.output)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _temporary(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
 
 
 def _umask() -> int:

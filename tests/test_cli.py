@@ -20,6 +20,7 @@ from quantize.errors import (
     PqError,
     QualityError,
     RecipeError,
+    StoppedError,
     UsageError,
     VerifyError,
 )
@@ -129,7 +130,7 @@ def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
 def test_exit_codes_are_the_documented_ones():
     codes = {cls.exit_code: cls for cls in PqError.__subclasses__()}
     documented = (UsageError, RecipeError, ModelError, DataError, OutputError, VerifyError)
-    assert codes == dict(enumerate(documented, start=2)) | {9: QualityError}
+    assert codes == dict(enumerate(documented, start=2)) | {9: QualityError, 75: StoppedError}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         (MemoryError(), 8, "pq: error: out of memory; lower --nsamples"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 8, "pq: error: out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 8, "pq: error: out of memory"),
-        (KeyboardInterrupt(), 130, "pq: interrupted; nothing was written"),
+        (KeyboardInterrupt(), 130, "pq: interrupted; no output was written"),
     ],
 )
 def test_what_may_happen_on_the_way(

@@ -241,9 +241,10 @@ def test_a_stopped_command_keeps_what_was_taught(
         patched.setattr("quantize.writer.CheckpointWriter.commit", interrupt)
         assert pq("convert", *paths, *sizes)[0] == 130
     assert not (tmp_path / "out").exists()
-    (kept,) = (tmp_path / "out.work").iterdir()
+    (kept,) = (path for path in (tmp_path / "out.work").glob("*.safetensors") if len(path.stem) == 64)
     stamp = kept.stat().st_mtime_ns
-    assert pq("convert", *paths, *sizes, "--work", tmp_path / "out.work")[0] == 0
+    assert pq("convert", *paths, *sizes, "--work", tmp_path / "out.work", "--resume", "never")[0] == 0
+    assert list((tmp_path / "out.work").iterdir()) == [kept]
     assert kept.stat().st_mtime_ns == stamp  # taken up, and a folder that was named stays
 
 

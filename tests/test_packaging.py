@@ -153,7 +153,7 @@ def test_the_exit_codes_are_those_of_the_classes():
     classes = {cls.exit_code: cls.__name__ for cls in PqError.__subclasses__() if cls.__module__ == errors.__name__}
     assert set(listed) == set(classes) | {0, 8, 130}
     subject = {"Usage": "command line", "Recipe": "recipe", "Model": "model", "Data": "text", "Output": "output"}
-    subject |= {"Verify": "read back", "Quality": "gate"}
+    subject |= {"Verify": "read back", "Quality": "gate", "Stopped": "stopped"}
     for code, name in classes.items():
         assert subject[name.removesuffix("Error")] in listed[code], name
 

@@ -19,7 +19,7 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
-from quantize.errors import PqError
+from quantize.errors import PqError, StoppedError
 
 app = typer.Typer(
     name="pq",
@@ -66,6 +66,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
+    except StoppedError as err:
+        typer.echo(f"pq: {err}", err=True)
+        sys.exit(err.exit_code)
     except PqError as err:
         for line in str(err).splitlines():
             typer.echo(f"pq: error: {line}", err=True)
@@ -77,7 +80,7 @@ def main() -> None:
         sys.exit(8)
     except SystemExit as left:
         if left.code == 130:  # typer turns an interrupt into this
-            typer.echo("pq: interrupted; nothing was written", err=True)
+            typer.echo("pq: interrupted; no output was written", err=True)
         raise
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from quantize.errors import ModelError, UsageError
@@ -39,6 +42,31 @@ def progress_bar() -> Iterator[Progress]:
     with Progress(*columns, console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else, the next what they always do."""
+    asked: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        restore()
+        # Not by way of sys.stderr: the signal may have come while it was being written to.
+        os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    for number in usual:
+        signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        restore()
 
 
 def quiet_libraries() -> None:

@@ -8,17 +8,20 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries, stop_on_signals
 from quantize.cli.figures import print_restructured
+from quantize.errors import PqError, UsageError
 
 if TYPE_CHECKING:
     from quantize.convert import Request, Summary
+    from quantize.resume import Resume
 
 
 def convert(
@@ -47,10 +50,18 @@ def convert(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that keeps what took long (layers that LaDiMo taught), so that a stopped run takes it up; "
-            "default: OUTPUT.work, removed when the output is there."
+            help="Folder that keeps what is done (blocks, layers that LaDiMo taught), so that a stopped run takes it "
+            "up; default: OUTPUT.work, removed when the output is there."
         ),
     ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: go on after the last block that a stopped run of the same model, recipe, text and versions "
+            "finished, else start anew; required: refuse to start anew; never: start anew and keep no blocks. "
+            "A launch of several processes keeps no blocks, only what LaDiMo taught."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
@@ -60,8 +71,10 @@ def convert(
     from quantize.convert import convert as run
     from quantize.overrides import with_stage_fields
     from quantize.recipe import load_recipe
+    from quantize.resume import forget_finished
     from quantize.writer import require_free
 
+    mode = _resume_mode(resume)
     chosen = load_recipe(recipe).with_overrides(
         dataset=dataset,
         nsamples=nsamples,
@@ -71,30 +84,27 @@ def convert(
         text_field=text_field,
     )
     chosen = with_stage_fields(chosen, assignments or [])
+    kept = work or output.with_name(output.name + ".work")
+    forget_finished(kept, output, own=work is None)
     require_free(output)
     quiet_libraries()
     place = pick_device(device)
-    kept = work or output.with_name(output.name + ".work")
     computing = pick_dtype(dtype, place)
-    request = Request(local_model(model), chosen, output, place, computing, work=kept, target_bpw=target_bpw)
+    request = Request(
+        local_model(model), chosen, output, place, computing, work=kept, resume=mode, target_bpw=target_bpw
+    )
     if int(os.environ.get("RANK", "0")):
         _assist(request)
         return
-    handler = _log_to(output.with_name(output.name + ".log"))
-    try:
-        with progress_bar() as progress:
-            summary = run(request, progress)
+    keeps = mode in ("auto", "required")
+    with _logged(output, kept):
+        with progress_bar() as progress, stop_on_signals() if keeps else nullcontext(_never) as stop:
+            summary = run(request, progress, stop)
         _wait_for_all()
         if work is None:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(output)
-    except BaseException as err:
-        logging.getLogger("quantize").error("stopped: %s", str(err) or type(err).__name__)
-        raise
-    finally:
-        handler.close()
-        logging.getLogger("quantize").removeHandler(handler)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     else:
@@ -131,14 +141,55 @@ def _write_report(output: Path) -> None:
         typer.echo(f"report: {page}", err=True)
 
 
-def _log_to(path: Path) -> logging.Handler:
+def _never() -> bool:
+    return False
+
+
+def _resume_mode(asked: str) -> Resume | None:
+    """None where several processes work together: all of them would have to stop, and go on, at one block."""
+    from quantize.resume import Resume
+
+    mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
+    if mode is None:
+        raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return mode
+    if mode == "required":
+        raise UsageError("--resume required: several processes keep no blocks; start one alone")
+    return None
+
+
+@contextmanager
+def _logged(output: Path, work: Path) -> Iterator[None]:
+    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on stderr what becomes of that."""
+    from quantize.resume import blocks_kept, in_use
+
+    path = output.with_name(output.name + ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("quantize")
+    file = logging.FileHandler(path, mode="a" if in_use(work) else "w", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger, told = logging.getLogger("quantize"), _Told()
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    return handler
+    logger.addHandler(file)
+    logging.getLogger("quantize.resume").addHandler(told)
+    try:
+        yield
+    except BaseException as err:
+        logger.error("stopped: %s", str(err) or type(err).__name__)
+        if not isinstance(err, PqError) and (done := blocks_kept(work)):
+            typer.echo(f"pq: {done} blocks are kept in {work}; the same command goes on from there", err=True)
+        raise
+    finally:
+        file.close()
+        logger.removeHandler(file)
+        logging.getLogger("quantize.resume").removeHandler(told)
+
+
+class _Told(logging.Handler):
+    """Shows log lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"pq: {record.getMessage()}", err=True)
 
 
 def _megabytes(summary: Summary) -> str:

@@ -131,10 +131,11 @@ def schemes_in(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, A
     """
     if not config:
         return {}
-    return read_groups(config, linears, _scheme if config["quant_method"] == NATIVE else IntScheme.from_json)
+    return read_groups(config, linears, scheme_from_json if config["quant_method"] == NATIVE else IntScheme.from_json)
 
 
-def _scheme(group: Mapping[str, Any]) -> AnyScheme:
+def scheme_from_json(group: Mapping[str, Any]) -> AnyScheme:
+    """The scheme of one entry of config_groups; ValueError for one that pq does not write."""
     return BitVecScheme.from_json(group) if group.get("format") == "bitvec" else IntScheme.from_json(group)
 
 
@@ -144,7 +145,7 @@ def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[st
     ValueError for a scheme that pq does not write and for targets that are none of them.
     """
     try:
-        schemes = read_groups(config, linears, _scheme)
+        schemes = read_groups(config, linears, scheme_from_json)
         targets = {target for group in config["config_groups"].values() for target in group["targets"]} - {"Linear"}
     except (KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"config_groups cannot be read ({type(err).__name__}: {err})") from None
