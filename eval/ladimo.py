@@ -109,7 +109,6 @@ def rows(levels: str, everywhere: str) -> list[tuple[str, str, tuple[str, ...]]]
         ("clustered split, train-free", "ladimo", (levels, free)),
         ("contiguous split, train-free", "ladimo", (levels, free, "construction=contiguous")),
         ("random split, train-free", "ladimo", (levels, free, "construction=random")),
-        ("static pruning", "static", (levels, free)),
         ("LaDiMo, everywhere", "ladimo", (everywhere,)),
         ("contiguous split, distilled, everywhere", "ladimo", (everywhere, "construction=contiguous")),
         ("static pruning, distilled, everywhere", "static", (everywhere,)),

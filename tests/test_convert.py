@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from quantize.block import Block
 from quantize.calib import calibration_tokens
 from quantize.checkpoint import INDEX_NAME, Checkpoint, sha256_file
 from quantize.convert import convert
+from quantize.evaluate import evaluate
 from quantize.formats.packed_int import PackedInt
 from quantize.linear import PackedLinear
 from quantize.load import load_model
@@ -245,3 +247,17 @@ def test_two_encode_stages_share_the_layers(tiny: Maker, text_file: Path, tmp_pa
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(len(group["targets"]) for group in groups.values()) == [2, 12]
     assert difference(our_logits(out), stock_logits(out)) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["awq", "gptq", "fireq", "fireq-paper", "sbvr"])
+def test_computing_in_bfloat16_loses_little(recipe: str, tiny: Maker, text_file: Path, tmp_path: Path):
+    """The default on a GPU."""
+    request = request_for(tiny("llama"), recipe, tmp_path / "out", text_file)
+    errors = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        output = tmp_path / str(dtype)
+        convert(replace(request, dtype=dtype, output=output))
+        found = evaluate(output, tiny("llama"), dataset=str(text_file), seqlen=32, max_windows=8)
+        assert found.kld_mean is not None
+        errors[dtype] = found.kld_mean
+    assert errors[torch.bfloat16] < 1.5 * errors[torch.float32] + 1e-3
