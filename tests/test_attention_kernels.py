@@ -6,9 +6,6 @@ The interpreter must be chosen before Triton is imported, so its tests run in a 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,6 +26,7 @@ from attention_samples import (
     states,
 )
 from conftest import ModelMaker
+from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from kv_models import in_pieces, kv_model, some_ids
 from torch import Tensor
 from transformers import Cache
@@ -46,8 +44,6 @@ from quantize.kernels.attention import (
 from quantize.kernels.attention_reference import attend, read_reference, store_reference
 from quantize.kv_cache import int4_cache
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 DEVICES = ["cpu"] if INTERPRETED else ["cpu", GPU]
 
 # Of the output's norm: float32 outputs show that few queries weigh values with 11 bits, the others their own rounding
@@ -76,13 +72,7 @@ def check(out: Tensor, wanted: Tensor, dtype: torch.dtype, fp8_sums: bool = Fals
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:  # as by Triton 3.6 with NumPy 2.4
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 # Records
@@ -363,7 +353,7 @@ def test_attention_that_no_kernel_knows_reads_records_by_torch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("T", [1, 130])
 def test_a_graph_replays_other_lengths(T: int):
     key, value, S = (x.cuda() for x in states(2, 2, 300, 128, torch.bfloat16))

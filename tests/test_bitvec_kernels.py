@@ -5,21 +5,20 @@ The interpreter must be chosen before Triton is imported, so its tests run in a 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from bitvecs import exact_product, multiply_arguments, random_bitvec
+from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec
 from quantize.kernels.multiply import has_kernel, multiply
 from quantize.kernels.reference import multiply_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu"] if INTERPRETED else [GPU]
 
 # Units of rounding of a result, and of the sum of its terms' sizes. Triton's interpreter cuts bfloat16 off; where x has
 # more than 16 rows of 16 bits, weights are rounded to x's dtype, too.
@@ -59,13 +58,7 @@ def activations(M: int, K: int, dtype: torch.dtype, device: str) -> Tensor:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:  # as by Triton 3.6 with NumPy 2.4
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -139,7 +132,7 @@ def test_extreme_activations(device: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("M", [1, 16, 64, 300])
 def test_a_graph_replays_the_product(M: int):
     weight = random_bitvec(512, 4096, 4)

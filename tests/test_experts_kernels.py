@@ -5,7 +5,6 @@ The interpreter must be chosen before Triton is imported, so its tests run in a 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -14,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from torch import Tensor
 
 from quantize.kernels.experts import routed_experts
 from quantize.kernels.multiply import has_kernel
 from quantize.kernels.reference import experts_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 DEVICES = ["cpu"] if INTERPRETED else ["cpu", GPU]
 
 # Of the largest output: the hidden neurons and the output are rounded to the dtype. Triton's interpreter cuts bfloat16
@@ -77,13 +75,7 @@ def case(
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:  # as by Triton 3.6 with NumPy 2.4
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -180,7 +172,7 @@ class TestKernel:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("M", [1, 32, 700])
 def test_a_graph_replays_other_routes(M: int):
     x, weights, gate_up, down = case(M, 8, 256, 128, 2, torch.bfloat16, "cuda")

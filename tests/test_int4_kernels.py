@@ -5,14 +5,12 @@ The interpreter must be chosen before Triton is imported, so its tests run in a 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from int4s import KINDS, OF_TERMS, TOLERANCE, activations, check, check_gated, exact_product, random_weight, weight_of
+from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
@@ -31,8 +29,6 @@ from quantize.kernels.int4 import (
 )
 from quantize.kernels.int4_reference import Weight, operand_order, quantize_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 DEVICES = ["cpu"] if INTERPRETED else [GPU]
 
 
@@ -59,13 +55,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:  # as by Triton 3.6 with NumPy 2.4
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -246,7 +236,7 @@ def test_the_packed_layer_uses_the_kernel(fp8: bool, device: str, monkeypatch: p
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("M", [1, 16, 64, 300])
 def test_a_graph_replays_the_product(M: int, kind: str):
