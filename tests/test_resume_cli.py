@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from quantize.cli.common import stop_on_signals
 from quantize.resume import StateFolder
 
 Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Shells start what runs in the background with SIGINT ignored, which a conversion then does, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -54,6 +62,13 @@ def test_a_signal_stops_after_the_block(
     assert pq("convert", *command[1:4], tmp_path / "other", *command[5:], "--resume", "never")[0] == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop()
 
 
 def test_a_second_signal_stops_at_once():
