@@ -71,9 +71,8 @@ class StaticPruning(Ladimo):
             return
         ffn, lesson = dense_ffn(block), self._lesson(block)
         x, y = lesson.train
-        assert self.shared is not None
-        assert self.experts is not None
-        sizes = Layout(self.experts, (ffn.neurons - self.shared) // self.experts, self.shared)
+        sizes = self._layout(ffn.neurons)
+        assert sizes is not None
         found = prune(ffn, x, neurons_for(len(ffn.down), sizes, mean))
         owner = torch.zeros(ffn.neurons, dtype=torch.int64)
         owner[found.kept] = 1  # the shared expert of a mixture whose one routed expert nobody visits

@@ -5,6 +5,7 @@ Module names are relative to a decoder block (`self_attn.q_proj`) unless a field
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -289,3 +290,12 @@ def block_architecture(arch: Architecture, config: Mapping[str, Any], index: int
         return arch
     sizes = ExpertSizes.of(config)
     return arch if index in sizes.dense_blocks else arch.with_experts(sizes.n)
+
+
+def parameters_of_a_token(arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int, ...]]) -> int:
+    """Parameters that a token would be multiplied with if it visited all experts: all but the embedding table's.
+
+    sizes: full name → shape of every tensor, none packed; a head that shares the embedding's weight counts.
+    """
+    tied = shape.vocab * shape.hidden if shape.tied else 0
+    return tied + sum(math.prod(size) for name, size in sizes.items() if not name.startswith(f"{arch.embedding}."))

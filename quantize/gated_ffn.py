@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from quantize.hooks import is_hooked
 from quantize.int_linear import IntLinear
 from quantize.kernels.int4 import gated, takes
 
@@ -55,6 +56,4 @@ def place_gated_ffns(model: nn.Module) -> None:
 
 
 def _is_plain(linear: IntLinear) -> bool:
-    # Loaders that keep weights elsewhere replace `forward` or hook it.
-    hooked = linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear)
-    return linear.bias is None and not hooked
+    return linear.bias is None and not is_hooked(linear)  # loaders that keep weights elsewhere hook it

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from quantize.arch import Architecture, ExpertSizes
 from quantize.errors import ModelError
 from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
+from quantize.hooks import is_hooked
 from quantize.kernels.experts import routed_experts
 
 __all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
@@ -127,12 +128,7 @@ class MoeFfn(nn.Module):
 
 def _is_plain(linear: nn.Module) -> bool:
     # Only what a product with `weight` says whole: loaders that keep weights elsewhere replace `forward`.
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and not linear.weight.is_meta
-        and not (linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear))
-    )
+    return type(linear) is nn.Linear and linear.bias is None and not linear.weight.is_meta and not is_hooked(linear)
 
 
 def _bind(experts: list[Expert], *names: str) -> Tensor:

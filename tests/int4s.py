@@ -36,16 +36,6 @@ def weight_of(packed: PackedInt, device: str = "cpu") -> Weight:
     return Weight(pack_codes(packed.codes, 4).to(device), packed.scale.to(device))
 
 
-def activations(M: int, K: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Rows of different sizes, with outliers, between NaN that belongs to no row."""
-    generator = torch.Generator().manual_seed(M + K)
-    x = torch.randn(M, K, generator=generator) * torch.logspace(-2, 1, M)[:, None]
-    x[:, ::17] *= 20
-    around = torch.full((M + 2, K + 70), float("nan"), dtype=dtype, device=device)
-    around[1:-1, 3 : K + 3] = x.to(dtype)
-    return around[1:-1, 3 : K + 3]
-
-
 def exact_product(x: Tensor, packed: PackedInt, kind: str) -> tuple[Tensor, Tensor]:
     """x̂ Ŵᵀ in float64, and the sum of its terms' absolute values, which bounds what rounding can do."""
     x = (x.cpu() if kind == "W4A16" else quantize_activations(x.cpu())).double()

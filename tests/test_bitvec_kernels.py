@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from bitvecs import exact_product, multiply_arguments, random_bitvec
-from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
+from interpreted import GPU, INTERPRETED, activations, needs_gpu, run_interpreted
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec
@@ -44,16 +44,6 @@ def check(y: Tensor, x: Tensor, weight: BitVec, bias: Tensor | None = None) -> N
         of_terms = FEW_ROWS
     assert (y.dtype, y.shape) == (x.dtype, expected.shape)
     assert bool(((y.double().cpu() - expected).abs() <= relative * expected.abs() + of_terms * size + 1e-6).all())
-
-
-def activations(M: int, K: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Rows of different sizes, with outliers, between NaN that belongs to no row."""
-    generator = torch.Generator().manual_seed(M + K)
-    x = torch.randn(M, K, generator=generator) * torch.logspace(-2, 1, M)[:, None]
-    x[:, ::17] *= 20
-    around = torch.full((M + 2, K + 70), float("nan"), dtype=dtype, device=device)
-    around[1:-1, 3 : K + 3] = x.to(dtype)
-    return around[1:-1, 3 : K + 3]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")

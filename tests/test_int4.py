@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from int4s import KINDS, TOLERANCE, activations, check, check_gated, random_weight, weight_of
+from int4s import KINDS, TOLERANCE, check, check_gated, random_weight, weight_of
+from interpreted import activations
 from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from int4s import KINDS, OF_TERMS, TOLERANCE, activations, check, check_gated, exact_product, random_weight, weight_of
-from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
+from int4s import KINDS, OF_TERMS, TOLERANCE, check, check_gated, exact_product, random_weight, weight_of
+from interpreted import GPU, INTERPRETED, activations, needs_gpu, run_interpreted
 from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations

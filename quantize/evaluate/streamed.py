@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of
+from quantize.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of, parameters_of_a_token
 from quantize.attention import KvNumerics
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
@@ -169,13 +169,12 @@ class StreamedModel:
     @property
     def activated_parameters(self) -> float:
         """Parameters that a token is multiplied with, on average over what was read; the embedding table's are not."""
-        sizes = {name: math.prod(shape) for name, shape in self._sizes().items()}
-        total = float(sum(size for name, size in sizes.items() if not name.startswith(f"{self.arch.embedding}.")))
-        total += self.shape.vocab * self.shape.hidden if self.shape.tied else 0
+        sizes = self._sizes()
+        total = float(parameters_of_a_token(self.arch, self.shape, sizes))
         for block, visited in self.experts_visited.items():
             assert self.arch.experts is not None
             inside = f"{self.arch.blocks}.{block}.{self.arch.experts.routed}."
-            routed = sum(size for name, size in sizes.items() if name.startswith(inside))
+            routed = sum(math.prod(size) for name, size in sizes.items() if name.startswith(inside))
             total -= routed * (1 - visited / ExpertSizes.of(self.source.config).n)
         return total
 

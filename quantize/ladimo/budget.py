@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quantize.arch import Architecture, Shape
+from quantize.arch import Architecture, Shape, parameters_of_a_token
 from quantize.errors import ModelError
 from quantize.knapsack import knapsack
 from quantize.ladimo.split import Layout
@@ -47,8 +47,7 @@ class Budget:
         ModelError where the layout does not fill the FFN, or where no choice of layers comes to the reduction.
         """
         F = ffn_neurons(arch, shape, sizes)
-        dense = sum(_product(size) for name, size in sizes.items() if not name.startswith(f"{arch.embedding}."))
-        dense += shape.vocab * shape.hidden if shape.tied else 0
+        dense = parameters_of_a_token(arch, shape, sizes)
         if layout is None:
             share = min(reduction * dense / (3 * shape.hidden * F * shape.n_blocks), 0.9)
             layout = default_layout(F, share)
@@ -137,10 +136,3 @@ def default_layout(neurons: int, share: float) -> Layout:
     while n > 2 and n * size >= neurons:
         n -= 1
     return Layout(n, size, neurons - n * size)
-
-
-def _product(size: tuple[int, ...]) -> int:
-    total = 1
-    for length in size:
-        total *= length
-    return total

@@ -25,6 +25,11 @@ class Budget:
     adaptive: bool
     """Whether tokens may visit more or fewer; needs no whole `mean`."""
 
+    @classmethod
+    def plain(cls, mean: float) -> Budget:
+        """A fixed number of experts where `mean` is a whole one, else a threshold."""
+        return cls(mean, adaptive=mean != round(mean) or mean == 0)
+
     @property
     def k(self) -> int:
         """Experts of a token where it is the same for all."""

@@ -152,9 +152,9 @@ class Searcher:
         start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
         trials: dict[float | None, Trial | None] = {None: None}
         # One ranking of the experts serves all levels.
-        router = start.router(_visits(levels[len(levels) // 2]), self.seed)
+        router = start.router(Visits.plain(levels[len(levels) // 2]), self.seed)
         for mean in levels:
-            student = start.student(_visits(mean), router)
+            student = start.student(Visits.plain(mean), router)
             errors[block.index, mean] = student.error(x, y)
             trials[mean] = Trial(student)
         return trials
@@ -176,10 +176,6 @@ class Searcher:
             total += float((p.exp() * (p - q)).double().sum())
             tokens += p.shape[0] * p.shape[1]
         return total / tokens
-
-
-def _visits(mean: float) -> Visits:
-    return Visits(mean, adaptive=mean == 0)
 
 
 def _prefix(plan: Levels, blocks: int) -> tuple[float | None, ...]:

@@ -74,12 +74,12 @@ class Teacher:
         x, _ = lesson.train
         seed = self.training.seed
         start = Start.of(ffn, x, self.layout, self.construction, seed)
-        budget = Budget(mean, adaptive=mean != round(mean) or mean == 0)
+        budget = Budget.plain(mean)
         student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
+        splits = self._constructions(ffn, lesson, mean, student.error(*lesson.held_out))
         student, taught, losses = self._taught(student, lesson)
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
-        splits = self._constructions(ffn, lesson, mean)
         facts = {
             "policy": self._best(errors),
             "policy_errors": errors,
@@ -126,17 +126,22 @@ class Teacher:
     def _best(self, errors: Mapping[str, float]) -> str:
         return min(errors, key=lambda name: errors[name]) if self.adaptive else "top-k"
 
-    def _constructions(self, ffn: Ffn, lesson: Lesson, mean: float) -> dict[str, float]:
-        """Errors of all splits with fitted routers and no training, and of the published one without shared expert."""
+    def _constructions(self, ffn: Ffn, lesson: Lesson, mean: float, chosen: float) -> dict[str, float]:
+        """Errors of all splits with fitted routers and no training, and of the published one without shared expert.
+
+        chosen: that of this construction, which is not made anew.
+        """
         alone = Layout(-(-self.layout.neurons // self.layout.size), self.layout.size, 0)
         kinds: dict[str, tuple[Construction, Layout]] = {name: (name, self.layout) for name in get_args(Construction)}
         if alone.neurons == self.layout.neurons:
             kinds["contiguous, none shared"] = ("contiguous", alone)
-        errors = {}
+        errors: dict[str, float] = {self.construction: chosen}
         for name, (construction, layout) in kinds.items():
+            if name == self.construction:
+                continue
             # Neurons that a token meets are as many in all.
             visits = mean + (self.layout.shared - layout.shared) / layout.size
-            budget = Budget(visits, adaptive=visits != round(visits) or visits == 0)
+            budget = Budget.plain(visits)
             start = Start.of(ffn, lesson.train[0], layout, construction, self.training.seed)
             errors[name] = start.student(budget, start.router(budget, self.training.seed)).error(*lesson.held_out)
         return errors

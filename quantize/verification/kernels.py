@@ -10,12 +10,13 @@ from torch import Tensor
 from quantize.attention import KvAttention
 from quantize.errors import VerifyError
 from quantize.formats.kv4 import fake_quantize
+from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import AnyScheme
 from quantize.hf import LINEARS
 from quantize.kernels import int4
 from quantize.kernels.attention import takes
 from quantize.kernels.attention_reference import attend
-from quantize.kernels.multiply import DTYPES, runs_on
+from quantize.kernels.multiply import has_kernel, runs_on
 from quantize.load import KV_SCALE, kv_attention, packed_linear
 from quantize.native_linear import NativeLinear
 from quantize.verification.checks import Skipped, counted
@@ -103,9 +104,9 @@ def _native(layout: Layout, name: str, scheme: AnyScheme, K: int, kept: int) -> 
 
 def _taken(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
     scheme = layer.scheme
-    if scheme.suffixes[0] == "weight_packed":
+    if isinstance(scheme, IntScheme):
         return int4.takes(scheme.bits, scheme.group_size, x, scheme.fp8_activations)
-    return x.dtype in DTYPES
+    return has_kernel(x)
 
 
 def _attention_error(
