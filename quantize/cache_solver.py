@@ -8,6 +8,7 @@ have coefficients of their own; here they share a cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from quantize.solver import Damped, feed_back, move_codes
 _MIN_GAIN = 0.005
 _REFIT_STEPS = 6  # of conjugate gradients; each costs one product [N, K] × [K, K]
 _RIDGE = 1e-6
+_PIECE = 1 << 22  # weights looked up at once
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,15 @@ class Fitted:
 
     def lookup(self, table: Tensor) -> Tensor:
         """Entries [N, K] of a table [L, 2^bits] of the lines, at the codes."""
-        index = self.index.long().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
-        return table.flatten()[(index << self.cache.bits) + self.codes.long()]
+        out = table.new_empty(self.codes.shape)
+        for rows in pieces(self.codes):
+            out[rows] = table.flatten()[self.places(rows)]
+        return out
+
+    def places(self, rows: slice) -> Tensor:
+        """Where the weights of some rows [R, K] are looked up in a flattened table [L, 2^bits], int64."""
+        index = self.index[rows].long().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        return (index << self.cache.bits) + self.codes[rows].long()
 
     @property
     def value(self) -> Tensor:
@@ -73,6 +82,13 @@ class Fitted:
     def copy(self) -> Fitted:
         """With tensors of its own."""
         return Fitted(self.cache, self.index.clone(), self.codes.clone(), self.group_size)
+
+
+def pieces(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix [N, K], as many at a time as `_PIECE` weights have: work space in 64 bits must stay small."""
+    rows = max(1, _PIECE // matrix.shape[1])
+    for first in range(0, len(matrix), rows):
+        yield slice(first, first + rows)
 
 
 def solve(
@@ -104,8 +120,8 @@ def solve(
 
 def loss(target: Tensor, fitted: Fitted, metric: Tensor) -> float:
     """tr((Ŵ − W) H (Ŵ − W)ᵀ) of target [N, K] in the metric H [K, K]."""
-    delta = fitted.value - target
-    return float(((delta @ metric) * delta).sum(dtype=torch.float64))
+    delta = fitted.value.sub_(target)
+    return sum(float(((delta[rows] @ metric) * delta[rows]).sum(dtype=torch.float64)) for rows in pieces(delta))
 
 
 def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> None:
@@ -176,8 +192,9 @@ class _Design:
     def __init__(self, fitted: Fitted) -> None:
         cache, codes = fitted.cache, fitted.codes
         self.fitted, self.scales = fitted, cache.scales
-        index = fitted.index.long().repeat_interleave(fitted.group_size, dim=1)[:, : codes.shape[1]]
-        self.place = ((index << cache.bits) + codes.long()).flatten()
+        self.places = torch.empty(codes.shape, dtype=torch.int32, device=codes.device)
+        for rows in pieces(codes):
+            self.places[rows] = fitted.places(rows)
         self.table = (len(cache.lines), len(cache.scales), 1 << cache.bits)
         every = torch.arange(1 << cache.bits, device=codes.device)
         bits = [every >> k & 1 for k in range(cache.bits)]
@@ -187,15 +204,15 @@ class _Design:
     def forward(self, theta: Tensor) -> Tensor:
         """θ [S, C] → its weights [N, K], float32."""
         table = levels(coefficients(theta, self.scales), self.fitted.cache.bits)
-        return table.flatten()[self.place].view_as(self.fitted.codes)
+        return table.flatten()[self.places]
 
     def adjoint(self, weights: Tensor) -> Tensor:
         """Σ over the weights [N, K] that a coefficient is part of → [S, C], float64."""
-        return self._totals(weights.flatten()) @ self.basis
+        return self._totals(weights) @ self.basis
 
     def preconditioner(self, diagonal: Tensor) -> Tensor:
         """Inverses [S, C, C] of the normal equations of each line alone, inputs taken as uncorrelated."""
-        sizes = self._totals(diagonal.expand_as(self.fitted.codes).flatten(), power=2)
+        sizes = self._totals(diagonal.expand_as(self.places), power=2)
         normal = torch.einsum("sq,qc,qd->scd", sizes, self.basis, self.basis)
         own = normal.diagonal(dim1=1, dim2=2).mean(dim=1)
         # A line that no group uses has no equations, but must have an inverse.
@@ -207,5 +224,8 @@ class _Design:
 
     def _totals(self, weights: Tensor, power: int = 1) -> Tensor:
         S, Z, C = self.table
-        sums = torch.bincount(self.place, weights.double(), minlength=S * Z * C).view(S, Z, C)
-        return torch.einsum("szq,z->sq", sums, self.scales.double() ** power)
+        sums = torch.zeros(S * Z * C, dtype=torch.float64, device=weights.device)
+        for rows in pieces(weights):
+            at, values = self.places[rows].flatten(), weights[rows].flatten().double()
+            sums += torch.bincount(at, values, minlength=S * Z * C)
+        return torch.einsum("szq,z->sq", sums.view(S, Z, C), self.scales.double() ** power)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,10 @@ class Moments:
     """E[(r − r̂) x̂ᵀ] [N, K] for a linear whose output is added to the residual stream r."""
     tokens: int
     """Tokens that the means are over; without any, all moments are zero."""
+
+    def without_parent(self) -> Moments:
+        """Only what is known about x̂."""
+        return replace(self, cross=None, residual=None)
 
 
 @dataclass
@@ -74,8 +78,9 @@ class Sums:
         self.totals[key] = self.totals[key].add_(value) if key in self.totals else value
 
     def mean(self) -> Moments:
-        """The moments of all tokens added."""
-        mean = {key: total / max(1, self.tokens) for key, total in self.totals.items()}
+        """The moments of all tokens added; takes the totals, of which a large layer has gigabytes."""
+        mean = {key: total.div_(max(1, self.tokens)) for key, total in self.totals.items()}
+        self.totals = {}
         return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
 
 

@@ -17,6 +17,7 @@ from quantize.grid import Grid
 
 _BLOCK = 128  # columns between two wide matrix updates
 _MAX_DAMPING_TRIES = 6
+_ROWS = 1024  # rows or columns of a large matrix that are worked on at once, where all would take too much room
 _SMALL = 1 << 20  # elements
 _MIN_GAIN = 0.005
 
@@ -66,9 +67,14 @@ class Damped:
 
 def feedback_order(hessian: Tensor, order: Literal["natural", "activation"]) -> Tensor:
     """Column order [K]: as stored, or by falling mean square of the input (GPTQ's act-order)."""
-    if order == "natural" or not torch.isfinite(hessian).all():
+    if order == "natural" or not _finite(hessian):
         return torch.arange(hessian.shape[0], device=hessian.device)
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all is finite; in pieces, since `isfinite` takes more room than what it looks at."""
+    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, _ROWS))
 
 
 def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
@@ -76,25 +82,35 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
 
     Returns None when H is not finite, is zero or stays singular: the caller falls back to data-free rounding.
     """
-    if not torch.isfinite(hessian).all() or not bool((hessian.diagonal() > 0).any()):
+    if not _finite(hessian) or not bool((hessian.diagonal() > 0).any()):
         return None
-    H = hessian[order][:, order].double()
-    diagonal = H.diagonal()
+    diagonal = hessian.diagonal()[order].double()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean())
-    original = diagonal.clone()
+    # One matrix of doubles, worked on in place: K = 14336 takes 1.6 GB.
+    work = torch.empty_like(hessian, dtype=torch.float64)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
-        H.diagonal().copy_(torch.where(dead, mean, original + amount * mean))
-        inverse, info = torch.linalg.cholesky_ex(H)
-        if int(info) == 0:
-            torch.cholesky_inverse(inverse, out=inverse)  # K = 14336 takes 1.6 GB: no second copy
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0 and torch.isfinite(upper).all():
-                natural = torch.empty_like(dead)
-                natural[order] = dead
-                return Damped(order, upper.float(), amount, natural)
+        for rows, picked in zip(torch.split(work, _ROWS), torch.split(order, _ROWS), strict=True):
+            rows.copy_(hessian[picked][:, order])
+        work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean))
+        if _inverse_factor(work):
+            natural = torch.empty_like(dead)
+            natural[order] = dead
+            return Damped(order, work.mT.float(), amount, natural)
     return None
+
+
+def _inverse_factor(work: Tensor) -> bool:
+    """Symmetric H [K, K] → U with H⁻¹ = Uᵀ U, transposed and in place; false where H is not positive definite."""
+    columns = work.mT  # which is what LAPACK reads and writes without a copy
+    info = torch.empty((), dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    if int(info) != 0:
+        return False
+    torch.cholesky_inverse(columns, out=columns)
+    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+    return int(info) == 0 and _finite(work)
 
 
 class CodeBook(Protocol):
@@ -245,7 +261,13 @@ def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor
     objective of GPTAQ, arXiv 2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what
     earlier layers got wrong.
     """
-    drift = w @ (cross - hessian)
+    drift = torch.cat(
+        [
+            w @ (theirs - ours)
+            for theirs, ours in zip(torch.split(cross, _ROWS, 1), torch.split(hessian, _ROWS, 1), strict=True)
+        ],
+        1,
+    )
     if residual is not None:
         drift = drift + residual
     U = d.inverse_factor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -116,14 +117,23 @@ def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None =
     return float(((delta @ hessian) * delta).sum() / size)
 
 
-def objective(weight: Tensor, moments: Moments, usable: Damped) -> tuple[Tensor, Tensor]:
-    """Target [N, K] and damped metric [K, K] of a fit: the weight itself, or what repairs the drift from the parent."""
-    target, hessian = weight, moments.hessian
-    if moments.cross is not None:
-        target = corrected_target(weight, hessian, moments.cross, moments.residual, usable)
-    metric = hessian.clone()
-    metric.diagonal().add_(usable.damping * hessian.diagonal().mean())
-    return target, metric
+def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
+    """What a fit aims at, [N, K]: the weight itself, or where the parent is known what repairs the drift from it."""
+    if moments.cross is None:
+        return weight
+    return corrected_target(weight, moments.hessian, moments.cross, moments.residual, usable)
+
+
+@contextmanager
+def damped_metric(moments: Moments, usable: Damped) -> Iterator[Tensor]:
+    """The Hessian [K, K] with its damping, in which a fit errs least. It is the moments' own, damped for a while."""
+    diagonal = moments.hessian.diagonal()
+    plain = diagonal.clone()
+    diagonal.add_(usable.damping * plain.mean())
+    try:
+        yield moments.hessian
+    finally:
+        diagonal.copy_(plain)
 
 
 def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:

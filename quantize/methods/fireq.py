@@ -13,7 +13,15 @@ from typing_extensions import Self
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
-from quantize.methods.encode import IntEncode, encode_nearest, factored, fall_back, note_errors, objective
+from quantize.methods.encode import (
+    IntEncode,
+    damped_metric,
+    encode_nearest,
+    factored,
+    fall_back,
+    note_errors,
+    target_of,
+)
 from quantize.pictures import Picture, block_map, facts
 from quantize.solver import Damped, descend, error_feedback
 
@@ -78,11 +86,14 @@ class Fireq(IntEncode):
             return
         moments = block.moments(names[0], self.fp8, with_reference=self.aim == "parent")
         usable = factored(block, names[0], moments, self.damping)
-        for name in names:
-            if isinstance(usable, str):
+        if isinstance(usable, str):
+            for name in names:
                 fall_back(block, name, self._grid(), self.fp8, usable)
-            else:
-                self._descend(block, name, moments, usable)
+            return
+        targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
+        moments = moments.without_parent()
+        for name in names:
+            self._descend(block, name, targets.pop(name), moments, usable)
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Show what the descent buys and where it met trouble; for the paper's rounding, the scales against underflow.
@@ -122,13 +133,13 @@ class Fireq(IntEncode):
             block.note(name, tensor_scale=factor)
         note_errors(block, name, weight, quantized)
 
-    def _descend(self, block: Block, name: str, moments: Moments, usable: Damped) -> None:
+    def _descend(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
         hessian, grid = moments.hessian, self._grid()
-        target, metric = objective(weight, moments, usable)
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
-        rounded = descend(target, rounded, metric, grid, self.sweeps)
+        with damped_metric(moments, usable) as metric:
+            rounded = descend(target, rounded, metric, grid, self.sweeps)
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), hessian)

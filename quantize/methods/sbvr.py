@@ -14,7 +14,7 @@ from quantize.cache_fit import Cache, fit_cache, require_room, round_codes
 from quantize.cache_solver import Fitted, loss, solve
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, factored, note_errors, objective
+from quantize.methods.encode import Encode, damped_metric, factored, note_errors, target_of
 from quantize.pictures import Picture, block_map, facts
 from quantize.solver import Damped
 
@@ -101,27 +101,32 @@ class Sbvr(Encode):
             return
         moments = block.moments(names[0], False, with_reference=self.aim == "parent")
         usable = factored(block, names[0], moments, self.damping)
-        for name in names:
-            if isinstance(usable, str):
+        if isinstance(usable, str):
+            for name in names:
                 block.note(name, fallback=f"{usable}: fitted to the weights alone")
                 self._data_free(block, name)
-            else:
-                self._solve(block, name, moments, usable)
+            return
+        targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
+        moments = moments.without_parent()
+        for name in names:
+            self._solve(block, name, targets.pop(name), moments, usable)
 
     def _data_free(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
         self._encode(block, name, self._rounded(weight, self._cache(weight)))
 
-    def _solve(self, block: Block, name: str, moments: Moments, usable: Damped) -> None:
+    def _solve(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
-        target, metric = objective(weight, moments, usable)
         data_free = self._cache(weight)
-        start = self._cache(target, metric.diagonal(), data_free[0])
-        fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
-        plain = self._rounded(weight, data_free)
-        ours, theirs = loss(target, fitted, metric), loss(target, plain, metric)
+        with damped_metric(moments, usable) as metric:
+            start = self._cache(target, metric.diagonal(), data_free[0])
+            fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
+            ours = loss(target, fitted, metric)
+            plain = self._rounded(weight, data_free)
+            theirs = loss(target, plain, metric)
         if theirs < ours:  # never seen, but the descent is no proof
             fitted, ours = plain, theirs
+        del plain
         self._encode(block, name, fitted, moments.hessian)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         block.note(name, loss_share=ours / theirs if theirs else 1.0)
