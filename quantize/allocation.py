@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SAMPLE_TOKENS = 4096
 """Calibration tokens that sensitivities are measured on: means over tokens settle long before Hessians do."""
 
-OpenBlock = Callable[[int, list[Tensor]], "Block"]
+OpenBlock = Callable[[int, MutableSequence[Tensor]], "Block"]
 """Loads block `index` with the hidden states [B, T, D] that reach it."""
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.moe import MoeFfn
 from quantize.moments import Moments, Sums, routed_sums, sums_of
+from quantize.offload import Parking, shared_copy
 from quantize.peak import Cost
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
@@ -56,8 +56,8 @@ class Block:
     storage: dict[str, torch.dtype]
     """Dtype of every tensor of the block in the source checkpoint."""
     forward: Forward
-    inputs: list[Tensor]
-    reference_inputs: list[Tensor] | None
+    inputs: MutableSequence[Tensor]
+    reference_inputs: MutableSequence[Tensor] | None
     device: torch.device
     rotary_dim: int
     """Leading channels of a head that RoPE rotates."""
@@ -73,6 +73,8 @@ class Block:
     """The layer before a stage restructured it: the parent's stream goes on through it."""
     parent_arch: Architecture | None = None
     """The parent's row: of a dense block, where experts took the place of its FFN."""
+    parking: Parking | None = None
+    """Puts the block's matrices away while a linear is being fitted; None: all stay on the device."""
     memo: Memo = field(default_factory=lambda: Memo(None))
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
@@ -85,6 +87,8 @@ class Block:
         module = self.module.get_submodule(name)
         if not isinstance(module, nn.Linear):
             raise ModelError(f"block {self.index}: {name} was encoded twice; give every layer to one encode stage")
+        if self.parking:
+            self.parking.back(module)
         return module
 
     def full_name(self, name: str) -> str:
@@ -98,7 +102,7 @@ class Block:
     def freeze_reference(self) -> None:
         """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
         if self.reference is None and self.reference_inputs is not None:
-            self.reference = copy.deepcopy(self.module)
+            self.reference = shared_copy(self.module)
             attention = self.reference.get_submodule(self.arch.attention)
             if hasattr(attention, "kv"):
                 del attention.kv  # the parent's cache is not rounded
@@ -106,7 +110,7 @@ class Block:
     def keep_parent(self) -> None:
         """Keep a copy of the layer as it came from the source, before it is restructured."""
         if self.parent is None and self.reference_inputs is not None:
-            self.parent, self.parent_arch = copy.deepcopy(self.module), self.arch
+            self.parent, self.parent_arch = shared_copy(self.module), self.arch
 
     def parent_outputs(self, batch: int) -> Tensor:
         """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
@@ -218,7 +222,7 @@ class Block:
             linear.bias.data = linear.bias * scale
 
     def inputs_of(
-        self, names: Sequence[str], module: nn.Module | None = None, stream: list[Tensor] | None = None
+        self, names: Sequence[str], module: nn.Module | None = None, stream: MutableSequence[Tensor] | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
 
@@ -252,6 +256,12 @@ class Block:
         FFN of a block with experts: the parent's tokens may go to others, or through a dense FFN.
         A routed expert that no token visits has moments of zero; ModelError for any other linear without tokens.
         """
+        found = self._moments(name, fp8_activations, with_reference)
+        if self.parking:
+            self.parking.away(self.module, self.reference, self.parent)
+        return found
+
+    def _moments(self, name: str, fp8_activations: bool, with_reference: bool) -> Moments:
         if self.arch.is_routed(name):
             if name not in self._kept or self._kept_fp8 != fp8_activations:
                 sums = routed_sums(self, name, fp8_activations)
@@ -279,6 +289,8 @@ class Block:
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Move λ over `edge` (`fold_edge`). scale: λ [channels of the source], float32."""
         stored = self.storage[f"{edge.source}.weight"]
+        if self.parking:
+            self.parking.back(self.module)
         fold_edge(self.module, edge, scale.to(self.device, torch.float32), stored, self.sink_columns)
         self.forget_moments(edge.source, *edge.sinks)
 

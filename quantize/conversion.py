@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableSequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.moe import MoeFfn, Policy, TopK
+from quantize.offload import Parking, Place, kept
 from quantize.peak import Cost
 from quantize.recipe import Recipe
 from quantize.resume import Resume
@@ -35,6 +36,7 @@ from quantize.skeleton import Skeleton
 from quantize.statistics import Collected, profile
 from quantize.streams import Streams
 from quantize.view import ModelView
+from quantize.writer import reported
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,10 @@ class Request:
     dtype: torch.dtype
     batch_tokens: int = 4096
     """Calibration tokens per forward pass; bounds the memory of one pass."""
+    states_on: Place = "device"
+    """Where hidden states wait between two blocks."""
+    split: bool = False
+    """Whether the weights of a block are put away, all but those of the linear that is worked on."""
     work: Path | None = None
     """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
     resume: Resume | None = None
@@ -164,17 +170,33 @@ class Conversion:
 
     def _hidden(self, windows: Tensor) -> list[Tensor]:
         """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
+        return list(self._embedded(windows))
+
+    def _embedded(self, windows: Tensor) -> Iterator[Tensor]:
         batch = max(1, self.request.batch_tokens // windows.shape[1])
         weight = self._outside(self.arch.embedding)[f"{self.arch.embedding}.weight"]
-        return [self.skeleton.embed(weight, part) for part in torch.split(windows, batch)]
+        for part in torch.split(windows, batch):
+            yield self.skeleton.embed(weight, part)
 
     def embed(self, tokens: TokenSet | None) -> Streams | None:
         """Hidden states that enter block 0; None where no stage needs them."""
         if tokens is None or not any(s.needs_inputs for s in self.request.recipe.stages):
             return None
-        hidden = self._hidden(tokens.tokens)
+        hidden = self.keep(self._embedded(tokens.tokens))
         needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
-        return Streams(hidden, list(hidden) if needs_reference else None)
+        return Streams(hidden, self.keep(hidden) if needs_reference else None)
+
+    def keep(self, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
+        """Hidden states of all batches, where they wait between two blocks."""
+        return kept(hidden, self.request.states_on, self.scratch)
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for files without a name, which are gone when the process is."""
+        folder = self.request.work or self.request.output.absolute().parent
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
         """Tensors of modules outside the blocks as the output holds them; the final norm and the head go together."""
@@ -216,29 +238,51 @@ class Conversion:
         self.report[name] = {"weight_error": error / size if size else 0.0}
         return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
 
-    def open(self, index: int, inputs: list[Tensor], reference_inputs: list[Tensor] | None = None) -> Block:
+    def open(
+        self,
+        index: int,
+        inputs: MutableSequence[Tensor],
+        reference_inputs: MutableSequence[Tensor] | None = None,
+    ) -> Block:
         """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's.
 
         They come in the basis of the output and are replaced by the same in the parent's, which the weights are in.
         """
         prefix = f"{self.arch.blocks}.{index}."
-        weights = self.source.tensors(prefix)
-        require_finite_floats(weights, prefix)
-        self.source_bytes += _bytes(weights)
+        parking = Parking(self.request.device, self.scratch) if self.request.split else None
+        weights: dict[str, Tensor] = {}
+        storage: dict[str, torch.dtype] = {}
+        for name in self.source.names(prefix):  # one by one: all in both dtypes would take half as much again
+            tensor = self.source.tensor(name)
+            require_finite_floats({name: tensor}, "")
+            storage[name.removeprefix(prefix)] = tensor.dtype
+            self.source_bytes += _bytes({name: tensor})
+            tensor = tensor.to(self.request.device, self.request.dtype)
+            weights[name.removeprefix(prefix)] = parking.put(tensor) if parking else tensor
+        module = self.skeleton.layer(index, weights, placed=True)
+
+        def forward(module: nn.Module, hidden: Tensor) -> Tensor:
+            if parking:
+                parking.back(module)
+            return self.skeleton.forward(index, module, hidden.to(self.request.device))
+
         block = Block(
             index=index,
             arch=self.skeleton.block_arch(index),
             shape=self.shape,
-            module=self.skeleton.layer(index, weights),
-            storage={name: tensor.dtype for name, tensor in weights.items()},
-            forward=lambda module, hidden: self.skeleton.forward(index, module, hidden),
+            module=module,
+            storage=storage,
+            forward=forward,
             inputs=inputs,
             reference_inputs=reference_inputs,
             device=self.request.device,
             rotary_dim=self.rotary_dim,
             keeps_post_scales=self.request.recipe.format == "pq",
+            parking=parking,
             memo=self.memo,
         )
+        if parking:
+            parking.away(module)
         if self.basis.changed:
             block.map_inputs(self.basis.leave)
         return block

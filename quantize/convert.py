@@ -56,7 +56,6 @@ def convert(
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
             run, streams = restored(run, kept.facts, kept.tensors)
-            kept.tensors.clear()  # the streams must be freed as they advance
         elif run.needs_plan or space:
             run = _settled(run, space, tokens, progress)
             keeper.keep(run, 0, None, {})

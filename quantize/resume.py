@@ -1,7 +1,7 @@
 """What a conversion keeps on the disk from block to block, so that a stopped or killed one goes on where it was.
 
-A folder holds the finished shards, one file of tensors and one JSON file that names both with their hashes. The JSON
-file is replaced last, in one step, so that whatever the moment of a kill, it speaks of files that are whole.
+A folder holds the finished shards, files of tensors and one JSON file that names all of them with their hashes. The
+JSON file is replaced last, in one step, so that whatever the moment of a kill, it speaks of files that are whole.
 
 No random state is among it: every draw in a conversion comes from a generator that is seeded where it is used.
 """
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ Resume = Literal["auto", "required", "never"]
 """`auto`: go on where the state fits, else start anew; `required`: refuse to start anew; `never`: start anew, keep no
 state and remove that of an earlier run."""
 
+_FILE_BYTES = 1 << 28
 _LOCK, _STATE, _PARTIAL, _TENSORS = "lock", "state.json", "partial", "state-*.safetensors"
 
 
@@ -43,7 +44,8 @@ class Kept:
 
     blocks: int
     facts: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    """Read when they are asked for."""
     written: dict[str, Any]
     """What the writer knew of its files."""
 
@@ -122,25 +124,32 @@ class StateFolder:
         fingerprint: Mapping[str, Any],
         blocks: int,
         facts: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
         written: Mapping[str, Any],
     ) -> None:
-        """Replace the state by that after `blocks` blocks, in one step; OutputError where the disk refuses."""
+        """Replace the state by that after `blocks` blocks, in one step; OutputError where the disk refuses.
+
+        tensors: taken and written a few at a time.
+        """
         if not self.keeps or self.folder is None:
             return
-        path = self.folder / _TENSORS.replace("*", f"{blocks:05d}")
-        with reported(path):
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-            sync(path)
-            if (self.folder / _PARTIAL).exists():
+        files = {}
+        for number, some in enumerate(_portions(tensors)):
+            path = self.folder / _TENSORS.replace("*", f"{blocks:05d}-{number:05d}")
+            with reported(path):
+                save_file(some, path)
+                sync(path)
+                files[path.name] = sha256_file(path)
+        if (self.folder / _PARTIAL).exists():
+            with reported(self.folder / _PARTIAL):
                 sync(self.folder / _PARTIAL)
-            record = {
-                "fingerprint": fingerprint,
-                "blocks": blocks,
-                "facts": facts,
-                "written": written,
-                "tensors": {path.name: sha256_file(path)},
-            }
+        record = {
+            "fingerprint": fingerprint,
+            "blocks": blocks,
+            "facts": facts,
+            "written": written,
+            "tensors": files,
+        }
         with reported(self.folder / _STATE):
             part = self.folder / f"{_STATE}.part"
             part.write_text(canonical_json(record | {DIGEST: provenance_digest(record)}), encoding="utf-8")
@@ -148,7 +157,7 @@ class StateFolder:
             part.replace(self.folder / _STATE)
             sync(self.folder)
         for old in self.folder.glob(_TENSORS):
-            if old != path:
+            if old.name not in files:
                 old.unlink()
 
     def clear(self) -> None:
@@ -245,18 +254,50 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _portions(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by files of about `_FILE_BYTES`; writing a file takes its size again."""
+    some: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        some[name] = tensor.detach().cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= _FILE_BYTES:
+            yield some
+            some, size = {}, 0
+    if some:
+        yield some
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Tensors in files, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._where: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self._where |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._where[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
 def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
-    """Load the tensors after all files were compared with their hashes."""
+    """The state, after all files were compared with their hashes."""
     files = {folder / name: digest for name, digest in record["tensors"].items()}
     files |= {folder / _PARTIAL / name: digest for name, digest in record["written"].get("hashes", {}).items()}
     try:
         for path, digest in files.items():
             if sha256_file(path) != digest:
                 raise _DamagedError(f"{path.name} is not what was written")
-        tensors: dict[str, Tensor] = {}
-        for name in record["tensors"]:
-            with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no dict
+        tensors = _Tensors(folder / name for name in record["tensors"])
     except (OSError, SafetensorError) as err:
         raise _DamagedError(str(err)) from None
     return Kept(record["blocks"], record["facts"], tensors, record["written"])

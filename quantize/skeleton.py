@@ -133,11 +133,16 @@ class Skeleton:
         return block_architecture(self.arch, self._facts, index)
 
     def layer(
-        self, index: int, weights: Mapping[str, Tensor], packed: Mapping[str, nn.Module] | None = None
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        packed: Mapping[str, nn.Module] | None = None,
+        placed: bool = False,
     ) -> nn.Module:
         """Materialize block `index` from tensors named relative to it; ModelError names what does not fit.
 
-        packed: modules that stand in for linears of the block.
+        packed: modules that stand in for linears of the block. placed: the tensors have their dtype and stay where they
+        are.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
         for name in packed or {}:
@@ -152,8 +157,8 @@ class Skeleton:
                 )
         if surplus := sorted(set(weights) - set(expected)):
             raise ModelError(f"block {index}: tensor {surplus[0]} is in the checkpoint but not in the architecture")
-        placed = {n: w.to(self.device, self.dtype) for n, w in weights.items()}
-        layer.load_state_dict(placed, assign=True)
+        moved = weights if placed else {n: w.to(self.device, self.dtype) for n, w in weights.items()}
+        layer.load_state_dict(moved, assign=True)
         for name, module in (packed or {}).items():
             layer.set_submodule(name, module)
         layer.requires_grad_(False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantize.allocation import Allocation
@@ -18,11 +18,12 @@ from quantize.peak import Cost
 from quantize.recipe import Recipe
 from quantize.streams import Streams
 
+_STREAMS = ("quantized", "reference")
 _NUMBERS = ("stored_bits", "weights", "source_bytes", "untied_head_bytes")
 
 
-def snapshot(run: Conversion, streams: Streams | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts (JSON data) and tensors from which `restored` makes an equal conversion.
+def snapshot(run: Conversion, streams: Streams | None) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+    """Facts (JSON data) and named tensors from which `restored` makes an equal conversion.
 
     streams: what enters the next block; None where no stage needs it, and before block 0, where it is embedded anew.
     """
@@ -44,9 +45,13 @@ def snapshot(run: Conversion, streams: Streams | None) -> tuple[dict[str, Any], 
     }
     if streams is not None:
         facts["streams"] = {"dropped": streams.dropped, "reference": streams.reference is not None}
-        tensors |= {f"quantized.{i:06d}": hidden for i, hidden in enumerate(streams.quantized)}
-        tensors |= {f"reference.{i:06d}": hidden for i, hidden in enumerate(streams.reference or [])}
-    return facts, tensors
+    return facts, itertools.chain(tensors.items(), _hidden(streams))
+
+
+def _hidden(streams: Streams | None) -> Iterator[tuple[str, Tensor]]:
+    for kind in _STREAMS if streams else ():
+        for i, hidden in enumerate(getattr(streams, kind) or ()):
+            yield f"{kind}.{i:06d}", hidden
 
 
 def restored(
@@ -65,15 +70,15 @@ def restored(
     out.statistics.restore(facts["statistics"], tensors)
     for name, number in facts["numbers"].items():
         setattr(out, name, number)
-    return out, _streams(facts["streams"], tensors, run.request.device)
+    return out, _streams(out, facts["streams"], tensors)
 
 
-def _streams(facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], device: torch.device) -> Streams | None:
+def _streams(run: Conversion, facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Streams | None:
     if facts is None:
         return None
     both = [
-        [tensors[name].to(device) for name in sorted(tensors) if name.startswith(f"{kind}.")]
-        for kind in ("quantized", "reference")
+        run.keep(tensors[name].to(run.request.device) for name in sorted(tensors) if name.startswith(f"{kind}."))
+        for kind in _STREAMS
     ]
     return Streams(both[0], both[1] if facts["reference"] else None, facts["dropped"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Streams:
-    """What enters the current block, batch by batch [B, T, D].
+    """What enters the current block, batch by batch [B, T, D], in lists or in what `quantize.offload` has for them.
 
     `quantized` went through the already quantized blocks; `reference`, where a stage needs it, through the parent's.
     """
 
-    quantized: list[Tensor]
-    reference: list[Tensor] | None
+    quantized: MutableSequence[Tensor]
+    reference: MutableSequence[Tensor] | None
     dropped: int = 0
     """Sequences left out so far because their hidden states were no longer finite."""
 
@@ -45,10 +46,12 @@ class Streams:
             quantized[batch] = outputs[0]
             if reference is not None:
                 reference[batch] = outputs[1]
-        kept = [batch for batch, hidden in enumerate(quantized) if len(hidden)]
-        self.quantized = [quantized[batch] for batch in kept]
-        self.reference = None if reference is None else [reference[batch] for batch in kept]
+        for batch in reversed(range(len(quantized))):
+            if not len(quantized[batch]):
+                del quantized[batch]
+                if reference is not None:
+                    del reference[batch]
         if self.dropped > dropped_before:
             log.warning("block %d: %d sequences became non-finite", block.index, self.dropped - dropped_before)
-        if not kept:
+        if not quantized:
             raise ModelError(f"block {block.index}: its outputs are not finite for any sequence; try --dtype float32")

@@ -92,7 +92,7 @@ def test_sequences_that_left_the_calibration_stay_out(
 def test_only_the_last_state_lies_in_the_folder(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     asked = kept(tiny, text_file, tmp_path, "gptq")
     stopped_after(asked, 2)
-    assert {path.name for path in asked.work.iterdir()} == {"state.json", "state-00002.safetensors", "partial"}
+    assert {path.name for path in asked.work.iterdir()} == {"state.json", "state-00002-00000.safetensors", "partial"}
     assert len(list((asked.work / "partial").iterdir())) == 3
     assert not asked.output.exists()
 

@@ -122,7 +122,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["state.json", "state-00002.safetensors", "partial/model-00002-of-00005.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.json", "state-00002-00000.safetensors", "partial/model-00002-of-00005.safetensors"]
+)
 def test_damage_is_no_state(
     tiny: ModelMaker,
     text_file: Path,
@@ -146,7 +148,7 @@ def test_files_of_a_killed_run_are_no_part_of_the_next(tiny: ModelMaker, text_fi
     stopped_after(asked, 1)
     for name in ("partial/model-00003-of-00005.safetensors", "partial/stray", "state.json.part", "lock"):
         (asked.work / name).write_text("half")
-    (asked.work / "state-00002.safetensors").write_text("half")
+    (asked.work / "state-00002-00000.safetensors").write_text("half")
     convert(dataclasses.replace(asked, resume="required"))
     assert files_of(asked.output) == whole(asked)
     assert not asked.work.exists()
@@ -176,7 +178,7 @@ def test_a_full_disk_keeps_the_state_before_it(
 
     def save(tensors: Any, path: Path) -> None:
         real(tensors, path)
-        if path.name == "state-00002.safetensors":
+        if path.name == "state-00002-00000.safetensors":
             cut(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
