@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from quantize.memo import Memo
 from quantize.moe import MoeFfn
 from quantize.moments import Moments, Sums, routed_sums, sums_of
 from quantize.peak import Cost
+from quantize.ranks import ALONE, Ranks
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
 
@@ -74,6 +75,8 @@ class Block:
     parent_arch: Architecture | None = None
     """The parent's row: of a dense block, where experts took the place of its FFN."""
     memo: Memo = field(default_factory=lambda: Memo(None))
+    ranks: Ranks = ALONE
+    """The processes that convert the block together."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
     _kept: dict[str, Moments] = field(default_factory=dict)
@@ -218,7 +221,7 @@ class Block:
             linear.bias.data = linear.bias * scale
 
     def inputs_of(
-        self, names: Sequence[str], module: nn.Module | None = None, stream: list[Tensor] | None = None
+        self, names: Sequence[str], module: nn.Module | None = None, stream: Iterable[Tensor] | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
 
