@@ -64,7 +64,9 @@ class NoWriter:
     """Stands in for the writer on ranks that write nothing."""
 
     total_size = 0
-    written: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.written: dict[str, Any] = {}
 
     def __enter__(self) -> NoWriter:
         return self

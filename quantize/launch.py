@@ -76,7 +76,11 @@ class _Launch(Ranks):
     def tell(self, data: Any, source: int = 0) -> Any:
         text = bytearray(json.dumps(data).encode())
         size = self.copied(torch.tensor([len(text)]), source)
-        mine = torch.frombuffer(text, dtype=torch.uint8) if self.rank == source else torch.empty(int(size)).byte()
+        mine = (
+            torch.frombuffer(text, dtype=torch.uint8)
+            if self.rank == source
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         return json.loads(bytes(self.copied(mine, source).numpy()))
 
     def gathered(self, data: Any) -> list[Any]:
