@@ -75,13 +75,9 @@ class _Launch(Ranks):
 
     def tell(self, data: Any, source: int = 0) -> Any:
         text = bytearray(json.dumps(data).encode())
-        size = self.copied(torch.tensor([len(text)]), source)
-        mine = (
-            torch.frombuffer(text, dtype=torch.uint8)
-            if self.rank == source
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
-        return json.loads(bytes(self.copied(mine, source).numpy()))
+        size = int(self.copied(torch.tensor([len(text)]), source))
+        buffer = text if self.rank == source else bytearray(size)
+        return json.loads(bytes(self.copied(torch.frombuffer(buffer, dtype=torch.uint8), source).numpy()))
 
     def gathered(self, data: Any) -> list[Any]:
         return [self.tell(data, source) for source in range(self.size)]
