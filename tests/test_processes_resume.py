@@ -110,11 +110,12 @@ def test_an_error_of_one_rank_ends_the_others(command: Command):
         raise ModelError("the disk of this machine is broken")
 
     for rank in (0, 1):
-        assert command.codes(3, before=before_block(1, fail, rank)) == [4, 4, 4], command.last.texts()
+        codes = command.codes(3, "--resume", "never", before=before_block(1, fail, rank))
+        assert codes == [4, 4, 4], command.last.texts()
         texts = command.last.texts()
         assert texts.pop(rank) == ("" if rank else "pq: error: the disk of this machine is broken\n")
         assert texts == [f"pq: rank {rank} failed: the disk of this machine is broken\n"] * 2
-    assert command.codes(2, "--resume", "required") == [0, 0]
+        assert {path.name for path in command.folder.iterdir() if path.is_dir()} == {f"said-{rank + 1}", "said-1"}
 
 
 def test_an_unexpected_error_ends_the_others(command: Command):

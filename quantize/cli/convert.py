@@ -72,8 +72,8 @@ def convert(
     from quantize.resume import forget_finished
     from quantize.writer import require_free
 
-    mode = _resume_mode(resume)
-    with joining(keeps=mode != "never") as (ranks, local_rank):
+    with joining(keeps=resume != "never") as (ranks, local_rank):
+        mode = _resume_mode(resume)
         chosen = load_recipe(recipe).with_overrides(
             dataset=dataset,
             nsamples=nsamples,
