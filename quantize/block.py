@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from quantize.moe import MoeFfn
 from quantize.moments import Moments, Sums, routed_sums, sums_of
 from quantize.offload import Parking, shared_copy
 from quantize.peak import Cost
+from quantize.ranks import ALONE, Ranks
 from quantize.smoothing import fold_edge
 from quantize.statistics import code_histogram
 
@@ -76,6 +77,8 @@ class Block:
     parking: Parking | None = None
     """Puts the block's matrices away while a linear is being fitted; None: all stay on the device."""
     memo: Memo = field(default_factory=lambda: Memo(None))
+    ranks: Ranks = ALONE
+    """The processes that convert the block together."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
     _kept: dict[str, Moments] = field(default_factory=dict)
@@ -222,7 +225,7 @@ class Block:
             linear.bias.data = linear.bias * scale
 
     def inputs_of(
-        self, names: Sequence[str], module: nn.Module | None = None, stream: MutableSequence[Tensor] | None = None
+        self, names: Sequence[str], module: nn.Module | None = None, stream: Iterable[Tensor] | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
 

@@ -29,6 +29,7 @@ from quantize.methods.fireq_attention import FireqAttention
 from quantize.moe import MoeFfn, Policy, TopK
 from quantize.offload import Parking, Place, kept
 from quantize.peak import Cost
+from quantize.ranks import ALONE, Ranks
 from quantize.recipe import Recipe
 from quantize.resume import Resume
 from quantize.rope import rotary_dim
@@ -73,6 +74,8 @@ class Request:
     None: no block is kept, and what another run kept is left alone."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
+    ranks: Ranks = ALONE
+    """The processes that do it together; the first alone reads the text and writes."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Conversion:
         self.source_bytes = self.untied_head_bytes = 0
         self.routing: dict[str, Policy] = {}
         self.costs: dict[str, Cost] = {}
-        self.memo = Memo(request.work)
+        self.memo = Memo(request.work, request.ranks)
 
     @property
     def needs_plan(self) -> bool:
@@ -280,6 +283,7 @@ class Conversion:
             keeps_post_scales=self.request.recipe.format == "pq",
             parking=parking,
             memo=self.memo,
+            ranks=self.request.ranks,
         )
         if parking:
             parking.away(module)

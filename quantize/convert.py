@@ -7,7 +7,10 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 import quantize
 from quantize.allocation import Space
@@ -17,6 +20,14 @@ from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
 from quantize.errors import ModelError, RecipeError, StoppedError, UsageError
+from quantize.joint import (
+    NoWriter,
+    processor,
+    require_equal,
+    require_same_block,
+    shared_state,
+    shared_tokens,
+)
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, format_problems, resolved_yaml
 from quantize.resume import StateFolder
@@ -40,18 +51,21 @@ def convert(
 
     Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its Hessians, the embedding
     matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes,
-    taken up or not. stop: asked after each block where `request.resume` keeps blocks; StoppedError once it is true.
+    taken up or not, with any number of ranks, of which the first alone writes. stop: asked after each block where
+    `request.resume` keeps blocks; StoppedError on all ranks once it is true on one.
     Raises PqError subclasses; on any error nothing is left at the output.
     """
-    started = time.monotonic()
-    require_free(request.output)
-    with StateFolder(request.work, request.resume) as state:
+    started, ranks = time.monotonic(), request.ranks
+    if ranks.first:
+        require_free(request.output)
+    with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
         run, space, tokens = _opened(request)
         blocks = run.shape.n_blocks
         progress("hashing source", 0, blocks)
-        hashes = run.source.hashes()
-        keeper = _Keeper(state, _fingerprint(request, hashes, tokens), blocks, stop)
-        kept = state.take_up(keeper.fingerprint)
+        require_equal(ranks, _surroundings(request, run.source, tokens))
+        hashes = run.source.hashes() if ranks.first else {}
+        keeper = _Keeper(state, request, _fingerprint(request, hashes, tokens), blocks, stop)
+        kept = shared_state(ranks, state.take_up(keeper.fingerprint))
         streams: Streams | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
@@ -61,10 +75,11 @@ def convert(
             keeper.keep(run, 0, None, {})
         if not done:
             streams = run.embed(tokens)
-        with CheckpointWriter(request.output, blocks + 2, state.partial, written) as writer:
+        with _writer(request, blocks + 2, state.partial, written) as writer:
             streams = _write_blocks(run, streams, done, writer, keeper, progress)
             progress("writing", blocks, blocks)
-            _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
+            if isinstance(writer, CheckpointWriter):
+                _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
         state.clear()
     return run.summary(time.monotonic() - started, writer.total_size)
 
@@ -74,16 +89,18 @@ class _Keeper:
     """Keeps what is done, and stops where that is asked for."""
 
     state: StateFolder
+    request: Request
     fingerprint: dict[str, Any]
     blocks: int
     stop: Callable[[], bool]
 
     def keep(self, run: Conversion, done: int, streams: Streams | None, written: dict[str, Any]) -> None:
         """Commit the state after `done` blocks. StoppedError when it is time to stop."""
-        if not self.state.keeps:
+        if self.request.work is None or self.request.resume in (None, "never"):
             return
-        self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
-        if self.stop():
+        if self.state.keeps:
+            self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
+        if self.request.ranks.any(self.stop()):
             what = f"block {done} of {self.blocks}" if done else "planning"
             raise StoppedError(f"stopped after {what}; the same command goes on from there")
 
@@ -99,7 +116,9 @@ def _opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None
     skeleton = Skeleton(request.model, arch, request.device, request.dtype)
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
-    tokens = _calibration(request, shape) if space or any(s.needs_inputs for s in request.recipe.stages) else None
+    tokens = None
+    if space or any(stage.needs_inputs for stage in request.recipe.stages):
+        tokens = shared_tokens(request.ranks, lambda: _calibration(request, shape))
     return Conversion(request, source, arch, shape, skeleton), space, tokens
 
 
@@ -112,14 +131,21 @@ def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, prog
 
 
 def _write_blocks(
-    run: Conversion, streams: Streams | None, done: int, writer: CheckpointWriter, keeper: _Keeper, progress: Progress
+    run: Conversion,
+    streams: Streams | None,
+    done: int,
+    writer: CheckpointWriter | NoWriter,
+    keeper: _Keeper,
+    progress: Progress,
 ) -> Streams | None:
     """Convert and write all blocks but the first `done`; returns what is left of the streams."""
-    if not done:
+    if not done and run.request.ranks.first:
         writer.add_shard(run.tensors_outside(run.arch.embedding))
     for index in range(done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
-        writer.add_shard(run.block(index, streams))
+        tensors = run.block(index, streams)
+        require_same_block(run.request.ranks, index, tensors)
+        writer.add_shard(tensors)
         if streams and index + 1 == keeper.blocks:
             streams = Streams([], None, streams.dropped)
         keeper.keep(run, index + 1, streams, writer.written)
@@ -196,6 +222,19 @@ def _calibration(request: Request, shape: Shape) -> TokenSet:
     )
     check_vocab(tokens.tokens, shape.vocab)
     return tokens
+
+
+def _writer(
+    request: Request, shards: int, kept: Path | None, written: Mapping[str, Any]
+) -> CheckpointWriter | NoWriter:
+    return CheckpointWriter(request.output, shards, kept, written) if request.ranks.first else NoWriter()
+
+
+def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+    """What must be alike for all ranks to compute the same, by name."""
+    sizes = {name: (source.folder / name).stat().st_size for name in ("config.json", *source.shards)}
+    numerics = {"processor": processor(request.device), "threads": torch.get_num_threads()}
+    return numerics | {"sizes of the source": sizes} | _fingerprint(request, {}, tokens)
 
 
 def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:

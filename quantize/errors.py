@@ -53,3 +53,13 @@ class StoppedError(PqError):
     """The work was stopped on request, and what is done of it is kept."""
 
     exit_code = 75
+
+
+class LostError(PqError):
+    """Another process of the launch died (75), or failed, with the code of its error."""
+
+    exit_code = 75
+
+    def __init__(self, text: str, exit_code: int = 75) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

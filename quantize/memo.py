@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantize.ranks import ALONE, Ranks
+
 _FACTS = "facts"
 
 
@@ -29,15 +31,20 @@ def digest(facts: Any, tensors: Iterable[Tensor]) -> str:
 
 
 class Memo:
-    """A folder of results, one file each; without a folder it remembers nothing."""
+    """A folder of results, one file each; without a folder it remembers nothing. Of several ranks the first has it."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks = folder, ranks
 
     def recall(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and facts kept under a key; None where there are none, or none that can be read."""
         if self.folder is None:
             return None
+        tensors, facts = (self._read(key) if self.ranks.first else None) or ({}, None)
+        facts = self.ranks.tell(facts)
+        return None if facts is None else (self.ranks.tensors(tensors), facts)
+
+    def _read(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         try:
             with safe_open(self._path(key), framework="pt") as file:
                 facts: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])
@@ -47,7 +54,7 @@ class Memo:
 
     def keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep tensors and facts; the file appears whole or not at all."""
-        if self.folder is None:
+        if self.folder is None or not self.ranks.first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(key)

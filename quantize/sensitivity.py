@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,24 +29,28 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> d
     ModelError where no token has a finite output.
     """
     outputs = [block.forward(block.module, hidden) for hidden in block.inputs]
-    out: dict[str, dict[int, float]] = {}
-    for name, choices in schemes.items():
-        linear = block.linear(name)
-        out[name] = {}
-        try:
-            for scheme in choices:
-                trial = rounded(linear, scheme)
-                keep_rotation(linear, trial)
-                block.module.set_submodule(name, trial)
-                pairs = zip(block.inputs, outputs, strict=True)
-                parts = [_relative_errors(block.forward(block.module, x), y) for x, y in pairs]
-                errors = torch.cat(parts)
-                if not len(errors):
-                    raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
-                out[name][scheme.bits] = float(errors.double().mean())
-        finally:
-            block.module.set_submodule(name, linear)
+    trials = [(name, scheme) for name, choices in schemes.items() for scheme in choices]
+    errors = block.ranks.numbers([partial(_error, block, outputs, *trial) for trial in trials])
+    out: dict[str, dict[int, float]] = {name: {} for name in schemes}
+    for (name, scheme), error in zip(trials, errors, strict=True):
+        out[name][scheme.bits] = error
     return out
+
+
+def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme) -> float:
+    """Mean error with one linear rounded. outputs: those of the block as it is."""
+    linear = block.linear(name)
+    trial = rounded(linear, scheme)
+    keep_rotation(linear, trial)
+    try:
+        block.module.set_submodule(name, trial)
+        pairs = zip(block.inputs, outputs, strict=True)
+        errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
+    finally:
+        block.module.set_submodule(name, linear)
+    if not len(errors):
+        raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
+    return float(errors.double().mean())
 
 
 def rounded(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,8 +95,13 @@ def search(
     weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]
     plain = rounding_error(weights, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
     best, lowest = None, plain
-    for candidate in candidates:
-        error = rounding_error(weights, block.sink_columns(edge, candidate), hessian, grid, clip)
+
+    def error_with(candidate: Tensor) -> float:
+        return rounding_error(weights, block.sink_columns(edge, candidate), hessian, grid, clip)
+
+    tried = list(candidates)
+    errors = block.ranks.numbers([partial(error_with, candidate) for candidate in tried])
+    for candidate, error in zip(tried, errors, strict=True):
         if error < lowest:
             best, lowest = candidate, error
     return best, lowest / plain if plain else 1.0

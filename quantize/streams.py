@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableSequence
+from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.block import Block
 from quantize.errors import ModelError
@@ -35,10 +35,7 @@ class Streams:
         dropped_before = self.dropped
         quantized, reference = self.quantized, self.reference
         teacher = block.parent or block.reference or block.module
-        for batch, hidden in enumerate(quantized):
-            outputs = [block.forward(block.module, hidden)]
-            if reference is not None:
-                outputs.append(block.forward(teacher, reference[batch]))
+        for batch, outputs in enumerate(self._outputs(block, teacher)):
             finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]).all(dim=0)
             if not finite.all():
                 self.dropped += int((~finite).sum())
@@ -55,3 +52,15 @@ class Streams:
             log.warning("block %d: %d sequences became non-finite", block.index, self.dropped - dropped_before)
         if not quantized:
             raise ModelError(f"block {block.index}: its outputs are not finite for any sequence; try --dtype float32")
+
+    def _outputs(self, block: Block, teacher: nn.Module) -> Iterator[list[Tensor]]:
+        """The outputs of both streams, batch by batch; every rank computes some and receives the others."""
+        ranks, first = block.ranks, 0
+        for own, present in ranks.rounds(len(self.quantized)):
+            outputs = [block.forward(block.module, self.quantized[own])]
+            if self.reference is not None:
+                outputs.append(block.forward(teacher, self.reference[own]))
+            for source, hidden in enumerate(self.quantized[first : first + present]):
+                mine = source == ranks.rank
+                yield [ranks.copied(out if mine else torch.empty_like(hidden), source) for out in outputs]
+            first += present

@@ -19,7 +19,7 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
-from quantize.errors import PqError, StoppedError
+from quantize.errors import LostError, PqError, StoppedError
 
 app = typer.Typer(
     name="pq",
@@ -69,6 +69,10 @@ def main() -> None:
     except StoppedError as err:
         typer.echo(f"pq: {err}", err=True)
         sys.exit(err.exit_code)
+    except LostError as err:
+        typer.echo(f"pq: {err}", err=True)
+        sys.stderr.flush()
+        os._exit(err.exit_code)  # a library that waits for the lost process would not let this one go
     except PqError as err:
         for line in str(err).splitlines():
             typer.echo(f"pq: error: {line}", err=True)

@@ -45,8 +45,11 @@ def progress_bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else, the next what they always do."""
+def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else, the next what they always do.
+
+    aloud: say so on stderr.
+    """
     asked: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
@@ -54,8 +57,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         restore()
-        # Not by way of sys.stderr: the signal may have come while it was being written to.
-        os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
+        if aloud:  # not by way of sys.stderr: the signal may have come while it was being written to
+            os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
 
     def restore() -> None:
         for number, handler in usual.items():
@@ -80,14 +83,21 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there.
+
+    local_rank: the CUDA device that is meant by none in particular, and which is made the current one.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+        name = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and local_rank is not None:
+            device = torch.device("cuda", local_rank) if device.index is None else device
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise UsageError(f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu") from None

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -17,6 +15,7 @@ import typer
 
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries, stop_on_signals
 from quantize.cli.figures import print_restructured
+from quantize.cli.launches import joining
 from quantize.errors import PqError, UsageError
 
 if TYPE_CHECKING:
@@ -59,52 +58,58 @@ def convert(
         typer.Option(
             help="auto: go on after the last block that a stopped run of the same model, recipe, text and versions "
             "finished, else start anew; required: refuse to start anew; never: start anew and keep no blocks. "
-            "A launch of several processes keeps no blocks, only what LaDiMo taught."
+            "Several processes (accelerate launch, torchrun) may go on from what any number of them kept."
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Quantize a model; the output appears whole or not at all. Beside it: OUTPUT.log and OUTPUT.report.html."""
     from quantize.convert import Request
-    from quantize.convert import convert as run
     from quantize.overrides import with_stage_fields
     from quantize.recipe import load_recipe
     from quantize.resume import forget_finished
     from quantize.writer import require_free
 
-    mode = _resume_mode(resume)
-    chosen = load_recipe(recipe).with_overrides(
-        dataset=dataset,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        chat_template=chat_template,
-        text_field=text_field,
-    )
-    chosen = with_stage_fields(chosen, assignments or [])
-    kept = work or output.with_name(output.name + ".work")
-    forget_finished(kept, output, own=work is None)
-    require_free(output)
-    quiet_libraries()
-    place = pick_device(device)
-    computing = pick_dtype(dtype, place)
-    request = Request(
-        local_model(model), chosen, output, place, computing, work=kept, resume=mode, target_bpw=target_bpw
-    )
-    if int(os.environ.get("RANK", "0")):
-        _assist(request)
-        return
-    keeps = mode in ("auto", "required")
-    with _logged(output, kept):
-        with progress_bar() as progress, stop_on_signals() if keeps else nullcontext(_never) as stop:
+    with joining(keeps=resume != "never") as (ranks, local_rank):
+        mode = _resume_mode(resume)
+        chosen = load_recipe(recipe).with_overrides(
+            dataset=dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            chat_template=chat_template,
+            text_field=text_field,
+        )
+        chosen = with_stage_fields(chosen, assignments or [])
+        kept = work or output.with_name(output.name + ".work")
+        if ranks.first:
+            forget_finished(kept, output, own=work is None)
+            require_free(output)
+        quiet_libraries()
+        place = pick_device(device, local_rank)
+        computing, source = pick_dtype(dtype, place), local_model(model)
+        request = Request(
+            source, chosen, output, place, computing, work=kept, resume=mode, target_bpw=target_bpw, ranks=ranks
+        )
+        if ranks.first:
+            _lead(request, kept, own=work is None, as_json=as_json)
+        else:
+            _assist(request)
+
+
+def _lead(request: Request, kept: Path, own: bool, as_json: bool) -> None:
+    """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
+    from quantize.convert import convert as run
+
+    with _logged(request.output, kept):
+        with progress_bar() as progress, _stopping(request, aloud=True) as stop:
             summary = run(request, progress, stop)
-        _wait_for_all()
-        if work is None:
+        if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
-        _write_report(output)
+        _write_report(request.output)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     else:
@@ -112,21 +117,17 @@ def convert(
 
 
 def _assist(request: Request) -> None:
-    """Take part as one of several processes: what it writes is what the first one writes, and goes."""
+    """Take part as one of several processes that is not the first: silent, without a log."""
     from quantize.convert import convert as run
 
-    with tempfile.TemporaryDirectory(prefix="pq-") as folder:
-        run(dataclasses.replace(request, output=Path(folder) / "out"))
-        _wait_for_all()
+    logging.getLogger("quantize").addHandler(logging.NullHandler())
+    with _stopping(request, aloud=False) as stop:
+        run(request, stop=stop)
 
 
-def _wait_for_all() -> None:
-    """Until all processes of a launch are here, so that none keeps results in a folder that another removes."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def _stopping(request: Request, aloud: bool) -> AbstractContextManager[Callable[[], bool]]:
+    """Whether to stop after the block under way; where no block is kept signals do what they always do."""
+    return nullcontext(_never) if request.resume == "never" else stop_on_signals(aloud)
 
 
 def _write_report(output: Path) -> None:
@@ -145,18 +146,13 @@ def _never() -> bool:
     return False
 
 
-def _resume_mode(asked: str) -> Resume | None:
-    """None where several processes work together: all of them would have to stop, and go on, at one block."""
+def _resume_mode(asked: str) -> Resume:
     from quantize.resume import Resume
 
     mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
     if mode is None:
         raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return mode
-    if mode == "required":
-        raise UsageError("--resume required: several processes keep no blocks; start one alone")
-    return None
+    return mode
 
 
 @contextmanager

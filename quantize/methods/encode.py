@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from quantize.errors import ModelError
+from quantize.exchange import share_out
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
 from quantize.moments import Moments, too_few
@@ -52,14 +53,33 @@ class Encode(Stage):
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_reference:
             block.freeze_reference()
+        for groups in self._waves(block):
+            share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
+
+    def _waves(self, block: Block) -> Iterator[list[list[str]]]:
+        """Groups of linears that share an input, in the order in which the block computes them.
+
+        Where several ranks work, as many routed experts come together: none changes what another one sees.
+        """
+        wave: list[list[str]] = []
         for group in block.arch.calibration_order:
             names = [name for name in group if self.selects(block.full_name(name))]
-            if names:
-                self.encode_group(block, names)
+            if not names:
+                continue
+            if wave and (len(wave) == block.ranks.size or not _alike(block, wave[-1][0], names[0])):
+                yield wave
+                wave = []
+            wave.append(names)
+        if wave:
+            yield wave
+
+    def measured(self, block: Block, name: str) -> Moments | None:
+        """What must be known about the input of `name`; None where that is nothing. All ranks measure together."""
+        return None
 
     @abstractmethod
-    def encode_group(self, block: Block, names: Sequence[str]) -> None:
-        """Encode linears that share one input."""
+    def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
+        """Encode linears that share one input: some of them, where other ranks encode the others."""
 
 
 class IntEncode(Encode):
@@ -99,6 +119,12 @@ class IntEncode(Encode):
                     f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels need; "
                     "use activations: none or add the layer to ignore"
                 )
+
+
+def _alike(block: Block, name: str, other: str) -> bool:
+    """Whether two linears are the same one of two routed experts."""
+    routed = block.arch.is_routed(name) and block.arch.is_routed(other)
+    return routed and block.arch.dense_name(name) == block.arch.dense_name(other)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

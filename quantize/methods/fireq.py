@@ -78,20 +78,23 @@ class Fireq(IntEncode):
         """Aiming at the parent takes its activations along."""
         return self.rounding == "descent" and self.aim == "parent"
 
-    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+    def measured(self, block: Block, name: str) -> Moments | None:
+        """Second moments of the inputs, unless the weights alone are rounded."""
+        return block.moments(name, self.fp8, with_reference=self.aim == "parent") if self.needs_inputs else None
+
+    def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""
-        if self.rounding == "nearest":
+        if moments is None:
             for name in names:
                 self._nearest(block, name)
             return
-        moments = block.moments(names[0], self.fp8, with_reference=self.aim == "parent")
         usable = factored(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
                 fall_back(block, name, self._grid(), self.fp8, usable)
             return
         targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
-        moments = moments.without_parent()
+        moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)
 

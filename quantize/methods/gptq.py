@@ -13,6 +13,7 @@ from quantize.solver import error_feedback
 
 if TYPE_CHECKING:
     from quantize.block import Block
+    from quantize.moments import Moments
 
 
 class Gptq(IntEncode):
@@ -26,10 +27,14 @@ class Gptq(IntEncode):
     clip: Literal["absmax", "mse"] = "mse"
     """`absmax`: the group's largest weight fits; `mse`: clip where that lowers the group's squared error."""
 
-    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+    def measured(self, block: Block, name: str) -> Moments:
+        """Second moments of the inputs."""
+        return block.moments(name, self.fp8)
+
+    def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""
         grid = Grid(self.bits, self.group_size)
-        moments = block.moments(names[0], self.fp8)
+        assert moments is not None
         usable = factored(block, names[0], moments, self.damping, self.order)
         for name in names:
             if isinstance(usable, str):

@@ -10,6 +10,7 @@ from quantize.methods.encode import IntEncode, encode_nearest, note_errors
 
 if TYPE_CHECKING:
     from quantize.block import Block
+    from quantize.moments import Moments
 
 
 class Rtn(IntEncode):
@@ -24,7 +25,7 @@ class Rtn(IntEncode):
         """Data-free."""
         return False
 
-    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+    def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears one by one."""
         grid = Grid(self.bits, self.group_size)
         for name in names:

@@ -93,13 +93,16 @@ class Sbvr(Encode):
             except ValueError as err:
                 raise ModelError(f"{name}: {err}; raise overhead or add the layer to ignore") from None
 
-    def encode_group(self, block: Block, names: Sequence[str]) -> None:
+    def measured(self, block: Block, name: str) -> Moments | None:
+        """Second moments of the inputs, unless the weights alone are fitted."""
+        return block.moments(name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
+
+    def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""
-        if self.fit == "data-free":
+        if moments is None:
             for name in names:
                 self._data_free(block, name)
             return
-        moments = block.moments(names[0], False, with_reference=self.aim == "parent")
         usable = factored(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
@@ -107,7 +110,7 @@ class Sbvr(Encode):
                 self._data_free(block, name)
             return
         targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
-        moments = moments.without_parent()
+        moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._solve(block, name, targets.pop(name), moments, usable)
 

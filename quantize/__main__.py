@@ -1,0 +1,5 @@
+"""`python -m quantize`, which launchers take in the place of a script."""
+
+from quantize.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""Commands that several processes of accelerate or torchrun run together."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from quantize.errors import LostError, PqError
+
+if TYPE_CHECKING:
+    from quantize.ranks import Ranks
+
+
+@contextmanager
+def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
+    """Yield the ranks of the launch and this process's number on its machine (None for one that works alone).
+
+    Of an expected error the first rank alone tells; the others end with the same code. keeps: whether blocks are kept.
+    """
+    from quantize.launch import joined, launched, local_rank
+
+    remedy = "the same command goes on from the last block that is kept" if keeps else "start the command again"
+    first = True
+    try:
+        with joined(remedy, _abandon) as ranks:
+            first = ranks.first
+            yield ranks, local_rank() if launched() else None
+    except LostError:
+        raise
+    except PqError as err:
+        if not first:
+            sys.exit(err.exit_code)
+        raise
+
+
+def _abandon(err: LostError) -> None:
+    typer.echo(f"pq: {err}", err=True)
+    sys.stderr.flush()
+    os._exit(err.exit_code)

@@ -1,0 +1,108 @@
+"""Launches of several processes that convert together, forked, because starting Python anew takes longer than that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quantize import cli
+from quantize.convert import Request, convert
+from quantize.launch import joined
+
+REMEDY = "start again"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Running processes, by rank, and the files of what they say on stderr."""
+
+    ids: list[int]
+    said: list[Path]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes by rank, those of signals negative; TimeoutError, and no process left, if they hang."""
+        codes: dict[int, int] = {}
+        until = time.monotonic() + seconds
+        while len(codes) < len(self.ids):
+            for rank, number in enumerate(self.ids):
+                if rank not in codes:
+                    ended, status = os.waitpid(number, os.WNOHANG)
+                    if ended:
+                        codes[rank] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                for rank in set(range(len(self.ids))) - codes.keys():
+                    os.kill(self.ids[rank], signal.SIGKILL)
+                    os.waitpid(self.ids[rank], 0)
+                raise TimeoutError(f"of {len(self.ids)} ranks these ended: {codes}; {self.texts()}")
+            time.sleep(0.01)
+        return [codes[rank] for rank in range(len(self.ids))]
+
+    def texts(self) -> list[str]:
+        """What each rank said on stderr so far."""
+        return [path.read_text() for path in self.said]
+
+
+def launch(size: int, work: Callable[[int], None], folder: Path) -> Launch:
+    """Start ranks that call `work` with their number; what they say goes to files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    said = [folder / f"said-{rank}" for rank in range(size)]
+    ids = []
+    for rank in range(size):
+        number = os.fork()
+        if not number:
+            try:
+                several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+                os.environ.update({name: str(value) for name, value in several.items()} if size > 1 else {})
+                os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+                handle = os.open(said[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(handle, 2)
+                sys.stderr = os.fdopen(2, "w", buffering=1)
+                os._exit(_code(lambda rank=rank: work(rank)))  # type: ignore[misc]
+            finally:
+                os._exit(99)
+        ids.append(number)
+    return Launch(ids, said)
+
+
+def _code(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except SystemExit as left:
+        return 0 if left.code is None else int(str(left.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 98
+    return 0
+
+
+def together(size: int, asked: Request, folder: Path) -> None:
+    """Convert by the library with several ranks."""
+
+    def work(rank: int) -> None:
+        with joined(REMEDY, lambda err: os._exit(97)) as ranks:
+            convert(replace(asked, ranks=ranks))
+
+    running = launch(size, work, folder)
+    assert running.wait() == [0] * size, running.texts()
+
+
+def pq(size: int, arguments: Sequence[object], folder: Path, before: Callable[[int], None] | None = None) -> Launch:
+    """Start `pq` with several ranks; before: called in each of them first."""
+
+    def work(rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["pq", *map(str, arguments)]
+        if before is not None:
+            before(rank)
+        cli.main()
+
+    return launch(size, work, folder)

@@ -1,0 +1,71 @@
+"""Several processes write the bytes that one process writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ModelMaker
+from processes import together
+from resumed import RECIPES, files_of, model_of, request, whole
+from safetensors.torch import load_file, save_file
+
+from quantize.checkpoint import SINGLE_NAME
+from quantize.convert import Request
+
+MORE = {
+    "rotate-awq-gptq": "format: pq, stages: [{method: awq}, {method: rotate}, {method: gptq, group_size: 64}], head_bits: 8",
+    "sbvr-two": "format: pq, stages: [{method: sbvr, bits: 2, sweeps: 1, lines: 8, layers: ['*.q_proj', '*.v_proj']}]",
+    "stages-that-share-inputs": "format: pq, stages: [{method: cas}, {method: fireq, activations: none, sweeps: 1,"
+    " ignore: ['*.v_proj', '*.0.*.up_proj']}, {method: gptq, bits: 8, layers: ['*.v_proj']}]",
+    "experts-gptq": "format: pq, stages: [{method: awq, grid: 3}, {method: gptq}]",
+    "experts-fireq": "format: pq, stages: [{method: cas}, {method: fireq, sweeps: 1, activations: none}]",
+}
+
+
+def same(asked: Request, tmp_path: Path, sizes: tuple[int, ...] = (2, 3)) -> None:
+    """Compare every byte, and see that the other ranks leave nothing."""
+    expected = whole(asked)
+    for size in sizes:
+        ours = dataclasses.replace(asked, output=tmp_path / f"out{size}")
+        together(size, ours, tmp_path / f"said{size}")
+        found = files_of(ours.output)
+        assert found.keys() == expected.keys()
+        assert not [name for name, content in expected.items() if found[name] != content]
+    written = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert written == {"whole"} | {f"{kind}{size}" for size in sizes for kind in ("out", "said")}
+
+
+# Three batches of 64 tokens, or two of 96, so that ranks have nothing to do in the last round.
+@pytest.mark.parametrize(
+    ("recipe", "batch_tokens"),
+    [
+        ("rtn", 64),
+        ("gptq", 96),
+        ("fireq", 64),
+        ("rotate-awq-gptq", 96),
+        ("sbvr-two", 64),
+        ("stages-that-share-inputs", 96),
+        ("target", 192),
+    ],
+)
+def test_dense_models(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, batch_tokens: int):
+    body = MORE.get(recipe, recipe)
+    same(request(body, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=batch_tokens), tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["experts-gptq", "experts-fireq"])
+def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+    asked = request(MORE[recipe], tiny("qwen2_moe"), text_file, tmp_path / "out", batch_tokens=64)
+    same(asked, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3"])
+def test_every_recipe(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, model_type: str):
+    model = model_of(tiny, recipe) if recipe.startswith("rotate") else tiny(model_type)
+    if "ladimo" not in recipe:
+        same(request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4))

@@ -1,0 +1,54 @@
+"""The launchers that people use: accelerate and torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ModelMaker
+from resumed import files_of, model_of
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port"],
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+}
+
+
+def command(launcher: str, model: Path, text: Path, output: Path) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = [sys.executable, "-m", *LAUNCHERS[launcher], port] if launcher else [sys.executable]
+    told = ["-m", model, "-r", "rtn", "-o", output, "--dataset", text, "--device", "cpu", "--json"]
+    return [*start, "-m", "quantize", "convert", *map(str, told), "--nsamples", "6", "--seqlen", "32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher(tiny: ModelMaker, text_file: Path, tmp_path: Path, launcher: str):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("", launcher):
+        told = command(name, model_of(tiny, "rtn"), text_file, tmp_path / (name or "alone"))
+        done = subprocess.run(told, env=environment, check=True, capture_output=True, text=True, timeout=300)
+        assert done.stdout.count('"quantized_linears"') == 1
+    assert files_of(tmp_path / launcher) == files_of(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    told = command("torchrun", model_of(tiny, "rtn"), text_file, tmp_path / "out")
+    process = subprocess.Popen(told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.work" / "lock").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "pq: stopped after block" in said
+    done = subprocess.run([*command("", model_of(tiny, "rtn"), text_file, tmp_path / "out"), "--resume", "required"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
