@@ -261,16 +261,13 @@ def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor
     objective of GPTAQ, arXiv 2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what
     earlier layers got wrong.
     """
-    drift = torch.cat(
-        [
-            w @ (theirs - ours)
-            for theirs, ours in zip(torch.split(cross, _ROWS, 1), torch.split(hessian, _ROWS, 1), strict=True)
-        ],
-        1,
-    )
+    drift = torch.empty_like(w)
+    for start in range(0, len(hessian), _ROWS):
+        span = slice(start, start + _ROWS)
+        drift[:, span] = w @ (cross[:, span] - hessian[:, span])
     if residual is not None:
-        drift = drift + residual
-    U = d.inverse_factor
-    correction = torch.empty_like(w)
-    correction[:, d.order] = drift[:, d.order] @ U.T @ U  # H⁻¹ = Uᵀ U in the order of feedback
-    return w + correction
+        drift += residual
+    U, ordered = d.inverse_factor, drift[:, d.order]
+    torch.mm(ordered @ U.T, U, out=ordered)  # H⁻¹ = Uᵀ U in the order of feedback
+    drift[:, d.order] = ordered
+    return drift.add_(w)
