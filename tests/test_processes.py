@@ -6,17 +6,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ModelMaker
 from processes import together
 from resumed import RECIPES, files_of, model_of, request, whole
-from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import SINGLE_NAME
 from quantize.convert import Request
 
 MORE = {
-    "rotate-awq-gptq": "format: pq, stages: [{method: awq}, {method: rotate}, {method: gptq, group_size: 64}], head_bits: 8",
+    "rotate-awq-gptq": "format: pq, head_bits: 8,"
+    " stages: [{method: awq}, {method: rotate}, {method: gptq, group_size: 64}]",
     "sbvr-two": "format: pq, stages: [{method: sbvr, bits: 2, sweeps: 1, lines: 8, layers: ['*.q_proj', '*.v_proj']}]",
     "stages-that-share-inputs": "format: pq, stages: [{method: cas}, {method: fireq, activations: none, sweeps: 1,"
     " ignore: ['*.v_proj', '*.0.*.up_proj']}, {method: gptq, bits: 8, layers: ['*.v_proj']}]",
@@ -68,4 +66,6 @@ def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str)
 def test_every_recipe(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, model_type: str):
     model = model_of(tiny, recipe) if recipe.startswith("rotate") else tiny(model_type)
     if "ladimo" not in recipe:
-        same(request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4))
+        same(
+            request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4)
+        )

@@ -50,5 +50,10 @@ def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path:
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "pq: stopped after block" in said
-    done = subprocess.run([*command("", model_of(tiny, "rtn"), text_file, tmp_path / "out"), "--resume", "required"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command("", model_of(tiny, "rtn"), text_file, tmp_path / "out"), "--resume", "required"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
