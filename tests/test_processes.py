@@ -60,6 +60,11 @@ def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str)
     same(asked, tmp_path)
 
 
+@pytest.mark.parametrize("recipe", ["ladimo-gptq", "ladimo-searched"])
+def test_ladimo(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+    same(request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3"])
