@@ -1,4 +1,4 @@
-"""What several processes taught is taken up by any number of them."""
+"""What several processes teach together is what one teaches, and taken up by any number of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import ModelMaker
-from processes import pq
-from resumed import LADIMO, files_of, model_of
+from processes import pq, same
+from resumed import LADIMO, files_of, model_of, request
 
 from quantize.methods.gptq import Gptq
 
@@ -38,3 +38,8 @@ def test_a_layer_that_was_taught_is_taken_up(tiny: ModelMaker, text_file: Path, 
         assert running.wait() == [0] * ranks, running.texts()
     assert "model.layers.0.mlp was taught before and is taken up" in (tmp_path / "out.log").read_text()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "once")
+
+
+@pytest.mark.parametrize("recipe", ["ladimo-gptq", "ladimo-searched"])
+def test_ladimo(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+    same(request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64), tmp_path)

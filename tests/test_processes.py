@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from conftest import ModelMaker
-from processes import together
-from resumed import RECIPES, files_of, model_of, request, whole
-
-from quantize.convert import Request
+from processes import same
+from resumed import RECIPES, model_of, request
 
 MORE = {
     "rotate-awq-gptq": "format: pq, head_bits: 8,"
@@ -21,19 +18,6 @@ MORE = {
     "experts-gptq": "format: pq, stages: [{method: awq, grid: 3}, {method: gptq}]",
     "experts-fireq": "format: pq, stages: [{method: cas}, {method: fireq, sweeps: 1, activations: none}]",
 }
-
-
-def same(asked: Request, tmp_path: Path, sizes: tuple[int, ...] = (2, 3)) -> None:
-    """Compare every byte, and see that the other ranks leave nothing."""
-    expected = whole(asked)
-    for size in sizes:
-        ours = dataclasses.replace(asked, output=tmp_path / f"out{size}")
-        together(size, ours, tmp_path / f"said{size}")
-        found = files_of(ours.output)
-        assert found.keys() == expected.keys()
-        assert not [name for name, content in expected.items() if found[name] != content]
-    written = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-    assert written == {"whole"} | {f"{kind}{size}" for size in sizes for kind in ("out", "said")}
 
 
 # Three batches of 64 tokens, or two of 96, so that ranks have nothing to do in the last round.
@@ -58,11 +42,6 @@ def test_dense_models(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe:
 def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
     asked = request(MORE[recipe], tiny("qwen2_moe"), text_file, tmp_path / "out", batch_tokens=64)
     same(asked, tmp_path)
-
-
-@pytest.mark.parametrize("recipe", ["ladimo-gptq", "ladimo-searched"])
-def test_ladimo(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
-    same(request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64), tmp_path)
 
 
 @pytest.mark.slow
