@@ -77,6 +77,7 @@ def convert(
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
             streams = _write_blocks(run, streams, done, writer, keeper, progress)
+            ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
                 _finish(run, streams, writer, _provenance(run.request, hashes, tokens))

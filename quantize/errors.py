@@ -55,11 +55,9 @@ class StoppedError(PqError):
     exit_code = 75
 
 
-class LostError(PqError):
+class LostError(StoppedError):
     """Another process of the launch died (75), or failed, with the code of its error."""
 
-    exit_code = 75
-
-    def __init__(self, text: str, exit_code: int = 75) -> None:
+    def __init__(self, text: str, exit_code: int = StoppedError.exit_code) -> None:
         super().__init__(text)
         self.exit_code = exit_code

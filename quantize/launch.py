@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -57,8 +57,8 @@ def joined(remedy: str, abandon: Callable[[LostError], None]) -> Iterator[Ranks]
         raise UsageError(f"the other processes of the launch were not met at {place} ({reason})") from None
     with ranks.watch:
         yield ranks
-        with ranks.explained():
-            ranks.gathered(None)  # nobody goes while another may still fail
+        with suppress(RuntimeError) if ranks.first else ranks.explained():
+            ranks.tell(None)  # nobody goes before the first is done, which needs nobody for that
     dist.destroy_process_group()
 
 
@@ -118,6 +118,10 @@ class _Launch(Ranks):
         out = total.new_empty(self.size, len(total))
         dist.all_gather(list(out), total, group=self._group)
         return out.view(-1)[: torch.Size(shape).numel()].view(*shape)
+
+    def release(self) -> None:
+        if self.first:
+            self.watch.ignore()
 
     def explained(self) -> AbstractContextManager[None]:
         return self.watch.explained()

@@ -79,6 +79,9 @@ class Ranks:
         """Whether the flag is set on some rank."""
         return any(self.gathered(flag))
 
+    def release(self) -> None:
+        """Say that all shared work is done: the first rank finishes alone, and no longer minds what befalls others."""
+
     def explained(self) -> AbstractContextManager[None]:
         """Turn errors of communication into what is known about the rank that failed."""
         return nullcontext()

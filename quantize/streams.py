@@ -60,7 +60,7 @@ class Streams:
             outputs = [block.forward(block.module, self.quantized[own])]
             if self.reference is not None:
                 outputs.append(block.forward(teacher, self.reference[own]))
-            for source, hidden in enumerate(self.quantized[first : first + present]):
-                mine = source == ranks.rank
+            for source in range(present):
+                hidden, mine = self.quantized[first + source], source == ranks.rank
                 yield [ranks.copied(out if mine else torch.empty_like(hidden), source) for out in outputs]
             first += present

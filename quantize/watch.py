@@ -95,10 +95,12 @@ class Watch:
             news: dict[str, Any] = {"over": True}
         else:
             news = {"rank": self._rank, "code": _exit_code(err), "text": _line(err)}
-        with self._lock:
-            told = self._news is not None
-        for peer in self._peers if not told else ():
+        for peer in self._peers:
             self._send(peer, news)
+
+    def ignore(self) -> None:
+        """Let no news disturb this rank from now on."""
+        self._left.set()
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from resumed import files_of, whole
+
 from quantize import cli
 from quantize.convert import Request, convert
 from quantize.launch import joined
@@ -93,6 +95,19 @@ def together(size: int, asked: Request, folder: Path) -> None:
 
     running = launch(size, work, folder)
     assert running.wait() == [0] * size, running.texts()
+
+
+def same(asked: Request, tmp_path: Path, sizes: tuple[int, ...] = (2, 3)) -> None:
+    """Compare every byte, and see that the other ranks leave nothing."""
+    expected = whole(asked)
+    for size in sizes:
+        ours = replace(asked, output=tmp_path / f"out{size}")
+        together(size, ours, tmp_path / f"said{size}")
+        found = files_of(ours.output)
+        assert found.keys() == expected.keys()
+        assert not [name for name, content in expected.items() if found[name] != content]
+    written = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert written == {"whole"} | {f"{kind}{size}" for size in sizes for kind in ("out", "said")}
 
 
 def pq(size: int, arguments: Sequence[object], folder: Path, before: Callable[[int], None] | None = None) -> Launch:

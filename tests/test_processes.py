@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ModelMaker
-from processes import together
-from resumed import RECIPES, files_of, model_of, request, whole
-from safetensors.torch import load_file, save_file
-
-from quantize.checkpoint import SINGLE_NAME
-from quantize.convert import Request
+from processes import same
+from resumed import RECIPES, model_of, request
 
 MORE = {
-    "rotate-awq-gptq": "format: pq, stages: [{method: awq}, {method: rotate}, {method: gptq, group_size: 64}], head_bits: 8",
+    "rotate-awq-gptq": "format: pq, head_bits: 8,"
+    " stages: [{method: awq}, {method: rotate}, {method: gptq, group_size: 64}]",
     "sbvr-two": "format: pq, stages: [{method: sbvr, bits: 2, sweeps: 1, lines: 8, layers: ['*.q_proj', '*.v_proj']}]",
     "stages-that-share-inputs": "format: pq, stages: [{method: cas}, {method: fireq, activations: none, sweeps: 1,"
     " ignore: ['*.v_proj', '*.0.*.up_proj']}, {method: gptq, bits: 8, layers: ['*.v_proj']}]",
     "experts-gptq": "format: pq, stages: [{method: awq, grid: 3}, {method: gptq}]",
     "experts-fireq": "format: pq, stages: [{method: cas}, {method: fireq, sweeps: 1, activations: none}]",
 }
-
-
-def same(asked: Request, tmp_path: Path, sizes: tuple[int, ...] = (2, 3)) -> None:
-    """Compare every byte, and see that the other ranks leave nothing."""
-    expected = whole(asked)
-    for size in sizes:
-        ours = dataclasses.replace(asked, output=tmp_path / f"out{size}")
-        together(size, ours, tmp_path / f"said{size}")
-        found = files_of(ours.output)
-        assert found.keys() == expected.keys()
-        assert not [name for name, content in expected.items() if found[name] != content]
-    written = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-    assert written == {"whole"} | {f"{kind}{size}" for size in sizes for kind in ("out", "said")}
 
 
 # Three batches of 64 tokens, or two of 96, so that ranks have nothing to do in the last round.
@@ -68,4 +50,6 @@ def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str)
 def test_every_recipe(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, model_type: str):
     model = model_of(tiny, recipe) if recipe.startswith("rotate") else tiny(model_type)
     if "ladimo" not in recipe:
-        same(request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4))
+        same(
+            request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4)
+        )

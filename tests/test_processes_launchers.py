@@ -50,5 +50,28 @@ def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path:
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "pq: stopped after block" in said
-    done = subprocess.run([*command("", model_of(tiny, "rtn"), text_file, tmp_path / "out"), "--resume", "required"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command("", model_of(tiny, "rtn"), text_file, tmp_path / "out"), "--resume", "required"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_launcher_that_loses_a_process(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    """It sends SIGTERM to the others, which leave at once instead of at the end of the block."""
+    model, output = model_of(tiny, "rtn"), tmp_path / "out"
+    told = command("torchrun", model, text_file, output)
+    process = subprocess.Popen(told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    lock = tmp_path / "out.work" / "lock"
+    while process.poll() is None and not (lock.exists() and lock.read_text()):
+        time.sleep(0.01)
+    os.kill(int(lock.read_text()), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "pq: rank 0 no longer answers; the same command goes on" in said
+    subprocess.run(command("accelerate", model, text_file, output), check=True, capture_output=True, timeout=300)
+    subprocess.run(command("", model, text_file, tmp_path / "once"), check=True, capture_output=True, timeout=300)
+    assert files_of(output) == files_of(tmp_path / "once")

@@ -17,7 +17,8 @@ from processes import Launch, pq
 from resumed import BLOCKS, files_of, model_of
 
 from quantize import convert as convert_module
-from quantize.errors import ModelError
+from quantize import launch
+from quantize.errors import ModelError, OutputError
 
 Before = Callable[[int], None]
 
@@ -103,6 +104,38 @@ def test_a_dead_rank_ends_the_others(command: Command, lost: int):
     assert command.codes(2 if lost else 1, "--resume", "required") == [0] * (2 if lost else 1)
     assert "pq: goes on after block 1" in command.last.texts()[0]
     assert files_of(command.output) == command.expected()
+
+
+def test_the_first_rank_finishes_although_another_died_at_the_end(command: Command):
+    real = convert_module._finish
+
+    def before(rank: int) -> None:
+        def finish(*arguments: Any) -> None:
+            time.sleep(0.5)  # until the other one is dead
+            real(*arguments)
+
+        def release(self: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if rank:
+            launch._Launch.release = release  # type: ignore[method-assign]
+        else:
+            convert_module._finish = finish
+
+    assert command.codes(2, before=before) == [0, -signal.SIGKILL], command.last.texts()
+    assert files_of(command.output) == command.expected()
+
+
+def test_a_full_disk_at_the_end_ends_all(command: Command):
+    def before(rank: int) -> None:
+        def finish(*arguments: Any) -> None:
+            time.sleep(0.5)
+            raise OutputError("no space left")
+
+        convert_module._finish = finish
+
+    assert command.codes(3, before=before) == [6, 6, 6], command.last.texts()
+    assert command.last.texts()[1:] == ["pq: rank 0 failed: no space left\n"] * 2
 
 
 def test_an_error_of_one_rank_ends_the_others(command: Command):

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from quantize.block import Block
 from quantize.errors import ModelError
+from quantize.ranks import ALONE
 from quantize.streams import Streams
 
 
 def block(forward: Callable[[Any, Tensor], Tensor], reference: Any = None, parent: Any = None) -> Any:
-    return SimpleNamespace(forward=forward, module="ours", reference=reference, parent=parent, index=3)
+    return SimpleNamespace(forward=forward, module="ours", reference=reference, parent=parent, index=3, ranks=ALONE)
 
 
 @pytest.mark.parametrize("kept", [{"reference": "parent's"}, {"parent": "parent's", "reference": "restructured"}])

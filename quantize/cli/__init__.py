@@ -66,13 +66,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
-    except StoppedError as err:
-        typer.echo(f"pq: {err}", err=True)
-        sys.exit(err.exit_code)
     except LostError as err:
         typer.echo(f"pq: {err}", err=True)
         sys.stderr.flush()
         os._exit(err.exit_code)  # a library that waits for the lost process would not let this one go
+    except StoppedError as err:
+        typer.echo(f"pq: {err}", err=True)
+        sys.exit(err.exit_code)
     except PqError as err:
         for line in str(err).splitlines():
             typer.echo(f"pq: error: {line}", err=True)

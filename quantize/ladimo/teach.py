@@ -18,6 +18,7 @@ from quantize.ladimo.routing import Budget, profile
 from quantize.ladimo.split import Construction, Layout
 from quantize.ladimo.student import Student
 from quantize.ladimo.trial import Start
+from quantize.ranks import ALONE, Ranks
 
 Teaching = Literal["none", "least-squares", "distill"]
 
@@ -63,6 +64,8 @@ class Teacher:
     training: Training
     stored: torch.dtype
     """What the weights are rounded to in the end."""
+    ranks: Ranks = ALONE
+    """The processes that teach together."""
 
     def teach(self, ffn: Ffn, lesson: Lesson, mean: float) -> tuple[Student, dict[str, Any]]:
         """The converted FFN with `mean` routed experts a token on average, and facts about it.
@@ -100,7 +103,7 @@ class Teacher:
         for teaching in _LESSONS[self.teaching]:
             tried = copy.deepcopy(student)
             if teaching == "distill":
-                losses = distill(tried, *lesson.train, self.training)
+                losses = distill(tried, *lesson.train, self.training, self.ranks)
             else:
                 refit_down(tried, *lesson.train)
             if tried.error(*lesson.held_out) < student.error(*lesson.held_out):

@@ -206,7 +206,7 @@ class Ladimo(Stage):
             steps = min(self.steps, math.ceil(self.passes * lesson.trained / self.batch_tokens))
             training = Training(steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
             adaptive = self.policy == "adaptive"
-            teacher = Teacher(layout, self.construction, self.teaching, adaptive, training, stored)
+            teacher = Teacher(layout, self.construction, self.teaching, adaptive, training, stored, block.ranks)
             student, facts = teacher.teach(ffn, lesson, mean)
             student.write(moe)
             kept = moe.state_dict(), facts | {"tokens": lesson.trained, "routing": student.stored_policy().as_json()}
