@@ -17,6 +17,7 @@ from quantize.calib import TokenSet, calibration_tokens, check_vocab
 from quantize.checkpoint import Checkpoint
 from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
 from quantize.errors import ModelError, RecipeError, StoppedError, UsageError
+from quantize.load import require_tied
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, format_problems, resolved_yaml
 from quantize.resume import StateFolder
@@ -24,7 +25,7 @@ from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.snapshot import restored, snapshot
 from quantize.statistics import STATISTICS
 from quantize.streams import Streams
-from quantize.writer import CheckpointWriter, require_free
+from quantize.writer import CheckpointWriter, require_apart, require_free
 
 __all__ = ["Request", "Summary", "convert"]
 
@@ -45,6 +46,7 @@ def convert(
     """
     started = time.monotonic()
     require_free(request.output)
+    require_apart(request.model, request.output, request.work)
     with StateFolder(request.work, request.resume) as state:
         run, space, tokens = _opened(request)
         blocks = run.shape.n_blocks
@@ -147,6 +149,8 @@ def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skele
             f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
         )
     skeleton.check(source.shapes, shape.tied)
+    require_tied(source, arch, shape)
+    source.side_files()
     unknown = [
         n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
     ]
