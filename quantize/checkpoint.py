@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,26 @@ class Checkpoint:
             except (SafetensorError, OSError) as err:
                 raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
 
+    def require_finite(self) -> None:
+        """ModelError for a tensor that cannot be quantized (`require_finite_floats`); memory holds one at a time."""
+        for name, tensor in self._read(self.names()):
+            require_finite_floats({name: tensor}, "")
+
     def side_files(self) -> list[Path]:
         """Every file that is not a weight, its index or config.json: tokenizer, templates, licence, …
 
-        ModelError for a link that leaves the folder: a copy of the model would hold what the link points at.
+        ModelError for one that may not be read, and for a link that leaves the folder: a copy would hold its target.
         """
         skip = {INDEX_NAME, "config.json", "pq.json", "pq-statistics.json", *self.shards}
         weights = {p for pattern in ("*.safetensors", "*.gguf", *_PICKLES) for p in self.folder.glob(pattern)}
-        return sorted(
+        found = sorted(
             self._inside(p)
             for p in self.folder.iterdir()
             if p.is_file() and p not in weights and p.name not in skip and not p.name.startswith(".")
         )
+        if closed := [path for path in found if not os.access(path, os.R_OK)]:
+            raise ModelError(f"{closed[0]}: may not be read; change its permissions, or remove it")
+        return found
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and every shard."""

@@ -54,6 +54,9 @@ def convert(
         hashes = run.source.hashes()
         keeper = _Keeper(state, _fingerprint(request, hashes, tokens), blocks, stop)
         kept = state.take_up(keeper.fingerprint)
+        if not kept:  # now, since what later blocks find would end a run of hours
+            progress("checking source", 0, blocks)
+            run.source.require_finite()
         streams: Streams | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
@@ -94,6 +97,10 @@ class _Keeper:
 def _opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]:
     """The conversion, what a target of bits per weight lets choose, and calibration text where any is needed."""
     source = Checkpoint(request.model)
+    if source.config.get("quantization_config"):
+        raise ModelError(
+            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
+        )
     arch = architecture_of(source.config)
     shape = Shape.of(source.config)
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
@@ -144,10 +151,6 @@ def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, 
 
 def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
     """Everything that can be refused before the first block is computed."""
-    if source.config.get("quantization_config"):
-        raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
-        )
     skeleton.check(source.shapes, shape.tied)
     require_tied(source, arch, shape)
     source.side_files()

@@ -26,7 +26,7 @@ _LONGEST = 224
 
 
 def require_name(output: Path) -> None:
-    """OutputError unless `output` ends in a name that it and the files beside it can have."""
+    """OutputError unless `output` ends in a name that it and the files beside it can have, and is no link."""
     if output.name in ("", ".."):
         raise OutputError(f"--output {str(output)!r}: has no name of its own; give the path of a new folder")
     try:
@@ -35,14 +35,15 @@ def require_name(output: Path) -> None:
         raise OutputError(f"--output {str(output)!r}: its name is no UTF-8; give another one") from None
     if long:
         raise OutputError(f"--output {output.name[:40]}…: its name is too long; give one of at most {_LONGEST} bytes")
+    with reported(output):
+        if output.is_symlink():
+            raise OutputError(f"{output}: is a link; give the folder itself as --output")
 
 
 def require_free(output: Path) -> None:
     """OutputError unless `output` is absent or an empty folder whose parent can be written to."""
     require_name(output)
     with reported(output):
-        if output.is_symlink():
-            raise OutputError(f"{output}: is a link; give the folder itself as --output")
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise OutputError(f"{output}: exists and is not an empty folder; give another --output or remove it")
         parent = output.absolute().parent
