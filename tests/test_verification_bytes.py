@@ -30,7 +30,7 @@ def output(
     return folder
 
 
-def positions(path: Path, per_file: int = 4) -> list[int]:
+def positions(path: Path, per_file: int = 2) -> list[int]:
     """Random positions in a file; of a shard also its header's length, text and the data's end."""
     size, rng = path.stat().st_size, random.Random(f"{path.parent.parent.name[:4]} {path.name}")
     found = [rng.randrange(size) for _ in range(per_file)]
@@ -53,7 +53,7 @@ def test_every_flipped_byte_is_seen(output: Path):
     assert {path.name for path in files if path.suffix != ".safetensors"} == WRITTEN
     assert len(files) == len(WRITTEN) + resumed.BLOCKS + 2
     rng = random.Random(1)
-    for path, at in [(path, at) for path in files for at in positions(path)]:
+    for path, at in [(each, at) for each in files for at in positions(each)]:
         sound = path.read_bytes()
         broken = bytearray(sound)
         broken[at] ^= rng.randrange(1, 256)
@@ -63,35 +63,33 @@ def test_every_flipped_byte_is_seen(output: Path):
     assert verify(output).ok
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw + b"\0",
-        lambda raw: raw + b"\n",
-        lambda raw: raw[:-1],
-        lambda raw: raw[: len(raw) // 2],
-        lambda raw: b"",
-        lambda raw: raw[1:],
-        lambda raw: raw + raw,
-    ],
-    ids=["appended zero", "appended line feed", "last byte gone", "cut in half", "emptied", "first byte gone", "twice"],
-)
-def test_every_changed_length_is_seen(output: Path, change: Callable[[bytes], bytes]):
-    rng = random.Random(str(output))
-    shards = sorted(output.glob("*.safetensors"))
-    for path in [*(output / name for name in sorted(WRITTEN)), rng.choice(shards)]:
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
+    "a zero more": lambda raw: raw + b"\0",
+    "a line feed more": lambda raw: raw + b"\n",
+    "the last byte gone": lambda raw: raw[:-1],
+    "the first byte gone": lambda raw: raw[1:],
+    "cut in half": lambda raw: raw[: len(raw) // 2],
+    "emptied": lambda raw: b"",
+    "twice": lambda raw: raw + raw,
+}
+
+
+def test_every_changed_length_is_seen(output: Path):
+    for path in sorted(output.iterdir()):
         sound = path.read_bytes()
-        path.write_bytes(change(sound))
-        assert seen(output, path), path.name
+        for name in random.Random(path.name).sample(sorted(CHANGES), 2):
+            path.write_bytes(CHANGES[name](sound))
+            assert seen(output, path), (path.name, name)
         path.write_bytes(sound)
+    assert verify(output).ok
 
 
 def test_missing_surplus_renamed_and_exchanged_files_are_seen(output: Path):
     for path in sorted(output.iterdir()):
         sound = path.read_bytes()
         path.unlink()
-        result = verify(output)
-        assert (not result.ok) or path.name == "pq.json", path.name
+        # Without pq.json it is a checkpoint that others may have written.
+        assert path.name == "pq.json" or seen(output, path), path.name
         path.write_bytes(sound)
     (output / "surplus.json").write_text("{}")
     assert "surplus.json does not belong here" in checks_of(verify(output))["files"].detail
