@@ -53,37 +53,32 @@ def run(commands: list[list[str]], folder: Path) -> tuple[list[int], list[list[s
 
 def test_local_models_never_touch_the_network(tiny: ModelMaker, tmp_path: Path):
     model = str(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    greedy = str(_sends_for_code(shutil.copytree(tiny("llama"), tmp_path / "greedy")))
     cpu, few = ["--device", "cpu"], ["--max-windows", "2", "--seqlen", "32"]
     commands = [
         ["convert", "-m", model, "-r", "gptq", "-o", "out", "--nsamples", "2", "--seqlen", "32", *cpu],
         ["eval", "out", "--baseline", model, *few, *cpu],
-        ["eval", "out", "--tasks", "multiple_choice:quiz.jsonl", "--limit", "2", *cpu],
+        ["eval", "out", "--tasks", "multiple_choice:quiz.jsonl", "--limit", "1", *cpu],
         ["verify", "out", "--parent", model],
         ["inspect", "out"],
         ["report", "out"],
-        ["recipe", "ls"],
+        ["convert", "-m", greedy, "-r", "gptq", "-o", "again", "--nsamples", "2", "--seqlen", "32", *cpu],
+        ["eval", greedy, *few, *cpu],
     ]
-    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": "One?", "choices": ["a", "b"], "answer": 0}) + "\n")
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"id": 0, "query": "One?", "choices": ["a", "b"], "gold": 0}))
     codes, met = run(commands, tmp_path)
     assert met == []
     assert codes == [0] * len(commands)
 
 
-def test_a_config_cannot_send_for_code_from_the_hub(tiny: ModelMaker, tmp_path: Path):
-    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+def _sends_for_code(model: Path) -> Path:
+    """Fields by which transformers may be led to the Hub."""
     other = "someone/code"
     edit_config(model, attn_implementation=other, _attn_implementation=other, use_kernels=True, name_or_path=other)
-    edit_config(model, _name_or_path=other, experts_implementation=other, kernel_config={"RMSNorm": f"{other}:Norm"})
+    edit_config(model, _name_or_path=other, kernel_config={"RMSNorm": f"{other}:Norm"})
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": other}))
-    commands = [
-        ["convert", "-m", str(model), "-r", "gptq", "-o", "out", "--nsamples", "2", "--seqlen", "32"],
-        ["eval", str(model), "--max-windows", "2", "--seqlen", "32"],
-        ["verify", str(model)],
-    ]
-    codes, met = run(commands, tmp_path)
-    assert met == []
-    assert set(codes) <= {0, 4}
+    return model
 
 
 def test_the_hook_sees_what_it_must(tmp_path: Path):
@@ -113,7 +108,6 @@ CONFIG_MAP = {"AutoConfig": "modeling_x.Config", "AutoModelForCausalLM": "modeli
 TOKENIZER_MAP = {"AutoTokenizer": ["modeling_x.Tokenizer", "modeling_x.Tokenizer"]}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "someones"])
 @pytest.mark.parametrize("where", ["config", "tokenizer", "tokenizer and its class"])
 def test_code_beside_the_weights_never_runs(
     pq: Call,
