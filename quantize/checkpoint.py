@@ -199,7 +199,7 @@ def header_entries(path: Path) -> dict[str, Any]:
     """The JSON header of a shard that the safetensors library accepts; ModelError where a name stands twice."""
     try:
         with path.open("rb") as file:
-            entries: dict[str, Any] = strict_json.parse(file.read(int.from_bytes(file.read(8), "little")))
+            entries: dict[str, Any] = strict_json.parse(file.read(int.from_bytes(file.read(8), "little")).decode())
     except (OSError, ValueError, RecursionError) as err:
         raise ModelError(f"{path}: its header cannot be read ({err}); download it again") from None
     return entries

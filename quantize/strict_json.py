@@ -7,9 +7,15 @@ import math
 from typing import Any
 
 
-def parse(text: str | bytes) -> Any:
-    """Parse JSON; ValueError for what is no JSON and for a key that an object has twice, RecursionError for nesting."""
-    return json.loads(text, object_pairs_hook=_unique)
+def parse(text: str) -> Any:
+    """Parse JSON; ValueError for what is no JSON or no UTF-8, and for a key that an object has twice.
+
+    RecursionError for what is nested too deeply.
+    """
+    data = json.loads(text, object_pairs_hook=_unique)
+    if "\\ud" in text.lower():  # an escape may be half of a surrogate pair, which no UTF-8 can hold
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    return data
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

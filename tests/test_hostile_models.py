@@ -110,6 +110,7 @@ def test_norms_and_blocks_that_are_not_finite(refuse: Callable[..., None], model
         (', "rope_parameters": {"rope_type": "yarn", "factor": NaN}, "x": [1e400]}', "stands twice"),
         (', "x": {"y": [0, NaN]}}', "x.y.1 is not a finite number"),
         (', "x": 1e400}', "x is not a finite number"),
+        (', "x": "\\ud800"}', "surrogates not allowed"),
         (', "x": ' + "9" * 5000 + "}", "cannot be read as JSON"),
     ],
 )
