@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantize import strict_json
 from quantize.errors import ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,7 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ModelError(f"{path}: larger than {_MAX_JSON >> 20} MiB, not a model's {path.name}")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ModelError(f"{path}: is no plain file; put the model's own {path.name} there")
+        data = strict_json.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; give a folder that holds a Hugging Face model") from None
     except (OSError, ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of 4300 digits
@@ -55,13 +58,16 @@ class Checkpoint:
     """A folder with config.json and safetensors weights. Opens shards only while tensors are read.
 
     Raises ModelError for pickles, missing, truncated or escaping shards, and tensors that are listed but not there.
+    Links are followed within the folder and to the Hub cache's blobs, nowhere else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder; give a local model folder or a Hub id (org/name)")
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(self._inside(folder / "config.json"))
+        if place := strict_json.not_finite(self.config):
+            raise ModelError(f"{folder}/config.json: {place} is not a finite number; give the original file")
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of every tensor by name, from the headers alone."""
         self._where = self._read_index()
@@ -70,7 +76,7 @@ class Checkpoint:
     def _read_index(self) -> dict[str, str]:
         index = self.folder / INDEX_NAME
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
+            weight_map = read_json(self._inside(index)).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelError(f"{index}: weight_map must map tensor names to shard files")
             where = dict(weight_map)
@@ -110,8 +116,14 @@ class Checkpoint:
             )
         if not path.is_file():
             raise ModelError(f"{path}: shard is missing; download the checkpoint again")
-        # The Hub cache links shards to blobs beside the snapshot; anything else that leaves the folder is refused.
-        target, root = path.resolve(), self.folder.resolve()
+        return self._inside(path)
+
+    def _inside(self, path: Path) -> Path:
+        # The Hub cache links files to blobs beside the snapshot; anything else that leaves the folder is refused.
+        try:
+            target, root = path.resolve(), self.folder.resolve()
+        except (OSError, RuntimeError):
+            raise ModelError(f"{path}: is a link to itself; download it again") from None
         if not target.is_relative_to(root) and target.parent != (root.parent.parent / "blobs"):
             raise ModelError(f"{path}: links to {target}, outside the model folder; copy the file there instead")
         return path
@@ -120,9 +132,11 @@ class Checkpoint:
         path = self._shard_path(shard)
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as err:
             raise ModelError(f"{path}: not a readable safetensors file ({err}); download it again") from None
+        header_entries(path)  # the library takes the last of two tensors of one name
+        return shapes
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -155,19 +169,40 @@ class Checkpoint:
             except (SafetensorError, OSError) as err:
                 raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
 
+    def require_finite(self) -> None:
+        """ModelError for a tensor that cannot be quantized (`require_finite_floats`); memory holds one at a time."""
+        for name, tensor in self._read(self.names()):
+            require_finite_floats({name: tensor}, "")
+
     def side_files(self) -> list[Path]:
-        """Every file that is not a weight, its index or config.json: tokenizer, templates, licence, …"""
+        """Every file that is not a weight, its index or config.json: tokenizer, templates, licence, …
+
+        ModelError for one that may not be read, and for a link that leaves the folder: a copy would hold its target.
+        """
         skip = {INDEX_NAME, "config.json", "pq.json", "pq-statistics.json", *self.shards}
         weights = {p for pattern in ("*.safetensors", "*.gguf", *_PICKLES) for p in self.folder.glob(pattern)}
-        return sorted(
-            p
+        found = sorted(
+            self._inside(p)
             for p in self.folder.iterdir()
             if p.is_file() and p not in weights and p.name not in skip and not p.name.startswith(".")
         )
+        if closed := [path for path in found if not os.access(path, os.R_OK)]:
+            raise ModelError(f"{closed[0]}: may not be read; change its permissions, or remove it")
+        return found
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and every shard."""
         return {name: sha256_file(self.folder / name) for name in ("config.json", *self.shards)}
+
+
+def header_entries(path: Path) -> dict[str, Any]:
+    """The JSON header of a shard that the safetensors library accepts; ModelError where a name stands twice."""
+    try:
+        with path.open("rb") as file:
+            entries: dict[str, Any] = strict_json.parse(file.read(int.from_bytes(file.read(8), "little")).decode())
+    except (OSError, ValueError, RecursionError) as err:
+        raise ModelError(f"{path}: its header cannot be read ({err}); download it again") from None
+    return entries
 
 
 def _is_file_name(name: str) -> bool:

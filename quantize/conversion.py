@@ -19,6 +19,7 @@ from quantize.basis import Basis
 from quantize.block import Block
 from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint, require_finite_floats
+from quantize.disk import reported
 from quantize.formats.compressed_tensors import lost, quantization_config
 from quantize.formats.native import native_config
 from quantize.formats.scheme import AnyScheme, Packed
@@ -37,7 +38,6 @@ from quantize.skeleton import Skeleton
 from quantize.statistics import Collected, profile
 from quantize.streams import Streams
 from quantize.view import ModelView
-from quantize.writer import reported
 
 log = logging.getLogger(__name__)
 

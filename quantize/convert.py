@@ -28,6 +28,7 @@ from quantize.joint import (
     shared_state,
     shared_tokens,
 )
+from quantize.load import require_tied
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.recipe import Recipe, format_problems, resolved_yaml
 from quantize.resume import StateFolder
@@ -35,7 +36,7 @@ from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.snapshot import restored, snapshot
 from quantize.statistics import STATISTICS
 from quantize.streams import Streams
-from quantize.writer import CheckpointWriter, require_free
+from quantize.writer import CheckpointWriter, require_apart, require_free
 
 __all__ = ["Request", "Summary", "convert"]
 
@@ -58,6 +59,7 @@ def convert(
     started, ranks = time.monotonic(), request.ranks
     if ranks.first:
         require_free(request.output)
+        require_apart(request.model, request.output, request.work)
     with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
         run, space, tokens = _opened(request)
         blocks = run.shape.n_blocks
@@ -66,6 +68,9 @@ def convert(
         hashes = run.source.hashes() if ranks.first else {}
         keeper = _Keeper(state, request, _fingerprint(request, hashes, tokens), blocks, stop)
         kept = shared_state(ranks, state.take_up(keeper.fingerprint))
+        if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
+            progress("checking source", 0, blocks)
+            run.source.require_finite()
         streams: Streams | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
@@ -109,6 +114,10 @@ class _Keeper:
 def _opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]:
     """The conversion, what a target of bits per weight lets choose, and calibration text where any is needed."""
     source = Checkpoint(request.model)
+    if source.config.get("quantization_config"):
+        raise ModelError(
+            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
+        )
     arch = architecture_of(source.config)
     shape = Shape.of(source.config)
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
@@ -168,11 +177,9 @@ def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, 
 
 def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
     """Everything that can be refused before the first block is computed."""
-    if source.config.get("quantization_config"):
-        raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
-        )
     skeleton.check(source.shapes, shape.tied)
+    require_tied(source, arch, shape)
+    source.side_files()
     unknown = [
         n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
     ]

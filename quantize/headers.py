@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from quantize.checkpoint import Checkpoint
-from quantize.errors import ModelError
+from quantize.checkpoint import Checkpoint, header_entries
 
 
 @dataclass(frozen=True)
@@ -24,9 +20,10 @@ class Header:
 
 def tensor_headers(source: Checkpoint) -> dict[str, Header]:
     """Header of every tensor of a checkpoint by full name; ModelError for a shard that cannot be read."""
+    # `Checkpoint` had the safetensors library check every header; the library does not tell byte ranges.
     out: dict[str, Header] = {}
     for shard in source.shards:
-        for name, entry in _entries(source.folder / shard).items():
+        for name, entry in header_entries(source.folder / shard).items():
             if name in source:
                 first, end = entry["data_offsets"]
                 out[name] = Header(entry["dtype"], tuple(entry["shape"]), end - first)
@@ -40,13 +37,3 @@ def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str,
     found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
     sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}
     return {name: (N, K) for name, (N, K) in sizes.items()}
-
-
-def _entries(path: Path) -> dict[str, Any]:
-    # `Checkpoint` had the safetensors library check every header; the library does not tell byte ranges.
-    try:
-        with path.open("rb") as file:
-            entries: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError) as err:
-        raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
-    return entries

@@ -20,9 +20,11 @@ from quantize.formats.native import NATIVE, require_understood, rotated_inputs_o
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.scheme import AnyScheme
 from quantize.hadamard import let_rotate_inputs
+from quantize.headers import tensor_headers
 from quantize.linear import Numerics, PackedLinear
 from quantize.moe import Policy, Router, place_experts
 from quantize.skeleton import Skeleton, meta_model
+from quantize.storage import DTYPES
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
@@ -43,9 +45,9 @@ def load_model(
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
     source = Checkpoint(folder)
+    require_readable(source)
     if source.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
-    require_readable(source)
     model, arch = meta_model(folder, dtype), architecture_of(source.config)
     place_experts(model, arch, model.config.to_dict(), routing(source))
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Router)]
@@ -61,8 +63,15 @@ def load_model(
 
 
 def require_readable(source: Checkpoint) -> None:
-    """ModelError for a packing that pq does not read."""
+    """ModelError for a packing that pq does not read, and for packed tensors without a word in config.json."""
     quantization = source.config.get("quantization_config")
+    if quantization is None:
+        for name, header in tensor_headers(source).items():
+            if header.dtype not in DTYPES:
+                raise ModelError(
+                    f"{source.folder}: {name} is {header.dtype}, but config.json has no quantization_config that says "
+                    "what it means; give the original model"
+                )
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and method not in ("compressed-tensors", NATIVE):
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
@@ -71,6 +80,17 @@ def require_readable(source: Checkpoint) -> None:
             require_understood(quantization)
         except ValueError as err:
             raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
+    """ModelError for a head that config.json ties to the embedding, and that the checkpoint holds with other values."""
+    # transformers leaves such a head untied, with a warning: what ties them would be another model.
+    head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
+    if shape.tied and head in source and not torch.equal(source.tensor(head), source.tensor(embedding)):
+        raise ModelError(
+            f"{source.folder}: {head} differs from {embedding}, though config.json ties them; "
+            "set tie_word_embeddings to false there"
+        )
 
 
 def _native_config(source: Checkpoint) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantize.disk import reported
 from quantize.ranks import ALONE, Ranks
 
 _FACTS = "facts"
@@ -53,15 +54,19 @@ class Memo:
             return None
 
     def keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keep tensors and facts; the file appears whole or not at all."""
+        """Keep tensors and facts; the file appears whole or not at all. OutputError where the disk refuses."""
         if self.folder is None or not self.ranks.first:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(key)
         part = path.with_suffix(f".{os.getpid()}.part")
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, part, metadata={_FACTS: json.dumps(facts)})
-        part.replace(path)
+        with reported(path):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file(plain, part, metadata={_FACTS: json.dumps(facts)})
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from quantize.writer import reported
+from quantize.disk import reported
 
 Place = Literal["device", "host", "disk"]
 """Where hidden states are kept between two blocks; on a CPU, `device` and `host` are the same."""

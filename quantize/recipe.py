@@ -127,15 +127,17 @@ def find_recipe(name_or_path: str) -> Path:
 
     Raises RecipeError with the shipped names when there is neither.
     """
-    path = Path(name_or_path)
+    path, what = Path(name_or_path), "no such file"
     with suppress(OSError, ValueError):  # name too long, NUL
-        if path.exists() and not path.is_dir():  # not is_file(): a pipe is a recipe too
+        if path.is_dir():
+            what = "is a folder"
+        elif path.exists():  # not is_file(): a pipe is a recipe too
             return path
     shipped = {file.stem: file for file in shipped_recipes()}
     if found := shipped.get(name_or_path.removesuffix(".yaml")):
         return found
     close = _close(path.name.removesuffix(".yaml"), shipped) or "give a path or a shipped name "
-    text = f"no such file and no shipped recipe of that name; {close}(shipped: {', '.join(shipped) or 'none'})"
+    text = f"{what} and no shipped recipe of that name; {close}(shipped: {', '.join(shipped) or 'none'})"
     raise RecipeError(f"recipe {show_value(name_or_path)}: {text}")
 
 

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.checkpoint import sha256_file
+from quantize.disk import reported
 from quantize.errors import OutputError, UsageError
 from quantize.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
-from quantize.writer import reported, sync
+from quantize.writer import sync
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,11 @@ class StateFolder:
     def __enter__(self) -> StateFolder:
         if self.folder is not None:
             with reported(self.folder):
-                self._handle = _locked(self.folder)
+                try:
+                    self._handle = _locked(self.folder)
+                except OSError:
+                    _remove_if_empty(self.folder)
+                    raise
             if self.mode == "never":
                 self.clear()
         return self
@@ -238,8 +243,13 @@ def _locked(folder: Path) -> int:
         except OSError as err:  # file systems without locks
             log.warning("%s: cannot be locked (%s); start no second process on it", folder, err.strerror)
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            try:
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+            except OSError:
+                path.unlink()
+                os.close(handle)
+                raise
             return handle
         os.close(handle)  # its owner removed it between the two lines above
 

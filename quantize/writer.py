@@ -6,46 +6,61 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.checkpoint import INDEX_NAME, sha256_file
-from quantize.errors import OutputError, VerifyError
+from quantize.disk import reported
+from quantize.errors import OutputError, UsageError, VerifyError
 from quantize.provenance import canonical_json
+
+_LONGEST = 224
+"""Bytes of an output's name: file systems take 255, the files beside it have longer ones."""
+
+
+def require_name(output: Path) -> None:
+    """OutputError unless `output` ends in a name that it and the files beside it can have, and is no link."""
+    if output.name in ("", ".."):
+        raise OutputError(f"--output {str(output)!r}: has no name of its own; give the path of a new folder")
+    try:
+        long = len(output.name.encode()) > _LONGEST
+    except UnicodeEncodeError:
+        raise OutputError(f"--output {str(output)!r}: its name is no UTF-8; give another one") from None
+    if long:
+        raise OutputError(f"--output {output.name[:40]}…: its name is too long; give one of at most {_LONGEST} bytes")
+    with reported(output):
+        if output.is_symlink():
+            raise OutputError(f"{output}: is a link; give the folder itself as --output")
 
 
 def require_free(output: Path) -> None:
     """OutputError unless `output` is absent or an empty folder whose parent can be written to."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists and is not an empty folder; give another --output or remove it")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{output}: {parent} cannot be written to; give another --output")
+    require_name(output)
+    with reported(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise OutputError(f"{output}: exists and is not an empty folder; give another --output or remove it")
+        parent = output.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{output}: {parent} cannot be written to; give another --output")
 
 
-@contextmanager
-def reported(path: Path) -> Iterator[None]:
-    """Turn what a file system can refuse into one line about `path`."""
-    try:
-        yield
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: no space left on the disk; free some or give another --output") from None
-        raise OutputError(f"{path}: cannot be written ({err.strerror or err})") from None
-    except SafetensorError as err:
-        full = "No space left" in str(err)
-        reason = "no space left on the disk; free some or give another --output" if full else f"not written ({err})"
-        raise OutputError(f"{path}: {reason}") from None
+def require_apart(model: Path, output: Path, work: Path | None) -> None:
+    """UsageError where a conversion would write into the model that it reads, or keep its state in its output."""
+    source, target = model.resolve(), output.resolve()
+    for option, path in (("--output", output), ("--work", work)):
+        if path is not None and path.resolve().is_relative_to(source):
+            raise UsageError(f"{option} {path}: lies in the model's folder {model}; give a place outside of it")
+    if work is not None and work.resolve().is_relative_to(target):
+        raise UsageError(f"--work {work}: lies in --output {output}; give a place outside of it")
 
 
 def write_text(path: Path, text: str) -> None:

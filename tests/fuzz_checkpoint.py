@@ -1,8 +1,10 @@
-"""Mutated checkpoints: reading one gives tensors or a ModelError, soon, and touches nothing outside its folder.
+"""Mutated checkpoints: reading one gives tensors or an expected error, soon, and touches nothing outside its folder.
 
-    python tests/fuzz_checkpoint.py 100000 [SEED]
+    python tests/fuzz_checkpoint.py 100000 [SEED] [source | output]
 
-A failing input stays in the folder that is printed.
+`source` is what a conversion reads, `output` what `pq verify` and `pq inspect` read of what was converted: its
+safetensors, index, config.json with quantization_config, pq.json and pq-statistics.json. A failing input stays in the
+folder that is printed.
 """
 
 from __future__ import annotations
@@ -14,18 +16,27 @@ import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from conftest import CPU, SENTENCES, config_of, random_weights, save_model, save_side_files
 from safetensors.torch import save
 
 from quantize.arch import Shape, architecture_of
 from quantize.checkpoint import INDEX_NAME, Checkpoint, require_finite_floats
-from quantize.errors import ModelError
+from quantize.convert import Request, convert
+from quantize.errors import ModelError, PqError
+from quantize.headers import tensor_headers
+from quantize.inspection import inspect
+from quantize.load import attention_numerics, packed_schemes, require_readable, rotated_inputs, routing
+from quantize.provenance import read_provenance, require_unchanged
+from quantize.recipe import parse_recipe
+from quantize.verification.checks import run_check
+from quantize.verification.layout import read_layout
 
 SECONDS = 10
 """More than any small input may take."""
@@ -137,9 +148,56 @@ def read(folder: Path) -> None:
         Shape.of(source.config)
 
 
-def fuzz(inputs: int, seed: int, root: Path) -> None:
+RECIPE = """{description: d, format: pq, calibration: {dataset: TEXT, nsamples: 4, seqlen: 16}, stages: [
+  {method: rotate, down: true}, {method: fireq-attention}, {method: rtn, group_size: 32, ignore: ['*.q_proj']},
+  {method: sbvr, bits: 2, sweeps: 1, lines: 8, overhead: 1.0, layers: ['*.q_proj']}]}"""
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+
+
+def converted() -> dict[str, bytes]:
+    """Files of a small conversion with every part that a quantization_config can have, but routing."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, text = Path(name), Path(name) / "text.txt"
+        text.write_text("\n".join(SENTENCES * 20), encoding="utf-8")
+        config = config_of("llama", **SMALL)
+        model = save_model(folder / "model", config, random_weights(config))
+        save_side_files(model)
+        recipe = parse_recipe(RECIPE.replace("TEXT", str(text)), "r.yaml")
+        convert(Request(model, recipe, folder / "out", CPU, torch.float32))
+        return {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.suffix != ".jinja"}
+
+
+def read_output(folder: Path) -> None:
+    """What `pq verify` and `pq inspect` read before any block runs; whole layouts, which are slow, for 1 in 20."""
+    with suppress(PqError):
+        inspect(folder)
+    with suppress(PqError):
+        found = read_provenance(folder)
+        if found is not None:
+            parse_recipe(found["recipe"]["resolved"], "r.yaml")
+            require_unchanged(folder, found)
+    with suppress(PqError):
+        source = Checkpoint(folder)
+        require_readable(source)
+        packed_schemes(source, source.names())
+        attention_numerics(source)
+        rotated_inputs(source)
+        routing(source)
+        tensor_headers(source)
+    if sum(path.stat().st_size for path in folder.iterdir()) % 20 == 0:
+        run_check("layout", lambda: str(read_layout(folder, True, CPU)))
+
+
+TARGETS: dict[str, tuple[Callable[[], dict[str, bytes]], Callable[[Path], None]]] = {
+    "source": (clean, read),
+    "output": (converted, read_output),
+}
+
+
+def fuzz(inputs: int, seed: int, root: Path, target: str = "source") -> None:
     """Read so many mutated checkpoints below root; raises what they make the reader raise."""
-    rng, sound, folder = random.Random(seed), clean(), root / "model"
+    make, reader = TARGETS[target]
+    rng, sound, folder = random.Random(seed), make(), root / "model"
     for _ in range(inputs):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -147,7 +205,7 @@ def fuzz(inputs: int, seed: int, root: Path) -> None:
         for name, raw in files.items():
             (folder / name).write_bytes(raw)
         with _in_time():
-            read(folder)
+            reader(folder)
         there = {path.name for path in folder.iterdir()}
         assert there == set(files), f"{there ^ set(files)} appeared or went"
         assert [path.name for path in root.iterdir()] == ["model"]
@@ -156,6 +214,7 @@ def fuzz(inputs: int, seed: int, root: Path) -> None:
 if __name__ == "__main__":
     where = Path(tempfile.mkdtemp(prefix="pq-fuzz-"))
     sys.stdout.write(f"inputs in {where}\n")
-    fuzz(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, where)
+    seed, target = [*sys.argv[2:], *("0", "source")[len(sys.argv) - 2 :]]
+    fuzz(int(sys.argv[1]), int(seed), where, target)
     shutil.rmtree(where)
     sys.stdout.write("nothing found\n")

@@ -20,3 +20,7 @@ def test_the_sound_checkpoint_reads(tmp_path: Path):
 @pytest.mark.parametrize("seed", range(3))
 def test_mutated_checkpoints_give_tensors_or_a_model_error(seed: int, tmp_path: Path):
     fuzz(1000, seed, tmp_path)
+
+
+def test_mutated_outputs_give_findings_or_an_expected_error(tmp_path: Path):
+    fuzz(300, 0, tmp_path, "output")

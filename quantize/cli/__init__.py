@@ -19,7 +19,8 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
-from quantize.errors import LostError, PqError, StoppedError
+from quantize.cli.inspect import printable
+from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
 
 app = typer.Typer(
     name="pq",
@@ -74,8 +75,10 @@ def main() -> None:
         typer.echo(f"pq: {err}", err=True)
         sys.exit(err.exit_code)
     except PqError as err:
-        for line in str(err).splitlines():
-            typer.echo(f"pq: error: {line}", err=True)
+        # Those two have a line for each of their problems; a line feed in any other is part of a path.
+        lines = str(err).split("\n") if isinstance(err, RecipeError | UsageError) else [str(err)]
+        for line in lines:
+            typer.echo(f"pq: error: {printable(line)}", err=True)
         sys.exit(err.exit_code)
     except (MemoryError, RuntimeError) as err:
         if not _is_out_of_memory(err):

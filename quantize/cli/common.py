@@ -119,8 +119,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def local_model(model: str) -> Path:
     """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a Hub id touches the network."""
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        if model and folder.is_dir():
+            return folder
+    except OSError as err:
+        raise ModelError(f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder") from None
     looks_like_hub = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
     if not looks_like_hub or folder.exists():
         raise ModelError(f"{model}: no such folder; give a local model folder or a Hub id (org/name)")

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -70,8 +70,9 @@ def convert(
     from quantize.overrides import with_stage_fields
     from quantize.recipe import load_recipe
     from quantize.resume import forget_finished
-    from quantize.writer import require_free
+    from quantize.writer import require_apart, require_free, require_name
 
+    require_name(output)
     with joining(keeps=resume != "never") as (ranks, local_rank):
         mode = _resume_mode(resume)
         chosen = load_recipe(recipe).with_overrides(
@@ -90,6 +91,7 @@ def convert(
         quiet_libraries()
         place = pick_device(device, local_rank)
         computing, source = pick_dtype(dtype, place), local_model(model)
+        require_apart(source, output, kept)
         request = Request(
             source, chosen, output, place, computing, work=kept, resume=mode, target_bpw=target_bpw, ranks=ranks
         )
@@ -158,11 +160,13 @@ def _resume_mode(asked: str) -> Resume:
 @contextmanager
 def _logged(output: Path, work: Path) -> Iterator[None]:
     """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on stderr what becomes of that."""
+    from quantize.disk import reported
     from quantize.resume import blocks_kept, in_use
 
     path = output.with_name(output.name + ".log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, mode="a" if in_use(work) else "w", encoding="utf-8")
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger, told = logging.getLogger("quantize"), _Told()
     logger.setLevel(logging.INFO)
@@ -179,6 +183,18 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
         file.close()
         logger.removeHandler(file)
         logging.getLogger("quantize.resume").removeHandler(told)
+
+
+class _Log(logging.FileHandler):
+    """A log whose disk may be full: what cannot be written is left out, since the conversion's own error tells more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Do nothing, where logging would print a traceback."""
+
+    def close(self) -> None:
+        """Close the file, written to its end or not."""
+        with suppress(OSError):
+            super().close()
 
 
 class _Told(logging.Handler):

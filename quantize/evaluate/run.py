@@ -21,6 +21,7 @@ from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows
 from quantize.evaluate.records import Records
 from quantize.evaluate.streamed import Span, open_model
 from quantize.linear import Numerics
+from quantize.load import require_readable
 from quantize.skeleton import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -137,7 +138,9 @@ def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
 
 
 def _vocabulary_of(folder: Path) -> int:
-    size = Checkpoint(folder).config.get("vocab_size")
+    source = Checkpoint(folder)
+    require_readable(source)  # before the tokenizer, which stumbles over a broken config.json in words of its own
+    size = source.config.get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise ModelError(f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer")
     return size

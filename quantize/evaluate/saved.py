@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantize.disk import reported
 from quantize.evaluate.run import Measured
 from quantize.evaluate.task_results import TaskRun
 from quantize.evaluate.task_scores import TaskScore
-from quantize.writer import reported, write_text
+from quantize.writer import write_text
 
 
 def results_folder(model: Path) -> Path:
@@ -31,8 +32,11 @@ def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
     with reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.parquet.part"
-        measured.records.save(part)
-        part.replace(folder / f"{name}.parquet")
+        try:
+            measured.records.save(part)
+            part.replace(folder / f"{name}.parquet")
+        finally:
+            part.unlink(missing_ok=True)
     return _write_json(folder / f"{name}.json", {"kind": "perplexity", **dataclasses.asdict(figures)})
 
 

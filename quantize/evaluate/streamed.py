@@ -26,6 +26,7 @@ from quantize.load import (
     packed_linear,
     packed_schemes,
     require_readable,
+    require_tied,
     rotated_inputs,
     routing,
 )
@@ -111,6 +112,7 @@ class StreamedModel:
         self.device, self.dtype, self.numerics = device, dtype, numerics
         self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
+        require_tied(self.source, self.arch, self.shape)
         self.skeleton = Skeleton(folder, self.arch, device, dtype, routing(self.source))
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
