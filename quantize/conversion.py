@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableSequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, MutableSequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ from quantize.linear import PackedLinear
 from quantize.memo import Memo
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.moe import MoeFfn, Policy, TopK
-from quantize.offload import Parking, Place, kept
-from quantize.peak import Cost
-from quantize.ranks import ALONE, Ranks
-from quantize.recipe import Recipe
-from quantize.resume import Resume
+from quantize.offload import Parking, kept
+from quantize.peak import Cost, peak_of
+from quantize.request import Progress, Request, Summary
 from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton
 from quantize.statistics import Collected, profile
@@ -47,62 +45,6 @@ _HEAD_WEIGHTS = 1 << 24  # of lm_head encoded at once
 
 RESTRUCTURED = ("policy", "mean_experts", "ffn_error", "pruned_error", "untrained_error", "random_error")
 """Facts of a restructured FFN that a summary shows."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, blocks done, blocks in all)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to convert, how, and where to."""
-
-    model: Path
-    recipe: Recipe
-    output: Path
-    device: torch.device
-    dtype: torch.dtype
-    batch_tokens: int = 4096
-    """Calibration tokens per forward pass; bounds the memory of one pass."""
-    states_on: Place = "device"
-    """Where hidden states wait between two blocks."""
-    split: bool = False
-    """Whether the weights of a block are put away, all but those of the linear that is worked on."""
-    work: Path | None = None
-    """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
-    resume: Resume | None = None
-    """Whether to go on from the last block that a stopped run kept in `work`, and to keep every block that is done;
-    None: no block is kept, and what another run kept is left alone."""
-    target_bpw: float | None = None
-    """Overrides the recipe's `target_bpw`."""
-    ranks: Ranks = ALONE
-    """The processes that do it together; the first alone reads the text and writes."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did; the JSON that `pq convert --json` prints."""
-
-    output: str
-    recipe: str
-    blocks: int
-    quantized_linears: int
-    bits_per_weight: float
-    source_bytes: int
-    output_bytes: int
-    seconds: float
-    promoted: list[str]
-    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
-    fallbacks: list[str]
-    lost: list[str]
-    """What the recipe asks for and the format of the output cannot hold."""
-    untied_head_bytes: int
-    """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
-    restructured: list[dict[str, Any]]
-    """What each restructured block became: errors of its FFN beside its baselines', time, peak memory."""
-    activated_reduction: float | None
-    """Share of the parameters a token meets that was saved; None without a restructure stage."""
-    mean_output_error: float | None
-    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
 
 
 class Conversion:
@@ -391,7 +333,7 @@ class Conversion:
             "layers": self.report,
         }
 
-    def summary(self, seconds: float, output_bytes: int) -> Summary:
+    def summary(self, seconds: float, seconds_per_block: float, output_bytes: int) -> Summary:
         """Totals of the run."""
         errors = [f["output_error"] for f in self.report.values() if "output_error" in f]
         return Summary(
@@ -403,6 +345,8 @@ class Conversion:
             source_bytes=self.source_bytes,
             output_bytes=output_bytes,
             seconds=round(seconds, 2),
+            seconds_per_block=round(seconds_per_block, 3),
+            peak_bytes=peak_of(self.request.device),
             promoted=list(self.allocation.promoted) if self.allocation else [],
             fallbacks=[n for n, f in self.report.items() if f.get("fallback")],
             lost=self.lost(),

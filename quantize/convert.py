@@ -14,25 +14,23 @@ import torch
 
 import quantize
 from quantize.allocation import Space
-from quantize.arch import Architecture, Shape, architecture_of
-from quantize.basis import Basis
-from quantize.calib import TokenSet, calibration_tokens, check_vocab
+from quantize.calib import TokenSet
 from quantize.checkpoint import Checkpoint
-from quantize.conversion import HEAD_GROUP, Conversion, Progress, Request, Summary
-from quantize.errors import ModelError, RecipeError, StoppedError, UsageError
+from quantize.conversion import Conversion
+from quantize.errors import StoppedError
 from quantize.joint import (
     NoWriter,
     processor,
     require_equal,
     require_same_block,
     shared_state,
-    shared_tokens,
 )
-from quantize.load import require_tied
+from quantize.opening import check_linears, opened
+from quantize.pace import Pace
 from quantize.provenance import DIGEST, PROVENANCE, provenance_digest
-from quantize.recipe import Recipe, format_problems, resolved_yaml
+from quantize.recipe import resolved_yaml
+from quantize.request import Progress, Request, Summary
 from quantize.resume import StateFolder
-from quantize.skeleton import Skeleton, load_tokenizer
 from quantize.snapshot import restored, snapshot
 from quantize.statistics import STATISTICS
 from quantize.streams import Streams
@@ -61,7 +59,7 @@ def convert(
         require_free(request.output)
         require_apart(request.model, request.output, request.work)
     with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
-        run, space, tokens = _opened(request)
+        run, space, tokens = opened(request)
         blocks = run.shape.n_blocks
         progress("hashing source", 0, blocks)
         require_equal(ranks, _surroundings(request, run.source, tokens))
@@ -81,13 +79,14 @@ def convert(
         if not done:
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
-            streams = _write_blocks(run, streams, done, writer, keeper, progress)
+            pace = Pace(request, done, blocks)
+            streams = _write_blocks(run, streams, pace, writer, keeper, progress)
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
                 _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
         state.clear()
-    return run.summary(time.monotonic() - started, writer.total_size)
+    return run.summary(time.monotonic() - started, pace.per_block, writer.total_size)
 
 
 @dataclass(frozen=True)
@@ -111,53 +110,33 @@ class _Keeper:
             raise StoppedError(f"stopped after {what}; the same command goes on from there")
 
 
-def _opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]:
-    """The conversion, what a target of bits per weight lets choose, and calibration text where any is needed."""
-    source = Checkpoint(request.model)
-    if source.config.get("quantization_config"):
-        raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
-        )
-    arch = architecture_of(source.config)
-    shape = Shape.of(source.config)
-    last = f"{arch.blocks}.{shape.n_blocks - 1}."
-    if not source.names(last):  # before a skeleton of an absurd number of layers is built
-        raise ModelError(f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
-    skeleton = Skeleton(request.model, arch, request.device, request.dtype)
-    _check(source, arch, shape, skeleton, request.recipe)
-    space = _space(request, arch, skeleton.linears())
-    tokens = None
-    if space or any(stage.needs_inputs for stage in request.recipe.stages):
-        tokens = shared_tokens(request.ranks, lambda: _calibration(request, shape))
-    return Conversion(request, source, arch, shape, skeleton), space, tokens
-
-
 def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Conversion:
     """A conversion in which nothing hangs on the whole model any more."""
     if tokens and run.needs_plan:
         run = run.planned(tokens, progress)
-        _check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
+        check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
     return run.within(space, tokens, progress) if space and tokens else run
 
 
 def _write_blocks(
     run: Conversion,
     streams: Streams | None,
-    done: int,
+    pace: Pace,
     writer: CheckpointWriter | NoWriter,
     keeper: _Keeper,
     progress: Progress,
 ) -> Streams | None:
-    """Convert and write all blocks but the first `done`; returns what is left of the streams."""
-    if not done and run.request.ranks.first:
+    """Convert and write all blocks that are not done; returns what is left of the streams."""
+    if not pace.done and run.request.ranks.first:
         writer.add_shard(run.tensors_outside(run.arch.embedding))
-    for index in range(done, keeper.blocks):
+    for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
         require_same_block(run.request.ranks, index, tensors)
         writer.add_shard(tensors)
         if streams and index + 1 == keeper.blocks:
             streams = Streams([], None, streams.dropped)
+        pace.finished()
         keeper.keep(run, index + 1, streams, writer.written)
     return streams
 
@@ -173,63 +152,6 @@ def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, 
     facts = provenance | run.results(streams) | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()
-
-
-def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
-    """Everything that can be refused before the first block is computed."""
-    skeleton.check(source.shapes, shape.tied)
-    require_tied(source, arch, shape)
-    source.side_files()
-    unknown = [
-        n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
-    ]
-    if unknown:
-        raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/arch.py")
-    if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):
-        raise ModelError(f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits")
-    if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
-        raise ModelError(f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group {HEAD_GROUP}")
-    for index, field, problem in format_problems(recipe):
-        raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")
-    config = source.config
-    for stage in recipe.stages:
-        config = stage.config(config)
-    if not any(stage.needs_plan for stage in recipe.stages):  # else its linears are not known yet
-        _check_linears(recipe, arch, shape, skeleton.linears())
-
-
-def _check_linears(recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]) -> None:
-    """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
-    for stage in recipe.stages:
-        stage.check_model(arch, shape, linears)
-        stage.check(linears)
-        linears = stage.linears(linears)
-
-
-def _space(request: Request, arch: Architecture, linears: dict[str, tuple[int, int]]) -> Space | None:
-    """What a target of bits per weight lets choose; None without a target."""
-    target = request.recipe.target_bpw if request.target_bpw is None else request.target_bpw
-    if target is not None and any(stage.kind == "restructure" for stage in request.recipe.stages):
-        raise UsageError(
-            f"target_bpw {target:g}: a recipe that restructures has none; convert with the restructure stage alone, "
-            "then its output with the others and a target"
-        )
-    return None if target is None else Space.of(request.recipe, arch, linears, target)
-
-
-def _calibration(request: Request, shape: Shape) -> TokenSet:
-    c = request.recipe.calibration
-    tokens = calibration_tokens(
-        load_tokenizer(request.model),
-        dataset=c.dataset,
-        nsamples=c.nsamples,
-        seqlen=c.seqlen,
-        seed=c.seed,
-        chat_template=c.chat_template,
-        text_field=c.text_field,
-    )
-    check_vocab(tokens.tokens, shape.vocab)
-    return tokens
 
 
 def _writer(

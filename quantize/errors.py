@@ -43,6 +43,12 @@ class VerifyError(PqError):
     exit_code = 7
 
 
+class RoomError(PqError):
+    """The memory that the command may use does not suffice."""
+
+    exit_code = 8
+
+
 class QualityError(PqError):
     """The accuracy gate failed: a figure is worse than its baseline allows."""
 

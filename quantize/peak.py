@@ -31,12 +31,27 @@ def measured(device: torch.device) -> Iterator[Cost]:
             Path("/proc/self/clear_refs").write_text("5")
     yield cost
     cost.seconds = time.monotonic() - started
-    cost.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_rss()
+    cost.peak_bytes = peak_of(device)
 
 
-def _peak_rss() -> int | None:
+def peak_of(device: torch.device) -> int | None:
+    """Most bytes so far of a GPU's memory, or of the process where that computes; None where it cannot be told."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+
+
+def resident() -> int:
+    """Bytes of memory that the process takes now; 0 where it cannot be told."""
+    return _status("VmRSS") or 0
+
+
+def peak_resident() -> int | None:
+    """Most bytes of memory that the process took so far; None where it cannot be told."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int | None:
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     return None

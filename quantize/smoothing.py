@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from quantize.arch import Edge
     from quantize.block import Block
 
-_SAMPLED_ROWS = 512  # of one sink
-_ALL_SAMPLED_ROWS = 4096  # of all sinks together: a norm may feed dozens of experts
+SAMPLED_ROWS = 512
+"""Rows of one sink that a search tries."""
+ALL_SAMPLED_ROWS = 4096
+"""Rows that a search tries, of all sinks together: a norm may feed dozens of experts."""
 
 
 def fold_edge(
@@ -91,7 +93,7 @@ def search(
     """
     # Rows are quantized alike: a sample of them ranks the candidates as well as all would, at a fraction of the cost.
     weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
-    most = min(_SAMPLED_ROWS, _ALL_SAMPLED_ROWS // len(weights) or 1)
+    most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
     weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]
     plain = rounding_error(weights, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
     best, lowest = None, plain

@@ -67,7 +67,7 @@ def test_attention_is_causal_softmax(T: int, L: int):
 def test_few_scores_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch):
     q, k, v = heads(T=40, L=40)
     whole = attend(q, k, v, None, 0.2, True)
-    monkeypatch.setattr("quantize.kernels.attention_reference._SCORES", 4 * 40 * 7)
+    monkeypatch.setattr("quantize.kernels.attention_reference.SCORES", 4 * 40 * 7)
     assert torch.allclose(attend(q, k, v, None, 0.2, True), whole, atol=1e-6)
 
 

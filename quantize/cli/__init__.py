@@ -14,6 +14,7 @@ import quantize
 from quantize.cli import bench as bench_command
 from quantize.cli import compare as compare_command
 from quantize.cli import convert as convert_command
+from quantize.cli import estimate as estimate_command
 from quantize.cli import evaluate as evaluate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import recipe as recipe_command
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
 )
 app.command("convert")(convert_command.convert)
+app.command("estimate")(estimate_command.estimate)
 app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
 app.command("inspect")(inspect_command.inspect)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,7 +17,9 @@ import typer
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries, stop_on_signals
 from quantize.cli.figures import print_restructured
 from quantize.cli.launches import joining
+from quantize.cli.options import size_option
 from quantize.errors import PqError, UsageError
+from quantize.units import duration, gigabytes
 
 if TYPE_CHECKING:
     from quantize.convert import Request, Summary
@@ -61,12 +64,21 @@ def convert(
             "Several processes (accelerate launch, torchrun) may go on from what any number of them kept."
         ),
     ] = "auto",
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory of the process, e.g. 6GB. Hidden states go to the disk, blocks are split by linear and "
+            "passes get smaller, as far as that needs; where nothing suffices, exit code 8 and what would."
+        ),
+    ] = None,
+    max_vram: Annotated[str | None, typer.Option(help="The same for the accelerator's memory.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Quantize a model; the output appears whole or not at all. Beside it: OUTPUT.log and OUTPUT.report.html."""
     from quantize.convert import Request
+    from quantize.estimate import within
     from quantize.overrides import with_stage_fields
     from quantize.recipe import load_recipe
     from quantize.resume import forget_finished
@@ -93,8 +105,19 @@ def convert(
         computing, source = pick_dtype(dtype, place), local_model(model)
         require_apart(source, output, kept)
         request = Request(
-            source, chosen, output, place, computing, work=kept, resume=mode, target_bpw=target_bpw, ranks=ranks
+            source,
+            chosen,
+            output,
+            place,
+            computing,
+            work=kept,
+            resume=mode,
+            target_bpw=target_bpw,
+            max_ram=size_option("--max-ram", max_ram),
+            max_vram=size_option("--max-vram", max_vram),
+            ranks=ranks,
         )
+        request = within(request)
         if ranks.first:
             _lead(request, kept, own=work is None, as_json=as_json)
         else:
@@ -168,10 +191,12 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger, told = logging.getLogger("quantize"), _Told()
+    logger, told, slow = logging.getLogger("quantize"), _Told(), _Told()
+    slow.addFilter(_worth_a_line)
     logger.setLevel(logging.INFO)
     logger.addHandler(file)
     logging.getLogger("quantize.resume").addHandler(told)
+    logging.getLogger("quantize.pace").addHandler(slow)
     try:
         yield
     except BaseException as err:
@@ -183,6 +208,15 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
         file.close()
         logger.removeHandler(file)
         logging.getLogger("quantize.resume").removeHandler(told)
+        logging.getLogger("quantize.pace").removeHandler(slow)
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Warnings, and blocks that take long where no progress bar is seen."""
+    from quantize.pace import SLOW
+
+    unseen = not sys.stderr.isatty()
+    return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)
 
 
 class _Log(logging.FileHandler):
@@ -221,7 +255,9 @@ def _print(summary: Summary) -> None:
     size = f"{summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)" if ratio >= 1.005 else _megabytes(summary)
     bits = f"{summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per weight, "
     done = bits if summary.quantized_linears else ""
-    console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {summary.seconds:.1f} s")
+    memory = f", peak memory {gigabytes(summary.peak_bytes)}" if summary.peak_bytes else ""
+    took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
+    console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.restructured:
         print_restructured(console, summary.restructured, summary.activated_reduction)
     for lost in summary.lost:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.errors import UsageError
+from quantize.units import parse_bytes
 
 if TYPE_CHECKING:
     from quantize.attention import KvNumerics
@@ -31,6 +32,14 @@ KvCache = Annotated[
     str,
     typer.Option("--kv-cache", help="auto: as the checkpoint says; int4: emulate it, and FP8 queries."),
 ]
+
+
+def size_option(name: str, text: str | None) -> int | None:
+    """Bytes of an option such as 6GB; UsageError for what is no size."""
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as err:
+        raise UsageError(f"{name}: {err}") from None
 
 
 def kv_numerics(choice: str) -> KvNumerics | None:

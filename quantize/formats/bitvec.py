@@ -250,8 +250,9 @@ class BitVec:
 
     def unpack(self) -> Tensor:
         """Weight [N, K] in float32."""
-        index = self.index.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
-        return self._levels().flatten()[(index.long() << self.bits) + self.codes]
+        lines = self.index.long() << self.bits
+        places = lines.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]].add_(self.codes)
+        return self._levels().flatten()[places]
 
     def kernel_weight(self) -> Tensor:
         """As `unpack`: there is no kernel for FP8 activations."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
 from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
 
-_SCORES = 1 << 24  # float32 scores held at once
+SCORES = 1 << 24
+"""float32 scores held at once."""
 
 View = tuple[bool, int | None, Tensor | None, Tensor | None]
 """What queries see: causal, window, mask and lengths of `quantize.kernels.attention.attend_records`."""
@@ -39,7 +40,7 @@ def attend(
     if mask is None and T > 1:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     out = torch.empty_like(q)
-    rows = max(1, _SCORES // (H * L))
+    rows = max(1, SCORES // (H * L))
     for b in range(B):
         kb, vb = k[b, :, None], v[b, :, None]  # [Hkv, 1, L, d]: shared by the query heads of a group
         for first in range(0, T, rows):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from quantize.footprint import BlockSizes, Effort
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
 from quantize.moments import too_few
 from quantize.pictures import Picture, block_map, facts
-from quantize.smoothing import balanced, column_absmean, per_source_channel, search
+from quantize.smoothing import ALL_SAMPLED_ROWS, SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
 
 if TYPE_CHECKING:
     from quantize.arch import Edge
@@ -35,6 +36,26 @@ class Awq(Stage):
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)
     """Exponents b tried, as factors of (1 − a): 0 is the paper's activation-only search."""
+
+    def room(self, sizes: BlockSizes) -> int:
+        """The moments of an edge's inputs, a sample of rows in all the forms that a trial has, then new weights."""
+        taken = [sizes.folding()]
+        for group in sizes.groups:
+            K = sizes.linears[group[0]][1]
+            trial = sizes.held(group[0], False) + 48 * SAMPLED_ROWS * K * len(group)
+            taken += [sizes.measuring(group[0], False, False), trial]
+        return max(taken)
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Passes that measure inputs, and two products of a sample of rows for each candidate."""
+        out, candidates = Effort(), self.grid * len(self.weight_exponents)
+        for place, group in enumerate(sizes.groups):
+            rows, K = min(SAMPLED_ROWS * len(group), ALL_SAMPLED_ROWS), sizes.linears[group[0]][1]
+            share = len(group) / len(sizes.linears) if group[0] in sizes.routed else 1.0
+            out += sizes.passes() * (share * place / len(sizes.groups))
+            out += Effort(2.0 * sizes.tokens * K * K * share)
+            out += Effort(4.0 * candidates * rows * K * K, 150.0 * candidates * rows * K)
+        return out
 
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""

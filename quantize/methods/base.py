@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from quantize.footprint import Effort
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantize.arch import Architecture, Shape
     from quantize.block import Block
+    from quantize.footprint import BlockSizes
     from quantize.pictures import Picture
     from quantize.view import ModelView
 
@@ -100,6 +103,14 @@ class Stage(BaseModel):
     def apply(self, block: Block) -> None:
         """Transform `block` in place."""
         raise NotImplementedError
+
+    def room(self, sizes: BlockSizes) -> int:
+        """Bytes that `apply` takes at most, beside the block, its copies and the hidden states."""
+        return sizes.forward()
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """What `apply` computes."""
+        return Effort()
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """What the method adds to the report, drawn from the facts noted in `apply`: full layer or edge name → facts.

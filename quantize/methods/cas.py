@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from quantize.footprint import FLOAT, BlockSizes
 from quantize.methods.base import Kind, Stage
 from quantize.smoothing import column_absmean, per_source_channel
 
@@ -41,6 +42,10 @@ class Cas(Stage):
     def needs_inputs(self) -> bool:
         """Reads weights only."""
         return False
+
+    def room(self, sizes: BlockSizes) -> int:
+        """New weights of the linears that share an input, and the magnitudes of the old ones."""
+        return sizes.folding() + FLOAT * sizes.largest
 
     def apply(self, block: Block) -> None:
         """Fold λ over every edge whose constant is set."""

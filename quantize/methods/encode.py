@@ -15,6 +15,8 @@ from typing_extensions import Self
 
 from quantize.errors import ModelError
 from quantize.exchange import share_out
+from quantize.footprint import BlockSizes, Effort, total
+from quantize.formats.packed_int import stored_bits
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
 from quantize.moments import Moments, too_few
@@ -55,6 +57,45 @@ class Encode(Stage):
             block.freeze_reference()
         for groups in self._waves(block):
             share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
+
+    def room(self, sizes: BlockSizes) -> int:
+        """The largest linear's moments and fit."""
+        taken = [0]
+        for group in sizes.groups:
+            held = sizes.held(group[0], self.needs_reference) if self.needs_inputs else 0
+            if self.needs_inputs:
+                taken.append(sizes.measuring(group[0], self.needs_reference, self.rounds_inputs))
+            taken += [held + self.fitting(*sizes.linears[name]) for name in group]
+        return max(taken)
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Fits of all linears, and the passes that measure their inputs."""
+        out = total(self.fitted(*sizes.linears[name]) for name in sizes.linears)
+        seen = 0
+        for group in sizes.groups if self.needs_inputs else ():
+            K, streams = sizes.linears[group[0]][1], 2 if self.needs_reference else 1
+            share = len(group) / len(sizes.linears) if group[0] in sizes.routed else 1.0
+            out += Effort(2.0 * sizes.tokens * K * K * streams * share)
+            out += sizes.passes() * (streams * share * seen / sizes.weights)
+            seen += sum(N * K for N, K in (sizes.linears[name] for name in group))
+        return out
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the layers will round their inputs to E4M3, and so must those that are measured."""
+        return False
+
+    @abstractmethod
+    def fitting(self, N: int, K: int) -> int:
+        """Bytes that one linear's fit takes at most beside its weight and the moments of its inputs."""
+
+    @abstractmethod
+    def fitted(self, N: int, K: int) -> Effort:
+        """What one linear's fit computes."""
+
+    @abstractmethod
+    def stored_bits(self, N: int, K: int) -> float:
+        """Bits of a weight in the checkpoint, all that belongs to it counted."""
 
     def _waves(self, block: Block) -> Iterator[list[list[str]]]:
         """Groups of linears that share an input, in the order in which the block computes them.
@@ -102,6 +143,15 @@ class IntEncode(Encode):
     def fp8(self) -> bool:
         """Whether activations are rounded to E4M3."""
         return self.activations == "fp8"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """As `fp8`."""
+        return self.fp8
+
+    def stored_bits(self, N: int, K: int) -> float:
+        """Codes, and a 16-bit scale for each group."""
+        return stored_bits(self.bits, self.group_size)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """ModelError for a shape the packed layout or its kernels cannot hold, or patterns that match nothing."""

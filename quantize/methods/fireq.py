@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from quantize.footprint import Effort, factoring
+from quantize.footprint import factored as factorization
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.grid import Grid, group_absmax
 from quantize.methods.encode import (
@@ -81,6 +83,18 @@ class Fireq(IntEncode):
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
         return block.moments(name, self.fp8, with_reference=self.aim == "parent") if self.needs_inputs else None
+
+    def fitting(self, N: int, K: int) -> int:
+        """The factorization, or what stands beside the factor."""
+        return max(factoring(K), 4 * K * K + 30 * N * K) if self.needs_inputs else 24 * N * K
+
+    def fitted(self, N: int, K: int) -> Effort:
+        """Factorization, target, feedback of errors and the descent."""
+        if not self.needs_inputs:
+            return Effort(0, 300.0 * N * K)
+        return factorization(K) + Effort(
+            (10.0 + 5.0 * self.sweeps) * N * K * K, (3000.0 + 3000.0 * self.sweeps) * N * K
+        )
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""

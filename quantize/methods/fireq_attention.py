@@ -16,7 +16,9 @@ from torch import Tensor
 
 from quantize.attention import KvAttention, KvNumerics
 from quantize.errors import ModelError
+from quantize.footprint import FLOAT, BlockSizes, Effort
 from quantize.formats.kv4 import KvScheme
+from quantize.kernels.attention_reference import SCORES
 from quantize.kv_search import (
     EXPONENTS,
     KeyScales,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from quantize.block import Block
 
 _TOKENS = 2048
+_TRIALS = 45  # scales of keys and values that a search tries, about
 
 
 class FireqAttention(Stage):
@@ -78,6 +81,20 @@ class FireqAttention(Stage):
     def as_json(self) -> dict[str, Any]:
         """The `attention` part of a native checkpoint's quantization_config."""
         return self.numerics.as_json()
+
+    def room(self, sizes: BlockSizes) -> int:
+        """Sampled queries, keys, values and outputs, scaled and rounded ones beside them, and some of the scores."""
+        width = sizes.hidden * (2 + 2 * sizes.kv_heads / sizes.heads)
+        sampled = min(sizes.tokens, -(-_TOKENS // sizes.window) * sizes.window)
+        scores = min(SCORES, sizes.heads * sizes.window**2)
+        return max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores) + sizes.folding()
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Attention on the sample for each candidate, twice."""
+        sampled = min(sizes.tokens, max(_TOKENS, sizes.window))
+        trials = 2 * _TRIALS if self.search else 2
+        scores = float(trials * sampled * sizes.window)
+        return Effort(4 * scores * sizes.hidden, 80 * scores * sizes.heads)
 
     def apply(self, block: Block) -> None:
         """Choose and fold the scales of one block, and let it attend as the kernel will from here on."""

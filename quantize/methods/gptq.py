@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from quantize.footprint import Effort, factoring
+from quantize.footprint import factored as factorization
 from quantize.grid import Grid
 from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
 from quantize.solver import error_feedback
@@ -30,6 +32,14 @@ class Gptq(IntEncode):
     def measured(self, block: Block, name: str) -> Moments:
         """Second moments of the inputs."""
         return block.moments(name, self.fp8)
+
+    def fitting(self, N: int, K: int) -> int:
+        """The factorization, or what stands beside the factor."""
+        return max(factoring(K), 4 * K * K + 25 * N * K)
+
+    def fitted(self, N: int, K: int) -> Effort:
+        """Factorization, feedback of errors and their measure."""
+        return factorization(K) + Effort(5.0 * N * K * K, 3000.0 * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""

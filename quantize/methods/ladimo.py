@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from quantize.errors import ModelError
+from quantize.footprint import FLOAT, BlockSizes, Effort
 from quantize.ladimo.budget import COUNTED, Budget, ffn_neurons, unit_of
 from quantize.ladimo.container import BIASED, FFN, container, container_config, empty_moe
 from quantize.ladimo.distill import Training
@@ -151,6 +152,18 @@ class Ladimo(Stage):
             for home, size in homes.items():
                 out[f"{stem}{FFN}.{home}.{local.removeprefix(f'{FFN}.')}"] = (N, size) if wide else (size, K)
         return out
+
+    def room(self, sizes: BlockSizes) -> int:
+        """Inputs and targets, the student with its gradients and AdamW's state, the parent's weights, a batch."""
+        ffn = 3 * max(N * K for N, K in sizes.linears.values())
+        lesson = 3 * FLOAT * min(self.tokens, sizes.tokens) * sizes.hidden
+        return lesson + 6 * FLOAT * ffn + sizes.forward() + 8 * FLOAT * self.batch_tokens * ffn // (3 * sizes.hidden)
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Forward and backward passes of every step, and trials."""
+        ffn = 3.0 * max(N * K for N, K in sizes.linears.values())
+        steps = min(self.steps, self.passes * sizes.tokens / self.batch_tokens) if self.teaching == "distill" else 0
+        return Effort(6 * ffn * self.batch_tokens * steps + 40 * ffn * sizes.tokens, 60 * ffn * steps)
 
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""

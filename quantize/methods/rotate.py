@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from quantize.errors import ModelError
+from quantize.footprint import BlockSizes, Effort
 from quantize.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
 from quantize.methods.base import Kind, Stage
 
@@ -115,6 +116,14 @@ class Rotate(Stage):
         for rows in torch.split(weight, max(1, _WEIGHTS // weight.shape[1])):
             wide = widened(rows) if gamma is None else widened(rows) * widened(gamma)
             rows.copy_(self._rotation.apply(wide))
+
+    def room(self, sizes: BlockSizes) -> int:
+        """A weight in float64 on both sides of a product, and as it will be."""
+        return 24 * sizes.largest
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Fast transforms of all weights."""
+        return Effort(0, 400.0 * sizes.weights)
 
     def apply(self, block: Block) -> None:
         """Rotate what the fields ask for."""

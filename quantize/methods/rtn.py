@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from quantize.footprint import Effort
 from quantize.grid import Grid
 from quantize.methods.encode import IntEncode, encode_nearest, note_errors
 
@@ -24,6 +25,14 @@ class Rtn(IntEncode):
     def needs_inputs(self) -> bool:
         """Data-free."""
         return False
+
+    def fitting(self, N: int, K: int) -> int:
+        """Codes, values and the packed form."""
+        return 22 * N * K
+
+    def fitted(self, N: int, K: int) -> Effort:
+        """A few passes over the weight; with clipping, one for each scale tried."""
+        return Effort(0, (2400.0 if self.clip == "mse" else 200.0) * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears one by one."""

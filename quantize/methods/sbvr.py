@@ -13,6 +13,8 @@ from torch import Tensor
 from quantize.cache_fit import Cache, fit_cache, require_room, round_codes
 from quantize.cache_solver import Fitted, loss, solve
 from quantize.errors import ModelError
+from quantize.footprint import Effort, factoring
+from quantize.footprint import factored as factorization
 from quantize.formats.bitvec import BitVec, BitVecScheme
 from quantize.methods.encode import Encode, damped_metric, factored, note_errors, target_of
 from quantize.pictures import Picture, block_map, facts
@@ -96,6 +98,28 @@ class Sbvr(Encode):
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
         return block.moments(name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
+
+    def fitting(self, N: int, K: int) -> int:
+        """The cache is trained on a sample; then the factorization, or what stands beside the factor."""
+        training = 160 * min(N * K, 1 << 20) + 5 * N * K
+        if not self.needs_inputs:
+            return max(training, 24 * N * K)
+        return max(training + 4 * K * K, factoring(K), 4 * K * K + 30 * N * K)
+
+    def fitted(self, N: int, K: int) -> Effort:
+        """Training, and in the metric of the inputs factorization, feedback of errors and the descent."""
+        cache = Effort(0, 2e11 + 1500.0 * N * K)
+        if not self.needs_inputs:
+            return cache
+        return (
+            cache
+            + factorization(K)
+            + Effort((12.0 + 24.0 * self.sweeps) * N * K * K, 8000.0 * (1 + self.sweeps) * N * K)
+        )
+
+    def stored_bits(self, N: int, K: int) -> float:
+        """Planes, and at most the overhead that the recipe allows."""
+        return self.bits + (0.25 if self.overhead is None else min(self.overhead, 0.25))
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""

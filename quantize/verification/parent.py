@@ -14,10 +14,11 @@ from torch import Tensor
 from quantize.arch import Architecture, Shape, architecture_of
 from quantize.basis import Basis
 from quantize.checkpoint import Checkpoint
-from quantize.conversion import Conversion, Request
+from quantize.conversion import Conversion
 from quantize.errors import ModelError, VerifyError
 from quantize.load import KV_SCALE
 from quantize.recipe import Recipe
+from quantize.request import Request
 from quantize.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
 from quantize.verification.layout import Layout

@@ -1,0 +1,117 @@
+"""How much memory the steps of a conversion take and how much they compute, from sizes alone.
+
+Formulas count the tensors that are alive at once; tests/test_footprint.py holds them against what is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+FLOAT = 4
+"""Bytes of what statistics and solvers compute in."""
+SOLVER_ROWS = 1024
+"""Rows of a large matrix that solvers copy at once."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a step computes."""
+
+    products: float = 0.0
+    """Floating-point operations of matrix products and factorizations."""
+    touched: float = 0.0
+    """Bytes read and written element by element."""
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(self.products + other.products, self.touched + other.touched)
+
+    def __mul__(self, factor: float) -> Effort:
+        return Effort(self.products * factor, self.touched * factor)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """One decoder block, the calibration text and the passes in which it is sent through."""
+
+    linears: Mapping[str, tuple[int, int]]
+    """Shape [N, K] of every linear, by name relative to the block."""
+    groups: tuple[tuple[str, ...], ...]
+    """Linears that share an input, in the order in which the block computes them."""
+    residual: frozenset[str]
+    """Linears whose output is added to the residual stream."""
+    routed: frozenset[str]
+    """Linears of experts that see only the tokens routed to them."""
+    hidden: int
+    heads: int
+    kv_heads: int
+    window: int
+    """Tokens of one sequence."""
+    batch: int
+    """Tokens of one pass."""
+    tokens: int
+    """Tokens of the whole text."""
+    itemsize: int
+    """Bytes of the dtype that blocks compute in."""
+
+    @property
+    def weights(self) -> int:
+        """Weights of all linears."""
+        return sum(N * K for N, K in self.linears.values())
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest linear."""
+        return max(N * K for N, K in self.linears.values())
+
+    def folding(self) -> int:
+        """Bytes of the linears that share an input when all their columns are scaled."""
+        together = max(sum(N * K for N, K in (self.linears[name] for name in group)) for group in self.groups)
+        return self.itemsize * (together + self.largest)
+
+    def forward(self) -> int:
+        """Bytes of one pass through the block, at its widest."""
+        wide = max((N for N, _ in self.linears.values()), default=0)
+        attention = (6 + 3 * self.kv_heads / self.heads) * self.hidden
+        return int(self.itemsize * self.batch * max(3 * wide + 2 * self.hidden, attention))
+
+    def held(self, name: str, with_reference: bool) -> int:
+        """Bytes of the moments of a linear's inputs."""
+        N, K = self.linears[name]
+        if not with_reference or name in self.routed:
+            return FLOAT * K * K
+        return FLOAT * (2 * K * K + (N * K if name in self.residual else 0))
+
+    def measuring(self, name: str, with_reference: bool, fp8: bool) -> int:
+        """Bytes at most while the moments of a linear's inputs are measured, themselves included."""
+        N, K = self.linears[name]
+        held = self.held(name, with_reference)
+        if name in self.routed:  # several experts in one pass
+            alike = sum(1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2])
+            held = max(held, min(alike * held, ROUTED_BYTES))
+        streams = 2 if with_reference else 1
+        inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
+        return held + max(self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs))
+
+    def passes(self) -> Effort:
+        """One pass of all tokens through the block."""
+        return Effort(2.0 * self.tokens * self.weights, 40.0 * self.tokens * self.hidden * self.itemsize)
+
+
+ROUTED_BYTES = 1 << 30
+"""Most bytes of the moments of routed experts that are measured in one pass."""
+
+
+def factoring(K: int) -> int:
+    """Bytes of the factorization of a Hessian [K, K] in float64, beside it."""
+    return 12 * K * K + 4 * min(SOLVER_ROWS, K) * K
+
+
+def factored(K: int) -> Effort:
+    """The factorization of a Hessian [K, K]: float64 counts twice."""
+    return Effort(2 * 4 / 3 * K**3)
+
+
+def total(efforts: Iterable[Effort]) -> Effort:
+    """The sum of efforts."""
+    return sum(efforts, Effort())
