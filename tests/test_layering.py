@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,3 +198,24 @@ def test_the_command_line_starts_without_torch():
     code = f"import sys, quantize.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+# Packages that stand behind others: torch and transformers call for them by name.
+NEVER_IMPORTED = {"accelerate"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "compressed_tensors": "compressed-tensors"}
+# These come with transformers and pydantic by their own declaration.
+INHERITED = {"huggingface_hub", "numpy", "pydantic_core", "tokenizers", "typing_extensions", "click"}
+
+
+def declared() -> set[str]:
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text[text.index("\ndependencies = [") :].partition("\n]")[0]
+    return {re.split("[<>=!~]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)}
+
+
+def test_every_third_party_import_is_declared_and_every_declared_one_imported():
+    roots = {name.partition(".")[0] for names in GRAPH.values() for name in names}
+    foreign = {r for r in roots if r not in sys.stdlib_module_names and r not in ("quantize", *INHERITED)}
+    imported = {DISTRIBUTIONS.get(root, root) for root in foreign}
+    assert imported - declared() == set()
+    assert declared() - imported <= NEVER_IMPORTED
