@@ -200,8 +200,8 @@ def test_the_command_line_starts_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-# Packages that stand behind others: torch and transformers call for them by name.
-NEVER_IMPORTED = {"accelerate"}
+# Packages that others call for by name: transformers for a device_map, datasets for parquet.
+NEVER_IMPORTED = {"accelerate", "pyarrow"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "compressed_tensors": "compressed-tensors"}
 # These come with transformers, pydantic and jinja2 by their own declaration.
 INHERITED = {"huggingface_hub", "markupsafe", "numpy", "pydantic_core", "tqdm", "typing_extensions"}
