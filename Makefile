@@ -12,7 +12,7 @@ else
 TORCH ?= torch
 endif
 
-.PHONY: demo test gate lint format setup reference-model bench bench-gpu clean help
+.PHONY: demo test test-lowest gate lint format setup reference-model bench bench-gpu clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,7 +23,7 @@ $(BIN)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("pq needs Python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet "torch>=2.6"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet "torch>=2.11"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -36,6 +36,15 @@ demo: setup ## Convert the embedded reference model with fireq.yaml and measure 
 
 test: setup ## Run the tests (about as long as a coffee)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
+
+LOWEST ?= .venv-lowest
+test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+		--extra test pyproject.toml --output-file $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
+	PYTHONPATH=. $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
 
 gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
 	$(BIN)/pq eval --gate eval/baselines.yaml
@@ -59,4 +68,4 @@ bench-gpu: setup ## Speed of the kernels on this machine's GPU beside torch's, i
 	$(BIN)/python eval/gpu_speed.py --output eval/results
 
 clean: ## Remove the environment and all outputs
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(LOWEST) out

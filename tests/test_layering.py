@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,3 +203,26 @@ def test_the_command_line_starts_without_torch():
     code = f"import sys, quantize.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+# Packages that others call for by name: transformers for a device_map, datasets for parquet.
+NEVER_IMPORTED = {"accelerate", "pyarrow"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "compressed_tensors": "compressed-tensors"}
+# These come with transformers, pydantic and jinja2 by their own declaration.
+INHERITED = {"huggingface_hub", "markupsafe", "numpy", "pydantic_core", "tqdm", "typing_extensions"}
+PEERS = {"gemlite"}
+"""Measured beside our kernels where they are installed."""
+
+
+def declared() -> set[str]:
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text[text.index("\ndependencies = [") :].partition("\n]")[0]
+    return {re.split("[<>=!~]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)}
+
+
+def test_every_third_party_import_is_declared_and_every_declared_one_imported():
+    roots = {name.partition(".")[0] for names in GRAPH.values() for name in names}
+    foreign = {r for r in roots if r not in sys.stdlib_module_names and r not in {"quantize"} | INHERITED | PEERS}
+    imported = {DISTRIBUTIONS.get(root, root) for root in foreign}
+    assert imported - declared() == set()
+    assert declared() - imported <= NEVER_IMPORTED
