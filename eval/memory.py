@@ -26,9 +26,9 @@ from random_model import build
 import quantize
 from quantize.units import parse_bytes
 
-LAYERS = {"0.1B": 4, "1B": 3, "7B": 2}
+LAYERS = {"0.1B": 2, "1B": 1, "7B": 1}
 RECIPES = ("rtn", "fireq", "sbvr")
-CALIBRATION = ("--nsamples", "8", "--seqlen", "512")
+CALIBRATION = ("--nsamples", "4", "--seqlen", "512")
 
 
 def table(data: dict[str, Any]) -> str:
@@ -36,6 +36,7 @@ def table(data: dict[str, Any]) -> str:
     lines = ["| shape | recipe | limit | peak measured | estimated | ratio | a block | estimated |", "|---" * 8 + "|"]
     for row in data["memory"]:
         shape = f"{row['shape']}, {row['layers']} layers"
+        shape += f" ({', '.join(row['changes'])})" if row["changes"] else ""
         limit = "" if row["limit"] is None else f"{row['limit'] / 1e9:.2f} GB"
         peaks = f"{row['peak'] / 1e9:.2f} GB | {row['estimate'] / 1e9:.2f} GB | {row['estimate'] / row['peak']:.2f}"
         seconds = f"{row['seconds_per_block']:.0f} s | {row['estimated_seconds_per_block']:.0f} s"
@@ -43,7 +44,9 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(shape: str, recipe: str, layers: int | None, scratch: Path, limit: str | None) -> dict[str, Any]:
+def measure(
+    shape: str, recipe: str, layers: int | None, scratch: Path, limit: str | None, changes: list[str]
+) -> dict[str, Any]:
     """Estimate and convert one shape by one recipe."""
     model = scratch / (f"{shape}x{layers}" if layers else shape)
     if not (model / "model.safetensors.index.json").exists():
@@ -53,6 +56,7 @@ def measure(shape: str, recipe: str, layers: int | None, scratch: Path, limit: s
     text = () if recipe == "rtn" else CALIBRATION
     cap = () if limit is None else ("--max-ram", limit)
     common = ["--model", str(model), "--recipe", recipe, *text, *cap, "--device", "cpu", "--json"]
+    common += [part for change in changes for part in ("--set", change)]
     pq = [sys.executable, "-c", "from quantize.cli import main; main()"]
     told = json.loads(subprocess.run([*pq, "estimate", *common], check=True, stdout=subprocess.PIPE).stdout)
     started = time.monotonic()
@@ -67,6 +71,7 @@ def measure(shape: str, recipe: str, layers: int | None, scratch: Path, limit: s
         "shape": shape,
         "layers": summary["blocks"],
         "recipe": recipe,
+        "changes": changes,
         "limit": None if limit is None else parse_bytes(limit),
         "peak": usage.ru_maxrss * 1024,
         "estimate": told["ram"],
@@ -92,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = [kind for kind in kinds if not args.only or "/".join(kind) in args.only]
     for shape, recipe in wanted:
         layers = None if args.whole else LAYERS[shape]
-        row = measure(shape, recipe, layers, args.scratch, args.max_ram)
+        row = measure(shape, recipe, layers, args.scratch, args.max_ram, args.set)
         key = ("shape", "recipe", "layers", "limit")
         results["memory"] = [old for old in results["memory"] if any(old[k] != row[k] for k in key)] + [row]
         keep(results, args.output)
@@ -106,4 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--only", action="append", help="shape/recipe, repeatable")
     parser.add_argument("--whole", action="store_true", help="all layers of the shape")
     parser.add_argument("--max-ram", help="convert under this limit")
+    parser.add_argument("--set", action="append", default=[], help="as for pq convert, e.g. sweeps=1 to save time")
     main(parser.parse_args())

@@ -29,7 +29,7 @@ from quantize.memo import Memo
 from quantize.methods.fireq_attention import FireqAttention
 from quantize.moe import MoeFfn, Policy, TopK
 from quantize.offload import Parking, kept
-from quantize.peak import Cost, peak_of
+from quantize.peak import Cost, give_back, peak_of
 from quantize.request import Progress, Request, Summary
 from quantize.rope import rotary_dim
 from quantize.skeleton import Skeleton
@@ -252,12 +252,14 @@ class Conversion:
         for stage in stages:
             if stage.kind == "restructure":  # which leaves other linears than it found
                 stage.apply(block)
+                give_back()
         before = after = profile(block)
         smoothed = False
         for stage in (stage for stage in stages if stage.kind != "restructure"):
             if smoothed and stage.kind in ("cache", "encode"):
                 after, smoothed = profile(block), False
             stage.apply(block)
+            give_back()
             smoothed |= stage.kind == "smooth"
         self.statistics.add(block, before, after)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
+_FROM_THE_SYSTEM = 8 << 20  # bytes of a tensor that is taken from the system alone, and given back; less costs time
 
 
 @dataclass
@@ -55,3 +59,17 @@ def _status(key: str) -> int | None:
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def give_back() -> None:
+    """Return free memory to the system, where the C library can: it keeps what lies between pieces in use."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_little() -> None:
+    """Let the C library (glibc) keep less free memory from now on: its own limits rise with what a program frees."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _FROM_THE_SYSTEM)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _FROM_THE_SYSTEM)

@@ -80,11 +80,13 @@ def convert(
     from quantize.convert import Request
     from quantize.estimate import within
     from quantize.overrides import with_stage_fields
+    from quantize.peak import keep_little
     from quantize.recipe import load_recipe
     from quantize.resume import forget_finished
     from quantize.writer import require_apart, require_free, require_name
 
     require_name(output)
+    keep_little()
     with joining(keeps=resume != "never") as (ranks, local_rank):
         mode = _resume_mode(resume)
         chosen = load_recipe(recipe).with_overrides(

@@ -20,6 +20,7 @@ from quantize.formats.packed_int import stored_bits
 from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
 from quantize.moments import Moments, too_few
+from quantize.peak import give_back
 from quantize.solver import Damped, corrected_target, damped, feedback_order
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Encode(Stage):
             block.freeze_reference()
         for groups in self._waves(block):
             share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
+            give_back()
 
     def room(self, sizes: BlockSizes) -> int:
         """The largest linear's moments and fit."""
