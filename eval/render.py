@@ -1,5 +1,5 @@
 """Put the tables of results files into README.md, between the markers `accuracy: begin` and `accuracy: end`; those of
-speed, if any are given, between `speed: begin` and `speed: end`.
+speed and of memory, if any are given, between `speed: begin` and `speed: end`, `memory: begin` and `memory: end`.
 
 python eval/render.py README.md eval/results/*.json
 """
@@ -16,6 +16,7 @@ import ablation  # the scripts beside this one
 import accuracy
 import gpu_speed
 import ladimo
+import memory
 import sbvr
 
 
@@ -26,13 +27,15 @@ def _table(data: dict[str, Any]) -> str:
 
 def main(readme: Path, results: list[Path]) -> None:
     """Rewrite the sections; every table is headed by the protocol and versions that its file records."""
-    parts: dict[str, list[str]] = {"accuracy": [], "speed": []}
+    parts: dict[str, list[str]] = {"accuracy": [], "speed": [], "memory": []}
     for path in results:
         data = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
         if "ceilings" in data:
             head = f"medians of {data['rounds']} rounds ({data['device']}; {versions})"
             parts["speed"].append(f"`{path.name}`: {head}.\n\n{gpu_speed.table(data)}\n")
+        elif "memory" in data:
+            parts["memory"].append(f"`{path.name}` ({data['machine']}; {versions}):\n\n{memory.table(data)}\n")
         else:
             head = f"{data['protocol']} ({data['machine']}; {versions})"
             parts["accuracy"].append(f"`{path.name}`: {head}.\n\n{_table(data)}\n")

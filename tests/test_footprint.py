@@ -121,13 +121,14 @@ def test_measuring_takes_what_it_says(make_block: Callable[..., Block], with_ref
     block.freeze_reference()
     block.moments(name, fp8, with_reference)  # masks and rotary tables are made once
     found = allocated(lambda: block.moments(name, fp8, with_reference))
-    assert 0.85 < told / found < 1.25, (told, found)
+    # On its way to q_proj a pass is narrower than the block is at its widest.
+    assert 0.85 < told / found < (1.25 if role == "down" else 2.5), (told, found)
 
 
 def test_every_method_says_what_it_takes():
     plain, more = sizes(), sizes(batch=1024, tokens=4096)
     wider = sizes(linears={name: (2 * N, 2 * K) for name, (N, K) in sizes().linears.items()}, hidden=256)
-    for stage in (method(method=name) for name, method in STAGES.items()):
+    for stage in (method(method=method.model_fields["method"].default) for method in STAGES):
         assert stage.room(plain) > 0, stage.method
         assert stage.room(wider) > stage.room(plain), stage.method
         assert stage.room(more) >= stage.room(plain), stage.method

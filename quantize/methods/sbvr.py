@@ -101,7 +101,7 @@ class Sbvr(Encode):
 
     def fitting(self, N: int, K: int) -> int:
         """The cache is trained on a sample; then the factorization, or what stands beside the factor."""
-        training = 160 * min(N * K, 1 << 20) + 5 * N * K
+        training = min(500 * N * K, 150 << 20) + 5 * N * K
         if not self.needs_inputs:
             return max(training, 24 * N * K)
         return max(training + 4 * K * K, factoring(K), 4 * K * K + 30 * N * K)
