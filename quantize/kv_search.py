@@ -17,9 +17,11 @@ from torch import Tensor
 from quantize.attention import KvNumerics
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import fake_quantize
-from quantize.kernels.attention_reference import attend
+from quantize.kernels.attention_reference import SCORES, attend
 from quantize.rope import pair_norm
 
+SCORES_AT_ONCE = SCORES
+"""Scores that attention holds at once."""
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STRENGTHS = (0.5, 0.75, 1.0)
 _TARGETS = (0.7, 1.0)

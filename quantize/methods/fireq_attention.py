@@ -18,9 +18,9 @@ from quantize.attention import KvAttention, KvNumerics
 from quantize.errors import ModelError
 from quantize.footprint import FLOAT, BlockSizes, Effort
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.attention_reference import SCORES
 from quantize.kv_search import (
     EXPONENTS,
+    SCORES_AT_ONCE,
     KeyScales,
     Sample,
     channel_maxima,
@@ -86,7 +86,7 @@ class FireqAttention(Stage):
         """Sampled queries, keys, values and outputs, scaled and rounded ones beside them, and some of the scores."""
         width = sizes.hidden * (2 + 2 * sizes.kv_heads / sizes.heads)
         sampled = min(sizes.tokens, -(-_TOKENS // sizes.window) * sizes.window)
-        scores = min(SCORES, sizes.heads * sizes.window**2)
+        scores = min(SCORES_AT_ONCE, sizes.heads * sizes.window**2)
         return max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores) + sizes.folding()
 
     def effort(self, sizes: BlockSizes) -> Effort:
