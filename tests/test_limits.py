@@ -1,0 +1,55 @@
+"""A limit of memory is kept to, by what the kernel counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ModelMaker
+
+# Hidden states of 134 MB, a block of 43 MB: what a limit can spare.
+RECIPE = """
+description: d
+calibration: {{dataset: {text}, nsamples: 512, seqlen: 64}}
+format: compressed-tensors
+stages: [{{method: gptq, layers: ["*.q_proj"]}}]
+"""
+SIZES = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def run(*arguments: str) -> tuple[int, int, str]:
+    """Exit code, peak memory in bytes and stdout of `pq`."""
+    command = [sys.executable, "-c", "from quantize.cli import main; main()", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as one:
+        assert one.stdout is not None
+        out = one.stdout.read()
+        _, status, usage = os.wait4(one.pid, 0)
+        one.returncode = os.waitstatus_to_exitcode(status)
+    return one.returncode, usage.ru_maxrss * 1024, out
+
+
+@pytest.mark.slow
+def test_the_peak_stays_below_the_limit(tiny: ModelMaker, tmp_path: Path):
+    model = tiny("llama", num_hidden_layers=1, head_dim=128, **SIZES)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word {n} of a text that is long enough" for n in range(9000)))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(text=text))
+    common = ["-m", str(model), "-r", str(recipe), "--device", "cpu", "--json"]
+    plain = json.loads(run("estimate", *common)[2])
+    assert plain["parts"]["hidden states"] == 512 * 64 * 1024 * 4
+    limit = plain["ram"] - 100_000_000
+    code, peak, out = run("convert", *common, "-o", str(tmp_path / "out"), "--max-ram", str(limit))
+    assert code == 0
+    assert peak < limit
+    assert json.loads(out)["peak_bytes"] == pytest.approx(peak, rel=0.05)
+    code, unlimited, _ = run("convert", *common, "-o", str(tmp_path / "plain"))
+    assert code == 0
+    assert unlimited > peak + 50_000_000  # there was something to spare
+    assert 0.85 < plain["ram"] / unlimited < 1.15
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
