@@ -30,7 +30,7 @@ _AT_ONCE = 1 << 30  # bytes of one write; Linux takes no more than 2 GiB
 class Spilled(MutableSequence[Tensor]):
     """Hidden states in a file; each is mapped into memory when it is asked for, and for as long as it is held.
 
-    No batch may be larger than the first.
+    A batch that takes the place of another must not be larger.
     OutputError where the disk is full.
     """
 
@@ -38,9 +38,9 @@ class Spilled(MutableSequence[Tensor]):
         self.folder = folder
         with reported(folder):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as this
-        self._slots: list[int] = []
+        self._slots: list[tuple[int, int]] = []  # where, and how many bytes
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self._stride = 0
+        self._end = 0
         for batch in batches:
             self.append(batch)
 
@@ -56,15 +56,15 @@ class Spilled(MutableSequence[Tensor]):
         if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         size = shape.numel() * dtype.itemsize
-        view = mmap.mmap(self._file.fileno(), size, offset=self._slots[index] * self._stride, access=mmap.ACCESS_COPY)
+        view = mmap.mmap(self._file.fileno(), size, offset=self._slots[index][0], access=mmap.ACCESS_COPY)
         return torch.frombuffer(view, dtype=dtype).view(shape)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         plain = value.detach().cpu().contiguous()
         data = memoryview(plain.flatten().view(torch.uint8).numpy())
-        if len(data) > self._stride:
-            raise ValueError(f"a batch of {len(data)} bytes, there is room for {self._stride}")
-        at = self._slots[index] * self._stride
+        at, room = self._slots[index]
+        if len(data) > room:
+            raise ValueError(f"a batch of {len(data)} bytes, there is room for {room}")
         with reported(self.folder):
             while data:
                 written = os.pwrite(self._file.fileno(), data[:_AT_ONCE], at)
@@ -78,11 +78,12 @@ class Spilled(MutableSequence[Tensor]):
         return len(self._slots)
 
     def insert(self, index: int, value: Tensor) -> None:
-        """Add a batch; the first one decides how much room each has."""
-        grain = mmap.ALLOCATIONGRANULARITY
-        self._stride = self._stride or -(-value.numel() * value.element_size() // grain) * grain
-        self._slots.insert(index, max(self._slots, default=-1) + 1)
+        """Add a batch, with room for what it has now."""
+        grain = mmap.ALLOCATIONGRANULARITY  # mappings begin at multiples of it
+        room = -(-value.numel() * value.element_size() // grain) * grain
+        self._slots.insert(index, (self._end, room))
         self._shapes.insert(index, (value.shape, value.dtype))
+        self._end += room
         self[index] = value
 
 

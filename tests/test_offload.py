@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import resumed
 import torch
 from conftest import ModelMaker
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from quantize.block import Block
 from quantize.convert import Request, convert
 from quantize.errors import OutputError
-from quantize.offload import OnHost, Parking, Spilled, kept, shared_copy
+from quantize.offload import OnHost, Parking, Place, Spilled, kept, shared_copy
 from quantize.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -72,6 +73,11 @@ def test_a_state_larger_than_its_room_is_refused(tmp_path: Path):
     spilled = Spilled(tmp_path, batches())
     with pytest.raises(ValueError, match="room"):
         spilled[1] = torch.zeros(4096, 5, 7)
+
+
+def test_batches_of_all_sizes_are_spilled(tmp_path: Path):
+    given = [torch.full((n, 50, 7), float(n)) for n in (1, 0, 64, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(Spilled(tmp_path, given), given, strict=True))
 
 
 def test_a_folder_that_cannot_hold_states_is_named(tmp_path: Path):
@@ -176,3 +182,25 @@ def test_places_change_no_byte_of_the_output(tiny: ModelMaker, text_file: Path, 
     assert files == {path.name for path in (tmp_path / "away").iterdir()}
     for name in files:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "away" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("first", ["disk", "device"])
+def test_a_stopped_run_goes_on_in_another_place(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Place
+):
+    monkeypatch.setattr("quantize.offload._LEAST", 1)
+    asked = resumed.request(
+        "fireq",
+        tiny("llama", num_hidden_layers=resumed.BLOCKS),
+        text_file,
+        tmp_path / "out",
+        work=tmp_path / "work",
+        resume="auto",
+        states_on=first,
+        split=first == "disk",
+    )
+    resumed.stopped_after(asked, 2)
+    assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} == {"state.json", "state", "partial"}
+    other: Place = "device" if first == "disk" else "disk"
+    convert(replace(asked, states_on=other, split=other == "disk", resume="required"))
+    assert resumed.files_of(tmp_path / "out") == resumed.whole(asked)
