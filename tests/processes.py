@@ -1,4 +1,4 @@
-"""Launches of several processes that convert together, forked, because starting Python anew takes longer than that."""
+"""Launches of several processes that work together, forked, because starting Python anew takes longer than that."""
 
 from __future__ import annotations
 

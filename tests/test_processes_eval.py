@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from conftest import ModelMaker, save_side_files
 from processes import REMEDY, Launch, launch, pq
+from test_processes_launchers import LAUNCHERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.evaluate import run, streamed
@@ -174,6 +177,24 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
         assert all(json.loads((tmp_path / f"{size}-{rank}").read_text()) == expected for rank in range(size))
     counts = [sum(json.loads((tmp_path / f"shapes-{name}").read_text())) for name in ("1-0", "3-0")]
     assert counts[1] < counts[0] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher(tiny: ModelMaker, text_file: Path, launcher: str):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        start = [sys.executable, "-m", *LAUNCHERS[launcher], str(free.getsockname()[1])]
+    told = ["-m", "quantize", "eval", tiny("llama"), "--dataset", text_file, "--device", "cpu", "--json"]
+    printed = [
+        subprocess.run(
+            [*command, *map(str, told), "--seqlen", "256", "--context", "128"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=300,
+        ).stdout
+        for command in ([sys.executable], start)
+    ]  # fmt: skip
+    assert json.loads(printed[0])["windows"] > 4096 / 256
+    assert printed[0] == printed[1]
 
 
 def test_a_dead_rank_ends_the_others(tiny: ModelMaker, text_file: Path, tmp_path: Path):
