@@ -1,9 +1,9 @@
-"""Processes that convert one model together, and the one that works alone.
+"""Processes that convert or measure one model together, and the one that works alone.
 
-Every process ("rank") holds all hidden states and every block, and does everything in the same order. Where the work is
-divided, each computes its share and receives the others', so that all of them hold the same bits afterwards, those that
-one process alone would hold. Every method of `Ranks` but the plain sums is a meeting: all ranks must call it, in the
-same order and with arguments of the same shapes.
+In a conversion every process ("rank") holds all hidden states and every block. Where work is divided, each computes its
+share and receives the others', so that all of them hold the same bits afterwards, those that one process alone would
+hold. Every method of `Ranks` but the plain sums is a meeting: all ranks must call it, in the same order and with
+arguments of the same shapes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launches of several processes that convert together, forked, because starting Python anew takes longer than that."""
+"""Launches of several processes that work together, forked, because starting Python anew takes longer than that."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from resumed import files_of, whole
 
 from quantize import cli
@@ -68,6 +69,8 @@ def launch(size: int, work: Callable[[int], None], folder: Path) -> Launch:
                 handle = os.open(said[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, 2)
                 sys.stderr = os.fdopen(2, "w", buffering=1)
+                # Makes torch's pool anew, which is lost in a fork; threads that do so at once would fail.
+                torch.set_num_threads(torch.get_num_threads())
                 os._exit(_code(lambda rank=rank: work(rank)))  # type: ignore[misc]
             finally:
                 os._exit(99)

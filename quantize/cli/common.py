@@ -19,8 +19,8 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A rich progress bar on stderr with the time left; silent where stderr is no terminal."""
+def progress_bar(shown: bool = True) -> Iterator[Progress]:
+    """A rich progress bar on stderr with the time left; silent where it is not to be shown or stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -39,7 +39,9 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not (shown and Console(stderr=True).is_terminal)
+    ) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.launches import joining
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from quantize.evaluate.task_results import TaskRun
     from quantize.evaluate.task_scores import TaskScore
     from quantize.linear import Numerics
+    from quantize.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class _Setting:
     attention: KvNumerics | None
     output: Path | None
     """Folder for results; None saves nothing."""
+    ranks: Ranks
 
 
 def evaluate(
@@ -79,48 +83,60 @@ def evaluate(
     is given.
     """
     options.check_choices(protocol, numerics)
-    if gate is not None:
-        _gate(gate, model, baseline, _names(only), reason if update_baselines else None, device, as_json)
-        return
-    if update_baselines or reason or only:
-        raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
-    if model is None:
-        raise UsageError("name the model folder to evaluate, or give --gate FILE")
-    quiet_libraries()
-    place, folder = pick_device(device), local_model(model)
-    setting = _Setting(
-        folder,
-        None if baseline is None else local_model(baseline),
-        place,
-        pick_dtype(dtype, place),
-        "kernel" if numerics == "kernel" else "stock",
-        options.kv_numerics(kv_cache),
-        _output(folder, output_path, log_samples),
-    )
-    out: dict[str, Any] = {}
-    with progress_bar() as progress:
+    with joining(keeps=False) as (ranks, local_rank):
+        if gate is not None:
+            if ranks.size > 1:
+                raise UsageError("--gate converts and measures in one process; start it without a launcher")
+            _gate(gate, model, baseline, _names(only), reason if update_baselines else None, device, as_json)
+            return
+        if update_baselines or reason or only:
+            raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
+        if model is None:
+            raise UsageError("name the model folder to evaluate, or give --gate FILE")
+        quiet_libraries()
+        if not ranks.first:
+            logging.getLogger("quantize").addHandler(logging.NullHandler())
+        place, folder = pick_device(device, local_rank), local_model(model)
+        setting = _Setting(
+            folder,
+            None if baseline is None else local_model(baseline),
+            place,
+            pick_dtype(dtype, place),
+            "kernel" if numerics == "kernel" else "stock",
+            options.kv_numerics(kv_cache),
+            _output(folder, output_path, log_samples),
+            ranks,
+        )
         measured = scored = None
-        if not tasks or protocol or dataset:
-            measured = _perplexity(
-                setting, protocol or "strided", dataset or "builtin", text_field, seqlen, context, max_windows, progress
-            )
-        if tasks:
-            how = {
-                "num_fewshot": num_fewshot,
-                "limit": _limit(limit),
-                "batch_size": batch_size,
-                "apply_chat_template": apply_chat_template,
-            }
-            scored = _tasks(setting, _names(tasks), how, _pairs(model_args), log_samples, progress)
+        with progress_bar(ranks.first) as progress:
+            if not tasks or protocol or dataset:
+                chosen, text = protocol or "strided", dataset or "builtin"
+                measured = _perplexity(setting, chosen, text, text_field, seqlen, context, max_windows, progress)
+            if tasks:
+                how = {
+                    "num_fewshot": num_fewshot,
+                    "limit": _limit(limit),
+                    "batch_size": batch_size,
+                    "apply_chat_template": apply_chat_template,
+                }
+                scored = _tasks(setting, _names(tasks), how, _pairs(model_args), log_samples, progress)
+        ranks.release()
+        if ranks.first:
+            _tell(setting, measured, scored, as_json)
+
+
+def _tell(
+    setting: _Setting, measured: Measured | None, scored: tuple[TaskRun, list[TaskScore]] | None, as_json: bool
+) -> None:
+    """Print the figures."""
     from quantize.cli import figures
 
-    if measured:
-        out |= dataclasses.asdict(measured.figures)
-    if scored:
-        from quantize.evaluate.saved import tasks_json
-
-        out["tasks"] = tasks_json(scored[0], _name(setting.baseline), scored[1])
     if as_json:
+        out: dict[str, Any] = {} if measured is None else dataclasses.asdict(measured.figures)
+        if scored:
+            from quantize.evaluate.saved import tasks_json
+
+            out["tasks"] = tasks_json(scored[0], _name(setting.baseline), scored[1])
         typer.echo(json.dumps(out, indent=2))
         return
     if measured:
@@ -128,7 +144,7 @@ def evaluate(
     if scored:
         figures.print_tasks(*scored)
     if setting.output:
-        typer.echo(f"saved in {setting.output}; pq report {model} makes a page of it", err=True)
+        typer.echo(f"saved in {setting.output}; pq report {setting.model} makes a page of it", err=True)
 
 
 def _gate(
@@ -197,8 +213,9 @@ def _perplexity(
         numerics=setting.numerics,
         attention=setting.attention,
         progress=progress,
+        ranks=setting.ranks,
     )[0]
-    if setting.output:
+    if setting.output and setting.ranks.first:
         save_measured(measured, dataset, setting.output)
     return measured
 
@@ -227,12 +244,13 @@ def _tasks(
             numerics=setting.numerics,
             attention=attention,
             progress=progress,
+            ranks=setting.ranks,
             **how,
         )
 
     ours = run(setting.model, setting.attention)
     scores = compare_tasks(ours, run(setting.baseline)) if setting.baseline else []
-    if setting.output:
+    if setting.output and setting.ranks.first:
         save_tasks(ours, _name(setting.baseline), scores, setting.output)
     return ours, scores
 

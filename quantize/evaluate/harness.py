@@ -18,10 +18,12 @@ import torch
 
 from quantize.attention import KvNumerics
 from quantize.errors import DataError, ModelError, UsageError
+from quantize.evaluate.sharing import require_alike
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluate.task_sources import Source, load_tasks, resolve
 from quantize.linear import Numerics
 from quantize.load import load_model
+from quantize.ranks import ALONE, Ranks
 from quantize.skeleton import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def run_tasks(
     numerics: Numerics = "kernel",
     attention: KvNumerics | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ranks: Ranks = ALONE,
 ) -> TaskRun:
     """Score a model folder on tasks of lm-eval.
 
@@ -54,26 +57,30 @@ def run_tasks(
     fraction below 1. batch_size: requests at once, or `auto` for as many as memory holds.
     log_samples: folder for samples_TASK.jsonl, what lm-eval knows of each document.
     model_args: arguments of lm-eval's HFLM; `dtype` and `numerics` override the parameters of that name.
+    ranks: divide the batches among themselves; all of them return what one process would, the first writes samples.
     Logits are taken to float32 before the softmax. Seeds are set as lm-eval sets them. Raises PqError subclasses.
     """
-    with _quiet():
+    with _quiet(), ranks.explained():
         task_model = _task_model_module()
         rest, dtype, numerics = _overrides(dict(model_args), dtype, numerics)
         options = task_model.model_options(rest, ("dtype", "numerics"))
         batch, limit = _checked(batch_size, num_fewshot, limit)
+        place = device or torch.device("cpu")
         _seed()
         sources = resolve(tasks)
+        told: dict[str, Any] = {"dtype": str(dtype), "numerics": numerics, "attention": str(attention)}
+        told |= {"tasks": [[s.wanted, s.sha256] for s in sources], "few-shot examples": num_fewshot, "limit": limit}
+        told |= {"batch size": batch_size, "chat template": apply_chat_template, "model arguments": rest}
+        require_alike(ranks, place, [folder], told, "lm_eval")
         loaded = load_tasks(sources)
         _prepare(loaded, sources, num_fewshot)
-        if log_samples is not None:
+        if log_samples is not None and ranks.first:
             make_folder(log_samples)
-        tokenizer = load_tokenizer(folder)
-        if apply_chat_template and not tokenizer.chat_template:
-            raise DataError(f"{folder}: its tokenizer has no chat template; run without one")
-        model = load_model(folder, device or torch.device("cpu"), dtype, numerics, attention)
-        lm = task_model.TaskModel(model, tokenizer, batch, progress, **options)
+        tokenizer = _tokenizer(folder, apply_chat_template)
+        model = load_model(folder, place, dtype, numerics, attention)
+        lm = task_model.TaskModel(model, tokenizer, batch, progress, ranks, **options)
         results = _evaluate(lm, loaded, limit, apply_chat_template, folder)
-        if log_samples is not None:
+        if log_samples is not None and ranks.first:
             write_samples(log_samples, results["samples"])
     if lm.truncated:
         log.warning("%d requests were longer than %d tokens and were cut from the left", lm.truncated, lm.max_length)
@@ -166,6 +173,13 @@ def _checked(
         raise UsageError(f"limit {limit}: give a positive whole number of documents or a fraction below 1")
     limit = int(limit) if limit is not None and limit >= 1 else limit
     return None if batch_size == "auto" else int(batch_size), limit
+
+
+def _tokenizer(folder: Path, chat_template: bool) -> Any:
+    tokenizer = load_tokenizer(folder)
+    if chat_template and not tokenizer.chat_template:
+        raise DataError(f"{folder}: its tokenizer has no chat template; run without one")
+    return tokenizer
 
 
 def _seed() -> None:

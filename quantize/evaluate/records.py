@@ -6,11 +6,14 @@ import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quantize.ranks import Ranks
 
 _BINS = 32  # of the curves by position
 
@@ -62,6 +65,15 @@ class Records:
 
     def __len__(self) -> int:
         return len(self["token"])
+
+    def gathered(self, ranks: Ranks) -> Records:
+        """Records of all ranks, which measure consecutive windows each: rank 0's come first."""
+        columns: dict[str, list[Tensor]] = {}
+        for source in range(ranks.size):
+            mine = {name: self[name] for name in self.columns} if source == ranks.rank else None
+            for name, values in ranks.tensors(mine, source).items():
+                columns.setdefault(name, []).append(values)
+        return Records(columns)
 
     def mean(self, values: Tensor) -> Estimate:
         """Mean of a column [P]; its error from the spread of the windows' sums (tokens of one window are not

@@ -7,6 +7,7 @@ allows, and logits exist for a few positions at a time, so size of model, text a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,16 @@ from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
 from quantize.evaluate.records import Records
-from quantize.evaluate.streamed import Span, open_model
+from quantize.evaluate.sharing import require_alike, shared_windows
+from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
 from quantize.linear import Numerics
 from quantize.load import require_readable
+from quantize.ranks import ALONE, Ranks
 from quantize.skeleton import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
+_Group = tuple[int, int, list[Span]]
+"""First window, end, and the spans inside, which count windows from the first."""
 _LOGIT_BYTES = 1 << 26  # float32 logits compared at once
 _HIDDEN_BYTES = 1 << 29  # hidden states of one model held at once
 
@@ -51,6 +56,7 @@ def evaluate(
     numerics: Numerics = "kernel",
     attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Perplexity of one model, and its divergence from `baseline` where one is given. Raises PqError subclasses."""
     measured = measure(
@@ -64,6 +70,7 @@ def evaluate(
         numerics=numerics,
         attention=attention,
         progress=progress,
+        ranks=ranks,
     )
     return measured[0].figures
 
@@ -81,24 +88,47 @@ def measure(
     numerics: Numerics = "kernel",
     attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
+    ranks: Ranks = ALONE,
 ) -> list[Measured]:
     """Measure several models against one baseline on the same windows in one run.
 
     dataset: "builtin", a file, a name of calib_data/ or a Hub set; the first model's tokenizer cuts it.
     attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
+    ranks: divide the windows among themselves; all of them return what one process would, bit for bit.
     Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
-    vocab = _vocabulary(models, baseline)
-    tokenizer = load_tokenizer(models[0])
-    windows = windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
-    parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
-    opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
-    records = [Records() for _ in models]
+    with ranks.explained():
+        vocab = _vocabulary(models, baseline)
+        told = {"protocol": protocol.name, "numerics": numerics, "dtype": str(dtype), "attention": str(attention)}
+        require_alike(ranks, device, [*models, *([baseline] if baseline else [])], told)
+        tokenizer = load_tokenizer(models[0])
+        windows = shared_windows(
+            ranks, lambda: windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
+        )
+        parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
+        opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
+        everyone = [*opened, *([parent] if parent else [])]
+        window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
+        groups = list(_groups(windows, vocab, window_bytes, ranks))
+        records = [record.gathered(ranks) for record in _records(opened, parent, windows, groups, progress)]
+        for model in everyone:
+            model.count_together(ranks)
+    name = None if baseline is None else baseline.name
+    run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
+    return [
+        Measured(run.figures(folder, record, model, parent), record)
+        for folder, model, record in zip(models, opened, records, strict=True)
+    ]
 
-    everyone = [*opened, *([parent] if parent else [])]
-    groups = list(_groups(windows, vocab, max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)))
+
+def _records(
+    models: Sequence[Model], parent: Model | None, windows: Windows, groups: Sequence[_Group], progress: Progress
+) -> list[Records]:
+    """Records of each model on the windows of all groups."""
+    records = [Records() for _ in models]
+    everyone = [*models, *([parent] if parent else [])]
     total, done = len(groups) * sum(m.units for m in everyone), 0
 
     def tick() -> None:
@@ -110,18 +140,13 @@ def measure(
     for start, end, spans in groups:
         inputs, targets = windows.inputs[start:end], windows.targets[start:end]
         theirs = parent.read(inputs, tick) if parent else None
-        for model, record in zip(opened, records, strict=True):
+        for model, record in zip(models, records, strict=True):
             ours = model.read(inputs, tick)
             parents = theirs(spans) if theirs else itertools.repeat(None)
             for (window, first, last), q, p in zip(spans, ours(spans), parents, strict=False):
                 record.add(start + window, first, q, p, targets[window, first:last])
             del ours  # its hidden states go before the next model's come
-    name = None if baseline is None else baseline.name
-    run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
-    return [
-        Measured(run.figures(folder, record, model, parent), record)
-        for folder, model, record in zip(models, opened, records, strict=True)
-    ]
+    return records
 
 
 def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
@@ -146,12 +171,19 @@ def _vocabulary_of(folder: Path) -> int:
     return size
 
 
-def _groups(windows: Windows, vocab: int, window_bytes: int) -> Iterator[tuple[int, int, list[Span]]]:
-    """Yield (first window, end, spans relative to the first): so many windows that their hidden states fit."""
-    at_once = max(1, _HIDDEN_BYTES // max(1, window_bytes))
+def _groups(windows: Windows, vocab: int, window_bytes: int, ranks: Ranks) -> Iterator[_Group]:
+    """Yield the groups of this rank's windows: so many at once that their hidden states fit.
+
+    Ranks have whole passes, as one process makes them: products of other shapes may differ in the last bit.
+    """
+    affordable = max(1, _HIDDEN_BYTES // max(1, window_bytes))
+    together = min(affordable, windows_of_a_pass(windows.inputs.shape[1]))
+    at_once = affordable // together * together
+    share = math.ceil(math.ceil(len(windows.inputs) / together) / ranks.size) * together
+    mine = range(len(windows.inputs))[ranks.rank * share : (ranks.rank + 1) * share]
     length = max(1, _LOGIT_BYTES // (4 * vocab))
     spans = windows.spans()
-    for start in range(0, len(windows.inputs), at_once):
-        end = min(start + at_once, len(windows.inputs))
+    for start in mine[::at_once]:
+        end = min(start + at_once, mine.stop)
         inside = [(w - start, f, e) for w, f, e in spans if start <= w < end]
         yield start, end, [(w, i, min(i + length, e)) for w, f, e in inside for i in range(f, e, length)]

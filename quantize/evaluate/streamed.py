@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ from quantize.load import (
 )
 from quantize.moe import MoeFfn
 from quantize.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from quantize.ranks import Ranks
 
 Span = tuple[int, int, int]
 """(window, first position, end): predictions wanted of one window, as half-open positions of its inputs."""
@@ -59,6 +63,10 @@ class Model(Protocol):
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states that one pass over so many tokens holds in memory."""
+        ...
+
+    def count_together(self, ranks: Ranks) -> None:
+        """Count what the same model read on other ranks as read; a meeting of all of them."""
         ...
 
     @property
@@ -94,6 +102,11 @@ def open_model(
     if attention is not None:
         raise ModelError(f"{folder}: attention of {config.get('model_type')!r} on an INT4 cache is not emulated")
     return WholeModel(folder, device, dtype)
+
+
+def windows_of_a_pass(tokens: int) -> int:
+    """How many windows of so many tokens a streamed model reads in one forward pass."""
+    return max(1, _BATCH_TOKENS // tokens)
 
 
 class StreamedModel:
@@ -195,7 +208,7 @@ class StreamedModel:
     def _hidden(self, inputs: Tensor, tick: Tick) -> Tensor:
         """inputs [B, T] → hidden states [B, T, D] that leave the last block."""
         embedding = self.source.tensor(f"{self.arch.embedding}.weight")
-        batch = max(1, _BATCH_TOKENS // inputs.shape[1])
+        batch = windows_of_a_pass(inputs.shape[1])
         hidden = torch.cat([self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)])
         del embedding
         for index in range(self.shape.n_blocks):
@@ -216,6 +229,14 @@ class StreamedModel:
 
             ffn.gate.register_forward_hook(count)
 
+    def count_together(self, ranks: Ranks) -> None:
+        """Add up who visited the experts on all ranks."""
+        found = ranks.gathered([[index, *counts] for index, counts in self._visits.items()])
+        self._visits = {}
+        for index, visits, tokens in itertools.chain.from_iterable(found):
+            before = self._visits.get(index, (0, 0))
+            self._visits[index] = before[0] + visits, before[1] + tokens
+
 
 class WholeModel:
     """A plain checkpoint of an architecture that pq cannot stream, loaded by transformers."""
@@ -233,6 +254,9 @@ class WholeModel:
     def hidden_bytes(self, tokens: int) -> int:
         """Nothing is held between windows."""
         return 0
+
+    def count_together(self, ranks: Ranks) -> None:
+        """Nothing is counted."""
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Nothing is computed before logits over inputs [B, T] int64 are asked for."""

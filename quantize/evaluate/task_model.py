@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantize.calib import check_vocab
 from quantize.errors import DataError, ModelError, UsageError
+from quantize.ranks import ALONE, Ranks
 
 _ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
 _CPU_LOGIT_BYTES = 2**30
@@ -24,10 +25,15 @@ _MAX_REQUESTS = 4096  # of one batch
 _GENERATED_TOGETHER = {"cpu": 8}
 
 Scored = tuple[float, bool]
+_Request = tuple[Any, list[int], list[int]]
 
 
 class TaskModel(HFLM):  # type: ignore[misc]
-    """HFLM around a model in memory. `batch_size` None: as many requests as the memory for logits holds."""
+    """HFLM around a model in memory. `batch_size` None: as many requests as the memory for logits holds.
+
+    Ranks divide the batches, not the documents, so that each batch is that of one process: every rank is to be given
+    all requests and gets all answers.
+    """
 
     def __init__(
         self,
@@ -35,18 +41,21 @@ class TaskModel(HFLM):  # type: ignore[misc]
         tokenizer: Any,
         batch_size: int | None,
         progress: Callable[[str, int, int], None],
+        ranks: Ranks = ALONE,
         **options: Any,
     ) -> None:
         self.vocab: int = model.get_input_embeddings().weight.shape[0]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_ANY_NUMBER, **options)
         self.fixed_batch = batch_size
         self.progress = progress
+        self.ranks = ranks
         self.truncated = 0
         """Requests that were longer than the model's window and were cut from the left."""
         kind = self.device.type
-        affordable = _logit_bytes(self.device) // (self.vocab * 4 * _COPIES)
+        affordable = min(ranks.gathered(_logit_bytes(self.device))) // (self.vocab * 4 * _COPIES)
         self._tokens_at_once = min(_MAX_TOKENS.get(kind, 16384), affordable)
         self._generated_together = batch_size or _GENERATED_TOGETHER.get(kind, 32)
+        self._generated = 0
 
     @property
     def prefix_token_id(self) -> int:
@@ -80,18 +89,29 @@ class TaskModel(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Continue each prompt until its stop strings."""
         self.progress("generating", 0, len(requests))
-        self.batch_size_per_gpu = self._generated_together
+        self.batch_size_per_gpu, self._generated = self._generated_together, 0
         try:
             texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         except AssertionError as err:
             raise UsageError(f"{' '.join(str(err).split())}; these tasks need a longer max_length") from None
         finally:
             self.batch_size_per_gpu = _ANY_NUMBER
+        texts = [next(filter(None, found), "") for found in zip(*self.ranks.gathered(texts), strict=True)]
         self.progress("generating", len(requests), len(requests))
         return texts
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """context [B, T] → tokens [B, T + …]; nothing is added to a batch of another rank."""
+        batch, self._generated = self._generated, self._generated + 1
+        # What is drawn at random hangs on all that was drawn before: every rank makes it.
+        drawn = options.get("do_sample") or options.get("temperature")
+        if not drawn and batch % self.ranks.size != self.ranks.rank:
+            return context
+        tokens: Tensor = super()._model_generate(context, max_length, stop, **options)
+        return tokens
+
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: Any = None
+        self, requests: Sequence[_Request], disable_tqdm: bool = True, override_bs: Any = None
     ) -> list[Scored]:
         """Score (_, context, continuation) token lists, longest first, in batches that fit the memory."""
         self._check(requests)
@@ -100,24 +120,45 @@ class TaskModel(HFLM):  # type: ignore[misc]
         at = 0
         while at < len(order):
             self.progress("scoring", at, len(order))
-            batch = order[at : at + self._fitting([requests[i] for i in order[at : at + _MAX_REQUESTS]])]
-            try:
-                found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise self._too_long(_length(requests[batch[0]])) from None
-                self._tokens_at_once = max(1, _length(requests[batch[0]]) * len(batch) // 2)
-                self.fixed_batch = None
-                continue
-            for i, score in zip(batch, found, strict=True):
-                scores[i] = score
-            at += len(batch)
+            batches = self._batches(requests, order, at)
+            mine = [requests[i] for i in batches[self.ranks.rank]] if self.ranks.rank < len(batches) else []
+            for batch, found in zip(batches, self.ranks.gathered(self._scored(mine)), strict=False):
+                if found is None:
+                    self._shrink(len(batch), _length(requests[batch[0]]))
+                    break
+                for i, (score, greedy) in zip(batch, found, strict=True):
+                    scores[i] = score, greedy
+                at += len(batch)
         self.progress("scoring", len(order), len(order))
         if not all(math.isfinite(score) for score, _ in scores):
             raise ModelError("the model's logits are not finite; its weights are damaged or the dtype is too narrow")
         return scores
 
-    def _fitting(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> int:
+    def _batches(self, requests: Sequence[_Request], order: Sequence[int], at: int) -> list[list[int]]:
+        """The next batch of each rank, as indices, from order[at] on; fewer batches at the end."""
+        batches: list[list[int]] = []
+        while at < len(order) and len(batches) < self.ranks.size:
+            count = self._fitting([requests[i] for i in order[at : at + _MAX_REQUESTS]])
+            batches.append(list(order[at : at + count]))
+            at += count
+        return batches
+
+    def _scored(self, requests: Sequence[_Request]) -> list[Scored] | None:
+        """Scores of one batch; None where the memory runs out."""
+        try:
+            found = super()._loglikelihood_tokens(requests, disable_tqdm=True) if requests else []
+        except torch.OutOfMemoryError:
+            return None
+        return [(float(score), bool(greedy)) for score, greedy in found]
+
+    def _shrink(self, count: int, length: int) -> None:
+        """Make batches half of one of `count` requests of at most `length` tokens; UsageError for a single one."""
+        if count == 1:
+            raise self._too_long(length)
+        self._tokens_at_once = max(1, length * count // 2)
+        self.fixed_batch = None
+
+    def _fitting(self, requests: Sequence[_Request]) -> int:
         """How many of `requests`, sorted, make the next batch.
 
         Those that differ in their last token alone are one sequence to HFLM, and count once.
@@ -133,7 +174,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 return count
         return len(requests)
 
-    def _check(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
+    def _check(self, requests: Sequence[_Request]) -> None:
         for _, context, continuation in requests:
             check_vocab(torch.tensor([context + continuation]), self.vocab)
             if not 0 < len(continuation) <= self.max_length:
@@ -153,7 +194,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         )
 
 
-def _length(request: tuple[Any, list[int], list[int]]) -> int:
+def _length(request: _Request) -> int:
     return len(request[1]) + len(request[2])
 
 
