@@ -32,7 +32,7 @@ class Rtn(IntEncode):
 
     def fitted(self, N: int, K: int) -> Effort:
         """A few passes over the weight; with clipping, one for each scale tried."""
-        return Effort(0, (2400.0 if self.clip == "mse" else 200.0) * N * K)
+        return Effort(0, (4000.0 if self.clip == "mse" else 1000.0) * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears one by one."""
