@@ -151,9 +151,9 @@ def test_the_recipe_table_lists_what_is_shipped():
 def test_the_exit_codes_are_those_of_the_classes():
     listed = {int(code): meaning for code, meaning in table_rows(section("Exit codes"))}
     classes = {cls.exit_code: cls.__name__ for cls in PqError.__subclasses__() if cls.__module__ == errors.__name__}
-    assert set(listed) == set(classes) | {0, 8, 130}
+    assert set(listed) == set(classes) | {0, 130}
     subject = {"Usage": "command line", "Recipe": "recipe", "Model": "model", "Data": "text", "Output": "output"}
-    subject |= {"Verify": "read back", "Quality": "gate", "Stopped": "stopped"}
+    subject |= {"Verify": "read back", "Room": "memory", "Quality": "gate", "Stopped": "stopped"}
     for code, name in classes.items():
         assert subject[name.removesuffix("Error")] in listed[code], name
 
