@@ -44,7 +44,8 @@ test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml 
 	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
 		--extra test pyproject.toml --output-file $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
-	PYTHONPATH=. $(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
 
 gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
 	$(BIN)/pq eval --gate eval/baselines.yaml

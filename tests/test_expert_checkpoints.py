@@ -250,7 +250,6 @@ def test_the_routing_reads_back():
         ([], "routing must map names"),
         ({MLP: None}, f"routing of {MLP}: policy None is not one"),
         ({MLP: {"policy": "sigmoid"}}, "is not one that pq knows; install a newer"),
-        ({MLP: {"policy": "threshold", "threshold": float("nan")}}, "'threshold': nan} is not one"),
         ({MLP: {"policy": "threshold", "threshold": True}}, "'threshold': True} is not one"),
         ({MLP: {"policy": "threshold", "threshold": 0.1, "k": 2}}, "is not one"),
         ({MLP: {"policy": "top-k", "k": 0, "renormalize": False}}, "is not one"),
@@ -268,6 +267,17 @@ def test_routing_that_does_not_fit_is_refused(routed: Callable[..., Path], routi
         assert says in str(caught.value)
     failed = next(check for check in verify(folder).checks if check.ok is False)
     assert (failed.name, says in failed.detail) == ("layout", True)
+
+
+def test_a_threshold_that_is_no_number_is_refused(routed: Callable[..., Path]):
+    """transformers reads NaN in a config.json, which pq refuses as such."""
+    folder = routed({MLP: {"policy": "threshold", "threshold": float("nan")}})
+    with pytest.raises(ModelError, match="'threshold': nan} is not one"):
+        loaded(folder)
+    for load in (lambda f: load_model(f, CPU, torch.float32), streamed):
+        with pytest.raises(ModelError, match="threshold is not a finite number"):
+            load(folder)
+    assert not verify(folder).ok
 
 
 def test_a_dense_model_has_nothing_to_route(tiny: Maker, tmp_path: Path):

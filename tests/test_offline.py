@@ -14,6 +14,8 @@ import pytest
 from conftest import ModelMaker
 from hostile import Call, edit_config
 
+from quantize.arch import ARCHITECTURES
+
 SCRIPT = """
 import json, sys
 met = []
@@ -51,6 +53,7 @@ def run(commands: list[list[str]], folder: Path) -> tuple[list[int], list[list[s
     return codes, met
 
 
+@pytest.mark.slow
 def test_local_models_never_touch_the_network(tiny: ModelMaker, tmp_path: Path):
     model = str(shutil.copytree(tiny("llama"), tmp_path / "model"))
     greedy = str(_sends_for_code(shutil.copytree(tiny("llama"), tmp_path / "greedy")))
@@ -108,7 +111,12 @@ CONFIG_MAP = {"AutoConfig": "modeling_x.Config", "AutoModelForCausalLM": "modeli
 TOKENIZER_MAP = {"AutoTokenizer": ["modeling_x.Tokenizer", "modeling_x.Tokenizer"]}
 
 
-@pytest.mark.parametrize("where", ["config", "tokenizer", "tokenizer and its class"])
+# Who would run it is settled by the type and by each of these places; all of them meet in the one of every type.
+PLACES = ["config", "tokenizer", "tokenizer and its class"]
+PLACED = [*(("llama", [place]) for place in PLACES), *((each, PLACES[:2]) for each in ARCHITECTURES)]
+
+
+@pytest.mark.parametrize(("model_type", "places"), PLACED)
 def test_code_beside_the_weights_never_runs(
     pq: Call,
     armed: Callable[..., Path],
@@ -117,20 +125,20 @@ def test_code_beside_the_weights_never_runs(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    where: str,
     model_type: str,
+    places: list[str],
 ):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     text = ["--dataset", text_file, "--seqlen", 32, "--device", "cpu"]
     for source in (tiny("llama"), converted("gptq", "llama")):
         model = armed(source)
         edit_config(model, model_type=model_type)
-        if where == "config":
+        if "config" in places:
             edit_config(model, auto_map=CONFIG_MAP | TOKENIZER_MAP)
-        else:
+        if places != ["config"]:
             path = model / "tokenizer_config.json"
             tokenizer = json.loads(path.read_text()) | {"auto_map": TOKENIZER_MAP}
-            own_class = {"tokenizer_class": "Tokenizer"} if "class" in where else {}
+            own_class = {"tokenizer_class": "Tokenizer"} if PLACES[2] in places else {}
             path.write_text(json.dumps(tokenizer | own_class))
         for command in (
             ["convert", "-m", model, "-r", "gptq", "-o", tmp_path / "out", "--nsamples", 4, *text],

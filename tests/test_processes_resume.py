@@ -41,15 +41,18 @@ class Command:
         self.last = self.start(size, *more, before=before, output=output)
         return self.last.wait()
 
-    def expected(self) -> dict[str, bytes]:
-        """What one process writes that is not stopped."""
-        assert self.codes(1, "--resume", "never", output=self.folder / "once") == [0], self.last.texts()
-        return files_of(self.folder / "once")
-
 
 @pytest.fixture
 def command(tiny: ModelMaker, text_file: Path, tmp_path: Path) -> Command:
     return Command(model_of(tiny, "gptq"), text_file, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process writes that is not stopped."""
+    alone = Command(model_of(tiny, "gptq"), text_file, tmp_path_factory.mktemp("alone"))
+    assert alone.codes(1, "--resume", "never") == [0], alone.last.texts()
+    return files_of(alone.output)
 
 
 def before_block(index: int, action: Callable[[], None], *ranks: int) -> Before:
@@ -72,7 +75,9 @@ def own_signal(number: signal.Signals) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
-def test_who_is_asked_to_stop_makes_all_stop(command: Command, number: signal.Signals, rank: int):
+def test_who_is_asked_to_stop_makes_all_stop(
+    command: Command, expected: dict[str, bytes], number: signal.Signals, rank: int
+):
     asked = before_block(1, own_signal(number), rank)
     assert command.codes(3, before=asked) == [75, 75, 75], command.last.texts()
     texts = command.last.texts()
@@ -81,21 +86,21 @@ def test_who_is_asked_to_stop_makes_all_stop(command: Command, number: signal.Si
     assert not command.output.exists()
     assert command.codes(2, "--resume", "required") == [0, 0], command.last.texts()
     assert "pq: goes on after block 2" in command.last.texts()[0]
-    assert files_of(command.output) == command.expected()
+    assert files_of(command.output) == expected
     assert not command.work.exists()
 
 
-def test_one_goes_on_from_what_several_kept_and_the_reverse(command: Command):
+def test_one_goes_on_from_what_several_kept_and_the_reverse(command: Command, expected: dict[str, bytes]):
     stops = [before_block(index, own_signal(signal.SIGTERM), 0) for index in (0, 1)]
     assert command.codes(1, before=stops[0]) == [75]
     assert command.codes(3, before=stops[1]) == [75, 75, 75], command.last.texts()
     assert command.codes(1, "--resume", "required") == [0], command.last.texts()
     assert "pq: goes on after block 2" in command.last.texts()[0]
-    assert files_of(command.output) == command.expected()
+    assert files_of(command.output) == expected
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_dead_rank_ends_the_others(command: Command, lost: int):
+def test_a_dead_rank_ends_the_others(command: Command, expected: dict[str, bytes], lost: int):
     assert command.codes(3, before=before_block(1, own_signal(signal.SIGKILL), lost)) == [
         -signal.SIGKILL if rank == lost else 75 for rank in range(3)
     ], command.last.texts()
@@ -103,10 +108,10 @@ def test_a_dead_rank_ends_the_others(command: Command, lost: int):
     assert [text for rank, text in enumerate(command.last.texts()) if rank != lost] == [line, line]
     assert command.codes(2 if lost else 1, "--resume", "required") == [0] * (2 if lost else 1)
     assert "pq: goes on after block 1" in command.last.texts()[0]
-    assert files_of(command.output) == command.expected()
+    assert files_of(command.output) == expected
 
 
-def test_the_first_rank_finishes_although_another_died_at_the_end(command: Command):
+def test_the_first_rank_finishes_although_another_died_at_the_end(command: Command, expected: dict[str, bytes]):
     real = convert_module._finish
 
     def before(rank: int) -> None:
@@ -123,7 +128,7 @@ def test_the_first_rank_finishes_although_another_died_at_the_end(command: Comma
             convert_module._finish = finish
 
     assert command.codes(2, before=before) == [0, -signal.SIGKILL], command.last.texts()
-    assert files_of(command.output) == command.expected()
+    assert files_of(command.output) == expected
 
 
 def test_a_full_disk_at_the_end_ends_all(command: Command):
@@ -192,12 +197,13 @@ def test_refusals_are_told_once(command: Command):
     assert "rank 1 differs from rank 0 in threads: 2 instead of 1" in command.last.texts()[0]
 
 
-def killed_at_random(command: Command, kills: int, seed: int, sizes: tuple[int, ...]) -> None:
-    chance = random.Random(seed)
+@pytest.mark.parametrize("size", [1, 2])
+def test_kills_at_random_moments(command: Command, expected: dict[str, bytes], size: int):
+    chance = random.Random(size)
     started = time.monotonic()
-    expected = command.expected()
+    assert command.codes(1, "--resume", "never", output=command.folder / "once") == [0], command.last.texts()
     usual = time.monotonic() - started
-    for _ in range(kills):
+    for _ in range(3):
         running = command.start(2)
         time.sleep(chance.uniform(0.3, 1.2) * usual)
         lost = chance.randrange(2)
@@ -207,11 +213,5 @@ def killed_at_random(command: Command, kills: int, seed: int, sizes: tuple[int, 
             break
         assert codes[lost] == -signal.SIGKILL
         assert codes[1 - lost] in (75, 2), running.texts()
-    for size in sizes:
-        assert command.output.exists() or command.codes(size) == [0] * size, command.last.texts()
-        assert files_of(command.output) == expected
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_kills_at_random_moments(command: Command, size: int):
-    killed_at_random(command, 3, size, (size,))
+    assert command.output.exists() or command.codes(size) == [0] * size, command.last.texts()
+    assert files_of(command.output) == expected

@@ -31,6 +31,10 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):  # a disabled bar would do, but older rich ends it with a line feed
+        yield lambda what, done, total: None
+        return
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -39,9 +43,7 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not (shown and Console(stderr=True).is_terminal)
-    ) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
