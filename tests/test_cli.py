@@ -20,6 +20,7 @@ from quantize.errors import (
     PqError,
     QualityError,
     RecipeError,
+    RoomError,
     StoppedError,
     UsageError,
     VerifyError,
@@ -130,7 +131,7 @@ def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
 def test_exit_codes_are_the_documented_ones():
     codes = {cls.exit_code: cls for cls in PqError.__subclasses__()}
     documented = (UsageError, RecipeError, ModelError, DataError, OutputError, VerifyError)
-    assert codes == dict(enumerate(documented, start=2)) | {9: QualityError, 75: StoppedError}
+    assert codes == dict(enumerate(documented, start=2)) | {8: RoomError, 9: QualityError, 75: StoppedError}
 
 
 @pytest.mark.parametrize(
