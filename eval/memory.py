@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from measuring import keep  # the scripts beside this one
-from random_model import build
+from random_model import SHAPES, build
 
 import quantize
-from quantize.units import parse_bytes
 
 LAYERS = {"0.1B": 2, "1B": 1, "7B": 1}
 RECIPES = ("rtn", "fireq", "sbvr")
+PQ = (sys.executable, "-c", "from quantize.cli import main; main()")
 CALIBRATION = ("--nsamples", "4", "--seqlen", "512")
 
 
@@ -35,55 +35,48 @@ def table(data: dict[str, Any]) -> str:
     """Markdown of a results file."""
     lines = ["| shape | recipe | limit | peak measured | estimated | ratio | a block | estimated |", "|---" * 8 + "|"]
     for row in data["memory"]:
-        shape = f"{row['shape']}, {row['layers']} layers"
+        shape = f"{row['shape']}, {row['layers']} layer{'s' * (row['layers'] > 1)}"
         shape += f" ({', '.join(row['changes'])})" if row["changes"] else ""
-        limit = "" if row["limit"] is None else f"{row['limit'] / 1e9:.2f} GB"
+        limit = row["limit"] or ""
         peaks = f"{row['peak'] / 1e9:.2f} GB | {row['estimate'] / 1e9:.2f} GB | {row['estimate'] / row['peak']:.2f}"
         seconds = f"{row['seconds_per_block']:.0f} s | {row['estimated_seconds_per_block']:.0f} s"
         lines.append(f"| {shape} | {row['recipe']} | {limit} | {peaks} | {seconds} |")
     return "\n".join(lines)
 
 
-def measure(
-    shape: str, recipe: str, layers: int | None, scratch: Path, limit: str | None, changes: list[str]
-) -> dict[str, Any]:
-    """Estimate and convert one shape by one recipe."""
-    model = scratch / (f"{shape}x{layers}" if layers else shape)
+def arguments(shape: str, recipe: str, layers: int, scratch: Path, limit: str | None, changes: list[str]) -> list[str]:
+    """What `pq estimate` and `pq convert` are called with; the model is made where it is missing."""
+    model = scratch / (shape if layers == SHAPES[shape][2] else f"{shape}x{layers}")
     if not (model / "model.safetensors.index.json").exists():
         build(shape, model, layers)
-    output = scratch / "out"
-    shutil.rmtree(output, ignore_errors=True)
     text = () if recipe == "rtn" else CALIBRATION
     cap = () if limit is None else ("--max-ram", limit)
-    common = ["--model", str(model), "--recipe", recipe, *text, *cap, "--device", "cpu", "--json"]
-    common += [part for change in changes for part in ("--set", change)]
-    pq = [sys.executable, "-c", "from quantize.cli import main; main()"]
-    told = json.loads(subprocess.run([*pq, "estimate", *common], check=True, stdout=subprocess.PIPE).stdout)
+    changed = [part for change in changes for part in ("--set", change)]
+    return ["--model", str(model), "--recipe", recipe, *text, *cap, *changed, "--device", "cpu", "--json"]
+
+
+def estimated(common: list[str]) -> dict[str, Any]:
+    """What `pq estimate` says."""
+    out = subprocess.run([*PQ, "estimate", *common], check=True, stdout=subprocess.PIPE).stdout
+    told = json.loads(out)
+    kept = {name: told[name] for name in ("parts", "split", "states_on", "batch_tokens")}
+    return {"estimate": told["ram"], "estimated_seconds_per_block": told["seconds_per_block"], **kept}
+
+
+def converted(common: list[str], scratch: Path) -> dict[str, Any]:
+    """What a conversion takes."""
+    output, told = scratch / "out", scratch / "summary.json"
+    shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
-    with (scratch / "summary.json").open("w") as file:
-        running = subprocess.Popen([*pq, "convert", *common, "--output", str(output)], stdout=file)
+    with told.open("w") as file:
+        running = subprocess.Popen([*PQ, "convert", *common, "--output", str(output)], stdout=file)
         _, status, usage = os.wait4(running.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"{shape}/{recipe}: exit code {code}")
-    summary = json.loads((scratch / "summary.json").read_text())
+        sys.exit(f"exit code {code}: pq convert {' '.join(common)}")
+    summary = json.loads(told.read_text())
     shutil.rmtree(output)
-    return {
-        "shape": shape,
-        "layers": summary["blocks"],
-        "recipe": recipe,
-        "changes": changes,
-        "limit": None if limit is None else parse_bytes(limit),
-        "peak": usage.ru_maxrss * 1024,
-        "estimate": told["ram"],
-        "parts": told["parts"],
-        "split": told["split"],
-        "states_on": told["states_on"],
-        "batch_tokens": told["batch_tokens"],
-        "seconds": round(time.monotonic() - started, 1),
-        "seconds_per_block": summary["seconds_per_block"],
-        "estimated_seconds_per_block": told["seconds_per_block"],
-        "source_bytes": summary["source_bytes"],
-    }
+    kept = {name: summary[name] for name in ("seconds_per_block", "source_bytes")}
+    return {"peak": usage.ru_maxrss * 1024, "seconds": round(time.monotonic() - started, 1), **kept}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -95,13 +88,26 @@ def main(args: argparse.Namespace) -> None:
     }
     kinds = [(shape, recipe) for shape in LAYERS for recipe in RECIPES]
     wanted = [kind for kind in kinds if not args.only or "/".join(kind) in args.only]
-    for shape, recipe in wanted:
-        layers = None if args.whole else LAYERS[shape]
-        row = measure(shape, recipe, layers, args.scratch, args.max_ram, args.set)
-        key = ("shape", "recipe", "layers", "limit")
-        results["memory"] = [old for old in results["memory"] if any(old[k] != row[k] for k in key)] + [row]
+    rows = [
+        {
+            "shape": shape,
+            "layers": SHAPES[shape][2] if args.whole else LAYERS[shape],
+            "recipe": recipe,
+            "changes": args.set,
+            "limit": args.max_ram,
+        }
+        for shape, recipe in wanted
+    ]
+    for row in results["memory"].copy() if args.again else rows:
+        key = {name: row[name] for name in ("shape", "layers", "recipe", "changes", "limit")}
+        common = arguments(scratch=args.scratch, **key)
+        row |= estimated(common)
+        if not args.again:
+            row |= converted(common, args.scratch)
+        results["memory"] = [old for old in results["memory"] if any(old[k] != key[k] for k in key)] + [row]
+        results["memory"].sort(key=lambda one: (list(SHAPES).index(one["shape"]), RECIPES.index(one["recipe"])))
         keep(results, args.output)
-        print({name: row[name] for name in (*key, "peak", "estimate", "seconds")}, flush=True)
+        print(key | {name: row[name] for name in ("peak", "estimate", "seconds")}, flush=True)
 
 
 if __name__ == "__main__":
@@ -112,4 +118,5 @@ if __name__ == "__main__":
     parser.add_argument("--whole", action="store_true", help="all layers of the shape")
     parser.add_argument("--max-ram", help="convert under this limit")
     parser.add_argument("--set", action="append", default=[], help="as for pq convert, e.g. sweeps=1 to save time")
+    parser.add_argument("--again", action="store_true", help="estimate the rows there are again, convert nothing")
     main(parser.parse_args())

@@ -28,7 +28,7 @@ class Rtn(IntEncode):
 
     def fitting(self, N: int, K: int) -> int:
         """Codes, values and the packed form."""
-        return 22 * N * K
+        return 20 * N * K
 
     def fitted(self, N: int, K: int) -> Effort:
         """A few passes over the weight; with clipping, one for each scale tried."""
