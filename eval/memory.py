@@ -82,10 +82,10 @@ def converted(common: list[str], scratch: Path) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """Measure, and keep every row as soon as it is there; rows of the same kind are replaced."""
     results = json.loads(args.output.read_text()) if args.output.exists() else {"memory": []}
-    results |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"pq": quantize.__version__, "torch": torch.__version__},
-    }
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    if not args.again:
+        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores beside other work, {threads}"
+        results["versions"] = {"pq": quantize.__version__, "torch": torch.__version__}
     kinds = [(shape, recipe) for shape in LAYERS for recipe in RECIPES]
     wanted = [kind for kind in kinds if not args.only or "/".join(kind) in args.only]
     rows = [
