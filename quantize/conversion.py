@@ -133,7 +133,8 @@ class Conversion:
 
     def keep(self, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
         """Hidden states of all batches, where they wait between two blocks."""
-        return kept(hidden, self.request.states_on, self.scratch)
+        place = self.request.states_on
+        return kept(hidden, place, self.scratch if place == "disk" else None)
 
     @property
     def scratch(self) -> Path:

@@ -7,8 +7,7 @@ is counted in operations, and their rates are measured on this machine in about 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from quantize.offload import Place
 from quantize.opening import opened
 from quantize.peak import resident
 from quantize.request import Request
+from quantize.stopwatch import watch
 from quantize.units import gigabytes
 
 _SLACK = 40 << 20
@@ -191,10 +191,7 @@ def _working(run: Conversion, sizes: BlockSizes) -> int:
 
 def _kept_weights(request: Request, sizes: BlockSizes) -> int:
     """Bytes of a block's weights that are in memory: all, or those that one step needs."""
-    if not request.split:
-        return request.dtype.itemsize * sizes.weights
-    together = max(sum(N * K for N, K in (sizes.linears[name] for name in group)) for group in sizes.groups)
-    return request.dtype.itemsize * together
+    return request.dtype.itemsize * (sizes.together if request.split else sizes.weights)
 
 
 def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
@@ -252,18 +249,9 @@ def measure_rates(device: torch.device) -> Rates:
     return Rates(2 * 1536**3 / products, 4 * 4 * flat.numel() / touched)
 
 
-def _seconds(step: Any, device: torch.device) -> float:
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    once()
-    return min(once() for _ in range(5))
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    seconds = watch([step], device, as_graph=False)
+    return min(seconds() for _ in range(5))
 
 
 def shown(found: Estimate) -> Mapping[str, str]:

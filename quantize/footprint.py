@@ -11,7 +11,7 @@ from dataclasses import dataclass
 FLOAT = 4
 """Bytes of what statistics and solvers compute in."""
 SOLVER_ROWS = 1024
-"""Rows of a large matrix that solvers copy at once."""
+"""Rows or columns of a large matrix that solvers work on at once, where all would take too much room."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,14 @@ class BlockSizes:
         """Weights of the largest linear."""
         return max(N * K for N, K in self.linears.values())
 
+    @property
+    def together(self) -> int:
+        """Weights of the largest linears that share an input."""
+        return max(sum(N * K for N, K in (self.linears[name] for name in group)) for group in self.groups)
+
     def folding(self) -> int:
         """Bytes of the linears that share an input when all their columns are scaled."""
-        together = max(sum(N * K for N, K in (self.linears[name] for name in group)) for group in self.groups)
-        return self.itemsize * (together + self.largest)
+        return self.itemsize * (self.together + self.largest)
 
     def forward(self) -> int:
         """Bytes of one pass through the block, at its widest."""

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from quantize.arch import Architecture
+from quantize.footprint import ROUTED_BYTES
 from quantize.formats.fp8 import quantize_activations
 from quantize.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from quantize.block import Block
-
-_KEPT_BYTES = 1 << 30  # of Hessians measured in one pass and not yet asked for
 
 
 @dataclass
@@ -122,7 +121,7 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     experts = [n for n in block.arch.roles if block.arch.is_routed(n) and n.endswith(f".{inside}")]
     behind = [n for n in experts[experts.index(name) :] if n == name or n not in block.packed]
     inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
-    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[: max(1, _KEPT_BYTES // (4 * inputs**2))]}
+    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[: max(1, ROUTED_BYTES // (4 * inputs**2))]}
     rounds = block.ranks.rounds(len(block.inputs))
     for (_, present), seen in zip(rounds, block.inputs_of(tuple(sums), stream=_own(block, block.inputs)), strict=True):
         for total, x in zip(sums.values(), seen, strict=True):

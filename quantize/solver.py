@@ -13,11 +13,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from quantize.footprint import SOLVER_ROWS
 from quantize.grid import Grid
 
 _BLOCK = 128  # columns between two wide matrix updates
 _MAX_DAMPING_TRIES = 6
-_ROWS = 1024  # rows or columns of a large matrix that are worked on at once, where all would take too much room
 _SMALL = 1 << 20  # elements
 _MIN_GAIN = 0.005
 
@@ -74,7 +74,7 @@ def feedback_order(hessian: Tensor, order: Literal["natural", "activation"]) -> 
 
 def _finite(matrix: Tensor) -> bool:
     """Whether all is finite; in pieces, since `isfinite` takes more room than what it looks at."""
-    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, _ROWS))
+    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, SOLVER_ROWS))
 
 
 def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
@@ -91,7 +91,7 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     work = torch.empty_like(hessian, dtype=torch.float64)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
-        for rows, picked in zip(torch.split(work, _ROWS), torch.split(order, _ROWS), strict=True):
+        for rows, picked in zip(torch.split(work, SOLVER_ROWS), torch.split(order, SOLVER_ROWS), strict=True):
             rows.copy_(hessian[picked][:, order])
         work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean))
         if _inverse_factor(work):
@@ -262,8 +262,8 @@ def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor
     earlier layers got wrong.
     """
     drift = torch.empty_like(w)
-    for start in range(0, len(hessian), _ROWS):
-        span = slice(start, start + _ROWS)
+    for start in range(0, len(hessian), SOLVER_ROWS):
+        span = slice(start, start + SOLVER_ROWS)
         drift[:, span] = w @ (cross[:, span] - hessian[:, span])
     if residual is not None:
         drift += residual

@@ -128,7 +128,7 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
 def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     together = {n: m for b in [make_block("qwen2_moe")] for n in (*GATES, *DOWNS) for m in [b.moments(n, False)]}
     for at_once, passes in ((1, 4), (2, 2), (3, 2)):
-        monkeypatch.setattr(moments_module, "_KEPT_BYTES", at_once * 4 * 128**2)
+        monkeypatch.setattr(moments_module, "ROUTED_BYTES", at_once * 4 * 128**2)
         block = make_block("qwen2_moe")
         runs = count_forwards(block)
         for names in (GATES, DOWNS):
@@ -136,7 +136,7 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
             for name in names:
                 assert torch.equal(block.moments(name, False).hessian, together[name].hessian)
             assert len(runs) == passes * len(block.inputs)
-    monkeypatch.setattr(moments_module, "_KEPT_BYTES", 1)  # one at a time, however large
+    monkeypatch.setattr(moments_module, "ROUTED_BYTES", 1)  # one at a time, however large
     assert torch.equal(make_block("qwen2_moe").moments(DOWNS[3], False).hessian, together[DOWNS[3]].hessian)
 
 
