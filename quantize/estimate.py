@@ -25,7 +25,7 @@ from quantize.request import Request
 from quantize.stopwatch import watch
 from quantize.units import gigabytes
 
-_SLACK = 40 << 20
+_SLACK = 64 << 20
 """Bytes that threads, allocators and libraries take once they work."""
 _LEAST_BATCH = 512
 """Tokens of a pass below which smaller ones would cost more time than they save room."""
