@@ -30,7 +30,7 @@ class _Recorder(nn.Module):
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.kwargs = {"args": args, "kwargs": {**kwargs, "past_key_values": None, "use_cache": False}}
+        self.kwargs = {"args": args, "kwargs": kwargs}
         return hidden_states
 
 
