@@ -80,10 +80,9 @@ def quiet_libraries() -> None:
     """Keep the progress bars and advice of the libraries below us off the terminal; errors still raise."""
     import logging
 
-    from transformers.utils import logging as transformers_logging
+    from quantize.model.transformers_api import silence
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    silence()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

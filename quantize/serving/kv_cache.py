@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantize.errors import ModelError, UsageError
 from quantize.kernels.attention.api import quantize_records, takes
 from quantize.kernels.attention.reference import read_reference, store_reference
 from quantize.model.attention import ATTENTION, KvAttention
-from quantize.model.transformers_api import DecoderArguments, recomputes_layers, returned_cache, unused_cache
+from quantize.model.transformers_api import (
+    Cache,
+    DecoderArguments,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_name,
+    recomputes_layers,
+    returned_cache,
+    unused_cache,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _REMEDY = "pass an empty cache, or none"
 
@@ -127,9 +138,9 @@ def use_int4_cache(model: PreTrainedModel) -> None:
     """Make `model` store keys and values in 4 bits wherever it would make, or is given empty, a plain `DynamicCache`.
 
     This holds while its attention is "pq"; with another one nothing is rounded. Calling it again changes nothing.
-    ModelError when no attention module carries `kv`, and for a release of transformers that takes its cache in a way
-    that pq does not know. The model then raises UsageError for a cache that is not its own, and ModelError where a
-    forward pass did not use the cache that it was given.
+    ModelError when no attention module carries `kv`, and for a release of transformers that takes
+    its cache in a way that pq does not know. The model then raises UsageError for a cache that is
+    not its own, and ModelError where a forward pass did not use the cache that it was given.
     """
     decoder = model.get_decoder()
     _kv_modules(decoder)
@@ -227,12 +238,11 @@ def _fitted(layer: Any, kv: KvAttention) -> Any:
 
 
 def _understands(decoder: PreTrainedModel) -> bool:
-    return bool(decoder.config._attn_implementation == ATTENTION)
+    return attention_name(decoder) == ATTENTION
 
 
 def _found(decoder: PreTrainedModel) -> str:
-    found = decoder.config._attn_implementation
-    return f", the model has {found!r}; call model.set_attn_implementation({ATTENTION!r})"
+    return f", the model has {attention_name(decoder)!r}; call model.set_attn_implementation({ATTENTION!r})"
 
 
 def _kv_modules(decoder: PreTrainedModel) -> dict[int, KvAttention]:
