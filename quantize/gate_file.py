@@ -20,7 +20,8 @@ from quantize.evaluate.protocols import PROTOCOLS, Protocol, ProtocolName
 from quantize.gate_checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
 from quantize.linear import Numerics
 from quantize.overrides import with_stage_fields
-from quantize.recipe import Calibration, Recipe, load_recipe, shipped_recipes
+from quantize.recipe import Calibration, Recipe, load_recipe
+from quantize.recipe_files import shipped_recipes
 from quantize.strict_yaml import Document, show_value
 
 

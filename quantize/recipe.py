@@ -6,10 +6,8 @@ problem of a file is reported at once, one line each, with file, line, path, val
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -19,10 +17,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from quantize import strict_yaml
-from quantize.errors import RecipeError, UsageError
+from quantize.errors import UsageError
 from quantize.methods import STAGES, Stage
 from quantize.methods.base import Kind
-from quantize.resources import data_dir
+from quantize.recipe_files import find_recipe, nearest, read_recipe
 from quantize.strict_yaml import Document, Problem, show_key, show_value
 
 if TYPE_CHECKING:
@@ -114,43 +112,11 @@ class Recipe(BaseModel):
         return self.model_copy(update={"calibration": calibration})
 
 
-def shipped_recipes() -> list[Path]:
-    """Return the recipe files that come with pq, sorted by name."""
-    try:
-        return sorted(data_dir("recipes").glob("*.yaml"))
-    except FileNotFoundError as err:
-        raise RecipeError(str(err)) from None
-
-
-def find_recipe(name_or_path: str) -> Path:
-    """Return the file of a recipe: an existing path wins, else a shipped name with or without `.yaml`.
-
-    Raises RecipeError with the shipped names when there is neither.
-    """
-    path, what = Path(name_or_path), "no such file"
-    with suppress(OSError, ValueError):  # name too long, NUL
-        if path.is_dir():
-            what = "is a folder"
-        elif path.exists():  # not is_file(): a pipe is a recipe too
-            return path
-    shipped = {file.stem: file for file in shipped_recipes()}
-    if found := shipped.get(name_or_path.removesuffix(".yaml")):
-        return found
-    close = _close(path.name.removesuffix(".yaml"), shipped) or "give a path or a shipped name "
-    text = f"{what} and no shipped recipe of that name; {close}(shipped: {', '.join(shipped) or 'none'})"
-    raise RecipeError(f"recipe {show_value(name_or_path)}: {text}")
-
-
 def load_recipe(name_or_path: str) -> Recipe:
     """Read the recipe that `find_recipe` finds. Raises RecipeError with one line per problem."""
     path = find_recipe(name_or_path)
     source = str(path) if path == Path(name_or_path) else path.name
-    try:
-        with path.open("rb") as file:
-            raw = file.read(strict_yaml.MAX_BYTES + 1)
-    except OSError as err:
-        raise RecipeError(f"{source}: cannot be read: {err.strerror}; check the file's permissions") from None
-    return parse_recipe(raw, source)
+    return parse_recipe(read_recipe(path, source), source)
 
 
 def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
@@ -247,7 +213,7 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     cls, name = _owner(path, doc), str(path[-1]) if path else ""
     if kind == "union_tag_invalid":
         path, value = (*path, "method"), value["method"]
-        text = f"unknown method {show_value(value)}; {_close(value, METHODS)}the methods are {', '.join(METHODS)}"
+        text = f"unknown method {show_value(value)}; {nearest(value, METHODS)}the methods are {', '.join(METHODS)}"
     elif kind == "union_tag_not_found":
         text = f"required field 'method' is missing; add 'method: ...', the methods are {', '.join(METHODS)}"
     elif kind == "missing":
@@ -278,7 +244,7 @@ def _unknown_field(cls: type[BaseModel] | None, name: str, value: Any) -> str:
     remedy = (
         f"it belongs to {' or '.join(homes)}"
         if homes
-        else _close(name, own) or f"fields: {', '.join(own) or 'none here'}"
+        else nearest(name, own) or f"fields: {', '.join(own) or 'none here'}"
     )
     return f"unknown field {show_key(name)!r}{shown}; {remedy.strip()}"
 
@@ -311,11 +277,6 @@ def _stage_class(stage: Any) -> type[Stage] | None:
 
 def _methods_of(kind: Kind) -> str:
     return ", ".join(method for method, cls in METHODS.items() if cls.kind == kind)
-
-
-def _close(word: Any, options: Iterable[str]) -> str:
-    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), list(options), n=1)
-    return f"did you mean '{found[0]}'? " if found else ""
 
 
 def _expected(cls: type[BaseModel] | None, name: str) -> str:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from quantize.evaluate import Evaluation
 from quantize.gate_checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check, Measurement, Verdict, judge
 from quantize.gate_file import load_gate
-from quantize.recipe import load_recipe, shipped_recipes
+from quantize.recipe import load_recipe
+from quantize.recipe_files import shipped_recipes
 from quantize.resources import data_dir
 
 BASELINES = data_dir("eval") / "baselines.yaml"

@@ -27,6 +27,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize.formats": ("quantize.formats", "quantize.errors"),
     "quantize.arch": ("quantize.errors",),
     "quantize.strict_json": (),
+    "quantize.strict_yaml": ("quantize.errors",),
+    "quantize.recipe_files": ("quantize.errors", "quantize.resources", "quantize.strict_yaml"),
     "quantize.disk": ("quantize.errors",),
     "quantize.checkpoint": ("quantize.errors", "quantize.formats", "quantize.strict_json"),
     "quantize.provenance": ("quantize.errors", "quantize.checkpoint"),

@@ -15,7 +15,8 @@ from packaging.version import Version
 import quantize
 from quantize import errors, resources
 from quantize.errors import PqError
-from quantize.recipe import load_recipe, shipped_recipes
+from quantize.recipe import load_recipe
+from quantize.recipe_files import shipped_recipes
 from quantize.resources import data_dir
 
 if sys.version_info >= (3, 11):
