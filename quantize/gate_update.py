@@ -7,7 +7,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from quantize.gate import GateResult
 
 _BOM = b"\xef\xbb\xbf"
-_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what ends a line in YAML
-_VALUE = re.compile(r"""(["']?)value\1\s*:\s*([^\s,}#]+)""")
 _VERSIONED = ("torch", "transformers")
 
 
@@ -53,7 +50,8 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
     changes: list[str] = []
     for verdict in result.verdicts:
         if verdict.kind == "value" and (number := _new_number(verdict, checks, file)):
-            start, end = _number_at(text, gate.document, verdict)
+            path = ("recipes", verdict.recipe, verdict.metric, "value")
+            start, end = gate.document.spans[path]
             edits.append((start, end, number))
             changes.append(f"{verdict.recipe}.{verdict.metric} {text[start:end]} -> {number}")
             wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(number)
@@ -82,26 +80,14 @@ def _new_number(verdict: Verdict, checks: Mapping[tuple[str, str], Check], file:
     return next((n for n in numbers if abs(float(n) - verdict.value) <= error), repr(verdict.value))
 
 
-def _number_at(text: str, document: Document, verdict: Verdict) -> tuple[int, int]:
-    """Return where the number of a check stands in the text; (0, 0) where it does not (which `_require` then sees)."""
-    mark = document.marks.get(("recipes", verdict.recipe, verdict.metric, "value"))
-    found = _VALUE.match(text, _offset(text, *mark)) if mark else None
-    return found.span(2) if found else (0, 0)
-
-
-def _offset(text: str, line: int, column: int) -> int:
-    starts = [0, *(found.end() for found in _BREAK.finditer(text))]
-    return starts[line - 1] + column - 1
-
-
 def _with_note(text: str, document: Document, note: dict[str, object]) -> str:
     """Append one item to the list `history`, which is the file's last key, or begin it."""
     newline = "\r\n" if "\r\n" in text else "\n"
     lines = strict_yaml.dump({"history": [note]}).splitlines()
     indent = "  "
     if first := document.marks.get(("history", 0)):
-        start = _offset(text, first[0], 1)
-        indent = text[start : start + len(text[start:]) - len(text[start:].lstrip(" "))]
+        line = text.splitlines()[first[0] - 1]
+        indent = line[: len(line) - len(line.lstrip(" "))]
     head = [] if first else ["", lines[0]]
     parts = [text if not text or text.endswith(("\n", "\r")) else text + newline]
     return "".join([*parts, *(line + newline for line in (*head, *(indent + line for line in lines[1:])))])
@@ -113,13 +99,13 @@ def _versions() -> dict[str, str]:
 
 
 def _require(new: bytes, wanted: object, document: Document) -> None:
-    """RecipeError unless the edited file reads as it should: the edits assume a usual way of writing."""
+    """RecipeError unless the edited file reads as it should: `_with_note` assumes a usual way of writing."""
     try:
         if strict_yaml.load(new, document.source).data == wanted:
             return
     except RecipeError:
         pass
-    how = "write every 'value: NUMBER' on one line, and 'history:' as the last key with one '- ' an item"
+    how = "write 'history:' as the last key with one '- ' an item"
     raise strict_yaml.error_of(document.source, [document.problem(("history",), f"cannot be edited; {how}")])
 
 

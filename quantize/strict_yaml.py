@@ -2,6 +2,10 @@
 
 PyYAML follows YAML 1.1, where `1e-3` is text, `off` is false and `012` is ten; here scalars are resolved by our own
 table. Aliases, anchors and tags are refused, so a small file cannot unfold into a large one or name Python objects.
+
+Built on events, not on a loader: loaders (ruamel.yaml's with line marks, too) stop at the first doubled key, pass
+anchors and tags by, and have no bound on depth. Files are edited by the spans of their scalars, not by a round trip,
+which would set spaces anew.
 """
 
 from __future__ import annotations
@@ -57,6 +61,9 @@ class Document:
     source: str
     data: Any
     marks: dict[Path, tuple[int, int]]
+    spans: dict[Path, tuple[int, int]]
+    """First character of each scalar value in the decoded text (0 is the first after a byte order mark), and one past
+    its last."""
     problems: list[Problem]
     spoiled: set[Path]
     """Paths whose value is refused, so that no further complaint about it helps."""
@@ -171,6 +178,7 @@ class _Builder:
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
         self.marks: dict[Path, tuple[int, int]] = {}
+        self.spans: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
         self.spoiled: set[Path] = set()
         self.events: Iterator[ev.Event] = yaml.parse(text, Loader=yaml.SafeLoader)  # reads on demand
@@ -182,7 +190,7 @@ class _Builder:
             raise self._syntax_error(err) from None
         except (ValueError, OverflowError) as err:  # PyYAML passes \UFFFFFFFF and long directives to chr() and int()
             raise RecipeError(f"{self.source}: not YAML: {err}; mend the escape sequence or directive") from None
-        return Document(self.source, data, self.marks, self.problems, self.spoiled)
+        return Document(self.source, data, self.marks, self.spans, self.problems, self.spoiled)
 
     def _only_document(self) -> Any:
         next(self.events)  # StreamStart
@@ -212,6 +220,9 @@ class _Builder:
         return self._mapping(path)
 
     def _scalar(self, event: ev.ScalarEvent, path: Path) -> Any:
+        assert event.start_mark is not None
+        assert event.end_mark is not None
+        self.spans[path] = event.start_mark.index, event.end_mark.index
         try:
             if any("\ud800" <= c <= "\udfff" for c in event.value):
                 raise ValueError("half of a surrogate pair; write the character itself")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
+from quantize import strict_yaml
 from quantize.errors import DataError
 from quantize.resources import data_dir
 
@@ -69,7 +69,8 @@ class HubSet(BaseModel):
 def named_sets() -> dict[str, HubSet]:
     """Return the sets of calib_data/*.yaml by name."""
     files = sorted(data_dir("calib_data").glob("*.yaml"))
-    sets = [HubSet.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
+    documents = [strict_yaml.load(file.read_bytes(), file.name) for file in files]
+    sets = [HubSet.model_validate(document.data) for document in documents]
     return {entry.name: entry for entry in sets}
 
 

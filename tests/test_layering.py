@@ -88,7 +88,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
-    "yaml": ("quantize.strict_yaml", "quantize.text_sources"),
+    "yaml": ("quantize.strict_yaml",),
     "huggingface_hub": ("quantize.cli",),
 }
 
