@@ -26,7 +26,8 @@ _POOL_CHARACTERS = 2**25
 _NEAR_THE_CUT = 256
 """Tokens that a cut in the text may have changed, generously."""
 _CHARACTERS_PER_TOKEN = 16
-"""Well above what text gives (4 to 6), so that what is read of a stream suffices for the tokens wanted."""
+"""Well above what text gives (4 to 6), so that what is read of a stream
+suffices for the tokens wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class TokenSet:
     source: str
     """For people: which text this is."""
     origin: dict[str, object]
-    """For provenance: data set, split, licence, text_sha256, nsamples, seqlen, seed, packing, chat_template.
+    """For provenance: data set, split, licence, text_sha256, nsamples, seqlen,
+    seed, packing, chat_template.
 
     A file is known by its name; paths are left out. `nsamples` counts the windows there are.
     """
@@ -58,11 +60,15 @@ def calibration_tokens(
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
-    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or org/name[:config[:split]] on the Hub.
-    One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents are shuffled by
-    `seed` and packed, an EOS token after each where the tokenizer has one. No other special tokens are added.
-    chat_template: render each row's messages, or its text as one user turn, with the tokenizer's chat template.
-    Raises DataError when the text cannot be read or gives fewer windows ("builtin" may give fewer, at least one).
+    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or
+    org/name[:config[:split]] on the Hub.
+    One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents
+    are shuffled by `seed` and packed, an EOS token after each where the tokenizer has one. No
+    other special tokens are added.
+    chat_template: render each row's messages, or its text as one user turn, with
+    the tokenizer's chat template.
+    Raises DataError when the text cannot be read or gives fewer windows ("builtin"
+    may give fewer, at least one).
     """
     _check_sizes(nsamples, seqlen)
     wanted = nsamples * seqlen
@@ -96,10 +102,11 @@ def evaluation_tokens(
     text_field: str | None = None,
     overlap: int = 0,
 ) -> TokenSet:
-    """Return the first `max_windows` (None: all) windows [B, seqlen] of one continuous token stream, in order.
+    """Return the first `max_windows` (None: all) windows [B, seqlen] of one
+    continuous token stream, in order.
 
-    Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special tokens; the remainder that
-    fills no window is dropped.
+    Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special
+    tokens; the remainder that fills no window is dropped.
     dataset, text_field: as for `calibration_tokens`.
     overlap: tokens that a window shares with the one before.
     Raises DataError when the text cannot be read or is shorter than one window.
@@ -141,12 +148,18 @@ class DocumentSet:
 
 
 def evaluation_documents(
-    tokenizer: PreTrainedTokenizerBase, *, dataset: str, max_tokens: int | None = None, text_field: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset: str,
+    max_tokens: int | None = None,
+    text_field: str | None = None,
 ) -> DocumentSet:
     """Return the documents of an evaluation text, encoded with the tokenizer's own special tokens.
 
-    A .txt file, "builtin" and sets that are one running text are one document; otherwise each row is one.
-    max_tokens: stop there; the document it falls into is cut, its text being what the kept tokens decode to.
+    A .txt file, "builtin" and sets that are one running text are one
+    document; otherwise each row is one.
+    max_tokens: stop there; the document it falls into is cut, its text being
+    what the kept tokens decode to.
     Raises DataError when the text cannot be read or has no tokens.
     """
     limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
@@ -171,7 +184,8 @@ def evaluation_documents(
 
 
 def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise DataError, naming the id, unless every token of `tokens` [B, T] lies in [0, vocab_size)."""
+    """Raise DataError, naming the id, unless every token of `tokens`
+    [B, T] lies in [0, vocab_size)."""
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         window, position = (int(index) for index in outside.nonzero()[0])
@@ -191,17 +205,20 @@ def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the model never sees all at once.
+    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the
+    # model never sees all at once.
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoding["input_ids"])
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
-    """At least the first `wanted` tokens of the text (None: all), the same as if all of it were encoded."""
+    """At least the first `wanted` tokens of the text (None: all), the same as
+    if all of it were encoded."""
     characters = len(text) if wanted is None else 6 * wanted
     while True:
         ids = _encode(tokenizer, text[:characters])
-        # What stands far behind the last window cannot change its tokens; a few next to the cut may differ.
+        # What stands far behind the last window cannot change its tokens; a
+        # few next to the cut may differ.
         if characters >= len(text) or (wanted is not None and len(ids) >= wanted + _NEAR_THE_CUT):
             return ids
         characters *= 2
@@ -247,19 +264,30 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
     messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # Templates are programs of the model's author and raise what they like (say, when roles do not alternate).
+    # Templates are programs of the model's author and raise what they like (say,
+    # when roles do not alternate).
     except Exception as error:
         start, reason = str(messages[0]["content"])[:40], text_sources.first_line(error)
         raise DataError(f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}") from error
 
 
 def _token_set(
-    text: Text, ids: list[int], windows: int, seqlen: int, use: dict[str, object], stride: int | None = None
+    text: Text,
+    ids: list[int],
+    windows: int,
+    seqlen: int,
+    use: dict[str, object],
+    stride: int | None = None,
 ) -> TokenSet:
     stride = seqlen if stride is None else stride
     used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
     tokens = used.unfold(0, seqlen, stride).contiguous()
-    return TokenSet(tokens, _sha256(tokens), text.source, text.origin | {"nsamples": windows, "seqlen": seqlen} | use)
+    return TokenSet(
+        tokens,
+        _sha256(tokens),
+        text.source,
+        text.origin | {"nsamples": windows, "seqlen": seqlen} | use,
+    )
 
 
 def _sha256(tokens: torch.Tensor) -> str:

@@ -1,4 +1,5 @@
-"""The accuracy gate: every recipe of a file reaches what the file says, its parent being measured in the same run."""
+"""The accuracy gate: every recipe of a file reaches what the file says, its parent being
+measured in the same run."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a run of the gate found; `dataclasses.asdict` of it is plain JSON (figures that are not finite are None)."""
+    """What a run of the gate found; `dataclasses.asdict` of it is plain JSON (figures that
+    are not finite are None)."""
 
     file: str
     verdicts: tuple[Verdict, ...]
@@ -76,10 +78,12 @@ def run_gate(
 ) -> GateResult:
     """Check the recipes of a gate file; a check that fails is a verdict, not an exception.
 
-    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a temporary folder
-    and measured against it. With `model` nothing is converted: `baseline` is its parent, and its entry is the one of
-    its recipe's name, or the one in `only`. A model that cannot be made or used fails all of its checks.
-    Raises PqError subclasses: RecipeError for a broken file, UsageError for arguments that contradict each other.
+    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a
+    temporary folder and measured against it. With `model` nothing is converted: `baseline` is its
+    parent, and its entry is the one of its recipe's name, or the one in `only`. A model that cannot
+    be made or used fails all of its checks.
+    Raises PqError subclasses: RecipeError for a broken file, UsageError for
+    arguments that contradict each other.
     """
     started = time.monotonic()
     gate = load_gate(file)
@@ -149,7 +153,8 @@ def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
 
 
 def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
-    """Evaluation and task figures of `model`, or of the entry's recipe, whose conversion is then deleted."""
+    """Evaluation and task figures of `model`, or of the entry's recipe, whose
+    conversion is then deleted."""
 
     def progress(what: str, done: int, total: int) -> None:
         run.progress(f"{entry.name}: {what}", done, total)
@@ -204,7 +209,8 @@ def _measurement(metric: str, evaluation: Mapping[str, Any], tasks: Tasks) -> Me
     known = [f"{t}/{m}" for t, metrics in tasks.items() for m in metrics]
     if metric not in known:
         return Measurement(
-            None, missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}"
+            None,
+            missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}",
         )
     score = tasks[task][name]
     return Measurement(score["value"], score["baseline"], bool(score["higher_is_better"]))

@@ -53,7 +53,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure of a model, its parent's where there is one, and its direction; None where it was not measured."""
+    """One figure of a model, its parent's where there is one, and its direction; None
+    where it was not measured."""
 
     value: float | None
     parent: float | None = None
@@ -88,13 +89,25 @@ class Verdict:
 
 
 def judge(recipe: str, check: Check, figure: Measurement) -> Verdict:
-    """Compare one measured figure with what the file expects. What cannot be compared fails, with the reason."""
+    """Compare one measured figure with what the file expects. What cannot be
+    compared fails, with the reason."""
     value, parent = _finite(figure.value), _finite(figure.parent)
     status, detail, recovery = _unusable(figure) or (
         _by_value(check, figure) if check.kind == "value" else _by_recovery(check, figure)
     )
     tolerance = None if check.kind == "recovery" else f"{check.tolerance:g}{'%' if check.percent else ''}"
-    return Verdict(recipe, check.metric, check.kind, value, parent, recovery, check.expected, tolerance, status, detail)
+    return Verdict(
+        recipe,
+        check.metric,
+        check.kind,
+        value,
+        parent,
+        recovery,
+        check.expected,
+        tolerance,
+        status,
+        detail,
+    )
 
 
 def figure_of(evaluation: Mapping[str, Any], metric: str) -> Measurement:
@@ -139,7 +152,11 @@ def _by_recovery(check: Check, figure: Measurement) -> _Outcome:
     if value == parent:
         recovery = 1.0
     elif min(value, parent) <= 0:
-        return "FAIL", f"no share can be taken of {value:.6g} and {parent:.6g}; write value and tolerance", None
+        return (
+            "FAIL",
+            f"no share can be taken of {value:.6g} and {parent:.6g}; write value and tolerance",
+            None,
+        )
     else:
         recovery = value / parent if figure.higher_is_better else parent / value
     if recovery < check.expected - 1e-9:

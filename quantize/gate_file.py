@@ -1,7 +1,10 @@
-"""Gate files: the accuracy that each recipe must reach on one model. Every mistake in a file is one line.
+"""Gate files: the accuracy that each recipe must reach on one model. Every
+mistake in a file is one line.
 
-`value` with `tolerance` is a figure measured before; the tolerance is in the metric's unit, or in percent of the value.
-`recovery` is the least share of the parent's accuracy: model / parent, or parent / model where lower is better.
+`value` with `tolerance` is a figure measured before; the tolerance is in the metric's
+unit, or in percent of the value.
+`recovery` is the least share of the parent's accuracy: model / parent, or parent /
+model where lower is better.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class GateFile:
 
 
 def load_gate(path: Path) -> GateFile:
-    """Read a gate file. Raises RecipeError with a line `file:line: path: problem; remedy` for each problem."""
+    """Read a gate file. Raises RecipeError with a line
+    `file:line: path: problem; remedy` for each problem."""
     return parse_gate(read_gate(path), path)
 
 
@@ -75,7 +79,8 @@ def read_gate(path: Path) -> bytes:
 
 
 def parse_gate(raw: bytes, path: Path) -> GateFile:
-    """Parse and validate the text of the gate file at `path`, whose folder relative paths in it start from."""
+    """Parse and validate the text of the gate file at `path`, whose folder
+    relative paths in it start from."""
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
         what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
@@ -101,7 +106,10 @@ def _number(value: Any) -> bool:
 
 
 def _count(least: int) -> _Test:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"an integer >= {least}"
+    return (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+        f"an integer >= {least}",
+    )
 
 
 def _choice(options: tuple[str, ...]) -> _Test:
@@ -109,7 +117,10 @@ def _choice(options: tuple[str, ...]) -> _Test:
 
 
 _TEXT: _Test = (lambda v: isinstance(v, str) and bool(v), "a text")
-_TEXTS: _Test = (lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v), "a list of texts")
+_TEXTS: _Test = (
+    lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v),
+    "a list of texts",
+)
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 _TOP: dict[str, _Test] = {
     "model": _TEXT,
@@ -117,7 +128,10 @@ _TOP: dict[str, _Test] = {
     "evaluation": (lambda v: isinstance(v, dict), "a mapping"),
     "tasks": _TEXTS,
     "task_limit": _count(1),
-    "recipes": (lambda v: isinstance(v, dict) and bool(v), "a mapping with one entry or more, 'NAME: {METRIC: ...}'"),
+    "recipes": (
+        lambda v: isinstance(v, dict) and bool(v),
+        "a mapping with one entry or more, 'NAME: {METRIC: ...}'",
+    ),
     "history": (lambda v: isinstance(v, list), "a list, which pq itself appends to"),
 }
 _EVALUATION: dict[str, _Test] = {
@@ -156,7 +170,10 @@ class _Reader:
         good: dict[str, Any] = {}
         for key, value in data.items():
             if key not in table:
-                self.say((*path, key), f"unknown field; {close(key, table)}the fields are {', '.join(table)}")
+                self.say(
+                    (*path, key),
+                    f"unknown field; {close(key, table)}the fields are {', '.join(table)}",
+                )
             elif not table[key][0](value):
                 self.say((*path, key), f"must be {table[key][1]} (value {show_value(value)})")
             else:
@@ -166,7 +183,10 @@ class _Reader:
     def gate(self, path: Path) -> GateFile:
         top = self.fields((), self.doc.data, _TOP)
         if "recipes" not in self.doc.data:
-            self.say((), "'recipes' is missing; add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'")
+            self.say(
+                (),
+                "'recipes' is missing; add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'",
+            )
         settings = self.settings(top.get("evaluation", {}))
         calibration = top.get("calibration", {})
         known = {name: _TEXT if name == "dataset" else (lambda v: True, "") for name in Calibration.model_fields}
@@ -203,12 +223,18 @@ class _Reader:
     ) -> Entry | None:
         path = ("recipes", name)
         if not isinstance(data, dict):
-            self.say(path, f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'")
+            self.say(
+                path,
+                f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'",
+            )
             return None
         own = self.fields(path, {key: value for key, value in data.items() if key in _ENTRY}, _ENTRY)
         metrics = [metric for metric in data if metric not in _ENTRY]
         if not metrics:
-            self.say(path, "checks nothing; add a metric, such as 'kld_mean: {value: ..., tolerance: 20%}'")
+            self.say(
+                path,
+                "checks nothing; add a metric, such as 'kld_mean: {value: ..., tolerance: 20%}'",
+            )
         checks = [
             check
             for metric in metrics
@@ -226,7 +252,10 @@ class _Reader:
             recipe = load_recipe(shipped.get(wanted) or self.beside(wanted))
         except RecipeError as err:
             for line in str(err).splitlines():
-                self.say(where, line if "recipe" in own else f"{line}; or name a file with 'recipe: FILE'")
+                self.say(
+                    where,
+                    line if "recipe" in own else f"{line}; or name a file with 'recipe: FILE'",
+                )
             return None
         try:
             recipe = recipe.with_overrides(**calibration)
@@ -246,9 +275,15 @@ class _Reader:
             return tasks
         if metric not in HIGHER_IS_BETTER:
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
-            self.say(path, f"unknown metric; {close(metric, (*HIGHER_IS_BETTER, *_ENTRY))}the metrics are {known}")
+            self.say(
+                path,
+                f"unknown metric; {close(metric, (*HIGHER_IS_BETTER, *_ENTRY))}the metrics are {known}",
+            )
         elif metric in ROLLING_ONLY and settings.protocol != "rolling":
-            self.say(path, "only the rolling protocol gives it; write 'protocol: rolling' under 'evaluation'")
+            self.say(
+                path,
+                "only the rolling protocol gives it; write 'protocol: rolling' under 'evaluation'",
+            )
         return metric in HIGHER_IS_BETTER
 
     def checks(self, path: strict_yaml.Path, metric: str, data: Any) -> list[Check]:
@@ -260,7 +295,10 @@ class _Reader:
         if not data or ("tolerance" in data and "value" not in data):
             self.say(path, f"'value' is missing; {remedy}")
         if "value" in data and "tolerance" not in data:
-            self.say(path, "'tolerance' is missing; add 'tolerance: 20%', or 0 for a figure that never varies")
+            self.say(
+                path,
+                "'tolerance' is missing; add 'tolerance: 20%', or 0 for a figure that never varies",
+            )
         out: list[Check] = []
         if "value" in good and "tolerance" in good:
             share = _PERCENT.fullmatch(str(good["tolerance"]))
@@ -268,7 +306,10 @@ class _Reader:
             out.append(Check(metric, "value", float(good["value"]), amount, percent=share is not None))
         if "recovery" in good:
             if "/" not in metric and metric not in WITH_PARENT:
-                self.say((*path, "recovery"), f"{metric} is no figure of the parent; write value and tolerance")
+                self.say(
+                    (*path, "recovery"),
+                    f"{metric} is no figure of the parent; write value and tolerance",
+                )
             out.append(Check(metric, "recovery", float(good["recovery"])))
         return out
 

@@ -1,4 +1,5 @@
-"""Writes newly measured figures into a gate file; every byte that is not one of those numbers stays."""
+"""Writes newly measured figures into a gate file; every byte that is not
+one of those numbers stays."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ _VERSIONED = ("torch", "transformers")
 
 
 def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
-    """Write the figures of `result` over the `value:` numbers they were checked against, and note it in `history:`.
+    """Write the figures of `result` over the `value:` numbers they were checked
+    against, and note it in `history:`.
 
-    Returns the changes, "fireq.kld_mean 0.0249 -> 0.0231" each; without any the file stays as it is. A new number has
-    as few digits as keep its rounding below a hundredth of its tolerance. Recoveries are demands, not measurements:
-    they stay. Raises UsageError without a reason or when the file has changed since the run, QualityError for a figure
-    that was not measured, RecipeError for a file that is not written so that it can be edited, OutputError when it
-    cannot be written.
+    Returns the changes, "fireq.kld_mean 0.0249 -> 0.0231" each; without any the file stays as it
+    is. A new number has as few digits as keep its rounding below a hundredth of its tolerance.
+    Recoveries are demands, not measurements: they stay. Raises UsageError without a reason or when
+    the file has changed since the run, QualityError for a figure that was not measured, RecipeError
+    for a file that is not written so that it can be edited, OutputError when it cannot be written.
     """
     reason = " ".join(reason.encode("utf-8", "replace").decode().split())
     if not reason:
@@ -57,7 +59,12 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
             wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(number)
     if changes:
         today = datetime.date.today().isoformat()
-        note: dict[str, object] = {"date": today, "reason": reason, "changes": changes, "versions": _versions()}
+        note: dict[str, object] = {
+            "date": today,
+            "reason": reason,
+            "changes": changes,
+            "versions": _versions(),
+        }
         wanted["history"] = [*wanted.get("history", []), note]
         for start, end, number in sorted(edits, reverse=True):
             text = text[:start] + number + text[end:]
@@ -99,7 +106,8 @@ def _versions() -> dict[str, str]:
 
 
 def _require(new: bytes, wanted: object, document: Document) -> None:
-    """RecipeError unless the edited file reads as it should: `_with_note` assumes a usual way of writing."""
+    """RecipeError unless the edited file reads as it should: `_with_note`
+    assumes a usual way of writing."""
     try:
         if strict_yaml.load(new, document.source).data == wanted:
             return

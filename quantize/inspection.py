@@ -1,4 +1,5 @@
-"""What a checkpoint holds, told from config.json, safetensors headers and pq.json alone; no tensor is read."""
+"""What a checkpoint holds, told from config.json, safetensors headers and pq.json
+alone; no tensor is read."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Linear:
     name: str
     """Relative to its block."""
     role: str
-    """q, k, v, o, gate, up, down or router; the name's last part where the architecture is unknown."""
+    """q, k, v, o, gate, up, down or router; the name's last part where
+    the architecture is unknown."""
     shape: tuple[int, int] | None
     """(N, K): outputs, inputs; None where headers do not tell."""
     format: str
@@ -73,7 +75,8 @@ class DecoderBlock:
     others: tuple[Other, ...]
     bytes: int
     routing: Mapping[str, Any] | None = None
-    """How tokens find its experts, in pq's own format; None where config.json's own fields say it."""
+    """How tokens find its experts, in pq's own format; None where
+    config.json's own fields say it."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def _sorted_out(
     blocks = []
     for key in sorted({*linears, *others}):
         mine = sorted(
-            linears.get(key, []), key=lambda x: (order.index(x.role) if x.role in order else 99, natural(x.name))
+            linears.get(key, []),
+            key=lambda x: (order.index(x.role) if x.role in order else 99, natural(x.name)),
         )
         rest = sorted(others.get(key, []), key=lambda x: x.name)
         size = sum(x.bytes for x in mine) + sum(x.bytes for x in rest)
@@ -217,7 +221,10 @@ def _linear(local: str, role: str | None, storage: Storage) -> Linear:
 
 
 def _totals(
-    headers: Mapping[str, Header], stored: Mapping[str, Storage], outside: tuple[Other, ...], file_bytes: int
+    headers: Mapping[str, Header],
+    stored: Mapping[str, Storage],
+    outside: tuple[Other, ...],
+    file_bytes: int,
 ) -> Totals:
     quantized = [storage for storage in stored.values() if storage.quantized]
     inside = {part for storage in quantized for part in storage.parts}

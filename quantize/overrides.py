@@ -18,7 +18,8 @@ from quantize.recipe import Recipe
 def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """Return the recipe with `field=value` applied to every stage that has the field.
 
-    A field that is a list takes values separated by commas. `method.field=value` limits it to one method.
+    A field that is a list takes values separated by commas.
+    `method.field=value` limits it to one method.
     Raises UsageError for a field no stage has, or a value it refuses.
     """
     changes: dict[int, dict[str, object]] = {}

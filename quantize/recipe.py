@@ -1,7 +1,8 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage. Every
-problem of a file is reported at once, one line each, with file, line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or
+an encode stage. Every problem of a file is reported at once, one line each, with file,
+line, path, value and remedy.
 """
 
 from __future__ import annotations
@@ -63,17 +64,21 @@ class Recipe(BaseModel):
     description: str
     """What the recipe is for, in one line."""
     format: Literal["compressed-tensors", "pq"] = "compressed-tensors"
-    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers and vLLM, `pq` also holds
-    post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)."""
+    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers
+    and vLLM, `pq` also holds post-RoPE scales and the INT4 cache (loads in transformers
+    after `import quantize`)."""
     head_bits: int | None = Field(default=None, ge=2, le=8)
-    """Bits of lm_head (clipped rounding, group 128, 16-bit activations); null: it stays as it is."""
+    """Bits of lm_head (clipped rounding, group 128, 16-bit
+    activations); null: it stays as it is."""
     calibration: Calibration = Calibration()
     """Text that the statistics are measured on."""
     target_bpw: float | None = Field(default=None, ge=2, le=16)
-    """Mean bits per weight that integer linears may take, scales counted: those that suffer most from rounding get 8
-    bits instead of their stage's own until it is spent (`pq convert --target-bpw`); null: every stage's own bits."""
+    """Mean bits per weight that integer linears may take, scales counted: those that suffer most
+    from rounding get 8 bits instead of their stage's own until it is spent
+    (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
+    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a
+    cache or an encode stage."""
 
     @field_validator("stages")
     @classmethod
@@ -120,7 +125,8 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
-    """Parse and validate one recipe; `source_name` is the file for messages and its stem the recipe's name.
+    """Parse and validate one recipe; `source_name` is the file for messages
+    and its stem the recipe's name.
 
     Raises RecipeError with a line `file:line: path: problem; remedy` for each problem.
     """
@@ -134,7 +140,8 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
         problems.append(doc.problem(("name",), "unknown field 'name'; a recipe is named by its file, remove the line"))
     recipe = None
     try:
-        # As JSON, because strict types take a list for a tuple and a mapping for a model only from there.
+        # As JSON, because strict types take a list for a tuple and a mapping
+        # for a model only from there.
         recipe = Recipe.model_validate_json(json.dumps({**doc.data, "name": Path(source_name).stem}))
     except ValidationError as err:
         problems += [problem for error in err.errors() for problem in _translate(error, doc)]
@@ -144,10 +151,15 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
 
 
 def format_problems(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
-    """Yield (index, field, text) for each stage that asks for what the recipe's format cannot hold."""
+    """Yield (index, field, text) for each stage that asks for what the
+    recipe's format cannot hold."""
     for index, stage in enumerate(recipe.stages):
         if recipe.format != "pq" and stage.native_field is not None:
-            yield index, stage.native_field, "needs 'format: pq', no other loader can do this; add it or turn this off"
+            yield (
+                index,
+                stage.native_field,
+                "needs 'format: pq', no other loader can do this; add it or turn this off",
+            )
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -165,7 +177,11 @@ def recipe_schema() -> dict[str, Any]:
     for cls in STAGES:
         stage = schema["$defs"][cls.__name__]
         stage["required"] = ["method", *stage.get("required", [])]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pq recipe"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "pq recipe",
+    }
 
 
 def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int | None, str]]:
@@ -182,19 +198,26 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
     for (i, _, label), (j, _, later) in islice(pairs, 1):
         yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
     ranks = [rank for _, rank, _ in known]
-    cache, sufficient = _KINDS.index("cache"), {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}
+    cache, sufficient = (
+        _KINDS.index("cache"),
+        {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")},
+    )
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
     for i, cls in enumerate(stages):
         if cls and cls.once and cls in stages[:i]:
-            yield i, f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it"
+            yield (
+                i,
+                f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it",
+            )
     if known and None not in stages and not sufficient & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
 
 def _law_problems(doc: Document) -> Iterator[Problem]:
-    """Yield what breaks the law, found in the raw data so that a mistake in one stage does not hide it."""
+    """Yield what breaks the law, found in the raw data so that a mistake in
+    one stage does not hide it."""
     stages = doc.data.get("stages")
     for index, text in _order_problems([_stage_class(s) for s in stages] if isinstance(stages, list) else []):
         yield doc.problem(("stages",) if index is None else ("stages", index), text)
@@ -280,7 +303,8 @@ def _methods_of(kind: Kind) -> str:
 
 
 def _expected(cls: type[BaseModel] | None, name: str) -> str:
-    """Describe in words what a field takes, its range included; empty when there is no such field."""
+    """Describe in words what a field takes, its range included; empty
+    when there is no such field."""
     return _words(cls.model_json_schema()["properties"][name]) if cls and name in cls.model_fields else ""
 
 
@@ -289,7 +313,12 @@ def _words(schema: dict[str, Any]) -> str:
         return " or ".join(_words(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
         return " or ".join(show_value(option) for option in schema.get("enum", [schema.get("const")]))
-    names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}
+    names = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "null",
+    }
     names |= {"string": "a string", "array": "a list"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = " and ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)

@@ -1,11 +1,13 @@
-"""YAML for people: the YAML 1.2 core schema without the parts that surprise, and the place of every value.
+"""YAML for people: the YAML 1.2 core schema without the parts that surprise,
+and the place of every value.
 
-PyYAML follows YAML 1.1, where `1e-3` is text, `off` is false and `012` is ten; here scalars are resolved by our own
-table. Aliases, anchors and tags are refused, so a small file cannot unfold into a large one or name Python objects.
+PyYAML follows YAML 1.1, where `1e-3` is text, `off` is false and `012` is ten; here scalars are
+resolved by our own table. Aliases, anchors and tags are refused, so a small file cannot unfold into
+a large one or name Python objects.
 
-Built on events, not on a loader: loaders (ruamel.yaml's with line marks, too) stop at the first doubled key, pass
-anchors and tags by, and have no bound on depth. Files are edited by the spans of their scalars, not by a round trip,
-which would set spaces anew.
+Built on events, not on a loader: loaders (ruamel.yaml's with line marks, too) stop at the first
+doubled key, pass anchors and tags by, and have no bound on depth. Files are edited by the spans of
+their scalars, not by a round trip, which would set spaces anew.
 """
 
 from __future__ import annotations
@@ -56,14 +58,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data of one file, where each value (for a mapping entry: its key) stands, and what is wrong with it."""
+    """Plain data of one file, where each value (for a mapping entry: its key) stands,
+    and what is wrong with it."""
 
     source: str
     data: Any
     marks: dict[Path, tuple[int, int]]
     spans: dict[Path, tuple[int, int]]
-    """First character of each scalar value in the decoded text (0 is the first after a byte order mark), and one past
-    its last."""
+    """First character of each scalar value in the decoded text (0 is the first after a byte order
+    mark), and one past its last."""
     problems: list[Problem]
     spoiled: set[Path]
     """Paths whose value is refused, so that no further complaint about it helps."""
@@ -80,14 +83,16 @@ class Document:
 def load(raw: str | bytes, source: str) -> Document:
     """Parse one YAML document; `source` is the file name for messages.
 
-    Duplicate and non-string keys, aliases, anchors, tags and numbers that are not finite are collected in
-    `Document.problems` (their value reads None). Anything that stops the parser raises RecipeError.
+    Duplicate and non-string keys, aliases, anchors, tags and numbers that are not finite
+    are collected in `Document.problems` (their value reads None). Anything that stops
+    the parser raises RecipeError.
     """
     return _Builder(_text(raw, source), source).document()
 
 
 def resolve_plain(text: str) -> Any:
-    """Return what an unquoted scalar means in the core schema: None, bool, int, float, else the text itself.
+    """Return what an unquoted scalar means in the core schema: None, bool, int,
+    float, else the text itself.
 
     Raises ValueError for numbers that are not finite or absurdly long.
     """
@@ -100,7 +105,8 @@ def resolve_plain(text: str) -> Any:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"number of {len(text)} characters; at most {_MAX_DIGITS} are read")
     if _INT.fullmatch(text):
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))  # a leading 0 alone does not mean octal
+        # a leading 0 alone does not mean octal
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text} is too large for a float; write a smaller number")
@@ -121,7 +127,8 @@ def is_text(plain: str) -> bool:
 
 
 def show_path(path: Path) -> str:
-    """Write `("stages", 0, "bits")` as `stages[0].bits`; keys that are no plain words are quoted."""
+    """Write `("stages", 0, "bits")` as `stages[0].bits`; keys that are
+    no plain words are quoted."""
     parts = [f"[{p}]" if isinstance(p, int) else f".{show_key(p)}" for p in path]
     return "".join(parts).removeprefix(".")
 
@@ -142,7 +149,8 @@ def show_value(value: Any) -> str:
 
 
 def error_of(source: str, problems: list[Problem]) -> RecipeError:
-    """Build one RecipeError with a line `source:line: path: text` for each problem, in file order."""
+    """Build one RecipeError with a line `source:line: path: text` for
+    each problem, in file order."""
     ordered = sorted(set(problems))
     lines = [f"{source}:{p.line}: {f'{p.path}: ' if p.path else ''}{p.text}" for p in ordered[:MAX_PROBLEMS]]
     if len(ordered) > MAX_PROBLEMS:
@@ -162,7 +170,8 @@ def _text(raw: str | bytes, source: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `load` would take for a number, a boolean or null, and escapes what cannot be seen."""
+    """Quotes what `load` would take for a number, a boolean or null, and
+    escapes what cannot be seen."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         plain = is_text(text) and text.replace("\n", "").isprintable()
@@ -181,14 +190,18 @@ class _Builder:
         self.spans: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
         self.spoiled: set[Path] = set()
-        self.events: Iterator[ev.Event] = yaml.parse(text, Loader=yaml.SafeLoader)  # reads on demand
+        # reads on demand
+        self.events: Iterator[ev.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
 
     def document(self) -> Document:
         try:
             data = self._only_document()
         except yaml.YAMLError as err:
             raise self._syntax_error(err) from None
-        except (ValueError, OverflowError) as err:  # PyYAML passes \UFFFFFFFF and long directives to chr() and int()
+        except (
+            ValueError,
+            OverflowError,
+        ) as err:  # PyYAML passes \UFFFFFFFF and long directives to chr() and int()
             raise RecipeError(f"{self.source}: not YAML: {err}; mend the escape sequence or directive") from None
         return Document(self.source, data, self.marks, self.spans, self.problems, self.spoiled)
 
@@ -212,7 +225,11 @@ class _Builder:
         if anchor := getattr(event, "anchor", None):
             self._spoil(event, path, f"anchor '&{anchor}' is refused; remove it")
         if tag := getattr(event, "tag", None):
-            self._spoil(event, path, f"tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is refused; remove it")
+            self._spoil(
+                event,
+                path,
+                f"tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is refused; remove it",
+            )
         if isinstance(event, ev.ScalarEvent):
             return self._scalar(event, path)
         if isinstance(event, ev.SequenceStartEvent):
@@ -253,11 +270,19 @@ class _Builder:
         """Return the key at `event`, or None with a note when it cannot be used."""
         if not isinstance(event, ev.ScalarEvent) or event.anchor is not None or event.tag is not None:
             self._skip(event, path)
-            self._note(event, path, "a key is not plain text; write 'field: value' without '&', '*', '!' or '?'")
+            self._note(
+                event,
+                path,
+                "a key is not plain text; write 'field: value' without '&', '*', '!' or '?'",
+            )
             return None
         key: str = event.value
         if (event.implicit[0] and not is_text(key)) or not key.isprintable():
-            self._note(event, path, f"key {show_value(key or None)} is not a plain string; use a field name")
+            self._note(
+                event,
+                path,
+                f"key {show_value(key or None)} is not a plain string; use a field name",
+            )
             return None
         if key in entries:
             first = self.marks[(*path, key)][0]
@@ -266,7 +291,8 @@ class _Builder:
         return key
 
     def _skip(self, event: ev.Event, path: Path) -> None:
-        """Consume the rest of the node that begins with `event`: what a refused entry holds does not matter."""
+        """Consume the rest of the node that begins with `event`: what a refused
+        entry holds does not matter."""
         depth = 0
         while True:
             depth += isinstance(event, ev.CollectionStartEvent) - isinstance(event, ev.CollectionEndEvent)
@@ -294,7 +320,10 @@ class _Builder:
 
     def _syntax_error(self, err: yaml.YAMLError) -> RecipeError:
         if isinstance(err, yaml.reader.ReaderError):
-            index, reason = err.position, f"character U+{ord(self.text[err.position]):04X} is not allowed"
+            index, reason = (
+                err.position,
+                f"character U+{ord(self.text[err.position]):04X} is not allowed",
+            )
         else:
             assert isinstance(err, yaml.MarkedYAMLError)
             index = err.problem_mark.index if err.problem_mark else len(self.text)

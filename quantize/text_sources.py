@@ -1,4 +1,5 @@
-"""Where calibration and evaluation text comes from: the built-in set, local files, named Hub sets, any Hub name."""
+"""Where calibration and evaluation text comes from: the built-in set, local files,
+named Hub sets, any Hub name."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ class Text:
 
     rows: list[Row]
     packing: Literal["stream", "packed"]
-    """`stream`: the rows, joined by `joiner`, are one text in order. `packed`: they are separate documents."""
+    """`stream`: the rows, joined by `joiner`, are one text in order. `packed`:
+    they are separate documents."""
     source: str
     """For people: which text this is."""
     origin: dict[str, object]
-    """For provenance: data set, split, licence, text_sha256 (of the file's bytes, else of the rows joined by NUL)."""
+    """For provenance: data set, split, licence, text_sha256 (of the file's bytes, else
+    of the rows joined by NUL)."""
     joiner: str = "\n\n"
 
 
@@ -77,10 +80,12 @@ def named_sets() -> dict[str, HubSet]:
 def load(dataset: str, purpose: Purpose, text_field: str | None, min_characters: int | None) -> Text:
     """Return the text that `dataset` names.
 
-    dataset: "builtin", a name of calib_data/, a local file, or org/name[:config[:split]] on the Hub.
-    text_field: the column of a .jsonl, .parquet or Hub set; `text` when None, or what calib_data/ says.
-    min_characters: a large Hub set is read, in order, until it has given so many characters; None asks for all of a
-    set, which only sets that are not streamed can give.
+    dataset: "builtin", a name of calib_data/, a local file, or
+    org/name[:config[:split]] on the Hub.
+    text_field: the column of a .jsonl, .parquet or Hub set; `text` when
+    None, or what calib_data/ says.
+    min_characters: a large Hub set is read, in order, until it has given so many characters; None
+    asks for all of a set, which only sets that are not streamed can give.
     Raises DataError when the name is unknown, the file unreadable or the Hub out of reach.
     """
     if dataset == BUILTIN:
@@ -269,7 +274,8 @@ def _hub_rows(wanted: HubSet, split: str, field: str, min_characters: int | None
             characters += len(str(row.get(field, "")))
             if wanted.streaming and min_characters is not None and characters >= min_characters:
                 break
-    # The Hub client raises classes of several HTTP libraries, at the first request or in the midst of a stream.
+    # The Hub client raises classes of several HTTP libraries, at the first request
+    # or in the midst of a stream.
     except Exception as error:
         raise DataError(
             f"{wanted.name} cannot be loaded from the Hugging Face Hub: {first_line(error)}. "

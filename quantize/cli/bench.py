@@ -66,7 +66,8 @@ def multiply(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
     as_json: options.AsJson = False,
 ) -> None:
-    """Multiply with bit vectors: time, share of the memory's speed, times faster than torch. Wrong products end it."""
+    """Multiply with bit vectors: time, share of the memory's speed, times faster than
+    torch. Wrong products end it."""
     sizes = [_sizes(text) for text in shape or ()]
     from quantize.bench_multiply import LLAMA_3_8B, bench
     from quantize.formats.bitvec import BitVecScheme
@@ -97,7 +98,8 @@ def ffn(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
     as_json: options.AsJson = False,
 ) -> None:
-    """Time Mixtures of Experts against the dense FFN they stand for, and against a loop over experts."""
+    """Time Mixtures of Experts against the dense FFN they stand for, and
+    against a loop over experts."""
     if model and form:
         raise UsageError("--model and --form: a model has its own form, give one of them")
     where, batches = pick_device(device), batch or (1, 32)
@@ -170,7 +172,14 @@ def _print_products(measured: MultiplyBench) -> None:
 
     title = f"{measured.scheme.bits} bit planes, groups of {measured.scheme.group_size}; {measured.device}"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    for column in ("N x K", "rows", "us", "fastest … slowest", "of the copy rate", f"x {measured.baseline}"):
+    for column in (
+        "N x K",
+        "rows",
+        "us",
+        "fastest … slowest",
+        "of the copy rate",
+        f"x {measured.baseline}",
+    ):
         table.add_column(column, justify="right")
     for t in measured.shapes:
         spread = f"{t.fastest * 1e6:,.0f} … {t.slowest * 1e6:,.0f}"

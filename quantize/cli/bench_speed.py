@@ -1,4 +1,5 @@
-"""`pq bench kernels`, `decode` and `prefill`: speed of packed INT4 weights and caches beside torch's own."""
+"""`pq bench kernels`, `decode` and `prefill`: speed of packed INT4 weights and
+caches beside torch's own."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def kernels(
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than torch. Wrong ones end it."""
+    """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than
+    torch. Wrong ones end it."""
     sizes = [product_shape(text) for text in shape or ()]
     from quantize.speed import run
 
@@ -53,7 +55,8 @@ def decode(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; default: 1, 16.")] = None,
     layers: Annotated[int, typer.Option(min=0, help="Blocks of the model; 0: attention alone.")] = 32,
     model_context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens before the model's new one; default: 1024, 8192.")
+        list[int] | None,
+        typer.Option(min=1, help="Tokens before the model's new one; default: 1024, 8192."),
     ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
@@ -61,7 +64,8 @@ def decode(
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Decode with an INT4 cache: attention, and steps of a model of Llama-3-8B's shape, against bfloat16."""
+    """Decode with an INT4 cache: attention, and steps of a model of
+    Llama-3-8B's shape, against bfloat16."""
     from quantize.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
@@ -81,7 +85,8 @@ def prefill(
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and whole FFNs, against bfloat16."""
+    """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and
+    whole FFNs, against bfloat16."""
     sizes = [product_shape(text) for text in ffn or ()]
     from quantize.speed import run
 
@@ -162,7 +167,12 @@ def _cells(row: Row) -> list[str]:
     spread = f"{row.time.fastest * 1e6:,.1f} … {row.time.slowest * 1e6:,.1f}"
     made = f" ({row.tokens / row.time.seconds:,.0f} tok/s)" if row.tokens else ""
     compute = "" if row.compute is None else f"{row.compute:.0%}"
-    figures = f"{row.time.seconds * 1e6:,.1f}{made}", spread, f"{row.bytes / 1e6:,.1f}", f"{row.bandwidth:.0%}"
+    figures = (
+        f"{row.time.seconds * 1e6:,.1f}{made}",
+        spread,
+        f"{row.bytes / 1e6:,.1f}",
+        f"{row.bandwidth:.0%}",
+    )
     return [row.what, row.shape, str(row.M), *figures, compute]
 
 

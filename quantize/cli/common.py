@@ -20,7 +20,8 @@ Progress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """A rich progress bar on stderr with the time left; silent where it is not to be shown or stderr is no terminal."""
+    """A rich progress bar on stderr with the time left; silent where it is not to be shown
+    or stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -32,7 +33,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     )
 
     console = Console(stderr=True)
-    if not (shown and console.is_terminal):  # a disabled bar would do, but older rich ends it with a line feed
+    # a disabled bar would do, but older rich ends it with a line feed
+    if not (shown and console.is_terminal):
         yield lambda what, done, total: None
         return
     columns = (
@@ -50,7 +52,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
 
 @contextmanager
 def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else, the next what they always do.
+    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else,
+    the next what they always do.
 
     aloud: say so on stderr.
     """
@@ -61,7 +64,8 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         restore()
-        if aloud:  # not by way of sys.stderr: the signal may have come while it was being written to
+        # not by way of sys.stderr: the signal may have come while it was being written to
+        if aloud:
             os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
 
     def restore() -> None:
@@ -77,7 +81,8 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries below us off the terminal; errors still raise."""
+    """Keep the progress bars and advice of the libraries below us off the
+    terminal; errors still raise."""
     import logging
 
     from transformers.utils import logging as transformers_logging
@@ -90,12 +95,14 @@ def quiet_libraries() -> None:
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there.
 
-    local_rank: the CUDA device that is meant by none in particular, and which is made the current one.
+    local_rank: the CUDA device that is meant by none in particular, and
+    which is made the current one.
     """
     import torch
 
     if name == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+        # accelerate launch --cpu
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         name = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     try:
         device = torch.device(name)
@@ -121,7 +128,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def local_model(model: str) -> Path:
-    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a Hub id touches the network."""
+    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a
+    Hub id touches the network."""
     folder = Path(model).expanduser()
     try:
         if model and folder.is_dir():
@@ -134,10 +142,19 @@ def local_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
+        patterns = [
+            "*.safetensors",
+            "*.json",
+            "*.txt",
+            "*.model",
+            "*.jinja",
+            "LICENSE*",
+            "*.tiktoken",
+        ]
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as err:
-        # huggingface_hub raises many unrelated types for "not there", "not allowed" and "no network".
+        # huggingface_hub raises many unrelated types for "not there",
+        # "not allowed" and "no network".
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise ModelError(
             f"{model}: neither a local folder nor a model that can be fetched from the Hub ({reason})"

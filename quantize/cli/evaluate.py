@@ -52,7 +52,8 @@ def evaluate(
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE.")
+        str | None,
+        typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE."),
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[float | None, typer.Option(help="First documents of each task, or a fraction below 1.")] = None,
@@ -61,13 +62,15 @@ def evaluate(
     log_samples: Annotated[bool, typer.Option("--log-samples", help="Save every document's scores.")] = False,
     model_args: Annotated[str, typer.Option(help="Arguments of lm-eval's HFLM: k=v,k=v.")] = "",
     output_path: Annotated[
-        Path | None, typer.Option(help="Folder for results; default: MODEL.eval beside a model that pq made.")
+        Path | None,
+        typer.Option(help="Folder for results; default: MODEL.eval beside a model that pq made."),
     ] = None,
     gate: Annotated[
         Path | None, typer.Option(help="Check against this baselines file; exit code 9 on failure.")
     ] = None,
     update_baselines: Annotated[
-        bool, typer.Option("--update-baselines", help="Write the measured values into the gate's file.")
+        bool,
+        typer.Option("--update-baselines", help="Write the measured values into the gate's file."),
     ] = False,
     reason: Annotated[str, typer.Option(help="Why the baselines change; kept in their history.")] = "",
     only: Annotated[str | None, typer.Option(help="Recipes of the gate to run, separated by commas.")] = None,
@@ -79,15 +82,23 @@ def evaluate(
 ) -> None:
     """Measure a model on text that calibration never saw.
 
-    Without --tasks this is perplexity; with --tasks it is the tasks, and perplexity too where --protocol or --dataset
-    is given.
+    Without --tasks this is perplexity; with --tasks it is the tasks, and perplexity too where
+    --protocol or --dataset is given.
     """
     options.check_choices(protocol, numerics)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
             if ranks.size > 1:
                 raise UsageError("--gate converts and measures in one process; start it without a launcher")
-            _gate(gate, model, baseline, _names(only), reason if update_baselines else None, device, as_json)
+            _gate(
+                gate,
+                model,
+                baseline,
+                _names(only),
+                reason if update_baselines else None,
+                device,
+                as_json,
+            )
             return
         if update_baselines or reason or only:
             raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
@@ -126,7 +137,10 @@ def evaluate(
 
 
 def _tell(
-    setting: _Setting, measured: Measured | None, scored: tuple[TaskRun, list[TaskScore]] | None, as_json: bool
+    setting: _Setting,
+    measured: Measured | None,
+    scored: tuple[TaskRun, list[TaskScore]] | None,
+    as_json: bool,
 ) -> None:
     """Print the figures."""
     from quantize.cli import figures
@@ -148,7 +162,13 @@ def _tell(
 
 
 def _gate(
-    file: Path, model: str | None, baseline: str | None, only: list[str], reason: str | None, device: str, as_json: bool
+    file: Path,
+    model: str | None,
+    baseline: str | None,
+    only: list[str],
+    reason: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     from quantize.cli.gate import print_verdicts
     from quantize.gate import run_gate, update_baselines

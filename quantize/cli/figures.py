@@ -45,7 +45,8 @@ def _rounded(value: float | None, stderr: float | None) -> str:
 
 
 def print_restructured(console: Console, rows: Sequence[Mapping[str, Any]], saved: float | None) -> None:
-    """FFNs that became experts: errors on calibration tokens that nothing was fitted to, beside the baselines'."""
+    """FFNs that became experts: errors on calibration tokens that nothing was fitted
+    to, beside the baselines'."""
     title = "" if saved is None else f"{saved:.1%} fewer activated parameters (embedding table not counted)\n"
     table = _table(
         f"{title}Relative squared error of converted FFNs, and of what they must beat at equal activation",
@@ -65,7 +66,8 @@ def print_restructured(console: Console, rows: Sequence[Mapping[str, Any]], save
 
 
 def print_perplexity(e: Evaluation) -> None:
-    """One model, and its parent where it was run too: a row per figure, so that nothing is cut off at 80 columns."""
+    """One model, and its parent where it was run too: a row per figure, so that nothing
+    is cut off at 80 columns."""
     from rich.console import Console
 
     title = f"{e.protocol} on {e.data}\n{e.tokens} predictions in {e.windows} windows, {e.numerics} numerics, {e.dtype}"
@@ -75,7 +77,11 @@ def print_perplexity(e: Evaluation) -> None:
         ("word perplexity", shown(e.baseline_word_perplexity, 4), shown(e.word_perplexity, 4)),
         ("byte perplexity", shown(e.baseline_byte_perplexity, 4), shown(e.byte_perplexity, 4)),
         ("bits per byte", shown(e.baseline_bits_per_byte, 5), shown(e.bits_per_byte, 5)),
-        ("Δ log-likelihood", "", shown(None if e.delta_nll is None else -e.delta_nll, 5, e.delta_nll_stderr)),
+        (
+            "Δ log-likelihood",
+            "",
+            shown(None if e.delta_nll is None else -e.delta_nll, 5, e.delta_nll_stderr),
+        ),
         ("KLD mean", "", shown(e.kld_mean, 5, e.kld_stderr)),
         ("KLD median", "", shown(e.kld_median, 5)),
         ("KLD p90", "", shown(e.kld_p90, 5)),
@@ -100,7 +106,11 @@ def _activated(e: Evaluation) -> list[tuple[str, str, str]]:
     less = "" if theirs is None else f" ({ours / theirs - 1:+.1%})"
     mean = sum(e.experts_visited.values()) / len(e.experts_visited)
     return [
-        ("activated parameters", "-" if theirs is None else _millions(theirs), _millions(ours) + less),
+        (
+            "activated parameters",
+            "-" if theirs is None else _millions(theirs),
+            _millions(ours) + less,
+        ),
         ("routed experts a token", "", f"{mean:.3f}"),
     ]
 
@@ -110,7 +120,8 @@ def _millions(count: float) -> str:
 
 
 def print_comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int]) -> None:
-    """Models that were measured in one run, the ones that no other beats in bits and divergence marked."""
+    """Models that were measured in one run, the ones that no other beats in
+    bits and divergence marked."""
     from rich.console import Console
 
     from quantize.report.comparison import front
@@ -131,7 +142,10 @@ def print_comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int]) ->
             shown(e.top1_agreement, 4),
             "*" if ahead else "",
         )
-    table.caption, table.caption_justify = "* no other has both fewer bits and less divergence", "left"
+    table.caption, table.caption_justify = (
+        "* no other has both fewer bits and less divergence",
+        "left",
+    )
     Console().print(table)
 
 

@@ -11,12 +11,23 @@ _STYLES = {"pass": "green", "better": "bold cyan", "FAIL": "bold red"}
 
 
 def print_verdicts(result: GateResult) -> None:
-    """Print one row a check on stdout, and below it how many failed and what could be done about figures that moved."""
+    """Print one row a check on stdout, and below it how many failed and what could be done
+    about figures that moved."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("recipe", "metric", "measured", "parent", "expected", "verdict", "", box=None, pad_edge=False)
+    table = Table(
+        "recipe",
+        "metric",
+        "measured",
+        "parent",
+        "expected",
+        "verdict",
+        "",
+        box=None,
+        pad_edge=False,
+    )
     table.title, table.title_justify = Text(_title(result)), "left"
     for column in table.columns[2:5]:
         column.justify = "right"
@@ -24,7 +35,11 @@ def print_verdicts(result: GateResult) -> None:
         column.no_wrap = True
     previous = ""
     for verdict in result.verdicts:
-        cells = [verdict.recipe if verdict.recipe != previous else "", verdict.metric, _shown(verdict.value)]
+        cells = [
+            verdict.recipe if verdict.recipe != previous else "",
+            verdict.metric,
+            _shown(verdict.value),
+        ]
         cells += [_shown(verdict.parent), _expected(verdict)]
         table.add_row(*cells, Text(verdict.status, style=_STYLES[verdict.status]), Text(verdict.detail))
         previous = verdict.recipe

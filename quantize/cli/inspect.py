@@ -22,7 +22,10 @@ _NAMED = 10  # fallbacks that are named
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's."),
+    ],
     every_block: Annotated[
         bool, typer.Option("--all", help="Show every block and expert; equal ones are folded else.")
     ] = False,

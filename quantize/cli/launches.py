@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
-    """Yield the ranks of the launch and this process's number on its machine (None for one that works alone).
+    """Yield the ranks of the launch and this process's number on its machine
+    (None for one that works alone).
 
-    Of an expected error the first rank alone tells; the others end with the same code. keeps: whether blocks are kept.
+    Of an expected error the first rank alone tells; the others end with the same code.
+    keeps: whether blocks are kept.
     """
     from quantize.launch import joined, launched, local_rank
 

@@ -21,7 +21,10 @@ Context = Annotated[int, typer.Option(min=0, help="Tokens that strided windows s
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
 NumericsOption = Annotated[
     str,
-    typer.Option("--numerics", help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it."),
+    typer.Option(
+        "--numerics",
+        help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")]

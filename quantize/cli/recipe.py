@@ -56,7 +56,9 @@ def show(
 
 
 @app.command()
-def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")]) -> None:
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")],
+) -> None:
     """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr."""
     from quantize.recipe import load_recipe
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def verify(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Folder that pq convert wrote.")],
     parent: Annotated[
-        str | None, typer.Option(help="The model it was made from: compare with it and run blocks of both.")
+        str | None,
+        typer.Option(help="The model it was made from: compare with it and run blocks of both."),
     ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks to compare with the parent's.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of blocks.")] = 0,
@@ -46,7 +47,15 @@ def verify(
     quiet_libraries()
     folder, source = local_model(model), None if parent is None else local_model(parent)
     with progress_bar() as progress:
-        result = run(folder, source, blocks=blocks, seed=seed, device=place, kernels=kernels, progress=progress)
+        result = run(
+            folder,
+            source,
+            blocks=blocks,
+            seed=seed,
+            device=place,
+            kernels=kernels,
+            progress=progress,
+        )
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))
     else:

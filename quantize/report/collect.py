@@ -17,9 +17,9 @@ _NAMED = 5  # layers of a warning that are named
 def collect(folder: Path) -> Report:
     """Gather everything that is known about the checkpoint in `folder`.
 
-    Reads pq.json, pq-statistics.json, config.json and tensor headers in it, and the log and evaluations beside it; of
-    these only pq.json must be there, the report says which command adds the others. ModelError for a folder that pq
-    did not write.
+    Reads pq.json, pq-statistics.json, config.json and tensor headers in it, and the log and
+    evaluations beside it; of these only pq.json must be there, the report says which command adds
+    the others. ModelError for a folder that pq did not write.
     """
     sources = read(folder)
     evaluation = quality.headline_evaluation(sources.evaluations)
@@ -90,8 +90,12 @@ def _cost(sources: Sources) -> list[Headline]:
 
 
 def _activated(sources: Sources, evaluation: Mapping[str, Any]) -> list[Headline]:
-    """What a token meets of a model with experts: measured on evaluation text, else as it was planned."""
-    ours, parents = number(evaluation, "activated_parameters"), number(evaluation, "baseline_activated_parameters")
+    """What a token meets of a model with experts: measured on evaluation
+    text, else as it was planned."""
+    ours, parents = (
+        number(evaluation, "activated_parameters"),
+        number(evaluation, "baseline_activated_parameters"),
+    )
     blocks = mapping(evaluation, "experts_visited")
     visited = [value for block in blocks if (value := number(blocks, block)) is not None]
     planned = number(mapping(mapping(sources.provenance, "layers"), "ladimo"), "activated_reduction")
@@ -161,8 +165,18 @@ def _provenance(sources: Sources) -> Section:
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
         if calibration
         else Note("The recipe reads no calibration text."),
-        _pairs("Source", "SHA-256 of the parent's files.", ("file", "SHA-256"), mapping(found, "source")),
-        _pairs("Versions", "Of the software and the machine that converted.", ("name", "value"), versions),
+        _pairs(
+            "Source",
+            "SHA-256 of the parent's files.",
+            ("file", "SHA-256"),
+            mapping(found, "source"),
+        ),
+        _pairs(
+            "Versions",
+            "Of the software and the machine that converted.",
+            ("name", "value"),
+            versions,
+        ),
         Listing("Recipe", "With every default filled in.", text(mapping(found, "recipe"), "resolved")),
     ]
     files = len(mapping(found, "files"))

@@ -10,7 +10,8 @@ from quantize.report.model import Headline, Note, Report, Section
 
 
 def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version: str) -> Report:
-    """Make a report of evaluations that one run measured against one parent; sizes: bytes on disk of each model."""
+    """Make a report of evaluations that one run measured against one parent; sizes:
+    bytes on disk of each model."""
     first = evaluations[0]
     basis = (
         f"{first.protocol} on {first.data}, {first.tokens} predictions, {first.numerics} numerics, {first.dtype}; "
@@ -47,7 +48,17 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def _table(evaluations: Sequence[Evaluation], sizes: Sequence[int]) -> Table:
-    columns = ("model", "bits/weight", "MB", "perplexity", "KLD mean", "± SE", "KLD p99", "KLD p99.9", "same top-1")
+    columns = (
+        "model",
+        "bits/weight",
+        "MB",
+        "perplexity",
+        "KLD mean",
+        "± SE",
+        "KLD p99",
+        "KLD p99.9",
+        "same top-1",
+    )
     formats = ("", ".3f", ",.1f", ".4f", ".5f", ".5f", ".4f", ".4f", ".4f")
     rows = [
         (

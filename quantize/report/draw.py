@@ -29,7 +29,8 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """Size of a chart in pixels, and the range of its vertical axis where pictures of a group share one."""
+    """Size of a chart in pixels, and the range of its vertical axis where
+    pictures of a group share one."""
 
     width: int = 460
     height: int = 270
@@ -78,7 +79,8 @@ def shares(picture: Histogram) -> list[float]:
 
 
 def y_range(pictures: Sequence[Chart]) -> Range | None:
-    """The vertical range that holds the curves of all pictures, with a margin; None when there is nothing to hold."""
+    """The vertical range that holds the curves of all pictures, with a margin; None when
+    there is nothing to hold."""
     histograms = [p for p in pictures if isinstance(p, Histogram)]
     if histograms and len(histograms) == len(pictures):
         return 0.0, 1.06 * max(max(shares(p), default=0.0) for p in histograms) or 1.0
@@ -144,7 +146,8 @@ def _lines(ax: Axes, picture: Lines) -> None:
 
 
 def _log_x(ax: Axes, x: Sequence[float]) -> None:
-    """Ticks at powers of two; the stretch from zero to one is linear, as positions count from zero."""
+    """Ticks at powers of two; the stretch from zero to one is linear, as
+    positions count from zero."""
     high = max(*x, 1.0)
     powers = [
         2.0**k for k in range(math.floor(math.log2(min((v for v in x if v > 0), default=1.0))), 64) if 2**k <= high
@@ -182,7 +185,15 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
     low, high = picture.edges[0], picture.edges[-1]
     points = [p for p in picture.points if low <= p <= high]
     if len(points) <= 40:  # 8-bit code points would be a grey wall
-        ax.vlines(points, 0, 1, transform=ax.get_xaxis_transform(), color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
+        ax.vlines(
+            points,
+            0,
+            1,
+            transform=ax.get_xaxis_transform(),
+            color=MUTED,
+            linewidth=0.7,
+            linestyle=(0, (2, 2)),
+        )
     ax.stairs(heights, picture.edges, fill=True, color=SERIES[0], alpha=0.28, linewidth=0)
     ax.stairs(heights, picture.edges, color=SERIES[0], linewidth=1.3)
     ax.set_xlim(low, high)
@@ -196,7 +207,13 @@ def _scatter(ax: Axes, picture: Scatter) -> None:
     if picture.front and points:
         best = [p for p in points if not any(_beats(q, p) for q in points)]
         best.sort(key=lambda p: (p[1], -p[2]))
-        ax.plot([p[1] for p in best], [p[2] for p in best], color=SERIES[1], linewidth=1.2, drawstyle="steps-post")
+        ax.plot(
+            [p[1] for p in best],
+            [p[2] for p in best],
+            color=SERIES[1],
+            linewidth=1.2,
+            drawstyle="steps-post",
+        )
     ax.plot([p[1] for p in points], [p[2] for p in points], "o", color=SERIES[0], markersize=5)
     for name, x, y in points:
         ax.annotate(_short(name), (x, y), (5, 4), textcoords="offset points", fontsize=_SIZE, color=INK)

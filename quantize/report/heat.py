@@ -1,4 +1,5 @@
-"""Heat maps: every cell a rectangle with its value as a tooltip, colours in steps that the page defines."""
+"""Heat maps: every cell a rectangle with its value as a tooltip, colours in
+steps that the page defines."""
 
 from __future__ import annotations
 
@@ -97,7 +98,13 @@ def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: 
         for c, value in enumerate(row):
             known = not math.isnan(value)
             step = scale.step(value) if known else 0
-            box = Rectangle((c + 0.02, r + 0.03), 0.96, 0.94, facecolor=HEAT[step] if known else MISSING, clip_on=False)
+            box = Rectangle(
+                (c + 0.02, r + 0.03),
+                0.96,
+                0.94,
+                facecolor=HEAT[step] if known else MISSING,
+                clip_on=False,
+            )
             if len(tooltips) < _TOOLTIPS:
                 box.set_gid(f"{TOOLTIP}{len(tooltips)}")
                 what = f"{shown(value)} {picture.unit}".strip() if known else "not measured"
@@ -106,7 +113,15 @@ def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: 
             if named:
                 colour = HEAT_TEXT[step] if known else INK
                 label = shown(value, 3 if alike else 2) if known else "–"
-                ax.text(c + 0.5, r + 0.5, label, ha="center", va="center_baseline", fontsize=_SIZE, color=colour)
+                ax.text(
+                    c + 0.5,
+                    r + 0.5,
+                    label,
+                    ha="center",
+                    va="center_baseline",
+                    fontsize=_SIZE,
+                    color=colour,
+                )
     return tooltips
 
 
@@ -149,7 +164,16 @@ def _key(ax: Axes, scale: _Scale, unit: str) -> None:
         # The scale's ends are written inwards, so that they stay on the picture.
         ha = "center" if 0 < at < shares else "left" if at == 0 else "right"
         ax.annotate(label, (at, 1), (0, 4), "data", "offset points", ha=ha, fontsize=_SIZE, color=INK)
-    ax.annotate(clean(unit), (0, 0), (0, -5), "axes fraction", "offset points", va="top", fontsize=_SIZE, color=INK)
+    ax.annotate(
+        clean(unit),
+        (0, 0),
+        (0, -5),
+        "axes fraction",
+        "offset points",
+        va="top",
+        fontsize=_SIZE,
+        color=INK,
+    )
 
 
 def _short(name: str) -> str:

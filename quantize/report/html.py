@@ -34,7 +34,11 @@ _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 def render(report: Report) -> str:
     """Return the page; equal reports give equal text."""
     env = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     pictures = _Drawer()
     env.globals |= {"paired": PAIRED, "draw": pictures.one, "draw_group": pictures.group}
@@ -47,8 +51,9 @@ def render(report: Report) -> str:
 def write(folder: Path, output: Path | None = None) -> Path:
     """Write the page and, beside it, its data as JSON; returns the page's path.
 
-    Without `output` these are DIR.report.html and DIR.report.json. Each file appears whole or not at all. Raises
-    ModelError for a folder that pq did not write, UsageError for an `output` inside the checkpoint, OutputError.
+    Without `output` these are DIR.report.html and DIR.report.json. Each file appears whole or not
+    at all. Raises ModelError for a folder that pq did not write, UsageError for an `output` inside
+    the checkpoint, OutputError.
     """
     return write_report(collect(folder), folder, output)
 
@@ -62,7 +67,8 @@ def write_report(report: Report, folder: Path, output: Path | None = None) -> Pa
 
 
 def write_page(report: Report, page: Path) -> Path:
-    """Write a report to `page` and its data as JSON beside it; UsageError unless `page` ends in .html, OutputError."""
+    """Write a report to `page` and its data as JSON beside it; UsageError unless `page`
+    ends in .html, OutputError."""
     if page.suffix not in (".html", ".htm"):
         raise UsageError(f"--output {page}: must end in .html; the JSON goes beside it")
     data = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

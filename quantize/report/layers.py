@@ -1,4 +1,5 @@
-"""Sections on the layers: rounding errors, outliers, weights on their grid, bits, and what methods add of their own."""
+"""Sections on the layers: rounding errors, outliers, weights on their grid, bits, and what
+methods add of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +9,17 @@ from statistics import median
 from typing import Any
 
 from quantize.errors import RecipeError
-from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts, folded
+from quantize.pictures import (
+    Cell,
+    Histogram,
+    Lines,
+    Number,
+    Picture,
+    Table,
+    block_map,
+    facts,
+    folded,
+)
 from quantize.recipe import parse_recipe
 from quantize.report import draw
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
@@ -42,7 +53,8 @@ _HISTOGRAM = (
 
 
 def leading_error(sources: Sources) -> tuple[str, dict[str, Number]]:
-    """The error that ranks layers, and its value for each: of outputs where they were measured, else of weights."""
+    """The error that ranks layers, and its value for each: of outputs where they were
+    measured, else of weights."""
     output = facts(sources.layers, "output_error")
     return ("output_error", output) if output else ("weight_error", facts(sources.layers, "weight_error"))
 
@@ -79,7 +91,12 @@ def _worst(sources: Sources, output: Mapping[str, Number], weight: Mapping[str, 
     columns = ("layer", "output error", "weight error", "on record")
     known = [c for c in range(len(columns)) if any(row[c] not in (None, "") for row in rows)]
     caption = f"By {key.replace('_', ' ')}, the worst first."
-    return Table("Worst layers", caption, [columns[c] for c in known], [[row[c] for c in known] for row in rows])
+    return Table(
+        "Worst layers",
+        caption,
+        [columns[c] for c in known],
+        [[row[c] for c in known] for row in rows],
+    )
 
 
 def outliers(sources: Sources) -> Section:
@@ -125,7 +142,8 @@ def _ratio(data: Mapping[str, Any], above: str, below: str) -> float | None:
 def _curves(
     blocks: Sequence[Mapping[str, Any]], part: str, above: str, below: str
 ) -> dict[str, tuple[list[float], dict[str, list[Number]]]]:
-    """Ratio of two statistics by block for every name in `part`: name → (block numbers, {"after": …, "before": …}).
+    """Ratio of two statistics by block for every name in `part`: name → (block
+    numbers, {"after": …, "before": …}).
 
     Of names that differ by a number alone, such as those of experts, the largest ratio.
     """
@@ -159,7 +177,8 @@ def _group_title(sources: Sources, first: str) -> str:
 
 
 def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
-    """The most uneven block of every group of linears, with its largest channels; of experts the most uneven one."""
+    """The most uneven block of every group of linears, with its largest channels; of
+    experts the most uneven one."""
     worst: dict[str, tuple[float, list[Cell]]] = {}
     for i, block in enumerate(blocks):
         for name in mapping(block, "inputs"):
@@ -167,11 +186,23 @@ def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
             before, after = mapping(found, "before"), mapping(found, "after")
             ratio = _ratio(before, "absmax", "median")
             if ratio is not None and (folded(name) not in worst or ratio > worst[folded(name)][0]):
-                row: list[Cell] = [_group_title(sources, name), number(block, "index") or i, number(before, "tokens")]
+                row: list[Cell] = [
+                    _group_title(sources, name),
+                    number(block, "index") or i,
+                    number(before, "tokens"),
+                ]
                 row += [ratio, _ratio(after, "absmax", "median"), _top(before), _top(after)]
                 worst[folded(name)] = ratio, row
     rows = [row for _, row in worst.values()]
-    columns = ("inputs of", "block", "tokens", "before", "after", "largest channels before", "after")
+    columns = (
+        "inputs of",
+        "block",
+        "tokens",
+        "before",
+        "after",
+        "largest channels before",
+        "after",
+    )
     caption = "The block with the largest ratio in the parent, and its largest channels (channel: max |x|)."
     return Table("Most uneven inputs", caption, columns, rows, ("", ".0f", ",.0f", ".1f", ".1f", "", ""))
 

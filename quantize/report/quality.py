@@ -1,4 +1,5 @@
-"""Sections on what evaluations found: perplexity, divergence from the parent, tasks, the worst tokens."""
+"""Sections on what evaluations found: perplexity, divergence from the
+parent, tasks, the worst tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from itertools import pairwise
 from typing import Any
 
 from quantize.pictures import Cell, Lines, Table
-from quantize.report.model import Group, Item, Note, Passages, Section, Token, items, mapping, number, text
+from quantize.report.model import (
+    Group,
+    Item,
+    Note,
+    Passages,
+    Section,
+    Token,
+    items,
+    mapping,
+    number,
+    text,
+)
 from quantize.report.sources import Sources
 
 Data = Mapping[str, Any]
@@ -34,20 +46,28 @@ def basis(data: Data) -> str:
     parts = [text(data, "protocol"), text(data, "data")]
     parts += [f"{windows:,.0f} windows" if windows is not None else ""]
     parts += [f"{tokens:,.0f} predicted tokens" if tokens is not None else ""]
-    parts += [f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "", text(data, "dtype")]
+    parts += [
+        f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "",
+        text(data, "dtype"),
+    ]
     parts += [f"parent {text(data, 'baseline')}" if text(data, "baseline") else "no parent"]
     return ", ".join(part for part in parts if part)
 
 
 def headline_evaluation(evaluations: Mapping[str, Data]) -> Data | None:
-    """The evaluation that speaks for the conversion: against the parent, in the kernel's numerics, on most tokens."""
+    """The evaluation that speaks for the conversion: against the parent, in the kernel's
+    numerics, on most tokens."""
 
     return next(iter(_leading_first(evaluations)), None)
 
 
 def _leading_first(evaluations: Mapping[str, Data]) -> list[Data]:
     def rank(data: Data) -> tuple[bool, bool, float]:
-        return bool(text(data, "baseline")), text(data, "numerics") == "kernel", number(data, "tokens") or 0.0
+        return (
+            bool(text(data, "baseline")),
+            text(data, "numerics") == "kernel",
+            number(data, "tokens") or 0.0,
+        )
 
     return sorted(evaluations.values(), key=rank, reverse=True)
 
@@ -88,7 +108,24 @@ def _table(found: Sequence[Data]) -> Table:
         "same top-1, %",
     )
     columns = (*columns, "ΔNLL", "KLD median", "p90", "p99.9", "windows", "dtype", "bits/weight")
-    formats = ("", "", "", ",.0f", ".3f", ".3f", "", ".5f", "", "", ".5f", ".5f", ".5f", ",.0f", "", ".3f")
+    formats = (
+        "",
+        "",
+        "",
+        ",.0f",
+        ".3f",
+        ".3f",
+        "",
+        ".5f",
+        "",
+        "",
+        ".5f",
+        ".5f",
+        ".5f",
+        ",.0f",
+        "",
+        ".3f",
+    )
     rows: list[list[Cell]] = []
     for data in found:
         row: list[Cell] = [text(data, key) for key in ("protocol", "data", "numerics")]
@@ -100,7 +137,13 @@ def _table(found: Sequence[Data]) -> Table:
         rows.append([*row, text(data, "dtype"), number(data, "bits_per_weight")])
     hashes = dict.fromkeys((text(data, "data"), text(data, "data_sha256")[:16]) for data in found)
     where = "; ".join(f"{name} {digest or 'unknown'}" for name, digest in hashes)
-    return Table("All saved evaluations", f"Tokens, by the start of their SHA-256: {where}.", columns, rows, formats)
+    return Table(
+        "All saved evaluations",
+        f"Tokens, by the start of their SHA-256: {where}.",
+        columns,
+        rows,
+        formats,
+    )
 
 
 def _by_text(found: Sequence[Data]) -> Table:
@@ -138,7 +181,8 @@ def _by_position(data: Data, folded: bool) -> Iterator[Group]:
     }
     drawn: list[Lines] = []
     gaps = [b - a for a, b in pairwise(start)]
-    log = bool(gaps) and max(gaps) > 4 * min(gaps)  # stretches that grow; equal ones would crowd at the end
+    # stretches that grow; equal ones would crowd at the end
+    log = bool(gaps) and max(gaps) > 4 * min(gaps)
     label = "position in the window (start of a stretch)"
     if perplexity:
         drawn.append(Lines("Perplexity", "", start, perplexity, label, "perplexity", log, True))
@@ -161,7 +205,12 @@ def tokens(sources: Sources) -> Section:
         shown.append(Passages("Largest KLD", basis(data) + ".", worst, folded=i > 0))
     if not found:
         lead = ""
-        shown.append(Note("No comparison with the parent has been saved.", _EVALUATE.format(sources.command_path)))
+        shown.append(
+            Note(
+                "No comparison with the parent has been saved.",
+                _EVALUATE.format(sources.command_path),
+            )
+        )
     return Section("tokens", "Worst tokens", lead, shown)
 
 
@@ -200,12 +249,23 @@ def _task_table(data: Data) -> Table:
     said += ["shots as the task says" if shots is None else f"{shots:.0f}-shot"]
     said += [f"at most {text(data, 'limit')} documents a task" if text(data, "limit") else "all documents"]
     said += ["chat template" if data.get("chat_template") is True else "no chat template"]
-    said += [f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "", text(data, "dtype")]
+    said += [
+        f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "",
+        text(data, "dtype"),
+    ]
     said += [f"parent {text(data, 'baseline')}" if text(data, "baseline") else ""]
     caption = ", ".join(part for part in said if part) + "."
     scores = [score for score in items(data, "scores") if isinstance(score, dict)]
     if scores:
-        columns: Sequence[str] = ("task", "metric", "documents", "value", "parent", "difference", "recovery")
+        columns: Sequence[str] = (
+            "task",
+            "metric",
+            "documents",
+            "value",
+            "parent",
+            "difference",
+            "recovery",
+        )
         rows: list[list[Cell]] = [_score(score) for score in scores]
         return Table(text(data, "model", "Tasks"), caption, columns, rows, ("", "", ",.0f", "", "", "", ""))
     counts = mapping(data, "n_samples")
@@ -218,7 +278,11 @@ def _task_table(data: Data) -> Table:
     ]
     columns = ("task", "metric", "documents", "value")
     return Table(
-        text(data, "model", "Tasks"), caption + " The parent was not run.", columns, rows, ("", "", ",.0f", "")
+        text(data, "model", "Tasks"),
+        caption + " The parent was not run.",
+        columns,
+        rows,
+        ("", "", ",.0f", ""),
     )
 
 

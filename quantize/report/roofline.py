@@ -1,4 +1,5 @@
-"""A roofline: operations a second of kernels against operations for each byte moved, below what the machine can do."""
+"""A roofline: operations a second of kernels against operations for each byte moved,
+below what the machine can do."""
 
 from __future__ import annotations
 
@@ -11,12 +12,23 @@ from matplotlib.figure import Figure
 
 from quantize.errors import OutputError
 
-_COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e", "#97bbf5", "#efb118", "#6cc5b0", "#ff8ab7")
+_COLOURS = (
+    "#4269d0",
+    "#ff725c",
+    "#3ca951",
+    "#a463f2",
+    "#9c6b4e",
+    "#97bbf5",
+    "#efb118",
+    "#6cc5b0",
+    "#ff8ab7",
+)
 _MARKERS = "os^DvPX"
 
 
 def roofline(data: Mapping[str, Any]) -> Figure:
-    """Draw a saved record of `pq bench`: a point for each row that multiplies, a roof for each precision."""
+    """Draw a saved record of `pq bench`: a point for each row that multiplies,
+    a roof for each precision."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
     rows = [row for rows in data["sections"].values() for row in rows if row["precision"] in data["ceilings"]["matmul"]]
@@ -29,7 +41,10 @@ def roofline(data: Mapping[str, Any]) -> Figure:
         axes.plot([left, knee, right], roof, dash, color="#555555", linewidth=1, label=f"{name} ceiling")
     names = list(dict.fromkeys(row["what"] for row in rows))
     for i, name in enumerate(names):
-        x, y = zip(*(place for place, row in zip(places, rows, strict=True) if row["what"] == name), strict=True)
+        x, y = zip(
+            *(place for place, row in zip(places, rows, strict=True) if row["what"] == name),
+            strict=True,
+        )
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
         axes.plot(x, y, linestyle="none", marker=marker, color=colour, markersize=5, alpha=0.8, label=name)
     axes.set_xlabel("operations for each byte that must be moved")
@@ -41,7 +56,8 @@ def roofline(data: Mapping[str, Any]) -> Figure:
 
 
 def write_roofline(data: Mapping[str, Any], path: Path) -> None:
-    """Write `roofline(data)` as SVG or PNG, by the file's ending; OutputError where that cannot be."""
+    """Write `roofline(data)` as SVG or PNG, by the file's ending;
+    OutputError where that cannot be."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the user has set up
         matplotlib.rcParams.update({"svg.hashsalt": "pq"})

@@ -1,4 +1,5 @@
-"""Everything that lies in and beside a converted checkpoint, as far as it is there and can be read."""
+"""Everything that lies in and beside a converted checkpoint, as far as it
+is there and can be read."""
 
 from __future__ import annotations
 
@@ -64,12 +65,14 @@ class Sources:
 
 def beside(folder: Path, ending: str) -> Path:
     """Sibling of a checkpoint: DIR.eval, DIR.log, DIR.report.html."""
-    whole = Path(os.path.abspath(folder))  # `.` and `..` have no name of their own; links keep theirs
+    # `.` and `..` have no name of their own; links keep theirs
+    whole = Path(os.path.abspath(folder))
     return whole.with_name(whole.name + ending)
 
 
 def read(folder: Path) -> Sources:
-    """Read all there is. ModelError for a folder that pq did not write, or whose pq.json is broken."""
+    """Read all there is. ModelError for a folder that pq did not write,
+    or whose pq.json is broken."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give the output folder of pq convert")
     provenance = read_provenance(folder)
