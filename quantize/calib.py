@@ -174,12 +174,16 @@ def evaluation_documents(
         ids = list(tokenizer(plain, verbose=False)["input_ids"])
         if len(ids) > left:
             ids = ids[:left]
-            plain = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            plain = str(
+                tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            )
         left -= len(ids)
         documents.append(Document(ids, plain))
     if not any(document.ids for document in documents):
         raise DataError(f"{text.source} holds no tokens; give more text")
-    sha256 = _sha256(torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64))
+    sha256 = _sha256(
+        torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64),
+    )
     return DocumentSet(documents, sha256, text.source)
 
 
@@ -201,7 +205,9 @@ def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
     if seqlen > MAX_SEQLEN:
         raise DataError(f"seqlen {seqlen} is above {MAX_SEQLEN}; lower seqlen")
     if nsamples * seqlen > MAX_TOKENS:
-        raise DataError(f"{count} {nsamples} × seqlen {seqlen} is above {MAX_TOKENS} tokens; lower one of them")
+        raise DataError(
+            f"{count} {nsamples} × seqlen {seqlen} is above {MAX_TOKENS} tokens; lower one of them",
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -227,7 +233,9 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | N
 def _joined(text: Text) -> str:
     rows = [row for row in text.rows if isinstance(row, str)]
     if len(rows) < len(text.rows):
-        raise DataError(f"{text.source} holds chat messages where plain text is read; name a text field with strings")
+        raise DataError(
+            f"{text.source} holds chat messages where plain text is read; name a text field with strings",
+        )
     return text.joiner.join(rows)
 
 
@@ -237,7 +245,12 @@ def _shuffled(rows: list[Row], seed: int) -> list[Row]:
     return rows
 
 
-def _pack(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], wanted: int, chat_template: bool) -> list[int]:
+def _pack(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    wanted: int,
+    chat_template: bool,
+) -> list[int]:
     """Return the documents one after the other, as many as give `wanted` tokens, or all."""
     eos = tokenizer.eos_token_id
     ids: list[int] = []
@@ -256,11 +269,15 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
     if not chat_template:
         if isinstance(row, str):
             return row
-        raise DataError("rows hold chat messages; turn chat_template on, or name a text field with strings")
+        raise DataError(
+            "rows hold chat messages; turn chat_template on, or name a text field with strings",
+        )
     if isinstance(row, str) and not row.strip():
         return ""
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the tokenizer has no chat template; turn chat_template off, or use the chat model's tokenizer")
+        raise DataError(
+            "the tokenizer has no chat template; turn chat_template off, or use the chat model's tokenizer",
+        )
     messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -268,7 +285,9 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
     # when roles do not alternate).
     except Exception as error:
         start, reason = str(messages[0]["content"])[:40], text_sources.first_line(error)
-        raise DataError(f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}") from error
+        raise DataError(
+            f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}",
+        ) from error
 
 
 def _token_set(

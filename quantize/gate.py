@@ -54,7 +54,9 @@ class GateResult:
         failed = [f"{v.recipe}.{v.metric} {v.detail}" for v in self.verdicts if not v.ok]
         if failed:
             shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
-            raise QualityError(f"{self.file}: {len(failed)} of {len(self.verdicts)} checks failed: {shown}")
+            raise QualityError(
+                f"{self.file}: {len(failed)} of {len(self.verdicts)} checks failed: {shown}",
+            )
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,18 @@ def _chosen(
             raise UsageError(f"the gate compares {model} with its parent; give it with --baseline")
         return [_entry_of(gate, model, named if only else None)], baseline
     if baseline is not None:
-        raise UsageError(f"--baseline {baseline} needs a model; without one the gate uses the model of {gate.path}")
+        raise UsageError(
+            f"--baseline {baseline} needs a model; without one the gate uses the model of {gate.path}",
+        )
     if gate.model is None:
-        raise UsageError(f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline")
+        raise UsageError(
+            f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline",
+        )
     if not gate.model.is_dir():
-        missing = gate.document.problem(("model",), f"no such folder: {gate.model}; the path starts from this file's")
+        missing = gate.document.problem(
+            ("model",),
+            f"no such folder: {gate.model}; the path starts from this file's",
+        )
         raise strict_yaml.error_of(gate.document.source, [missing])
     return named, gate.model
 
@@ -139,16 +148,22 @@ def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
     if named is None:
         provenance = read_provenance(model)
         if provenance is None:
-            raise UsageError(f"{model} has no pq.json that names its recipe; name an entry of {gate.path}")
+            raise UsageError(
+                f"{model} has no pq.json that names its recipe; name an entry of {gate.path}",
+            )
         recipe = provenance["recipe"]["name"]
         named = [entry for entry in gate.entries if entry.name == recipe]
         named = named or [entry for entry in gate.entries if entry.recipe.name == recipe]
         if not named:
             names = ", ".join(entry.name for entry in gate.entries)
-            raise UsageError(f"{gate.path} has no entry for {model}'s recipe '{recipe}'; name one (entries: {names})")
+            raise UsageError(
+                f"{gate.path} has no entry for {model}'s recipe '{recipe}'; name one (entries: {names})",
+            )
     if len(named) > 1:
         names = ", ".join(entry.name for entry in named)
-        raise UsageError(f"{gate.path}: {model} is one model, but its entry could be {names}; name one")
+        raise UsageError(
+            f"{gate.path}: {model} is one model, but its entry could be {names}; name one",
+        )
     return named[0]
 
 

@@ -75,7 +75,9 @@ def read_gate(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(strict_yaml.MAX_BYTES + 1)
     except OSError as err:
-        raise RecipeError(f"{path}: cannot be read: {err.strerror}; give the path of a gate file") from None
+        raise RecipeError(
+            f"{path}: cannot be read: {err.strerror}; give the path of a gate file",
+        ) from None
 
 
 def parse_gate(raw: bytes, path: Path) -> GateFile:
@@ -84,7 +86,10 @@ def parse_gate(raw: bytes, path: Path) -> GateFile:
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
         what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
-        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), f"{what}; begin with 'recipes:'")])
+        raise strict_yaml.error_of(
+            doc.source,
+            doc.problems or [doc.problem((), f"{what}; begin with 'recipes:'")],
+        )
     reader = _Reader(doc, path.parent)
     gate = reader.gate(path)
     if reader.problems:
@@ -165,7 +170,12 @@ class _Reader:
         if not any(path[:n] in self.doc.spoiled for n in range(len(path) + 1)):
             self.problems.append(self.doc.problem(path, text))
 
-    def fields(self, path: strict_yaml.Path, data: Mapping[str, Any], table: Mapping[str, _Test]) -> dict[str, Any]:
+    def fields(
+        self,
+        path: strict_yaml.Path,
+        data: Mapping[str, Any],
+        table: Mapping[str, _Test],
+    ) -> dict[str, Any]:
         """Return the values of a mapping that pass their tests; unknown keys are problems."""
         good: dict[str, Any] = {}
         for key, value in data.items():
@@ -228,7 +238,11 @@ class _Reader:
                 f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'",
             )
             return None
-        own = self.fields(path, {key: value for key, value in data.items() if key in _ENTRY}, _ENTRY)
+        own = self.fields(
+            path,
+            {key: value for key, value in data.items() if key in _ENTRY},
+            _ENTRY,
+        )
         metrics = [metric for metric in data if metric not in _ENTRY]
         if not metrics:
             self.say(
@@ -244,7 +258,12 @@ class _Reader:
         recipe = self.recipe(path, own, calibration)
         return Entry(name, recipe, tuple(checks)) if recipe else None
 
-    def recipe(self, path: tuple[str, str], own: Mapping[str, Any], calibration: Mapping[str, Any]) -> Recipe | None:
+    def recipe(
+        self,
+        path: tuple[str, str],
+        own: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+    ) -> Recipe | None:
         shipped = {file.stem: str(file) for file in shipped_recipes()}
         wanted = own.get("recipe", path[1])
         where = (*path, "recipe") if "recipe" in own else path
@@ -271,7 +290,10 @@ class _Reader:
     def metric(self, path: strict_yaml.Path, metric: str, settings: Settings, tasks: bool) -> bool:
         if "/" in metric:
             if not tasks:
-                self.say(path, "is a task's metric, but the file names no tasks; add 'tasks: [...]'")
+                self.say(
+                    path,
+                    "is a task's metric, but the file names no tasks; add 'tasks: [...]'",
+                )
             return tasks
         if metric not in HIGHER_IS_BETTER:
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
@@ -303,7 +325,9 @@ class _Reader:
         if "value" in good and "tolerance" in good:
             share = _PERCENT.fullmatch(str(good["tolerance"]))
             amount = float(share[1] if share else good["tolerance"])
-            out.append(Check(metric, "value", float(good["value"]), amount, percent=share is not None))
+            out.append(
+                Check(metric, "value", float(good["value"]), amount, percent=share is not None),
+            )
         if "recovery" in good:
             if "/" not in metric and metric not in WITH_PARENT:
                 self.say(

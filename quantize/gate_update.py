@@ -56,7 +56,9 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
             start, end = gate.document.spans[path]
             edits.append((start, end, number))
             changes.append(f"{verdict.recipe}.{verdict.metric} {text[start:end]} -> {number}")
-            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(number)
+            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(
+                number,
+            )
     if changes:
         today = datetime.date.today().isoformat()
         note: dict[str, object] = {
@@ -68,18 +70,28 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
         wanted["history"] = [*wanted.get("history", []), note]
         for start, end, number in sorted(edits, reverse=True):
             text = text[:start] + number + text[end:]
-        new = (_BOM if raw.startswith(_BOM) else b"") + _with_note(text, gate.document, note).encode("utf-8")
+        new = (_BOM if raw.startswith(_BOM) else b"") + _with_note(
+            text,
+            gate.document,
+            note,
+        ).encode("utf-8")
         _require(new, wanted, gate.document)
         _replace(file, new)
     return changes
 
 
-def _new_number(verdict: Verdict, checks: Mapping[tuple[str, str], Check], file: Path) -> str | None:
+def _new_number(
+    verdict: Verdict,
+    checks: Mapping[tuple[str, str], Check],
+    file: Path,
+) -> str | None:
     """Return what the file should say, None where what it says is the figure already."""
     assert verdict.value is not None
     check = checks.get((verdict.recipe, verdict.metric))
     if check is None or check.expected != verdict.expected:
-        raise UsageError(f"{file}: {verdict.recipe}.{verdict.metric} has changed since the run; run the gate again")
+        raise UsageError(
+            f"{file}: {verdict.recipe}.{verdict.metric} has changed since the run; run the gate again",
+        )
     error = check.allowed / 100
     if abs(check.expected - verdict.value) <= max(error, 1e-9 * abs(check.expected)):
         return None
@@ -97,7 +109,9 @@ def _with_note(text: str, document: Document, note: dict[str, object]) -> str:
         indent = line[: len(line) - len(line.lstrip(" "))]
     head = [] if first else ["", lines[0]]
     parts = [text if not text or text.endswith(("\n", "\r")) else text + newline]
-    return "".join([*parts, *(line + newline for line in (*head, *(indent + line for line in lines[1:])))])
+    return "".join(
+        [*parts, *(line + newline for line in (*head, *(indent + line for line in lines[1:])))],
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -114,14 +128,21 @@ def _require(new: bytes, wanted: object, document: Document) -> None:
     except RecipeError:
         pass
     how = "write 'history:' as the last key with one '- ' an item"
-    raise strict_yaml.error_of(document.source, [document.problem(("history",), f"cannot be edited; {how}")])
+    raise strict_yaml.error_of(
+        document.source,
+        [document.problem(("history",), f"cannot be edited; {how}")],
+    )
 
 
 def _replace(file: Path, new: bytes) -> None:
     target = file.resolve()  # a link stays one
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent,
+            prefix=f".{target.name}.",
+            delete=False,
+        ) as handle:
             temporary = Path(handle.name)
             handle.write(new)
             handle.flush()
@@ -131,4 +152,6 @@ def _replace(file: Path, new: bytes) -> None:
     except OSError as err:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{file}: cannot be written: {err.strerror}; check the folder's permissions") from None
+        raise OutputError(
+            f"{file}: cannot be written: {err.strerror}; check the folder's permissions",
+        ) from None

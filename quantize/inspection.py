@@ -127,7 +127,11 @@ def inspect(folder: Path) -> Inspection:
     """
     source = Checkpoint(folder)
     headers = tensor_headers(source)
-    stored = storage_of(headers, source.config.get("quantization_config"), noted_shapes(source, headers))
+    stored = storage_of(
+        headers,
+        source.config.get("quantization_config"),
+        noted_shapes(source, headers),
+    )
     blocks, outside = _sorted_out(headers, stored, str(source.config.get("model_type")))
     blocks = _routed(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
@@ -154,7 +158,10 @@ def _native(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _routed(blocks: tuple[DecoderBlock, ...], routing: Mapping[str, Any] | None) -> tuple[DecoderBlock, ...]:
+def _routed(
+    blocks: tuple[DecoderBlock, ...],
+    routing: Mapping[str, Any] | None,
+) -> tuple[DecoderBlock, ...]:
     """Blocks with the policies that name their FFNs."""
     policies = {name.rpartition(".")[0]: found for name, found in (routing or {}).items() if isinstance(found, dict)}
     return tuple(replace(block, routing=policies.get(block.name)) for block in blocks)
@@ -183,7 +190,9 @@ def _sorted_out(
     for name, storage in stored.items():
         if found := _BLOCK.fullmatch(name):
             key, local = (found["blocks"], int(found["index"])), found["local"]
-            linears.setdefault(key, []).append(_linear(local, role_of(arch, local) if arch else None, storage))
+            linears.setdefault(key, []).append(
+                _linear(local, role_of(arch, local) if arch else None, storage),
+            )
     for name, header in headers.items():
         found = _BLOCK.fullmatch(name)
         if not found:

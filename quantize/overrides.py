@@ -71,7 +71,9 @@ def _changed(stage: Stage, values: dict[str, object]) -> Stage:
 
 
 def _no_such_field(recipe: Recipe, target: str) -> str:
-    fields = sorted({name for stage in recipe.stages for name in type(stage).model_fields} - {"method"})
+    fields = sorted(
+        {name for stage in recipe.stages for name in type(stage).model_fields} - {"method"},
+    )
     close = difflib.get_close_matches(target.rpartition(".")[2], fields, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"no stage of recipe '{recipe.name}' has the field '{target}'; {hint}(fields: {', '.join(fields)})"

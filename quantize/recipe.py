@@ -90,7 +90,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_format(self) -> Self:
         for index, field, text in format_problems(self):
-            raise PydanticCustomError("stage_format", "{text}", {"text": text, "path": ("stages", index, field)})
+            raise PydanticCustomError(
+                "stage_format",
+                "{text}",
+                {"text": text, "path": ("stages", index, field)},
+            )
         return self
 
     def with_overrides(
@@ -137,12 +141,19 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
         raise strict_yaml.error_of(source_name, doc.problems or [empty])
     problems = [*doc.problems, *_law_problems(doc)]
     if "name" in doc.data:
-        problems.append(doc.problem(("name",), "unknown field 'name'; a recipe is named by its file, remove the line"))
+        problems.append(
+            doc.problem(
+                ("name",),
+                "unknown field 'name'; a recipe is named by its file, remove the line",
+            )
+        )
     recipe = None
     try:
         # As JSON, because strict types take a list for a tuple and a mapping
         # for a model only from there.
-        recipe = Recipe.model_validate_json(json.dumps({**doc.data, "name": Path(source_name).stem}))
+        recipe = Recipe.model_validate_json(
+            json.dumps({**doc.data, "name": Path(source_name).stem}),
+        )
     except ValidationError as err:
         problems += [problem for error in err.errors() for problem in _translate(error, doc)]
     if recipe is None or problems:
@@ -219,7 +230,9 @@ def _law_problems(doc: Document) -> Iterator[Problem]:
     """Yield what breaks the law, found in the raw data so that a mistake in
     one stage does not hide it."""
     stages = doc.data.get("stages")
-    for index, text in _order_problems([_stage_class(s) for s in stages] if isinstance(stages, list) else []):
+    for index, text in _order_problems(
+        [_stage_class(s) for s in stages] if isinstance(stages, list) else [],
+    ):
         yield doc.problem(("stages",) if index is None else ("stages", index), text)
 
 

@@ -161,12 +161,16 @@ def error_of(source: str, problems: list[Problem]) -> RecipeError:
 def _text(raw: str | bytes, source: str) -> str:
     data = raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass")
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{source}: larger than {MAX_BYTES >> 20} MiB; a recipe is a few lines of YAML")
+        raise RecipeError(
+            f"{source}: larger than {MAX_BYTES >> 20} MiB; a recipe is a few lines of YAML",
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
-        raise RecipeError(f"{source}:{line}: byte 0x{data[err.start]:02x} is not UTF-8; save it as UTF-8") from None
+        raise RecipeError(
+            f"{source}:{line}: byte 0x{data[err.start]:02x} is not UTF-8; save it as UTF-8",
+        ) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -202,7 +206,9 @@ class _Builder:
             ValueError,
             OverflowError,
         ) as err:  # PyYAML passes \UFFFFFFFF and long directives to chr() and int()
-            raise RecipeError(f"{self.source}: not YAML: {err}; mend the escape sequence or directive") from None
+            raise RecipeError(
+                f"{self.source}: not YAML: {err}; mend the escape sequence or directive",
+            ) from None
         return Document(self.source, data, self.marks, self.spans, self.problems, self.spoiled)
 
     def _only_document(self) -> Any:
@@ -213,7 +219,10 @@ class _Builder:
         next(self.events)  # DocumentEnd
         event = next(self.events)
         if not isinstance(event, ev.StreamEndEvent):
-            self._stop(event, "a second document begins; keep one recipe in a file and remove '---'")
+            self._stop(
+                event,
+                "a second document begins; keep one recipe in a file and remove '---'",
+            )
         return data
 
     def _node(self, event: ev.Event, path: Path) -> Any:
@@ -286,7 +295,11 @@ class _Builder:
             return None
         if key in entries:
             first = self.marks[(*path, key)][0]
-            self._note(event, (*path, key), f"duplicate key, first on line {first}; remove one of them")
+            self._note(
+                event,
+                (*path, key),
+                f"duplicate key, first on line {first}; remove one of them",
+            )
             return None
         return key
 
@@ -295,7 +308,10 @@ class _Builder:
         entry holds does not matter."""
         depth = 0
         while True:
-            depth += isinstance(event, ev.CollectionStartEvent) - isinstance(event, ev.CollectionEndEvent)
+            depth += isinstance(event, ev.CollectionStartEvent) - isinstance(
+                event,
+                ev.CollectionEndEvent,
+            )
             if depth == 0:
                 return
             self._limit_depth(event, len(path) + depth)
@@ -331,7 +347,10 @@ class _Builder:
         start = self.text.rfind("\n", 0, index) + 1
         line, column = self.text.count("\n", 0, index) + 1, index - start + 1
         shown = show_value(self.text[start:].split("\n", 1)[0].strip())
-        hint = next((hint for sign, hint in _SYNTAX_HINTS.items() if sign in reason), "mend the YAML syntax")
+        hint = next(
+            (hint for sign, hint in _SYNTAX_HINTS.items() if sign in reason),
+            "mend the YAML syntax",
+        )
         return RecipeError(f"{self.source}:{line}:{column}: {reason}: {shown}; {hint}")
 
 

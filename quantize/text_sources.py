@@ -77,7 +77,12 @@ def named_sets() -> dict[str, HubSet]:
     return {entry.name: entry for entry in sets}
 
 
-def load(dataset: str, purpose: Purpose, text_field: str | None, min_characters: int | None) -> Text:
+def load(
+    dataset: str,
+    purpose: Purpose,
+    text_field: str | None,
+    min_characters: int | None,
+) -> Text:
     """Return the text that `dataset` names.
 
     dataset: "builtin", a name of calib_data/, a local file, or
@@ -104,7 +109,9 @@ def load(dataset: str, purpose: Purpose, text_field: str | None, min_characters:
         raise _unknown(dataset, [BUILTIN, *sets])
     wanted = HubSet(name=dataset, hub_id=match["id"], config=match["config"] or None)
     if match["split"]:
-        wanted = wanted.model_copy(update={"calibration_split": match["split"], "evaluation_split": match["split"]})
+        wanted = wanted.model_copy(
+            update={"calibration_split": match["split"], "evaluation_split": match["split"]},
+        )
     return _from_hub(wanted, purpose, text_field, min_characters)
 
 
@@ -140,7 +147,9 @@ def _from_file(path: Path, field: str) -> Text:
     if path.is_dir():
         raise DataError(f"{path} is a folder; give {_FORMATS}")
     if suffix not in _FILE_SUFFIXES:
-        raise DataError(f"{path}: unknown kind of text file {suffix or '(no ending)'!r}; give {_FORMATS}")
+        raise DataError(
+            f"{path}: unknown kind of text file {suffix or '(no ending)'!r}; give {_FORMATS}",
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -155,7 +164,9 @@ def _from_file(path: Path, field: str) -> Text:
     }
     if suffix == ".txt":
         return Text([_utf8(path, data)], "stream", path.name, origin)
-    rows = list(_jsonl_rows(path, data, field) if suffix == ".jsonl" else _parquet_rows(path, data, field))
+    rows = list(
+        _jsonl_rows(path, data, field) if suffix == ".jsonl" else _parquet_rows(path, data, field),
+    )
     if not rows:
         raise DataError(f"{path} has no rows; give a file with text")
     return Text(rows, "packed", path.name, origin | {"text_field": field, "rows": len(rows)})
@@ -169,7 +180,9 @@ def _utf8(path: Path, data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise DataError(
+            f"{path} line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8",
+        ) from error
     if not text.strip():
         raise DataError(f"{path} holds only white space; give a file with text")
     return text
@@ -183,9 +196,13 @@ def _jsonl_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); each line holds one JSON object") from error
+            raise DataError(
+                f"{where}: not JSON ({error}); each line holds one JSON object",
+            ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}")
+            raise DataError(
+                f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}",
+            )
         yield _checked(_field(row, field, where), f"{where}, field {field!r}")
 
 
@@ -204,7 +221,9 @@ def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
 
 def _field(row: dict[str, Any], field: str, where: str) -> object:
     if field not in row:
-        raise DataError(f"{where} has no field {field!r}; choose a text field among: {', '.join(row) or 'none'}")
+        raise DataError(
+            f"{where} has no field {field!r}; choose a text field among: {', '.join(row) or 'none'}",
+        )
     return row[field]
 
 
@@ -213,10 +232,14 @@ def _checked(value: object, where: str) -> Row:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair is no text; repair the row") from error
+            raise DataError(
+                f"{where}: half of a surrogate pair is no text; repair the row",
+            ) from error
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {type(value).__name__} instead of text or a list of chat messages")
+        raise DataError(
+            f"{where}: {type(value).__name__} instead of text or a list of chat messages",
+        )
     for message in value:
         keys = ("role", "content")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
@@ -227,12 +250,21 @@ def _checked(value: object, where: str) -> Row:
 # ---- Hugging Face Hub ----
 
 
-def _from_hub(wanted: HubSet, purpose: Purpose, text_field: str | None, min_characters: int | None) -> Text:
+def _from_hub(
+    wanted: HubSet,
+    purpose: Purpose,
+    text_field: str | None,
+    min_characters: int | None,
+) -> Text:
     split = wanted.calibration_split if purpose == "calibration" else wanted.evaluation_split
     if split is None:
-        raise DataError(f"{wanted.name} has no split for {purpose}; use another set, for example {BUILTIN!r}")
+        raise DataError(
+            f"{wanted.name} has no split for {purpose}; use another set, for example {BUILTIN!r}",
+        )
     if wanted.streaming and min_characters is None:
-        raise DataError(f"{wanted.name} may be too large to read whole; limit the number of windows")
+        raise DataError(
+            f"{wanted.name} may be too large to read whole; limit the number of windows",
+        )
     field = text_field or wanted.text_field
     rows: list[Row] = []
     for number, row in enumerate(_hub_rows(wanted, split, field, min_characters), start=1):
@@ -258,7 +290,12 @@ def _from_hub(wanted: HubSet, purpose: Purpose, text_field: str | None, min_char
     return Text(rows, "stream", source, origin, wanted.join)
 
 
-def _hub_rows(wanted: HubSet, split: str, field: str, min_characters: int | None) -> Iterable[dict[str, Any]]:
+def _hub_rows(
+    wanted: HubSet,
+    split: str,
+    field: str,
+    min_characters: int | None,
+) -> Iterable[dict[str, Any]]:
     """Return rows in order; of a streamed set only until they hold `min_characters`."""
     files = {split: wanted.data_files[split]} if wanted.data_files and split in wanted.data_files else None
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from quantize.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Results file, written after each figure.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Results file, written after each figure."),
+]
 Picture = Annotated[Path | None, typer.Option(help="Roofline to draw, FILE.svg or FILE.png.")]
 
 
@@ -28,11 +31,17 @@ _WIDTH = 150  # of tables, also where there is no terminal
 
 
 def kernels(
-    shape: Annotated[list[str] | None, typer.Option(help="Outputs x inputs; default: those of two Llamas.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Outputs x inputs; default: those of two Llamas."),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 4, 16, 2048.")
     ] = None,
-    ffn_rows: Annotated[list[int] | None, typer.Option(min=1, help="More rows for FFN fronts; default: 16384.")] = None,
+    ffn_rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="More rows for FFN fronts; default: 16384."),
+    ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
     as_json: options.AsJson = False,
@@ -51,9 +60,18 @@ def kernels(
 
 
 def decode(
-    context: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; default: 1024, 8192, 32768.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; default: 1, 16.")] = None,
-    layers: Annotated[int, typer.Option(min=0, help="Blocks of the model; 0: attention alone.")] = 32,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens; default: 1024, 8192, 32768."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences; default: 1, 16."),
+    ] = None,
+    layers: Annotated[
+        int,
+        typer.Option(min=0, help="Blocks of the model; 0: attention alone."),
+    ] = 32,
     model_context: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Tokens before the model's new one; default: 1024, 8192."),
@@ -76,9 +94,18 @@ def decode(
 
 
 def prefill(
-    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Prompt lengths; default: 1024, 4096, 8192.")] = None,
-    ffn: Annotated[list[str] | None, typer.Option(help="Hidden neurons x inputs; default: two Llamas'.")] = None,
-    ffn_rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of FFNs; default: 16384.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Prompt lengths; default: 1024, 4096, 8192."),
+    ] = None,
+    ffn: Annotated[
+        list[str] | None,
+        typer.Option(help="Hidden neurons x inputs; default: two Llamas'."),
+    ] = None,
+    ffn_rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows of FFNs; default: 16384."),
+    ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
     as_json: options.AsJson = False,
@@ -91,7 +118,12 @@ def prefill(
     from quantize.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
-        return run.prefill(stand, tokens or run.PREFILLED, sizes or run.FFNS, ffn_rows or (run.FFN_ROWS,))
+        return run.prefill(
+            stand,
+            tokens or run.PREFILLED,
+            sizes or run.FFNS,
+            ffn_rows or (run.FFN_ROWS,),
+        )
 
     _measure("prefill", rows, device, rounds, as_json, output, picture)
 
@@ -100,7 +132,9 @@ def product_shape(text: str) -> tuple[int, int]:
     """Outputs and inputs of a packed weight; UsageError unless groups of 128 inputs fit."""
     found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if not found or int(found[1]) % 128 or int(found[2]) % 128:
-        raise UsageError(f"--shape {text}: write outputs x inputs in multiples of 128, like 4096x4096")
+        raise UsageError(
+            f"--shape {text}: write outputs x inputs in multiples of 128, like 4096x4096",
+        )
     return int(found[1]), int(found[2])
 
 
@@ -146,7 +180,13 @@ def show(record: Record) -> None:
     matmul = ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in record.ceilings.matmul.items())
     for name, rows in record.sections.items():
         title = f"{name}; {record.device}: copy {record.ceilings.copy / 1e9:,.0f} GB/s, {matmul}"
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+        )
         peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
         table.add_column("")
         for column in ("size", "rows", "us", "fastest … slowest", "MB", "of copy", "of matmul"):

@@ -47,7 +47,12 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        yield lambda what, done, total: bar.update(
+            task,
+            description=what,
+            completed=done,
+            total=total,
+        )
 
 
 @contextmanager
@@ -66,7 +71,10 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
         restore()
         # not by way of sys.stderr: the signal may have come while it was being written to
         if aloud:
-            os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
+            os.write(
+                2,
+                b"pq: stops when the block under way is done and kept; again to stop at once\n",
+            )
 
     def restore() -> None:
         for number, handler in usual.items():
@@ -111,7 +119,9 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as err:
-        raise UsageError(f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu") from None
+        raise UsageError(
+            f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu",
+        ) from None
     return device
 
 
@@ -135,10 +145,14 @@ def local_model(model: str) -> Path:
         if model and folder.is_dir():
             return folder
     except OSError as err:
-        raise ModelError(f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder") from None
+        raise ModelError(
+            f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder",
+        ) from None
     looks_like_hub = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
     if not looks_like_hub or folder.exists():
-        raise ModelError(f"{model}: no such folder; give a local model folder or a Hub id (org/name)")
+        raise ModelError(
+            f"{model}: no such folder; give a local model folder or a Hub id (org/name)",
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -15,7 +15,10 @@ from quantize.cli.common import local_model, pick_device, pick_dtype, progress_b
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Conversions of one parent.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Conversions of one parent."),
+    ],
     baseline: Annotated[str, typer.Option(help="The parent, run once in the same pass.")],
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,

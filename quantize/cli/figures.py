@@ -21,7 +21,13 @@ def _table(title: str, *columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     return table
@@ -44,7 +50,11 @@ def _rounded(value: float | None, stderr: float | None) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def print_restructured(console: Console, rows: Sequence[Mapping[str, Any]], saved: float | None) -> None:
+def print_restructured(
+    console: Console,
+    rows: Sequence[Mapping[str, Any]],
+    saved: float | None,
+) -> None:
     """FFNs that became experts: errors on calibration tokens that nothing was fitted
     to, beside the baselines'."""
     title = "" if saved is None else f"{saved:.1%} fewer activated parameters (embedding table not counted)\n"
@@ -129,7 +139,16 @@ def print_comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int]) ->
     first = evaluations[0]
     title = f"{first.protocol} on {first.data}\n{first.tokens} predictions, {first.numerics} numerics, {first.dtype}"
     table = _table(title, "", "bits", "MB", "perplexity", "KLD", "KLD p99", "top-1", "")
-    table.add_row(f"parent {first.baseline}", "16", "", shown(first.baseline_perplexity, 3), "", "", "", "")
+    table.add_row(
+        f"parent {first.baseline}",
+        "16",
+        "",
+        shown(first.baseline_perplexity, 3),
+        "",
+        "",
+        "",
+        "",
+    )
     best = front([(e.bits_per_weight or 16.0, e.kld_mean or 0.0) for e in evaluations])
     for e, size, ahead in zip(evaluations, sizes, best, strict=True):
         table.add_row(

@@ -41,7 +41,11 @@ def print_verdicts(result: GateResult) -> None:
             _shown(verdict.value),
         ]
         cells += [_shown(verdict.parent), _expected(verdict)]
-        table.add_row(*cells, Text(verdict.status, style=_STYLES[verdict.status]), Text(verdict.detail))
+        table.add_row(
+            *cells,
+            Text(verdict.status, style=_STYLES[verdict.status]),
+            Text(verdict.detail),
+        )
         previous = verdict.recipe
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
@@ -76,7 +80,11 @@ def _summary(result: GateResult) -> list[str]:
     outcome = f"{failed} of {len(result.verdicts)} checks failed" if failed else f"{len(result.verdicts)} checks passed"
     lines = [f"{outcome} in {result.seconds:.0f} s"]
     if better:
-        lines.append(f"{better} better than their baseline: keep them with --update-baselines --reason '...'")
+        lines.append(
+            f"{better} better than their baseline: keep them with --update-baselines --reason '...'",
+        )
     if any(not verdict.ok and verdict.kind == "value" and verdict.value is not None for verdict in result.verdicts):
-        lines.append("a figure that is meant to be worse is accepted with --update-baselines --reason '...'")
+        lines.append(
+            "a figure that is meant to be worse is accepted with --update-baselines --reason '...'",
+        )
     return lines

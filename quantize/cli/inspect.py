@@ -29,7 +29,10 @@ def inspect(
     every_block: Annotated[
         bool, typer.Option("--all", help="Show every block and expert; equal ones are folded else.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print everything as JSON on stdout."),
+    ] = False,
 ) -> None:
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
     from quantize.inspection import inspect as run

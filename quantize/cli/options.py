@@ -13,11 +13,23 @@ if TYPE_CHECKING:
     from quantize.attention import KvNumerics
 
 Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
-ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="strided (default) or rolling.")]
-Dataset = Annotated[str | None, typer.Option(help="Text: builtin (held-out part), a file, or a Hub set.")]
-TextField = Annotated[str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option("--protocol", help="strided (default) or rolling."),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Text: builtin (held-out part), a file, or a Hub set."),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Field of jsonl and parquet rows; default: text."),
+]
 Seqlen = Annotated[int, typer.Option(min=2, help="Window length in tokens.")]
-Context = Annotated[int, typer.Option(min=0, help="Tokens that strided windows share, read but not scored.")]
+Context = Annotated[
+    int,
+    typer.Option(min=0, help="Tokens that strided windows share, read but not scored."),
+]
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
 NumericsOption = Annotated[
     str,
@@ -33,7 +45,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON 
 
 KvCache = Annotated[
     str,
-    typer.Option("--kv-cache", help="auto: as the checkpoint says; int4: emulate it, and FP8 queries."),
+    typer.Option(
+        "--kv-cache",
+        help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
+    ),
 ]
 
 

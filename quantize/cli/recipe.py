@@ -37,7 +37,10 @@ def list_recipes(
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Shipped name or path.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="Check it and fill in every default.")] = False,
+    resolved: Annotated[
+        bool,
+        typer.Option("--resolved", help="Check it and fill in every default."),
+    ] = False,
 ) -> None:
     """Print a recipe as YAML."""
     if resolved:

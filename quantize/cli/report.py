@@ -15,7 +15,10 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="Page to write, FILE.html; default: DIR.report.html."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report's data on stdout as well.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the report's data on stdout as well."),
+    ] = False,
 ) -> None:
     """Write DIR.report.html, a page of figures and pictures, from all
     that lies in and beside DIR."""

@@ -36,7 +36,10 @@ def verify(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; used with --parent and --kernels.")
     ] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the checks as JSON on stdout."),
+    ] = False,
 ) -> None:
     """Check files, layout and numbers of a checkpoint; exit code 7 when anything is wrong."""
     place = pick_device(device)

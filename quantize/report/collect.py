@@ -85,7 +85,9 @@ def _cost(sources: Sources) -> list[Headline]:
     if found := sources.weights:
         whole = 2 * found.parameters
         detail = f"{whole / found.stored_bytes:.2f}× below {_size(whole)} at 16 bit"
-        out.append(Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)))
+        out.append(
+            Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)),
+        )
     return out
 
 
@@ -98,7 +100,10 @@ def _activated(sources: Sources, evaluation: Mapping[str, Any]) -> list[Headline
     )
     blocks = mapping(evaluation, "experts_visited")
     visited = [value for block in blocks if (value := number(blocks, block)) is not None]
-    planned = number(mapping(mapping(sources.provenance, "layers"), "ladimo"), "activated_reduction")
+    planned = number(
+        mapping(mapping(sources.provenance, "layers"), "ladimo"),
+        "activated_reduction",
+    )
     if visited and ours and parents:
         change, mean = ours / parents - 1, sum(visited) / len(visited)
         detail = f"of {_count(round(parents))} parameters, embeddings not counted; {mean:.2f} routed experts a token"
@@ -142,7 +147,9 @@ def _warnings(sources: Sources, evaluation: Mapping[str, Any] | None) -> list[st
     if fallen := layers.fallbacks(sources):
         out.append(_listed("Not encoded as the recipe says", fallen))
     if dropped := number(sources.provenance, "dropped_sequences"):
-        out.append(f"{dropped:.0f} calibration sequences were left out because their activations were not finite.")
+        out.append(
+            f"{dropped:.0f} calibration sequences were left out because their activations were not finite.",
+        )
     if worst := layers.alarming(sources):
         key = layers.leading_error(sources)[0].replace("_", " ")
         out.append(_listed(f"More than ten times the median {key}", worst))
@@ -177,7 +184,11 @@ def _provenance(sources: Sources) -> Section:
             ("name", "value"),
             versions,
         ),
-        Listing("Recipe", "With every default filled in.", text(mapping(found, "recipe"), "resolved")),
+        Listing(
+            "Recipe",
+            "With every default filled in.",
+            text(mapping(found, "recipe"), "resolved"),
+        ),
     ]
     files = len(mapping(found, "files"))
     lead = f"From pq.json, which also holds the SHA-256 of the checkpoint's {files} files (check: pq verify)."

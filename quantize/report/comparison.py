@@ -19,7 +19,12 @@ def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version:
     )
     best = min(evaluations, key=lambda e: e.kld_mean or 0.0)
     headlines = [
-        Headline("Models", str(len(evaluations)), f"conversions of {first.baseline}", len(evaluations)),
+        Headline(
+            "Models",
+            str(len(evaluations)),
+            f"conversions of {first.baseline}",
+            len(evaluations),
+        ),
         Headline("Lowest KL divergence", f"{best.kld_mean:.5f}", best.model, best.kld_mean),
     ]
     points = [(e.model, e.bits_per_weight, e.kld_mean) for e in evaluations]
@@ -34,7 +39,12 @@ def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version:
     )
     missing = [name for name, x, _ in points if x is None]
     notes = [Note(f"Not in the picture, since nothing in it is quantized: {', '.join(missing)}.")] if missing else []
-    section = Section("models", "Models", "", [*([picture] if known else []), *notes, _table(evaluations, sizes)])
+    section = Section(
+        "models",
+        "Models",
+        "",
+        [*([picture] if known else []), *notes, _table(evaluations, sizes)],
+    )
     return Report("Comparison", f"of {first.baseline}", version, headlines, basis, (), [section])
 
 

@@ -171,11 +171,20 @@ def _bars(ax: Axes, picture: Bars) -> None:
     width = 0.8 / max(1, len(picture.series))
     for i, (name, values) in enumerate(picture.series.items()):
         at = [c + (i - (len(picture.series) - 1) / 2) * width for c in range(len(picture.categories))]
-        ax.bar(at, [keep(v) for v in values], width * 0.9, color=SERIES[i % len(SERIES)], label=name)
+        ax.bar(
+            at,
+            [keep(v) for v in values],
+            width * 0.9,
+            color=SERIES[i % len(SERIES)],
+            label=name,
+        )
     if picture.log_y:
         ax.set_yscale("log")
     step = max(1, math.ceil(len(picture.categories) / 12))
-    ax.set_xticks(range(0, len(picture.categories), step), [_short(c) for c in picture.categories[::step]])
+    ax.set_xticks(
+        range(0, len(picture.categories), step),
+        [_short(c) for c in picture.categories[::step]],
+    )
     if max(map(len, picture.categories), default=0) * len(picture.categories) > 60:
         ax.tick_params(axis="x", labelrotation=30)
 
@@ -216,7 +225,14 @@ def _scatter(ax: Axes, picture: Scatter) -> None:
         )
     ax.plot([p[1] for p in points], [p[2] for p in points], "o", color=SERIES[0], markersize=5)
     for name, x, y in points:
-        ax.annotate(_short(name), (x, y), (5, 4), textcoords="offset points", fontsize=_SIZE, color=INK)
+        ax.annotate(
+            _short(name),
+            (x, y),
+            (5, 4),
+            textcoords="offset points",
+            fontsize=_SIZE,
+            color=INK,
+        )
     ax.margins(0.12)
 
 
@@ -232,7 +248,9 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
     else:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.yaxis.set_major_formatter(_format(shown))
-    ax.xaxis.set_major_formatter(ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(shown))
+    ax.xaxis.set_major_formatter(
+        ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(shown),
+    )
     ax.set_xlabel(clean(getattr(picture, "x_label", "")), color=INK, fontsize=_SIZE)
     if label := getattr(picture, "y_label", ""):
         ax.set_ylabel(clean(label), color=INK, fontsize=_SIZE)

@@ -62,7 +62,10 @@ def heatmap(picture: Heatmap) -> tuple[Figure, list[str]]:
     """Draw a heat map; returns it with the tooltips of its cells, which `TOOLTIP` ids number."""
     keep: Callable[[float | int | None], float] = positive if picture.log else finite
     cells = [[keep(value) for value in row] for row in picture.values]
-    scale = _Scale(tuple(sorted({v for row in cells for v in row if not math.isnan(v)})), picture.log)
+    scale = _Scale(
+        tuple(sorted({v for row in cells for v in row if not math.isnan(v)})),
+        picture.log,
+    )
     rows, columns = len(picture.rows), len(picture.columns)
     cell = min(66.0, max(10.0, 800 / max(1, columns)))
     left = 16 + _LABELS * max(len(name) for name in ("0000", picture.columns_label, *map(_short, picture.rows)))
@@ -89,7 +92,12 @@ def _bare(ax: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
         spine.set_visible(False)
 
 
-def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: _Scale) -> list[str]:
+def _cells(
+    ax: Axes,
+    picture: Heatmap,
+    cells: Sequence[Sequence[float]],
+    scale: _Scale,
+) -> list[str]:
     tooltips: list[str] = []
     named = len(picture.columns) <= _NAMED
     # Two digits tell values apart unless they are all much the same.
@@ -108,7 +116,9 @@ def _cells(ax: Axes, picture: Heatmap, cells: Sequence[Sequence[float]], scale: 
             if len(tooltips) < _TOOLTIPS:
                 box.set_gid(f"{TOOLTIP}{len(tooltips)}")
                 what = f"{shown(value)} {picture.unit}".strip() if known else "not measured"
-                tooltips.append(f"{picture.columns_label} {picture.columns[c]}, {picture.rows[r]}: {what}".strip())
+                tooltips.append(
+                    f"{picture.columns_label} {picture.columns[c]}, {picture.rows[r]}: {what}".strip(),
+                )
             ax.add_patch(box)
             if named:
                 colour = HEAT_TEXT[step] if known else INK
@@ -163,7 +173,16 @@ def _key(ax: Axes, scale: _Scale, unit: str) -> None:
     for at, label in marks:
         # The scale's ends are written inwards, so that they stay on the picture.
         ha = "center" if 0 < at < shares else "left" if at == 0 else "right"
-        ax.annotate(label, (at, 1), (0, 4), "data", "offset points", ha=ha, fontsize=_SIZE, color=INK)
+        ax.annotate(
+            label,
+            (at, 1),
+            (0, 4),
+            "data",
+            "offset points",
+            ha=ha,
+            fontsize=_SIZE,
+            color=INK,
+        )
     ax.annotate(
         clean(unit),
         (0, 0),

@@ -62,7 +62,9 @@ def write_report(report: Report, folder: Path, output: Path | None = None) -> Pa
     """`write` for a report that was collected already."""
     page = beside(folder, ".report.html") if output is None else output
     if page.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"--output {page}: lies inside the checkpoint, which pq verify would refuse; give another")
+        raise UsageError(
+            f"--output {page}: lies inside the checkpoint, which pq verify would refuse; give another",
+        )
     return write_page(report, page)
 
 

@@ -204,7 +204,13 @@ def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
         "after",
     )
     caption = "The block with the largest ratio in the parent, and its largest channels (channel: max |x|)."
-    return Table("Most uneven inputs", caption, columns, rows, ("", ".0f", ",.0f", ".1f", ".1f", "", ""))
+    return Table(
+        "Most uneven inputs",
+        caption,
+        columns,
+        rows,
+        ("", ".0f", ",.0f", ".1f", ".1f", "", ""),
+    )
 
 
 def _top(data: Mapping[str, Any]) -> str:
@@ -259,7 +265,10 @@ def methods(sources: Sources) -> Section:
     """Pictures that the recipe's methods draw of their own facts."""
     recipe = mapping(sources.provenance, "recipe")
     try:
-        stages = parse_recipe(text(recipe, "resolved"), f"{text(recipe, 'name', 'recipe')}.yaml").stages
+        stages = parse_recipe(
+            text(recipe, "resolved"),
+            f"{text(recipe, 'name', 'recipe')}.yaml",
+        ).stages
     except RecipeError as err:
         first = str(err).splitlines()[0]
         said = f"The recipe is not one that this version of pq reads, so its methods' pictures are left out ({first})."

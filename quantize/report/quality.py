@@ -189,7 +189,12 @@ def _by_position(data: Data, folded: bool) -> Iterator[Group]:
     if (kld := curve("kld")) is not None:
         drawn.append(Lines("KLD", "", start, {"model": kld}, label, "KLD, nats", log))
     if drawn:
-        yield Group("By position in the window", basis(data) + ". Means over stretches.", drawn, folded)
+        yield Group(
+            "By position in the window",
+            basis(data) + ". Means over stretches.",
+            drawn,
+            folded,
+        )
 
 
 def tokens(sources: Sources) -> Section:
@@ -267,7 +272,13 @@ def _task_table(data: Data) -> Table:
             "recovery",
         )
         rows: list[list[Cell]] = [_score(score) for score in scores]
-        return Table(text(data, "model", "Tasks"), caption, columns, rows, ("", "", ",.0f", "", "", "", ""))
+        return Table(
+            text(data, "model", "Tasks"),
+            caption,
+            columns,
+            rows,
+            ("", "", ",.0f", "", "", "", ""),
+        )
     counts = mapping(data, "n_samples")
     rows = [
         [task, metric, number(counts, task), _with_error(found, "value", "stderr", 4)]

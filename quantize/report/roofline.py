@@ -38,7 +38,14 @@ def roofline(data: Mapping[str, Any]) -> Figure:
     left, right = min([x for x, _ in places] + knees) / 2, max([x for x, _ in places] + knees) * 2
     for (name, peak), knee, dash in zip(peaks.items(), knees, ("--", "-"), strict=False):
         roof = [left * copy / 1e12, peak / 1e12, peak / 1e12]
-        axes.plot([left, knee, right], roof, dash, color="#555555", linewidth=1, label=f"{name} ceiling")
+        axes.plot(
+            [left, knee, right],
+            roof,
+            dash,
+            color="#555555",
+            linewidth=1,
+            label=f"{name} ceiling",
+        )
     names = list(dict.fromkeys(row["what"] for row in rows))
     for i, name in enumerate(names):
         x, y = zip(
@@ -46,7 +53,16 @@ def roofline(data: Mapping[str, Any]) -> Figure:
             strict=True,
         )
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        axes.plot(x, y, linestyle="none", marker=marker, color=colour, markersize=5, alpha=0.8, label=name)
+        axes.plot(
+            x,
+            y,
+            linestyle="none",
+            marker=marker,
+            color=colour,
+            markersize=5,
+            alpha=0.8,
+            label=name,
+        )
     axes.set_xlabel("operations for each byte that must be moved")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"{data['device']}: copy {copy / 1e9:,.0f} GB/s", fontsize=10)
@@ -66,4 +82,6 @@ def write_roofline(data: Mapping[str, Any], path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             roofline(data).savefig(path, dpi=150, metadata=metadata)
         except OSError as err:
-            raise OutputError(f"{path}: cannot be written ({err.strerror}); choose another file") from None
+            raise OutputError(
+                f"{path}: cannot be written ({err.strerror}); choose another file",
+            ) from None

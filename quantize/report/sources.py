@@ -77,7 +77,9 @@ def read(folder: Path) -> Sources:
         raise ModelError(f"{folder}: no such folder; give the output folder of pq convert")
     provenance = read_provenance(folder)
     if provenance is None:
-        raise ModelError(f"{folder}: has no {PROVENANCE}, so pq did not write it; give the output folder of pq convert")
+        raise ModelError(
+            f"{folder}: has no {PROVENANCE}, so pq did not write it; give the output folder of pq convert",
+        )
     notes: list[str] = []
     statistics = _optional(folder / STATISTICS, notes)
     saved = {path.stem: _optional(path, notes) for path in sorted(beside(folder, ".eval").glob("*.json"))}
@@ -119,7 +121,9 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
         linears = [f"{arch.blocks}.{index}.{name}" for index, row in enumerate(rows) for name in row.roles]
         return Weights(arch, shape, linears, schemes, _parameters(source, schemes), stored)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
-        notes.append(f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).")
+        notes.append(
+            f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).",
+        )
         return None
 
 

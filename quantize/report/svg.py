@@ -104,7 +104,9 @@ class _Copy:
         if tag == "g" and not attributes:
             self.children(source, target)
             if (cell := source.attrib.get("id", "")).startswith(heat.TOOLTIP):
-                ET.SubElement(target[-1], "title").text = clean(self.tooltips[int(cell.removeprefix(heat.TOOLTIP))])
+                ET.SubElement(target[-1], "title").text = clean(
+                    self.tooltips[int(cell.removeprefix(heat.TOOLTIP))],
+                )
             return
         made = ET.SubElement(target, tag, attributes)
         made.text = (source.text or "") if tag == "text" else None
@@ -137,4 +139,7 @@ def _style(style: str, tag: str) -> Iterator[tuple[str, str]]:
 
 
 def _rounded(numbers: str) -> str:
-    return _NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), " ".join(numbers.split()))
+    return _NUMBER.sub(
+        lambda found: f"{float(found[0]):.1f}".removesuffix(".0"),
+        " ".join(numbers.split()),
+    )
