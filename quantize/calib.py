@@ -86,8 +86,9 @@ def calibration_tokens(
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
         raise DataError(
-            f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}, and {nsamples} are wanted; "
-            f"{f'lower nsamples to {windows}, ' if windows else ''}lower seqlen or give more text"
+            f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}, and "
+            f"{nsamples} are wanted; {f'lower nsamples to {windows}, ' if windows else ''}lower "
+            "seqlen or give more text"
         )
     use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
     return _token_set(text, ids, windows, seqlen, use)
@@ -194,8 +195,9 @@ def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
     if outside.any():
         window, position = (int(index) for index in outside.nonzero()[0])
         raise DataError(
-            f"token id {int(tokens[window, position])} (window {window}, position {position}) is outside the model's "
-            f"vocabulary of {vocab_size}; use the tokenizer that belongs to the model"
+            f"token id {int(tokens[window, position])} (window {window}, position {position}) is "
+            f"outside the model's vocabulary of {vocab_size}; use the tokenizer that belongs to "
+            "the model"
         )
 
 

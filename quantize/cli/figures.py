@@ -59,7 +59,8 @@ def print_restructured(
     to, beside the baselines'."""
     title = "" if saved is None else f"{saved:.1%} fewer activated parameters (embedding table not counted)\n"
     table = _table(
-        f"{title}Relative squared error of converted FFNs, and of what they must beat at equal activation",
+        f"{title}Relative squared error of converted FFNs, and of what they must beat at equal "
+        "activation",
         "block", "policy", "experts", "error", "pruned", "untrained", "random", "s", "MB",
     )  # fmt: skip
     for row in rows:

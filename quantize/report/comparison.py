@@ -14,8 +14,9 @@ def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version:
     bytes on disk of each model."""
     first = evaluations[0]
     basis = (
-        f"{first.protocol} on {first.data}, {first.tokens} predictions, {first.numerics} numerics, {first.dtype}; "
-        f"parent {first.baseline} (perplexity {first.baseline_perplexity:.4f}) measured in the same run"
+        f"{first.protocol} on {first.data}, {first.tokens} predictions, {first.numerics} "
+        f"numerics, {first.dtype}; parent {first.baseline} (perplexity "
+        f"{first.baseline_perplexity:.4f}) measured in the same run"
     )
     best = min(evaluations, key=lambda e: e.kld_mean or 0.0)
     headlines = [

@@ -33,22 +33,25 @@ _PICTURES = 24
 _SPAN = 1e6  # codes; a histogram over more is none of ours
 
 _OUTPUT = (
-    "E‖(Ŵ − W)x‖² / E‖Wx‖² of each linear: W the parent's weight after smoothing, Ŵ the stored one, x its inputs on "
-    "the calibration text as they arrive through the blocks quantized before it."
+    "E‖(Ŵ − W)x‖² / E‖Wx‖² of each linear: W the parent's weight after smoothing, Ŵ the stored "
+    "one, x its inputs on the calibration text as they arrive through the blocks quantized before "
+    "it."
 )
 _WEIGHT = "‖Ŵ − W‖² / ‖W‖² of each linear, without any text: W the parent's weight after smoothing, Ŵ the stored one."
 _ACTIVATIONS = (
-    "Largest magnitude of any channel over the median of the channels' largest magnitudes, on the calibration text, by "
-    "block: 1 would be channels all alike. Before as in the parent, after as the encode stages met it."
+    "Largest magnitude of any channel over the median of the channels' largest magnitudes, on the "
+    "calibration text, by block: 1 would be channels all alike. Before as in the parent, after as "
+    "the encode stages met it."
 )
 _WEIGHTS = (
-    "Largest magnitude over root mean square, by block. Before as in the parent, after as the encode stages met it: "
-    "smoothing moves outliers from activations into weights."
+    "Largest magnitude over root mean square, by block. Before as in the parent, after as the "
+    "encode stages met it: smoothing moves outliers from activations into weights."
 )
 _HISTOGRAM = (
-    "Weights over the step between codes of their group, after smoothing, all blocks together; dashed lines are the "
-    "values that codes stand for: whole numbers for integers (the FP8 tensor core rounds products of code and scale "
-    "once more), the mean over all groups for bit vectors. What lies beyond is counted at the ends."
+    "Weights over the step between codes of their group, after smoothing, all blocks together; "
+    "dashed lines are the values that codes stand for: whole numbers for integers (the FP8 tensor "
+    "core rounds products of code and scale once more), the mean over all groups for bit vectors. "
+    "What lies beyond is counted at the ends."
 )
 
 

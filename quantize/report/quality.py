@@ -30,13 +30,15 @@ _RUN_TASKS = "pq eval {} --baseline PARENT --tasks TASKS"
 _PICTURED = 6  # evaluations whose curves are drawn; the table has all of them
 _TOKENS = 10
 _GLOSSARY = (
-    "Perplexity is exp of the mean negative log-likelihood (NLL) of a token. KLD is KL(parent ‖ model) of the "
-    "next-token distributions, in nats, and same top-1 the share of tokens where both models' likeliest token is the "
-    "same; both need no reference text to be right and see damage long before perplexity does. ± is one standard error."
+    "Perplexity is exp of the mean negative log-likelihood (NLL) of a token. KLD is KL(parent ‖ "
+    "model) of the next-token distributions, in nats, and same top-1 the share of tokens where "
+    "both models' likeliest token is the same; both need no reference text to be right and see "
+    "damage long before perplexity does. ± is one standard error."
 )
 _TASKS = (
-    "Recovery is the model's value over the parent's, or the parent's over the model's where less is better; 1 is no "
-    "loss. Errors of comparison are those of differences paired by document. ± is one standard error."
+    "Recovery is the model's value over the parent's, or the parent's over the model's where less "
+    "is better; 1 is no loss. Errors of comparison are those of differences paired by document. ± "
+    "is one standard error."
 )
 
 
@@ -201,8 +203,8 @@ def tokens(sources: Sources) -> Section:
     """Tokens of the largest divergence in their context."""
     found = [data for data in _leading_first(sources.evaluations) if items(data, "worst")]
     lead = (
-        "Where model and parent disagree most. The marked token is the text's own; probabilities are those that each "
-        "model gave to it."
+        "Where model and parent disagree most. The marked token is the text's own; probabilities "
+        "are those that each model gave to it."
     )
     shown: list[Item] = []
     for i, data in enumerate(found[:_PICTURED]):
