@@ -85,11 +85,8 @@ def parse_gate(raw: bytes, path: Path) -> GateFile:
     relative paths in it start from."""
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
-        what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
-        raise strict_yaml.error_of(
-            doc.source,
-            doc.problems or [doc.problem((), f"{what}; begin with 'recipes:'")],
-        )
+        text = strict_yaml.no_mapping(doc.data, "begin with 'recipes:'")
+        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), text)])
     reader = _Reader(doc, path.parent)
     gate = reader.gate(path)
     if reader.problems:
@@ -193,14 +190,13 @@ class _Reader:
     def gate(self, path: Path) -> GateFile:
         top = self.fields((), self.doc.data, _TOP)
         if "recipes" not in self.doc.data:
-            self.say(
-                (),
-                "'recipes' is missing; add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'",
-            )
+            remedy = "add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'"
+            self.say((), f"'recipes' is missing; {remedy}")
         settings = self.settings(top.get("evaluation", {}))
-        calibration = top.get("calibration", {})
-        known = {name: _TEXT if name == "dataset" else (lambda v: True, "") for name in Calibration.model_fields}
-        calibration = self.fields(("calibration",), calibration, known)
+        # Other values are the recipe's to judge, when it takes them up.
+        known: dict[str, _Test] = dict.fromkeys(Calibration.model_fields, (lambda v: True, ""))
+        known["dataset"] = _TEXT
+        calibration = self.fields(("calibration",), top.get("calibration", {}), known)
         if "dataset" in calibration:
             calibration["dataset"] = self.beside(calibration["dataset"])
         tasks = tuple(self.task(name) for name in top.get("tasks", []))
@@ -296,11 +292,9 @@ class _Reader:
                 )
             return tasks
         if metric not in HIGHER_IS_BETTER:
+            hint = close(metric, (*HIGHER_IS_BETTER, *_ENTRY))
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
-            self.say(
-                path,
-                f"unknown metric; {close(metric, (*HIGHER_IS_BETTER, *_ENTRY))}the metrics are {known}",
-            )
+            self.say(path, f"unknown metric; {hint}the metrics are {known}")
         elif metric in ROLLING_ONLY and settings.protocol != "rolling":
             self.say(
                 path,

@@ -132,8 +132,8 @@ def inspect(folder: Path) -> Inspection:
         source.config.get("quantization_config"),
         noted_shapes(source, headers),
     )
-    blocks, outside = _sorted_out(headers, stored, str(source.config.get("model_type")))
-    blocks = _routed(blocks, _native(source.config, "routing"))
+    blocks, outside = _by_block(headers, stored, str(source.config.get("model_type")))
+    blocks = _with_routing(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
     made, problem = read_made(folder)
     return Inspection(
@@ -158,12 +158,15 @@ def _native(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _routed(
+def _with_routing(
     blocks: tuple[DecoderBlock, ...],
     routing: Mapping[str, Any] | None,
 ) -> tuple[DecoderBlock, ...]:
     """Blocks with the policies that name their FFNs."""
-    policies = {name.rpartition(".")[0]: found for name, found in (routing or {}).items() if isinstance(found, dict)}
+    policies = {}
+    for name, policy in (routing or {}).items():
+        if isinstance(policy, dict):
+            policies[name.rpartition(".")[0]] = policy
     return tuple(replace(block, routing=policies.get(block.name)) for block in blocks)
 
 
@@ -178,7 +181,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return {key: both[key] for key in _SIZES if isinstance(both.get(key), int)}
 
 
-def _sorted_out(
+def _by_block(
     headers: Mapping[str, Header], stored: Mapping[str, Storage], model_type: str
 ) -> tuple[tuple[DecoderBlock, ...], tuple[Other, ...]]:
     """Tensors by block, in order of the blocks, and those in none."""
@@ -242,22 +245,28 @@ def _totals(
     tensor_bytes = sum(header.bytes for header in headers.values())
     known = [storage.weights for storage in quantized if storage.weights]
     weights = sum(known) if len(known) == len(quantized) else None
-    parameters = None if weights is None else weights + sum(math.prod(header.shape) for header in plain)
+    others = sum(math.prod(header.shape) for header in plain)
+    parameters = None if weights is None else weights + others
+    embeddings = [other for other in outside if _is_embedding(other.name)]
     code_bytes = sum(storage.code_bytes for storage in quantized)
     return Totals(
         parameters=parameters,
-        embedding_parameters=sum(math.prod(o.shape) for o in outside if "embed" in o.name or ".wte." in f".{o.name}"),
+        embedding_parameters=sum(math.prod(other.shape) for other in embeddings),
         quantized_parameters=weights,
         quantized_bits_per_weight=8 * code_bytes / weights if weights else None,
         bits_per_weight=8 * tensor_bytes / parameters if parameters else None,
         tensor_bytes=tensor_bytes,
-        expected_bytes=_expected(quantized, plain_bytes),
+        expected_bytes=_expected_bytes(quantized, plain_bytes),
         file_bytes=file_bytes,
         sixteen_bit_bytes=None if parameters is None else 2 * parameters,
     )
 
 
-def _expected(quantized: list[Storage], plain_bytes: int) -> int | None:
+def _is_embedding(name: str) -> bool:
+    return "embed" in name or ".wte." in f".{name}"  # GPT-2's tables are called wte
+
+
+def _expected_bytes(quantized: list[Storage], plain_bytes: int) -> int | None:
     bits = 0.0
     for storage in quantized:
         if storage.expected_bits is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -112,11 +112,14 @@ class Recipe(BaseModel):
         """
         given = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
         given |= {"chat_template": chat_template, "text_field": text_field}
-        values = self.calibration.model_dump() | {key: value for key, value in given.items() if value is not None}
+        changes = {key: value for key, value in given.items() if value is not None}
         try:
-            calibration = Calibration(**values)
+            calibration = Calibration(**self.calibration.model_dump() | changes)
         except ValidationError as err:
-            lines = [f"{e['loc'][0]}: {_misfit(Calibration, str(e['loc'][0]), e)}" for e in err.errors()]
+            lines = []
+            for error in err.errors():
+                name = str(error["loc"][0])
+                lines.append(f"{name}: {_misfit(Calibration, name, error)}")
             raise UsageError("\n".join(lines)) from None
         return self.model_copy(update={"calibration": calibration})
 
@@ -136,9 +139,8 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     """
     doc = strict_yaml.load(text, source_name)
     if not isinstance(doc.data, dict):
-        what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
-        empty = doc.problem((), f"{what}; begin with 'description: ...' and 'stages:'")
-        raise strict_yaml.error_of(source_name, doc.problems or [empty])
+        text = strict_yaml.no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
+        raise strict_yaml.error_of(source_name, doc.problems or [doc.problem((), text)])
     problems = [*doc.problems, *_law_problems(doc)]
     if "name" in doc.data:
         problems.append(
@@ -205,23 +207,19 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
         for i, cls in enumerate(stages)
         if cls
     ]
-    pairs = ((this, other) for this in known for other in known if other[0] < this[0] and other[1] > this[1])
+    pairs = ((this, other) for this, other in product(known, known) if other[0] < this[0] and other[1] > this[1])
     for (i, _, label), (j, _, later) in islice(pairs, 1):
         yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
     ranks = [rank for _, rank, _ in known]
-    cache, sufficient = (
-        _KINDS.index("cache"),
-        {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")},
-    )
+    cache = _KINDS.index("cache")
+    sufficient = {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
     for i, cls in enumerate(stages):
         if cls and cls.once and cls in stages[:i]:
-            yield (
-                i,
-                f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it",
-            )
+            method = cls.model_fields["method"].default
+            yield i, f"a second stage '{method}'; one does all, remove it"
     if known and None not in stages and not sufficient & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
@@ -230,34 +228,42 @@ def _law_problems(doc: Document) -> Iterator[Problem]:
     """Yield what breaks the law, found in the raw data so that a mistake in
     one stage does not hide it."""
     stages = doc.data.get("stages")
-    for index, text in _order_problems(
-        [_stage_class(s) for s in stages] if isinstance(stages, list) else [],
-    ):
+    classes = [_stage_class(stage) for stage in stages] if isinstance(stages, list) else []
+    for index, text in _order_problems(classes):
         yield doc.problem(("stages",) if index is None else ("stages", index), text)
 
 
 def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     """Turn one pydantic error into Problems with line, path, value and remedy."""
-    path, kind, value = tuple(error["loc"]), error["type"], error["input"]
+    path = tuple(error["loc"])
+    kind = error["type"]
+    value = error["input"]
     if kind == "stage_format":
         yield doc.problem(error["ctx"]["path"], error["msg"])
         return
     if path[:1] == ("stages",) and len(path) > 2:
         path = path[:2] + path[3:]  # the union puts the method's name after the index
-    if path in doc.spoiled or kind == "stage_order" or (path == ("stages",) and kind == "too_short" and value):
-        return  # said already, with its line (a list whose items all failed counts as too short)
-    cls, name = _owner(path, doc), str(path[-1]) if path else ""
+    # A list whose items all failed counts as too short.
+    all_failed = path == ("stages",) and kind == "too_short" and value
+    if path in doc.spoiled or kind == "stage_order" or all_failed:
+        return  # said already, with its line
+    cls = _owner(path, doc)
+    name = str(path[-1]) if path else ""
+    methods = f"the methods are {', '.join(METHODS)}"
     if kind == "union_tag_invalid":
-        path, value = (*path, "method"), value["method"]
-        text = f"unknown method {show_value(value)}; {nearest(value, METHODS)}the methods are {', '.join(METHODS)}"
+        path = (*path, "method")
+        method = value["method"]
+        text = f"unknown method {show_value(method)}; {nearest(method, METHODS)}{methods}"
     elif kind == "union_tag_not_found":
-        text = f"required field 'method' is missing; add 'method: ...', the methods are {', '.join(METHODS)}"
+        text = f"required field 'method' is missing; add 'method: ...', {methods}"
     elif kind == "missing":
-        text = f"required field is missing; add '{name}: ...', {_expected(cls, name) or 'see `pq recipe schema`'}"
+        expected = _expectation(cls, name) or "see `pq recipe schema`"
+        text = f"required field is missing; add '{name}: ...', {expected}"
     elif kind == "extra_forbidden":
         text = _unknown_field(cls, name, value)
     elif path == ("stages",) and value == []:
-        text = f"the list is empty; add at least one encode stage, '- method: ...' with {_methods_of('encode')}"
+        encodes = _methods_of("encode")
+        text = f"the list is empty; add at least one encode stage, '- method: ...' with {encodes}"
     elif len(path) == 2 and path[0] == "stages" and not isinstance(value, dict):
         text = f"must be a mapping (value {show_value(value)}); write '- method: ...'"
     else:
@@ -269,29 +275,32 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
 
 def _unknown_field(cls: type[BaseModel] | None, name: str, value: Any) -> str:
     """Name the field's real home if it has one, else the nearest field of the same class."""
-    homes = [f"method '{method}'" for method, other in METHODS.items() if name in other.model_fields]
-    homes = ["a stage"] if len(homes) == len(METHODS) else homes
+    owners = [method for method, other in METHODS.items() if name in other.model_fields]
+    homes = [f"method '{method}'" for method in owners]
+    if len(owners) == len(METHODS):
+        homes = ["a stage"]
     if name in Calibration.model_fields:
         homes.append("'calibration'")
     if name in Recipe.model_fields and name != "name":
         homes.append("the top level")
     own = [field for field in (cls.model_fields if cls else ()) if field != "name"]
     shown = "" if isinstance(value, dict | list) else f" (value {show_value(value)})"
-    remedy = (
-        f"it belongs to {' or '.join(homes)}"
-        if homes
-        else nearest(name, own) or f"fields: {', '.join(own) or 'none here'}"
-    )
+    remedy = nearest(name, own) or f"fields: {', '.join(own) or 'none here'}"
+    if homes:
+        remedy = f"it belongs to {' or '.join(homes)}"
     return f"unknown field {show_key(name)!r}{shown}; {remedy.strip()}"
 
 
 def _misfit(cls: type[BaseModel] | None, name: str, error: ErrorDetails) -> str:
     """Say what the field takes, what it got, and how to mend it."""
-    value, expected = error["input"], _expected(cls, name)
+    value = error["input"]
+    expected = _expectation(cls, name)
     if not cls or not expected or error["type"] in ("value_error", "assertion_error"):
         return error["msg"].removeprefix("Value error, ") + f" (value {show_value(value)})"
     default = cls.model_fields[name].get_default()
-    remedy = f"; the default is {show_value(default)}" if isinstance(default, str | int | float) else ""
+    remedy = ""
+    if isinstance(default, str | int | float):
+        remedy = f"; the default is {show_value(default)}"
     if isinstance(value, str) and "string" not in expected and not strict_yaml.is_text(value):
         remedy = "; remove the quotes"
     elif "string" in expected and isinstance(value, int | float):
@@ -315,17 +324,20 @@ def _methods_of(kind: Kind) -> str:
     return ", ".join(method for method, cls in METHODS.items() if cls.kind == kind)
 
 
-def _expected(cls: type[BaseModel] | None, name: str) -> str:
+def _expectation(cls: type[BaseModel] | None, name: str) -> str:
     """Describe in words what a field takes, its range included; empty
     when there is no such field."""
-    return _words(cls.model_json_schema()["properties"][name]) if cls and name in cls.model_fields else ""
+    if not cls or name not in cls.model_fields:
+        return ""
+    return _words(cls.model_json_schema()["properties"][name])
 
 
 def _words(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_words(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return " or ".join(show_value(option) for option in schema.get("enum", [schema.get("const")]))
+        options = schema.get("enum", [schema.get("const")])
+        return " or ".join(show_value(option) for option in options)
     names = {
         "integer": "an integer",
         "number": "a number",

@@ -148,11 +148,21 @@ def show_value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:56]}...{text[-1]}"
 
 
+def no_mapping(data: Any, remedy: str) -> str:
+    """Say that a file's `data` is not the mapping that it should be."""
+    if data is None:
+        return f"the file is empty; {remedy}"
+    return f"must be a mapping (value {show_value(data)}); {remedy}"
+
+
 def error_of(source: str, problems: list[Problem]) -> RecipeError:
     """Build one RecipeError with a line `source:line: path: text` for
     each problem, in file order."""
     ordered = sorted(set(problems))
-    lines = [f"{source}:{p.line}: {f'{p.path}: ' if p.path else ''}{p.text}" for p in ordered[:MAX_PROBLEMS]]
+    lines = []
+    for problem in ordered[:MAX_PROBLEMS]:
+        where = f"{problem.path}: " if problem.path else ""
+        lines.append(f"{source}:{problem.line}: {where}{problem.text}")
     if len(ordered) > MAX_PROBLEMS:
         lines.append(f"{source}: and {len(ordered) - MAX_PROBLEMS} more problems; mend these first")
     return RecipeError("\n".join(lines))
@@ -277,7 +287,7 @@ class _Builder:
 
     def _key(self, event: ev.Event, path: Path, entries: dict[str, Any]) -> str | None:
         """Return the key at `event`, or None with a note when it cannot be used."""
-        if not isinstance(event, ev.ScalarEvent) or event.anchor is not None or event.tag is not None:
+        if not isinstance(event, ev.ScalarEvent) or (event.anchor, event.tag) != (None, None):
             self._skip(event, path)
             self._note(
                 event,

@@ -32,19 +32,24 @@ def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version:
     known = [(name, float(x), float(y)) for name, x, y in points if x is not None and y is not None]
     picture = Scatter(
         "Accuracy against bits",
-        "KL(parent ‖ model), nats per token. The line joins models that no other beats in both: the Pareto front.",
+        "KL(parent ‖ model), nats per token. The line joins the models that no other beats in both "
+        "figures: the Pareto front.",
         known,
         "bits per quantized weight, scales counted",
         "mean KL divergence",
         front=True,
     )
-    missing = [name for name, x, _ in points if x is None]
-    notes = [Note(f"Not in the picture, since nothing in it is quantized: {', '.join(missing)}.")] if missing else []
+    missing = ", ".join(name for name, x, _ in points if x is None)
+    note = Note(f"Not in the picture, since nothing in it is quantized: {missing}.")
     section = Section(
         "models",
         "Models",
         "",
-        [*([picture] if known else []), *notes, _table(evaluations, sizes)],
+        [
+            *([picture] if known else []),
+            *([note] if missing else []),
+            _table(evaluations, sizes),
+        ],
     )
     return Report("Comparison", f"of {first.baseline}", version, headlines, basis, (), [section])
 
@@ -52,10 +57,10 @@ def comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int], version:
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other beats: none is as low in both coordinates and lower in one."""
 
-    def beaten(x: float, y: float) -> bool:
-        return any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+    def is_best(x: float, y: float) -> bool:
+        return not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
 
-    return [not beaten(x, y) for x, y in points]
+    return [is_best(x, y) for x, y in points]
 
 
 def _table(evaluations: Sequence[Evaluation], sizes: Sequence[int]) -> Table:

@@ -48,7 +48,7 @@ def positive(value: Number) -> float:
     return found if found >= 1 / _HUGE else math.nan
 
 
-def shown(value: float, digits: int = 4) -> str:
+def format_number(value: float, digits: int = 4) -> str:
     """A number of an axis or a cell, without a needless exponent."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
@@ -73,9 +73,10 @@ def draw(picture: Chart, frame: Frame) -> Figure:
 
 def shares(picture: Histogram) -> list[float]:
     """Counts as percentages of their sum."""
-    counts = [max(0.0, value) if not math.isnan(value := finite(c)) else 0.0 for c in picture.counts]
+    known = (finite(count) for count in picture.counts)
+    counts = [0.0 if math.isnan(count) else max(0.0, count) for count in known]
     total = sum(counts) or 1.0
-    return [100 * c / total for c in counts]
+    return [100 * count / total for count in counts]
 
 
 def y_range(pictures: Sequence[Chart]) -> Range | None:
@@ -87,7 +88,8 @@ def y_range(pictures: Sequence[Chart]) -> Range | None:
     lines = [p for p in pictures if isinstance(p, Lines)]
     log = all(p.log_y for p in lines)
     keep = positive if log else finite
-    values = [v for p in lines for curve in p.series.values() for v in map(keep, curve) if not math.isnan(v)]
+    curves = (curve for p in lines for curve in p.series.values())
+    values = [v for curve in curves for v in map(keep, curve) if not math.isnan(v)]
     if not values:
         return None
     low, high = min(values), max(values)
@@ -149,9 +151,9 @@ def _log_x(ax: Axes, x: Sequence[float]) -> None:
     """Ticks at powers of two; the stretch from zero to one is linear, as
     positions count from zero."""
     high = max(*x, 1.0)
-    powers = [
-        2.0**k for k in range(math.floor(math.log2(min((v for v in x if v > 0), default=1.0))), 64) if 2**k <= high
-    ]
+    low = min((v for v in x if v > 0), default=1.0)
+    first, last = math.floor(math.log2(low)), min(63, math.floor(math.log2(high)))
+    powers = [2.0**k for k in range(first, last + 1)]
     step = math.ceil(len(powers) / 7)
     if min(x) > 0:
         ax.set_xscale("log", base=2)
@@ -169,8 +171,9 @@ def _bars(ax: Axes, picture: Bars) -> None:
     if not picture.categories:
         return  # matplotlib would make up a legend for bars that are not there
     width = 0.8 / max(1, len(picture.series))
+    middle = (len(picture.series) - 1) / 2
     for i, (name, values) in enumerate(picture.series.items()):
-        at = [c + (i - (len(picture.series) - 1) / 2) * width for c in range(len(picture.categories))]
+        at = [category + (i - middle) * width for category in range(len(picture.categories))]
         ax.bar(
             at,
             [keep(v) for v in values],
@@ -212,7 +215,7 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
 
 
 def _scatter(ax: Axes, picture: Scatter) -> None:
-    points = [p for p in picture.points if not (math.isnan(finite(p[1])) or math.isnan(finite(p[2])))]
+    points = [(name, x, y) for name, x, y in picture.points if not math.isnan(finite(x)) and not math.isnan(finite(y))]
     if picture.front and points:
         best = [p for p in points if not any(_beats(q, p) for q in points)]
         best.sort(key=lambda p: (p[1], -p[2]))
@@ -247,9 +250,9 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
         _log_ticks(ax)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        ax.yaxis.set_major_formatter(_format(shown))
+        ax.yaxis.set_major_formatter(_format(format_number))
     ax.xaxis.set_major_formatter(
-        ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(shown),
+        ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(format_number),
     )
     ax.set_xlabel(clean(getattr(picture, "x_label", "")), color=INK, fontsize=_SIZE)
     if label := getattr(picture, "y_label", ""):
@@ -281,12 +284,17 @@ def _legend_columns(names: Collection[str], frame: Frame) -> int:
 def _log_ticks(ax: Axes) -> None:
     low, high = ax.get_ylim()
     decades = math.log10(high) - math.log10(low) if low > 0 else 1.0
-    subs: tuple[float, ...] = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.4 else (1.0, 2.0, 5.0)
+    # The more decades there are, the fewer ticks each gets.
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0)
+    if decades > 2.5:
+        subs = (1.0,)
+    elif decades > 1.4:
+        subs = (1.0, 3.0)
     if decades < 0.5:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     else:
         ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(_format(shown))
+    ax.yaxis.set_major_formatter(_format(format_number))
     ax.yaxis.set_minor_locator(NullLocator())
 
 

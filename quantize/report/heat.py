@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from quantize.pictures import Heatmap
-from quantize.report.draw import INK, finite, positive, shown
+from quantize.report.draw import INK, finite, format_number, positive
 from quantize.report.model import clean
 
 STEPS = 11
@@ -23,10 +23,11 @@ TOOLTIP = "cell-"
 """Prefix of the ids of cells; the rest is the index of the tooltip."""
 
 _SIZE = 11
+_MIDDLE = 4  # the colour of a map that has one value
 _FEW = 6  # distinct values that are named one by one instead of by a scale
 _NAMED = 16  # columns up to which values are written into the cells
 _LABELS = 6.6  # pixels of a character of a row's label
-_TOOLTIPS = 4000
+_TOOLTIPS = 4000  # each is an element of the page; browsers grow slow with more
 _KEY = 72  # pixels below the grid
 
 
@@ -44,7 +45,8 @@ class _Scale:
     def step(self, value: float) -> int:
         if self.named:
             # Few values are spread over the colours by rank: 3, 4 and 16 bits stand apart.
-            return self.values.index(value) * (STEPS - 1) // max(1, len(self.values) - 1) if self.values[1:] else 4
+            last = len(self.values) - 1
+            return self.values.index(value) * (STEPS - 1) // last if last > 0 else _MIDDLE
         low, high, at = (self._at(v) for v in (self.values[0], self.values[-1], value))
         return min(STEPS - 1, int((at - low) / (high - low) * STEPS))
 
@@ -68,10 +70,13 @@ def heatmap(picture: Heatmap) -> tuple[Figure, list[str]]:
     )
     rows, columns = len(picture.rows), len(picture.columns)
     cell = min(66.0, max(10.0, 800 / max(1, columns)))
-    left = 16 + _LABELS * max(len(name) for name in ("0000", picture.columns_label, *map(_short, picture.rows)))
-    grid_width, height = max(columns * cell, 300.0), 26.0 if rows <= 24 else 14.0
+    labels = ("0000", picture.columns_label, *map(_short, picture.rows))
+    left = 16 + _LABELS * max(len(label) for label in labels)
+    grid_width = max(columns * cell, 300.0)
+    height = 26.0 if rows <= 24 else 14.0  # many rows are drawn flat, to fit on a page
     cell = grid_width / max(1, columns)
-    width, total = left + grid_width + 12, 30 + rows * height + _KEY
+    width = left + grid_width + 12
+    total = 30 + rows * height + _KEY
     fig = Figure(figsize=(width / 72, total / 72), dpi=72)
     ax = fig.add_axes((left / width, _KEY / total, grid_width / width, rows * height / total))
     _bare(ax, (0, max(1, columns)), (max(1, rows), 0))
@@ -115,14 +120,13 @@ def _cells(
             )
             if len(tooltips) < _TOOLTIPS:
                 box.set_gid(f"{TOOLTIP}{len(tooltips)}")
-                what = f"{shown(value)} {picture.unit}".strip() if known else "not measured"
-                tooltips.append(
-                    f"{picture.columns_label} {picture.columns[c]}, {picture.rows[r]}: {what}".strip(),
-                )
+                what = f"{format_number(value)} {picture.unit}".strip() if known else "not measured"
+                column = f"{picture.columns_label} {picture.columns[c]}"
+                tooltips.append(f"{column}, {picture.rows[r]}: {what}".strip())
             ax.add_patch(box)
             if named:
                 colour = HEAT_TEXT[step] if known else INK
-                label = shown(value, 3 if alike else 2) if known else "–"
+                label = format_number(value, 3 if alike else 2) if known else "–"
                 ax.text(
                     c + 0.5,
                     r + 0.5,
@@ -162,10 +166,10 @@ def _key(ax: Axes, scale: _Scale, unit: str) -> None:
     """The legend: every value by itself where there are few, else the scale's ends and middle."""
     if scale.named:
         shares, steps = len(scale.values), [scale.step(v) for v in scale.values]
-        marks = [(i + 0.5, shown(v, 3)) for i, v in enumerate(scale.values)]
+        marks = [(i + 0.5, format_number(v, 3)) for i, v in enumerate(scale.values)]
     else:
         shares, steps = STEPS, list(range(STEPS))
-        marks = [(at, shown(scale.edge(at), 2)) for at in (0.0, STEPS / 2, float(STEPS))]
+        marks = [(at, format_number(scale.edge(at), 2)) for at in (0.0, STEPS / 2, float(STEPS))]
     span = max(shares, 3)
     _bare(ax, (0, span), (0, 1))
     for i, step in enumerate(steps):

@@ -62,9 +62,8 @@ def write_report(report: Report, folder: Path, output: Path | None = None) -> Pa
     """`write` for a report that was collected already."""
     page = beside(folder, ".report.html") if output is None else output
     if page.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(
-            f"--output {page}: lies inside the checkpoint, which pq verify would refuse; give another",
-        )
+        reason = "lies inside the checkpoint, which pq verify would refuse"
+        raise UsageError(f"--output {page}: {reason}; give another")
     return write_page(report, page)
 
 
@@ -93,7 +92,8 @@ class _Drawer:
         few = len(pictures) in PAIRED
         width, height = _HALF if few else _SMALL
         # Two pictures are two quantities; more are the same quantity of several layers.
-        shared = None if len(pictures) <= 2 else y_range([p for p in pictures if not isinstance(p, Heatmap)])
+        charts = [picture for picture in pictures if not isinstance(picture, Heatmap)]
+        shared = y_range(charts) if len(pictures) > 2 else None
         for picture in pictures:
             yield picture, self._svg(picture, Frame(width, height, shared))
 
@@ -113,8 +113,12 @@ def cell(value: Cell, spec: str = "") -> str:
 
 def numeric(table: Table) -> list[bool]:
     """Which columns hold nothing but figures, a value with its error included."""
-    columns = [[row[c] for row in table.rows if row[c] is not None] for c in range(len(table.columns))]
-    return [bool(values) and all(not isinstance(v, str) or " ± " in v for v in values) for values in columns]
+    return [_is_numeric([row[c] for row in table.rows]) for c in range(len(table.columns))]
+
+
+def _is_numeric(column: list[Cell]) -> bool:
+    known = [value for value in column if value is not None]
+    return bool(known) and all(not isinstance(v, str) or " ± " in v for v in known)
 
 
 def visible(text: str) -> str:

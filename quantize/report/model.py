@@ -149,7 +149,9 @@ def text(data: Mapping[str, Any], key: str, default: str = "") -> str:
     """Return a file's JSON value as text; numbers are written out,
     anything else gives the default."""
     value = data.get(key)
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else default
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return default
+    return str(value)
 
 
 def mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

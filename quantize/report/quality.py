@@ -28,7 +28,7 @@ Data = Mapping[str, Any]
 _EVALUATE = "pq eval {} --baseline PARENT"
 _RUN_TASKS = "pq eval {} --baseline PARENT --tasks TASKS"
 _PICTURED = 6  # evaluations whose curves are drawn; the table has all of them
-_TOKENS = 10
+_TOKENS = 10  # of an evaluation's worst; more would hide the tables below them
 _GLOSSARY = (
     "Perplexity is exp of the mean negative log-likelihood (NLL) of a token. KLD is KL(parent ‖ "
     "model) of the next-token distributions, in nats, and same top-1 the share of tokens where "
@@ -59,7 +59,6 @@ def basis(data: Data) -> str:
 def headline_evaluation(evaluations: Mapping[str, Data]) -> Data | None:
     """The evaluation that speaks for the conversion: against the parent, in the kernel's
     numerics, on most tokens."""
-
     return next(iter(_leading_first(evaluations)), None)
 
 
@@ -85,8 +84,8 @@ def quality(sources: Sources) -> Section:
         for i, data in enumerate(_leading_first(found)[:_PICTURED]):
             shown += _by_position(data, folded=i > 0)
     if not any(text(data, "baseline") for data in found.values()):
-        missing = "No comparison with the parent has been saved." if found else "No evaluation has been saved."
-        shown.append(Note(missing, _EVALUATE.format(sources.command_path)))
+        what = "comparison with the parent" if found else "evaluation"
+        shown.append(Note(f"No {what} has been saved.", _EVALUATE.format(sources.command_path)))
     return Section("quality", "Perplexity and divergence", _GLOSSARY if found else "", shown)
 
 
@@ -94,7 +93,8 @@ def _with_error(data: Data, value: str, error: str, digits: int, factor: float =
     mean, stderr = number(data, value), number(data, error)
     if mean is None:
         return None
-    return f"{mean * factor:.{digits}f}" + ("" if stderr is None else f" ± {stderr * factor:.{digits}f}")
+    shown = f"{mean * factor:.{digits}f}"
+    return shown if stderr is None else f"{shown} ± {stderr * factor:.{digits}f}"
 
 
 def _table(found: Sequence[Data]) -> Table:
@@ -161,7 +161,10 @@ def _by_text(found: Sequence[Data]) -> Table:
                 row += [number(data, name), number(data, f"baseline_{name}")]
             rows.append(row)
     formats = ("", "", "", ".3f", ".3f", ".4f", ".4f", ".4f", ".4f")
-    caption = "Rolling protocol only: the same log-likelihoods per word and per UTF-8 byte, free of the tokenizer."
+    caption = (
+        "Rolling protocol only: the same log-likelihoods per word and per UTF-8 byte, in which the "
+        "tokenizer plays no part."
+    )
     return Table("Per word and per byte", caption, columns, rows, formats)
 
 
@@ -208,7 +211,8 @@ def tokens(sources: Sources) -> Section:
     )
     shown: list[Item] = []
     for i, data in enumerate(found[:_PICTURED]):
-        worst = [_token(entry) for entry in items(data, "worst")[:_TOKENS] if isinstance(entry, dict)]
+        entries = items(data, "worst")[:_TOKENS]
+        worst = [_token(entry) for entry in entries if isinstance(entry, dict)]
         shown.append(Passages("Largest KLD", basis(data) + ".", worst, folded=i > 0))
     if not found:
         lead = ""
@@ -254,7 +258,8 @@ def _task_table(data: Data) -> Table:
     shots = number(data, "num_fewshot")
     said = [f"lm-eval {text(versions, 'lm_eval')}" if text(versions, "lm_eval") else "lm-eval"]
     said += ["shots as the task says" if shots is None else f"{shots:.0f}-shot"]
-    said += [f"at most {text(data, 'limit')} documents a task" if text(data, "limit") else "all documents"]
+    limit = text(data, "limit")
+    said += [f"at most {limit} documents a task" if limit else "all documents"]
     said += ["chat template" if data.get("chat_template") is True else "no chat template"]
     said += [
         f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "",

@@ -31,11 +31,15 @@ def roofline(data: Mapping[str, Any]) -> Figure:
     a roof for each precision."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
-    rows = [row for rows in data["sections"].values() for row in rows if row["precision"] in data["ceilings"]["matmul"]]
-    places = [(row["flops"] / row["bytes"], row["flops"] / row["time"]["seconds"] / 1e12) for row in rows]
-    copy, peaks = data["ceilings"]["copy"], data["ceilings"]["matmul"]
+    copy = data["ceilings"]["copy"]
+    peaks = data["ceilings"]["matmul"]
+    every = (row for section in data["sections"].values() for row in section)
+    rows = [row for row in every if row["precision"] in peaks]
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    speeds = [row["flops"] / row["time"]["seconds"] / 1e12 for row in rows]
     knees = [peak / copy for peak in peaks.values()]
-    left, right = min([x for x, _ in places] + knees) / 2, max([x for x, _ in places] + knees) * 2
+    left = min(intensities + knees) / 2
+    right = max(intensities + knees) * 2
     for (name, peak), knee, dash in zip(peaks.items(), knees, ("--", "-"), strict=False):
         roof = [left * copy / 1e12, peak / 1e12, peak / 1e12]
         axes.plot(
@@ -48,17 +52,13 @@ def roofline(data: Mapping[str, Any]) -> Figure:
         )
     names = list(dict.fromkeys(row["what"] for row in rows))
     for i, name in enumerate(names):
-        x, y = zip(
-            *(place for place, row in zip(places, rows, strict=True) if row["what"] == name),
-            strict=True,
-        )
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        these = [at for at, row in enumerate(rows) if row["what"] == name]
         axes.plot(
-            x,
-            y,
+            [intensities[at] for at in these],
+            [speeds[at] for at in these],
             linestyle="none",
-            marker=marker,
-            color=colour,
+            marker=_MARKERS[i % len(_MARKERS)],
+            color=_COLOURS[i % len(_COLOURS)],
             markersize=5,
             alpha=0.8,
             label=name,

@@ -77,23 +77,25 @@ def read(folder: Path) -> Sources:
         raise ModelError(f"{folder}: no such folder; give the output folder of pq convert")
     provenance = read_provenance(folder)
     if provenance is None:
-        raise ModelError(
-            f"{folder}: has no {PROVENANCE}, so pq did not write it; give the output folder of pq convert",
-        )
+        reason = f"has no {PROVENANCE}, so pq did not write it"
+        raise ModelError(f"{folder}: {reason}; give the output folder of pq convert")
     notes: list[str] = []
     statistics = _optional(folder / STATISTICS, notes)
-    saved = {path.stem: _optional(path, notes) for path in sorted(beside(folder, ".eval").glob("*.json"))}
-    kinds = {name: data.get("kind") for name, data in saved.items() if data is not None}
-    notes += [
-        f"{name}.json: holds no evaluation" for name, kind in kinds.items() if kind not in ("perplexity", "tasks")
-    ]
+    saved: dict[str, dict[str, dict[str, Any]]] = {"perplexity": {}, "tasks": {}}
+    for path in sorted(beside(folder, ".eval").glob("*.json")):
+        if (data := _optional(path, notes)) is None:
+            continue
+        if data.get("kind") in ("perplexity", "tasks"):
+            saved[data["kind"]][path.stem] = data
+        else:
+            notes.append(f"{path.name}: holds no evaluation")
     return Sources(
         folder=folder,
         provenance=provenance,
         layers=provenance["layers"],
         statistics=statistics,
-        evaluations={n: data for n, data in saved.items() if data is not None and kinds[n] == "perplexity"},
-        tasks={n: data for n, data in saved.items() if data is not None and kinds[n] == "tasks"},
+        evaluations=saved["perplexity"],
+        tasks=saved["tasks"],
         weights=_weights(folder, notes),
         summary=_summary(beside(folder, ".log")),
         notes=notes,
@@ -118,7 +120,11 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
         rows = [block_architecture(arch, source.config, index) for index in range(shape.n_blocks)]
-        linears = [f"{arch.blocks}.{index}.{name}" for index, row in enumerate(rows) for name in row.roles]
+        linears = [
+            f"{arch.blocks}.{index}.{name}"
+            for index, row in enumerate(rows)  # experts give each block its own
+            for name in row.roles
+        ]
         return Weights(arch, shape, linears, schemes, _parameters(source, schemes), stored)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
         notes.append(
@@ -145,8 +151,8 @@ def _summary(log: Path) -> Mapping[str, Any]:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_TAIL))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        found = [line for line in lines if _SUMMARY in line]
-        data = json.loads(found[-1][found[-1].index(_SUMMARY) + len(_SUMMARY) - 1 :]) if found else {}
+        summaries = [line.partition(_SUMMARY)[2] for line in lines if _SUMMARY in line]
+        data = json.loads(_SUMMARY[-1] + summaries[-1]) if summaries else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -34,6 +34,7 @@ _COLOURS: Mapping[str, str] = {
     **{colour: f"var(--t{i})" for i, colour in enumerate(heat.HEAT_TEXT)},
 }
 _HREF = "{http://www.w3.org/1999/xlink}href"
+_GEOMETRY = ("d", "x", "y", "transform", "width", "height")
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
 _KEPT = (
     "fill",
@@ -62,7 +63,7 @@ def svg(picture: Picture, prefix: str, frame: Frame | None = None) -> str:
             figure, tooltips = heat.heatmap(picture)
         else:
             figure = draw.draw(picture, frame or Frame())
-        root = ET.fromstring(_saved(figure))
+        root = ET.fromstring(_svg_of(figure))
     size = [round(float(part)) for part in root.attrib["viewBox"].split()[2:]]
     out = ET.Element(
         "svg",
@@ -73,7 +74,7 @@ def svg(picture: Picture, prefix: str, frame: Frame | None = None) -> str:
     return ET.tostring(out, encoding="unicode")
 
 
-def _saved(figure: Figure) -> str:
+def _svg_of(figure: Figure) -> str:
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with warnings.catch_warnings():
@@ -124,10 +125,7 @@ class _Copy:
             elif key == "clip-path":
                 yield key, value.replace("url(#", f"url(#{self.prefix}")
             elif key != "transform" or "rotate(-0 " not in value:
-                yield (
-                    key,
-                    _rounded(value) if key in ("d", "x", "y", "transform", "width", "height") else value,
-                )
+                yield key, _round(value) if key in _GEOMETRY else value
 
 
 def _style(style: str, tag: str) -> Iterator[tuple[str, str]]:
@@ -138,7 +136,7 @@ def _style(style: str, tag: str) -> Iterator[tuple[str, str]]:
             yield key, _COLOURS.get(value, value)
 
 
-def _rounded(numbers: str) -> str:
+def _round(numbers: str) -> str:
     return _NUMBER.sub(
         lambda found: f"{float(found[0]):.1f}".removesuffix(".0"),
         " ".join(numbers.split()),
