@@ -80,16 +80,15 @@ def calibration_tokens(
                 f"{text.source} is one text without chat turns; "
                 "turn chat_template off, or give a .jsonl or .parquet file with one chat per row"
             )
-        ids = _encode(tokenizer, _joined(text))
+        ids = _encode(tokenizer, _join(text))
     else:
-        ids = _pack(tokenizer, _shuffled(text.rows, seed), wanted, chat_template)
+        ids = _pack(tokenizer, _shuffle(text.rows, seed), wanted, chat_template)
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
-        raise DataError(
-            f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}, and "
-            f"{nsamples} are wanted; {f'lower nsamples to {windows}, ' if windows else ''}lower "
-            "seqlen or give more text"
-        )
+        problem = f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}"
+        fewer = f"lower nsamples to {windows}, " if windows else ""
+        remedy = f"{fewer}lower seqlen or give more text"
+        raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
     use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
     return _token_set(text, ids, windows, seqlen, use)
 
@@ -117,11 +116,10 @@ def evaluation_tokens(
     text = text_sources.load(dataset, "evaluation", text_field, limit)
     stride = seqlen - overlap
     wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
-    ids = _first_tokens(tokenizer, _joined(text), wanted)
+    ids = _first_tokens(tokenizer, _join(text), wanted)
     if len(ids) < seqlen:
-        raise DataError(
-            f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}; lower seqlen or give more text"
-        )
+        problem = f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}"
+        raise DataError(f"{problem}; lower seqlen or give more text")
     windows = 1 + (len(ids) - seqlen) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
@@ -165,7 +163,7 @@ def evaluation_documents(
     """
     limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    rows = [_joined(text)] if text.packing == "stream" else text.rows
+    rows = [_join(text)] if text.packing == "stream" else text.rows
     documents: list[Document] = []
     left = MAX_TOKENS if max_tokens is None else max_tokens
     for row in rows:
@@ -182,9 +180,8 @@ def evaluation_documents(
         documents.append(Document(ids, plain))
     if not any(document.ids for document in documents):
         raise DataError(f"{text.source} holds no tokens; give more text")
-    sha256 = _sha256(
-        torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64),
-    )
+    every = [token for document in documents for token in document.ids]
+    sha256 = _sha256(torch.tensor(every, dtype=torch.int64))
     return DocumentSet(documents, sha256, text.source)
 
 
@@ -194,11 +191,9 @@ def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         window, position = (int(index) for index in outside.nonzero()[0])
-        raise DataError(
-            f"token id {int(tokens[window, position])} (window {window}, position {position}) is "
-            f"outside the model's vocabulary of {vocab_size}; use the tokenizer that belongs to "
-            "the model"
-        )
+        token = f"token id {int(tokens[window, position])} (window {window}, position {position})"
+        problem = f"{token} is outside the model's vocabulary of {vocab_size}"
+        raise DataError(f"{problem}; use the tokenizer that belongs to the model")
 
 
 def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
@@ -222,7 +217,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
     """At least the first `wanted` tokens of the text (None: all), the same as
     if all of it were encoded."""
-    characters = len(text) if wanted is None else 6 * wanted
+    characters = len(text) if wanted is None else 6 * wanted  # most texts have fewer a token
     while True:
         ids = _encode(tokenizer, text[:characters])
         # What stands far behind the last window cannot change its tokens; a
@@ -232,16 +227,15 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | N
         characters *= 2
 
 
-def _joined(text: Text) -> str:
+def _join(text: Text) -> str:
     rows = [row for row in text.rows if isinstance(row, str)]
     if len(rows) < len(text.rows):
-        raise DataError(
-            f"{text.source} holds chat messages where plain text is read; name a text field with strings",
-        )
+        problem = f"{text.source} holds chat messages where plain text is read"
+        raise DataError(f"{problem}; name a text field with strings")
     return text.joiner.join(rows)
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+def _shuffle(rows: list[Row], seed: int) -> list[Row]:
     rows = rows.copy()
     random.Random(seed).shuffle(rows)
     return rows
@@ -277,19 +271,18 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
     if isinstance(row, str) and not row.strip():
         return ""
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "the tokenizer has no chat template; turn chat_template off, or use the chat model's tokenizer",
-        )
+        remedy = "turn chat_template off, or use the chat model's tokenizer"
+        raise DataError(f"the tokenizer has no chat template; {remedy}")
     messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     # Templates are programs of the model's author and raise what they like (say,
     # when roles do not alternate).
     except Exception as error:
-        start, reason = str(messages[0]["content"])[:40], text_sources.first_line(error)
-        raise DataError(
-            f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}",
-        ) from error
+        start = str(messages[0]["content"])[:40]
+        reason = text_sources.first_line(error)
+        problem = f"the tokenizer's chat template refuses the row that starts {start!r}"
+        raise DataError(f"{problem}: {reason}") from error
 
 
 def _token_set(
@@ -303,12 +296,8 @@ def _token_set(
     stride = seqlen if stride is None else stride
     used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
     tokens = used.unfold(0, seqlen, stride).contiguous()
-    return TokenSet(
-        tokens,
-        _sha256(tokens),
-        text.source,
-        text.origin | {"nsamples": windows, "seqlen": seqlen} | use,
-    )
+    origin = text.origin | {"nsamples": windows, "seqlen": seqlen} | use
+    return TokenSet(tokens, _sha256(tokens), text.source, origin)
 
 
 def _sha256(tokens: torch.Tensor) -> str:

@@ -26,6 +26,7 @@ from quantize.provenance import read_provenance
 
 __all__ = ["GateResult", "Verdict", "run_gate", "update_baselines"]
 
+_NAMED = 3  # failed checks in the one line of an error; the table has them all
 Progress = Callable[[str, int, int], None]
 Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """task → metric → value, stderr, higher_is_better: what a TaskRun holds."""
@@ -53,10 +54,11 @@ class GateResult:
         """Raise QualityError, one line that names the checks that failed."""
         failed = [f"{v.recipe}.{v.metric} {v.detail}" for v in self.verdicts if not v.ok]
         if failed:
-            shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
-            raise QualityError(
-                f"{self.file}: {len(failed)} of {len(self.verdicts)} checks failed: {shown}",
-            )
+            shown = failed[:_NAMED]
+            if len(failed) > _NAMED:
+                shown.append(f"and {len(failed) - _NAMED} more")
+            count = f"{len(failed)} of {len(self.verdicts)} checks failed"
+            raise QualityError(f"{self.file}: {count}: {'; '.join(shown)}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def run_gate(
     """
     started = time.monotonic()
     gate = load_gate(file)
-    entries, parent = _chosen(gate, model, baseline, only)
+    entries, parent = _choose(gate, model, baseline, only)
     for folder in (parent, *([] if model is None else [model])):
         Checkpoint(folder)  # a wrong path is no failed check
     run = _Run(gate, parent, device or torch.device("cpu"), dtype, progress)
@@ -100,7 +102,7 @@ def run_gate(
     for entry in entries:
         missing = ""
         try:
-            figures[entry.name], ours = _measured(run, entry, model)
+            figures[entry.name], ours = _measure(run, entry, model)
             tasks[entry.name] = _beside_parent(ours, parents_tasks)
         except (ModelError, VerifyError) as err:
             missing = str(err)
@@ -113,7 +115,7 @@ def run_gate(
     return GateResult(str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks))
 
 
-def _chosen(
+def _choose(
     gate: GateFile, model: Path | None, baseline: Path | None, only: Sequence[str] | None
 ) -> tuple[list[Entry], Path]:
     """Entries to check, and the folder of the parent."""
@@ -128,9 +130,8 @@ def _chosen(
             raise UsageError(f"the gate compares {model} with its parent; give it with --baseline")
         return [_entry_of(gate, model, named if only else None)], baseline
     if baseline is not None:
-        raise UsageError(
-            f"--baseline {baseline} needs a model; without one the gate uses the model of {gate.path}",
-        )
+        remedy = f"without one the gate uses the model of {gate.path}"
+        raise UsageError(f"--baseline {baseline} needs a model; {remedy}")
     if gate.model is None:
         raise UsageError(
             f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline",
@@ -156,9 +157,8 @@ def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
         named = named or [entry for entry in gate.entries if entry.recipe.name == recipe]
         if not named:
             names = ", ".join(entry.name for entry in gate.entries)
-            raise UsageError(
-                f"{gate.path} has no entry for {model}'s recipe '{recipe}'; name one (entries: {names})",
-            )
+            problem = f"{gate.path} has no entry for {model}'s recipe '{recipe}'"
+            raise UsageError(f"{problem}; name one (entries: {names})")
     if len(named) > 1:
         names = ", ".join(entry.name for entry in named)
         raise UsageError(
@@ -167,7 +167,7 @@ def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
     return named[0]
 
 
-def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
+def _measure(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
     """Evaluation and task figures of `model`, or of the entry's recipe, whose
     conversion is then deleted."""
 
@@ -178,7 +178,7 @@ def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, An
         with tempfile.TemporaryDirectory(prefix="pq-gate-") as folder:
             output = Path(folder) / entry.name
             convert(Request(run.baseline, entry.recipe, output, run.device, run.dtype), progress)
-            return _measured(run, entry, output)
+            return _measure(run, entry, output)
     evaluation = evaluate(
         model,
         run.baseline,
@@ -187,7 +187,8 @@ def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, An
         progress=progress,
         **dataclasses.asdict(run.file.evaluation),
     )
-    return dataclasses.asdict(evaluation), _tasks(run, model, entry.name) if run.file.tasks else {}
+    tasks = _tasks(run, model, entry.name) if run.file.tasks else {}
+    return dataclasses.asdict(evaluation), tasks
 
 
 def _tasks(run: _Run, model: Path, name: str) -> Tasks:

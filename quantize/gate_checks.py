@@ -30,7 +30,8 @@ HIGHER_IS_BETTER: dict[str, bool] = {
 }
 """Figures of an Evaluation that can be checked; task metrics are written `task/metric`."""
 ROLLING_ONLY = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-WITH_PARENT = tuple(m for m in HIGHER_IS_BETTER if f"baseline_{m}" in {f.name for f in dataclasses.fields(Evaluation)})
+_FIELDS = {field.name for field in dataclasses.fields(Evaluation)}
+WITH_PARENT = tuple(metric for metric in HIGHER_IS_BETTER if f"baseline_{metric}" in _FIELDS)
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ def judge(recipe: str, check: Check, figure: Measurement) -> Verdict:
     """Compare one measured figure with what the file expects. What cannot be
     compared fails, with the reason."""
     value, parent = _finite(figure.value), _finite(figure.parent)
-    status, detail, recovery = _unusable(figure) or (
-        _by_value(check, figure) if check.kind == "value" else _by_recovery(check, figure)
-    )
-    tolerance = None if check.kind == "recovery" else f"{check.tolerance:g}{'%' if check.percent else ''}"
+    compare = _by_value if check.kind == "value" else _by_recovery
+    status, detail, recovery = _unusable(figure) or compare(check, figure)
+    tolerance = None
+    if check.kind == "value":
+        tolerance = f"{check.tolerance:g}{'%' if check.percent else ''}"
     return Verdict(
         recipe,
         check.metric,
@@ -131,11 +133,14 @@ def _unusable(figure: Measurement) -> _Outcome | None:
 def _by_value(check: Check, figure: Measurement) -> _Outcome:
     assert figure.value is not None
     worse = figure.value - check.expected
-    worse = -worse if figure.higher_is_better else worse
+    limit = check.expected + check.allowed
+    sign = "<="
+    if figure.higher_is_better:
+        worse = -worse
+        limit = check.expected - check.allowed
+        sign = ">="
     # Sums of floats end a few bits off; a tolerance of 0 means equal up to those.
     allowed = check.allowed + 1e-9 * abs(check.expected)
-    sign = ">=" if figure.higher_is_better else "<="
-    limit = check.expected - check.allowed if figure.higher_is_better else check.expected + check.allowed
     if worse > allowed:
         return "FAIL", f"must be {sign} {limit:.6g}", None
     if worse < -allowed:

@@ -200,9 +200,9 @@ class _Reader:
         if "dataset" in calibration:
             calibration["dataset"] = self.beside(calibration["dataset"])
         tasks = tuple(self.task(name) for name in top.get("tasks", []))
-        entries = [
-            self.entry(name, data, calibration, settings, bool(tasks)) for name, data in top.get("recipes", {}).items()
-        ]
+        entries: list[Entry | None] = []
+        for name, data in top.get("recipes", {}).items():
+            entries.append(self.entry(name, data, calibration, settings, bool(tasks)))
         return GateFile(
             path=path,
             model=self.folder / top["model"] if "model" in top else None,

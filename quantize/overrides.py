@@ -38,7 +38,8 @@ def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         for index in chosen:
             several = _several(type(recipe.stages[index]).model_fields[field].annotation, raw)
             changes.setdefault(index, {})[field] = _value(assignment, raw, several)
-    stages = tuple(_replace_fields(stage, changes.get(index, {})) for index, stage in enumerate(recipe.stages))
+    values = [changes.get(index, {}) for index in range(len(recipe.stages))]
+    stages = tuple(map(_replace_fields, recipe.stages, values))
     return recipe.model_copy(update={"stages": stages})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -207,9 +207,10 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
         for i, cls in enumerate(stages)
         if cls
     ]
-    pairs = ((this, other) for this, other in product(known, known) if other[0] < this[0] and other[1] > this[1])
-    for (i, _, label), (j, _, later) in islice(pairs, 1):
-        yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
+    for (i, rank, label), (j, other, later) in product(known, known):
+        if j < i and other > rank:
+            yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
+            break
     ranks = [rank for _, rank, _ in known]
     cache = _KINDS.index("cache")
     sufficient = {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}

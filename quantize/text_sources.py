@@ -106,7 +106,7 @@ def load(
         raise DataError(f"{dataset}: no such file; give {_FORMATS}")
     match = _HUB_NAME.fullmatch(dataset)
     if match is None:
-        raise _unknown(dataset, [BUILTIN, *sets])
+        raise _unknown_set(dataset, [BUILTIN, *sets])
     wanted = HubSet(name=dataset, hub_id=match["id"], config=match["config"] or None)
     if match["split"]:
         wanted = wanted.model_copy(
@@ -115,7 +115,7 @@ def load(
     return _from_hub(wanted, purpose, text_field, min_characters)
 
 
-def _unknown(dataset: str, names: list[str]) -> DataError:
+def _unknown_set(dataset: str, names: list[str]) -> DataError:
     close = difflib.get_close_matches(dataset.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return DataError(
@@ -203,7 +203,7 @@ def _jsonl_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
             raise DataError(
                 f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}",
             )
-        yield _checked(_field(row, field, where), f"{where}, field {field!r}")
+        yield _check(_field(row, field, where), f"{where}, field {field!r}")
 
 
 def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
@@ -216,18 +216,17 @@ def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     for number, value in enumerate(values, start=1):
-        yield _checked(value, f"{path} row {number}, field {field!r}")
+        yield _check(value, f"{path} row {number}, field {field!r}")
 
 
 def _field(row: dict[str, Any], field: str, where: str) -> object:
     if field not in row:
-        raise DataError(
-            f"{where} has no field {field!r}; choose a text field among: {', '.join(row) or 'none'}",
-        )
+        names = ", ".join(row) or "none"
+        raise DataError(f"{where} has no field {field!r}; choose a text field among: {names}")
     return row[field]
 
 
-def _checked(value: object, where: str) -> Row:
+def _check(value: object, where: str) -> Row:
     if isinstance(value, str):
         try:
             value.encode()
@@ -240,11 +239,15 @@ def _checked(value: object, where: str) -> Row:
         raise DataError(
             f"{where}: {type(value).__name__} instead of text or a list of chat messages",
         )
-    for message in value:
-        keys = ("role", "content")
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
-            raise DataError(f"{where}: each chat message needs a role and a content, both strings")
+    if not all(map(_is_message, value)):
+        raise DataError(f"{where}: each chat message needs a role and a content, both strings")
     return value
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 # ---- Hugging Face Hub ----
@@ -269,7 +272,7 @@ def _from_hub(
     rows: list[Row] = []
     for number, row in enumerate(_hub_rows(wanted, split, field, min_characters), start=1):
         where = f"{wanted.hub_id} split {split} row {number}"
-        rows.append(_checked(_field(row, field, where), f"{where}, field {field!r}"))
+        rows.append(_check(_field(row, field, where), f"{where}, field {field!r}"))
     if not rows:
         raise DataError(f"{wanted.name} split {split} has no rows; use another split or set")
     origin: dict[str, object] = {
@@ -297,7 +300,8 @@ def _hub_rows(
     min_characters: int | None,
 ) -> Iterable[dict[str, Any]]:
     """Return rows in order; of a streamed set only until they hold `min_characters`."""
-    files = {split: wanted.data_files[split]} if wanted.data_files and split in wanted.data_files else None
+    file = (wanted.data_files or {}).get(split)
+    files = None if file is None else {split: file}
     rows: list[dict[str, Any]] = []
     characters = 0
     try:

@@ -25,7 +25,7 @@ from quantize.errors import LostError, PqError, RecipeError, StoppedError, Usage
 
 app = typer.Typer(
     name="pq",
-    help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint you can serve.",
+    help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint to serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # --num-fewshot and --num_fewshot are the same option: other tools of
@@ -67,7 +67,7 @@ def _root(
     """Options of `pq` itself."""
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     # Unwinding removes the half-written output, which a plain SIGTERM would leave behind.
     raise SystemExit(128 + number)
 
@@ -78,7 +78,7 @@ def main() -> None:
     # Read when torch loads: spinning threads make a machine that others use several
     # times slower (36 s became 9 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         app()
     except LostError as err:
@@ -113,4 +113,5 @@ def main() -> None:
 def _is_out_of_memory(err: Exception) -> bool:
     # torch has no common class for it: accelerators say "out of memory", the CPU
     # allocator "can't allocate memory".
-    return isinstance(err, MemoryError) or any(s in str(err) for s in ("out of memory", "can't allocate memory"))
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(err, MemoryError) or any(word in str(err) for word in words)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from quantize.cli import bench_speed, options
-from quantize.cli.common import local_model, pick_device, pick_dtype
+from quantize.cli.common import local_model, pick_device, pick_dtype, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def ffn(
     form: Annotated[
         list[str] | None,
         typer.Option(
-            help="Shared neurons + experts x neurons @ mean experts a token; default: 2816+8x1024@4.",
+            help="Shared neurons + experts x neurons @ mean experts of a token; default: "
+            "2816+8x1024@4. May be given several times.",
         ),
     ] = None,
     model: Annotated[
@@ -180,20 +181,13 @@ def _facts(measured: FitBench) -> dict[str, Any]:
 
 
 def _print(measured: FitBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     s = measured.settings
     cache = f", {measured.shapes} × {measured.scales} lines" if measured.shapes else ""
-    title = f"{s.method} {s.bits} bits{' + bias' if s.bias else ''}{cache}, groups of {s.group_size}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-    )
+    bias = " + bias" if s.bias else ""
+    title = f"{s.method} {s.bits} bits{bias}{cache}, groups of {s.group_size}"
+    table = titled_table(title)
     table.add_column(f"{s.shape[0]}x{s.shape[1]} {s.distribution}")
     table.add_column(f"{measured.device}, {measured.threads} threads", justify="right")
     table.add_row("relative MSE", f"{measured.relative_mse:.4g}")
@@ -207,18 +201,11 @@ def _print(measured: FitBench) -> None:
 
 
 def _print_products(measured: MultiplyBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    title = f"{measured.scheme.bits} bit planes, groups of {measured.scheme.group_size}; {measured.device}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-    )
+    scheme = measured.scheme
+    title = f"{scheme.bits} bit planes, groups of {scheme.group_size}; {measured.device}"
+    table = titled_table(title)
     for column in (
         "N x K",
         "rows",
@@ -246,19 +233,11 @@ def _print_products(measured: MultiplyBench) -> None:
 
 
 def _print_ffns(measured: FfnBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     size = f"{measured.hidden} x {measured.intermediate} {measured.dtype}"
     title = f"FFN {size}; {measured.device}, {measured.threads} threads"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-    )
+    table = titled_table(title)
     table.add_column("us")
     for t in measured.timings:
         table.add_column(f"{t.form}\n{t.M} rows", justify="right")

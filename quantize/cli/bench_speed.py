@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import pick_device
+from quantize.cli.common import pick_device, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -171,22 +171,15 @@ def _measure(
 
 def show(record: Record) -> None:
     """Print the tables of a record, what was left out, and the targets that were missed."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = max(console.width, _WIDTH)
-    matmul = ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in record.ceilings.matmul.items())
+    rates = record.ceilings.matmul.items()
+    matmul = ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates)
     for name, rows in record.sections.items():
         title = f"{name}; {record.device}: copy {record.ceilings.copy / 1e9:,.0f} GB/s, {matmul}"
-        table = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-        )
+        table = titled_table(title)
         peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
         table.add_column("")
         for column in ("size", "rows", "us", "fastest … slowest", "MB", "of copy", "of matmul"):

@@ -14,6 +14,7 @@ from quantize.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,6 +56,20 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
         )
 
 
+def titled_table(title: str) -> Table:
+    """A rich table in the one style of all commands, columns to be added."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
+
+
 @contextmanager
 def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
     """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else,
@@ -64,7 +79,8 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
     """
     asked: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    left_alone = (signal.SIG_IGN, None)
+    usual = {number: handler for number, handler in handlers.items() if handler not in left_alone}
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -148,7 +164,8 @@ def local_model(model: str) -> Path:
         raise ModelError(
             f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder",
         ) from None
-    looks_like_hub = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
+    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model
+    looks_like_hub = model.count("/") <= 1 and not looks_like_path
     if not looks_like_hub or folder.exists():
         raise ModelError(
             f"{model}: no such folder; give a local model folder or a Hub id (org/name)",
@@ -170,6 +187,5 @@ def local_model(model: str) -> Path:
         # huggingface_hub raises many unrelated types for "not there",
         # "not allowed" and "no network".
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise ModelError(
-            f"{model}: neither a local folder nor a model that can be fetched from the Hub ({reason})"
-        ) from None
+        problem = "neither a local folder nor a model that can be fetched from the Hub"
+        raise ModelError(f"{model}: {problem} ({reason})") from None

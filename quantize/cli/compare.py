@@ -67,7 +67,8 @@ def compare(
         write_page(comparison(evaluations, sizes, quantize.__version__), output)
         typer.echo(f"{output} written", err=True)
     if as_json:
-        facts = [dataclasses.asdict(e) | {"bytes": size} for e, size in zip(evaluations, sizes, strict=True)]
+        pairs = zip(evaluations, sizes, strict=True)
+        facts = [dataclasses.asdict(evaluation) | {"bytes": size} for evaluation, size in pairs]
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_comparison(evaluations, sizes)

@@ -299,7 +299,9 @@ def _tasks(
     from quantize.evaluate.task_scores import compare_tasks
 
     def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
-        samples = setting.output / "samples" / folder.name if log_samples and setting.output else None
+        samples = None
+        if log_samples and setting.output:
+            samples = setting.output / "samples" / folder.name
         return run_tasks(
             folder,
             names,

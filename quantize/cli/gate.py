@@ -38,9 +38,9 @@ def print_verdicts(result: GateResult) -> None:
         cells = [
             verdict.recipe if verdict.recipe != previous else "",
             verdict.metric,
-            _shown(verdict.value),
+            _format(verdict.value),
         ]
-        cells += [_shown(verdict.parent), _expected(verdict)]
+        cells += [_format(verdict.parent), _demand(verdict)]
         table.add_row(
             *cells,
             Text(verdict.status, style=_STYLES[verdict.status]),
@@ -59,16 +59,15 @@ def _title(result: GateResult) -> str:
     first = next(iter(result.figures.values()), None)
     if first is None:
         return result.file
-    return (
-        f"{result.file}: {first['protocol']} on {first['data']}, {first['tokens']} tokens, {first['numerics']} numerics"
-    )
+    text = f"{first['protocol']} on {first['data']}, {first['tokens']} tokens"
+    return f"{result.file}: {text}, {first['numerics']} numerics"
 
 
-def _shown(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
 
 
-def _expected(verdict: Verdict) -> str:
+def _demand(verdict: Verdict) -> str:
     if verdict.kind == "recovery":
         return f">= {verdict.expected:g} of parent"
     return f"{verdict.expected:g} ± {verdict.tolerance}"
@@ -77,14 +76,13 @@ def _expected(verdict: Verdict) -> str:
 def _summary(result: GateResult) -> list[str]:
     failed = sum(not verdict.ok for verdict in result.verdicts)
     better = sum(verdict.status == "better" for verdict in result.verdicts)
-    outcome = f"{failed} of {len(result.verdicts)} checks failed" if failed else f"{len(result.verdicts)} checks passed"
+    checks = len(result.verdicts)
+    outcome = f"{failed} of {checks} checks failed" if failed else f"{checks} checks passed"
     lines = [f"{outcome} in {result.seconds:.0f} s"]
+    accept = "--update-baselines --reason '...'"
     if better:
-        lines.append(
-            f"{better} better than their baseline: keep them with --update-baselines --reason '...'",
-        )
-    if any(not verdict.ok and verdict.kind == "value" and verdict.value is not None for verdict in result.verdicts):
-        lines.append(
-            "a figure that is meant to be worse is accepted with --update-baselines --reason '...'",
-        )
+        lines.append(f"{better} better than their baseline: keep them with {accept}")
+    failures = [verdict for verdict in result.verdicts if not verdict.ok]
+    if any(verdict.kind == "value" and verdict.value is not None for verdict in failures):
+        lines.append(f"a figure that is meant to be worse is accepted with {accept}")
     return lines

@@ -26,7 +26,9 @@ def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
     """
     from quantize.launch import joined, launched, local_rank
 
-    remedy = "the same command goes on from the last block that is kept" if keeps else "start the command again"
+    remedy = "start the command again"
+    if keeps:
+        remedy = "the same command goes on from the last block that is kept"
     first = True
     try:
         with joined(remedy, _abandon) as ranks:

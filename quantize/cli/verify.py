@@ -29,8 +29,8 @@ def verify(
         bool,
         typer.Option(
             "--kernels",
-            help="Run the Triton kernels on its tensors beside their twins: on all of them on cuda, on a sample in "
-            "Triton's interpreter on a CPU.",
+            help="Run the Triton kernels on its tensors beside their twins: on all of them on "
+            "cuda, on a sample in Triton's interpreter on a CPU.",
         ),
     ] = False,
     device: Annotated[

@@ -199,5 +199,7 @@ def _provenance(sources: Sources) -> Section:
 
 
 def _pairs(title: str, caption: str, columns: tuple[str, str], found: Mapping[str, Any]) -> Table:
-    rows: list[list[Cell]] = [[str(key), "–" if value is None else str(value)] for key, value in found.items()]
+    rows: list[list[Cell]] = []
+    for key, value in found.items():
+        rows.append([str(key), "–" if value is None else str(value)])
     return Table(title, caption, columns, rows)

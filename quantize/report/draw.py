@@ -215,7 +215,7 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
 
 
 def _scatter(ax: Axes, picture: Scatter) -> None:
-    points = [(name, x, y) for name, x, y in picture.points if not math.isnan(finite(x)) and not math.isnan(finite(y))]
+    points = [p for p in picture.points if not any(math.isnan(finite(v)) for v in p[1:])]
     if picture.front and points:
         best = [p for p in points if not any(_beats(q, p) for q in points)]
         best.sort(key=lambda p: (p[1], -p[2]))

@@ -131,7 +131,10 @@ def outliers(sources: Sources) -> Section:
     else:
         shown.append(Note("The recipe reads no calibration text, so no activations were measured."))
     if weights := _curves(blocks, "weights", "absmax", "rms"):
-        drawn = [Lines(name, "", x, series, "block", "max / rms", log_y=True) for name, (x, series) in weights.items()]
+        drawn = [
+            Lines(name, "", x, series, x_label="block", y_label="max / rms", log_y=True)
+            for name, (x, series) in weights.items()
+        ]
         shown.append(_limit("Weights", _WEIGHTS, drawn))
     return Section("outliers", "Outliers", "", shown)
 
@@ -267,9 +270,7 @@ def weights(sources: Sources) -> Section:
 
 def _scheme_names(schemes: Iterable[AnyScheme]) -> list[str]:
     """Each way of packing once, by bits and group."""
-    kinds = {
-        (scheme.bits, scheme.group_size, scheme.fp8_activations, scheme.as_json([])["format"]) for scheme in schemes
-    }
+    kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in schemes}
     return [
         f"{bits}-bit g{group} {layout} with {'FP8' if fp8 else '16-bit'} activations"
         for bits, group, fp8, layout in sorted(kinds)
