@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
-from quantize.block import Block
-from quantize.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from quantize.convert import Request, convert
-from quantize.moe import place_experts
-from quantize.overrides import with_stage_fields
-from quantize.recipe import load_recipe
-from quantize.skeleton import Skeleton
+from quantize.block.block import Block
+from quantize.convert.loop import Request, convert
+from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
+from quantize.model.moe import place_experts
+from quantize.model.skeleton import Skeleton
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import load_recipe
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -75,6 +79,24 @@ hypothesis.settings.load_profile("pq")
 def row_of(model_type: str, index: int = 0) -> Architecture:
     """Row of a block of a tiny model, its experts written out."""
     return block_architecture(ARCHITECTURES[model_type], config_of(model_type), index)
+
+
+def common_folder(factory: pytest.TempPathFactory, *key: object) -> Path:
+    """A folder that all worker processes of this run of the tests find under the same key."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in there
+    folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other workers out, so that what all of them need is made once; whoever comes later finds it."""
+    with (folder / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 ModelMaker = Callable[..., Path]
@@ -226,8 +248,11 @@ def converted(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPa
 
     @functools.cache
     def run(recipe: str, model_type: str, *changes: str, **model: Any) -> Path:
-        output = tmp_path_factory.mktemp(f"{recipe}-{model_type}") / "out"
-        convert(request_for(tiny(model_type, **model), recipe, output, text_file, *changes))
+        folder = common_folder(tmp_path_factory, "converted", recipe, model_type, changes, sorted(model.items()))
+        output = folder / "out"
+        with locked(folder):
+            if not output.exists():
+                convert(request_for(tiny(model_type, **model), recipe, output, text_file, *changes))
         return output
 
     return run

@@ -16,8 +16,8 @@ from quantize.cli.common import pick_device, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.speed.record import Record, Row
-    from quantize.speed.stand import Stand
+    from quantize.bench.speed.record import Record, Row
+    from quantize.bench.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]
 Output = Annotated[
@@ -51,7 +51,7 @@ def kernels(
     """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than
     torch. Wrong ones end it."""
     sizes = [product_shape(text) for text in shape or ()]
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         return run.kernels(stand, sizes, batch or run.BATCHES, ffn_rows or (run.FFN_ROWS,))
@@ -84,7 +84,7 @@ def decode(
 ) -> None:
     """Decode with an INT4 cache: attention, and steps of a model of
     Llama-3-8B's shape, against bfloat16."""
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         lengths = context or run.CONTEXTS, batch or run.SEQUENCES
@@ -115,7 +115,7 @@ def prefill(
     """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and
     whole FFNs, against bfloat16."""
     sizes = [product_shape(text) for text in ffn or ()]
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         return run.prefill(
@@ -150,7 +150,7 @@ def _measure(
     if picture and picture.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture {picture}: name a file that ends in .svg or .png")
     where = pick_device(device)
-    from quantize.speed.stand import Stand
+    from quantize.bench.speed.stand import Stand
 
     stand = Stand(where, rounds)
     record = stand.record()

@@ -87,8 +87,8 @@ def print_perplexity(e: Evaluation) -> None:
     ]
     gain = None if e.delta_nll is None else -e.delta_nll
     rows = []
-    for name, parent, ours, digits in both:
-        rows.append((name, format_figure(parent, digits), format_figure(ours, digits)))
+    for name, theirs, mine, digits in both:
+        rows.append((name, format_figure(theirs, digits), format_figure(mine, digits)))
     rows += [
         ("Δ log-likelihood", "", format_figure(gain, 5, e.delta_nll_stderr)),
         ("KLD mean", "", format_figure(e.kld_mean, 5, e.kld_stderr)),

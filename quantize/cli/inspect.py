@@ -16,7 +16,7 @@ from quantize.pictures import folded
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from quantize.inspection import DecoderBlock, Inspection, Linear, Other, Totals
+    from quantize.inspect.inspection import DecoderBlock, Inspection, Linear, Other, Totals
 
 _NAMED = 10  # fallbacks that are named
 
@@ -35,7 +35,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
-    from quantize.inspection import inspect as run
+    from quantize.inspect.inspection import inspect as run
 
     found = run(local_model(model))
     if as_json:

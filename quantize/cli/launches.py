@@ -13,7 +13,7 @@ import typer
 from quantize.errors import LostError, PqError
 
 if TYPE_CHECKING:
-    from quantize.ranks import Ranks
+    from quantize.parallel.ranks import Ranks
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
     Of an expected error the first rank alone tells; the others end with the same code.
     keeps: whether blocks are kept.
     """
-    from quantize.launch import joined, launched, local_rank
+    from quantize.parallel.launch import joined, launched, local_rank
 
     remedy = "start the command again"
     if keeps:

@@ -1,6 +1,6 @@
 """`pq recipe`: list, print and check recipes.
 
-quantize.recipe needs torch, so only the commands that build stages import it.
+quantize.recipe.recipe needs torch, so only the commands that build stages import it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from quantize.errors import RecipeError
 
 if TYPE_CHECKING:
-    from quantize.recipe_files import Listing
+    from quantize.recipe.files import Listing
 
 app = typer.Typer(help="List, print and check recipes.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the recipes that come with pq."""
-    from quantize.recipe_files import list_shipped
+    from quantize.recipe.files import list_shipped
 
     listings = list_shipped()
     if as_json:
@@ -44,11 +44,11 @@ def show(
 ) -> None:
     """Print a recipe as YAML."""
     if resolved:
-        from quantize.recipe import load_recipe, resolved_yaml
+        from quantize.recipe.recipe import load_recipe, resolved_yaml
 
         typer.echo(resolved_yaml(load_recipe(name)), nl=False)
         return
-    from quantize.recipe_files import find_recipe
+    from quantize.recipe.files import find_recipe
 
     path = find_recipe(name)
     try:
@@ -63,7 +63,7 @@ def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")],
 ) -> None:
     """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr."""
-    from quantize.recipe import load_recipe
+    from quantize.recipe.recipe import load_recipe
 
     broken = False
     for file in files:
@@ -81,7 +81,7 @@ def validate(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from quantize.recipe import recipe_schema
+    from quantize.recipe.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 

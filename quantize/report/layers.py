@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from quantize.block.statistics import STATISTICS
 from quantize.errors import RecipeError
 from quantize.formats.scheme import AnyScheme
 from quantize.pictures import (
@@ -21,11 +22,10 @@ from quantize.pictures import (
     facts,
     folded,
 )
-from quantize.recipe import parse_recipe
+from quantize.recipe.recipe import parse_recipe
 from quantize.report import draw
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
 from quantize.report.sources import Sources
-from quantize.statistics import STATISTICS
 
 _WORST = 10  # rows of the table of worst layers, which fits on a screen
 _ALARM = 10.0  # times the median error of all layers: outliers are named, not a tail
