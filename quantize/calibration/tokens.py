@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SEQLEN = 2**20
+"""Longer than the context of any model there is: a typing error, not a wish."""
 MAX_TOKENS = 2**28
 """Most tokens of one set: 2 GiB as int64, far above what any method gains from."""
 
 _POOL_CHARACTERS = 2**25
-"""A large Hub set is shuffled within at least so many characters, about 10,000 web pages."""
+"""A large Hub set is shuffled within at least so many characters, about 10,000 web pages: enough
+that neighbours in the set are not neighbours in the sample, little enough to download."""
 _NEAR_THE_CUT = 256
 """Tokens that a cut in the text may have changed, generously."""
 _CHARACTERS_PER_TOKEN = 16

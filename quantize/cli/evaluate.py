@@ -144,7 +144,8 @@ def evaluate(
         measured = scored = None
         with progress_bar(ranks.first) as progress:
             if not tasks or protocol or dataset:
-                chosen, text = protocol or "strided", dataset or "builtin"
+                chosen = protocol or "strided"
+                text = dataset or "builtin"
                 measured = _perplexity(
                     setting,
                     chosen,

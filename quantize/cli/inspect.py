@@ -124,7 +124,8 @@ def _alike(linears: Sequence[Linear]) -> list[list[Linear]]:
 
 def _linear_line(alike: Sequence[Linear]) -> str:
     """One line for linears that differ in their names alone."""
-    linear, each = alike[0], " each" if len(alike) > 1 else ""
+    linear = alike[0]
+    each = " each" if len(alike) > 1 else ""
     shape = "shape unknown" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]}"
     name = f"{folded(linear.name)}, {len(alike)} equal" if each else linear.name
     if linear.role != linear.name.rpartition(".")[2]:

@@ -24,7 +24,9 @@ from yaml import events as ev
 from quantize.errors import RecipeError
 
 MAX_BYTES = 1 << 20
+"""Two thousand times the longest shipped recipe: what is larger was named by mistake."""
 MAX_DEPTH = 20
+"""Recipes and gate files need five; the parser's recursion is safe far beyond."""
 MAX_PROBLEMS = 20
 """A broken file reports this many lines, then a count."""
 
@@ -36,7 +38,7 @@ _WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": Fa
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_MAX_DIGITS = 100
+_MAX_DIGITS = 100  # of a number; Python itself reads no integer of more than 4300
 _SYNTAX_HINTS = {
     "'\\t'": "indent with spaces, not tabs",
     "mapping values are not allowed": "put a value that contains ': ' in quotes",

@@ -103,7 +103,8 @@ def y_range(pictures: Sequence[Chart]) -> Range | None:
 def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
     series = {} if isinstance(picture, Histogram | Scatter) else picture.series
     rows = -(-len(series) // _legend_columns(series, frame)) if len(series) > 1 else 0
-    left, right, top, bottom = 62, 12, 12 + 18 * rows, 44
+    left, right, bottom = 62, 12, 44  # pixels: numbers and their label, a rim, two lines of text
+    top = 12 + 18 * rows  # the legend's rows
     fig = Figure(figsize=(frame.width / 72, frame.height / 72), dpi=72)
     box = (
         left / frame.width,

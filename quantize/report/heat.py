@@ -15,14 +15,14 @@ from quantize.pictures import Heatmap
 from quantize.report.draw import INK, finite, format_number, positive
 from quantize.report.model import clean
 
-STEPS = 11
+STEPS = 11  # odd, so that a scale has a middle
 HEAT = tuple(f"#0002{i:02x}" for i in range(STEPS))
 HEAT_TEXT = tuple(f"#0003{i:02x}" for i in range(STEPS))
 MISSING = "#000004"
 TOOLTIP = "cell-"
 """Prefix of the ids of cells; the rest is the index of the tooltip."""
 
-_SIZE = 11
+_SIZE = 11  # of text, in pixels
 _MIDDLE = 4  # the colour of a map that has one value
 _FEW = 6  # distinct values that are named one by one instead of by a scale
 _NAMED = 16  # columns up to which values are written into the cells
@@ -165,10 +165,12 @@ def _labels(ax: Axes, picture: Heatmap, cell: float, height: float) -> None:
 def _key(ax: Axes, scale: _Scale, unit: str) -> None:
     """The legend: every value by itself where there are few, else the scale's ends and middle."""
     if scale.named:
-        shares, steps = len(scale.values), [scale.step(v) for v in scale.values]
+        shares = len(scale.values)
+        steps = [scale.step(value) for value in scale.values]
         marks = [(i + 0.5, format_number(v, 3)) for i, v in enumerate(scale.values)]
     else:
-        shares, steps = STEPS, list(range(STEPS))
+        shares = STEPS
+        steps = list(range(STEPS))
         marks = [(at, format_number(scale.edge(at), 2)) for at in (0.0, STEPS / 2, float(STEPS))]
     span = max(shares, 3)
     _bare(ax, (0, span), (0, 1))
@@ -176,7 +178,9 @@ def _key(ax: Axes, scale: _Scale, unit: str) -> None:
         ax.add_patch(Rectangle((i, 0), 1, 1, facecolor=HEAT[step], clip_on=False))
     for at, label in marks:
         # The scale's ends are written inwards, so that they stay on the picture.
-        ha = "center" if 0 < at < shares else "left" if at == 0 else "right"
+        ha = "center"
+        if not 0 < at < shares:
+            ha = "left" if at == 0 else "right"
         ax.annotate(
             label,
             (at, 1),

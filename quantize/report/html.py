@@ -21,6 +21,7 @@ from quantize.report.sources import beside
 from quantize.report.svg import svg
 
 _HERE = Path(__file__).resolve().parent
+# Width and height of a picture in pixels: three beside each other, two, or one by itself.
 _SMALL = (308, 210)
 _HALF = (400, 225)
 _ALONE = (440, 300)

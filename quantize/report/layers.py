@@ -29,7 +29,7 @@ from quantize.report.sources import Sources
 
 _WORST = 10  # rows of the table of worst layers, which fits on a screen
 _ALARM = 10.0  # times the median error of all layers: outliers are named, not a tail
-_UNQUANTIZED = 16
+_UNQUANTIZED = 16  # bits of a linear that stays as it is
 _PICTURES = 24  # of a group; a block of experts has hundreds of linears
 _SPAN = 1e6  # codes; a histogram over more is none of ours
 

@@ -21,7 +21,7 @@ from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
 from quantize.report.model import mapping
 
-_LOG_TAIL = 1 << 20
+_LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
 _SUMMARY = "summary {"
 _PACKED = ".weight_shape"
 
