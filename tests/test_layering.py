@@ -67,7 +67,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
-    "yaml": ("quantize.files.strict_yaml", "quantize.calibration.text_sources"),
+    "yaml": ("quantize.files.strict_yaml",),
     "huggingface_hub": ("quantize.cli",),
     "transformers": ("quantize.model.transformers_api", "quantize.serving.transformers_quantizer"),
 }
