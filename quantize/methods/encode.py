@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -200,18 +199,6 @@ def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
     if moments.cross is None:
         return weight
     return corrected_target(weight, moments.hessian, moments.cross, moments.residual, usable)
-
-
-@contextmanager
-def damped_metric(moments: Moments, usable: Damped) -> Iterator[Tensor]:
-    """The Hessian [K, K] with its damping, in which a fit errs least. It is the moments' own, damped for a while."""
-    diagonal = moments.hessian.diagonal()
-    plain = diagonal.clone()
-    diagonal.add_(usable.damping * plain.mean())
-    try:
-        yield moments.hessian
-    finally:
-        diagonal.copy_(plain)
 
 
 def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:

@@ -16,7 +16,6 @@ from quantize.cost.footprint import factored as factorization
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
     IntEncode,
-    damped_metric,
     encode_nearest,
     factored,
     fall_back,
@@ -155,7 +154,7 @@ class Fireq(IntEncode):
         hessian, grid = moments.hessian, self._grid()
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
-        with damped_metric(moments, usable) as metric:
+        with usable.metric(moments.hessian) as metric:
             rounded = descend(target, rounded, metric, grid, self.sweeps)
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))

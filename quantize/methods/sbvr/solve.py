@@ -158,7 +158,7 @@ def _factored(block: Tensor) -> Damped:
     order = torch.argsort(block.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    return Damped(order, upper, 0.0, torch.zeros_like(order, dtype=torch.bool))
+    return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
 def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:

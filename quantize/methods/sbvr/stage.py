@@ -14,7 +14,7 @@ from quantize.cost.footprint import Effort, factoring
 from quantize.cost.footprint import factored as factorization
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, damped_metric, factored, note_errors, target_of
+from quantize.methods.encode import Encode, factored, note_errors, target_of
 from quantize.methods.sbvr.fit import Cache, fit_cache, require_room, round_codes
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
@@ -145,7 +145,7 @@ class Sbvr(Encode):
     def _solve(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
         data_free = self._cache(weight)
-        with damped_metric(moments, usable) as metric:
+        with usable.metric(moments.hessian) as metric:
             start = self._cache(target, metric.diagonal(), data_free[0])
             fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
             ours = loss(target, fitted, metric)
