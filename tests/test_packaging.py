@@ -86,6 +86,14 @@ def test_the_command_is_declared(project: dict[str, Any]):
 # Finding data
 
 
+def test_extras_that_messages_name_are_declared(project: dict[str, Any]):
+    declared = set(project["project"]["optional-dependencies"])
+    sources = [*(ROOT / "quantize").rglob("*.py"), *(ROOT / "eval").rglob("*.py"), ROOT / "README.md"]
+    for path in sources:
+        named = re.findall(r"pq-quantize\[(\w+)\]", path.read_text(encoding="utf-8"))
+        assert set(named) <= declared, path
+
+
 @pytest.mark.parametrize("name", ["recipes", "calib_data", "eval"])
 def test_data_is_found_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / name).mkdir()  # a namesake in the working directory is not ours

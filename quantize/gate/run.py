@@ -192,7 +192,7 @@ def _measure(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any
 
 
 def _tasks(run: _Run, model: Path, name: str) -> Tasks:
-    from quantize.evaluate.harness import run_tasks  # lm-eval is an optional dependency
+    from quantize.evaluate.harness import run_tasks  # lm-eval takes seconds to import
 
     done = run_tasks(
         model,
