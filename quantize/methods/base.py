@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from quantize.model.arch import Architecture, Shape
     from quantize.pictures import Picture
 
-Kind = Literal["restructure", "smooth", "cache", "encode", "refine"]
-"""Order in a recipe: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
+Kind = Literal["restructure", "smooth", "cache", "encode"]
+"""Order in a recipe: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
 
 
 class Stage(BaseModel):

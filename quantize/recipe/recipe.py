@@ -1,8 +1,7 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or
-an encode stage. Every problem of a file is reported at once, one line each, with file,
-line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage. Every
+problem of a file is reported at once, one line each, with file, line, path, value and remedy.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ else:
     AnyStage = Annotated[Union[STAGES], Field(discriminator="method")]  # noqa: UP007
 
 METHODS: dict[str, type[Stage]] = {cls.model_fields["method"].default: cls for cls in STAGES}
-LAW = "restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage"
+LAW = "restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -77,8 +76,7 @@ class Recipe(BaseModel):
     from rounding get 8 bits instead of their stage's own until it is spent
     (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a
-    cache or an encode stage."""
+    """Methods in order: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
 
     @field_validator("stages")
     @classmethod

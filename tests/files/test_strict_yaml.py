@@ -219,7 +219,7 @@ TEXTS = st.one_of(
 
 @st.composite
 def some_recipes(draw: st.DrawFn) -> Recipe:
-    order = ("restructure", "smooth", "cache", "encode", "refine")
+    order = ("restructure", "smooth", "cache", "encode")
     classes = sorted(draw(st.lists(st.sampled_from(STAGES), max_size=4)), key=lambda cls: order.index(cls.kind))
     kinds = [cls.kind for cls in classes]
     assume("encode" in kinds and kinds.count("cache") < 2)
