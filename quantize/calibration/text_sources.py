@@ -77,6 +77,12 @@ def named_sets() -> dict[str, HubSet]:
     return {entry.name: entry for entry in sets}
 
 
+def name_of(dataset: str) -> str:
+    """What a data set is called in what pq writes: a file by its name, wherever it lies."""
+    is_file = dataset.lower().endswith(_FILE_SUFFIXES)
+    return os.path.basename(dataset) if is_file else dataset
+
+
 def load(
     dataset: str,
     purpose: Purpose,
@@ -157,7 +163,7 @@ def _from_file(path: Path, field: str) -> Text:
     if not data:
         raise DataError(f"{path} is empty; give a file with text")
     origin: dict[str, object] = {
-        "dataset": path.name,
+        "dataset": name_of(str(path)),
         "split": None,
         "licence": None,
         "text_sha256": hashlib.sha256(data).hexdigest(),

@@ -15,6 +15,7 @@ import torch
 import quantize
 from quantize.block.statistics import STATISTICS
 from quantize.block.streams import Streams
+from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import Space
 from quantize.convert.conversion import Conversion
@@ -29,7 +30,7 @@ from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.writer import CheckpointWriter, require_apart, require_free
 from quantize.parallel.agreement import processor, require_equal
-from quantize.recipe.recipe import resolved_yaml
+from quantize.recipe.recipe import Recipe, resolved_yaml
 
 __all__ = ["Request", "Summary", "convert"]
 
@@ -165,8 +166,13 @@ def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None)
 def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
     """All that decides what is written, by name; a state of another fingerprint is not gone on from."""
     facts = _provenance(request, hashes, tokens)
-    told = {"recipe": request.recipe.model_dump(mode="json"), "target_bpw": request.target_bpw}
+    told = {"recipe": _told(request.recipe).model_dump(mode="json"), "target_bpw": request.target_bpw}
     return told | {key: facts[key] for key in facts if key != "recipe"} | {"batch_tokens": request.batch_tokens}
+
+
+def _told(recipe: Recipe) -> Recipe:
+    """The recipe without the folder of its text: equal texts give equal bytes, and are known by their hash."""
+    return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
 
 
 def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | 
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
-        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(request.recipe)},
+        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(_told(request.recipe))},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }
