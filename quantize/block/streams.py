@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,27 @@ from quantize.block.block import Block
 from quantize.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+
+def finite_only(outputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """One batch [B, T, D] of every stream → the sequences that are finite in all streams, and how many are not."""
+    finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]).all(dim=0)
+    if finite.all():
+        return list(outputs), 0
+    return [out[finite] for out in outputs], int((~finite).sum())
+
+
+def drop_empty(streams: Sequence[MutableSequence[Tensor]], index: int) -> None:
+    """Drop the batches of all streams that have no sequence left. ModelError when no batch is left.
+
+    index: the block whose outputs they are.
+    """
+    for batch in reversed(range(len(streams[0]))):
+        if not len(streams[0][batch]):
+            for stream in streams:
+                del stream[batch]
+    if not streams[0]:
+        raise ModelError(f"block {index}: its outputs are not finite for any sequence; try --dtype float32")
 
 
 @dataclass
@@ -36,22 +57,15 @@ class Streams:
         quantized, reference = self.quantized, self.reference
         teacher = block.parent or block.reference or block.module
         for batch, outputs in enumerate(self._outputs(block, teacher)):
-            finite = torch.stack([torch.isfinite(out).flatten(1).all(dim=1) for out in outputs]).all(dim=0)
-            if not finite.all():
-                self.dropped += int((~finite).sum())
-                outputs = [out[finite] for out in outputs]
+            outputs, dropped = finite_only(outputs)
+            self.dropped += dropped
             quantized[batch] = outputs[0]
             if reference is not None:
                 reference[batch] = outputs[1]
-        for batch in reversed(range(len(quantized))):
-            if not len(quantized[batch]):
-                del quantized[batch]
-                if reference is not None:
-                    del reference[batch]
+        streams = [quantized] if reference is None else [quantized, reference]
+        drop_empty(streams, block.index)
         if self.dropped > dropped_before:
             log.warning("block %d: %d sequences became non-finite", block.index, self.dropped - dropped_before)
-        if not quantized:
-            raise ModelError(f"block {block.index}: its outputs are not finite for any sequence; try --dtype float32")
 
     def _outputs(self, block: Block, teacher: nn.Module) -> Iterator[list[Tensor]]:
         """The outputs of both streams, batch by batch; every rank computes some and receives the others."""

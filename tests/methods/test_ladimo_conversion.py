@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quantize.convert.conversion import Conversion
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, UsageError
 from quantize.evaluate import evaluate
@@ -95,6 +96,30 @@ def test_layers_are_searched_and_the_plan_is_kept(tiny: ModelMaker, text_file: P
     assert isinstance(resolved, Ladimo)
     assert resolved.mean_experts is not None
     assert resolved.experts == plan["experts"]
+
+
+def test_the_search_leaves_out_windows_that_are_not_finite(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    stage = "{method: ladimo, activated_reduction: 0.1, teaching: none}"
+
+    def found(name: str) -> dict[str, Any]:
+        run(tiny("llama"), stage, tmp_path / name, text_file, "pq")
+        facts: dict[str, Any] = json.loads((tmp_path / name / "pq.json").read_text())["layers"]["ladimo"]
+        return facts
+
+    expected, entering = found("clean"), Conversion._hidden
+
+    def spoiled(self: Conversion, windows: Tensor) -> list[Tensor]:
+        hidden = entering(self, windows)
+        return [*hidden, torch.full_like(hidden[0][:1], torch.nan)]
+
+    monkeypatch.setattr(Conversion, "_hidden", spoiled)
+    assert found("spoiled") == expected
+    assert "searching, block 0: 1 windows became non-finite and are left out" in caplog.text
+    monkeypatch.setattr(Conversion, "_hidden", lambda self, windows: [h * torch.nan for h in entering(self, windows)])
+    with pytest.raises(ModelError, match="layers.0.mlp: no finite calibration inputs; try --dtype float32"):
+        found("nothing")
 
 
 def test_experts_are_quantized_by_the_stages_behind(tiny: ModelMaker, text_file: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantize.block.streams import drop_empty, finite_only
 from quantize.errors import ModelError
 from quantize.methods.ladimo.budget import Budget, Levels
 from quantize.methods.ladimo.routing import Budget as Visits
@@ -18,6 +20,8 @@ from quantize.methods.ladimo.trial import Start, Trial, dense_ffn
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.view import ModelView
+
+log = logging.getLogger(__name__)
 
 _FFN = "mlp"
 _CURVE = (0.1, 0.2, 0.3, 0.4)
@@ -140,6 +144,7 @@ class Searcher:
                 for key, means in wanted.items()
                 for mean in means
             }
+            _drop_non_finite(list(streams.values()), index)
             parent = (*parent, None)
         return [self._kl(streams[parent], streams[_prefix(plan, self.budget.blocks)]) for plan in plans]
 
@@ -148,8 +153,11 @@ class Searcher:
     ) -> dict[float | None, Trial | None]:
         x = torch.cat([inputs for (inputs,) in block.inputs_of([_FFN])])
         x = x[x.isfinite().all(dim=1)]
+        if not len(x):
+            raise ModelError(f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32")
         ffn = dense_ffn(block)
-        start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
+        start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
+        y = ffn(x)
         trials: dict[float | None, Trial | None] = {None: None}
         # One ranking of the experts serves all levels.
         router = start.router(Visits.plain(levels[len(levels) // 2]), self.seed)
@@ -176,6 +184,22 @@ class Searcher:
             total += float((p.exp() * (p - q)).double().sum())
             tokens += p.shape[0] * p.shape[1]
         return total / tokens
+
+
+def _drop_non_finite(streams: Sequence[list[Tensor]], index: int) -> None:
+    """Drop windows that are not finite in some stream from all of them: plans are compared on the same text.
+
+    index: the block whose outputs they are. ModelError when no window is left.
+    """
+    dropped = 0
+    for batch, outputs in enumerate(zip(*streams, strict=True)):
+        kept, lost = finite_only(outputs)
+        dropped += lost
+        for stream, out in zip(streams, kept, strict=True):
+            stream[batch] = out
+    drop_empty(streams, index)
+    if dropped:
+        log.warning("searching, block %d: %d windows became non-finite and are left out", index, dropped)
 
 
 def _prefix(plan: Levels, blocks: int) -> tuple[float | None, ...]:
