@@ -63,7 +63,10 @@ class Damped:
     damping: float
     """Part of the mean that `delta` is."""
     delta: float
-    """Added to every diagonal element: `damping` times the mean of those of live inputs."""
+    """Added to every diagonal element: `damping` times the mean of those of live inputs.
+
+    As float32 has it, in which metrics are damped; the factor was damped by the same in double precision.
+    """
     dead: Tensor
     """bool [K], natural order: inputs that were always zero."""
 
@@ -111,11 +114,11 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
         amount = damping * 10.0**attempt
         for rows, picked in zip(torch.split(work, SOLVER_ROWS), torch.split(order, SOLVER_ROWS), strict=True):
             rows.copy_(hessian[picked][:, order])
-        delta = amount * mean
-        work.diagonal().copy_(torch.where(dead, mean, diagonal + delta))
+        work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean))
         if _inverse_factor(work):
             natural = torch.empty_like(dead)
             natural[order] = dead
+            delta = float(amount * hessian.diagonal()[~natural].mean())
             return Damped(order, work.mT.float(), amount, delta, natural)
     return None
 
