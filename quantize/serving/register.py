@@ -29,7 +29,7 @@ from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
 from quantize.model.arch import ARCHITECTURES, Shape, architecture_of
 from quantize.model.hadamard import let_rotate_inputs
-from quantize.model.moe import Policy, Router, place_experts
+from quantize.model.moe import Policy, Router, place_experts, stack_experts
 from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
@@ -111,6 +111,7 @@ class PqQuantizer(Quantizer):
                 _require_loaded(f"{model.name_or_path}: {_full_name(model, name)}", module)
                 for suffix in module.scheme.suffixes:
                     getattr(module, suffix).requires_grad_(False)
+        stack_experts(model)
         if attention_of(self.quantization_config.to_dict()):
             from quantize.serving.kv_cache import use_int4_cache
 

@@ -118,7 +118,7 @@ def test_the_search_leaves_out_windows_that_are_not_finite(
     assert found("spoiled") == expected
     assert "searching, block 0: 1 windows became non-finite and are left out" in caplog.text
     monkeypatch.setattr(Conversion, "_hidden", lambda self, windows: [h * torch.nan for h in entering(self, windows)])
-    with pytest.raises(ModelError, match="layers.0.mlp: no finite calibration inputs; try --dtype float32"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp: no finite calibration inputs; try --dtype float32"):
         found("nothing")
 
 
