@@ -19,6 +19,8 @@ from quantize.convert.loop import Request, convert
 from quantize.parallel.launch import joined
 
 REMEDY = "start again"
+HANGS = 1800.0
+"""Seconds after which a test gives up on processes. Nothing is measured by it: a busy machine may take minutes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Launch:
     ids: list[int]
     said: list[Path]
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = HANGS) -> list[int]:
         """Exit codes by rank, those of signals negative; TimeoutError, and no process left, if they hang."""
         codes: dict[int, int] = {}
         until = time.monotonic() + seconds

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ModelMaker
+from processes import HANGS
 from resumed import files_of, model_of
 
 LAUNCHERS = {
@@ -35,7 +36,7 @@ def test_a_launcher(tiny: ModelMaker, text_file: Path, tmp_path: Path, launcher:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in ("", launcher):
         told = command(name, model_of(tiny, "rtn"), text_file, tmp_path / (name or "alone"))
-        done = subprocess.run(told, env=environment, check=True, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(told, env=environment, check=True, capture_output=True, text=True, timeout=HANGS)
         assert done.stdout.count('"quantized_linears"') == 1
     assert files_of(tmp_path / launcher) == files_of(tmp_path / "alone")
 
@@ -47,7 +48,7 @@ def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path:
     while not (tmp_path / "out.work" / "lock").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert "pq: stopped after block" in said
     done = subprocess.run(
@@ -55,6 +56,7 @@ def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path:
         check=False,
         capture_output=True,
         text=True,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
 
@@ -69,9 +71,9 @@ def test_a_launcher_that_loses_a_process(tiny: ModelMaker, text_file: Path, tmp_
     while process.poll() is None and not (lock.exists() and lock.read_text()):
         time.sleep(0.01)
     os.kill(int(lock.read_text()), signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert "pq: rank 0 no longer answers; the same command goes on" in said
-    subprocess.run(command("accelerate", model, text_file, output), check=True, capture_output=True, timeout=300)
-    subprocess.run(command("", model, text_file, tmp_path / "once"), check=True, capture_output=True, timeout=300)
+    subprocess.run(command("accelerate", model, text_file, output), check=True, capture_output=True, timeout=HANGS)
+    subprocess.run(command("", model, text_file, tmp_path / "once"), check=True, capture_output=True, timeout=HANGS)
     assert files_of(output) == files_of(tmp_path / "once")
