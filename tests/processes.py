@@ -23,6 +23,25 @@ HANGS = 1800.0
 """Seconds after which a test gives up on processes. Nothing is measured by it: a busy machine may take minutes."""
 
 
+HELD = """
+import sys, time
+from pathlib import Path
+from quantize.cli import main
+from quantize.convert.conversion import Conversion
+
+go, real = Path(sys.argv.pop(1)), Conversion.block
+
+def block(*arguments):
+    while not go.exists():
+        time.sleep(0.01)
+    return real(*arguments)
+
+Conversion.block = block
+main()
+"""
+"""A script: `pq`, which waits before each block until the file in front of its arguments is there."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """Running processes, by rank, and the files of what they say on stderr."""
