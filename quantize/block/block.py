@@ -247,7 +247,8 @@ class Block:
             for hidden in self.inputs if stream is None else stream:
                 with suppress(_Stop):
                     self.forward(module, hidden.to(self.device))
-                yield tuple(seen[name].flatten(0, -2).float() for name in names)
+                # Given away: whoever looks at one batch must not hold it while the next one is computed.
+                yield tuple(seen.pop(name).flatten(0, -2).float() for name in names)
         finally:
             for handle in handles:
                 handle.remove()

@@ -254,6 +254,7 @@ class Conversion:
             if stage.kind == "restructure":  # which leaves other linears than it found
                 stage.apply(block)
                 give_back()
+                self.request.require_room()
         before = after = profile(block)
         smoothed = False
         for stage in (stage for stage in stages if stage.kind != "restructure"):
@@ -261,6 +262,7 @@ class Conversion:
                 after, smoothed = profile(block), False
             stage.apply(block)
             give_back()
+            self.request.require_room()
             smoothed |= stage.kind == "smooth"
         self.statistics.add(block, before, after)
 

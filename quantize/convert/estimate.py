@@ -18,7 +18,7 @@ from quantize.convert.conversion import Conversion
 from quantize.convert.opening import opened
 from quantize.convert.request import Request
 from quantize.cost.footprint import BlockSizes, Effort, total
-from quantize.cost.peak import resident
+from quantize.cost.peak import peak_resident, resident
 from quantize.cost.stopwatch import watch
 from quantize.cost.units import gigabytes
 from quantize.errors import RoomError
@@ -88,9 +88,10 @@ def within(request: Request) -> Request:
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
         fitting = (i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1])
         chosen = request.ranks.tell(next(fitting, None))
-    if chosen is None:
+    taken = peak_resident() or 0
+    if chosen is None or (request.max_ram is not None and taken > request.max_ram):
         least = min(found, key=lambda one: (one.vram, one.ram))
-        needed = [f"--max-ram {gigabytes(least.ram)}"] if request.max_ram is not None else []
+        needed = [f"--max-ram {gigabytes(max(least.ram, taken))}"] if request.max_ram is not None else []
         needed += [f"--max-vram {gigabytes(least.vram)}"] if request.max_vram is not None else []
         raise RoomError(
             f"recipe {request.recipe.name} on {request.model} needs {' and '.join(needed)} at least; "
@@ -186,7 +187,7 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None, rates:
 def _working(run: Conversion, sizes: BlockSizes) -> int:
     """Bytes of the most demanding step beside weights and hidden states."""
     statistics = 3 * 4 * sizes.largest
-    return max(statistics, sizes.forward(), *(stage.room(sizes) for stage in run.request.recipe.stages))
+    return max(statistics, sizes.profiling(), *(stage.room(sizes) for stage in run.request.recipe.stages))
 
 
 def _kept_weights(request: Request, sizes: BlockSizes) -> int:

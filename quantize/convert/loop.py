@@ -145,6 +145,7 @@ def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, 
     writer.write_index()
     writer.write_json("config.json", run.config())
     writer.write_json(STATISTICS, run.statistics.as_json())
+    run.request.require_room()
     facts = provenance | run.results(streams) | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()

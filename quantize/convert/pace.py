@@ -36,6 +36,4 @@ class Pace:
         projected = duration(now + left)
         told = f"block {self.done} of {self.blocks}: {duration(took)}, {duration(left)} left of {projected}{memory}"
         log.info("%s", told, extra={"seconds": took})
-        limit = self.request.max_vram if self.request.device.type == "cuda" else self.request.max_ram
-        if peak and limit and peak > limit:
-            log.warning("peak memory %s is above the limit of %s", gigabytes(peak), gigabytes(limit))
+        self.request.require_room()

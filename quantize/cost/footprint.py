@@ -14,6 +14,10 @@ SOLVER_ROWS = 1024
 """Rows or columns of a large matrix that solvers work on at once, where all would take too much room."""
 
 
+_VISITS = 4
+"""Routed experts that a token is taken to visit, where inputs of all are recorded."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """What a step computes."""
@@ -96,6 +100,21 @@ class BlockSizes:
         streams = 2 if with_reference else 1
         inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
         return held + max(self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs))
+
+    def profiling(self) -> int:
+        """Bytes at most while a pass records the inputs of all groups of linears at once, for the report.
+
+        Routed experts that share a role see each token a few times between them.
+        """
+        widths: dict[str, list[int]] = {}
+        for name in (group[0] for group in self.groups):
+            kind = name.rpartition(".")[2] if name in self.routed else name
+            widths.setdefault(kind, []).append(self.linears[name][1])
+        K = sum(sum(same[:_VISITS]) for same in widths.values())
+        widest = max(max(same) for same in widths.values())
+        recorded = self.itemsize * self.batch * K
+        copies = FLOAT * self.batch * K if self.itemsize < FLOAT else 0
+        return recorded + max(self.forward(), copies + (2 * FLOAT + 1) * self.batch * widest)
 
     def passes(self) -> Effort:
         """One pass of all tokens through the block."""
