@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
 
-_TOKENS = 8192  # calibration tokens that the input profiles are taken from
+PROFILED_TOKENS = 8192
+"""Calibration tokens that the input profiles are taken from: more hardly change a channel's largest value."""
 _TOP = 8
 _BINS, _SPAN = 96, 1.25  # bins of a histogram over ±1.25 times the most negative code
 
@@ -56,7 +57,7 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
             tokens[name] += len(x)
         del inputs, x  # before the next pass, which takes most
-        if tokens[names[0]] >= _TOKENS:
+        if tokens[names[0]] >= PROFILED_TOKENS:
             break
     return {name: _channels(largest, tokens[name]) for name, largest in maxima.items()}
 

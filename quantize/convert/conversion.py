@@ -75,7 +75,7 @@ class Conversion:
     def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
         """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
         windows = tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]
-        errors = space.measure(self.open, self.shape.n_blocks, self._hidden(windows), progress)
+        errors = space.measure(self.open, self.shape.n_blocks, self.hidden(windows), progress)
         chosen = space.choose(errors)
         log.info("%.3f bits per weight for a target of %g: %s", chosen.bits_per_weight, chosen.target, chosen.bits)
         request = replace(self.request, recipe=chosen.recipe)
@@ -107,13 +107,13 @@ class Conversion:
             arch=self.arch,
             shape=self.shape,
             sizes=self.source.shapes,
-            hidden=self._hidden(tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]),
+            hidden=self.hidden(tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]),
             open=self.open,
             log_probs=lambda hidden: F.linear(norm(hidden), placed).float().log_softmax(dim=-1),
             progress=progress,
         )
 
-    def _hidden(self, windows: Tensor) -> list[Tensor]:
+    def hidden(self, windows: Tensor) -> list[Tensor]:
         """Token windows [B, T] → the hidden states that enter block 0, batch by batch."""
         return list(self._embedded(windows))
 
@@ -255,16 +255,20 @@ class Conversion:
                 stage.apply(block)
                 give_back()
                 self.request.require_room()
-        before = after = profile(block)
+        before = after = self.profile(block)
         smoothed = False
         for stage in (stage for stage in stages if stage.kind != "restructure"):
             if smoothed and stage.kind in ("cache", "encode"):
-                after, smoothed = profile(block), False
+                after, smoothed = self.profile(block), False
             stage.apply(block)
             give_back()
             self.request.require_room()
             smoothed |= stage.kind == "smooth"
         self.statistics.add(block, before, after)
+
+    def profile(self, block: Block) -> dict[str, dict[str, Any]]:
+        """Outliers of a block as it is now."""
+        return profile(block)
 
     def _record(self, block: Block, prefix: str) -> None:
         for name, packed in block.packed.items():

@@ -75,7 +75,8 @@ def convert(
         if not done:
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
-            pace = Pace(request, done, blocks)
+            weights = [run.skeleton.linear_shapes(index).values() for index in range(blocks)]
+            pace = Pace(request, done, [sum(N * K for N, K in shapes) for shapes in weights])
             streams = _write_blocks(run, streams, pace, writer, keeper, progress)
             ranks.release()
             progress("writing", blocks, blocks)

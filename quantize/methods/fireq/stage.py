@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from quantize.cost.footprint import Effort, factoring
-from quantize.cost.footprint import factored as factorization
+from quantize.cost.footprint import factoring
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
     IntEncode,
@@ -86,14 +85,6 @@ class Fireq(IntEncode):
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
         return max(factoring(K), 4 * K * K + 30 * N * K) if self.needs_inputs else 24 * N * K
-
-    def fitted(self, N: int, K: int) -> Effort:
-        """Factorization, target, feedback of errors and the descent."""
-        if not self.needs_inputs:
-            return Effort(0, 300.0 * N * K)
-        return factorization(K) + Effort(
-            (10.0 + 5.0 * self.sweeps) * N * K * K, (3000.0 + 3000.0 * self.sweeps) * N * K
-        )
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""

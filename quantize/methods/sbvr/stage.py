@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantize.cost.footprint import Effort, factoring
-from quantize.cost.footprint import factored as factorization
+from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
 from quantize.methods.encode import Encode, factored, note_errors, target_of
@@ -105,17 +104,6 @@ class Sbvr(Encode):
         if not self.needs_inputs:
             return max(training, 24 * N * K)
         return max(training + 4 * K * K, factoring(K), 4 * K * K + 30 * N * K)
-
-    def fitted(self, N: int, K: int) -> Effort:
-        """Training, and in the metric of the inputs factorization, feedback of errors and the descent."""
-        cache = Effort(0, 2e11 + 1500.0 * N * K)
-        if not self.needs_inputs:
-            return cache
-        return (
-            cache
-            + factorization(K)
-            + Effort((12.0 + 24.0 * self.sweeps) * N * K * K, 8000.0 * (1 + self.sweeps) * N * K)
-        )
 
     def stored_bits(self, N: int, K: int) -> float:
         """Planes, and at most the overhead that the recipe allows."""
