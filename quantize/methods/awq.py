@@ -9,14 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.block.moments import too_few
-from quantize.block.smoothing import (
-    ALL_SAMPLED_ROWS,
-    SAMPLED_ROWS,
-    balanced,
-    column_absmean,
-    per_source_channel,
-    search,
-)
+from quantize.block.smoothing import SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
 from quantize.cost.footprint import BlockSizes
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
