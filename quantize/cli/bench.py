@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantize.bench.ffn import FfnBench, FfnTiming
     from quantize.bench.fit import FitBench
     from quantize.bench.multiply import MultiplyBench
-    from quantize.methods.sbvr.fit import Codebook
+    from quantize.methods.sbvr.fit import CodebookKind
 
 app = typer.Typer(help="Measure one step alone, on random data.", no_args_is_help=True)
 app.command()(bench_speed.kernels)
@@ -35,7 +35,7 @@ def fit(
     shape: Annotated[str, typer.Option(help="Outputs x inputs, like 4096x4096.")] = "4096x4096",
     group_size: Annotated[int, typer.Option(help="Inputs that share a line or a scale.")] = 128,
     bias: Annotated[bool, typer.Option("--bias", help="sbvr: lines with a constant.")] = False,
-    lines: Annotated[int, typer.Option(help="sbvr: most lines in the cache.")] = 256,
+    lines: Annotated[int, typer.Option(help="sbvr: most lines in the codebook.")] = 256,
     codebook: Annotated[
         str,
         typer.Option(help="sbvr: lines, shapes (times scales) or auto."),
@@ -50,7 +50,7 @@ def fit(
     size = _sizes(shape)
     from quantize.bench.fit import FitSettings, bench_fit
 
-    kind = cast("Codebook", codebook)  # checked by the settings
+    kind = cast("CodebookKind", codebook)  # checked by the settings
     settings = FitSettings(method, bits, size, group_size, bias, lines, kind, distribution, seed)
     measured = bench_fit(settings, pick_device(device), repeat)
     if as_json:
@@ -72,7 +72,7 @@ def multiply(
     ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs that share a line.")] = 128,
     bias: Annotated[bool, typer.Option("--bias", help="Lines with a constant.")] = False,
-    lines: Annotated[int, typer.Option(help="Lines in the cache.")] = 256,
+    lines: Annotated[int, typer.Option(help="Lines in the codebook.")] = 256,
     blocks: Annotated[
         int,
         typer.Option(min=0, help="Also time all linears of so many Llama-3-8B blocks."),

@@ -19,7 +19,7 @@ _FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than d
 class BitVecLinear(NativeLinear[BitVecScheme]):
     """y = x Wᵀ + b in x's dtype, W as `BitVec` unpacks it, summed in float32 (float64 for such x).
 
-    An index is trusted to lie within the cache.
+    An index is trusted to lie within the codebook.
     """
 
     weight_planes: Tensor

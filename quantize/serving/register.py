@@ -199,7 +199,7 @@ def _require_index(name: str, module: NativeLinear[Any]) -> None:
     if isinstance(module, BitVecLinear):
         lines, largest = module.scheme.lines * module.scheme.scales, int(module.weight_index.int().max())
         if largest >= lines:
-            raise ModelError(f"{name}.weight_index names line {largest} of a cache of {lines}; download it again")
+            raise ModelError(f"{name}.weight_index names line {largest} of a codebook of {lines}; download it again")
 
 
 def _require_loaded(name: str, module: NativeLinear[Any]) -> None:

@@ -262,7 +262,7 @@ def with_padding_bits(planes: Tensor) -> Tensor:
     ("suffix", "change", "check", "says"),
     [
         ("weight_planes", with_padding_bits, "packing", f"{DOWN0}.weight_planes holds bits beside its codes"),
-        ("weight_index", with_entry(200), "packing", f"{DOWN0}: index 200 is outside a cache of"),
+        ("weight_index", with_entry(200), "packing", f"{DOWN0}: index 200 is outside a codebook of"),
         ("weight_lines", with_entry(math.nan), "values", f"{DOWN0}.weight_lines holds NaN or Inf"),
         ("weight_scales", lambda t: t * math.inf, "values", f"{DOWN0}.weight_scales holds NaN or Inf"),
         ("weight_scales", None, "layout", f"tensor {DOWN0}.weight_scales is missing"),
