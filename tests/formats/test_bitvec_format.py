@@ -183,7 +183,7 @@ def test_tensors_that_do_not_fit_are_refused(suffix: str, change: Callable[[Tens
         ({"index": torch.zeros(4, 2, dtype=torch.uint8)}, "index int32"),
         ({"index": torch.zeros(4, 1, dtype=torch.int32)}, r"index is \(4, 1\) for a weight \(4, 200\)"),
         ({"index": torch.full((4, 2), 7, dtype=torch.int32)}, "index 7 is outside a codebook of 7 lines"),
-        ({"index": torch.full((4, 2), -1, dtype=torch.int32)}, "outside a cache"),
+        ({"index": torch.full((4, 2), -1, dtype=torch.int32)}, "outside a codebook"),
         ({"lines": torch.zeros(7, 4)}, "lines must be float16"),
         ({"lines": torch.zeros(7, 6).half()}, "lines have 6 coefficients, expected 4 or 5"),
         ({"scales": torch.ones(1).half()}, "scales float32"),
