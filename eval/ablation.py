@@ -17,11 +17,11 @@ from typing import Any
 import measuring  # the script beside this one
 import torch
 
-from quantize.attention import KvNumerics
-from quantize.convert import Request, convert
+from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
-from quantize.overrides import with_stage_fields
-from quantize.recipe import load_recipe
+from quantize.model.attention import KvNumerics
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import load_recipe
 
 # (part, recipe, changes of stage fields, format)
 ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (

@@ -21,10 +21,10 @@ from typing import Any
 import measuring  # the script beside this one
 import torch
 
-from quantize.convert import Request, convert
+from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
-from quantize.overrides import with_stage_fields
-from quantize.recipe import load_recipe
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import load_recipe
 
 ROWS = (
     ("rtn", "none", 4),

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from measuring import keep  # the script beside this one
 
+from quantize.bench.speed.run import SECTIONS
+from quantize.bench.speed.stand import Stand
 from quantize.report.roofline import write_roofline
-from quantize.speed.run import SECTIONS
-from quantize.speed.stand import Stand
 
 _HEADS = {
     "kernels": "µs, times faster than {}, part of the copy's bandwidth",

@@ -23,21 +23,21 @@ from typing import Any, ClassVar, Literal
 import measuring  # the script beside this one
 import torch
 
-from quantize.block import Block
-from quantize.convert import Request, convert
+from quantize.block.block import Block
+from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
-from quantize.ladimo.budget import neurons_for
-from quantize.ladimo.container import FFN
-from quantize.ladimo.dense import Ffn
-from quantize.ladimo.distill import Training, distill, refit_down
-from quantize.ladimo.pruning import prune
-from quantize.ladimo.split import Layout, Split
-from quantize.ladimo.student import Student
-from quantize.ladimo.trial import dense_ffn
-from quantize.methods.ladimo import Ladimo
-from quantize.moe import Threshold
-from quantize.overrides import with_stage_fields
-from quantize.recipe import Recipe, load_recipe
+from quantize.methods.ladimo.budget import neurons_for
+from quantize.methods.ladimo.container import FFN
+from quantize.methods.ladimo.dense import Ffn
+from quantize.methods.ladimo.distill import Training, distill, refit_down
+from quantize.methods.ladimo.pruning import prune
+from quantize.methods.ladimo.split import Layout, Split
+from quantize.methods.ladimo.stage import Ladimo
+from quantize.methods.ladimo.student import Student
+from quantize.methods.ladimo.trial import dense_ffn
+from quantize.model.moe import Threshold
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import Recipe, load_recipe
 
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
 _BUDGETS = (0.1, 0.2, 0.3, 0.4)

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.arch import architecture_of
-from quantize.checkpoint import Checkpoint
-from quantize.convert import Request, convert
+from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
+from quantize.files.checkpoint import Checkpoint
 from quantize.methods.rotate import Rotate
-from quantize.overrides import with_stage_fields
-from quantize.recipe import Recipe, load_recipe
+from quantize.model.arch import architecture_of
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import Recipe, load_recipe
 
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantize.calib import evaluation_tokens
+from quantize.calibration.tokens import evaluation_tokens
 from quantize.evaluate import evaluate
-from quantize.skeleton import load_tokenizer
+from quantize.model.skeleton import load_tokenizer
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def _register() -> None:
-    from quantize.hf import register
+    from quantize.serving.register import register
 
     register()
 

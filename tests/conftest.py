@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
-from quantize.block import Block
-from quantize.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from quantize.convert import Request, convert
-from quantize.moe import place_experts
-from quantize.overrides import with_stage_fields
-from quantize.recipe import load_recipe
-from quantize.skeleton import Skeleton
+from quantize.block.block import Block
+from quantize.convert.loop import Request, convert
+from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
+from quantize.model.moe import place_experts
+from quantize.model.skeleton import Skeleton
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import load_recipe
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

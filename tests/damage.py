@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantize.checkpoint import INDEX_NAME
-from quantize.provenance import canonical_json, provenance_digest
+from quantize.files.checkpoint import INDEX_NAME
+from quantize.files.provenance import canonical_json, provenance_digest
 from quantize.verification import Check, Verification
 
 Maker = Callable[..., Path]

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import quantize.gate
+import quantize.gate.run
 from quantize.evaluate import Evaluation
-from quantize.gate import GateResult
-from quantize.gate_checks import judge
-from quantize.gate_file import load_gate
+from quantize.gate.checks import judge
+from quantize.gate.file import load_gate
+from quantize.gate.run import GateResult
 
 Maker = Callable[..., Path]
 GOOD = "fireq:\n  kld_mean: {value: 0.02, tolerance: 30%}\n  perplexity: {recovery: 0.95}"
@@ -37,5 +37,5 @@ def result_of(path: Path, **figures: Any) -> GateResult:
     """A run in which every recipe had these figures."""
     checks = [(entry.name, check) for entry in load_gate(path).entries for check in entry.checks]
     figures = dataclasses.asdict(evaluation(**figures))
-    verdicts = [judge(n, c, quantize.gate.figure_of(figures, c.metric)) for n, c in checks]
+    verdicts = [judge(n, c, quantize.gate.run.figure_of(figures, c.metric)) for n, c in checks]
     return GateResult(str(path), tuple(verdicts), 1.0, {}, {})

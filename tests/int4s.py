@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.packed_int import PackedInt, pack_codes
-from quantize.kernels.int4_reference import Weight
+from quantize.kernels.int4.reference import Weight
 
 KINDS: dict[str, dict[str, Any]] = {
     "W4A16": {"fp8_activations": False},

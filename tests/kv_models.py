@@ -11,10 +11,10 @@ from conftest import ModelMaker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache
 
-from quantize.arch import ARCHITECTURES
-from quantize.attention import ATTENTION, KvAttention, KvNumerics
 from quantize.formats.kv4 import KvScheme
-from quantize.kv_cache import use_int4_cache
+from quantize.model.arch import ARCHITECTURES
+from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
+from quantize.serving.kv_cache import use_int4_cache
 
 takes_tokens_back = pytest.mark.skipif(
     not hasattr(Cache, "activate_past_recording"),

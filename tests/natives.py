@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quantize.arch import Shape, architecture_of, block_architecture
-from quantize.checkpoint import INDEX_NAME
+from quantize.files.checkpoint import INDEX_NAME
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.packed_int import IntScheme
+from quantize.model.arch import Shape, architecture_of, block_architecture
 
 Maker = Callable[..., Path]
 ATTENTION = {"kv_cache": KvScheme().as_json(), "query": "fp8", "probabilities": "fp8"}

@@ -15,8 +15,8 @@ import torch
 from resumed import files_of, whole
 
 from quantize import cli
-from quantize.convert import Request, convert
-from quantize.launch import joined
+from quantize.convert.loop import Request, convert
+from quantize.parallel.launch import joined
 
 REMEDY = "start again"
 

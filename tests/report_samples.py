@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quantize.arch import architecture_of
 from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.packed_int import IntScheme
-from quantize.recipe import load_recipe, resolved_yaml
+from quantize.model.arch import architecture_of
+from quantize.recipe.recipe import load_recipe, resolved_yaml
 from quantize.report import Report, as_json
 
 LLAMA = architecture_of({"model_type": "llama"})

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import CPU, ModelMaker
 
-from quantize.convert import Request, convert
+from quantize.convert.loop import Request, convert
 from quantize.errors import StoppedError
-from quantize.recipe import parse_recipe
+from quantize.recipe.recipe import parse_recipe
 
 BLOCKS = 3
 LADIMO = "{method: ladimo, shared: 128, experts: 2, steps: 5, batch_tokens: 32, mean_experts: [1, null, 0.5]}"

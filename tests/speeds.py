@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from quantize.speed import llama, run, stand
-from quantize.speed.attention import Heads
-from quantize.speed.record import Row, Spread
-from quantize.speed.stand import Stand
+from quantize.bench.speed import llama, run, stand
+from quantize.bench.speed.attention import Heads
+from quantize.bench.speed.record import Row, Spread
+from quantize.bench.speed.stand import Stand
 
 HEADS = Heads(4, 2, 64)
 SIZES = llama.Sizes(128, 256, 100, HEADS)

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source text: types alone (under TYPE_CHECKING) may point anywhere."""
+"""Who may import whom, read from the source text; between rooms, imports for types alone count as well."""
 
 from __future__ import annotations
 
@@ -20,73 +20,54 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-# Package or module → the only ones of ours that it may import.
-ALLOWED: dict[str, tuple[str, ...]] = {
-    "quantize.errors": (),
-    "quantize.resources": (),
-    "quantize.formats": ("quantize.formats", "quantize.errors"),
-    "quantize.arch": ("quantize.errors",),
-    "quantize.strict_json": (),
-    "quantize.disk": ("quantize.errors",),
-    "quantize.checkpoint": ("quantize.errors", "quantize.formats", "quantize.strict_json"),
-    "quantize.provenance": ("quantize.errors", "quantize.checkpoint"),
-    "quantize.writer": ("quantize.errors", "quantize.checkpoint", "quantize.disk", "quantize.provenance"),
-    "quantize.pictures": (),
-    "quantize.statistics": ("quantize.arch", "quantize.formats"),
-    "quantize.ranks": (),
-    "quantize.watch": ("quantize.errors",),
-    "quantize.launch": ("quantize.ranks", "quantize.watch", "quantize.errors"),
-    "quantize.moments": ("quantize.arch", "quantize.footprint", "quantize.formats", "quantize.ranks"),
-    "quantize.memo": ("quantize.ranks", "quantize.disk"),
-    "quantize.footprint": (),
-    "quantize.units": (),
-    "quantize.offload": ("quantize.disk",),
-    "quantize.exchange": ("quantize.formats", "quantize.linear"),
-    "quantize.hadamard": (),
-    "quantize.basis": ("quantize.arch", "quantize.methods"),
-    "quantize.grid": ("quantize.formats",),
-    "quantize.solver": ("quantize.footprint", "quantize.grid", "quantize.formats"),
-    "quantize.cache_assign": ("quantize.formats",),
-    "quantize.cache_train": ("quantize.cache_assign", "quantize.formats"),
-    "quantize.cache_fit": ("quantize.cache_assign", "quantize.cache_train", "quantize.formats"),
-    "quantize.linear": ("quantize.formats", "quantize.kernels"),
-    "quantize.kernels": ("quantize.kernels", "quantize.formats"),
-    "quantize.native_linear": ("quantize.formats",),
-    "quantize.int_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
-    "quantize.stopwatch": (),
-    "quantize.speed": (
-        "quantize.speed",
-        "quantize.kernels",
-        "quantize.formats",
-        "quantize.stopwatch",
-        "quantize.errors",
+# Room → the rooms of ours that it may import; a room is a folder or a module beside them.
+ROOMS: dict[str, str] = {
+    "errors": "",
+    "pictures": "",
+    "import_hook": "",
+    "cost": "",
+    "formats": "",
+    "kernels": "formats",
+    "parallel": "errors",
+    "files": "errors parallel",
+    "calibration": "errors files",
+    "solvers": "cost formats",
+    "model": "errors files formats kernels",
+    "serving": "errors formats kernels model",
+    "inspect": "errors files model",
+    "block": "cost errors files formats model parallel solvers",
+    "methods": "block cost errors files formats kernels model parallel pictures solvers",
+    "recipe": "errors files methods",
+    "bench": "cost errors files formats kernels methods model serving solvers",
+    "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
+    "evaluate": "calibration convert errors files model parallel",
+    "verification": "calibration convert errors files formats kernels methods model recipe serving",
+    "gate": "convert errors evaluate files model recipe",
+    "report": "block errors evaluate files formats model pictures recipe",
+    "cli": (
+        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures recipe report "
+        "verification"
     ),
-    "quantize.bitvec_linear": ("quantize.formats", "quantize.kernels", "quantize.native_linear"),
+    "__main__": "cli",
+    "": "import_hook serving",
 }
-METHODS_NEVER = (
-    "checkpoint",
-    "writer",
-    "recipe",
-    "convert",
-    "conversion",
-    "evaluate",
-    "skeleton",
-    "calib",
-    "text_sources",
-    "cli",
+# Methods see blocks and tensors: none of these, wherever a room would let them.
+METHODS_NEVER = tuple(
+    f"quantize.{name}" for name in ("files.checkpoint", "files.writer", "files.resume", "model.load", "model.skeleton")
 )
+# What methods share among themselves; nothing else of one is another's business.
 METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
 # Third-party package → the only modules that may import it.
 OWNERS: dict[str, tuple[str, ...]] = {
     "typer": ("quantize.cli",),
     "click": ("quantize.cli",),
     "rich": ("quantize.cli", "quantize.report"),
-    "datasets": ("quantize.text_sources",),
+    "datasets": ("quantize.calibration",),
     "lm_eval": ("quantize.evaluate",),
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
-    "yaml": ("quantize.strict_yaml", "quantize.text_sources"),
+    "yaml": ("quantize.files.strict_yaml", "quantize.calibration.text_sources"),
     "huggingface_hub": ("quantize.cli",),
 }
 
@@ -101,10 +82,10 @@ def type_only(tree: ast.AST) -> set[ast.AST]:
     return {inner for test in tests for statement in test.body for inner in ast.walk(statement)}
 
 
-def imports(module: str) -> Iterator[str]:
-    """Yield the dotted names that a module imports at run time, those inside functions included."""
+def imports(module: str, types: bool = False) -> Iterator[str]:
+    """Yield the dotted names that a module imports, those inside functions included; with `types`, also for types."""
     tree = TREES[module]
-    skipped = type_only(tree)
+    skipped = set() if types else type_only(tree)
     for node in ast.walk(tree):
         if node in skipped:
             continue
@@ -119,33 +100,64 @@ def imports(module: str) -> Iterator[str]:
 
 
 GRAPH = {module: sorted(set(imports(module))) for module in FILES}
+WITH_TYPES = {module: sorted(set(imports(module, types=True))) for module in FILES}
 
 
-def ours(module: str) -> list[str]:
-    return [name for name in GRAPH[module] if below(name, ("quantize",))]
+def ours(module: str, types: bool = False) -> list[str]:
+    return [name for name in (WITH_TYPES if types else GRAPH)[module] if below(name, ("quantize",))]
 
 
 def test_the_walk_sees_imports():
-    assert "quantize.errors" in GRAPH["quantize.arch"]
-    assert "quantize.convert" in GRAPH["quantize.cli.convert"]  # inside a function
-    assert "quantize.block" not in GRAPH["quantize.methods.base"]  # for types alone
+    assert "quantize.errors" in GRAPH["quantize.model.arch"]
+    assert "quantize.convert.loop" in GRAPH["quantize.cli.convert"]  # inside a function
+    assert "quantize.block.block" not in GRAPH["quantize.methods.base"]  # for types alone
     assert "rich.console" in GRAPH["quantize.cli.convert"]
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_the_foundations_know_nothing_above_them(package: str):
-    for module in (name for name in FILES if below(name, (package,))):
-        wrong = [name for name in ours(module) if not below(name, ALLOWED[package]) and name != "quantize"]
+def room_of(module: str) -> str:
+    """Folder below quantize/ (or module beside them) that a module stands in; empty for the package itself."""
+    return module.removeprefix("quantize").removeprefix(".").partition(".")[0]
+
+
+def test_every_room_has_its_row():
+    assert {room_of(module) for module in FILES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below_them(room: str):
+    allowed = {room, "", *ROOMS[room].split()}
+    for module in (name for name in FILES if room_of(name) == room):
+        wrong = [name for name in ours(module, types=True) if room_of(name) not in allowed]
         assert not wrong, f"{module} imports {wrong}"
 
 
+def test_every_row_is_needed():
+    for room, row in ROOMS.items():
+        used = {room_of(name) for module in FILES if room_of(module) == room for name in ours(module, types=True)}
+        assert set(row.split()) <= used, room
+
+
+def test_rooms_stand_on_floors():
+    """No room imports, even through others, a room that imports it: the table alone shows it."""
+    floors: dict[str, int] = {}
+
+    def floor(room: str, path: tuple[str, ...]) -> int:
+        assert room not in path, " → ".join((*path, room))
+        if room not in floors:
+            below_it = [floor(name, (*path, room)) for name in ROOMS[room].split()]
+            floors[room] = 1 + max(below_it, default=0)
+        return floors[room]
+
+    for room in ROOMS:
+        floor(room, ())
+
+
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("quantize.methods.")])
-def test_methods_see_blocks_and_tensors_only(module: str):
+def test_methods_see_blocks_and_tensors_and_no_other_method(module: str):
+    own = ".".join(module.split(".")[:3])
     for name in ours(module):
-        assert not below(name, tuple(f"quantize.{part}" for part in METHODS_NEVER)), f"{module} imports {name}"
-        assert not below(name, ("quantize.kernels",)), f"{module} imports {name}"
-        if name.startswith("quantize.methods"):
-            assert name in METHODS_SHARE, f"{module} imports {name}"
+        assert not below(name, METHODS_NEVER), f"{module} imports {name}"
+        assert not below(name, ("quantize.methods",)) or below(name, (own, *METHODS_SHARE)), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("package", OWNERS)

@@ -13,10 +13,11 @@ import pytest
 from packaging.version import Version
 
 import quantize
-from quantize import errors, resources
+from quantize import errors
 from quantize.errors import PqError
-from quantize.recipe import load_recipe, shipped_recipes
-from quantize.resources import data_dir
+from quantize.files import resources
+from quantize.files.resources import data_dir
+from quantize.recipe.recipe import load_recipe, shipped_recipes
 
 if sys.version_info >= (3, 11):
     import tomllib

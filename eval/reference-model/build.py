@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantize import pydocs
+from quantize.calibration import pydocs
 
 VOCABULARY = 1536
 WINDOW = 512

@@ -14,10 +14,10 @@ from quantize.cli.common import local_model, pick_device, pick_dtype
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.bench_ffn import FfnBench, FfnTiming
-    from quantize.bench_fit import FitBench
-    from quantize.bench_multiply import MultiplyBench
-    from quantize.cache_fit import Codebook
+    from quantize.bench.ffn import FfnBench, FfnTiming
+    from quantize.bench.fit import FitBench
+    from quantize.bench.multiply import MultiplyBench
+    from quantize.methods.sbvr.fit import Codebook
 
 app = typer.Typer(help="Measure one step alone, on random data.", no_args_is_help=True)
 app.command()(bench_speed.kernels)
@@ -42,7 +42,7 @@ def fit(
 ) -> None:
     """Fit a random weight: relative squared error, weights per second, memory."""
     size = _sizes(shape)
-    from quantize.bench_fit import FitSettings, bench_fit
+    from quantize.bench.fit import FitSettings, bench_fit
 
     kind = cast("Codebook", codebook)  # checked by the settings
     settings = FitSettings(method, bits, size, group_size, bias, lines, kind, distribution, seed)
@@ -68,7 +68,7 @@ def multiply(
 ) -> None:
     """Multiply with bit vectors: time, share of the memory's speed, times faster than torch. Wrong products end it."""
     sizes = [_sizes(text) for text in shape or ()]
-    from quantize.bench_multiply import LLAMA_3_8B, bench
+    from quantize.bench.multiply import LLAMA_3_8B, bench
     from quantize.formats.bitvec import BitVecScheme
 
     try:
@@ -103,7 +103,7 @@ def ffn(
     where, batches = pick_device(device), batch or (1, 32)
     parts = [_form(text) for text in form or ("2816+8x1024@4",)]
     kind = pick_dtype(dtype, where)
-    from quantize.bench_ffn import Form, bench_forms, bench_model
+    from quantize.bench.ffn import Form, bench_forms, bench_model
 
     if model:
         measured = bench_model(local_model(model), batches, where, kind, rounds)

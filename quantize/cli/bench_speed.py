@@ -15,8 +15,8 @@ from quantize.cli.common import pick_device
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.speed.record import Record, Row
-    from quantize.speed.stand import Stand
+    from quantize.bench.speed.record import Record, Row
+    from quantize.bench.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Results file, written after each figure.")]
@@ -40,7 +40,7 @@ def kernels(
 ) -> None:
     """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than torch. Wrong ones end it."""
     sizes = [product_shape(text) for text in shape or ()]
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         return run.kernels(stand, sizes, batch or run.BATCHES, ffn_rows or (run.FFN_ROWS,))
@@ -62,7 +62,7 @@ def decode(
     picture: Picture = None,
 ) -> None:
     """Decode with an INT4 cache: attention, and steps of a model of Llama-3-8B's shape, against bfloat16."""
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         lengths = context or run.CONTEXTS, batch or run.SEQUENCES
@@ -83,7 +83,7 @@ def prefill(
 ) -> None:
     """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and whole FFNs, against bfloat16."""
     sizes = [product_shape(text) for text in ffn or ()]
-    from quantize.speed import run
+    from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
         return run.prefill(stand, tokens or run.PREFILLED, sizes or run.FFNS, ffn_rows or (run.FFN_ROWS,))
@@ -111,7 +111,7 @@ def _measure(
     if picture and picture.suffix not in (".svg", ".png"):
         raise UsageError(f"--picture {picture}: name a file that ends in .svg or .png")
     where = pick_device(device)
-    from quantize.speed.stand import Stand
+    from quantize.bench.speed.stand import Stand
 
     stand = Stand(where, rounds)
     record = stand.record()

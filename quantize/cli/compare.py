@@ -34,10 +34,10 @@ def compare(
 ) -> None:
     """Measure conversions of one parent on the same windows: a table, and accuracy against bits."""
     options.check_choices(protocol, numerics)
-    from quantize.checkpoint import Checkpoint
     from quantize.cli.figures import print_comparison
     from quantize.evaluate.protocols import Protocol
     from quantize.evaluate.run import measure
+    from quantize.files.checkpoint import Checkpoint
     from quantize.report import write_page
     from quantize.report.comparison import comparison
 

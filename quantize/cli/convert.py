@@ -18,12 +18,12 @@ from quantize.cli.common import local_model, pick_device, pick_dtype, progress_b
 from quantize.cli.figures import print_restructured
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
+from quantize.cost.units import duration, gigabytes
 from quantize.errors import PqError, UsageError
-from quantize.units import duration, gigabytes
 
 if TYPE_CHECKING:
-    from quantize.convert import Request, Summary
-    from quantize.resume import Resume
+    from quantize.convert.loop import Request, Summary
+    from quantize.files.resume import Resume
 
 
 def convert(
@@ -77,13 +77,13 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Quantize a model; the output appears whole or not at all. Beside it: OUTPUT.log and OUTPUT.report.html."""
-    from quantize.convert import Request
-    from quantize.estimate import within
-    from quantize.overrides import with_stage_fields
-    from quantize.peak import keep_little
-    from quantize.recipe import load_recipe
-    from quantize.resume import forget_finished
-    from quantize.writer import require_apart, require_free, require_name
+    from quantize.convert.estimate import within
+    from quantize.convert.loop import Request
+    from quantize.cost.peak import keep_little
+    from quantize.files.resume import forget_finished
+    from quantize.files.writer import require_apart, require_free, require_name
+    from quantize.recipe.overrides import with_stage_fields
+    from quantize.recipe.recipe import load_recipe
 
     require_name(output)
     keep_little()
@@ -128,7 +128,7 @@ def convert(
 
 def _lead(request: Request, kept: Path, own: bool, as_json: bool) -> None:
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
-    from quantize.convert import convert as run
+    from quantize.convert.loop import convert as run
 
     with _logged(request.output, kept):
         with progress_bar() as progress, _stopping(request, aloud=True) as stop:
@@ -145,7 +145,7 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool) -> None:
 
 def _assist(request: Request) -> None:
     """Take part as one of several processes that is not the first: silent, without a log."""
-    from quantize.convert import convert as run
+    from quantize.convert.loop import convert as run
 
     logging.getLogger("quantize").addHandler(logging.NullHandler())
     with _stopping(request, aloud=False) as stop:
@@ -174,7 +174,7 @@ def _never() -> bool:
 
 
 def _resume_mode(asked: str) -> Resume:
-    from quantize.resume import Resume
+    from quantize.files.resume import Resume
 
     mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
     if mode is None:
@@ -185,8 +185,8 @@ def _resume_mode(asked: str) -> Resume:
 @contextmanager
 def _logged(output: Path, work: Path) -> Iterator[None]:
     """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on stderr what becomes of that."""
-    from quantize.disk import reported
-    from quantize.resume import blocks_kept, in_use
+    from quantize.files.disk import reported
+    from quantize.files.resume import blocks_kept, in_use
 
     path = output.with_name(output.name + ".log")
     with reported(path):
@@ -197,8 +197,8 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
     slow.addFilter(_worth_a_line)
     logger.setLevel(logging.INFO)
     logger.addHandler(file)
-    logging.getLogger("quantize.resume").addHandler(told)
-    logging.getLogger("quantize.pace").addHandler(slow)
+    logging.getLogger("quantize.files.resume").addHandler(told)
+    logging.getLogger("quantize.convert.pace").addHandler(slow)
     try:
         yield
     except BaseException as err:
@@ -209,13 +209,13 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
     finally:
         file.close()
         logger.removeHandler(file)
-        logging.getLogger("quantize.resume").removeHandler(told)
-        logging.getLogger("quantize.pace").removeHandler(slow)
+        logging.getLogger("quantize.files.resume").removeHandler(told)
+        logging.getLogger("quantize.convert.pace").removeHandler(slow)
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
     """Warnings, and blocks that take long where no progress bar is seen."""
-    from quantize.pace import SLOW
+    from quantize.convert.pace import SLOW
 
     unseen = not sys.stderr.isatty()
     return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)

@@ -32,11 +32,11 @@ def estimate(
     as_json: options.AsJson = False,
 ) -> None:
     """What `pq convert` would take: memory at its peak, disk, time. No weights are loaded."""
-    from quantize.estimate import estimate as found_for
-    from quantize.estimate import within
-    from quantize.overrides import with_stage_fields
-    from quantize.recipe import load_recipe
-    from quantize.request import Request
+    from quantize.convert.estimate import estimate as found_for
+    from quantize.convert.estimate import within
+    from quantize.convert.request import Request
+    from quantize.recipe.overrides import with_stage_fields
+    from quantize.recipe.recipe import load_recipe
 
     chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen)
     chosen = with_stage_fields(chosen, assignments or [])
@@ -60,8 +60,8 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from quantize.estimate import shown
-    from quantize.units import duration
+    from quantize.convert.estimate import shown
+    from quantize.cost.units import duration
 
     table = Table("", "at most", title=f"{chosen.name} on {Path(model).name}, {place.type}", title_justify="left")
     for row in shown(found).items():

@@ -19,12 +19,12 @@ from quantize.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from quantize.attention import KvNumerics
     from quantize.evaluate.run import Measured
     from quantize.evaluate.task_results import TaskRun
     from quantize.evaluate.task_scores import TaskScore
-    from quantize.linear import Numerics
-    from quantize.ranks import Ranks
+    from quantize.model.attention import KvNumerics
+    from quantize.model.linear import Numerics
+    from quantize.parallel.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _gate(
     file: Path, model: str | None, baseline: str | None, only: list[str], reason: str | None, device: str, as_json: bool
 ) -> None:
     from quantize.cli.gate import print_verdicts
-    from quantize.gate import run_gate, update_baselines
+    from quantize.gate.run import run_gate, update_baselines
 
     quiet_libraries()
     if reason is not None and not reason.strip():
@@ -178,7 +178,7 @@ def _gate(
 
 def _output(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
     from quantize.evaluate.saved import results_folder
-    from quantize.provenance import PROVENANCE
+    from quantize.files.provenance import PROVENANCE
 
     if wanted is not None or (model / PROVENANCE).is_file():
         return wanted or results_folder(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quantize.gate import GateResult, Verdict
+    from quantize.gate.run import GateResult, Verdict
 
 _STYLES = {"pass": "green", "better": "bold cyan", "FAIL": "bold red"}
 

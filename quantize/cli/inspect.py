@@ -16,7 +16,7 @@ from quantize.pictures import folded
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from quantize.inspection import DecoderBlock, Inspection, Linear, Other, Totals
+    from quantize.inspect.inspection import DecoderBlock, Inspection, Linear, Other, Totals
 
 _NAMED = 10  # fallbacks that are named
 
@@ -29,7 +29,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
-    from quantize.inspection import inspect as run
+    from quantize.inspect.inspection import inspect as run
 
     found = run(local_model(model))
     if as_json:

@@ -13,7 +13,7 @@ import typer
 from quantize.errors import LostError, PqError
 
 if TYPE_CHECKING:
-    from quantize.ranks import Ranks
+    from quantize.parallel.ranks import Ranks
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
 
     Of an expected error the first rank alone tells; the others end with the same code. keeps: whether blocks are kept.
     """
-    from quantize.launch import joined, launched, local_rank
+    from quantize.parallel.launch import joined, launched, local_rank
 
     remedy = "the same command goes on from the last block that is kept" if keeps else "start the command again"
     first = True

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantize.cost.units import parse_bytes
 from quantize.errors import UsageError
-from quantize.units import parse_bytes
 
 if TYPE_CHECKING:
-    from quantize.attention import KvNumerics
+    from quantize.model.attention import KvNumerics
 
 Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
 ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="strided (default) or rolling.")]
@@ -48,7 +48,7 @@ def kv_numerics(choice: str) -> KvNumerics | None:
         raise UsageError(f"--kv-cache {choice}: choose auto or int4")
     if choice == "auto":
         return None
-    from quantize.attention import KvNumerics
+    from quantize.model.attention import KvNumerics
 
     return KvNumerics()
 

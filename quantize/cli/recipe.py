@@ -1,4 +1,4 @@
-"""`pq recipe`: list, print and check recipes. quantize.recipe needs torch, so only the commands import it."""
+"""`pq recipe`: list, print and check recipes. quantize.recipe.recipe needs torch, so only the commands import it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from quantize.errors import RecipeError
 
 if TYPE_CHECKING:
-    from quantize.recipe import Recipe
+    from quantize.recipe.recipe import Recipe
 
 app = typer.Typer(help="List, print and check recipes.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the recipes that come with pq."""
-    from quantize.recipe import load_recipe, shipped_recipes
+    from quantize.recipe.recipe import load_recipe, shipped_recipes
 
     rows = [_row(load_recipe(str(path))) for path in shipped_recipes()]
     if as_json:
@@ -35,7 +35,7 @@ def show(
     resolved: Annotated[bool, typer.Option("--resolved", help="Check it and fill in every default.")] = False,
 ) -> None:
     """Print a recipe as YAML."""
-    from quantize.recipe import find_recipe, load_recipe, resolved_yaml
+    from quantize.recipe.recipe import find_recipe, load_recipe, resolved_yaml
 
     if resolved:
         typer.echo(resolved_yaml(load_recipe(name)), nl=False)
@@ -50,7 +50,7 @@ def show(
 @app.command()
 def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")]) -> None:
     """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr."""
-    from quantize.recipe import load_recipe
+    from quantize.recipe.recipe import load_recipe
 
     broken = False
     for file in files:
@@ -68,7 +68,7 @@ def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help=
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from quantize.recipe import recipe_schema
+    from quantize.recipe.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 

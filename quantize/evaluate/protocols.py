@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from quantize.calib import check_vocab, evaluation_documents, evaluation_tokens
+from quantize.calibration.tokens import check_vocab, evaluation_documents, evaluation_tokens
 from quantize.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from quantize.ranks import Ranks
+    from quantize.parallel.ranks import Ranks
 
 _BINS = 32  # of the curves by position
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from quantize.attention import KvNumerics
-from quantize.checkpoint import Checkpoint
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
 from quantize.evaluate.records import Records
 from quantize.evaluate.sharing import require_alike, shared_windows
 from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
-from quantize.linear import Numerics
-from quantize.load import require_readable
-from quantize.ranks import ALONE, Ranks
-from quantize.skeleton import load_tokenizer
+from quantize.files.checkpoint import Checkpoint
+from quantize.model.attention import KvNumerics
+from quantize.model.linear import Numerics
+from quantize.model.load import require_readable
+from quantize.model.skeleton import load_tokenizer
+from quantize.parallel.ranks import ALONE, Ranks
 
 Progress = Callable[[str, int, int], None]
 _Group = tuple[int, int, list[Span]]

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.disk import reported
 from quantize.evaluate.run import Measured
 from quantize.evaluate.task_results import TaskRun
 from quantize.evaluate.task_scores import TaskScore
-from quantize.writer import write_text
+from quantize.files.disk import reported
+from quantize.files.writer import write_text
 
 
 def results_folder(model: Path) -> Path:

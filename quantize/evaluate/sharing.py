@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import quantize
-from quantize.checkpoint import Checkpoint
+from quantize.convert.joint import processor, require_equal
 from quantize.evaluate.protocols import Windows
-from quantize.joint import processor, require_equal
-from quantize.ranks import Ranks
+from quantize.files.checkpoint import Checkpoint
+from quantize.parallel.ranks import Ranks
 
 
 def shared_windows(ranks: Ranks, load: Callable[[], Windows]) -> Windows:

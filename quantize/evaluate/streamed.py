@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of, parameters_of_a_token
-from quantize.attention import KvNumerics
-from quantize.checkpoint import Checkpoint
 from quantize.errors import ModelError
-from quantize.linear import Numerics
-from quantize.load import (
+from quantize.files.checkpoint import Checkpoint
+from quantize.model.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of, parameters_of_a_token
+from quantize.model.attention import KvNumerics
+from quantize.model.linear import Numerics
+from quantize.model.load import (
     KV_SCALE,
     PACKED_SUFFIXES,
     attention_numerics,
@@ -31,11 +31,11 @@ from quantize.load import (
     rotated_inputs,
     routing,
 )
-from quantize.moe import MoeFfn
-from quantize.skeleton import Skeleton
+from quantize.model.moe import MoeFfn
+from quantize.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
-    from quantize.ranks import Ranks
+    from quantize.parallel.ranks import Ranks
 
 Span = tuple[int, int, int]
 """(window, first position, end): predictions wanted of one window, as half-open positions of its inputs."""

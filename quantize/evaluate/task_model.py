@@ -13,9 +13,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from quantize.calib import check_vocab
+from quantize.calibration.tokens import check_vocab
 from quantize.errors import DataError, ModelError, UsageError
-from quantize.ranks import ALONE, Ranks
+from quantize.parallel.ranks import ALONE, Ranks
 
 _ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
 _CPU_LOGIT_BYTES = 2**30

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize import strict_yaml
 from quantize.errors import DataError, PqError, UsageError
-from quantize.resources import data_dir
+from quantize.files import strict_yaml
+from quantize.files.resources import data_dir
 
 _HOW = (
     "name a task of lm-eval (for example arc_easy), a task file (path/to/task.yaml), "

@@ -6,8 +6,8 @@
      "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …}}
 
 `rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is
-done with them; `quantize.hadamard` says which matrix H_K is. `routing` (absent: none) are Mixtures of Experts that do
-not route as the model's own fields say; `quantize.formats.routing` has the policies.
+done with them; `quantize.model.hadamard` says which matrix H_K is. `routing` (absent: none) are Mixtures of Experts
+that do not route as the model's own fields say; `quantize.formats.routing` has the policies.
 
 Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format bitvec). With
 attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored

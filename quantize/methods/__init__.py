@@ -3,13 +3,13 @@
 from quantize.methods.awq import Awq
 from quantize.methods.base import Stage
 from quantize.methods.cas import Cas
-from quantize.methods.fireq import Fireq
-from quantize.methods.fireq_attention import FireqAttention
+from quantize.methods.fireq.attention import FireqAttention
+from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
-from quantize.methods.ladimo import Ladimo
+from quantize.methods.ladimo.stage import Ladimo
 from quantize.methods.rotate import Rotate
 from quantize.methods.rtn import Rtn
-from quantize.methods.sbvr import Sbvr
+from quantize.methods.sbvr.stage import Sbvr
 
 STAGES: tuple[type[Stage], ...] = (Ladimo, Cas, Awq, Rotate, FireqAttention, Rtn, Gptq, Fireq, Sbvr)
 

@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quantize.footprint import BlockSizes, Effort
-from quantize.grid import Grid
+from quantize.block.moments import too_few
+from quantize.block.smoothing import (
+    ALL_SAMPLED_ROWS,
+    SAMPLED_ROWS,
+    balanced,
+    column_absmean,
+    per_source_channel,
+    search,
+)
+from quantize.cost.footprint import BlockSizes, Effort
 from quantize.methods.base import Kind, Stage
-from quantize.moments import too_few
 from quantize.pictures import Picture, block_map, facts
-from quantize.smoothing import ALL_SAMPLED_ROWS, SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
+from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
-    from quantize.arch import Edge
-    from quantize.block import Block
+    from quantize.block.block import Block
+    from quantize.model.arch import Edge
 
 
 class Awq(Stage):

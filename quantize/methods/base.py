@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.footprint import Effort
+from quantize.cost.footprint import Effort
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantize.arch import Architecture, Shape
-    from quantize.block import Block
-    from quantize.footprint import BlockSizes
+    from quantize.block.block import Block
+    from quantize.block.view import ModelView
+    from quantize.cost.footprint import BlockSizes
+    from quantize.model.arch import Architecture, Shape
     from quantize.pictures import Picture
-    from quantize.view import ModelView
 
 Kind = Literal["restructure", "smooth", "cache", "encode", "refine"]
 """Order in a recipe: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""

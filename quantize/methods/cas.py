@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantize.footprint import FLOAT, BlockSizes
+from quantize.block.smoothing import column_absmean, per_source_channel
+from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.methods.base import Kind, Stage
-from quantize.smoothing import column_absmean, per_source_channel
 
 if TYPE_CHECKING:
-    from quantize.arch import Edge
-    from quantize.block import Block
+    from quantize.block.block import Block
+    from quantize.model.arch import Edge
 
 _CONSTANTS: Mapping[str, str] = {"attn_norm": "qkv", "mlp_norm": "up_gate", "up_down": "down"}
 

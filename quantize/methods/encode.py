@@ -13,18 +13,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from quantize.block.exchange import share_out
+from quantize.block.moments import Moments, too_few
+from quantize.cost.footprint import BlockSizes, Effort, total
+from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.exchange import share_out
-from quantize.footprint import BlockSizes, Effort, total
 from quantize.formats.packed_int import stored_bits
-from quantize.grid import Grid
 from quantize.methods.base import Kind, Stage
-from quantize.moments import Moments, too_few
-from quantize.peak import give_back
-from quantize.solver import Damped, corrected_target, damped, feedback_order
+from quantize.solvers.feedback import Damped, corrected_target, damped, feedback_order
+from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
-    from quantize.block import Block
+    from quantize.block.block import Block
 
 _FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
 

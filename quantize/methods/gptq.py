@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from quantize.footprint import Effort, factoring
-from quantize.footprint import factored as factorization
-from quantize.grid import Grid
+from quantize.cost.footprint import Effort, factoring
+from quantize.cost.footprint import factored as factorization
 from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
-from quantize.solver import error_feedback
+from quantize.solvers.feedback import error_feedback
+from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
-    from quantize.block import Block
-    from quantize.moments import Moments
+    from quantize.block.block import Block
+    from quantize.block.moments import Moments
 
 
 class Gptq(IntEncode):

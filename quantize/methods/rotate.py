@@ -15,14 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from quantize.cost.footprint import BlockSizes, Effort
 from quantize.errors import ModelError
-from quantize.footprint import BlockSizes, Effort
-from quantize.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
 from quantize.methods.base import Kind, Stage
+from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
 
 if TYPE_CHECKING:
-    from quantize.arch import Architecture, Shape
-    from quantize.block import Block
+    from quantize.block.block import Block
+    from quantize.model.arch import Architecture, Shape
 
 _WEIGHTS = 1 << 22  # of a matrix outside the blocks rotated at once
 

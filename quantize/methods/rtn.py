@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from quantize.footprint import Effort
-from quantize.grid import Grid
+from quantize.cost.footprint import Effort
 from quantize.methods.encode import IntEncode, encode_nearest, note_errors
+from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
-    from quantize.block import Block
-    from quantize.moments import Moments
+    from quantize.block.block import Block
+    from quantize.block.moments import Moments
 
 
 class Rtn(IntEncode):

@@ -12,13 +12,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantize.errors import UsageError
+from quantize.files.writer import write_text
 from quantize.pictures import Cell, Heatmap, Picture, Table
 from quantize.report.collect import collect
 from quantize.report.draw import Frame, y_range
 from quantize.report.model import Group, Report, as_json, clean
 from quantize.report.sources import beside
 from quantize.report.svg import svg
-from quantize.writer import write_text
 
 _HERE = Path(__file__).resolve().parent
 _SMALL = (308, 210)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from quantize.block.statistics import STATISTICS
 from quantize.errors import RecipeError
 from quantize.pictures import Cell, Histogram, Lines, Number, Picture, Table, block_map, facts, folded
-from quantize.recipe import parse_recipe
+from quantize.recipe.recipe import parse_recipe
 from quantize.report import draw
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
 from quantize.report.sources import Sources
-from quantize.statistics import STATISTICS
 
 _WORST = 10
 _ALARM = 10.0  # times the median error of all layers

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.arch import Architecture, Shape, architecture_of, block_architecture
-from quantize.checkpoint import Checkpoint, read_json
+from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
+from quantize.files.checkpoint import Checkpoint, read_json
+from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.native import schemes_in
 from quantize.formats.scheme import AnyScheme
-from quantize.provenance import PROVENANCE, read_provenance
+from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
 from quantize.report.model import mapping
-from quantize.statistics import STATISTICS
 
 _LOG_TAIL = 1 << 20
 _SUMMARY = "summary {"

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.attention import KvAttention
 from quantize.errors import VerifyError
 from quantize.formats.kv4 import fake_quantize
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import AnyScheme
-from quantize.hf import LINEARS
-from quantize.kernels import int4
-from quantize.kernels.attention import takes
-from quantize.kernels.attention_reference import attend
-from quantize.kernels.multiply import has_kernel, runs_on
-from quantize.load import KV_SCALE, kv_attention, packed_linear
-from quantize.native_linear import NativeLinear
+from quantize.kernels.attention.api import takes
+from quantize.kernels.attention.reference import attend
+from quantize.kernels.bitvec.api import has_kernel, runs_on
+from quantize.kernels.int4 import api as int4
+from quantize.model.attention import KvAttention
+from quantize.model.load import KV_SCALE, kv_attention, packed_linear
+from quantize.serving.native_linear import NativeLinear
+from quantize.serving.register import LINEARS
 from quantize.verification.checks import Skipped, counted
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Tick

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from quantize.arch import ARCHITECTURES, Architecture, Shape, architecture_of
-from quantize.attention import KvNumerics
-from quantize.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.errors import ModelError, VerifyError
+from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
+from quantize.files.headers import Header, tensor_headers
 from quantize.formats.native import NATIVE
 from quantize.formats.scheme import STORED_AS, AnyScheme
-from quantize.headers import Header, tensor_headers
-from quantize.load import (
+from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of
+from quantize.model.attention import KvNumerics
+from quantize.model.load import (
     KV_SCALE,
     PACKED_SUFFIXES,
     attention_numerics,
@@ -25,7 +25,7 @@ from quantize.load import (
     rotated_inputs,
     routing,
 )
-from quantize.skeleton import Skeleton
+from quantize.model.skeleton import Skeleton
 from quantize.verification.checks import Skipped, counted
 
 FLOATS = ("F32", "F16", "BF16")

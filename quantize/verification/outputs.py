@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.arch import Architecture
-from quantize.basis import Basis
-from quantize.calib import check_vocab, evaluation_tokens
+from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
-from quantize.load import load_block, routing
-from quantize.moe import Router
-from quantize.recipe import Recipe
-from quantize.skeleton import Skeleton, load_tokenizer
+from quantize.methods.basis import Basis
+from quantize.model.arch import Architecture
+from quantize.model.load import load_block, routing
+from quantize.model.moe import Router
+from quantize.model.skeleton import Skeleton, load_tokenizer
+from quantize.recipe.recipe import Recipe
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Parent, Tick
 

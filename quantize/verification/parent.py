@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.arch import Architecture, Shape, architecture_of
-from quantize.basis import Basis
-from quantize.checkpoint import Checkpoint
-from quantize.conversion import Conversion
+from quantize.convert.conversion import Conversion
+from quantize.convert.request import Request
 from quantize.errors import ModelError, VerifyError
-from quantize.load import KV_SCALE
-from quantize.recipe import Recipe
-from quantize.request import Request
-from quantize.skeleton import Skeleton
+from quantize.files.checkpoint import Checkpoint
+from quantize.methods.basis import Basis
+from quantize.model.arch import Architecture, Shape, architecture_of
+from quantize.model.load import KV_SCALE
+from quantize.model.skeleton import Skeleton
+from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, counted
 from quantize.verification.layout import Layout
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from quantize.arch import architecture_of
-from quantize.checkpoint import sha256_file
 from quantize.errors import ModelError, RecipeError, VerifyError
-from quantize.provenance import PROVENANCE, read_provenance, require_unchanged
-from quantize.recipe import Recipe, parse_recipe
-from quantize.skeleton import Skeleton
+from quantize.files.checkpoint import sha256_file
+from quantize.files.provenance import PROVENANCE, read_provenance, require_unchanged
+from quantize.model.arch import architecture_of
+from quantize.model.skeleton import Skeleton
+from quantize.recipe.recipe import Recipe, parse_recipe
 from quantize.verification.checks import Check, Skipped, counted, run_check
 from quantize.verification.kernels import check_kernels
 from quantize.verification.layout import Layout, described, read_layout

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantize.errors import VerifyError
 from quantize.formats.fp8 import representable_scale, row_factor
-from quantize.recipe import Recipe
+from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, counted
 from quantize.verification.layout import FLOATS, Layout
 

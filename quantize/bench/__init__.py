@@ -1,0 +1,1 @@
+"""Benchmarks of kernels, fits and experts beside named baselines."""

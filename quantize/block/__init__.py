@@ -1,0 +1,1 @@
+"""One decoder block while it is converted: inputs, moments, smoothing, and what streams through it."""

@@ -1,0 +1,109 @@
+"""Pure pieces of scale searches over edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantize.solvers.grid import Grid
+
+if TYPE_CHECKING:
+    from quantize.block.block import Block
+    from quantize.model.arch import Edge
+
+SAMPLED_ROWS = 512
+"""Rows of one sink that a search tries."""
+ALL_SAMPLED_ROWS = 4096
+"""Rows that a search tries, of all sinks together: a norm may feed dozens of experts."""
+
+
+def fold_edge(
+    module: nn.Module, edge: Edge, scale: Tensor, stored: torch.dtype, sink_columns: Callable[[Edge, Tensor], Tensor]
+) -> None:
+    """Move λ [channels of the source] over `edge` of a decoder layer: source output ÷ λ, sink columns × λ.
+
+    stored: dtype of a norm in the checkpoint. The norm keeps to it; sinks see exactly the ratio that the rounded norm
+    really changed by, so the function is preserved even where that is bfloat16.
+    """
+    source = module.get_submodule(edge.source)
+    weight = source.get_parameter("weight")
+    if edge.source_kind == "norm":
+        before = weight.detach().float().clone()  # .float() alone may be the same tensor
+        after = (before / scale).to(stored)
+        weight.data = after.to(weight.dtype)
+        scale = torch.where(after == 0, scale, before / after.float())
+    else:
+        weight.data = (weight / scale[:, None]).to(weight.dtype)
+        bias = dict(source.named_parameters()).get("bias")
+        if bias is not None:
+            bias.data = (bias / scale).to(bias.dtype)
+    columns = sink_columns(edge, scale)
+    for sink in edge.sinks:
+        linear = module.get_submodule(sink).get_parameter("weight")
+        linear.data = (linear * columns).to(linear.dtype)
+
+
+def column_absmean(block: Block, edge: Edge) -> Tensor:
+    """Mean magnitude [K] of the input columns over the rows of all sinks that are rounded."""
+    weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
+    total = torch.stack([weight.float().abs().sum(dim=0) for weight in weights]).sum(dim=0)
+    return total / sum(len(weight) for weight in weights)
+
+
+def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
+    """Average a statistic of sink input columns [K] over the columns that read the same source channel."""
+    if not edge.kv_group:
+        return columns
+    return columns.view(block.shape.n_kv_heads, -1, block.shape.head_dim).mean(dim=1).flatten()
+
+
+def balanced(scale: Tensor) -> Tensor:
+    """Scale λ so that its geometric mid-range is 1; channels without a finite positive λ get 1."""
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def rounding_error(weights: Sequence[Tensor], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool) -> float:
+    """Relative output error, summed over sinks [N, K], of rounding W·diag(columns) to nearest.
+
+    hessian: E[x xᵀ] of the sinks' input before λ moves into it. Exactly the mean squared output error that a
+    forward pass would measure, without the pass.
+    """
+    total = 0.0
+    for weight in weights:
+        scaled = weight * columns
+        importance = hessian.diagonal() / columns.square()
+        scale, factor = grid.fit_scale(scaled, importance) if clip else grid.absmax_scale(scaled)
+        delta = grid.round(scaled, scale, factor)[1] / columns - weight
+        size = ((weight @ hessian) * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        total += float(((delta @ hessian) * delta).sum() / size)
+    return total
+
+
+def search(
+    block: Block, edge: Edge, candidates: Iterable[Tensor], hessian: Tensor, grid: Grid, clip: bool = False
+) -> tuple[Tensor | None, float]:
+    """Best λ among `candidates` (per source channel) by `rounding_error`, and its error relative to λ = 1.
+
+    λ is None, and the ratio 1, when nothing beats leaving the edge alone.
+    """
+    # Rows are quantized alike: a sample of them ranks the candidates as well as all would, at a fraction of the cost.
+    weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
+    most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
+    weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]
+    plain = rounding_error(weights, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
+    best, lowest = None, plain
+
+    def error_with(candidate: Tensor) -> float:
+        return rounding_error(weights, block.sink_columns(edge, candidate), hessian, grid, clip)
+
+    tried = list(candidates)
+    errors = block.ranks.numbers([partial(error_with, candidate) for candidate in tried])
+    for candidate, error in zip(tried, errors, strict=True):
+        if error < lowest:
+            best, lowest = candidate, error
+    return best, lowest / plain if plain else 1.0

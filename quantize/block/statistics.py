@@ -1,0 +1,137 @@
+"""What a conversion saw, for the report: outliers before and after smoothing, and weights against their code points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantize.formats.scheme import Packed
+from quantize.model.arch import Role
+
+if TYPE_CHECKING:
+    from quantize.block.block import Block
+
+STATISTICS = "pq-statistics.json"
+"""Name of the file beside the weights."""
+
+_TOKENS = 8192  # calibration tokens that the input profiles are taken from
+_TOP = 8
+_BINS, _SPAN = 96, 1.25  # bins of a histogram over ±1.25 times the most negative code
+
+
+def profile(block: Block) -> dict[str, dict[str, Any]]:
+    """Outliers of a block as it is now.
+
+    inputs: for each group of linears with one input, named by its first: absmax, p99 and median over channels of
+    max |x|, and the largest channels (absent without calibration text). weights: absmax, rms and kurtosis of each.
+    """
+    weights = {name: _weight(block.linear(name).weight) for group in block.arch.calibration_order for name in group}
+    return {"inputs": _inputs(block), "weights": weights} if block.inputs else {"weights": weights}
+
+
+def _weight(weight: Tensor) -> dict[str, float]:
+    w = weight.float()
+    square = w.square()
+    rms = float(square.mean().sqrt())
+    fourth = float(square.square().mean())
+    return {"absmax": _short(w.abs().max()), "rms": _short(rms), "kurtosis": _short(fourth / rms**4 if rms else 0.0)}
+
+
+def _short(value: Tensor | float) -> float:
+    """Six digits: the file is read by people and plotted."""
+    return float(f"{float(value):.6g}")
+
+
+def _inputs(block: Block) -> dict[str, dict[str, Any]]:
+    names = [group[0] for group in block.arch.calibration_order]
+    maxima: dict[str, Tensor] = {}
+    tokens = dict.fromkeys(names, 0)
+    for inputs in block.inputs_of(names):
+        for name, x in zip(names, inputs, strict=True):
+            # A routed expert may see no token.
+            largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
+            maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+            tokens[name] += len(x)
+        if tokens[names[0]] >= _TOKENS:
+            break
+    return {name: _channels(largest, tokens[name]) for name, largest in maxima.items()}
+
+
+def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
+    ordered = largest.sort()
+    top = zip(ordered.indices.flip(0)[:_TOP].tolist(), ordered.values.flip(0)[:_TOP].tolist(), strict=True)
+    at = (len(largest) - 1) * 99 // 100
+    return {
+        "absmax": _short(ordered.values[-1]),
+        "p99": _short(ordered.values[at]),
+        "median": _short(ordered.values[(len(largest) - 1) // 2]),
+        "tokens": tokens,
+        "top": [[channel, _short(value)] for channel, value in top],
+    }
+
+
+def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
+    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is counted at the ends.
+
+    weight: [N, K] as it was before rounding.
+    """
+    edge = _SPAN * 2 ** (packed.bits - 1)
+    step = packed.unit()
+    # A group whose step is zero holds zeros.
+    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[:, : weight.shape[1]]
+    position = weight.float() / step
+    return torch.histc(position.clamp_(-edge, edge), bins=_BINS, min=-edge, max=edge).long().cpu()
+
+
+class Collected:
+    """Statistics of a whole run."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, Any]] = []
+        self._histograms: dict[tuple[Role, int, int], Tensor] = {}
+        self._points: dict[tuple[Role, int, int], list[Tensor]] = {}
+
+    def add(self, block: Block, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Take what is known about a finished block: profiles before and after its smooth stages, and histograms."""
+        pairs = {
+            kind: {name: {"before": facts, "after": after[kind][name]} for name, facts in before[kind].items()}
+            for kind in before
+        }
+        self.blocks.append({"index": block.index, **pairs})
+        for name, counts in block.histograms.items():
+            packed = block.packed[name]
+            key = (block.arch.roles[name], packed.bits, packed.group_size)
+            self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
+            self._points.setdefault(key, []).append(packed.points().cpu())
+
+    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything as JSON and tensors, for `restore`."""
+        keys = list(self._histograms)
+        counts = {f"counts.{i}": self._histograms[key] for i, key in enumerate(keys)}
+        points = {f"points.{i}": torch.stack(self._points[key]) for i, key in enumerate(keys)}
+        return {"blocks": self.blocks, "keys": keys}, counts | points
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Undo `kept`."""
+        self.blocks = list(facts["blocks"])
+        for i, (role, bits, group_size) in enumerate(facts["keys"]):
+            self._histograms[role, bits, group_size] = tensors[f"counts.{i}"]
+            self._points[role, bits, group_size] = list(tensors[f"points.{i}"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Contents of pq-statistics.json."""
+        histograms = {}
+        for (role, bits, group_size), counts in self._histograms.items():
+            edge = _SPAN * 2 ** (bits - 1)
+            histograms[f"{role}/{bits}"] = {
+                "role": role,
+                "bits": bits,
+                "group_size": group_size,
+                "edges": [edge * (2 * i / _BINS - 1) for i in range(_BINS + 1)],
+                "counts": counts.tolist(),
+                "points": [_short(p) for p in torch.stack(self._points[role, bits, group_size]).mean(dim=0)],
+            }
+        return {"blocks": self.blocks, "histograms": histograms}

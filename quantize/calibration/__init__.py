@@ -1,0 +1,1 @@
+"""Calibration text: where it comes from and how it becomes tokens."""

@@ -1,0 +1,266 @@
+"""Text to tokens: windows of equal length for calibration and for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize.calibration import text_sources
+from quantize.calibration.text_sources import Row, Text
+from quantize.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SEQLEN = 2**20
+MAX_TOKENS = 2**28
+"""Most tokens of one set: 2 GiB as int64, far above what any method gains from."""
+
+_POOL_CHARACTERS = 2**25
+"""A large Hub set is shuffled within at least so many characters, about 10,000 web pages."""
+_NEAR_THE_CUT = 256
+"""Tokens that a cut in the text may have changed, generously."""
+_CHARACTERS_PER_TOKEN = 16
+"""Well above what text gives (4 to 6), so that what is read of a stream suffices for the tokens wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """Token windows and where they came from."""
+
+    tokens: torch.Tensor
+    """[B, T] int64, on the CPU."""
+    sha256: str
+    """Of the tokens as little-endian int64, row by row."""
+    source: str
+    """For people: which text this is."""
+    origin: dict[str, object]
+    """For provenance: data set, split, licence, text_sha256, nsamples, seqlen, seed, packing, chat_template.
+
+    A file is known by its name; paths are left out. `nsamples` counts the windows there are.
+    """
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset: str,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    chat_template: bool = False,
+    text_field: str | None = None,
+) -> TokenSet:
+    """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
+
+    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or org/name[:config[:split]] on the Hub.
+    One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents are shuffled by
+    `seed` and packed, an EOS token after each where the tokenizer has one. No other special tokens are added.
+    chat_template: render each row's messages, or its text as one user turn, with the tokenizer's chat template.
+    Raises DataError when the text cannot be read or gives fewer windows ("builtin" may give fewer, at least one).
+    """
+    _check_sizes(nsamples, seqlen)
+    wanted = nsamples * seqlen
+    pool = max(_POOL_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
+    text = text_sources.load(dataset, "calibration", text_field, pool)
+    if text.packing == "stream":
+        if chat_template:
+            raise DataError(
+                f"{text.source} is one text without chat turns; "
+                "turn chat_template off, or give a .jsonl or .parquet file with one chat per row"
+            )
+        ids = _encode(tokenizer, _joined(text))
+    else:
+        ids = _pack(tokenizer, _shuffled(text.rows, seed), wanted, chat_template)
+    windows = min(nsamples, len(ids) // seqlen)
+    if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
+        raise DataError(
+            f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}, and {nsamples} are wanted; "
+            f"{f'lower nsamples to {windows}, ' if windows else ''}lower seqlen or give more text"
+        )
+    use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
+    return _token_set(text, ids, windows, seqlen, use)
+
+
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset: str,
+    seqlen: int,
+    max_windows: int | None = None,
+    text_field: str | None = None,
+    overlap: int = 0,
+) -> TokenSet:
+    """Return the first `max_windows` (None: all) windows [B, seqlen] of one continuous token stream, in order.
+
+    Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special tokens; the remainder that
+    fills no window is dropped.
+    dataset, text_field: as for `calibration_tokens`.
+    overlap: tokens that a window shares with the one before.
+    Raises DataError when the text cannot be read or is shorter than one window.
+    """
+    _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
+    limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
+    text = text_sources.load(dataset, "evaluation", text_field, limit)
+    stride = seqlen - overlap
+    wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
+    ids = _first_tokens(tokenizer, _joined(text), wanted)
+    if len(ids) < seqlen:
+        raise DataError(
+            f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}; lower seqlen or give more text"
+        )
+    windows = 1 + (len(ids) - seqlen) // stride
+    if max_windows is not None:
+        windows = min(windows, max_windows)
+    use: dict[str, object] = {"seed": None, "packing": "stream", "chat_template": False}
+    _check_sizes(windows, seqlen, count="windows")
+    return _token_set(text, ids, windows, seqlen, use, stride)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of an evaluation text, or its beginning."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    """Documents in their original order."""
+
+    documents: list[Document]
+    sha256: str
+    """Of all tokens as little-endian int64, document after document."""
+    source: str
+
+
+def evaluation_documents(
+    tokenizer: PreTrainedTokenizerBase, *, dataset: str, max_tokens: int | None = None, text_field: str | None = None
+) -> DocumentSet:
+    """Return the documents of an evaluation text, encoded with the tokenizer's own special tokens.
+
+    A .txt file, "builtin" and sets that are one running text are one document; otherwise each row is one.
+    max_tokens: stop there; the document it falls into is cut, its text being what the kept tokens decode to.
+    Raises DataError when the text cannot be read or has no tokens.
+    """
+    limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
+    text = text_sources.load(dataset, "evaluation", text_field, limit)
+    rows = [_joined(text)] if text.packing == "stream" else text.rows
+    documents: list[Document] = []
+    left = MAX_TOKENS if max_tokens is None else max_tokens
+    for row in rows:
+        if left <= 0:
+            break
+        plain = _plain(tokenizer, row, chat_template=False)
+        ids = list(tokenizer(plain, verbose=False)["input_ids"])
+        if len(ids) > left:
+            ids = ids[:left]
+            plain = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        left -= len(ids)
+        documents.append(Document(ids, plain))
+    if not any(document.ids for document in documents):
+        raise DataError(f"{text.source} holds no tokens; give more text")
+    sha256 = _sha256(torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64))
+    return DocumentSet(documents, sha256, text.source)
+
+
+def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise DataError, naming the id, unless every token of `tokens` [B, T] lies in [0, vocab_size)."""
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        window, position = (int(index) for index in outside.nonzero()[0])
+        raise DataError(
+            f"token id {int(tokens[window, position])} (window {window}, position {position}) is outside the model's "
+            f"vocabulary of {vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
+    if nsamples < 1 or seqlen < 1:
+        raise DataError(f"{count} {nsamples} and seqlen {seqlen} must both be at least 1")
+    if seqlen > MAX_SEQLEN:
+        raise DataError(f"seqlen {seqlen} is above {MAX_SEQLEN}; lower seqlen")
+    if nsamples * seqlen > MAX_TOKENS:
+        raise DataError(f"{count} {nsamples} × seqlen {seqlen} is above {MAX_TOKENS} tokens; lower one of them")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the model never sees all at once.
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+    return list(encoding["input_ids"])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
+    """At least the first `wanted` tokens of the text (None: all), the same as if all of it were encoded."""
+    characters = len(text) if wanted is None else 6 * wanted
+    while True:
+        ids = _encode(tokenizer, text[:characters])
+        # What stands far behind the last window cannot change its tokens; a few next to the cut may differ.
+        if characters >= len(text) or (wanted is not None and len(ids) >= wanted + _NEAR_THE_CUT):
+            return ids
+        characters *= 2
+
+
+def _joined(text: Text) -> str:
+    rows = [row for row in text.rows if isinstance(row, str)]
+    if len(rows) < len(text.rows):
+        raise DataError(f"{text.source} holds chat messages where plain text is read; name a text field with strings")
+    return text.joiner.join(rows)
+
+
+def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+    rows = rows.copy()
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _pack(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], wanted: int, chat_template: bool) -> list[int]:
+    """Return the documents one after the other, as many as give `wanted` tokens, or all."""
+    eos = tokenizer.eos_token_id
+    ids: list[int] = []
+    for row in rows:
+        if len(ids) >= wanted:
+            break
+        document = _encode(tokenizer, _plain(tokenizer, row, chat_template))
+        ids += document
+        # A chat template may have written the EOS itself.
+        if document and eos is not None and document[-1] != eos:
+            ids.append(eos)
+    return ids
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> str:
+    if not chat_template:
+        if isinstance(row, str):
+            return row
+        raise DataError("rows hold chat messages; turn chat_template on, or name a text field with strings")
+    if isinstance(row, str) and not row.strip():
+        return ""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template; turn chat_template off, or use the chat model's tokenizer")
+    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    # Templates are programs of the model's author and raise what they like (say, when roles do not alternate).
+    except Exception as error:
+        start, reason = str(messages[0]["content"])[:40], text_sources.first_line(error)
+        raise DataError(f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}") from error
+
+
+def _token_set(
+    text: Text, ids: list[int], windows: int, seqlen: int, use: dict[str, object], stride: int | None = None
+) -> TokenSet:
+    stride = seqlen if stride is None else stride
+    used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
+    tokens = used.unfold(0, seqlen, stride).contiguous()
+    return TokenSet(tokens, _sha256(tokens), text.source, text.origin | {"nsamples": windows, "seqlen": seqlen} | use)
+
+
+def _sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().astype("<i8", copy=False).tobytes()).hexdigest()

@@ -1,0 +1,262 @@
+"""Mixed precision under a budget: which linears get 8 bits, by the error that rounding each one alone causes.
+
+Every linear is rounded alone, at each number of bits that it may get, and the error is measured where its block ends,
+on the parent's hidden states. The choice with the least total error within the budget is then written into the recipe
+as layer patterns, so that whatever reads a recipe needs to know nothing of budgets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantize.block.streams import Streams
+from quantize.convert.sensitivity import sensitivities
+from quantize.errors import UsageError
+from quantize.formats.packed_int import IntScheme, stored_bits
+from quantize.methods.encode import IntEncode
+from quantize.solvers.knapsack import knapsack, total
+
+if TYPE_CHECKING:
+    from quantize.block.block import Block
+    from quantize.model.arch import Architecture
+    from quantize.recipe.recipe import Recipe
+
+SAMPLE_TOKENS = 4096
+"""Calibration tokens that sensitivities are measured on: means over tokens settle long before Hessians do."""
+
+OpenBlock = Callable[[int, MutableSequence[Tensor]], "Block"]
+"""Loads block `index` with the hidden states [B, T, D] that reach it."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The choice, and the recipe that makes it."""
+
+    recipe: Recipe
+    target: float
+    bits_per_weight: float
+    """Mean stored bits over the linears of integer encode stages, scales counted; at most the target."""
+    error: float
+    """Sum of the measured errors at the chosen bits."""
+    bits: Mapping[str, int]
+    """By full name."""
+    errors: Mapping[str, Mapping[int, float]]
+    """Full name → bits → error at the block's output, relative to it (see `sensitivities`)."""
+    promoted: tuple[str, ...]
+    """Linears that got more bits than their stage's own."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The provenance's `allocation`."""
+        return {
+            "target_bpw": self.target,
+            "bits_per_weight": self.bits_per_weight,
+            "error": self.error,
+            "linears": {
+                name: {"bits": bits, "errors": {str(b): e for b, e in self.errors[name].items()}}
+                for name, bits in self.bits.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen for one model under one recipe."""
+
+    recipe: Recipe
+    target: float
+    shapes: Mapping[str, tuple[int, int]]
+    """[N, K] of every linear that an integer encode stage takes, by full name."""
+    stages: Mapping[str, int]
+    """Full name → index of the stage that takes it."""
+    groups: tuple[tuple[str, ...], ...]
+    """Linears that must get the same bits."""
+    candidates: tuple[int, ...] = (8,)
+    """Bits that a linear may get instead of its stage's own, if more than these."""
+    experts: Mapping[str, set[str]] = field(default_factory=dict)
+    """Layer pattern of a block's routed experts → all linears of the model that it matches."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        arch: Architecture,
+        shapes: Mapping[str, tuple[int, int]],
+        target: float,
+        candidates: tuple[int, ...] = (8,),
+        tie_inputs: bool = True,
+    ) -> Space:
+        """Read the linears (full name → [N, K]) that `recipe` encodes to integers.
+
+        tie_inputs: linears that share an input get the same bits, for kernels that fuse them into one matrix.
+        Raises UsageError where there is nothing to choose or no choice comes to `target` bits per weight.
+        """
+        stages = {
+            name: next((i for i, s in enumerate(recipe.stages) if isinstance(s, IntEncode) and s.selects(name)), None)
+            for name in shapes
+        }
+        taken = {name: index for name, index in stages.items() if index is not None}
+        if not taken:
+            raise UsageError(
+                f"target_bpw {target:g}: recipe '{recipe.name}' has no integer encode stage whose bits could be "
+                "chosen; add one (rtn, gptq, fireq) or leave the target out"
+            )
+        groups = tuple(_groups(arch, taken, tie_inputs))
+        space = cls(recipe, target, {n: shapes[n] for n in taken}, taken, groups, candidates, _experts(arch, shapes))
+        lowest, highest = (space.bits_per_weight([pick] * len(groups)) for pick in (0, -1))
+        if not lowest <= target <= highest:
+            # Rounded inwards, so that both ends can be given as they are shown.
+            low, high = math.ceil(lowest * 1000) / 1000, math.floor(highest * 1000) / 1000
+            raise UsageError(
+                f"target_bpw {target:g} is out of reach: recipe '{recipe.name}' on this model takes "
+                f"{low:g} to {high:g} bits per weight, scales counted; give a target in this range"
+            )
+        return space
+
+    @property
+    def weights(self) -> int:
+        """Weights that the budget counts."""
+        return sum(N * K for N, K in self.shapes.values())
+
+    def schemes(self, name: str) -> tuple[IntScheme, ...]:
+        """Ways to round a linear, the stage's own first, then by bits."""
+        stage = self._stage(name)
+        own = IntScheme(stage.bits, stage.group_size, stage.fp8)
+        more = sorted(bits for bits in set(self.candidates) if bits > stage.bits)
+        return own, *(IntScheme(bits, stage.group_size, False) for bits in more)
+
+    def bits_per_weight(self, picks: Sequence[int]) -> float:
+        """Mean stored bits where group i gets its schemes[picks[i]]."""
+        return sum(costs[pick] for costs, pick in zip(self.costs(), picks, strict=True)) / self.weights
+
+    def costs(self) -> list[list[int]]:
+        """Stored bits of every group under each of its schemes."""
+        return [
+            [sum(costs) for costs in zip(*(self._costs(name) for name in group), strict=True)] for group in self.groups
+        ]
+
+    def measure(
+        self,
+        open_block: OpenBlock,
+        blocks: int,
+        hidden: list[Tensor],
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> dict[str, dict[int, float]]:
+        """Full name → bits → `sensitivities`, with the hidden states [B, T, D] that enter block 0 of the parent."""
+        out: dict[str, dict[int, float]] = {}
+        streams = Streams(list(hidden), None)
+        for index in range(blocks):
+            progress("measuring", index, blocks)
+            block = open_block(index, streams.quantized)
+            names = [name for group in block.arch.calibration_order for name in group]
+            schemes = {n: self.schemes(full) for n in names if (full := block.full_name(n)) in self.shapes}
+            with torch.no_grad():
+                for stage in self.recipe.stages:
+                    if stage.kind in ("restructure", "smooth"):  # what makes linears easier to round, never the cache
+                        stage.apply(block)
+                out |= {block.full_name(name): errors for name, errors in sensitivities(block, schemes).items()}
+                if index + 1 < blocks:
+                    streams.advance(block)
+        return out
+
+    def choose(self, errors: Mapping[str, Mapping[int, float]]) -> Allocation:
+        """Spend the budget where it lowers the total error most. errors: as `measure` gives them."""
+        costs = self.costs()
+        by_group = [
+            [
+                math.fsum(errors[name][scheme.bits] for name, scheme in zip(group, row, strict=True))
+                for row in zip(*(self.schemes(name) for name in group), strict=True)
+            ]
+            for group in self.groups
+        ]
+        # A target like 4.2 has no exact float; the budget is a whole number of bits.
+        picks = knapsack(costs, by_group, math.floor(self.target * self.weights + 1e-6))
+        bits = {n: self.schemes(n)[pick].bits for group, pick in zip(self.groups, picks, strict=True) for n in group}
+        stages = itertools.chain.from_iterable(
+            self._split(index, {n: bits[n] for n, at in self.stages.items() if at == index})
+            for index in range(len(self.recipe.stages))
+        )
+        return Allocation(
+            recipe=self.recipe.model_copy(update={"stages": tuple(stages), "target_bpw": None}),
+            target=self.target,
+            bits_per_weight=self.bits_per_weight(picks),
+            error=total(by_group, picks),
+            bits={name: bits[name] for name in self.shapes},
+            errors=errors,
+            promoted=tuple(name for name in self.shapes if bits[name] != self._stage(name).bits),
+        )
+
+    def _stage(self, name: str) -> IntEncode:
+        stage = self.recipe.stages[self.stages[name]]
+        assert isinstance(stage, IntEncode)
+        return stage
+
+    def _costs(self, name: str) -> list[int]:
+        N, K = self.shapes[name]
+        return [round(stored_bits(scheme.bits, scheme.group_size) * N * K) for scheme in self.schemes(name)]
+
+    def _split(self, index: int, bits: Mapping[str, int]) -> Iterator[Any]:
+        """A stage as it is for the linears that keep its bits, then a copy for each number of bits that others got.
+
+        The copies come last: hardly anything changes for the linears before them, and they repair their errors.
+        """
+        stage = self.recipe.stages[index]
+        moved = [name for name in bits if bits[name] != self._stage(name).bits]
+        if not moved:
+            yield stage
+            return
+        if len(moved) < len(bits):
+            yield _changed(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
+        for more in sorted({bits[name] for name in moved}):
+            names = self._patterns([name for name in moved if bits[name] == more])
+            # INT8 weights have kernels for 16-bit activations only.
+            yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
+
+    def _patterns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names, but one pattern for all experts of a block where all are among them: a model has thousands."""
+        whole = {name: pattern for pattern, inside in self.experts.items() if inside <= set(names) for name in inside}
+        return tuple(dict.fromkeys(whole.get(name, name) for name in names))
+
+
+def _groups(arch: Architecture, stages: Mapping[str, int], tie_inputs: bool) -> Iterator[tuple[str, ...]]:
+    """Linears that must get the same bits: those of one input and one stage, or each one alone.
+
+    All linears of a block's routed experts go together: vLLM refuses experts that are not all of one scheme.
+    """
+    if not tie_inputs:
+        yield from ((name,) for name in stages)
+        return
+    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
+    groups: dict[tuple[str, str, int, int], list[str]] = {}
+    for name, stage in stages.items():
+        block, inside = _place(arch, name)
+        routed = arch.is_routed(inside)
+        where = ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
+        groups.setdefault((block, *where, stage), []).append(name)
+    yield from map(tuple, groups.values())
+
+
+def _place(arch: Architecture, name: str) -> tuple[str, str]:
+    """Full name of a linear → (number of its block, its name there)."""
+    block, _, inside = name.removeprefix(f"{arch.blocks}.").partition(".")
+    return block, inside
+
+
+def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
+    """Layer pattern of the routed experts of a block → the linears that it matches, for every block that has any."""
+    out: dict[str, set[str]] = {}
+    for name in names:
+        block, inside = _place(arch, name)
+        if arch.experts is not None and arch.is_routed(inside):
+            out.setdefault(f"{arch.blocks}.{block}.{arch.experts.routed}.*", set()).add(name)
+    return out
+
+
+def _changed(stage: Any, **fields: Any) -> Any:
+    return type(stage).model_validate({key: getattr(stage, key) for key in type(stage).model_fields} | fields)

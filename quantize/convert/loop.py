@@ -1,0 +1,186 @@
+"""The conversion loop: one decoder block at a time is loaded, measured, transformed, written and freed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantize
+from quantize.block.statistics import STATISTICS
+from quantize.block.streams import Streams
+from quantize.calibration.tokens import TokenSet
+from quantize.convert.allocation import Space
+from quantize.convert.conversion import Conversion
+from quantize.convert.joint import (
+    NoWriter,
+    processor,
+    require_equal,
+    require_same_block,
+    shared_state,
+)
+from quantize.convert.opening import check_linears, opened
+from quantize.convert.pace import Pace
+from quantize.convert.request import Progress, Request, Summary
+from quantize.convert.snapshot import restored, snapshot
+from quantize.errors import StoppedError
+from quantize.files.checkpoint import Checkpoint
+from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
+from quantize.files.resume import StateFolder
+from quantize.files.writer import CheckpointWriter, require_apart, require_free
+from quantize.recipe.recipe import resolved_yaml
+
+__all__ = ["Request", "Summary", "convert"]
+
+_VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
+
+
+def convert(
+    request: Request,
+    progress: Progress = lambda what, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Run a recipe over a checkpoint and write the packed result to `request.output`.
+
+    Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its Hessians, the embedding
+    matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes,
+    taken up or not, with any number of ranks, of which the first alone writes. stop: asked after each block where
+    `request.resume` keeps blocks; StoppedError on all ranks once it is true on one.
+    Raises PqError subclasses; on any error nothing is left at the output.
+    """
+    started, ranks = time.monotonic(), request.ranks
+    if ranks.first:
+        require_free(request.output)
+        require_apart(request.model, request.output, request.work)
+    with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
+        run, space, tokens = opened(request)
+        blocks = run.shape.n_blocks
+        progress("hashing source", 0, blocks)
+        require_equal(ranks, _surroundings(request, run.source, tokens))
+        hashes = run.source.hashes() if ranks.first else {}
+        keeper = _Keeper(state, request, _fingerprint(request, hashes, tokens), blocks, stop)
+        kept = shared_state(ranks, state.take_up(keeper.fingerprint))
+        if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
+            progress("checking source", 0, blocks)
+            run.source.require_finite()
+        streams: Streams | None = None
+        done, written = (kept.blocks, kept.written) if kept else (0, {})
+        if kept:
+            run, streams = restored(run, kept.facts, kept.tensors)
+        elif run.needs_plan or space:
+            run = _settled(run, space, tokens, progress)
+            keeper.keep(run, 0, None, {})
+        if not done:
+            streams = run.embed(tokens)
+        with _writer(request, blocks + 2, state.partial, written) as writer:
+            pace = Pace(request, done, blocks)
+            streams = _write_blocks(run, streams, pace, writer, keeper, progress)
+            ranks.release()
+            progress("writing", blocks, blocks)
+            if isinstance(writer, CheckpointWriter):
+                _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
+        state.clear()
+    return run.summary(time.monotonic() - started, pace.per_block, writer.total_size)
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Keeps what is done, and stops where that is asked for."""
+
+    state: StateFolder
+    request: Request
+    fingerprint: dict[str, Any]
+    blocks: int
+    stop: Callable[[], bool]
+
+    def keep(self, run: Conversion, done: int, streams: Streams | None, written: dict[str, Any]) -> None:
+        """Commit the state after `done` blocks. StoppedError when it is time to stop."""
+        if self.request.work is None or self.request.resume in (None, "never"):
+            return
+        if self.state.keeps:
+            self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
+        if self.request.ranks.any(self.stop()):
+            what = f"block {done} of {self.blocks}" if done else "planning"
+            raise StoppedError(f"stopped after {what}; the same command goes on from there")
+
+
+def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Conversion:
+    """A conversion in which nothing hangs on the whole model any more."""
+    if tokens and run.needs_plan:
+        run = run.planned(tokens, progress)
+        check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
+    return run.within(space, tokens, progress) if space and tokens else run
+
+
+def _write_blocks(
+    run: Conversion,
+    streams: Streams | None,
+    pace: Pace,
+    writer: CheckpointWriter | NoWriter,
+    keeper: _Keeper,
+    progress: Progress,
+) -> Streams | None:
+    """Convert and write all blocks that are not done; returns what is left of the streams."""
+    if not pace.done and run.request.ranks.first:
+        writer.add_shard(run.tensors_outside(run.arch.embedding))
+    for index in range(pace.done, keeper.blocks):
+        progress("quantizing", index, keeper.blocks)
+        tensors = run.block(index, streams)
+        require_same_block(run.request.ranks, index, tensors)
+        writer.add_shard(tensors)
+        if streams and index + 1 == keeper.blocks:
+            streams = Streams([], None, streams.dropped)
+        pace.finished()
+        keeper.keep(run, index + 1, streams, writer.written)
+    return streams
+
+
+def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, provenance: dict[str, Any]) -> None:
+    """Write what stands behind the blocks and let the output appear."""
+    writer.add_shard(run.tensors_outside(run.arch.final_norm, run.arch.head))
+    for path in run.source.side_files():
+        writer.copy(path)
+    writer.write_index()
+    writer.write_json("config.json", run.config())
+    writer.write_json(STATISTICS, run.statistics.as_json())
+    facts = provenance | run.results(streams) | {"files": writer.hashes}
+    writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
+    writer.commit()
+
+
+def _writer(
+    request: Request, shards: int, kept: Path | None, written: Mapping[str, Any]
+) -> CheckpointWriter | NoWriter:
+    return CheckpointWriter(request.output, shards, kept, written) if request.ranks.first else NoWriter()
+
+
+def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+    """What must be alike for all ranks to compute the same, by name."""
+    sizes = {name: (source.folder / name).stat().st_size for name in ("config.json", *source.shards)}
+    numerics = {"processor": processor(request.device), "threads": torch.get_num_threads()}
+    return numerics | {"sizes of the source": sizes} | _fingerprint(request, {}, tokens)
+
+
+def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    """All that decides what is written, by name; a state of another fingerprint is not gone on from."""
+    facts = _provenance(request, hashes, tokens)
+    told = {"recipe": request.recipe.model_dump(mode="json"), "target_bpw": request.target_bpw}
+    return told | {key: facts[key] for key in facts if key != "recipe"} | {"batch_tokens": request.batch_tokens}
+
+
+def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {
+        "pq": quantize.__version__,
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
+        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(request.recipe)},
+        "source": dict(hashes),
+        "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
+    }

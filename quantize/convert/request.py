@@ -1,0 +1,78 @@
+"""What is asked of a conversion, and what is told about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.files.offload import Place
+from quantize.files.resume import Resume
+from quantize.parallel.ranks import ALONE, Ranks
+from quantize.recipe.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, blocks done, blocks in all)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert, how, and where to."""
+
+    model: Path
+    recipe: Recipe
+    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int = 4096
+    """Calibration tokens per forward pass; bounds the memory of one pass."""
+    states_on: Place = "device"
+    """Where hidden states wait between two blocks."""
+    split: bool = False
+    """Whether the weights of a block are put away, all but those of the linear that is worked on."""
+    work: Path | None = None
+    """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
+    resume: Resume | None = None
+    """Whether to go on from the last block that a stopped run kept in `work`, and to keep every block that is done;
+    None: no block is kept, and what another run kept is left alone."""
+    target_bpw: float | None = None
+    """Overrides the recipe's `target_bpw`."""
+    max_ram: int | None = None
+    """Bytes that the process should stay below; `quantize.convert.estimate.within` sees to it."""
+    max_vram: int | None = None
+    """The same of an accelerator's memory."""
+    ranks: Ranks = ALONE
+    """The processes that do it together; the first alone reads the text and writes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did; the JSON that `pq convert --json` prints."""
+
+    output: str
+    recipe: str
+    blocks: int
+    quantized_linears: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    seconds_per_block: float
+    peak_bytes: int | None
+    """Most memory of the process, or of the GPU where blocks are computed on one; None where it cannot be told."""
+    promoted: list[str]
+    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
+    fallbacks: list[str]
+    lost: list[str]
+    """What the recipe asks for and the format of the output cannot hold."""
+    untied_head_bytes: int
+    """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
+    restructured: list[dict[str, Any]]
+    """What each restructured block became: errors of its FFN beside its baselines', time, peak memory."""
+    activated_reduction: float | None
+    """Share of the parameters a token meets that was saved; None without a restructure stage."""
+    mean_output_error: float | None
+    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""

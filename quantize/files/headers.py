@@ -1,0 +1,39 @@
+"""What safetensors headers say about tensors, without reading any of their data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantize.files.checkpoint import Checkpoint, header_entries
+
+
+@dataclass(frozen=True)
+class Header:
+    """One tensor as its shard's header describes it."""
+
+    dtype: str
+    """Name in the safetensors format: BF16, F32, I32, F8_E4M3, …"""
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def tensor_headers(source: Checkpoint) -> dict[str, Header]:
+    """Header of every tensor of a checkpoint by full name; ModelError for a shard that cannot be read."""
+    # `Checkpoint` had the safetensors library check every header; the library does not tell byte ranges.
+    out: dict[str, Header] = {}
+    for shard in source.shards:
+        for name, entry in header_entries(source.folder / shard).items():
+            if name in source:
+                first, end = entry["data_offsets"]
+                out[name] = Header(entry["dtype"], tuple(entry["shape"]), end - first)
+    return out
+
+
+def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
+    """[N, K] of the linears whose planes alone do not tell it, by full name, from the note beside them."""
+    planes = [name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")]
+    notes = {name: headers.get(f"{name}.weight_shape") for name in planes}
+    found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
+    sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}
+    return {name: (N, K) for name, (N, K) in sizes.items()}

@@ -1,0 +1,1 @@
+"""The accuracy gate: baselines with tolerances, checks and their update."""

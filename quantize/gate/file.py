@@ -1,0 +1,281 @@
+"""Gate files: the accuracy that each recipe must reach on one model. Every mistake in a file is one line.
+
+`value` with `tolerance` is a figure measured before; the tolerance is in the metric's unit, or in percent of the value.
+`recovery` is the least share of the parent's accuracy: model / parent, or parent / model where lower is better.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from quantize.errors import RecipeError, UsageError
+from quantize.evaluate.protocols import PROTOCOLS, Protocol, ProtocolName
+from quantize.files import strict_yaml
+from quantize.files.strict_yaml import Document, show_value
+from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
+from quantize.model.linear import Numerics
+from quantize.recipe.overrides import with_stage_fields
+from quantize.recipe.recipe import Calibration, Recipe, load_recipe, shipped_recipes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe and what it must reach."""
+
+    name: str
+    recipe: Recipe
+    """With the file's calibration and the entry's `set` applied."""
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every recipe of a file is measured."""
+
+    protocol: ProtocolName = "strided"
+    dataset: str = "builtin"
+    seqlen: int = 512
+    max_windows: int | None = None
+    context: int = 0
+    numerics: Numerics = "kernel"
+
+
+@dataclass(frozen=True)
+class GateFile:
+    """A gate file, checked."""
+
+    path: Path
+    model: Path | None
+    evaluation: Settings
+    tasks: tuple[str, ...]
+    task_limit: int | None
+    entries: tuple[Entry, ...]
+    document: Document = field(repr=False)
+
+
+def load_gate(path: Path) -> GateFile:
+    """Read a gate file. Raises RecipeError with a line `file:line: path: problem; remedy` for each problem."""
+    return parse_gate(read_gate(path), path)
+
+
+def read_gate(path: Path) -> bytes:
+    """Return the bytes of a gate file; RecipeError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(strict_yaml.MAX_BYTES + 1)
+    except OSError as err:
+        raise RecipeError(f"{path}: cannot be read: {err.strerror}; give the path of a gate file") from None
+
+
+def parse_gate(raw: bytes, path: Path) -> GateFile:
+    """Parse and validate the text of the gate file at `path`, whose folder relative paths in it start from."""
+    doc = strict_yaml.load(raw, str(path))
+    if not isinstance(doc.data, dict):
+        what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
+        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), f"{what}; begin with 'recipes:'")])
+    reader = _Reader(doc, path.parent)
+    gate = reader.gate(path)
+    if reader.problems:
+        raise strict_yaml.error_of(doc.source, reader.problems)
+    return gate
+
+
+def close(word: str, options: Collection[str]) -> str:
+    """Return "did you mean 'option'? " for the option nearest to `word`, else nothing."""
+    found = difflib.get_close_matches(word, list(options), n=1)
+    return f"did you mean '{found[0]}'? " if found else ""
+
+
+_Test = tuple[Callable[[Any], bool], str]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(least: int) -> _Test:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"an integer >= {least}"
+
+
+def _choice(options: tuple[str, ...]) -> _Test:
+    return lambda v: v in options, " or ".join(options)
+
+
+_TEXT: _Test = (lambda v: isinstance(v, str) and bool(v), "a text")
+_TEXTS: _Test = (lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v), "a list of texts")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+_TOP: dict[str, _Test] = {
+    "model": _TEXT,
+    "calibration": (lambda v: isinstance(v, dict), "a mapping"),
+    "evaluation": (lambda v: isinstance(v, dict), "a mapping"),
+    "tasks": _TEXTS,
+    "task_limit": _count(1),
+    "recipes": (lambda v: isinstance(v, dict) and bool(v), "a mapping with one entry or more, 'NAME: {METRIC: ...}'"),
+    "history": (lambda v: isinstance(v, list), "a list, which pq itself appends to"),
+}
+_EVALUATION: dict[str, _Test] = {
+    "protocol": _choice(PROTOCOLS),
+    "dataset": _TEXT,
+    "seqlen": _count(8),
+    "max_windows": _count(1),
+    "context": _count(0),
+    "numerics": _choice(get_args(Numerics)),
+}
+_ENTRY: dict[str, _Test] = {"recipe": _TEXT, "set": _TEXTS}
+_CHECK: dict[str, _Test] = {
+    "value": (_number, "a number"),
+    "tolerance": (
+        lambda v: (_number(v) and v >= 0) or (isinstance(v, str) and bool(_PERCENT.fullmatch(v))),
+        "a number >= 0 or a percentage such as 30%",
+    ),
+    "recovery": (lambda v: _number(v) and 0 < v <= 1, "a number > 0 and <= 1, such as 0.95"),
+}
+
+
+class _Reader:
+    """Reads the parts of one file and collects what is wrong with them."""
+
+    def __init__(self, doc: Document, folder: Path) -> None:
+        self.doc, self.folder = doc, folder
+        self.problems = list(doc.problems)
+
+    def say(self, path: strict_yaml.Path, text: str) -> None:
+        """Note a problem, unless the value at `path` is refused already."""
+        if not any(path[:n] in self.doc.spoiled for n in range(len(path) + 1)):
+            self.problems.append(self.doc.problem(path, text))
+
+    def fields(self, path: strict_yaml.Path, data: Mapping[str, Any], table: Mapping[str, _Test]) -> dict[str, Any]:
+        """Return the values of a mapping that pass their tests; unknown keys are problems."""
+        good: dict[str, Any] = {}
+        for key, value in data.items():
+            if key not in table:
+                self.say((*path, key), f"unknown field; {close(key, table)}the fields are {', '.join(table)}")
+            elif not table[key][0](value):
+                self.say((*path, key), f"must be {table[key][1]} (value {show_value(value)})")
+            else:
+                good[key] = value
+        return good
+
+    def gate(self, path: Path) -> GateFile:
+        top = self.fields((), self.doc.data, _TOP)
+        if "recipes" not in self.doc.data:
+            self.say((), "'recipes' is missing; add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'")
+        settings = self.settings(top.get("evaluation", {}))
+        calibration = top.get("calibration", {})
+        known = {name: _TEXT if name == "dataset" else (lambda v: True, "") for name in Calibration.model_fields}
+        calibration = self.fields(("calibration",), calibration, known)
+        if "dataset" in calibration:
+            calibration["dataset"] = self.beside(calibration["dataset"])
+        tasks = tuple(self.task(name) for name in top.get("tasks", []))
+        entries = [
+            self.entry(name, data, calibration, settings, bool(tasks)) for name, data in top.get("recipes", {}).items()
+        ]
+        return GateFile(
+            path=path,
+            model=self.folder / top["model"] if "model" in top else None,
+            evaluation=settings,
+            tasks=tasks,
+            task_limit=top.get("task_limit"),
+            entries=tuple(entry for entry in entries if entry),
+            document=self.doc,
+        )
+
+    def settings(self, data: Mapping[str, Any]) -> Settings:
+        values = self.fields(("evaluation",), data, _EVALUATION)
+        if "dataset" in values:
+            values["dataset"] = self.beside(values["dataset"])
+        settings = Settings(**values)
+        try:
+            Protocol(settings.protocol, settings.seqlen, settings.context)
+        except UsageError as err:
+            self.say(("evaluation", "context"), str(err))
+        return settings
+
+    def entry(
+        self, name: str, data: Any, calibration: Mapping[str, Any], settings: Settings, tasks: bool
+    ) -> Entry | None:
+        path = ("recipes", name)
+        if not isinstance(data, dict):
+            self.say(path, f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'")
+            return None
+        own = self.fields(path, {key: value for key, value in data.items() if key in _ENTRY}, _ENTRY)
+        metrics = [metric for metric in data if metric not in _ENTRY]
+        if not metrics:
+            self.say(path, "checks nothing; add a metric, such as 'kld_mean: {value: ..., tolerance: 20%}'")
+        checks = [
+            check
+            for metric in metrics
+            if self.metric((*path, metric), metric, settings, tasks)
+            for check in self.checks((*path, metric), metric, data[metric])
+        ]
+        recipe = self.recipe(path, own, calibration)
+        return Entry(name, recipe, tuple(checks)) if recipe else None
+
+    def recipe(self, path: tuple[str, str], own: Mapping[str, Any], calibration: Mapping[str, Any]) -> Recipe | None:
+        shipped = {file.stem: str(file) for file in shipped_recipes()}
+        wanted = own.get("recipe", path[1])
+        where = (*path, "recipe") if "recipe" in own else path
+        try:
+            recipe = load_recipe(shipped.get(wanted) or self.beside(wanted))
+        except RecipeError as err:
+            for line in str(err).splitlines():
+                self.say(where, line if "recipe" in own else f"{line}; or name a file with 'recipe: FILE'")
+            return None
+        try:
+            recipe = recipe.with_overrides(**calibration)
+        except UsageError as err:
+            for key, _, text in (line.partition(": ") for line in str(err).splitlines()):
+                self.say(("calibration", key), text)
+        try:
+            return with_stage_fields(recipe, own.get("set", []))
+        except UsageError as err:
+            self.say((*path, "set"), str(err))
+            return None
+
+    def metric(self, path: strict_yaml.Path, metric: str, settings: Settings, tasks: bool) -> bool:
+        if "/" in metric:
+            if not tasks:
+                self.say(path, "is a task's metric, but the file names no tasks; add 'tasks: [...]'")
+            return tasks
+        if metric not in HIGHER_IS_BETTER:
+            known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
+            self.say(path, f"unknown metric; {close(metric, (*HIGHER_IS_BETTER, *_ENTRY))}the metrics are {known}")
+        elif metric in ROLLING_ONLY and settings.protocol != "rolling":
+            self.say(path, "only the rolling protocol gives it; write 'protocol: rolling' under 'evaluation'")
+        return metric in HIGHER_IS_BETTER
+
+    def checks(self, path: strict_yaml.Path, metric: str, data: Any) -> list[Check]:
+        remedy = "write {value: ..., tolerance: ...} or {recovery: ...}"
+        if not isinstance(data, dict):
+            self.say(path, f"must be a mapping (value {show_value(data)}); {remedy}")
+            return []
+        good = self.fields(path, data, _CHECK)
+        if not data or ("tolerance" in data and "value" not in data):
+            self.say(path, f"'value' is missing; {remedy}")
+        if "value" in data and "tolerance" not in data:
+            self.say(path, "'tolerance' is missing; add 'tolerance: 20%', or 0 for a figure that never varies")
+        out: list[Check] = []
+        if "value" in good and "tolerance" in good:
+            share = _PERCENT.fullmatch(str(good["tolerance"]))
+            amount = float(share[1] if share else good["tolerance"])
+            out.append(Check(metric, "value", float(good["value"]), amount, percent=share is not None))
+        if "recovery" in good:
+            if "/" not in metric and metric not in WITH_PARENT:
+                self.say((*path, "recovery"), f"{metric} is no figure of the parent; write value and tolerance")
+            out.append(Check(metric, "recovery", float(good["recovery"])))
+        return out
+
+    def beside(self, name: str) -> str:
+        """Return the path of the file of this name beside the gate file, else the name itself."""
+        there = self.folder / name
+        return str(there) if name != "builtin" and there.is_file() else name
+
+    def task(self, name: str) -> str:
+        template, colon, file = name.partition(":")
+        return f"{template}:{self.beside(file)}" if colon else self.beside(name)

@@ -1,0 +1,219 @@
+"""The accuracy gate: every recipe of a file reaches what the file says, its parent being measured in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.convert.loop import Request, convert
+from quantize.errors import ModelError, QualityError, UsageError, VerifyError
+from quantize.evaluate import evaluate
+from quantize.files import strict_yaml
+from quantize.files.checkpoint import Checkpoint
+from quantize.files.provenance import read_provenance
+from quantize.gate.checks import Measurement, Verdict, figure_of, judge
+from quantize.gate.file import Entry, GateFile, close, load_gate
+from quantize.gate.update import update_baselines
+
+__all__ = ["GateResult", "Verdict", "run_gate", "update_baselines"]
+
+Progress = Callable[[str, int, int], None]
+Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""task → metric → value, stderr, higher_is_better: what a TaskRun holds."""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What a run of the gate found; `dataclasses.asdict` of it is plain JSON (figures that are not finite are None)."""
+
+    file: str
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+    figures: dict[str, dict[str, Any]]
+    """Of each recipe: its Evaluation; absent where the recipe could not be measured."""
+    tasks: dict[str, dict[str, Any]]
+    """Of each recipe: task → metric → value, stderr, baseline, higher_is_better."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(verdict.ok for verdict in self.verdicts)
+
+    def raise_if_failed(self) -> None:
+        """Raise QualityError, one line that names the checks that failed."""
+        failed = [f"{v.recipe}.{v.metric} {v.detail}" for v in self.verdicts if not v.ok]
+        if failed:
+            shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
+            raise QualityError(f"{self.file}: {len(failed)} of {len(self.verdicts)} checks failed: {shown}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    file: GateFile
+    baseline: Path
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+
+
+def run_gate(
+    file: Path,
+    model: Path | None = None,
+    baseline: Path | None = None,
+    only: Sequence[str] | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda what, done, total: None,
+) -> GateResult:
+    """Check the recipes of a gate file; a check that fails is a verdict, not an exception.
+
+    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a temporary folder
+    and measured against it. With `model` nothing is converted: `baseline` is its parent, and its entry is the one of
+    its recipe's name, or the one in `only`. A model that cannot be made or used fails all of its checks.
+    Raises PqError subclasses: RecipeError for a broken file, UsageError for arguments that contradict each other.
+    """
+    started = time.monotonic()
+    gate = load_gate(file)
+    entries, parent = _chosen(gate, model, baseline, only)
+    for folder in (parent, *([] if model is None else [model])):
+        Checkpoint(folder)  # a wrong path is no failed check
+    run = _Run(gate, parent, device or torch.device("cpu"), dtype, progress)
+    parents_tasks = _tasks(run, parent, "parent") if gate.tasks else {}
+    verdicts: list[Verdict] = []
+    figures: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        missing = ""
+        try:
+            figures[entry.name], ours = _measured(run, entry, model)
+            tasks[entry.name] = _beside_parent(ours, parents_tasks)
+        except (ModelError, VerifyError) as err:
+            missing = str(err)
+        for check in entry.checks:
+            figure = Measurement(None, missing=missing)
+            if not missing:
+                figure = _measurement(check.metric, figures[entry.name], tasks[entry.name])
+            verdicts.append(judge(entry.name, check, figure))
+    seconds = round(time.monotonic() - started, 2)
+    return GateResult(str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks))
+
+
+def _chosen(
+    gate: GateFile, model: Path | None, baseline: Path | None, only: Sequence[str] | None
+) -> tuple[list[Entry], Path]:
+    """Entries to check, and the folder of the parent."""
+    entries = {entry.name: entry for entry in gate.entries}
+    for name in only or ():
+        if name not in entries:
+            known = f"{close(name, entries)}(entries: {', '.join(entries)})"
+            raise UsageError(f"{gate.path}: no entry {strict_yaml.show_value(name)}; {known}")
+    named = [entry for entry in gate.entries if only is None or entry.name in only]
+    if model is not None:
+        if baseline is None:
+            raise UsageError(f"the gate compares {model} with its parent; give it with --baseline")
+        return [_entry_of(gate, model, named if only else None)], baseline
+    if baseline is not None:
+        raise UsageError(f"--baseline {baseline} needs a model; without one the gate uses the model of {gate.path}")
+    if gate.model is None:
+        raise UsageError(f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline")
+    if not gate.model.is_dir():
+        missing = gate.document.problem(("model",), f"no such folder: {gate.model}; the path starts from this file's")
+        raise strict_yaml.error_of(gate.document.source, [missing])
+    return named, gate.model
+
+
+def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
+    if named is None:
+        provenance = read_provenance(model)
+        if provenance is None:
+            raise UsageError(f"{model} has no pq.json that names its recipe; name an entry of {gate.path}")
+        recipe = provenance["recipe"]["name"]
+        named = [entry for entry in gate.entries if entry.name == recipe]
+        named = named or [entry for entry in gate.entries if entry.recipe.name == recipe]
+        if not named:
+            names = ", ".join(entry.name for entry in gate.entries)
+            raise UsageError(f"{gate.path} has no entry for {model}'s recipe '{recipe}'; name one (entries: {names})")
+    if len(named) > 1:
+        names = ", ".join(entry.name for entry in named)
+        raise UsageError(f"{gate.path}: {model} is one model, but its entry could be {names}; name one")
+    return named[0]
+
+
+def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
+    """Evaluation and task figures of `model`, or of the entry's recipe, whose conversion is then deleted."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        run.progress(f"{entry.name}: {what}", done, total)
+
+    if model is None:
+        with tempfile.TemporaryDirectory(prefix="pq-gate-") as folder:
+            output = Path(folder) / entry.name
+            convert(Request(run.baseline, entry.recipe, output, run.device, run.dtype), progress)
+            return _measured(run, entry, output)
+    evaluation = evaluate(
+        model,
+        run.baseline,
+        device=run.device,
+        dtype=run.dtype,
+        progress=progress,
+        **dataclasses.asdict(run.file.evaluation),
+    )
+    return dataclasses.asdict(evaluation), _tasks(run, model, entry.name) if run.file.tasks else {}
+
+
+def _tasks(run: _Run, model: Path, name: str) -> Tasks:
+    from quantize.evaluate.harness import run_tasks  # lm-eval is an optional dependency
+
+    done = run_tasks(
+        model,
+        run.file.tasks,
+        num_fewshot=None,
+        limit=run.file.task_limit,
+        device=run.device,
+        dtype=run.dtype,
+        numerics=run.file.evaluation.numerics,
+        progress=lambda what, done, total: run.progress(f"{name}: {what}", done, total),
+    )
+    tasks: Tasks = done.tasks
+    return tasks
+
+
+def _beside_parent(ours: Tasks, parents: Tasks) -> dict[str, Any]:
+    return {
+        task: {
+            metric: {**score, "baseline": parents.get(task, {}).get(metric, {}).get("value")}
+            for metric, score in metrics.items()
+        }
+        for task, metrics in ours.items()
+    }
+
+
+def _measurement(metric: str, evaluation: Mapping[str, Any], tasks: Tasks) -> Measurement:
+    task, slash, name = metric.rpartition("/")
+    if not slash:
+        return figure_of(evaluation, metric)
+    known = [f"{t}/{m}" for t, metrics in tasks.items() for m in metrics]
+    if metric not in known:
+        return Measurement(
+            None, missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}"
+        )
+    score = tasks[task][name]
+    return Measurement(score["value"], score["baseline"], bool(score["higher_is_better"]))
+
+
+def _plain(data: Any) -> Any:
+    """Replace what JSON cannot say (NaN and infinities) by None."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

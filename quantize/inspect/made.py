@@ -1,0 +1,74 @@
+"""How a checkpoint came about, as its pq.json tells people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import ModelError
+from quantize.files.provenance import read_provenance
+
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A linear with a large recorded error."""
+
+    name: str
+    error: float
+    kind: str
+    """output_error, or weight_error for data-free recipes."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What pq.json says about the conversion."""
+
+    pq: str
+    recipe: str
+    recipe_resolved: str
+    calibration: Mapping[str, Any] | None
+    source: Mapping[str, str]
+    versions: Mapping[str, str]
+    machine: Mapping[str, str]
+    dropped_sequences: int
+    fallbacks: tuple[str, ...]
+    worst: tuple[Worst, ...]
+
+
+def read_made(folder: Path) -> tuple[Made | None, str | None]:
+    """What pq.json of a checkpoint says, and why it cannot be used; None and None where there is none."""
+    try:
+        data = read_provenance(folder)
+    except ModelError as err:
+        return None, str(err)
+    if data is None:
+        return None, None
+    made = Made(
+        pq=data["pq"],
+        recipe=data["recipe"]["name"],
+        recipe_resolved=data["recipe"]["resolved"],
+        calibration=data["calibration"],
+        source=data["source"],
+        versions=data["versions"],
+        machine=data["machine"],
+        dropped_sequences=data["dropped_sequences"],
+        fallbacks=tuple(name for name, facts in data["layers"].items() if facts.get("fallback")),
+        worst=_worst(data["layers"]),
+    )
+    return made, None
+
+
+def _worst(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Worst, ...]:
+    found = []
+    for name, facts in layers.items():
+        kind = "output_error" if "output_error" in facts else "weight_error"
+        error = facts.get(kind)
+        if isinstance(error, int | float):
+            found.append(Worst(name, float(error), kind))
+    # NaN is the worst of all.
+    return tuple(sorted(found, key=lambda w: math.inf if math.isnan(w.error) else w.error, reverse=True)[:_WORST])

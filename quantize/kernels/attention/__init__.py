@@ -1,0 +1,1 @@
+"""Attention over an INT4 or FP8 KV cache."""

@@ -1,0 +1,104 @@
+"""Plain-torch twins of the attention kernels: what they are tested against, and what runs where there is no kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
+from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
+
+SCORES = 1 << 24
+"""float32 scores held at once."""
+
+View = tuple[bool, int | None, Tensor | None, Tensor | None]
+"""What queries see: causal, window, mask and lengths of `quantize.kernels.attention.api.attend_records`."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    fp8_probabilities: bool,
+    *,
+    whole_top: bool = False,
+) -> Tensor:
+    """Softmax attention in float32 with E4M3 probabilities: exp(s − max) is rounded ×448, its sum is not.
+
+    q [B, H, T, d], k and v [B, Hkv, S, d]; mask [B or 1, H or 1, T, S], bool (True: may be seen) or additive; without
+    one attention is causal. Returns [B, H, T, d]. Scores exist for a few queries at a time.
+
+    `whole_top` takes probabilities as the kernels do, against the maximum rounded up to a whole power of two: the same
+    softmax, but an E4M3 rounding that no order of tiles changes (subnormals, below 2⁻¹⁵ of the largest, aside).
+    """
+    B, H, T, d = q.shape
+    Hkv, L = k.shape[1], k.shape[2]
+    if mask is None and T > 1:
+        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
+    out = torch.empty_like(q)
+    rows = max(1, SCORES // (H * L))
+    for b in range(B):
+        kb, vb = k[b, :, None], v[b, :, None]  # [Hkv, 1, L, d]: shared by the query heads of a group
+        for first in range(0, T, rows):
+            part = slice(first, min(first + rows, T))
+            qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
+            scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, -1, L)
+            if mask is not None:
+                allowed = mask[b if mask.shape[0] > 1 else 0, :, part]
+                scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+            weights = _weights(scores, whole_top)
+            total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            if fp8_probabilities:
+                weights = e4m3(weights.mul_(E4M3_MAX)).div_(E4M3_MAX)
+            mixed = weights.view(Hkv, H // Hkv, -1, L) @ vb
+            out[b, :, part] = mixed.view(H, -1, d) / total
+    return out
+
+
+def _weights(scores: Tensor, whole_top: bool) -> Tensor:
+    # exp(s − max), in place; a row that may see nothing (padding) gives zeros.
+    if whole_top:
+        scores = scores.mul_(math.log2(math.e))
+        top = scores.amax(dim=-1, keepdim=True).ceil()
+        return scores.sub_(torch.where(top.isinf(), 0, top)).exp2_()
+    top = scores.amax(dim=-1, keepdim=True)
+    return scores.sub_(torch.where(top.isinf(), 0, top)).exp_()
+
+
+def over_scale(query: Tensor, S: Tensor) -> Tensor:
+    """Q/S: query [B, H, T, d] over S [Hkv, d] of the key head that it reads; float32."""
+    return query.float() / S.repeat_interleave(query.shape[1] // S.shape[0], dim=0)[:, None]
+
+
+def visible(T: int, L: int, view: View, device: torch.device) -> Tensor:
+    """Which of L tokens T queries see: bool [B or 1, 1, T, L]."""
+    causal, window, mask, lengths = view
+    length = torch.full((1,), L, device=device) if lengths is None else lengths.clamp_max(L)
+    place = (length[:, None] - T + torch.arange(T, device=device))[:, None, :, None]
+    token = torch.arange(L, device=device)
+    seen = (token < length[:, None, None, None]).expand(-1, 1, T, L)
+    if causal:
+        seen = seen & (token <= place)
+    if window is not None:
+        seen = seen & (token > place - window)
+    return seen if mask is None else seen & mask
+
+
+def store_reference(key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:
+    """Records [B, Hkv, T, R] of K·S and of V [B, Hkv, T, d]."""
+    return quantize(key.float() * S[:, None], scheme).records(), quantize(value, scheme).records()
+
+
+def read_reference(records: Tensor, scheme: KvScheme, head_dim: int) -> Tensor:
+    """Float32 [..., d] that records [..., R] hold."""
+    return dequantize(KvCodes.from_records(records, scheme, head_dim), scheme)
+
+
+def attend_reference(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, seen: Tensor) -> Tensor:
+    """Attention of the kernels to float32 k and v, as they were rounded → [B, H, T, d] in query's dtype."""
+    q = quantize_activations(over_scale(query, S))
+    return attend(q, k, v, seen, scaling, True, whole_top=True).to(query.dtype)

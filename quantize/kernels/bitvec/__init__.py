@@ -1,0 +1,1 @@
+"""Weights as sums of bit vectors, multiplied without decompression."""

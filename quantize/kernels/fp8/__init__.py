@@ -1,0 +1,1 @@
+"""Rounding to E4M3 per token."""

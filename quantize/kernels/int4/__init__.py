@@ -1,0 +1,1 @@
+"""INT4 weights times FP8 or 16-bit activations."""

@@ -1,0 +1,137 @@
+"""What scaling keys and values costs or gains on an INT4 cache, measured on the attention output itself.
+
+A key scale A [Hkv, d] stands for the product of the pre-RoPE scale N and the post-RoPE scale S: keys enter the cache as
+K·A, queries meet them as Q/A. N is equal within a rotation pair, so it could be folded before the rotation; S is free.
+A value scale λ [Hkv, d] divides v_proj's outputs and multiplies o_proj's columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.formats.fp8 import quantize_activations
+from quantize.formats.kv4 import fake_quantize
+from quantize.kernels.attention.reference import SCORES, attend
+from quantize.model.attention import KvNumerics
+from quantize.model.rope import pair_norm
+
+SCORES_AT_ONCE = SCORES
+"""Scores that attention holds at once."""
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_STRENGTHS = (0.5, 0.75, 1.0)
+_TARGETS = (0.7, 1.0)
+_COUNTS = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Queries, keys and values after RoPE, unscaled and unrounded, and what attention makes of them."""
+
+    q: Tensor  # [B, H, T, d]
+    k: Tensor  # [B, Hkv, T, d]
+    v: Tensor  # [B, Hkv, T, d]
+    mask: Tensor | None
+    scaling: float
+    exact: Tensor  # [B, H, T, d]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Sample:
+        """Compute the exact output in float32."""
+        q, k, v = q.float(), k.float(), v.float()
+        return cls(q, k, v, mask, scaling, attend(q, k, v, mask, scaling, fp8_probabilities=False))
+
+
+def output_error(
+    samples: Sequence[Sample], key_scale: Tensor, value_scale: Tensor, gram: Tensor, numerics: KvNumerics
+) -> Tensor:
+    """Squared error [Hkv] that the rounded cache causes behind o_proj, summed over tokens and a group's query heads.
+
+    key_scale, value_scale: A and λ [Hkv, d]. gram: Wᵀ W [H, d, d] of o_proj's columns for each query head; what two
+    heads do to the same output is counted as if it were independent.
+    """
+    Hkv = key_scale.shape[0]
+    total = torch.zeros(Hkv, dtype=torch.float64)
+    for s in samples:
+        R = s.q.shape[1] // Hkv
+        q = s.q / key_scale.repeat_interleave(R, dim=0)[:, None]
+        q = quantize_activations(q) if numerics.fp8_query else q
+        k = fake_quantize(s.k * key_scale[:, None], numerics.scheme)
+        v = fake_quantize(s.v / value_scale[:, None], numerics.scheme) * value_scale[:, None]
+        delta = attend(q, k, v, s.mask, s.scaling, numerics.fp8_probabilities) - s.exact
+        per_head = torch.einsum("bhtd,hde,bhte->h", delta, gram, delta)
+        total += per_head.double().cpu().view(Hkv, R).sum(dim=1)
+    return total
+
+
+def output_power(samples: Sequence[Sample], gram: Tensor, n_kv_heads: int) -> Tensor:
+    """Squared size [Hkv] of the exact output behind o_proj, counted like `output_error`."""
+    per_head = sum(torch.einsum("bhtd,hde,bhte->h", s.exact, gram, s.exact).double().cpu() for s in samples)
+    assert isinstance(per_head, Tensor)
+    return per_head.view(n_kv_heads, -1).sum(dim=1)
+
+
+def channel_maxima(samples: Sequence[Sample], partner: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest |k| after RoPE per channel, and largest pair length, both [Hkv, d] (the latter is RoPE-invariant)."""
+    channel = torch.stack([s.k.abs().amax(dim=(0, 2)) for s in samples]).amax(dim=0)
+    pair = torch.stack([pair_norm(s.k, partner).amax(dim=(0, 2)) for s in samples]).amax(dim=0)
+    tiny = 1e-6 * pair.amax(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return channel.clamp_min(tiny), pair.clamp_min(tiny)
+
+
+def treated_channels(channel: Tensor, partner: Tensor, count: int) -> Tensor:
+    """The `count` largest channels of each head and their partners, as bool [Hkv, d]."""
+    chosen = torch.zeros_like(channel, dtype=torch.bool)
+    if count:
+        chosen.scatter_(1, channel.topk(min(count, channel.shape[1]), dim=1).indices, True)
+    return chosen | chosen[:, partner]
+
+
+@dataclass(frozen=True)
+class KeyScales:
+    """One candidate: N and S, both [Hkv, d]; exactly one of them differs from 1 in any channel."""
+
+    pre: Tensor
+    post: Tensor
+
+
+def published(channel: Tensor, pair: Tensor, partner: Tensor, alpha: float, beta: float, top_k: int) -> KeyScales:
+    """FireQ's constants: S = β / max|k_c| on the top_k channels and their partners, N = α / max pair length elsewhere.
+
+    alpha or beta 0 switches N or S off.
+    """
+    treated = treated_channels(channel, partner, top_k if beta else 0)
+    one = torch.ones_like(channel)
+    return KeyScales(
+        torch.where(treated, one, alpha / pair if alpha else one),
+        torch.where(treated, beta / channel, one) if beta else one,
+    )
+
+
+def pre_candidates(pair: Tensor) -> Iterator[KeyScales]:
+    """N = (t / pair)^a around each head's median pair length t."""
+    t = pair.median(dim=1, keepdim=True).values
+    for exponent in EXPONENTS[1:]:
+        yield KeyScales((t / pair) ** exponent, torch.ones_like(pair))
+
+
+def post_candidates(channel: Tensor, pair: Tensor, partner: Tensor, pre: Tensor) -> Iterator[KeyScales]:
+    """S = (ρ·t / channel)^b on the largest channels and their partners, `pre` on all other pairs."""
+    t = pair.median(dim=1, keepdim=True).values
+    one, d = torch.ones_like(channel), channel.shape[1]
+    for count in _COUNTS:
+        if 2 * count > d:
+            break
+        treated = treated_channels(channel, partner, count)
+        N = torch.where(treated, one, pre)
+        for exponent, rho in itertools.product(_STRENGTHS, _TARGETS):
+            yield KeyScales(N, torch.where(treated, (rho * t / channel) ** exponent, one))
+
+
+def powers_of_two(scale: Tensor) -> Tensor:
+    """Nearest powers of two: exact in any float format, so that a pair's two factors stay equal when stored."""
+    return torch.exp2(scale.log2().round())

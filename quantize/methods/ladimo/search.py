@@ -1,0 +1,183 @@
+"""Which blocks become mixtures of experts, and how many experts a token visits in each: measured end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantize.errors import ModelError
+from quantize.methods.ladimo.budget import Budget, Levels
+from quantize.methods.ladimo.routing import Budget as Visits
+from quantize.methods.ladimo.split import Construction
+from quantize.methods.ladimo.trial import Start, Trial, dense_ffn
+
+if TYPE_CHECKING:
+    from quantize.block.block import Block
+    from quantize.block.view import ModelView
+
+_FFN = "mlp"
+_CURVE = (0.1, 0.2, 0.3, 0.4)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The chosen levels and what was measured on the way."""
+
+    levels: dict[int, float]
+    alone: dict[int, float]
+    """Block → KL(parent ‖ model with this block alone converted), nats per token."""
+    expected: float
+    """KL of the chosen levels, untrained."""
+    uniform: tuple[float, float]
+    """The level that saves enough if all blocks have it, and its KL, untrained."""
+    curve: dict[float, float]
+    """Reduction → KL of the levels chosen for it, untrained."""
+    adaptive: float | None = None
+    """KL of what would be chosen if blocks could differ in how many experts a token visits, where they cannot."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the provenance."""
+        return {
+            "mean_experts": {str(index): mean for index, mean in self.levels.items()},
+            "kl_alone": {str(index): kl for index, kl in self.alone.items()},
+            "kl_untrained": self.expected,
+            "everywhere": self.uniform[0],
+            "kl_untrained_everywhere": self.uniform[1],
+            "kl_untrained_adaptive": self.adaptive,
+            "curve": {str(reduction): kl for reduction, kl in self.curve.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Searcher:
+    """Search over one model under one budget. All measurements are on conversions without training.
+
+    A conversion's harm is measured end to end as KL(parent ‖ converted) with one block converted at a middle level.
+    Levels of a block are told apart by the error of its FFN's output, which needs no pass through the blocks behind it.
+    The knapsack's choice is then measured in full and against the same with each block left dense: what a block costs
+    among the others corrects what it costs alone, and a second choice is made. The best of both and of the same level
+    everywhere is taken.
+    """
+
+    model: ModelView
+    budget: Budget
+    construction: Construction
+    adaptive: bool
+    seed: int
+
+    @torch.no_grad()
+    def search(self, reduction: float) -> Found:
+        """Choose levels that save `reduction` of the activated parameters."""
+        free = self._search([float(k) for k in range(self.budget.layout.n)], reduction)
+        if self.adaptive:
+            return free
+        # One number of experts for all blocks: a container without policies holds no more.
+        found = []
+        for k in range(1, self.budget.layout.n):
+            if self.budget.reduction(dict.fromkeys(range(self.budget.blocks), float(k))) >= reduction:
+                found.append(self._search([float(k)], reduction))
+        if not found:
+            raise ModelError(
+                f"activated_reduction {reduction:g} is out of reach with one number of experts in all blocks (policy: "
+                "top-k); lower it, set smaller experts, or use policy: adaptive"
+            )
+        return replace(min(found, key=lambda one: one.expected), adaptive=free.expected)
+
+    def _search(self, levels: Sequence[float], reduction: float) -> Found:
+        n = self.budget.blocks
+        middle = levels[len(levels) // 2]
+        errors: dict[tuple[int, float], float] = {}
+        alone = self._measure([{index: middle} for index in range(n)], levels, errors)
+        harm = [{mean: alone[i] * errors[i, mean] / max(errors[i, middle], 1e-30) for mean in levels} for i in range(n)]
+        first = self.budget.choose(harm, reduction)
+        reductions = [share for share in _CURVE if self._reachable(levels, share)]
+        plans = [first, *({i: m for i, m in first.items() if i != left} for left in first)]
+        plans += [self.budget.choose(harm, share) for share in reductions]
+        uniform = self._uniform(levels, reduction)
+        kls = self._measure([*plans, uniform], levels, {})
+        for kl, left in zip(kls[1:], first, strict=False):
+            among = max(kls[0] - kl, 0.0)
+            scale = among / max(harm[left][first[left]], 1e-30)
+            harm[left] = {mean: found * scale for mean, found in harm[left].items()}
+        second = self.budget.choose(harm, reduction)
+        candidates = [(kls[0], first), (kls[-1], uniform)]
+        if second != first:
+            candidates.append((self._measure([second], levels, {})[0], second))
+        expected, chosen = min((c for c in candidates if self.budget.reduction(c[1]) >= reduction), key=lambda c: c[0])
+        curve = dict(zip(reductions, kls[1 + len(first) : -1], strict=True))
+        return Found(chosen, dict(enumerate(alone)), expected, (uniform[0], kls[-1]), curve)
+
+    def _reachable(self, levels: Sequence[float], reduction: float) -> bool:
+        return self.budget.reduction(dict.fromkeys(range(self.budget.blocks), levels[0])) >= reduction
+
+    def _uniform(self, levels: Sequence[float], reduction: float) -> dict[int, float]:
+        """The highest level that, in every block, saves enough."""
+        blocks = range(self.budget.blocks)
+        enough = [mean for mean in levels if self.budget.reduction(dict.fromkeys(blocks, mean)) >= reduction]
+        return dict.fromkeys(blocks, max(enough))
+
+    def _measure(
+        self, plans: Sequence[Levels], levels: Sequence[float], errors: dict[tuple[int, float], float]
+    ) -> list[float]:
+        """KL of every plan. Plans that agree on the blocks so far share their hidden states.
+
+        errors: takes the relative output error of every block's FFN at every level, on the parent's hidden states.
+        """
+        parent: tuple[float | None, ...] = ()
+        streams = {parent: list(self.model.hidden)}
+        for index in range(self.budget.blocks):
+            self.model.progress("searching", index, self.budget.blocks)
+            block = self.model.open(index, streams[parent])
+            wanted = {key: {plan.get(index) for plan in plans if _prefix(plan, index) == key} for key in streams}
+            wanted[parent].add(None)
+            trials = self._trials(block, levels, errors)
+            streams = {
+                (*key, mean): [self._forward(block, trials[mean], hidden) for hidden in streams[key]]
+                for key, means in wanted.items()
+                for mean in means
+            }
+            parent = (*parent, None)
+        return [self._kl(streams[parent], streams[_prefix(plan, self.budget.blocks)]) for plan in plans]
+
+    def _trials(
+        self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
+    ) -> dict[float | None, Trial | None]:
+        x = torch.cat([inputs for (inputs,) in block.inputs_of([_FFN])])
+        x = x[x.isfinite().all(dim=1)]
+        ffn = dense_ffn(block)
+        start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
+        trials: dict[float | None, Trial | None] = {None: None}
+        # One ranking of the experts serves all levels.
+        router = start.router(Visits.plain(levels[len(levels) // 2]), self.seed)
+        for mean in levels:
+            student = start.student(Visits.plain(mean), router)
+            errors[block.index, mean] = student.error(x, y)
+            trials[mean] = Trial(student)
+        return trials
+
+    @staticmethod
+    def _forward(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
+        dense = block.module.get_submodule(_FFN)
+        try:
+            if trial is not None:
+                block.module.set_submodule(_FFN, trial)
+            return block.forward(block.module, hidden.to(block.device))
+        finally:
+            block.module.set_submodule(_FFN, dense)
+
+    def _kl(self, parent: list[Tensor], converted: list[Tensor]) -> float:
+        total, tokens = 0.0, 0
+        for ours, theirs in zip(parent, converted, strict=True):
+            p, q = self.model.log_probs(ours), self.model.log_probs(theirs)
+            total += float((p.exp() * (p - q)).double().sum())
+            tokens += p.shape[0] * p.shape[1]
+        return total / tokens
+
+
+def _prefix(plan: Levels, blocks: int) -> tuple[float | None, ...]:
+    """What a plan does to the blocks before the given one."""
+    return tuple(plan.get(index) for index in range(blocks))

@@ -1,0 +1,264 @@
+"""LaDiMo: a dense FFN becomes a mixture of experts by layer-wise distillation (arXiv 2408.04278)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from quantize.cost.footprint import FLOAT, BlockSizes, Effort
+from quantize.cost.peak import measured
+from quantize.errors import ModelError
+from quantize.files.memo import digest
+from quantize.methods.base import Kind, Stage
+from quantize.methods.ladimo.budget import COUNTED, Budget, ffn_neurons, unit_of
+from quantize.methods.ladimo.container import BIASED, FFN, container, container_config, empty_moe
+from quantize.methods.ladimo.distill import Training
+from quantize.methods.ladimo.pictures import pictures
+from quantize.methods.ladimo.search import Searcher
+from quantize.methods.ladimo.split import Construction, Layout
+from quantize.methods.ladimo.teach import Lesson, Teacher, Teaching
+from quantize.methods.ladimo.trial import dense_ffn
+from quantize.model.moe import MoeFfn, policy_from_json
+from quantize.pictures import Picture, place_of
+
+if TYPE_CHECKING:
+    from quantize.block.block import Block
+    from quantize.block.view import ModelView
+
+log = logging.getLogger(__name__)
+
+
+class Ladimo(Stage):
+    """Dense FFNs of chosen layers become a shared expert and routed ones, taught the dense FFN's outputs.
+
+    Which layers, and how many experts a token visits in each, is searched end to end unless `mean_experts` says it.
+    """
+
+    kind: ClassVar[Kind] = "restructure"
+    once: ClassVar[bool] = True
+    method: Literal["ladimo"] = "ladimo"
+    activated_reduction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the activated parameters to save: weights of all blocks, the final norm and the head count, the
+    embedding table does not."""
+    tokens: int = Field(default=100_000, ge=64)
+    """Calibration tokens to learn from, at most."""
+    shared: int | None = Field(default=None, ge=1)
+    """Hidden neurons of the shared expert; null: derived from the reduction."""
+    experts: int | None = Field(default=None, ge=2)
+    """Routed experts, which divide the other neurons; null: derived."""
+    mean_experts: float | tuple[float | None, ...] | None = None
+    """Mean number of routed experts a token visits: one number for all blocks, or a list of one for every block with
+    null where its FFN stays dense. null instead: searched."""
+    construction: Construction = "clustered"
+    """`clustered`: neurons of large contribution are shared, the others grouped by the tokens they work on;
+    `contiguous`: neurons in their order, as published; `random`."""
+    policy: Literal["adaptive", "top-k"] = "adaptive"
+    """`adaptive`: in every layer the better of a fixed number of experts and a threshold on the routing scores, under
+    which tokens visit more or fewer; `top-k`: one number in all converted layers, which stock loaders can hold, the
+    nearest to `mean_experts` where that is given."""
+    teaching: Teaching = "distill"
+    """`distill`: AdamW on all weights of experts and router; `least-squares`: the down projections alone, in closed
+    form; `none`."""
+    aim: Literal["parent", "layer"] = "parent"
+    """`parent`: reproduce the parent's hidden states from the converted model's; `layer`: the dense FFN's outputs for
+    the same inputs, as published."""
+    steps: int = Field(default=300, ge=1)
+    """Steps of AdamW for a layer, at most."""
+    passes: float = Field(default=8.0, gt=0)
+    """How often a token is trained on, at most: fewer steps where there are few tokens, of which more would be learnt
+    by heart."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens of a step."""
+    learning_rate: float = Field(default=0.025, gt=0)
+    """In units of the root mean square of the matrix that is changed."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Seed of splits and batches."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.shared is None) != (self.experts is None):
+            raise ValueError("shared and experts: give both or neither")
+        return self
+
+    @property
+    def needs_plan(self) -> bool:
+        """Sizes and layers hang on the whole model."""
+        return True
+
+    @property
+    def needs_reference(self) -> bool:
+        """Aiming at the parent takes its hidden states along."""
+        return self.aim == "parent"
+
+    @property
+    def native_field(self) -> str | None:
+        """No other format has thresholds."""
+        return "policy" if self.policy == "adaptive" else None
+
+    def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
+        """The stage with its sizes and layers settled, and what the search measured."""
+        layout = self._layout(ffn_neurons(view.arch, view.shape, view.sizes))
+        budget = Budget.of(view.arch, view.shape, view.sizes, self.activated_reduction, layout)
+        layout, facts = budget.layout, {}
+        means = self._given(view.shape.n_blocks)
+        if means is None:
+            searcher = Searcher(view, budget, self.construction, self.policy == "adaptive", self.seed)
+            found = searcher.search(self.activated_reduction)
+            means, facts = tuple(found.levels.get(i) for i in range(view.shape.n_blocks)), found.as_json()
+        if any(mean is not None and not 0 <= mean <= layout.n for mean in means):
+            raise ModelError(f"ladimo: mean_experts must lie between 0 and the {layout.n} routed experts there are")
+        levels = {index: mean for index, mean in enumerate(means) if mean is not None}
+        reduction = budget.reduction(levels)
+        log.info("%.3f fewer activated parameters: %s of %d experts visited", reduction, list(means), layout.n)
+        facts |= {"counted": COUNTED, "activated_dense": budget.dense, "activated_reduction": reduction}
+        stage = self.model_copy(update={"shared": layout.shared, "experts": layout.n, "mean_experts": means})
+        return stage, facts | {"experts": layout.n, "expert_size": layout.size, "shared": layout.shared}
+
+    def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the container; ModelError for a model that does not fit it."""
+        layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)  # before it is planned
+        means = self.mean_experts if isinstance(self.mean_experts, tuple) else ()
+        dense = [index for index, mean in enumerate(means) if mean is None]
+        fixed = max((round(mean) for mean in means if mean is not None), default=1)
+        return container_config(parent, layout, min(max(fixed, 1), layout.n), dense)
+
+    def rewrites(self, index: int, name: str) -> bool:
+        """The FFN where it became experts."""
+        return self._planned[index] is not None and name.startswith(f"{FFN}.")
+
+    def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """The experts' linears in the place of the dense FFN's, where the plan has any."""
+        means = self._planned
+        out: dict[str, tuple[int, int]] = {}
+        for name, (N, K) in linears.items():
+            index, local = place_of(name) or (-1, name)
+            if not local.startswith(f"{FFN}.") or means[index] is None:
+                out[name] = (N, K)
+                continue
+            wide = local.endswith(".down_proj")
+            layout = self._layout(K if wide else N)
+            assert layout is not None
+            stem = name.removesuffix(local)
+            homes = {"shared_expert": layout.shared} | {f"experts.{e}": layout.size for e in range(layout.n)}
+            for home, size in homes.items():
+                out[f"{stem}{FFN}.{home}.{local.removeprefix(f'{FFN}.')}"] = (N, size) if wide else (size, K)
+        return out
+
+    def room(self, sizes: BlockSizes) -> int:
+        """Inputs and targets, the student with its gradients and AdamW's state, the parent's weights, a batch."""
+        ffn = 3 * max(N * K for N, K in sizes.linears.values())
+        lesson = 3 * FLOAT * min(self.tokens, sizes.tokens) * sizes.hidden
+        return lesson + 6 * FLOAT * ffn + sizes.forward() + 8 * FLOAT * self.batch_tokens * ffn // (3 * sizes.hidden)
+
+    def effort(self, sizes: BlockSizes) -> Effort:
+        """Forward and backward passes of every step, and trials."""
+        ffn = 3.0 * max(N * K for N, K in sizes.linears.values())
+        steps = min(self.steps, self.passes * sizes.tokens / self.batch_tokens) if self.teaching == "distill" else 0
+        return Effort(6 * ffn * self.batch_tokens * steps + 40 * ffn * sizes.tokens, 60 * ffn * steps)
+
+    def apply(self, block: Block) -> None:
+        """Give the block the container's biases, and experts where the plan has them."""
+        block.keep_parent()
+        for role in BIASED:
+            block.add_bias(block.arch.of_role(role))
+        mean = self._planned[block.index]
+        if mean is None:
+            return
+        with measured(block.device) as cost:
+            moe, facts = self._experts(block, mean)
+        block.replace_ffn(moe, container(moe))
+        block.note(FFN, **facts)
+        block.costs[FFN] = cost
+
+    def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
+        """Show sensitivities, errors against the baselines, routing scores and the load of the experts."""
+        return pictures(layers, layers.get(self.method, {}))
+
+    @property
+    def _planned(self) -> tuple[float | None, ...]:
+        assert isinstance(self.mean_experts, tuple), "planned first"
+        return self.mean_experts
+
+    def _given(self, blocks: int) -> tuple[float | None, ...] | None:
+        """The recipe's `mean_experts` for so many blocks, as the policy can hold them."""
+        means = self.mean_experts
+        if means is None:
+            return None
+        if not isinstance(means, tuple):
+            means = (means,) * blocks
+        if len(means) != blocks:
+            raise ModelError(f"ladimo: mean_experts has {len(means)} entries for {blocks} blocks")
+        routed = [mean for mean in means if mean is not None]
+        if self.policy == "adaptive" or not routed:
+            return means
+        fixed = float(max(1, round(sum(routed) / len(routed))))
+        if set(routed) != {fixed}:
+            log.warning("policy: top-k has one number of experts for all blocks: %g, the nearest to %s", fixed, routed)
+        return tuple(None if mean is None else fixed for mean in means)
+
+    def _experts(self, block: Block, mean: float) -> tuple[MoeFfn, dict[str, Any]]:
+        """Teach, or take up what was taught in a run that was stopped."""
+        ffn, lesson = dense_ffn(block), self._lesson(block)
+        layout = self._layout(ffn.neurons)
+        assert layout is not None
+        stored = block.storage[f"{block.arch.of_role('down')}.weight"]
+        told = self.model_dump(mode="json") | {"block": block.index, "stored": str(stored)}
+        key = digest(told, (ffn.gate, ffn.up, ffn.down, lesson.x, lesson.y))
+        moe = empty_moe(layout, mean, block)
+        kept = block.memo.recall(key)
+        if kept is None:
+            steps = min(self.steps, math.ceil(self.passes * lesson.trained / self.batch_tokens))
+            training = Training(steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
+            adaptive = self.policy == "adaptive"
+            teacher = Teacher(layout, self.construction, self.teaching, adaptive, training, stored, block.ranks)
+            student, facts = teacher.teach(ffn, lesson, mean)
+            student.write(moe)
+            kept = moe.state_dict(), facts | {"tokens": lesson.trained, "routing": student.stored_policy().as_json()}
+            block.memo.keep(key, *kept)
+        else:
+            log.info("%s was taught before and is taken up", block.full_name(FFN))
+        tensors, facts = kept
+        moe.load_state_dict({name: tensor.to(stored) for name, tensor in tensors.items()})  # as it will be read
+        moe.policy = policy_from_json(facts["routing"])
+        return moe, facts
+
+    def _lesson(self, block: Block) -> Lesson:
+        """Inputs of the FFN as they reach it, and what it should add to the residual stream."""
+        norm = block.arch.residual[block.arch.of_role("down")]
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        ffn, tokens = dense_ffn(block), 0
+        for batch, (residual, x) in enumerate(block.inputs_of([norm, FFN])):
+            y = ffn(x) if self.aim == "layer" else block.parent_outputs(batch) - residual
+            finite = (x.isfinite() & y.isfinite()).all(dim=1)
+            inputs.append(x[finite])
+            targets.append(y[finite])
+            tokens += len(inputs[-1])
+            if tokens >= self.tokens:
+                break
+        lesson = Lesson(torch.cat(inputs)[: self.tokens], torch.cat(targets)[: self.tokens])
+        if not len(lesson.x):
+            raise ModelError(f"{block.full_name(FFN)}: no finite calibration inputs; try --dtype float32")
+        return lesson
+
+    def _layout(self, neurons: int) -> Layout | None:
+        """The sizes that the recipe gives for FFNs of so many neurons; ModelError where they do not divide."""
+        if self.shared is None or self.experts is None:
+            return None
+        routed = neurons - self.shared
+        unit = unit_of(neurons)
+        if routed <= 0 or routed % self.experts or self.shared % unit or routed // self.experts % unit:
+            raise ModelError(
+                f"ladimo: shared {self.shared} and {self.experts} experts do not divide an FFN of {neurons} neurons "
+                f"into multiples of {unit}; change one of them or leave both out"
+            )
+        return Layout(self.experts, routed // self.experts, self.shared)

@@ -1,0 +1,195 @@
+"""Fits a cache of SBVR lines to a weight without data: trained on a sample of groups, then refitted on every weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
+from quantize.methods.sbvr.assign import DIRECT, Cache, Groups, Matcher, assign, round_codes
+from quantize.methods.sbvr.train import Sample, Trainer, refit
+
+__all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "require_room", "round_codes"]
+
+Codebook = Literal["auto", "lines", "shapes"]
+
+_SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
+_LARGEST = 2048  # groups of the sample that are taken for their size: a few can hold most of the energy
+_TRIAL, _TRIAL_ROUNDS = 4096, 8  # groups and rounds that numbers of scales are compared by
+_ROUNDS = 30
+_SHAKE, _SHAKE_IN_STEPS = 0.02, 0.32  # relative; the finer the steps between levels, the less
+_PIECE = 2048  # groups compared at once
+_MOST_SHAPES, _MOST_FREE = 256, DIRECT  # more would cost time and gain next to nothing
+
+
+def fit(
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    bias: bool,
+    lines: int = 256,
+    codebook: Codebook = "auto",
+    importance: Tensor | None = None,
+    max_overhead: float | None = None,
+    seed: int = 0,
+) -> BitVec:
+    """Quantize w [N, K] to the nearest codes of a fitted cache; arguments and errors as in `fit_cache`."""
+    cache, index = fit_cache(
+        w,
+        bits,
+        group_size,
+        bias=bias,
+        lines=lines,
+        codebook=codebook,
+        importance=importance,
+        max_overhead=max_overhead,
+        seed=seed,
+    )
+    codes = round_codes(w, cache, index, group_size)
+    return BitVec(codes, index, cache.lines.half(), cache.scales, bits, group_size)
+
+
+def fit_cache(
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    bias: bool,
+    lines: int,
+    codebook: Codebook = "auto",
+    importance: Tensor | None = None,
+    max_overhead: float | None = None,
+    seed: int = 0,
+    start: Cache | None = None,
+) -> tuple[Cache, Tensor]:
+    """Fit a cache to w [N, K] (any float dtype), least Σ importance_k·(w_k − ŵ_k)².
+
+    lines: most lines the index may tell apart; up to 256 take an index of 8 bits, more one of 16.
+    codebook: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`, whichever errs less on groups
+    it was not trained on. importance: [K] ≥ 0 or None.
+    max_overhead: bits per weight that index and cache may take together; lines are given up until they fit.
+    start: a cache of a like weight to train on from, whose kind and size stay: several times faster.
+    Returns the cache and the line of every group, int32 [N, G]. ValueError for what the layout cannot hold, an overhead
+    below that of a single line, or weights that are not finite.
+    """
+    groups = Groups.of(w, group_size, importance)
+    sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, codebook, max_overhead)
+    generator = torch.Generator().manual_seed(seed)
+    seen, held_out = _take_samples(groups, generator)
+    trainer = Trainer(bits, bias, generator)
+    if start is None:
+        cache = _best_of(sizes, seen, held_out, trainer)
+    else:
+        cache = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
+    # A line of float16 cannot hold an exact 0 under every code, a scale can.
+    cache = _refit_everywhere(groups, cache).times(groups.unit if groups.reach else 0.0)
+    return cache, assign(w, cache, group_size, importance)
+
+
+def require_room(
+    shape: tuple[int, int], scheme: BitVecScheme, lines: int, codebook: Codebook, max_overhead: float | None
+) -> None:
+    """ValueError where `fit_cache` would refuse a weight of this shape [N, K]; scheme: its bits, group and bias."""
+    _sizes(torch.Size(shape), scheme, lines, codebook, max_overhead)
+
+
+def _sizes(
+    shape: torch.Size, scheme: BitVecScheme, lines: int, codebook: str, max_overhead: float | None
+) -> list[tuple[int, int]]:
+    """Shapes S and scales Z of the caches worth a trial, those that fit."""
+    if not 1 <= lines <= MAX_LINES:
+        raise ValueError(f"{lines} lines, expected 1 … {MAX_LINES}")
+    if codebook not in ("auto", "lines", "shapes"):
+        raise ValueError(f"codebook {codebook}: choose auto, lines or shapes")
+    doublings = int(math.log2(lines))
+    scales = sorted({1 << doublings * part // 8 for part in (2, 3, 4)} - {1}) if codebook != "lines" else []
+    if codebook != "shapes" or not scales:
+        scales = [1, *scales]
+    sizes = [(_most_shapes(shape, scheme, lines, Z, max_overhead), Z) for Z in scales]
+    fitting = [(S, Z) for S, Z in sizes if S]
+    if not fitting:
+        raise ValueError(f"max_overhead {max_overhead} bits per weight: not even one line fits a weight {tuple(shape)}")
+    return fitting
+
+
+def _most_shapes(shape: torch.Size, scheme: BitVecScheme, lines: int, Z: int, max_overhead: float | None) -> int:
+    N, K = shape
+    groups = N * groups_per_row(K, scheme.group_size)
+    for most in (lines, min(lines, 256)):  # the narrower index may leave room for more lines
+        S = min(most // Z, groups, _MOST_FREE if Z == 1 else _MOST_SHAPES)
+        if max_overhead is not None:
+            fixed = groups * 8 * index_dtype(most).itemsize + 32 * Z
+            S = min(S, math.floor((max_overhead * N * K - fixed) / (16 * scheme.coefficients)))
+        if S > 0 and index_dtype(S * Z) == index_dtype(most):
+            return S
+    return 0
+
+
+def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, Sample]:
+    """Groups to train on and groups to choose by, in random order; both are the whole where that is small.
+
+    Else both hold the groups of most energy, and others drawn at random that count for all the rest.
+    """
+    device, M = groups.w.device, groups.count
+    if M <= _SAMPLE + _HELD_OUT:
+        whole = Sample(*groups.pick(torch.randperm(M, generator=generator).to(device)))
+        return whole, whole
+    energy = torch.empty(M, device=device)
+    for where, x, share in groups.pieces(1):
+        energy[where] = (x.square() * share).sum(dim=1)
+    large = energy.topk(_LARGEST).indices
+    energy[large] = -1
+    rest = (energy >= 0).nonzero()[:, 0]
+    drawn = rest[torch.randperm(len(rest), generator=generator).to(device)]
+    trained, held_out = drawn[: _SAMPLE - _LARGEST], drawn[_SAMPLE - _LARGEST :][:_HELD_OUT]
+    seen = _stratified(groups, large, trained, len(rest), generator)
+    return seen, _stratified(groups, large, held_out, len(rest), generator)
+
+
+def _stratified(groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator) -> Sample:
+    """All of one set of groups, and some `of` another that count for the whole of it."""
+    order = torch.randperm(len(all_of) + len(some), generator=generator).to(some.device)
+    counts = torch.cat([torch.ones_like(all_of), torch.full_like(some, of) / len(some)])
+    x, share = groups.pick(torch.cat([all_of, some])[order])
+    return Sample(x, share * counts[order, None])
+
+
+def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer) -> Cache:
+    """Train free lines and the most promising shapes × scales; return what errs less on the groups held out."""
+    starts = [trainer.start(seen, S, Z) for S, Z in sizes]
+    shapes = [cache for cache in starts if len(cache.scales) > 1]
+    if len(shapes) > 1:
+        trial = seen.part(slice(_TRIAL))
+        shapes = [trainer.train(cache, trial, _TRIAL_ROUNDS, 0.0) for cache in shapes]
+        shapes = [min(shapes, key=lambda cache: _error(cache, held_out))]
+    finalists = [cache for cache in starts if len(cache.scales) == 1] + shapes
+    shake = min(_SHAKE, _SHAKE_IN_STEPS / (1 << trainer.bits))
+    trained = [trainer.train(cache, seen, _ROUNDS, shake) for cache in finalists]
+    return trained[0] if len(trained) == 1 else min(trained, key=lambda cache: _error(cache, held_out))
+
+
+def _error(cache: Cache, sample: Sample) -> float:
+    matcher = Matcher.of(cache, float(sample.x.abs().max()))
+    error = 0.0
+    for first in range(0, len(sample.x), _PIECE):
+        part = sample.part(slice(first, first + _PIECE))
+        error += float(matcher.best(part.x, part.share)[1].sum())
+    return error
+
+
+def _refit_everywhere(groups: Groups, cache: Cache) -> Cache:
+    """One round of Lloyd's algorithm over all weights themselves."""
+    matcher = Matcher.of(cache, groups.reach)
+    counts = torch.zeros(cache.size << cache.bits, dtype=torch.float64, device=groups.w.device)
+    sums = torch.zeros_like(counts)
+    for _, x, share in groups.pieces(matcher.tables.shape[1]):
+        line = matcher.best(x, share)[0]
+        at = ((line << cache.bits)[:, None] + matcher.book.nearest(x, line)).flatten()
+        mass = share.double()
+        counts.index_add_(0, at, mass.flatten())
+        sums.index_add_(0, at, (mass * x).flatten())
+    return refit(cache, counts.view(cache.size, -1), sums.view(cache.size, -1))

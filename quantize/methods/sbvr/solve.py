@@ -1,0 +1,231 @@
+"""Bit-vector weights in the Hessian's metric: codes, lines and coefficients in turn, each by its own descent.
+
+All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) of one linear, W [N, K], H = E[x xᵀ] [K, K]. Codes: GPTQ error feedback,
+then coordinate descent. Lines: every group tries the line that suits what the rest of its row leaves it. Coefficients:
+least squares over all lines of the cache at once. The order of steps is that of BPDQ (arXiv 2602.04163), whose groups
+have coefficients of their own; here they share a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantize.formats.bitvec import coefficients, levels
+from quantize.methods.sbvr.fit import Cache, assign
+from quantize.solvers.feedback import Damped, feed_back, move_codes
+
+_MIN_GAIN = 0.005
+_REFIT_STEPS = 6  # of conjugate gradients; each costs one product [N, K] × [K, K]
+_RIDGE = 1e-6
+_PIECE = 1 << 22  # weights looked up at once
+
+
+@dataclass(frozen=True)
+class LineBook:
+    """Values that R rows may take within one group: those of the line each row uses there."""
+
+    values: Tensor
+    """[R, 2^bits], rising."""
+    codes: Tensor
+    """[R, 2^bits]: the codes of these values."""
+
+    def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
+        middles = (self.values[:, 1:] + self.values[:, :-1]) / 2
+        rank = torch.searchsorted(middles, w.T.contiguous())
+        return self.codes.gather(1, rank).T.float(), self.values.gather(1, rank).T
+
+
+class LineBooks:
+    """The books of all groups under index [N, G]; each is looked up when it is asked for."""
+
+    def __init__(self, cache: Cache, index: Tensor) -> None:
+        self.index = index.long()
+        self.values, self.codes = cache.levels.sort(dim=1)
+
+    def __getitem__(self, group: int) -> LineBook:
+        """The book of `group`."""
+        rows = self.index[:, group]
+        return LineBook(self.values[rows], self.codes[rows])
+
+
+@dataclass
+class Fitted:
+    """Codes [N, K] (float32 whole numbers) and lines [N, G] under a cache, with what follows from them."""
+
+    cache: Cache
+    index: Tensor
+    codes: Tensor
+    group_size: int
+
+    def lookup(self, table: Tensor) -> Tensor:
+        """Entries [N, K] of a table [L, 2^bits] of the lines, at the codes."""
+        out = table.new_empty(self.codes.shape)
+        for rows in pieces(self.codes):
+            out[rows] = table.flatten()[self.places(rows)]
+        return out
+
+    def places(self, rows: slice) -> Tensor:
+        """Where the weights of some rows [R, K] are looked up in a flattened table [L, 2^bits], int64."""
+        index = self.index[rows].long().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        return (index << self.cache.bits) + self.codes[rows].long()
+
+    @property
+    def value(self) -> Tensor:
+        """Quantized weight [N, K]."""
+        return self.lookup(self.cache.levels)
+
+    def copy(self) -> Fitted:
+        """With tensors of its own."""
+        return Fitted(self.cache, self.index.clone(), self.codes.clone(), self.group_size)
+
+
+def pieces(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix [N, K], as many at a time as `_PIECE` weights have: work space in 64 bits must stay small."""
+    rows = max(1, _PIECE // matrix.shape[1])
+    for first in range(0, len(matrix), rows):
+        yield slice(first, first + rows)
+
+
+def solve(
+    target: Tensor, usable: Damped, metric: Tensor, start: tuple[Cache, Tensor], group_size: int, sweeps: int
+) -> Fitted:
+    """Fit bit vectors to target [N, K] in the damped Hessian `metric` [K, K], from a cache and index [N, G].
+
+    Every sweep refits coefficients, moves lines, then codes; the loss never grows. Ends early once a sweep gains less
+    than half a percent.
+    """
+    cache, index = start
+    codes = feed_back(target, usable, LineBooks(cache, index), group_size)
+    best = Fitted(cache, index.clone(), codes, group_size)
+    before = loss(target, best, metric)
+    for _ in range(sweeps):
+        fitted = _refitted(target, best.copy(), metric)
+        value = fitted.value
+        gradient = (value - target) @ metric
+        _move_lines(fitted, value, gradient, metric)
+        move_codes(fitted.codes, value, gradient, metric, LineBooks(fitted.cache, fitted.index), group_size)
+        after = loss(target, fitted, metric)
+        if after < before:
+            best = fitted
+        if after > before * (1 - _MIN_GAIN):
+            break
+        before = after
+    return best
+
+
+def loss(target: Tensor, fitted: Fitted, metric: Tensor) -> float:
+    """tr((Ŵ − W) H (Ŵ − W)ᵀ) of target [N, K] in the metric H [K, K]."""
+    delta = fitted.value.sub_(target)
+    return sum(float(((delta[rows] @ metric) * delta[rows]).sum(dtype=torch.float64)) for rows in pieces(delta))
+
+
+def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> None:
+    """Let every group try another line, its codes by error feedback within the group; the rest of the row is fixed.
+
+    The line is the nearest one to the values that would be best if they were free. value and gradient (Ŵ − W) H [N, K]
+    are kept up to date.
+    """
+    G, K = fitted.group_size, value.shape[1]
+    for g, first in enumerate(range(0, K, G)):
+        span = slice(first, min(first + G, K))
+        block, here, slope = H[span, span], value[:, span], gradient[:, span]
+        d = _factored(block)
+        free = here - slope @ torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
+        other = assign(free, fitted.cache, G, block.diagonal())
+        best = torch.zeros_like(here[:, 0])
+        values, codes, lines = here.clone(), fitted.codes[:, span].clone(), fitted.index[:, g].clone()
+        for index in (other, fitted.index[:, g : g + 1]):
+            books = LineBooks(fitted.cache, index)
+            trial_codes = feed_back(free, d, books, G)
+            trial = Fitted(fitted.cache, index, trial_codes, G).value
+            delta = trial - here
+            gain = ((2 * slope + delta @ block) * delta).sum(dim=1)
+            better = gain < best
+            best = torch.where(better, gain, best)
+            values = torch.where(better[:, None], trial, values)
+            codes = torch.where(better[:, None], trial_codes, codes)
+            lines = torch.where(better, index[:, 0], lines)
+        gradient.addmm_(values - here, H[span])
+        value[:, span], fitted.codes[:, span], fitted.index[:, g] = values, codes, lines
+
+
+def _factored(block: Tensor) -> Damped:
+    order = torch.argsort(block.diagonal(), descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    return Damped(order, upper, 0.0, torch.zeros_like(order, dtype=torch.bool))
+
+
+def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
+    """Coefficients by least squares over the whole cache: preconditioned conjugate gradients on the shapes [S, C]."""
+    design = _Design(fitted)
+    theta = fitted.cache.lines.double()
+    residual = -design.adjoint((fitted.value - target) @ H)
+    inverse = design.preconditioner(H.diagonal())
+    step = torch.zeros_like(theta)
+    preconditioned = (inverse @ residual[:, :, None])[:, :, 0]
+    direction, size = preconditioned, float((residual * preconditioned).sum())
+    for _ in range(_REFIT_STEPS):
+        image = design.adjoint(design.forward(direction) @ H)
+        curvature = float((direction * image).sum())
+        if curvature <= 0 or size <= 0:
+            break
+        step = step + direction * (size / curvature)
+        residual = residual - image * (size / curvature)
+        preconditioned = (inverse @ residual[:, :, None])[:, :, 0]
+        before, size = size, float((residual * preconditioned).sum())
+        direction = preconditioned + direction * (size / before)
+    cache = replace(fitted.cache, lines=(theta + step).half().float())
+    moved = replace(fitted, cache=cache)
+    finite = bool(torch.isfinite(cache.lines).all())
+    return moved if finite and loss(target, moved, H) < loss(target, fitted, H) else fitted
+
+
+class _Design:
+    """The linear map from shapes [S, C] to the weight [N, K] under fixed codes, lines and scales."""
+
+    def __init__(self, fitted: Fitted) -> None:
+        cache, codes = fitted.cache, fitted.codes
+        self.fitted, self.scales = fitted, cache.scales
+        self.places = torch.empty(codes.shape, dtype=torch.int32, device=codes.device)
+        for rows in pieces(codes):
+            self.places[rows] = fitted.places(rows)
+        self.table = (len(cache.lines), len(cache.scales), 1 << cache.bits)
+        every = torch.arange(1 << cache.bits, device=codes.device)
+        bits = [every >> k & 1 for k in range(cache.bits)]
+        bias = [torch.ones_like(every)] * (cache.lines.shape[1] - cache.bits)
+        self.basis = torch.stack([*bits, *bias], dim=1).double()  # [2^bits, C]
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """θ [S, C] → its weights [N, K], float32."""
+        table = levels(coefficients(theta, self.scales), self.fitted.cache.bits)
+        return table.flatten()[self.places]
+
+    def adjoint(self, weights: Tensor) -> Tensor:
+        """Σ over the weights [N, K] that a coefficient is part of → [S, C], float64."""
+        return self._totals(weights) @ self.basis
+
+    def preconditioner(self, diagonal: Tensor) -> Tensor:
+        """Inverses [S, C, C] of the normal equations of each line alone, inputs taken as uncorrelated."""
+        sizes = self._totals(diagonal.expand_as(self.places), power=2)
+        normal = torch.einsum("sq,qc,qd->scd", sizes, self.basis, self.basis)
+        own = normal.diagonal(dim1=1, dim2=2).mean(dim=1)
+        # A line that no group uses has no equations, but must have an inverse.
+        ridge = (own + own.mean()).clamp_min(1e-30) * _RIDGE
+        inverse: Tensor = torch.linalg.inv(
+            normal + ridge[:, None, None] * torch.eye(normal.shape[1], device=normal.device)
+        )
+        return inverse
+
+    def _totals(self, weights: Tensor, power: int = 1) -> Tensor:
+        S, Z, C = self.table
+        sums = torch.zeros(S * Z * C, dtype=torch.float64, device=weights.device)
+        for rows in pieces(weights):
+            at, values = self.places[rows].flatten(), weights[rows].flatten().double()
+            sums += torch.bincount(at, values, minlength=S * Z * C)
+        return torch.einsum("szq,z->sq", sums.view(S, Z, C), self.scales.double() ** power)

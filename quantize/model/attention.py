@@ -1,0 +1,123 @@
+"""Attention over an INT4 KV cache with FP8 queries and probabilities: by a kernel, or emulated in plain torch.
+
+FireQ (arXiv 2505.20839): keys and values are rounded to INT4 per token and head as they enter the cache, queries and
+probabilities to E4M3, products accumulate in float32. Keys are stored as K·S and queries multiplied as Q/S, with the
+post-RoPE scale S of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from quantize.formats.fp8 import quantize_activations
+from quantize.formats.kv4 import KvScheme, fake_quantize
+from quantize.kernels.attention.api import attend_records, quantize_records, takes
+from quantize.kernels.attention.reference import attend, over_scale, read_reference
+
+ATTENTION = "pq"
+"""Name of the attention implementation: SDPA, except in modules that carry a `KvAttention` named `kv`."""
+
+
+@dataclass(frozen=True)
+class KvNumerics:
+    """How attention rounds: INT4 cache, queries and probabilities."""
+
+    scheme: KvScheme = field(default_factory=KvScheme)
+    fp8_query: bool = True
+    fp8_probabilities: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """The `attention` part of a native checkpoint's quantization_config."""
+        return {
+            "kv_cache": self.scheme.as_json(),
+            "query": "fp8" if self.fp8_query else None,
+            "probabilities": "fp8" if self.fp8_probabilities else None,
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> KvNumerics:
+        """Undo `as_json`; ValueError or KeyError for what pq does not write."""
+        if not {facts["query"], facts["probabilities"]} <= {None, "fp8"}:
+            raise ValueError(f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or null")
+        scheme = KvScheme.from_json(facts["kv_cache"])
+        return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8")
+
+
+class KvAttention(nn.Module):
+    """What an attention module needs to work on an INT4 KV cache; attached to it as its submodule `kv`."""
+
+    scale: Tensor
+    """[Hkv, d] float32: S. Stored keys are K·S, queries Q/S; ones where no channel is treated."""
+
+    def __init__(self, numerics: KvNumerics, n_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.numerics = numerics
+        numerics.scheme.group(head_dim)  # refuses what the cache cannot hold
+        self.register_buffer("scale", torch.ones(n_kv_heads, head_dim, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KvAttention:
+        moved = fn(self.scale)
+        # A cast of the model must not round S: keys that were stored with it would no longer fit the queries.
+        self.scale = moved if moved.dtype == torch.float32 else self.scale.to(moved.device)
+        return self
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """query [B, H, T, d], key and value [B, Hkv, S, d], mask bool or additive → [B, H, T, d] in query's dtype.
+
+        A key with the attribute `pq_stored` comes out of the INT4 cache: it and its value are rounded already. So do
+        keys and values that are records, uint8 [B, Hkv, S, R], which is what kernels read.
+        """
+        S = self.scale.float()
+        if self._has_kernel(query, mask):
+            if key.dtype != torch.uint8 and not getattr(key, "pq_stored", False):
+                key, value = quantize_records(key, value, S, self.scheme)
+            if key.dtype == torch.uint8:
+                return attend_records(query, key, value, S, self.scheme, scaling, causal=mask is None, mask=mask)
+        q = self.rounded_query(query, S)
+        if key.dtype == torch.uint8:
+            k, v = (read_reference(records, self.scheme, query.shape[3]) for records in (key, value))
+        elif getattr(key, "pq_stored", False):
+            k, v = key.float(), value.float()
+        else:
+            k, v = fake_quantize(key.float() * S[:, None], self.scheme), fake_quantize(value.float(), self.scheme)
+        return attend(q, k, v, mask, scaling, self.numerics.fp8_probabilities).to(query.dtype)
+
+    def _has_kernel(self, query: Tensor, mask: Tensor | None) -> bool:
+        learns = torch.is_grad_enabled() and query.requires_grad
+        plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+        fp8 = self.numerics.fp8_query and self.numerics.fp8_probabilities
+        return fp8 and plain and not learns and takes(query, self.scheme)
+
+    @property
+    def scheme(self) -> KvScheme:
+        """Layout of the cache."""
+        return self.numerics.scheme
+
+    def rounded_query(self, query: Tensor, S: Tensor) -> Tensor:
+        """Q/S, rounded to E4M3 per token and head; [B, H, T, d] float32. S: [Hkv, d]."""
+        q = over_scale(query, S)
+        return quantize_activations(q) if self.numerics.fp8_query else q
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: SDPA, or `module.kv` where there is one."""
+    kv = getattr(module, "kv", None)
+    if kv is None:
+        out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out
+    mixed = kv(query, key, value, attention_mask, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

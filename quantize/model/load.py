@@ -1,0 +1,256 @@
+"""A whole model in memory, its packed linears computing with the serving kernel's numerics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from quantize.errors import ModelError
+from quantize.files.checkpoint import Checkpoint
+from quantize.files.headers import tensor_headers
+from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
+from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, routing_of, schemes_in
+from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.scheme import AnyScheme
+from quantize.model.arch import Architecture, Shape, architecture_of
+from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.hadamard import let_rotate_inputs
+from quantize.model.linear import Numerics, PackedLinear
+from quantize.model.moe import Policy, Router, place_experts
+from quantize.model.skeleton import Skeleton, meta_model
+from quantize.model.storage import DTYPES
+
+PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
+"""Names of packed tensors after the linear's own, of all layouts."""
+KV_SCALE = "kv.scale"
+"""Post-RoPE scale of an attention module, relative to it."""
+
+
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics = "kernel",
+    attention: KvNumerics | None = None,
+) -> nn.Module:
+    """Load a plain or packed checkpoint; packed linears compute with the given numerics.
+
+    attention: how to attend where the checkpoint does not say, None: in full precision.
+    ModelError for a packing that pq does not read or tensors that do not match it.
+    """
+    source = Checkpoint(folder)
+    require_readable(source)
+    if source.config.get("quantization_config") is None and attention is None:
+        return _load_plain(folder, device, dtype)
+    model, arch = meta_model(folder, dtype), architecture_of(source.config)
+    place_experts(model, arch, model.config.to_dict(), routing(source))
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Router)]
+    schemes = packed_schemes(source, linears)
+    kv_numerics = attention_numerics(source) or attention
+    if kv_numerics is not None:
+        for layer in model.get_submodule(arch.blocks):
+            layer.get_submodule(arch.attention).kv = kv_attention(kv_numerics, Shape.of(source.config))
+    _materialize(model, source, arch, schemes, device, dtype, numerics)
+    rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
+    _rotate_inputs(model, source)
+    return _frozen(model.to(device))
+
+
+def require_readable(source: Checkpoint) -> None:
+    """ModelError for a packing that pq does not read, and for packed tensors without a word in config.json."""
+    quantization = source.config.get("quantization_config")
+    if quantization is None:
+        for name, header in tensor_headers(source).items():
+            if header.dtype not in DTYPES:
+                raise ModelError(
+                    f"{source.folder}: {name} is {header.dtype}, but config.json has no quantization_config that says "
+                    "what it means; give the original model"
+                )
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and method not in ("compressed-tensors", NATIVE):
+        raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
+    if isinstance(quantization, dict) and method == NATIVE:
+        try:
+            require_understood(quantization)
+        except ValueError as err:
+            raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
+    """ModelError for a head that config.json ties to the embedding, and that the checkpoint holds with other values."""
+    # transformers leaves such a head untied, with a warning: what ties them would be another model.
+    head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
+    if shape.tied and head in source and not torch.equal(source.tensor(head), source.tensor(embedding)):
+        raise ModelError(
+            f"{source.folder}: {head} differs from {embedding}, though config.json ties them; "
+            "set tie_word_embeddings to false there"
+        )
+
+
+def _native_config(source: Checkpoint) -> Mapping[str, Any]:
+    """quantization_config of a checkpoint in pq's own format; empty for any other."""
+    quantization = source.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
+        return {}
+    return quantization
+
+
+def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
+    """Scheme of every packed linear by full name, empty for a plain model; ModelError for schemes pq does not read."""
+    try:
+        return schemes_in(source.config.get("quantization_config") or {}, linears)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})") from None
+
+
+def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
+    """A module for attention on the cache, all its scales 1; ModelError where the head does not fit the groups."""
+    try:
+        return KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
+    except ValueError as err:
+        raise ModelError(f"INT4 KV cache: {err}") from None
+
+
+def attention_numerics(source: Checkpoint) -> KvNumerics | None:
+    """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
+    facts = _native_config(source).get("attention")
+    try:
+        return None if facts is None else KvNumerics.from_json(facts)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
+
+
+def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -> tuple[str, ...]:
+    """Full names of the linears that rotate their inputs; ModelError for what pq does not read.
+
+    linears: full names of those of the blocks; None: names are not checked.
+    """
+    try:
+        return rotated_inputs_of(_native_config(source), linears)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def routing(source: Checkpoint) -> Mapping[str, Policy]:
+    """How FFNs with experts route, by full name, where not as config.json's own fields say; ModelError as above."""
+    try:
+        return routing_of(_native_config(source))
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def _rotate_inputs(module: nn.Module, source: Checkpoint, prefix: str = "") -> None:
+    """Let the linears below `module`, whose names begin with `prefix` in the checkpoint, rotate inputs as it says."""
+    for name in rotated_inputs(source):
+        if name.startswith(prefix):
+            try:
+                let_rotate_inputs(module.get_submodule(name.removeprefix(prefix)))
+            except ValueError as err:
+                raise ModelError(f"{source.folder}: {name}: {err}") from None
+
+
+def packed_linear(
+    source: Checkpoint, name: str, scheme: AnyScheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
+) -> PackedLinear:
+    """Read the packed linear with this full name; ModelError when its tensors do not fit the scheme."""
+    parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in scheme.suffixes}
+    try:
+        packed = scheme.read(parts)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}: {name}: {err}") from None
+    bias = source.tensor(f"{name}.bias") if f"{name}.bias" in source else None
+    return PackedLinear(packed, bias, scheme.fp8_activations, dtype, numerics).to(device)
+
+
+def load_block(
+    source: Checkpoint,
+    skeleton: Skeleton,
+    schemes: Mapping[str, AnyScheme],
+    index: int,
+    numerics: Numerics,
+    attention: KvNumerics | None = None,
+) -> nn.Module:
+    """Materialize block `index` of a plain or packed checkpoint.
+
+    schemes: those of its packed linears by full name. attention: how it works on its cache (`attention_numerics`).
+    """
+    prefix = f"{skeleton.arch.blocks}.{index}."
+    packed = {
+        name.removeprefix(prefix): packed_linear(source, name, scheme, skeleton.device, skeleton.dtype, numerics)
+        for name, scheme in schemes.items()
+        if name.startswith(prefix)
+    }
+    inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
+    scale = f"{prefix}{skeleton.arch.attention}.{KV_SCALE}"
+    weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside | {scale}}
+    layer = skeleton.layer(index, weights, packed)
+    _rotate_inputs(layer, source, prefix)
+    if attention is not None:
+        kv = kv_attention(attention, Shape.of(source.config))
+        if scale in source:
+            kv.scale = source.tensor(scale)
+        layer.get_submodule(skeleton.arch.attention).kv = kv.to(skeleton.device)
+    return layer
+
+
+def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    meta_model(folder, dtype)  # refuses a broken config.json in one line
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random weights.
+        raise ModelError(f"{folder}: tensor {missing[0]} is missing from the checkpoint")
+    return _frozen(model.to(device))
+
+
+def _materialize(
+    model: nn.Module,
+    source: Checkpoint,
+    arch: Architecture,
+    schemes: dict[str, AnyScheme],
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics,
+) -> None:
+    for name, scheme in schemes.items():
+        model.set_submodule(name, packed_linear(source, name, scheme, device, dtype, numerics))
+    packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*PACKED_SUFFIXES, "bias")}
+    plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
+    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}  # stays float32
+    try:
+        result = model.load_state_dict(plain, assign=True, strict=False)
+    except RuntimeError as err:
+        raise ModelError(f"{source.folder}: {' '.join(str(err).split())[:300]}") from None
+    model.tie_weights()  # type: ignore[operator]  # every transformers model has it
+    if result.unexpected_keys:
+        raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
+    root, _, _ = arch.blocks.rpartition(".")
+    decoder = model.get_submodule(root)
+    # Rotary tables are computed buffers: absent from checkpoints, and empty on the meta device.
+    decoder.rotary_emb = type(decoder.get_submodule("rotary_emb"))(config=model.config).to(device)
+    if missing := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Mean stored bits of quantized weights, scales counted; None for a model without any."""
+    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
+    weights = sum(math.prod(p.shape) for p in packed)
+    return sum(p.bits_per_weight * math.prod(p.shape) for p in packed) / weights if weights else None

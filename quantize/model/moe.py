@@ -1,0 +1,177 @@
+"""A Mixture of Experts as pq computes it: one linear an expert and role, named as checkpoints name them.
+
+transformers keeps the experts of a block in two stacked tensors, which no linear of pq's could stand in for; the
+function is the same: y = Σ_e w_e(x)·E_e(x) + σ(g·x)·S(x), with w the softmax of the router's scores where the policy
+selects expert e, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from quantize.errors import ModelError
+from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
+from quantize.kernels.experts.api import routed_experts
+from quantize.model.arch import Architecture, ExpertSizes
+from quantize.model.hooks import is_hooked
+
+__all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
+
+
+class Router(nn.Linear):
+    """A linear that decides how much of an expert a token gets; never quantized, and no linear to recipes."""
+
+
+class Expert(nn.Module):
+    """A gated FFN: (act(x W_gᵀ) ⊙ x W_uᵀ) W_dᵀ."""
+
+    def __init__(self, hidden: int, size: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, size, bias=False)
+        self.up_proj = nn.Linear(hidden, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden, bias=False)
+        self.act = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, D] → [M, D]."""
+        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class MoeFfn(nn.Module):
+    """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`.
+
+    Experts are linears that may be packed, hooked or replaced, and run one after the other, until `stack` binds them
+    together for inference.
+    """
+
+    def __init__(self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None) -> None:
+        super().__init__()
+        self.policy = policy or TopK(sizes.top_k, sizes.renormalize)
+        self.gate = Router(hidden, sizes.n, bias=False)
+        self.experts = nn.ModuleList([Expert(hidden, sizes.size, activation) for _ in range(sizes.n)])
+        self.shared_expert = Expert(hidden, sizes.shared, activation)
+        self.shared_expert_gate = Router(hidden, 1, bias=False)
+        self._stacked: tuple[Tensor, Tensor] | None = None
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token does not visit an expert."""
+        scores = self.gate(x)
+        weights = torch.softmax(scores, dim=1, dtype=torch.float32) * self.policy.select(scores)
+        if self.policy.renormalize:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        return weights.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → [..., D]."""
+        flat = x.reshape(-1, x.shape[-1])
+        weights = self.weights(flat)
+        y = torch.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        if self._stacked is None:
+            self._add_one_by_one(y, flat, weights)
+        else:
+            most = self.policy.k if isinstance(self.policy, TopK) else None
+            y = y + routed_experts(flat, weights, *self._stacked, act=self._activation(), most=most)
+        out: Tensor = y.view(x.shape)
+        return out
+
+    def _add_one_by_one(self, y: Tensor, x: Tensor, weights: Tensor) -> None:
+        for index, expert in enumerate(self.experts):
+            # Experts that no token visits run on no rows, so that whoever records inputs sees every expert.
+            rows = weights[:, index].nonzero()[:, 0]
+            y.index_add_(0, rows, expert(x[rows]) * weights[rows, index, None])
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        act: Callable[[Tensor], Tensor] = self.shared_expert.act
+        return F.silu if isinstance(act, nn.SiLU | type(ACT2FN["silu"])) else act
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all routed experts are computed at once."""
+        return self._stacked is not None
+
+    def stack(self) -> bool:
+        """Compute all routed experts at once from now on, where they are plain linears of one dtype → whether they are.
+
+        Their weights become views of two stacked tensors: names, values and memory stay what they were. From then on
+        they learn nothing, are to be written in place only, and hooks on these linears never run. Experts with hooks,
+        packed or not in memory are left as they are. A copy of the module is not stacked.
+        """
+        self._stacked = None
+        experts = [expert for expert in self.experts if isinstance(expert, Expert)]
+        linears = [linear for expert in experts for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)]
+        kinds = {(linear.weight.dtype, linear.weight.device) for linear in linears if _is_plain(linear)}
+        if len(kinds) != 1 or len(experts) < len(self.experts) or not all(map(_is_plain, linears)):
+            return False
+        with torch.no_grad():
+            self._stacked = _bind(experts, "gate_proj", "up_proj"), _bind(experts, "down_proj")
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFfn:
+        # Casts and moves give every linear a weight of its own.
+        again, self._stacked = self.stacked, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if again:
+            self.stack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stacked": None}
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    # Only what a product with `weight` says whole: loaders that keep weights elsewhere replace `forward`.
+    return type(linear) is nn.Linear and linear.bias is None and not linear.weight.is_meta and not is_hooked(linear)
+
+
+def _bind(experts: list[Expert], *names: str) -> Tensor:
+    # Weights of each expert's linears, one below the other: [N, rows, columns]; the linears become views of it.
+    linears = [[getattr(expert, name) for name in names] for expert in experts]
+    first: Tensor = linears[0][0].weight
+    rows, columns = first.shape
+    stack = torch.empty(len(experts), len(names) * rows, columns, dtype=first.dtype, device=first.device)
+    for of_expert, held in zip(linears, stack, strict=True):
+        for linear, view in zip(of_expert, held.split(rows), strict=True):
+            linear.weight = nn.Parameter(view.copy_(linear.weight), requires_grad=False)
+    return stack
+
+
+def stack_experts(model: nn.Module) -> int:
+    """Let every Mixture of Experts in a loaded model compute its routed experts at once → how many do."""
+    return sum(ffn.stack() for ffn in model.modules() if isinstance(ffn, MoeFfn))
+
+
+def place_experts(
+    model: nn.Module,
+    arch: Architecture,
+    config: Mapping[str, Any],
+    policies: Mapping[str, Policy] = MappingProxyType({}),
+) -> None:
+    """Let the blocks of a transformers model compute their experts by `MoeFfn`, without weights on the meta device.
+
+    config: parsed config.json; policies: full name of an FFN → how it routes, where not as config.json says. ModelError
+    for sizes that config.json lacks and policies that do not fit. A model whose FFNs are dense is left alone.
+    """
+    ffns: dict[str, nn.Module] = {}
+    if arch.experts is not None:
+        sizes = ExpertSizes.of(config)
+        for index, block in enumerate(model.get_submodule(arch.blocks).children()):
+            if index not in sizes.dense_blocks:
+                name = f"{arch.blocks}.{index}.{arch.experts.ffn}"
+                policy = policies.get(name)
+                if isinstance(policy, TopK) and policy.k > sizes.n:
+                    raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
+                with torch.device("meta"):
+                    made = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")], policy)
+                ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
+    if strangers := sorted(set(policies) - set(ffns)):
+        raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")
+    for name, ffn in ffns.items():
+        model.set_submodule(name, ffn)

@@ -1,0 +1,1 @@
+"""Several processes that convert or evaluate together."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML → strict frozen stages, and the overrides of the command line."""

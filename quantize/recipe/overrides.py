@@ -1,0 +1,76 @@
+"""`--set FIELD=VALUE`: change stage fields of a recipe from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import get_args, get_origin
+
+from pydantic import ValidationError
+
+from quantize.errors import UsageError
+from quantize.files import strict_yaml
+from quantize.methods.base import Stage
+from quantize.recipe.recipe import Recipe
+
+
+def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Return the recipe with `field=value` applied to every stage that has the field.
+
+    A field that is a list takes values separated by commas. `method.field=value` limits it to one method.
+    Raises UsageError for a field no stage has, or a value it refuses.
+    """
+    changes: dict[int, dict[str, object]] = {}
+    for assignment in assignments:
+        target, equals, raw = assignment.partition("=")
+        method, _, field = target.rpartition(".")
+        if not equals or not field:
+            raise UsageError(f"--set {assignment}: write FIELD=VALUE, for example bits=3")
+        chosen = [
+            i
+            for i, stage in enumerate(recipe.stages)
+            if field in type(stage).model_fields and field != "method" and method in ("", stage.method)
+        ]
+        if not chosen:
+            raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
+        for i in chosen:
+            several = _several(type(recipe.stages[i]).model_fields[field].annotation, raw)
+            changes.setdefault(i, {})[field] = _value(assignment, raw, several)
+    stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _several(annotation: object, raw: str) -> bool:
+    """Whether a value is a list: for a field of one or many values, if there is a comma."""
+    options = [get_origin(option) for option in get_args(annotation)]
+    return get_origin(annotation) is tuple or (tuple in options and "," in raw)
+
+
+def _value(assignment: str, raw: str, several: bool) -> object:
+    try:
+        if several:
+            return [strict_yaml.resolve_plain(part) for part in raw.split(",")] if raw else []
+        return strict_yaml.resolve_plain(raw)
+    except ValueError as err:
+        raise UsageError(f"--set {assignment}: {err}") from None
+
+
+def _changed(stage: Stage, values: dict[str, object]) -> Stage:
+    try:
+        # Through JSON, because strict types take a list for a tuple only from there.
+        return type(stage).model_validate_json(json.dumps(stage.model_dump(mode="json") | values))
+    except ValidationError as err:
+        problem = err.errors()[0]
+        where = ".".join(str(part) for part in (stage.method, *problem["loc"]))
+        reason = problem["msg"].removeprefix("Value error, ")
+        # A rule about several fields has no value of its own; pydantic would show the whole stage.
+        value = f" (value {problem['input']!r})" if problem["loc"] else ""
+        raise UsageError(f"--set: {where}: {reason}{value}") from None
+
+
+def _no_such_field(recipe: Recipe, target: str) -> str:
+    fields = sorted({name for stage in recipe.stages for name in type(stage).model_fields} - {"method"})
+    close = difflib.get_close_matches(target.rpartition(".")[2], fields, 1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"no stage of recipe '{recipe.name}' has the field '{target}'; {hint}(fields: {', '.join(fields)})"

@@ -1,0 +1,1 @@
+"""Packed checkpoints in transformers: registration, packed linears, the INT4 KV cache."""

@@ -1,0 +1,59 @@
+"""A gated FFN whose gate and up projections are packed INT4: one kernel reads the inputs once for both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from quantize.kernels.int4.api import gated, takes
+from quantize.model.hooks import is_hooked
+from quantize.serving.int_linear import IntLinear
+
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class GatedFfn(nn.Module):
+    """y = (silu(x W_gᵀ) ⊙ x W_uᵀ) W_dᵀ, parts named as in the FFN it stands for."""
+
+    gate_proj: IntLinear
+    up_proj: IntLinear
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        for name, part in ffn.named_children():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → [..., D] in x's dtype; by one kernel, what gate and up give is not rounded in between."""
+        gate, up = self.gate_proj, self.up_proj
+        if self._fits(x):
+            h = gated(x, gate.kernel_weight(), up.kernel_weight(), fp8_activations=gate.scheme.fp8_activations)
+        else:
+            h = self.act_fn(gate(x)) * up(x)
+        y: Tensor = self.down_proj(h)
+        return y
+
+    def _fits(self, x: Tensor) -> bool:
+        gate, up = self.gate_proj, self.up_proj
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if learns or gate.scheme != up.scheme or not all(map(_is_plain, (gate, up))):
+            return False
+        return takes(gate.scheme.bits, gate.scheme.group_size, x, gate.scheme.fp8_activations)
+
+
+def place_gated_ffns(model: nn.Module) -> None:
+    """Put a `GatedFfn` in the place of every FFN of `model` that it can stand for."""
+    for name, ffn in [*model.named_modules()]:
+        parts = dict(ffn.named_children())
+        if set(parts) != _PARTS or not isinstance(parts["act_fn"], _SILU):
+            continue
+        if all(isinstance(parts[part], IntLinear) for part in ("gate_proj", "up_proj")):
+            model.set_submodule(name, GatedFfn(ffn))
+
+
+def _is_plain(linear: IntLinear) -> bool:
+    return linear.bias is None and not is_hooked(linear)  # loaders that keep weights elsewhere hook it

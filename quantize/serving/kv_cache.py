@@ -1,0 +1,225 @@
+"""A transformers cache that stores keys and values in 4 bits.
+
+Each token of each head is one record of bytes (`KvCodes.records`), so that the layers grow, crop, slide, reorder and
+repeat records by the very code that transformers uses for plain keys and values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quantize.errors import ModelError, UsageError
+from quantize.kernels.attention.api import quantize_records, takes
+from quantize.kernels.attention.reference import read_reference, store_reference
+from quantize.model.attention import ATTENTION, KvAttention
+
+_REMEDY = "pass an empty cache, or none"
+
+
+class _Records:
+    """Stores records of K·S and V where the layer class it precedes stores keys and values."""
+
+    _layer_type = None  # transformers would take a subclass that names one for every model's layers of that type
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
+
+    def __init__(self, kv: KvAttention, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scheme, self.scale = kv.scheme, kv.scale
+
+    def lazy_initialization(self, *states: Tensor) -> None:
+        """Called with the first states or records: whatever their type, bytes are stored."""
+        super().lazy_initialization(*(state[..., :0].to(torch.uint8) for state in states))  # type: ignore[misc]
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store key and value [B, Hkv, T, d]; return those of all tokens that the new ones may see, [B, Hkv, S, d].
+
+        Both are float32 as they read back, keys times S and marked `pq_stored`; or the records themselves, uint8, where
+        a kernel can read them. UsageError, before anything is stored, where shapes are not those of the model or batch
+        that the cache holds.
+        """
+        self._check(key, value)
+        S = self.scale.to(key.device, torch.float32)
+        packed = takes(key, self.scheme)
+        stored = (quantize_records if packed else store_reference)(key, value, S, self.scheme)
+        keys, values = super().update(*stored, *args, **kwargs)  # type: ignore[misc]
+        if packed:
+            return keys, values
+        keys, values = (read_reference(records, self.scheme, key.shape[-1]) for records in (keys, values))
+        keys.pq_stored = True  # type: ignore[attr-defined]  # read by KvAttention
+        return keys, values
+
+    def belongs_to(self, kv: KvAttention) -> bool:
+        """Whether records are those of `kv`: same scheme, same S."""
+        if self.scheme != kv.scheme or self.scale.shape != kv.scale.shape:
+            return False
+        # Copies of a cache hold a copy of S; compared once, they share the model's again.
+        if self.scale is not kv.scale and torch.equal(self.scale.to(kv.scale), kv.scale):
+            self.scale = kv.scale
+        return self.scale is kv.scale
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        for name, states in (("keys", key), ("values", value)):
+            if (states.shape[1], states.shape[3]) != tuple(self.scale.shape):
+                H, d = self.scale.shape
+                raise UsageError(
+                    f"past_key_values is another model's cache: it holds {H} heads of {d} channels, "
+                    f"the {name} have {states.shape[1]} of {states.shape[3]}; {_REMEDY}"
+                )
+        if self.is_initialized and self.keys is not None and self.keys.numel() and len(self.keys) != len(key):
+            raise UsageError(
+                f"past_key_values holds a batch of {len(self.keys)}, the input is a batch of {len(key)}; "
+                "give both the same size (batch_repeat_interleave), or pass an empty cache"
+            )
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        # Early releases of transformers only overwrite them with zeros.
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()  # type: ignore[misc]
+
+
+class Int4Layer(_Records, DynamicLayer):  # type: ignore[misc]
+    """All tokens of one attention layer."""
+
+
+class Int4SlidingLayer(_Records, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The last `sliding_window` − 1 tokens of one attention layer."""
+
+
+# Layer class that transformers makes, or ours → ours.
+_PACKED: Mapping[type, type[Int4Layer] | type[Int4SlidingLayer]] = {
+    DynamicLayer: Int4Layer,
+    Int4Layer: Int4Layer,
+    DynamicSlidingWindowLayer: Int4SlidingLayer,
+    Int4SlidingLayer: Int4SlidingLayer,
+}
+
+
+def int4_cache(model: PreTrainedModel) -> Cache:
+    """Return an empty cache for `model`, whose attention modules carry `kv`; ModelError where none does.
+
+    UsageError when the model's attention is not "pq": no other one knows that stored keys are multiplied by S.
+    """
+    decoder = model.get_decoder()
+    kv = _kv_modules(decoder)
+    if not _understands(decoder):
+        raise UsageError(f"an INT4 cache needs attention {ATTENTION!r}{_found(decoder)}")
+    cache = DynamicCache(config=decoder.config)
+    _fit(cache, decoder, kv)
+    return cache
+
+
+def use_int4_cache(model: PreTrainedModel) -> None:
+    """Make `model` store keys and values in 4 bits wherever it would make, or is given empty, a plain `DynamicCache`.
+
+    This holds while its attention is "pq"; with another one nothing is rounded. Calling it again changes nothing.
+    ModelError when no attention module carries `kv`. The model then raises UsageError for a cache that is not its own.
+    """
+    decoder = model.get_decoder()
+    _kv_modules(decoder)
+    if _provide_cache not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of memory that the tokens in `cache` occupy, in 4 bits or plain; shared memory counts once."""
+    states = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
+    return sum(storages.values())
+
+
+def _provide_cache(
+    decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: see `use_int4_cache`. It holds nothing of the model, so that copies of a model stand alone."""
+    names = list(inspect.signature(decoder.forward).parameters) if args else []
+    given = kwargs | dict(zip(names, args, strict=False))
+    cache = given.get("past_key_values")
+    if cache is None:
+        if not (_understands(decoder) and _wants_cache(decoder, given.get("use_cache"))):
+            return None
+        cache = DynamicCache(config=decoder.config)
+        if "past_key_values" in names[: len(args)]:
+            at = names.index("past_key_values")
+            args = (*args[:at], cache, *args[at + 1 :])
+        else:
+            kwargs = kwargs | {"past_key_values": cache}
+    elif not isinstance(getattr(cache, "layers", None), list):
+        return None  # nothing that a decoder takes; it will say so itself
+    if _understands(decoder):
+        _fit(cache, decoder, _kv_modules(decoder))
+    elif any(isinstance(layer, _Records) for layer in cache.layers):
+        raise UsageError(f"past_key_values is an INT4 cache, which needs attention {ATTENTION!r}{_found(decoder)}")
+    return args, kwargs
+
+
+def _fit(cache: Cache, decoder: PreTrainedModel, modules: Mapping[int, KvAttention]) -> None:
+    """Replace the empty layers of `cache` in place by packed ones; UsageError, before any change, where one cannot."""
+    layers = cache.layers
+    expected = decoder.config.num_hidden_layers
+    if not layers and cache.layer_class_to_replicate is DynamicLayer:
+        layers = [DynamicLayer() for _ in range(expected)]
+    if len(layers) != expected:
+        raise UsageError(
+            f"past_key_values is another model's cache: it has {len(layers)} layers, the model {expected}; {_REMEDY}"
+        )
+    fitted = [_fitted(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)]
+    cache.layers[:] = fitted
+
+
+def _fitted(layer: Any, kv: KvAttention) -> Any:
+    """Return `layer` if it holds records of `kv`, a packed one in its place if it is empty, else raise UsageError."""
+    packed = _PACKED.get(type(layer))
+    if packed is None:
+        raise UsageError(
+            f"past_key_values has layers of type {type(layer).__name__}, which cannot hold 4-bit keys and values; "
+            "pass a DynamicCache or none, and generate() no cache_implementation"
+        )
+    if not layer.get_seq_length():
+        window = {"sliding_window": layer.sliding_window} if packed is Int4SlidingLayer else {}
+        made = packed(kv, **window)
+        if getattr(layer, "record_past", False):
+            made.activate_past_recording()
+        return made
+    if not isinstance(layer, _Records):
+        raise UsageError(
+            f"past_key_values holds {layer.get_seq_length()} tokens that are not in 4 bits, as the model stores them; "
+            f"{_REMEDY}"
+        )
+    if not layer.belongs_to(kv):
+        raise UsageError(f"past_key_values is another model's cache: its key scales differ; {_REMEDY}")
+    return layer
+
+
+def _understands(decoder: PreTrainedModel) -> bool:
+    return bool(decoder.config._attn_implementation == ATTENTION)
+
+
+def _found(decoder: PreTrainedModel) -> str:
+    found = decoder.config._attn_implementation
+    return f", the model has {found!r}; call model.set_attn_implementation({ATTENTION!r})"
+
+
+def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
+    """Whether transformers would make a cache where it got none."""
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        return False
+    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
+
+
+def _kv_modules(decoder: PreTrainedModel) -> dict[int, KvAttention]:
+    """Index of the layer → `kv` of its attention; ModelError when there is none."""
+    found = {m.layer_idx: m.kv for m in decoder.modules() if isinstance(m._modules.get("kv"), KvAttention)}
+    if not found:
+        raise ModelError("no attention module of the model carries `kv`: nothing says how to store keys in 4 bits")
+    return found

@@ -1,0 +1,1 @@
+"""Numerical solvers that methods share: grids, error feedback and descent, the knapsack."""

@@ -1,1 +1,0 @@
-"""Speed of the kernels for packed INT4 weights and caches, beside what torch offers for the same work."""

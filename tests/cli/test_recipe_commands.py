@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quantize.cli.recipe import app
+from quantize.errors import RecipeError
+from quantize.recipe import recipe as recipes
+from quantize.recipe.recipe import METHODS, recipe_schema, resolved_yaml
+
+GOOD = "description: plain\nstages:\n  - method: rtn\n"
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of shipped recipes with two good ones, and an empty working directory."""
+    folder, cwd = tmp_path / "data" / "recipes", tmp_path / "cwd"
+    folder.mkdir(parents=True)
+    cwd.mkdir()
+    (folder / "plain.yaml").write_text(GOOD)
+    (folder / "second.yaml").write_text("# why\ndescription: '[b]two[/b]'\nstages:\n- method: awq\n- method: gptq\n")
+    monkeypatch.setattr(recipes, "data_dir", lambda name: folder.parent / name)
+    monkeypatch.chdir(cwd)
+    return folder
+
+
+# Finding
+
+
+def test_an_existing_path_wins_over_a_shipped_name(shelf: Path):
+    assert recipes.find_recipe("plain") == recipes.find_recipe("plain.yaml") == shelf / "plain.yaml"
+    Path("plain").mkdir()
+    assert recipes.find_recipe("plain") == shelf / "plain.yaml"
+    Path("plain.yaml").write_text(GOOD.replace("plain", "mine"))
+    assert recipes.load_recipe("plain.yaml").description == "mine"
+    assert recipes.load_recipe("plain").description == "plain"
+    assert [path.name for path in recipes.shipped_recipes()] == ["plain.yaml", "second.yaml"]
+
+
+@pytest.mark.parametrize("name", ["plian", "plian.yaml", "", "../plain.yaml", "a\0b", "x" * 5000, "."])
+def test_an_unknown_recipe_lists_the_names(shelf: Path, name: str):
+    with pytest.raises(RecipeError) as caught:
+        recipes.find_recipe(name)
+    assert "(shipped: plain, second)" in str(caught.value)
+    assert ("did you mean 'plain'?" in str(caught.value)) == ("pl" in name)
+    assert len(str(caught.value)) < 300
+
+
+def test_errors_name_the_file_as_it_was_given(shelf: Path):
+    (shelf / "bad.yaml").write_text("description: 1\nstages: [{method: rtn}]")
+    Path("own.yaml").write_text("description: 1\nstages: [{method: rtn}]")
+    for given_name, shown in (("bad", "bad.yaml"), ("./own.yaml", "own.yaml"), (str(shelf / "bad.yaml"),) * 2):
+        with pytest.raises(RecipeError, match=f"^{re.escape(shown)}:1: description"):
+            recipes.load_recipe(given_name)
+
+
+# The commands
+
+
+def call(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+def test_ls(shelf: Path):
+    rows = json.loads(call("ls", "--json").stdout)
+    assert [(row["name"], row["methods"]) for row in rows] == [("plain", ["rtn"]), ("second", ["awq", "gptq"])]
+    assert rows[0]["bits"] == [METHODS["rtn"]().bits]
+    table = call("ls").stdout
+    assert "awq → gptq" in table
+    assert "[b]two[/b]" in table  # text, not rich markup
+
+
+def test_show(shelf: Path):
+    assert call("show", "second").stdout == (shelf / "second.yaml").read_text()
+    shown = call("show", "second", "--resolved").stdout
+    assert shown == resolved_yaml(recipes.load_recipe("second"))
+    result = call("show", "nothing")
+    assert isinstance(result.exception, RecipeError)
+    assert result.stdout == ""
+
+
+def test_validate(shelf: Path):
+    Path("bad.yaml").write_text(GOOD + "fomat: x\nzzz: 1\n")
+    result = call("validate", "plain", "bad.yaml", "none.yaml", "second")
+    assert result.exit_code == RecipeError.exit_code
+    assert result.stdout.split("\n") == ["plain: ok", "second: ok", ""]
+    lines = result.stderr.strip().split("\n")
+    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:4", "bad.yaml:5", "recipe 'none.yaml'"]
+    assert call("validate", "plain").exit_code == 0
+
+
+def test_the_command_line_starts_without_torch():
+    code = (
+        "import sys, quantize.cli.recipe; sys.exit(any(m in sys.modules for m in ('torch', 'quantize.recipe.recipe')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_schema_command():
+    assert json.loads(call("schema").stdout) == recipe_schema()

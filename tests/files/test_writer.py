@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from quantize.errors import OutputError, VerifyError
+from quantize.files import writer as writer_module
+from quantize.files.checkpoint import INDEX_NAME, Checkpoint
+from quantize.files.writer import CheckpointWriter, require_free
+
+ONE = {"b": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "a": torch.ones(3, dtype=torch.int32)}
+TWO = {"c": torch.tensor([1.0, float("nan")])}
+
+
+def write(output: Path, before_commit: Callable[[CheckpointWriter], None] = lambda w: None) -> CheckpointWriter:
+    with CheckpointWriter(output, 2) as writer:
+        writer.add_shard(ONE)
+        writer.add_shard(TWO)
+        writer.write_index()
+        writer.write_json("config.json", {"model_type": "x", "é": 1})
+        before_commit(writer)
+        writer.commit()
+    return writer
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_reads_back(tmp_path: Path):
+    side = tmp_path / "LICENSE"
+    side.write_bytes(b"text\r\n\xff")
+    out = tmp_path / "deep" / "er" / "out"
+    writer = write(out, lambda w: w.copy(side))
+    assert left_over(out.parent) == ["out"]
+    back = Checkpoint(out)
+    assert back.config == {"model_type": "x", "é": 1}
+    assert back.names() == ["a", "b", "c"]
+    for name, tensor in (ONE | TWO).items():
+        assert back.tensor(name).dtype == tensor.dtype
+        assert torch.equal(back.tensor(name).view(torch.uint8), tensor.view(torch.uint8))
+    assert (out / "LICENSE").read_bytes() == side.read_bytes()
+    index = json.loads((out / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == writer.total_size == 6 * 2 + 3 * 4 + 2 * 4
+    assert set(writer.hashes) == set(left_over(out))
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path):
+    write(tmp_path / "x")
+    write(tmp_path / "y")
+    for name in left_over(tmp_path / "x"):
+        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path):
+    write(tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    wanted = {kind: stat.S_IMODE((tmp_path / kind).stat().st_mode) for kind in ("plain", "folder")}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == wanted["folder"]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {wanted["plain"]}
+
+
+@pytest.mark.parametrize("name", ["Größe 量子 🧮", "with space", "-dash", "a.b.c", "x" * 200])
+def test_odd_output_names(tmp_path: Path, name: str):
+    write(tmp_path / name)
+    assert left_over(tmp_path) == [name]
+    assert Checkpoint(tmp_path / name).names() == ["a", "b", "c"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    assert INDEX_NAME in left_over(tmp_path / "out")
+
+
+def test_relative_outputs_stay_where_they_were_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write(Path("out"), lambda w: os.chdir(tmp_path / "other"))
+    assert left_over(tmp_path) == ["other", "out"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", ["file", ".hidden"])
+def test_a_folder_in_use_is_refused(tmp_path: Path, name: str):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(OutputError, match="exists and is not an empty folder; give another --output"):
+        write(out)
+    assert (out / name).read_text() == "mine"
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        require_free(tmp_path / "out")
+    with pytest.raises(OutputError, match="cannot be written"):
+        require_free(tmp_path / "out" / "below")
+
+
+def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path: Path):
+    out = tmp_path / "out"
+
+    def intrude(_: CheckpointWriter) -> None:
+        out.mkdir()
+        (out / "theirs").write_text("x")
+
+    with pytest.raises(OutputError, match="not an empty folder"):
+        write(out, intrude)
+    assert left_over(tmp_path) == ["out"]
+    assert left_over(out) == ["theirs"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_parent_is_refused(tmp_path: Path):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="cannot be written to"):
+            require_free(tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_parent_without_write_access_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(OutputError, match="cannot be written to; give another --output"):
+        require_free(tmp_path / "not" / "there" / "yet")
+
+
+# Nothing is left behind
+
+
+class BoomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, SystemExit, MemoryError])
+def test_nothing_remains_after_an_error(tmp_path: Path, error: type[BaseException]):
+    def fail(_: CheckpointWriter) -> None:
+        raise error
+
+    with pytest.raises(error):
+        write(tmp_path / "out", fail)
+    assert left_over(tmp_path) == []
+
+
+def test_leaving_without_commit_writes_nothing(tmp_path: Path):
+    with CheckpointWriter(tmp_path / "out", 1) as writer:
+        writer.add_shard(ONE)
+        assert len(left_over(tmp_path)) == 1
+    assert left_over(tmp_path) == []
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+DISK_FULL = SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })')
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "error", "says"),
+    [
+        (writer_module, "save_file", FULL, "no space left on the disk; free some"),
+        (writer_module, "save_file", DISK_FULL, "no space left on the disk; free some"),
+        (writer_module, "save_file", OSError(errno.EDQUOT, "quota"), "no space left"),
+        (
+            writer_module,
+            "save_file",
+            OSError(errno.EIO, "Input/output error"),
+            "cannot be written (Input/output error)",
+        ),
+        (os, "fsync", FULL, "no space left"),
+        (Path, "write_text", FULL, "no space left"),
+        (Path, "rename", OSError(errno.EXDEV, "Invalid cross-device link"), "cannot be written (Invalid cross-device"),
+        (writer_module.tempfile, "mkdtemp", FULL, "no space left"),
+    ],
+)
+def test_a_disk_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, error: Exception, says: str
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, name, refuse)
+    with pytest.raises(OutputError) as caught:
+        write(tmp_path / "out")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert left_over(tmp_path) == []
+
+
+def test_a_full_disk_while_copying_side_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "source"
+    source.write_text("x")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(OutputError, match="no space left"):
+        write(tmp_path / "out", lambda w: w.copy(source))
+    assert left_over(tmp_path) == ["source"]
+
+
+# Verification
+
+
+def flip(path: Path, place: int = -1) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", INDEX_NAME])
+def test_a_bit_that_flips_before_the_commit_is_found(tmp_path: Path, name: str):
+    with pytest.raises(VerifyError, match="reads back differently"):
+        write(tmp_path / "out", lambda w: flip(w.folder / name))
+    assert left_over(tmp_path) == []
+
+
+def test_a_bit_that_flips_while_writing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = writer_module.save_file
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        real(tensors, path, metadata=metadata)
+        flip(path)
+
+    monkeypatch.setattr(writer_module, "save_file", save)
+    with pytest.raises(VerifyError, match=r"b reads back differently from what was written"):
+        write(tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+def test_shards_are_counted_and_names_unique(tmp_path: Path):
+    with CheckpointWriter(tmp_path / "out", 2) as writer:
+        writer.add_shard(ONE)
+        with pytest.raises(VerifyError, match="b would be written twice"):
+            writer.add_shard({"b": torch.ones(1)})
+        with pytest.raises(VerifyError, match="1 of 2 shards"):
+            writer.write_index()
