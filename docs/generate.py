@@ -33,7 +33,7 @@ _LARGEST_SEED = 2**63 - 1
 
 def recipe_table() -> str:
     """The shipped recipes: stages, scheme, format, what they are for."""
-    from quantize.recipe import load_recipe, shipped_recipes
+    from quantize.recipe.recipe import load_recipe, shipped_recipes
 
     lines = ["| recipe | stages | weights, activations, cache | format | what it is |", "|---|---|---|---|---|"]
     for path in shipped_recipes():
@@ -56,7 +56,7 @@ def _scheme(stages: Any) -> str:
 def stage_fields() -> str:
     """Every method with its fields, from the schema that `pq recipe schema` prints."""
     from quantize.methods import STAGES
-    from quantize.recipe import recipe_schema
+    from quantize.recipe.recipe import recipe_schema
 
     schema = recipe_schema()
     parts = []
@@ -71,7 +71,7 @@ def stage_fields() -> str:
 
 def recipe_fields() -> str:
     """The keys of a recipe file, and those under `calibration`."""
-    from quantize.recipe import recipe_schema
+    from quantize.recipe.recipe import recipe_schema
 
     schema = recipe_schema()
     top = {name: field for name, field in schema["properties"].items() if name not in ("calibration", "stages")}
@@ -113,7 +113,7 @@ def model_table() -> str:
     """The decoders that pq knows, from the table that the code itself reads."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from quantize.arch import ARCHITECTURES
+    from quantize.model.arch import ARCHITECTURES
 
     head = ("`model_type`", "class in transformers", "FFN", "pairs of RoPE", "norms over q and k")
     lines = [_row(head), "|---" * len(head) + "|"]
@@ -127,7 +127,7 @@ def model_table() -> str:
 
 def edge_table() -> str:
     """The scale edges of a dense decoder."""
-    from quantize.arch import ARCHITECTURES
+    from quantize.model.arch import ARCHITECTURES
 
     lines = ["| edge | divided by λ | multiplied by λ |", "|---|---|---|"]
     for edge in ARCHITECTURES["llama"].edges:

@@ -1,6 +1,6 @@
 """Draw the pictures of README.md and docs/conversion.md, each once for light and once for dark pages.
 
-    python docs/pictures.py
+python docs/pictures.py
 """
 
 from __future__ import annotations

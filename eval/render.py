@@ -2,8 +2,7 @@
 
     python eval/render.py
 
-docs/results.md gets all of them under `accuracy`, `speed` and `memory`; README.md gets one small table of KL divergences
-under `results`.
+docs/results.md gets all of them under `accuracy`, `speed` and `memory`, README.md one small table under `results`.
 """
 
 from __future__ import annotations
