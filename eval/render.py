@@ -23,6 +23,8 @@ import sbvr
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
+_FIRST = ("yardstick-4bit", "fireq-ablation", "sbvr", "ladimo")
+"""Results files in the order in which they are read best; others follow by name."""
 _KINDS = {
     "part": (ablation.table, "FireQ part by part"),
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
@@ -44,6 +46,12 @@ _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
     ("`sbvr-2bit`, W2A16", "sbvr", {"method": "2-bit SBVR"}),
 )
 """Rows of the small table: what it is called, the results file, what finds it there."""
+
+
+def results() -> list[Path]:
+    """All results files, in the order of the page."""
+    found = sorted(RESULTS.glob("*.json"))
+    return sorted(found, key=lambda path: _FIRST.index(path.stem) if path.stem in _FIRST else len(_FIRST))
 
 
 def summary(folder: Path) -> str:
@@ -87,16 +95,16 @@ def _part(path: Path) -> tuple[str, str]:
     return "accuracy", f"### {heading}\n\n{head}{note}\n\n{table}\n"
 
 
-def main(page: Path, results: Sequence[Path]) -> None:
+def main(page: Path, files: Sequence[Path]) -> None:
     """Rewrite the sections; every table is headed by the protocol and versions that its file records."""
-    text = rendered(page.read_text(encoding="utf-8"), results, page)
+    text = rendered(page.read_text(encoding="utf-8"), files, page)
     page.write_text(text, encoding="utf-8")
 
 
-def rendered(text: str, results: Sequence[Path], page: Path) -> str:
-    """The text of a page with the sections of all that `results` hold made anew."""
+def rendered(text: str, files: Sequence[Path], page: Path) -> str:
+    """The text of a page with the sections of all that `files` hold made anew."""
     parts: dict[str, list[str]] = {}
-    for path in results:
+    for path in files:
         name, part = _part(path)
         parts.setdefault(name, []).append(part)
     for name, tables in parts.items():
@@ -114,6 +122,6 @@ def put(text: str, name: str, tables: str, page: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(ROOT / "docs" / "results.md", sorted(RESULTS.glob("*.json")))
+    main(ROOT / "docs" / "results.md", results())
     readme = ROOT / "README.md"
     readme.write_text(put(readme.read_text(encoding="utf-8"), "results", summary(RESULTS), readme), encoding="utf-8")
