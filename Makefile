@@ -73,7 +73,7 @@ docs: setup ## Bring the generated pages up to date and build the documentation 
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python eval/render.py
 	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) $(LOWEST) out

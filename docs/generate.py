@@ -2,8 +2,8 @@
 
     python docs/generate.py
 
-A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a page, NAME being a key of `PARTS`. Tables of
-results come from `eval/render.py` instead. tests/test_docs.py tells when a page is older than its source.
+A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`, NAME being a key of `PARTS`.
+Tables of results come from `eval/render.py`. tests/test_docs.py tells when a page is out of date.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def recipe_table() -> str:
     """The shipped recipes: stages, scheme, format, what they are for."""
     from quantize.recipe.recipe import load_recipe, shipped_recipes
 
-    lines = ["| recipe | stages | weights, activations, cache | format | what it is |", "|---|---|---|---|---|"]
+    head = ("recipe", "stages", "weights, activations, cache", "format", "what it is")
+    lines = [_row(head), "|---" * len(head) + "|"]
     for path in shipped_recipes():
         recipe = load_recipe(path.stem)
         stages = " → ".join(f"`{stage.method}`" for stage in recipe.stages)
-        facts = (f"`{recipe.name}`", stages, _scheme(recipe.stages), f"`{recipe.format}`", recipe.description)
-        lines.append(_row(facts))
+        name, form = f"`{recipe.name}`", f"`{recipe.format}`"
+        lines.append(_row((name, stages, _scheme(recipe.stages), form, recipe.description)))
     return "\n".join(lines)
 
 
@@ -74,7 +75,9 @@ def recipe_fields() -> str:
     from quantize.recipe.recipe import recipe_schema
 
     schema = recipe_schema()
-    top = {name: field for name, field in schema["properties"].items() if name not in ("calibration", "stages")}
+    top = dict(schema["properties"])
+    for nested in ("calibration", "stages"):
+        del top[nested]
     calibration = schema["$defs"]["Calibration"]["properties"]
     return f"{_fields(top)}\n\nUnder `calibration`:\n\n{_fields(calibration)}"
 
@@ -96,7 +99,8 @@ def _takes(field: Mapping[str, Any]) -> str:
         return ", ".join(f"`{_yaml(option)}`" for option in field["enum"])
     if field["type"] == "array":
         return f"list of ({_takes(field['items'])})"
-    limits = [f"{sign} {field[key]:g}" for key, sign in _SIGNS.items() if field.get(key, _LARGEST_SEED) < _LARGEST_SEED]
+    given = {key: field[key] for key in _SIGNS if field.get(key, _LARGEST_SEED) < _LARGEST_SEED}
+    limits = [f"{_SIGNS[key]} {limit:g}" for key, limit in given.items()]
     return " ".join((_TYPES[field["type"]], ", ".join(limits))).strip()
 
 
@@ -156,14 +160,16 @@ def _commands(command: Any, name: str) -> Iterator[str]:
     for parameter in command.params:
         if parameter.name == "help":
             continue
-        flag = parameter.param_type_name == "option"
-        names = ", ".join(f"`{option}`" for option in parameter.opts) if flag else f"`{_placeholder(parameter)}`"
-        lines.append(_row((names, _default(parameter), " ".join((parameter.help or "").split()))))
+        meaning = " ".join((parameter.help or "").split())
+        lines.append(_row((_names(parameter), _default(parameter), meaning)))
     yield "\n".join(lines)
 
 
-def _placeholder(parameter: Any) -> str:
-    return str(parameter.metavar or parameter.name).upper()
+def _names(parameter: Any) -> str:
+    """An option in all its spellings, or the placeholder of an argument."""
+    if parameter.param_type_name == "option":
+        return ", ".join(f"`{option}`" for option in parameter.opts)
+    return f"`{str(parameter.metavar or parameter.name).upper()}`"
 
 
 def _default(parameter: Any) -> str:

@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md and docs/conversion.md, each once for light and once for dark pages.
+"""Draw the pictures of README.md and docs/conversion.md, once for light and once for dark pages.
 
 python docs/pictures.py
 """
@@ -65,7 +65,7 @@ class Drawing:
     colours: Colours
     parts: list[str] = field(default_factory=list)
 
-    def box(self, x: float, y: float, w: float, h: float, kind: str = "box", dashed: bool = False) -> None:
+    def box(self, x: float, y: float, w: float, h: float, kind: str = "box") -> None:
         """A rounded rectangle; kind: box, panel, accent or second."""
         fills = {
             "box": (self.colours.box, self.colours.line),
@@ -74,16 +74,21 @@ class Drawing:
             "second": (self.colours.second_box, self.colours.second),
         }
         fill, stroke = fills[kind]
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="8" '
-            f'fill="{fill}" stroke="{stroke}" stroke-width="1.5"{dash}/>'
+            f'fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
         )
 
     def text(
-        self, x: float, y: float, words: str, size: float = 15, faint: bool = False, bold: bool = False,
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: float = 15,
+        faint: bool = False,
+        bold: bool = False,
         anchor: str = "middle",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One line of text whose baseline is at y."""
         colour = self.colours.faint if faint else self.colours.ink
         weight = ' font-weight="600"' if bold else ""
@@ -92,17 +97,31 @@ class Drawing:
             f'text-anchor="{anchor}"{weight}>{escape(words)}</text>'
         )
 
-    def card(self, x: float, y: float, w: float, h: float, lines: Sequence[str], kind: str = "box") -> None:
+    def card(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        lines: Sequence[str],
+        kind: str = "box",
+    ) -> None:
         """A box with a title and smaller lines below it, centred."""
         self.box(x, y, w, h, kind)
         top = y + h / 2 - 9 * (len(lines) - 1) + 5
         for place, line in enumerate(lines):
             first = place == 0
-            self.text(x + w / 2, top + 19 * place, line, 14 if first else 12, faint=not first, bold=first)
+            size = 14 if first else 12
+            self.text(x + w / 2, top + 19 * place, line, size, faint=not first, bold=first)
 
-    def arrow(self, points: Sequence[tuple[float, float]], kind: str = "line", dashed: bool = False) -> None:
-        """A line through the points with a head at its end."""
-        colour = {"line": self.colours.line, "accent": self.colours.accent, "second": self.colours.second}[kind]
+    def arrow(
+        self,
+        points: Sequence[tuple[float, float]],
+        kind: str = "line",
+        dashed: bool = False,
+    ) -> None:
+        """A line through the points with a head at its end; kind: line, accent or second."""
+        colour = getattr(self.colours, kind)
         path = " L ".join(f"{x:g} {y:g}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
@@ -110,17 +129,17 @@ class Drawing:
             f'stroke-linejoin="round" marker-end="url(#{kind})"{dash}/>'
         )
 
+    def _head(self, kind: str) -> str:
+        """Definition of the head that arrows of a kind have."""
+        return (
+            f'<marker id="{kind}" viewBox="0 0 10 10" refX="8" refY="5" '
+            f'markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
+            f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{getattr(self.colours, kind)}"/></marker>'
+        )
+
     def svg(self) -> str:
         """The whole file."""
-        heads = "".join(
-            f'<marker id="{kind}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" '
-            f'orient="auto-start-reverse"><path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
-            for kind, colour in (
-                ("line", self.colours.line),
-                ("accent", self.colours.accent),
-                ("second", self.colours.second),
-            )
-        )
+        heads = "".join(self._head(kind) for kind in ("line", "accent", "second"))
         body = "\n".join(self.parts)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
@@ -131,7 +150,8 @@ class Drawing:
 
 def overview(colours: Colours) -> str:
     """What goes in, what pq does, what comes out and where it runs."""
-    d = Drawing(960, 316, "A model and a recipe go in, a smaller, verified checkpoint comes out", colours)
+    title = "A model and a recipe go in, a smaller, verified checkpoint comes out"
+    d = Drawing(960, 316, title, colours)
     d.card(24, 20, 162, 64, ("parent model", "safetensors, 16 bits"))
     d.card(24, 106, 162, 50, ("recipe", "one YAML file"))
     d.card(24, 178, 162, 50, ("calibration text", "a file, or built in"))
@@ -160,7 +180,8 @@ def overview(colours: Colours) -> str:
     d.arrow(((772, 104), (790, 104), (790, 45), (806, 45)))
     d.arrow(((772, 124), (806, 124)))
     d.arrow(((772, 144), (790, 144), (790, 203), (806, 203)))
-    d.card(226, 258, 546, 48, ("pq eval: perplexity, KL divergence and tasks, beside the parent",), "second")
+    measured = "pq eval: perplexity, KL divergence and tasks, beside the parent"
+    d.card(226, 258, 546, 48, (measured,), "second")
     d.arrow(((697, 164), (697, 256)), "second")
     d.arrow(((24, 52), (8, 52), (8, 282), (224, 282)), "second")
     d.text(24, 274, "the parent", 13, faint=True, anchor="start")
@@ -168,7 +189,7 @@ def overview(colours: Colours) -> str:
 
 
 def block_loop(colours: Colours) -> str:
-    """What happens to one decoder block, and the two streams of hidden states that pass through it."""
+    """What happens to one decoder block, and the two streams that pass through it."""
     d = Drawing(960, 452, "The life of one decoder block during a conversion", colours)
     d.card(4, 96, 160, 60, ("quantized stream", "hidden states [B, T, D]"), "accent")
     d.card(4, 330, 160, 60, ("parent's stream", "hidden states [B, T, D]"), "second")

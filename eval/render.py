@@ -1,8 +1,9 @@
-"""Put the tables of results files into docs/results.md and README.md, between `<!-- NAME: begin -->` and `… end -->`.
+"""Put the tables of results files into docs/results.md and README.md.
 
     python eval/render.py
 
-docs/results.md gets all of them under `accuracy`, `speed` and `memory`, README.md one small table under `results`.
+A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. docs/results.md gets all tables
+under `accuracy`, `speed` and `memory`, README.md one small table under `results`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
     ("AWQ, W4A16", "yardstick-4bit", {"recipe": "awq", "activations": "none"}),
     ("GPTQ, W4A16", "yardstick-4bit", {"recipe": "gptq", "activations": "none"}),
     ("`fireq-linear`, W4A16", "yardstick-4bit", {"recipe": "fireq-linear", "activations": "none"}),
-    ("`fireq-linear`, W4A8-FP8", "yardstick-4bit", {"recipe": "fireq-linear", "activations": "fp8"}),
+    (
+        "`fireq-linear`, W4A8-FP8",
+        "yardstick-4bit",
+        {"recipe": "fireq-linear", "activations": "fp8"},
+    ),
     ("`fireq`, W4A8 and an INT4 cache", "fireq-ablation", {"part": "linear and KV4"}),
     ("`sbvr`, W4A16", "sbvr", {"method": "4-bit SBVR"}),
     ("GPTQ, W3A16", "sbvr", {"method": "3-bit GPTQ g128"}),
@@ -50,19 +55,26 @@ _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 
 def results() -> list[Path]:
     """All results files, in the order of the page."""
-    found = sorted(RESULTS.glob("*.json"))
-    return sorted(found, key=lambda path: _FIRST.index(path.stem) if path.stem in _FIRST else len(_FIRST))
+    files = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    first = [files.pop(stem) for stem in _FIRST]
+    return [*first, *files.values()]
 
 
 def summary(folder: Path) -> str:
-    """A few rows of the results files side by side: bits per weight, KL divergence on both models."""
-    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    """A few rows of the results files: bits per weight, KL divergence on both models."""
+    files = {path.stem: _data(path) for path in folder.glob("*.json")}
     lines = ["| method | bits per weight | KLD | KLD, with outliers |", "|---|---:|---:|---:|"]
     for name, file, key in _ROWS:
         found = {row["model"]: row for row in files[file]["rows"] if key.items() <= row.items()}
         plain, outliers = found["yardstick"], found["yardstick-outliers"]
-        lines.append(f"| {name} | {plain['bits_per_weight']:.2f} | {_kld(plain):.4f} | {_kld(outliers):.4f} |")
+        bits = plain["bits_per_weight"]
+        lines.append(f"| {name} | {bits:.3f} | {_kld(plain):.4f} | {_kld(outliers):.4f} |")
     return "\n".join(lines) + "\n"
+
+
+def _data(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _kld(row: Mapping[str, Any]) -> float:
@@ -74,15 +86,14 @@ def _kld(row: Mapping[str, Any]) -> float:
 
 def _table(data: dict[str, Any]) -> tuple[str, str]:
     """Table and heading of a file about accuracy."""
-    table, heading = next(
-        (kind for key, kind in _KINDS.items() if key in data["rows"][0]), (accuracy.table, "Integer weights at 4 bits")
-    )
+    found = (kind for key, kind in _KINDS.items() if key in data["rows"][0])
+    table, heading = next(found, (accuracy.table, "Integer weights at 4 bits"))
     return table(data), heading
 
 
 def _part(path: Path) -> tuple[str, str]:
     """The section that a results file belongs to, and what goes there."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = _data(path)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     if "ceilings" in data:
         head = f"medians of {data['rounds']} rounds ({data['device']}; {versions})"
@@ -96,7 +107,7 @@ def _part(path: Path) -> tuple[str, str]:
 
 
 def main(page: Path, files: Sequence[Path]) -> None:
-    """Rewrite the sections; every table is headed by the protocol and versions that its file records."""
+    """Rewrite the sections; every table is headed by the protocol that its file records."""
     text = rendered(page.read_text(encoding="utf-8"), files, page)
     page.write_text(text, encoding="utf-8")
 
@@ -124,4 +135,5 @@ def put(text: str, name: str, tables: str, page: Path) -> str:
 if __name__ == "__main__":
     main(ROOT / "docs" / "results.md", results())
     readme = ROOT / "README.md"
-    readme.write_text(put(readme.read_text(encoding="utf-8"), "results", summary(RESULTS), readme), encoding="utf-8")
+    changed = put(readme.read_text(encoding="utf-8"), "results", summary(RESULTS), readme)
+    readme.write_text(changed, encoding="utf-8")

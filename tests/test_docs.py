@@ -1,47 +1,27 @@
-"""README.md, CONTRIBUTING.md and docs/ say what is so: links, commands, code, messages, generated parts."""
+"""README.md, CONTRIBUTING.md and docs/ say what is so: links, messages, exit codes, generated tables."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import importlib.util
-import json
 import re
-import shlex
 import sys
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import typer
+from pages import DOCS, PAGES, ROOT, each_page, named, prose, rows, text_of
 
 import quantize
 from quantize import errors
-from quantize.cli import app
 from quantize.errors import PqError
-from quantize.recipe.recipe import load_recipe, shipped_recipes
+from quantize.recipe.recipe import shipped_recipes
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 README_BYTES = 8192
-LAUNCHERS = ("accelerate launch", "torchrun")
-
-
-def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-each_page = pytest.mark.parametrize("page", PAGES, ids=named)
-
-
-@cache
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
 
 
 def script(path: Path) -> ModuleType:
@@ -53,21 +33,6 @@ def script(path: Path) -> ModuleType:
     sys.modules[path.stem] = module  # where its data classes look their own types up
     spec.loader.exec_module(module)
     return module
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
-
-
-def prose(page: Path) -> str:
-    """A page without its fenced blocks."""
-    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
-
-
-def spans(page: Path) -> list[str]:
-    """What stands in backquotes."""
-    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 # Links
@@ -126,141 +91,9 @@ def test_the_readme_leads_to_every_page():
 
 
 def test_slugs_are_those_of_github_and_of_the_site():
-    assert github_slug("Memory, disk and time") == site_slug("Memory, disk and time") == "memory-disk-and-time"
+    for slug in (github_slug, site_slug):
+        assert slug("Memory, disk and time") == "memory-disk-and-time"
     assert github_slug("a – b") != site_slug("a – b")
-
-
-# Commands
-
-
-def command_lines(page: Path) -> Iterator[list[str]]:
-    """Words of every command in a shell block, `#` and what follows left out."""
-    for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield words
-
-
-def arguments_of_pq(words: list[str]) -> list[str] | None:
-    """What `pq` is given in a command; None where it is another command."""
-    if ">" in words:
-        words = words[: words.index(">")]
-    if words[0] == "pq":
-        return words[1:]
-    if " ".join(words).startswith(LAUNCHERS):
-        return words[words.index("quantize") + 1 :]
-    return None
-
-
-@cache
-def root_command() -> Any:
-    return typer.main.get_command(app)
-
-
-def parse(arguments: list[str]) -> None:
-    """Parse what `pq` is given, and do nothing; an exception where it would refuse."""
-    command, name, context = root_command(), "pq", None
-    while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
-        context = type(command).context_class(command, info_name=name, parent=context, **command.context_settings)
-        name = arguments[0]
-        command, arguments = command.commands[name], arguments[1:]
-    if hasattr(command, "commands"):
-        known = {option for parameter in command.params for option in parameter.opts}
-        assert set(arguments) <= known | {"--help"}, arguments
-        return
-    command.make_context(name, list(arguments), parent=context)
-
-
-@each_page
-def test_commands_parse(page: Path):
-    for words in command_lines(page):
-        arguments = arguments_of_pq(words)
-        if arguments is not None:
-            parse(arguments)
-
-
-def test_the_parser_refuses_what_pq_refuses():
-    for wrong in (["convert", "--modle", "x"], ["convert", "--model", "x"], ["recipe", "show"], ["bench", "fit"]):
-        with pytest.raises(Exception, match=r"(?i)no such option|missing"):
-            parse(wrong)
-    with pytest.raises(KeyError):
-        parse(["convertt"])
-    parse(["eval", "x", "--num_fewshot", "1"])
-
-
-def options(command: Any) -> set[str]:
-    """Options of a command and of all below it."""
-    own = {option for parameter in command.params for option in parameter.opts}
-    return own.union(*(options(child) for child in getattr(command, "commands", {}).values()))
-
-
-@each_page
-def test_commands_and_options_in_a_sentence_exist(page: Path):
-    others = ("--num_processes", "--nproc-per-node", "--kv-cache-dtype", "--help")
-    known = options(root_command())
-    for span in spans(page):
-        words = span.split()
-        if words[0] == "pq" and len(words) > 1 and words[1] in root_command().commands:
-            command = root_command().commands[words[1]]
-            if len(words) > 2 and words[2] in getattr(command, "commands", {}):
-                command = command.commands[words[2]]
-            given = {word for word in words if word.startswith("--")}
-            assert given <= options(command) | {"--help"}, span
-        elif words[0] == "pq" and len(words) > 1 and words[1].islower():
-            raise AssertionError(f"{span}: no such command")
-        for word in words:
-            if re.fullmatch(r"--[a-z][a-z_-]*", word) and word not in others and words[0] not in ("pip", "python"):
-                assert word.replace("_", "-") in known, span
-
-
-@each_page
-def test_make_targets_exist(page: Path):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    lines = [shlex.join(words) for words in command_lines(page)]
-    for target in re.findall(r"^make ((?:[a-z-]+ ?)+)", "\n".join(lines + spans(page)), re.MULTILINE):
-        assert set(target.split()) <= targets, target
-
-
-# Code
-
-
-@each_page
-def test_python_blocks_compile_and_import_what_there_is(page: Path):
-    for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("quantize"):
-                module = importlib.import_module(str(node.module))
-                for alias in node.names:
-                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
-
-
-def test_the_worked_bytes_are_right():
-    found = blocks(DOCS / "formats.md", "python")
-    assert len(found) >= 6
-    space: dict[str, Any] = {}
-    for block in found:
-        exec(block, space)
-
-
-@each_page
-def test_json_blocks_are_json(page: Path):
-    for block in blocks(page, "json"):
-        json.loads(block)
-
-
-@each_page
-def test_recipes_are_valid(page: Path, tmp_path: Path):
-    for i, block in enumerate(blocks(page, "yaml")):
-        path = tmp_path / f"{i}.yaml"
-        path.write_text(block, encoding="utf-8")
-        assert load_recipe(str(path)).stages
-
-
-@each_page
-def test_files_that_are_named_exist(page: Path):
-    for span in spans(page):
-        if re.fullmatch(r"(?:quantize|tests|eval|docs|recipes|calib_data)/[\w/.-]*", span):
-            assert (ROOT / span).exists() or re.search("DEVICE|NAME", span), span
 
 
 # What is quoted
@@ -273,33 +106,39 @@ def sentences() -> str:
     for path in sorted(Path(quantize.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                out.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+                parts = (v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
+                out.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 out.append(node.value)
     return "\n".join(out)
 
 
-def rows(text: str) -> list[list[str]]:
-    """Cells of all tables, heads and rules left out."""
-    tables = re.findall(r"^\|.*\n\|[-:| ]+\n((?:\|.*\n?)*)", text, re.MULTILINE)
-    lines = [line for table in tables for line in table.splitlines()]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def test_messages_are_those_of_the_code():
-    quoted = [row[0] for row in rows(text_of(DOCS / "troubleshooting.md")) if row[0].startswith("`")]
+    messages = [row[0] for row in rows(text_of(DOCS / "troubleshooting.md"))]
+    quoted = [message for message in messages if message.startswith("`")]
     assert len(quoted) > 40
     for message in quoted:
         assert message.strip("`") in sentences(), message
 
 
 def test_the_exit_codes_are_those_of_the_classes():
-    table = text_of(DOCS / "troubleshooting.md").partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+    page = text_of(DOCS / "troubleshooting.md")
+    table = page.partition("\n## Exit codes\n")[2].partition("\n## ")[0]
     listed = {int(code): meaning for code, meaning in rows(table)}
-    classes = {cls.exit_code: cls.__name__ for cls in PqError.__subclasses__() if cls.__module__ == errors.__name__}
+    own = [cls for cls in PqError.__subclasses__() if cls.__module__ == errors.__name__]
+    classes = {cls.exit_code: cls.__name__ for cls in own}
     assert set(listed) == set(classes) | {0, 130}
-    subject = {"Usage": "command line", "Recipe": "recipe", "Model": "model", "Data": "text", "Output": "output"}
-    subject |= {"Verify": "read back", "Room": "memory", "Quality": "gate", "Stopped": "stopped"}
+    subject = {
+        "Usage": "command line",
+        "Recipe": "recipe",
+        "Model": "model",
+        "Data": "text",
+        "Output": "output",
+        "Verify": "read back",
+        "Room": "memory",
+        "Quality": "gate",
+        "Stopped": "stopped",
+    }
     for code, name in classes.items():
         assert subject[name.removesuffix("Error")] in listed[code], name
 
@@ -327,7 +166,10 @@ def render() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "eval"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "begin -->" in text_of(page)], ids=named)
+GENERATED = [page for page in PAGES if "begin -->" in text_of(page)]
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=named)
 def test_generated_parts_are_up_to_date(page: Path):
     generate = script(DOCS / "generate.py")
     assert generate.generated(text_of(page)) == text_of(page), "run make docs"
@@ -353,7 +195,8 @@ def test_tables_of_results_are_up_to_date(render: ModuleType):
     page = DOCS / "results.md"
     assert render.rendered(text_of(page), render.results(), page) == text_of(page), "run make docs"
     readme = ROOT / "README.md"
-    small = render.put(text_of(readme), "results", render.summary(ROOT / "eval" / "results"), readme)
+    table = render.summary(render.RESULTS)
+    small = render.put(text_of(readme), "results", table, readme)
     assert small == text_of(readme), "run make docs"
 
 
