@@ -17,6 +17,7 @@ import typer
 from pages import DOCS, ROOT, blocks, each_page, spans, text_of
 
 from quantize.cli import app
+from quantize.gate.file import load_gate
 from quantize.recipe.recipe import load_recipe
 
 LAUNCHERS = ("accelerate launch", "torchrun")
@@ -142,11 +143,14 @@ def test_json_blocks_are_json(page: Path):
 
 
 @each_page
-def test_recipes_are_valid(page: Path, tmp_path: Path):
+def test_recipes_and_gate_files_are_valid(page: Path, tmp_path: Path):
     for i, block in enumerate(blocks(page, "yaml")):
         path = tmp_path / f"{i}.yaml"
         path.write_text(block, encoding="utf-8")
-        assert load_recipe(str(path)).stages
+        if "\nrecipes:" in block:
+            assert load_gate(path).entries
+        else:
+            assert load_recipe(str(path)).stages
 
 
 @each_page
