@@ -18,13 +18,7 @@ from quantize.block.streams import Streams
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import Space
 from quantize.convert.conversion import Conversion
-from quantize.convert.joint import (
-    NoWriter,
-    processor,
-    require_equal,
-    require_same_block,
-    shared_state,
-)
+from quantize.convert.joint import NoWriter, require_same_block, shared_state
 from quantize.convert.opening import check_linears, opened
 from quantize.convert.pace import Pace
 from quantize.convert.request import Progress, Request, Summary
@@ -34,6 +28,7 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.writer import CheckpointWriter, require_apart, require_free
+from quantize.parallel.agreement import processor, require_equal
 from quantize.recipe.recipe import resolved_yaml
 
 __all__ = ["Request", "Summary", "convert"]
