@@ -19,7 +19,7 @@ from quantize.convert.conversion import Conversion
 from quantize.convert.opening import opened
 from quantize.convert.request import Request
 from quantize.convert.trial import Timing, timing
-from quantize.cost.footprint import BlockSizes, total
+from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import peak_resident, resident
 from quantize.cost.units import gigabytes
 from quantize.errors import RoomError

@@ -70,8 +70,8 @@ def timing(
 ) -> Timing:
     """Measure what a conversion takes.
 
-    run, space, tokens: as `quantize.convert.opening.opened` gives them, in `opening` seconds. output: bytes of its weights.
-    state: bytes of hidden states that it keeps after every block. Leaves nothing on the disk.
+    run, space, tokens: as `quantize.convert.opening.opened` gives them, in `opening` seconds.
+    output: bytes of its weights. state: bytes of hidden states that it keeps after every block. Leaves nothing on the disk.
     Raises what the conversion raises on the same blocks.
     """
     started = time.monotonic()

@@ -30,8 +30,8 @@ def lost(attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
     if attention:
         lines += [
             "post-RoPE scales were not used, and value and key scales were fitted without them",
-            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
-            "pq eval --kv-cache int4 measures it)",
+            "the INT4 KV cache is a run-time choice there (vLLM, on a GPU: --kv-cache-dtype int4_per_token_head, "
+            "which rotates and rounds in another way than pq eval --kv-cache int4 does)",
         ]
     if len(experts) > 1 or None in experts:
         lines.append(
