@@ -1,7 +1,7 @@
-"""An output format that pq does not have, with an encoding of its own: one NumPy archive, written when all is known.
+"""An output format that pq does not have, with an encoding of its own: one NumPy archive.
 
-All of it is in this file: what it holds, its tensors, its part of config.json, its files and its reader. Tests add it
-to the registry; nothing else of the project knows of it.
+All of it is in this file: what it holds, its tensors, its part of config.json, its files and its
+reader. Tests add it to the registry; nothing else of the project knows of it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ class Npz(OutputFormat):
     def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
         return ["NumPy has no INT4 cache"] if attention else []
 
-    def tensors(self, packed: Mapping[str, Packed], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes = {f"{name}.codes.{part}": t for name, w in packed.items() for part, t in w.tensors().items()}
-        return codes | {name: tensor.float() for name, tensor in plain.items()}
+    def tensors(
+        self,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        out = {name: tensor.float() for name, tensor in plain.items()}
+        for name, weight in packed.items():
+            out |= {f"{name}.codes.{part}": tensor for part, tensor in weight.tensors().items()}
+        return out
 
     def config_section(self, model: Finished) -> dict[str, Any] | None:
         linears = {name: [scheme.bits, scheme.group_size] for name, scheme in model.schemes.items()}
@@ -57,7 +63,7 @@ class Npz(OutputFormat):
 
 
 class Archive:
-    """Parts wait in files of their own until the last one is there, which says how many there are."""
+    """Parts wait in files of their own until the last one is there."""
 
     def __init__(self, parts: int) -> None:
         self._parts = parts
@@ -83,7 +89,7 @@ class Archive:
 
     def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
         assert len(self._written) == self._parts
-        whole = {"model_type": np.array(config["model_type"]), "files": np.array(sorted(files.hashes))}
+        whole = {"model_type": np.array(config["model_type"])}
         for name in self._written:
             whole |= dict(np.load(files.folder / name))
         _save(files, WEIGHTS, whole)
@@ -99,7 +105,8 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
 def _save(files: Transaction, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     def check(path: Path) -> None:
         back = np.load(path)
-        if set(back) != set(arrays) or any(not np.array_equal(back[key], arrays[key]) for key in arrays):
+        same = all(np.array_equal(back[key], arrays[key]) for key in arrays)
+        if set(back) != set(arrays) or not same:
             raise VerifyError(f"{path}: reads back differently from what was written")
 
     files.write(name, lambda path: np.savez(path, **arrays), check)
@@ -107,8 +114,9 @@ def _save(files: Transaction, name: str, arrays: Mapping[str, np.ndarray[Any, An
 
 def read_weights(folder: Path, schemes: Mapping[str, AnyScheme]) -> dict[str, Tensor]:
     """Every tensor in float32, packed linears as their codes make them."""
-    numbers = {name: array for name, array in np.load(folder / WEIGHTS).items() if array.dtype.kind != "U"}
-    held = {name: torch.from_numpy(array) for name, array in numbers.items()}
+    arrays = dict(np.load(folder / WEIGHTS))
+    arrays.pop("model_type")
+    held = {name: torch.from_numpy(array) for name, array in arrays.items()}
     out = {name: tensor for name, tensor in held.items() if ".codes." not in name}
     for name, scheme in schemes.items():
         parts = {suffix: held[f"{name}.codes.{suffix}"] for suffix in scheme.suffixes}

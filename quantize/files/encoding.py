@@ -1,4 +1,4 @@
-"""How the tensors of an output become files: what each encoding does, shards of safetensors or any other."""
+"""How the tensors of an output become files: what shards of safetensors, or any other, do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Encoding(Protocol):
     """Turns the parts of one model, which come one after the other, into files of a transaction.
 
-    What it wrote it compares with the tensors while these are still at hand: VerifyError where it differs.
+    What it wrote it compares with the tensors while these are still at hand: VerifyError where
+    it differs.
     """
 
     @property
@@ -23,7 +24,7 @@ class Encoding(Protocol):
 
     @property
     def written(self) -> dict[str, Any]:
-        """What another one must know of the parts so far to go on (`restore`): plain JSON, without the key hashes."""
+        """What another one must know to go on (`restore`): plain JSON, without a key `hashes`."""
 
     def restore(self, written: Mapping[str, Any]) -> None:
         """Go on where the one that said `written` was; its files are in the transaction."""
@@ -32,4 +33,4 @@ class Encoding(Protocol):
         """Take in the next part, whose tensors no other part holds."""
 
     def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
-        """Write what needs all parts. Side files are in the transaction; config: config.json of the output."""
+        """Write what needs all parts and side files; config: config.json of the output."""

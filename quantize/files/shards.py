@@ -17,7 +17,7 @@ from quantize.files.transaction import Transaction
 
 
 class Shards:
-    """The encoding of Hugging Face checkpoints: model-00001-of-0000N.safetensors and their index."""
+    """The encoding of Hugging Face checkpoints: model-0000I-of-0000N.safetensors and an index."""
 
     def __init__(self, n_shards: int) -> None:
         self._n_shards = n_shards
@@ -40,7 +40,10 @@ class Shards:
         self._total_size = written["total_size"]
 
     def add(self, files: Transaction, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard, read it back and compare it bit for bit. VerifyError for a name of an earlier shard."""
+        """Write one shard, read it back and compare it bit for bit.
+
+        VerifyError for a name of an earlier shard.
+        """
         number = len({*self._weight_map.values()}) + 1
         name = f"model-{number:05d}-of-{self._n_shards:05d}.safetensors"
         if doubled := sorted(set(tensors) & set(self._weight_map)):
@@ -55,7 +58,7 @@ class Shards:
         self._total_size += sum(t.numel() * t.element_size() for t in plain.values())
 
     def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
-        """Write the index of all shards; VerifyError when fewer shards were written than announced."""
+        """Write the index; VerifyError when fewer shards were written than announced."""
         written = set(self._weight_map.values())
         if len(written) != self._n_shards:
             raise VerifyError(f"{len(written)} of {self._n_shards} shards were written; this is a bug in pq")

@@ -63,12 +63,18 @@ def require_apart(model: Path, output: Path, work: Path | None) -> None:
 class Transaction:
     """Collects files in a temporary folder beside `output`; `commit` checks them and renames it.
 
-    Use as a context manager: leaving it without `commit`, by error or interrupt, removes everything it wrote. With
-    `kept`, files are collected there instead and stay; another transaction goes on from the `hashes` of this one.
-    Raises OutputError for what the file system refuses.
+    Use as a context manager: leaving it without `commit`, by error or interrupt, removes
+    everything it wrote. With `kept`, files are collected there instead and stay; another
+    transaction goes on from the `hashes` of this one. Raises OutputError for what the file system
+    refuses.
     """
 
-    def __init__(self, output: Path, kept: Path | None = None, hashes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        output: Path,
+        kept: Path | None = None,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
         require_free(output)
         self.output = output.absolute()
         self._kept = kept
@@ -98,13 +104,17 @@ class Transaction:
         return dict(sorted(self._hashes.items()))
 
     def write(
-        self, name: str, save: Callable[[Path], object], check: Callable[[Path], None] = lambda path: None
+        self,
+        name: str,
+        save: Callable[[Path], object],
+        check: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Let `save` write the file `name`; `check` reads it back once it would survive a power cut."""
+        """Let `save` write the file `name`; `check` reads it once it would survive a power cut."""
         path = self.folder / name
         with reported(path):
             save(path)
-            path.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
+            # safetensors creates files that only their owner can read.
+            path.chmod(0o666 & ~_umask())
             sync(path)
             check(path)
             self._hashes[name] = sha256_file(path)

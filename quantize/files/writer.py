@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 class CheckpointWriter(Transaction):
     """A transaction whose tensors go through an encoding.
 
-    Another writer goes on from `written` of this one, where `kept` is the folder in which its files stayed.
+    Another writer goes on from `written` of this one, where `kept` is the folder in which its
+    files stayed.
     """
 
     def __init__(
-        self, output: Path, encoding: Encoding, kept: Path | None = None, written: Mapping[str, Any] | None = None
+        self,
+        output: Path,
+        encoding: Encoding,
+        kept: Path | None = None,
+        written: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(output, kept, written["hashes"] if written else None)
         self._encoding = encoding

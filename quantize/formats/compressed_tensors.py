@@ -41,19 +41,26 @@ class CompressedTensors(OutputFormat):
             lines.append("transformers runs routed experts with 16-bit activations, not FP8 ones")
         return lines
 
-    def tensors(self, packed: Mapping[str, Packed], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(
+        self,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
         """All but the post-RoPE scales, which are one here and have no place in the model."""
-        return super().tensors(packed, {name: t for name, t in plain.items() if not name.endswith(_POST_SCALE)})
+        held = {name: tensor for name, tensor in plain.items() if not name.endswith(_POST_SCALE)}
+        return super().tensors(packed, held)
 
     def config_section(self, model: Finished) -> dict[str, Any] | None:
         """None for a model without packed linears."""
         return quantization_config(model.schemes, model.left_alone) if model.schemes else None
 
     def reads_others(self, section: Section) -> bool:
-        """Whether it is pack-quantized by plain names: patterns and column orders, which others write, are not read."""
+        """Whether it is pack-quantized, without patterns and column orders, which others write."""
         self.schemes(section, [])
-        known = section.get("format") == "pack-quantized" and '"re:' not in json.dumps(section)
-        return known and not any(group["weights"].get("actorder") for group in section["config_groups"].values())
+        if section.get("format") != "pack-quantized" or '"re:' in json.dumps(section):
+            return False
+        groups = section["config_groups"].values()
+        return not any(group["weights"].get("actorder") for group in groups)
 
     def schemes(self, section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:
         """Scheme of every packed linear by full name."""

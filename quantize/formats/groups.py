@@ -1,4 +1,4 @@
-"""How config.json says which linears are packed how (`config_groups`), in every format that has such a part."""
+"""How config.json says which linears are packed how: its part `config_groups`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ S = TypeVar("S", bound="AnyScheme")
 
 
 def config_groups(schemes: Mapping[str, AnyScheme]) -> dict[str, Any]:
-    """Linears by full module name → scheme as config.json's `config_groups`: one entry for each scheme."""
+    """Linears by full module name → scheme as `config_groups`: one entry for each scheme."""
 
     def place(item: tuple[AnyScheme, list[str]]) -> tuple[bool, str]:
-        # transformers stacks the experts of a Mixture of Experts and takes the first group's scheme to be theirs.
+        # transformers stacks the experts of a Mixture of Experts, and takes the first group's
+        # scheme to be theirs.
         return not any(".experts." in name for name in item[1]), repr(item[0])
 
     by_scheme: dict[AnyScheme, list[str]] = {}
@@ -34,8 +35,9 @@ def read_groups(
 ) -> dict[str, S]:
     """Undo `config_groups`: full linear names → scheme, as `read` makes it of one entry."""
     ignored = set(config.get("ignore", ()))
+    packed = [name for name in linears if name not in ignored]
     out: dict[str, S] = {}
     for group in config["config_groups"].values():
         scheme, targets = read(group), group["targets"]
-        out |= {name: scheme for name in linears if name not in ignored and ("Linear" in targets or name in targets)}
+        out |= {name: scheme for name in packed if "Linear" in targets or name in targets}
     return out

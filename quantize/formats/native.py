@@ -49,7 +49,13 @@ class Native(OutputFormat):
         """None for a model that attends, routes and stores its linears as its parent."""
         if not (model.schemes or model.attention or model.rotated_inputs or model.routing):
             return None
-        return native_config(model.schemes, model.left_alone, model.attention, model.rotated_inputs, model.routing)
+        return native_config(
+            model.schemes,
+            model.left_alone,
+            model.attention,
+            model.rotated_inputs,
+            model.routing,
+        )
 
     def require_understood(self, section: Section) -> None:
         """ValueError for another version, and for fields that are unknown, missing or wrong."""
@@ -67,7 +73,11 @@ class Native(OutputFormat):
         """The checked `attention` part."""
         return attention_of(section)
 
-    def rotated_inputs(self, section: Section, linears: Collection[str] | None = None) -> tuple[str, ...]:
+    def rotated_inputs(
+        self,
+        section: Section,
+        linears: Collection[str] | None = None,
+    ) -> tuple[str, ...]:
         """The checked `rotated_inputs` part."""
         return rotated_inputs_of(section, linears)
 

@@ -1,7 +1,8 @@
-"""What an output format answers for: what it holds, what it says in config.json, its tensors, its files, its reader.
+"""What an output format answers for: limits, part of config.json, tensors, files and reader.
 
-A format is one file in this folder and one name in `quantize/formats/registry.py`. Recipes ask formats what they can
-hold before anything heavy is loaded: modules of formats import torch, and what needs it, only inside functions.
+A format is one file in this folder and one name in `quantize/formats/registry.py`. Recipes ask
+formats what they can hold before anything heavy is loaded: modules of formats import torch, and
+what needs it, only inside functions.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Finished:
 
 
 class OutputFormat(ABC):
-    """One way to write a converted model. What is not said below is that of a plain safetensors checkpoint."""
+    """One way to write a model. The default of each part is that of plain safetensors."""
 
     name: ClassVar[str]
     """The recipe's `format`, and config.json's quant_method."""
@@ -69,32 +70,38 @@ class OutputFormat(ABC):
     def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
         """What the format does not hold, or its loaders do not make of it, in lines for people.
 
-        attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed experts, None for
-        those that stay 16-bit; empty where there are none.
+        attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed
+        experts, None for those that stay 16-bit; empty where there are none.
         """
         return []
 
     # What is written
 
-    def tensors(self, packed: Mapping[str, Packed], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one part of the model (a block, the head), by full name, as they are stored.
+    def tensors(
+        self,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The tensors of one part of the model, a block or what stands outside them, as stored.
 
-        packed: its packed linears [N, K] by full name. plain: all its other tensors by full name, biases of packed
-        linears and post-RoPE scales among them.
+        packed: its packed linears [N, K] by full name. plain: all its other tensors by full name,
+        biases of packed linears and post-RoPE scales among them.
         """
-        layouts = {f"{name}.{end}": part for name, weight in packed.items() for end, part in weight.tensors().items()}
-        return layouts | dict(plain)
+        out: dict[str, Tensor] = {}
+        for name, weight in packed.items():
+            out |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
+        return out | dict(plain)
 
     @abstractmethod
     def config_section(self, model: Finished) -> dict[str, Any] | None:
-        """config.json's quantization_config; None where any loader gets the model right without being told."""
+        """config.json's quantization_config; None where any loader gets the model right without."""
 
     def side_files(self, found: Sequence[Path]) -> Sequence[Path]:
-        """Those of the source's other files (tokenizer, templates, licence) that go with the output."""
+        """Those of the source's other files (tokenizer, licence) that go with the output."""
         return found
 
     def encoding(self, parts: int) -> Encoding:
-        """How tensors become files, for a model that comes in `parts` parts; a new one for each output."""
+        """How the tensors of a model in so many parts become files; one for each output."""
         from quantize.files.shards import Shards
 
         return Shards(parts)
@@ -105,33 +112,38 @@ class OutputFormat(ABC):
         """Whether quantization_config is one of this format."""
         return bool(section.get("quant_method") == self.name)
 
-    def require_understood(self, section: Section) -> None:  # noqa: B027 - most formats have nothing to refuse
-        """ValueError for a quantization_config of this format that this release does not understand in full."""
+    def require_understood(self, section: Section) -> None:  # noqa: B027 - most refuse nothing
+        """ValueError for a section of this format that this release does not understand in full."""
 
     def reads_others(self, section: Section) -> bool:
-        """Whether pq reads all that a quantization_config of this format asks for, though others wrote it.
+        """Whether pq reads all that a section of this format asks for, though others wrote it.
 
         ValueError, KeyError, TypeError or AttributeError for what cannot be read.
         """
         return False
 
     def schemes(self, section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:
-        """Scheme of every packed linear by full name; linears: full names of those that may be packed.
+        """Scheme of every packed linear by full name.
 
+        linears: full names of those that may be packed.
         ValueError, KeyError, TypeError or AttributeError for what cannot be read.
         """
         return {}
 
     def attention(self, section: Section) -> Mapping[str, Any] | None:
-        """How attention works on an INT4 cache, None where it does not; ValueError for what is not understood."""
+        """How attention works on an INT4 cache; ValueError for what is not understood."""
         return None
 
-    def rotated_inputs(self, section: Section, linears: Collection[str] | None = None) -> tuple[str, ...]:
-        """Full names of linears that rotate their inputs; ValueError for names that are none of `linears`."""
+    def rotated_inputs(
+        self,
+        section: Section,
+        linears: Collection[str] | None = None,
+    ) -> tuple[str, ...]:
+        """Full names of linears that rotate inputs; ValueError for what is none of `linears`."""
         return ()
 
     def routing(self, section: Section) -> dict[str, Policy]:
-        """Full name of an FFN with experts → how it routes, where that is not as the model's own fields say.
+        """FFNs with experts → how they route, where that is not as the model's own fields say.
 
         ValueError for what is not understood.
         """

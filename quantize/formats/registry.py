@@ -1,4 +1,4 @@
-"""Registry of output formats: one literal. A new format is one file here and one entry of this tuple."""
+"""Registry of output formats: one literal. A new format is one file and one entry of this tuple."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT = CompressedTensors.name
 
 
 def format_in(section: Any) -> OutputFormat | None:
-    """The format that wrote a quantization_config; None for none of ours, and for what is no mapping."""
+    """The format that wrote a quantization_config; None for what is none of ours."""
     if not isinstance(section, dict):
         return None
     return next((form for form in FORMATS.values() if form.recognizes(section)), None)

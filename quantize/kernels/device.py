@@ -15,23 +15,24 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton kernels run there: on an NVIDIA device, or anywhere in Triton's interpreter."""
-    found = device.type == "cuda" and torch.version.hip is None  # AMD's matrix units may flush the subnormals of bits
+    """Whether Triton kernels run there: on NVIDIA devices, or anywhere in its interpreter."""
+    # AMD's matrix units may flush the subnormals of bits.
+    found = device.type == "cuda" and torch.version.hip is None
     return _TRITON and (found or _interpreted())
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel can take x: an NVIDIA device (or Triton's interpreter) and a dtype of `DTYPES`."""
+    """Whether a Triton kernel can take x: it runs there, and x has a dtype of `DTYPES`."""
     return x.dtype in DTYPES and runs_on(x.device)
 
 
 def runs_fp8_on(device: torch.device) -> bool:
-    """Whether kernels with E4M3 numbers run there: as `runs_on`, on Ada, Hopper or newer devices."""
+    """Whether kernels with E4M3 run there: as `runs_on`, on Ada, Hopper or newer devices."""
     return runs_on(device) and (device.type != "cuda" or _knows_e4m3(device))
 
 
 def has_fp8_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel with E4M3 numbers can take x: as `runs_fp8_on`, for steps that every token takes."""
+    """Whether a kernel with E4M3 can take x: `runs_fp8_on` for what every token does."""
     return has_kernel(x) and (not x.is_cuda or _noted_e4m3(x.device))
 
 
