@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import quantize
+from quantize.formats.registry import FORMATS
 
 ROOT = Path(quantize.__file__).parent
 FILES = {
@@ -26,7 +27,7 @@ ROOMS: dict[str, str] = {
     "pictures": "",
     "import_hook": "",
     "cost": "",
-    "formats": "",
+    "formats": "files",
     "kernels": "formats",
     "parallel": "errors",
     "files": "errors parallel",
@@ -37,7 +38,7 @@ ROOMS: dict[str, str] = {
     "inspect": "errors files model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
-    "recipe": "errors files methods",
+    "recipe": "errors files formats methods",
     "bench": "cost errors files formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "calibration errors files model parallel",
@@ -53,7 +54,16 @@ ROOMS: dict[str, str] = {
 }
 # Methods see blocks and tensors: none of these, wherever a room would let them.
 METHODS_NEVER = tuple(
-    f"quantize.{name}" for name in ("files.checkpoint", "files.writer", "files.resume", "model.load", "model.skeleton")
+    f"quantize.{name}"
+    for name in (
+        "files.checkpoint",
+        "files.resume",
+        "files.transaction",
+        "files.writer",
+        "formats.registry",
+        "model.load",
+        "model.skeleton",
+    )
 )
 # What methods share among themselves; nothing else of one is another's business.
 METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
@@ -209,6 +219,32 @@ def test_the_adapter_alone_names_what_transformers_takes():
         assert not wrong or below(module, ADAPTERS), f"{module}: {wrong}"
     adapter = {word for word, _ in words(TREES[ADAPTERS[0]])}
     assert {"past_key_values", "use_cache", "inputs_embeds", "attn_implementation"} <= adapter
+
+
+def compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) for every literal that a comparison, a membership test or a match is made with."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare | ast.pattern):
+            continue
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                yield inner.lineno, inner.value
+
+
+def test_a_comparison_with_a_name_of_a_format_is_seen():
+    found = compared(ast.parse("a == 'pq'\nb in ('x', 'y')\nmatch c:\n    case 'z': pass\nd = 'w'"))
+    assert list(found) == [(1, "pq"), (2, "x"), (2, "y"), (4, "z")]
+
+
+def test_nobody_but_formats_asks_which_format_it_is():
+    """What depends on the output's format is asked of its object, so that one more format is one more file."""
+    for module, tree in TREES.items():
+        if not below(module, ("quantize.formats",)):
+            wrong = [f"{module}:{line}: {text}" for line, text in compared(tree) if text in FORMATS]
+            assert not wrong
+            names = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and "NATIVE" in ast.unparse(node)]
+            # transformers' own registry is asked whether it knows pq's format already.
+            assert not names or below(module, ("quantize.serving",))
 
 
 def test_nothing_below_the_command_line_imports_it():

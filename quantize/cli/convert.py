@@ -82,7 +82,7 @@ def convert(
     from quantize.convert.loop import Request
     from quantize.cost.peak import keep_little
     from quantize.files.resume import forget_finished
-    from quantize.files.writer import require_apart, require_free, require_name
+    from quantize.files.transaction import require_apart, require_free, require_name
     from quantize.recipe.overrides import with_stage_fields
     from quantize.recipe.recipe import load_recipe
 

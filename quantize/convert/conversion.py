@@ -25,8 +25,8 @@ from quantize.files.checkpoint import Checkpoint, require_finite_floats
 from quantize.files.disk import reported
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, kept
-from quantize.formats.compressed_tensors import lost, quantization_config
-from quantize.formats.native import native_config
+from quantize.formats.output import Finished, OutputFormat
+from quantize.formats.registry import FORMATS
 from quantize.formats.scheme import AnyScheme, Packed
 from quantize.methods.basis import Basis
 from quantize.methods.fireq.attention import FireqAttention
@@ -66,6 +66,11 @@ class Conversion:
         self.routing: dict[str, Policy] = {}
         self.costs: dict[str, Cost] = {}
         self.memo = Memo(request.work, request.ranks)
+
+    @property
+    def format(self) -> OutputFormat:
+        """How the output is written."""
+        return FORMATS[self.request.recipe.format]
 
     @property
     def needs_plan(self) -> bool:
@@ -150,11 +155,12 @@ class Conversion:
         head, bits = f"{self.arch.head}.weight", self.request.recipe.head_bits
         untied = {head: out[head]} if self.shape.tied and head in out else {}
         self.source_bytes += _bytes(out) - _bytes(untied)
-        packed = self._head(out.pop(head), bits) if head in out and bits is not None else {}
+        packed = {self.arch.head: self._head(out.pop(head), bits)} if head in out and bits is not None else {}
+        stored = {name: tensor.cpu() for name, tensor in self.format.tensors(packed, out).items()}
         if untied:
-            self.untied_head_bytes = _bytes(packed or untied)
+            self.untied_head_bytes = _bytes({n: t for n, t in stored.items() if n.startswith(f"{self.arch.head}.")})
             log.info("%s no longer shares the embedding: %d bytes more", self.arch.head, self.untied_head_bytes)
-        return out | packed
+        return stored
 
     def _outside(self, *modules: str) -> dict[str, Tensor]:
         """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage unties it."""
@@ -167,8 +173,8 @@ class Conversion:
         require_finite_floats(out, "")
         return self.basis.outside(out, self.arch)
 
-    def _head(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
-        """Encode lm_head [V, D]; returns its packed tensors."""
+    def _head(self, weight: Tensor, bits: int) -> Packed:
+        """Encode lm_head [V, D]."""
         grid = Grid(bits, HEAD_GROUP, signed=True)
         codes, scales, error, size = [], [], 0.0, 0.0
         for rows in torch.split(weight, max(1, _HEAD_WEIGHTS // weight.shape[1])):
@@ -182,7 +188,7 @@ class Conversion:
         name = self.arch.head
         self._count(name, packed, fp8_activations=False)
         self.report[name] = {"weight_error": error / size if size else 0.0}
-        return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
+        return packed
 
     def open(
         self,
@@ -223,7 +229,7 @@ class Conversion:
             reference_inputs=reference_inputs,
             device=self.request.device,
             rotary_dim=self.rotary_dim,
-            keeps_post_scales=self.request.recipe.format == "pq",
+            keeps_post_scales=self.format.keeps_post_scales,
             parking=parking,
             memo=self.memo,
             ranks=self.request.ranks,
@@ -243,10 +249,9 @@ class Conversion:
             if streams and index + 1 < self.shape.n_blocks:
                 streams.advance(block)
         self._record(block, prefix)
-        stored = _stored(block)
-        if self.request.recipe.format != "pq":
-            stored.pop(f"{self.arch.attention}.kv.scale", None)
-        return {prefix + name: tensor for name, tensor in stored.items()}
+        packed = {prefix + name: weight for name, weight in block.packed.items()}
+        plain = {prefix + name: tensor for name, tensor in _plain(block).items()}
+        return self.format.tensors(packed, plain)
 
     def _apply_stages(self, block: Block) -> None:
         stages = self.request.recipe.stages
@@ -303,16 +308,13 @@ class Conversion:
         """How the output is packed, attends and routes; None where any loader gets that right without being told."""
         routers = [f"{ffn}.{router}" for ffn in self.routing for router in ROUTERS]
         alone = [name for name in (self.arch.head, *linears, *routers) if name not in self.schemes]
-        if self.request.recipe.format != "pq":
-            return quantization_config(self.schemes, alone) if self.schemes else None
         routing = {}
         if self.routing:
             sizes = ExpertSizes.of(config)
             usual = TopK(sizes.top_k, sizes.renormalize)
             routing = {name: policy for name, policy in self.routing.items() if policy != usual}
-        if not (self.schemes or self.attention or self.rotated_inputs or routing):
-            return None
-        return native_config(self.schemes, alone, self.attention, self.rotated_inputs, routing)
+        finished = Finished(self.schemes, alone, self.attention, self.rotated_inputs, routing)
+        return self.format.config_section(finished)
 
     @property
     def attention(self) -> dict[str, Any] | None:
@@ -321,10 +323,8 @@ class Conversion:
 
     def lost(self) -> list[str]:
         """What the recipe asks for and its format cannot hold."""
-        if self.request.recipe.format == "pq":
-            return []
         experts = [n for n in self.skeleton.linears() if self.arch.experts and f".{self.arch.experts.routed}." in n]
-        return lost(self.attention is not None, {self.schemes.get(name) for name in experts})
+        return self.format.lost(self.attention is not None, {self.schemes.get(name) for name in experts})
 
     @property
     def bits_per_weight(self) -> float:
@@ -369,12 +369,11 @@ class Conversion:
         )
 
 
-def _stored(block: Block) -> dict[str, Tensor]:
-    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's dtypes."""
+def _plain(block: Block) -> dict[str, Tensor]:
+    """Tensors of a block beside its packed weights, in the source's dtypes."""
     out: dict[str, Tensor] = {}
     for name, module in block.module.named_modules():
         if isinstance(module, PackedLinear):
-            out |= {f"{name}.{suffix}": tensor for suffix, tensor in module.packed.tensors().items()}
             if module.bias is not None:
                 out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
         elif not isinstance(module, nn.ModuleList):

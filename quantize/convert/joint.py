@@ -56,5 +56,5 @@ class NoWriter:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         """Leave nothing."""
 
-    def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Drop the tensors, which the first rank writes."""

@@ -28,7 +28,9 @@ from quantize.errors import StoppedError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
-from quantize.files.writer import CheckpointWriter, require_apart, require_free
+from quantize.files.transaction import require_apart, require_free
+from quantize.files.writer import CheckpointWriter
+from quantize.formats.registry import FORMATS
 from quantize.parallel.agreement import processor, require_equal
 from quantize.recipe.recipe import Recipe, resolved_yaml
 
@@ -125,12 +127,12 @@ def _write_blocks(
 ) -> Streams | None:
     """Convert and write all blocks that are not done; returns what is left of the streams."""
     if not pace.done and run.request.ranks.first:
-        writer.add_shard(run.tensors_outside(run.arch.embedding))
+        writer.add(run.tensors_outside(run.arch.embedding))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
         require_same_block(run.request.ranks, index, tensors)
-        writer.add_shard(tensors)
+        writer.add(tensors)
         if streams and index + 1 == keeper.blocks:
             streams = Streams([], None, streams.dropped)
         pace.finished()
@@ -140,11 +142,12 @@ def _write_blocks(
 
 def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, provenance: dict[str, Any]) -> None:
     """Write what stands behind the blocks and let the output appear."""
-    writer.add_shard(run.tensors_outside(run.arch.final_norm, run.arch.head))
-    for path in run.source.side_files():
+    writer.add(run.tensors_outside(run.arch.final_norm, run.arch.head))
+    for path in run.format.side_files(run.source.side_files()):
         writer.copy(path)
-    writer.write_index()
-    writer.write_json("config.json", run.config())
+    config = run.config()
+    writer.finish(config)
+    writer.write_json("config.json", config)
     writer.write_json(STATISTICS, run.statistics.as_json())
     run.request.require_room()
     facts = provenance | run.results(streams) | {"files": writer.hashes}
@@ -152,10 +155,11 @@ def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, 
     writer.commit()
 
 
-def _writer(
-    request: Request, shards: int, kept: Path | None, written: Mapping[str, Any]
-) -> CheckpointWriter | NoWriter:
-    return CheckpointWriter(request.output, shards, kept, written) if request.ranks.first else NoWriter()
+def _writer(request: Request, parts: int, kept: Path | None, written: Mapping[str, Any]) -> CheckpointWriter | NoWriter:
+    if not request.ranks.first:
+        return NoWriter()
+    encoding = FORMATS[request.recipe.format].encoding(parts)
+    return CheckpointWriter(request.output, encoding, kept, written)
 
 
 def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import tensor_headers
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
-from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, routing_of, schemes_in
+from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.attention import KvAttention, KvNumerics
@@ -72,14 +73,15 @@ def require_readable(source: Checkpoint) -> None:
                     f"{source.folder}: {name} is {header.dtype}, but config.json has no quantization_config that says "
                     "what it means; give the original model"
                 )
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method not in ("compressed-tensors", NATIVE):
+        return
+    form = format_in(quantization)
+    if form is None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
-    if isinstance(quantization, dict) and method == NATIVE:
-        try:
-            require_understood(quantization)
-        except ValueError as err:
-            raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+    try:
+        form.require_understood(quantization)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
 def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
@@ -93,12 +95,11 @@ def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
         )
 
 
-def _native_config(source: Checkpoint) -> Mapping[str, Any]:
-    """quantization_config of a checkpoint in pq's own format; empty for any other."""
-    quantization = source.config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
-        return {}
-    return quantization
+def _format(source: Checkpoint) -> tuple[OutputFormat, Mapping[str, Any]] | None:
+    """The format of a checkpoint and its quantization_config; None for a plain model and for what pq does not know."""
+    section: Any = source.config.get("quantization_config")
+    form = format_in(section)
+    return None if form is None else (form, section)
 
 
 def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
@@ -119,8 +120,12 @@ def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
 
 def attention_numerics(source: Checkpoint) -> KvNumerics | None:
     """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
-    facts = _native_config(source).get("attention")
+    found = _format(source)
+    if found is None:
+        return None
+    form, section = found
     try:
+        facts = form.attention(section)
         return None if facts is None else KvNumerics.from_json(facts)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
@@ -131,16 +136,24 @@ def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -
 
     linears: full names of those of the blocks; None: names are not checked.
     """
+    found = _format(source)
+    if found is None:
+        return ()
+    form, section = found
     try:
-        return rotated_inputs_of(_native_config(source), linears)
+        return form.rotated_inputs(section, linears)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
 def routing(source: Checkpoint) -> Mapping[str, Policy]:
     """How FFNs with experts route, by full name, where not as config.json's own fields say; ModelError as above."""
+    found = _format(source)
+    if found is None:
+        return {}
+    form, section = found
     try:
-        return routing_of(_native_config(source))
+        return form.routing(section)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 

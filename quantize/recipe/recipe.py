@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -19,6 +19,7 @@ from typing_extensions import Self
 from quantize.errors import UsageError
 from quantize.files import strict_yaml
 from quantize.files.strict_yaml import Document, Problem, show_key, show_value
+from quantize.formats.registry import DEFAULT, FORMATS
 from quantize.methods import STAGES, Stage
 from quantize.methods.base import Kind
 from quantize.recipe.files import find_recipe, nearest, read_recipe
@@ -53,6 +54,13 @@ class Calibration(BaseModel):
     """Column that holds the text; null: the set's own."""
 
 
+def _formats(schema: dict[str, Any]) -> None:
+    """Tell an editor of all formats; called whenever a schema is made."""
+    schema["enum"] = list(FORMATS)
+    schema["description"] = schema["description"].removesuffix(".") + ": "
+    schema["description"] += ", ".join(f"`{form.name}` {form.about}" for form in FORMATS.values()) + "."
+
+
 class Recipe(BaseModel):
     """What becomes of a model: calibration text and the stages that each block goes through."""
 
@@ -62,10 +70,8 @@ class Recipe(BaseModel):
     """The file's name without its ending; not a key of the file."""
     description: str
     """What the recipe is for, in one line."""
-    format: Literal["compressed-tensors", "pq"] = "compressed-tensors"
-    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers
-    and vLLM, `pq` also holds post-RoPE scales and the INT4 cache (loads in transformers
-    after `import quantize`)."""
+    format: str = Field(default=DEFAULT, json_schema_extra=_formats)
+    """Layout of the written checkpoint."""
     head_bits: int | None = Field(default=None, ge=2, le=8)
     """Bits of lm_head (clipped rounding, group 128, 16-bit
     activations); null: it stays as it is."""
@@ -77,6 +83,13 @@ class Recipe(BaseModel):
     (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     """Methods in order: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
+
+    @field_validator("format")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise PydanticCustomError("format", "must be one of {names}", {"names": ", ".join(FORMATS)})
+        return name
 
     @field_validator("stages")
     @classmethod
@@ -162,15 +175,8 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
 
 
 def format_problems(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
-    """Yield (index, field, text) for each stage that asks for what the
-    recipe's format cannot hold."""
-    for index, stage in enumerate(recipe.stages):
-        if recipe.format != "pq" and stage.native_field is not None:
-            yield (
-                index,
-                stage.native_field,
-                "needs 'format: pq', no other loader can do this; add it or turn this off",
-            )
+    """(index, field, text) for each stage that asks for what the recipe's format cannot hold."""
+    return FORMATS[recipe.format].problems(recipe.stages)
 
 
 def resolved_yaml(recipe: Recipe) -> str:

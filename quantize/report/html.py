@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantize.errors import UsageError
-from quantize.files.writer import write_text
+from quantize.files.disk import write_text
 from quantize.pictures import Cell, Heatmap, Picture, Table
 from quantize.report.collect import collect
 from quantize.report.draw import Frame, y_range

@@ -16,7 +16,7 @@ from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint, read_json
 from quantize.files.provenance import PROVENANCE, read_provenance
-from quantize.formats.native import schemes_in
+from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
 from quantize.report.model import mapping

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVecScheme, groups_per_row
-from quantize.kernels.bitvec.api import has_kernel, multiply
+from quantize.kernels.bitvec.api import multiply
+from quantize.kernels.device import has_kernel
 from quantize.serving.native_linear import NativeLinear, constant
 
 _FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than decoding

@@ -27,8 +27,9 @@ from quantize.formats.bitvec import (
     unpack_planes,
 )
 from quantize.formats.compressed_tensors import quantization_config
-from quantize.formats.native import native_config, packed_linears, schemes_in
+from quantize.formats.native import native_config, packed_linears
 from quantize.formats.packed_int import IntScheme
+from quantize.formats.registry import schemes_in
 from quantize.serving.register import PqConfig
 
 BITS = st.integers(2, 8)
