@@ -26,7 +26,7 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "pictures": "",
     "import_hook": "",
-    "cost": "",
+    "cost": "errors",
     "formats": "files",
     "kernels": "formats",
     "parallel": "errors",

@@ -26,6 +26,7 @@ from quantize.convert.trial_fits import Clock, Fits
 from quantize.convert.trial_run import AROUND, TimedRun
 from quantize.errors import OutputError
 from quantize.files.writer import CheckpointWriter
+from quantize.formats.registry import FORMATS
 
 CAP = 20.0
 """Seconds that a trial aims to stay below: what is told before a run of minutes or hours may take no longer.
@@ -71,7 +72,8 @@ def timing(
     """Measure what a conversion takes.
 
     run, space, tokens: as `quantize.convert.opening.opened` gives them, in `opening` seconds.
-    output: bytes of its weights. state: bytes of hidden states that it keeps after every block. Leaves nothing on the disk.
+    output: bytes of its weights. state: bytes of hidden states that it keeps after every block.
+    Leaves nothing on the disk.
     Raises what the conversion raises on the same blocks.
     """
     started = time.monotonic()
@@ -216,8 +218,9 @@ class _Trial:
         tensors = timed.block(index, streams)
         whole = clock.now() - started - (timed.fits.spent - spent)
         clock.parts[AROUND] = max(0.0, whole - sum(clock.parts.values()))
-        with CheckpointWriter(timed.request.output, 1) as writer, clock.lap("writing"):
-            writer.add_shard(tensors)
+        encoding = FORMATS[timed.request.recipe.format].encoding(1)
+        with CheckpointWriter(timed.request.output, encoding) as writer, clock.lap("writing"):
+            writer.add(tensors)
         self.written = max(self.written, writer.total_size / clock.parts["writing"])
         self.loaded = max(self.loaded, timed.source_bytes / clock.parts["reading"])
         timed.source_bytes = 0
