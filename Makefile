@@ -84,8 +84,8 @@ newest:
 test-newest: newest ## Run the fast tests with the newest versions that pyproject.toml allows, in an environment of their own
 	$(NEWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
 
-smoke-newest: newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than locks/
-	$(NEWEST)/bin/python eval/smoke_newest.py
+smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than locks/
+	$(NEWEST)/bin/python eval/smoke_newest.py --locked $(BIN)/python
 
 gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
 	$(BIN)/pq eval --gate eval/baselines.yaml

@@ -2,16 +2,19 @@
 
     python locks/lock.py --uv UV --torch 2.13.0
 
-uv resolves everything once, for Python 3.10 to 3.13 and all platforms (environment markers say which line is for whom),
-and the result is written in three parts, each with the hashes of all files of a release:
+uv resolves everything once, for Python 3.10 to 3.13 and all platforms (environment markers say
+which line is for whom), and the result is written in three parts, each with the hashes of all files
+of a release:
 
-- build.txt: pip itself and what builds packages from source. Installed first, so that nothing is built with what was
-  never locked.
+- build.txt: pip itself and what builds packages from source. Installed first, so that nothing is
+  built with what was never locked.
 - base.txt: everything else that pq and its development tools need, but for
-- cuda.txt: torch from PyPI and the CUDA libraries that nothing but that torch needs. A machine without a GPU leaves this
-  file out and takes torch from where its pip finds a CPU build, which has other hashes on each machine.
+- cuda.txt: torch from PyPI and the CUDA libraries that nothing but that torch needs. A machine
+  without a GPU leaves this file out and takes torch from where its pip finds a CPU build, whose
+  hashes are not those of PyPI's.
 
-Triton stands in base.txt at the version that this torch asks for: with a CPU build it interprets the kernels.
+Triton stands in base.txt at the version that this torch asks for: with a CPU build of torch it
+interprets the kernels.
 """
 
 from __future__ import annotations

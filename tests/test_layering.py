@@ -25,6 +25,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 ROOMS: dict[str, str] = {
     "errors": "",
     "pictures": "",
+    "tested": "",
     "import_hook": "",
     "cost": "errors",
     "formats": "files",
@@ -34,7 +35,7 @@ ROOMS: dict[str, str] = {
     "calibration": "errors files",
     "solvers": "cost formats",
     "model": "errors files formats kernels",
-    "serving": "errors formats kernels model",
+    "serving": "errors formats kernels model tested",
     "inspect": "errors files model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
