@@ -73,7 +73,8 @@ def _root(
     """Options of `pq` itself."""
     # Before a command imports transformers, where the same would be said as a Python warning.
     computes = ctx.invoked_subcommand in _COMPUTING and not {"-h", "--help"} & set(sys.argv)
-    if computes and (line := untested()):
+    line = untested()  # asked for all, since what was looked at once is never warned of
+    if computes and line:
         typer.echo(f"pq: note: {line}", err=True)
 
 
