@@ -17,7 +17,8 @@ else
 LOCKED += locks/cuda.txt
 endif
 
-.PHONY: demo test test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu docs clean help
+.PHONY: demo test test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
+	gpu-session docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -114,6 +115,17 @@ docs: setup ## Bring the generated pages up to date and build the documentation 
 	$(BIN)/python eval/render.py
 	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# With PYTHON=… on the command line that interpreter is used as it is: a lent machine may reach no network.
+ifeq ($(origin PYTHON),command line)
+SESSION := $(PYTHON)
+else
+SESSION := $(BIN)/python
+gpu-session: setup
+endif
+gpu-session: ## All that is worth doing on a GPU in nine minutes: right kernels, then their speed, into OUT=
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(SESSION) eval/gpu_session.py \
+		--output $(if $(filter file,$(origin OUT)),out/gpu,$(OUT))
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) out
