@@ -4,17 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
-# What is installed is pinned by the files of locks/ (`make lock` says how they are made). torch stands outside their
+# What is installed is pinned by the files of .ci/locks/ (`make lock` says how they are made). torch stands outside their
 # hashed part where there is no NVIDIA driver: pip takes this release's CPU build where it finds one, else PyPI's.
 # `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make …` shows it a place that has one for every Python.
 # `make TORCH="torch==2.11.0" …` puts another release in place of the locked one, on any machine.
 TORCH_VERSION := 2.13.0
-LOCKED := locks/base.txt
+LOCKED := .ci/locks/base.txt
 ifdef TORCH
 else ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH := torch==$(TORCH_VERSION)
 else
-LOCKED += locks/cuda.txt
+LOCKED += .ci/locks/cuda.txt
 endif
 
 .PHONY: demo test test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
@@ -28,21 +28,21 @@ setup: $(BIN)/.ready ## Make .venv and install pq with its development tools
 # No build isolation: what builds a package that comes as source is pinned too. No dependencies: the files hold them all.
 PIP := $(BIN)/python -m pip
 HASHED := --quiet --require-hashes --no-deps --no-build-isolation
-$(BIN)/.ready: pyproject.toml Makefile $(wildcard locks/*.txt)
+$(BIN)/.ready: pyproject.toml Makefile $(wildcard .ci/locks/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit("pq needs Python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] > (3, 13))'; then \
 		set -ex; \
-		$(PIP) install $(HASHED) -r locks/build.txt; \
+		$(PIP) install $(HASHED) -r .ci/locks/build.txt; \
 		$(PIP) install $(HASHED) $(LOCKED:%=-r %); \
 		$(if $(TORCH),$(PIP) install --quiet "$(TORCH)";) \
 		$(PIP) install --quiet --no-deps --no-build-isolation --editable .; \
 		$(PIP) check; \
 	else \
-		echo "locks/ is for Python 3.10 to 3.13; on this one the newest releases in pyproject.toml's ranges are installed"; \
+		echo ".ci/locks/ is for Python 3.10 to 3.13; on this one the newest releases in pyproject.toml's ranges are installed"; \
 		set -ex; \
 		$(if $(TORCH),$(PIP) install --quiet "$(TORCH)";) \
-		$(PIP) install --quiet --editable ".[dev]"; \
+		$(PIP) install --quiet --editable ".[dev,docs]"; \
 	fi
 	touch $@
 
@@ -50,7 +50,7 @@ LOCKER ?= .venv-lock
 lock: ## Pin the newest releases that pyproject.toml admits, with hashes, for Python 3.10 to 3.13 (needs the network)
 	test -x $(LOCKER)/bin/python || $(PYTHON) -m venv $(LOCKER)
 	$(LOCKER)/bin/python -m pip install --quiet --upgrade uv packaging "tomli; python_version < '3.11'"
-	$(LOCKER)/bin/python locks/lock.py --uv $(LOCKER)/bin/uv --torch $(TORCH_VERSION)
+	$(LOCKER)/bin/python .ci/locks/lock.py --uv $(LOCKER)/bin/uv --torch $(TORCH_VERSION)
 
 demo: setup ## Convert the embedded reference model with fireq.yaml and measure it against its parent
 	rm -rf $(OUT) $(OUT).*
@@ -85,7 +85,7 @@ newest:
 test-newest: newest ## Run the fast tests with the newest versions that pyproject.toml allows, in an environment of their own
 	$(NEWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
 
-smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than locks/
+smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than .ci/locks/
 	$(NEWEST)/bin/python eval/smoke_newest.py --locked $(BIN)/python
 
 gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
@@ -113,7 +113,6 @@ docs: setup ## Bring the generated pages up to date and build the documentation 
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python eval/render.py
-	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # With PYTHON=… on the command line that interpreter is used as it is: a lent machine may reach no network.

@@ -138,13 +138,13 @@ def smoke(python: Path | str) -> bool:
 
 def verdict(ahead: list[str], locked: Path | None, run: Callable[[Path | str], bool] = smoke) -> int:
     """Run the smoke, find out who is to blame if it fails, say so; the exit code."""
-    print(f"{len(ahead)} packages are newer than in locks/:" if ahead else "Nothing is newer than in locks/.")
+    print(f"{len(ahead)} packages are newer than in .ci/locks/:" if ahead else "Nothing is newer than in .ci/locks/.")
     print("".join(f"  {line}\n" for line in ahead), flush=True, end="")
     if run(sys.executable):
         print("smoke-newest: passed")
         return 0
     if not ahead:
-        print("smoke-newest: FAILED, and no package is newer than in locks/: the fault is pq's")
+        print("smoke-newest: FAILED, and no package is newer than in .ci/locks/: the fault is pq's")
         return 1
     if locked is None:
         print("smoke-newest: FAILED; with --locked PYTHON it could tell whether the newer releases are to blame")
@@ -173,7 +173,7 @@ def main() -> None:
     if args.steps:
         take_steps()
     else:
-        sys.exit(verdict(newer(locked_versions(ROOT / "locks")), args.locked))
+        sys.exit(verdict(newer(locked_versions(ROOT / ".ci" / "locks")), args.locked))
 
 
 if __name__ == "__main__":

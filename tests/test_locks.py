@@ -21,7 +21,7 @@ else:  # pytest brings it there
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = {part: ROOT / "locks" / f"{part}.txt" for part in ("build", "base", "cuda")}
+LOCKS = {part: ROOT / ".ci" / "locks" / f"{part}.txt" for part in ("build", "base", "cuda")}
 PYTHONS = ["3.10.13", "3.11.7", "3.12.1", "3.13.0"]
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
 
@@ -53,14 +53,14 @@ def wanted() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     texts = list(project["dependencies"])
     texts += [text for extra in project["optional-dependencies"].values() for text in extra]
-    lines = (ROOT / "locks" / "build.in").read_text().splitlines()
+    lines = (ROOT / ".ci" / "locks" / "build.in").read_text().splitlines()
     texts += [line for line in lines if line and not line.startswith("#")]
     return [Requirement(text) for text in texts if not text.startswith("pq-quantize[")]
 
 
 @pytest.fixture
 def lock(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "locks")
+    monkeypatch.syspath_prepend(ROOT / ".ci" / "locks")
     return importlib.import_module("lock")
 
 
@@ -121,12 +121,12 @@ def test_what_is_installed_with_and_without_a_gpu(tmp_path: Path):
     (tmp_path / "none").mkdir()
     without = dry_run(path=f"{tmp_path / 'none'}:/usr/bin:/bin")
     if "nvidia-smi" not in str(list(Path("/usr/bin").glob("nvidia-smi"))):
-        assert "-r locks/base.txt;" in without
+        assert "-r .ci/locks/base.txt;" in without
         assert "cuda.txt" not in without
         assert re.search(r'pip install --quiet "torch==[\d.]+"', without)
     path = folder_with("nvidia-smi", tmp_path)
     with_gpu = dry_run(path=path)
-    assert "-r locks/base.txt -r locks/cuda.txt;" in with_gpu
+    assert "-r .ci/locks/base.txt -r .ci/locks/cuda.txt;" in with_gpu
     assert '"torch' not in with_gpu
     other = dry_run("TORCH=torch==2.11.0", path=path)
     assert "cuda.txt" not in other
@@ -134,9 +134,9 @@ def test_what_is_installed_with_and_without_a_gpu(tmp_path: Path):
 
 
 def test_every_hashed_install_checks_hashes_and_builds_with_what_is_locked():
-    lines = [line for line in dry_run().splitlines() if "-r locks/" in line]
+    lines = [line for line in dry_run().splitlines() if "-r .ci/locks/" in line]
     assert len(lines) == 2
-    assert "locks/build.txt" in lines[0]
+    assert ".ci/locks/build.txt" in lines[0]
     for line in lines:
         assert {"--require-hashes", "--no-deps", "--no-build-isolation"} <= set(line.split())
 
@@ -144,7 +144,7 @@ def test_every_hashed_install_checks_hashes_and_builds_with_what_is_locked():
 FULL = """\
 pq-tool==1.0 \\
     --hash=sha256:aa
-    # via -r locks/build.in
+    # via -r .ci/locks/build.in
 torch==2.13.0 ; sys_platform == 'linux' \\
     --hash=sha256:ab
     # via

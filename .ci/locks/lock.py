@@ -1,6 +1,6 @@
 """Make the lock files of this folder and quantize/tested.json: `make lock` runs this beside uv.
 
-    python locks/lock.py --uv UV --torch 2.13.0
+    python .ci/locks/lock.py --uv UV --torch 2.13.0
 
 uv resolves everything once, for Python 3.10 to 3.13 and all platforms (environment markers say
 which line is for whom), and the result is written in three parts, each with the hashes of all files
@@ -37,7 +37,7 @@ else:
     import tomli as tomllib
 
 LOCKS = Path(__file__).resolve().parent
-ROOT = LOCKS.parent
+ROOT = LOCKS.parents[1]
 OLDEST = "3.10"
 """uv resolves for this release of Python and all later ones, and picks for each the newest that it can have."""
 WATCHED = (
@@ -104,7 +104,7 @@ def version(block: str) -> str:
     """What a block pins its package to."""
     found = re.match(r"[^=]+==([^ ;\\]+)", block)
     if not found:
-        raise SystemExit(f"locks/lock.py: no pinned version in {block.splitlines()[0]!r}")
+        raise SystemExit(f".ci/locks/lock.py: no pinned version in {block.splitlines()[0]!r}")
     return found[1]
 
 
