@@ -48,7 +48,7 @@ ROOMS: dict[str, str] = {
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (
         "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures recipe report "
-        "verification"
+        "tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",
