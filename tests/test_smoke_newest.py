@@ -29,7 +29,7 @@ def test_the_lock_files_are_read_for_this_interpreter(script: ModuleType, tmp_pa
         "lm-eval==0.4.13 \\\n    --hash=sha256:cc\n"
     )
     assert script.locked_versions(tmp_path) == {"numpy": "2.4.6", "lm-eval": "0.4.13"}
-    shipped = script.locked_versions(ROOT / ".ci" / ".ci/locks")
+    shipped = script.locked_versions(ROOT / ".ci" / "locks")
     assert {"torch", "transformers", "pytest", "pip"} <= set(shipped)
 
 
