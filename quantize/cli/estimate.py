@@ -47,9 +47,11 @@ def estimate(
     from quantize.convert.estimate import estimate as found_for
     from quantize.convert.estimate import within
     from quantize.convert.request import Request
+    from quantize.cost.peak import keep_little
     from quantize.recipe.overrides import with_stage_fields
     from quantize.recipe.recipe import load_recipe
 
+    keep_little()  # as `pq convert` does, whose memory this is about
     chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen)
     chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()

@@ -51,6 +51,7 @@ def test_the_cheapest_measure_that_suffices_is_taken(
     tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("quantize.convert.estimate.resident", lambda: 0)
+    monkeypatch.setattr("quantize.convert.estimate.peak_resident", lambda: 0)
     asked = request("fireq", tiny("llama", num_hidden_layers=3), text_file, tmp_path / "out", batch_tokens=4096)
     plain = estimate(asked, timed=False).ram
     seen = []

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ModelMaker
+from conftest import CPU, ModelMaker
+from resumed import model_of, request
+
+from quantize.convert.loop import convert
+from quantize.cost.peak import measured, peak_resident
+from quantize.cost.units import parse_bytes
+from quantize.errors import RoomError
 
 # Hidden states of 134 MB, a block of 43 MB: what a limit can spare.
 RECIPE = """
@@ -30,6 +36,28 @@ def run(*arguments: str) -> dict[str, Any]:
     )
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "ladimo-gptq"])
+def test_a_limit_that_was_broken_ends_the_run(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+    """However it came about: here nothing was planned to keep below it."""
+    asked = request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", max_ram=10**8)
+    says = r"took .*GB, more than the limit of 0\.10GB .*; give --max-ram .*GB$"
+    with pytest.raises(RoomError, match=says) as caught:
+        convert(asked)
+    assert caught.value.exit_code == 8
+    assert list(tmp_path.iterdir()) == []
+    told = parse_bytes(str(caught.value).rpartition("--max-ram ")[2])
+    assert told > (peak_resident() or 0)
+
+
+def test_the_peak_outlives_measurements_of_parts():
+    before = peak_resident()
+    with measured(CPU) as cost:
+        pass
+    assert before is not None
+    assert cost.peak_bytes is not None
+    assert cost.peak_bytes <= before <= (peak_resident() or 0)
 
 
 @pytest.mark.slow

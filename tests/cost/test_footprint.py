@@ -12,6 +12,7 @@ from conftest import CPU
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from quantize.block import statistics
 from quantize.block.block import Block
 from quantize.block.moments import Moments
 from quantize.cost.footprint import BlockSizes
@@ -123,6 +124,20 @@ def test_measuring_takes_what_it_says(make_block: Callable[..., Block], with_ref
     found = allocated(lambda: block.moments(name, fp8, with_reference))
     # On its way to q_proj a pass is narrower than the block is at its widest.
     assert 0.85 < told / found < (1.25 if role == "down" else 2.5), (told, found)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_profiling_takes_what_it_says(make_block: Callable[..., Block], batches: int):
+    block = make_block("llama")
+    block.inputs = [block.inputs[0]] * batches  # all but one leave the memory again
+    arch, shape = block.arch, block.shape
+    linears = {name: tuple(block.linear(name).weight.shape) for name in arch.roles}
+    tokens = block.inputs[0].shape[0] * block.inputs[0].shape[1]
+    heads = {"heads": shape.n_heads, "kv_heads": shape.n_kv_heads}
+    told = sizes(linears=linears, hidden=shape.hidden, batch=tokens, **heads).profiling()
+    statistics._inputs(block)  # masks and rotary tables are made once
+    found = allocated(lambda: statistics._inputs(block))
+    assert 0.9 < told / found < 1.6, (told, found)
 
 
 def test_every_method_says_what_it_takes():
