@@ -40,8 +40,8 @@ ROOMS: dict[str, str] = {
     "recipe": "errors files methods",
     "bench": "cost errors files formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
-    "evaluate": "calibration convert errors files model parallel",
-    "verification": "calibration convert errors files formats kernels methods model recipe serving",
+    "evaluate": "block calibration convert errors files model parallel",
+    "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (

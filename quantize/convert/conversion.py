@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, MutableSequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.block.statistics import Collected, profile
-from quantize.block.streams import Streams
+from quantize.block.teacher import teacher_of
 from quantize.block.view import ModelView
+from quantize.block.walk import Pass, Route, Send, Streams, walk
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS, Allocation, Space
 from quantize.convert.request import Progress, Request, Summary
@@ -38,6 +40,9 @@ from quantize.model.skeleton import Skeleton
 from quantize.solvers.grid import Grid
 
 log = logging.getLogger(__name__)
+
+QUANTIZED, REFERENCE = "quantized", "reference"
+"""The streams of a conversion: through the blocks as they are encoded and, where a stage needs it, the parent's."""
 
 HEAD_GROUP = 128
 """Group of an encoded lm_head."""
@@ -75,7 +80,7 @@ class Conversion:
     def within(self, space: Space, tokens: TokenSet, progress: Progress) -> Conversion:
         """A conversion whose recipe keeps within the bits per weight of `space`; measures what rounding costs."""
         windows = tokens.tokens[: max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])]
-        errors = space.measure(self.open, self.shape.n_blocks, self._hidden(windows), progress)
+        errors = space.measure(self.open, self.shape.n_blocks, self._hidden(windows), progress, self.request.ranks)
         chosen = space.choose(errors)
         log.info("%.3f bits per weight for a target of %g: %s", chosen.bits_per_weight, chosen.target, chosen.bits)
         request = replace(self.request, recipe=chosen.recipe)
@@ -111,6 +116,7 @@ class Conversion:
             open=self.open,
             log_probs=lambda hidden: F.linear(norm(hidden), placed).float().log_softmax(dim=-1),
             progress=progress,
+            ranks=self.request.ranks,
         )
 
     def _hidden(self, windows: Tensor) -> list[Tensor]:
@@ -123,13 +129,14 @@ class Conversion:
         for part in torch.split(windows, batch):
             yield self.skeleton.embed(weight, part)
 
-    def embed(self, tokens: TokenSet | None) -> Streams | None:
+    def embed(self, tokens: TokenSet | None) -> Streams[str] | None:
         """Hidden states that enter block 0; None where no stage needs them."""
         if tokens is None or not any(s.needs_inputs for s in self.request.recipe.stages):
             return None
-        hidden = self.keep(self._embedded(tokens.tokens))
-        needs_reference = any(s.needs_reference for s in self.request.recipe.stages)
-        return Streams(hidden, self.keep(hidden) if needs_reference else None)
+        streams = {QUANTIZED: self.keep(self._embedded(tokens.tokens))}
+        if any(s.needs_reference for s in self.request.recipe.stages):
+            streams[REFERENCE] = self.keep(streams[QUANTIZED])
+        return Streams(streams, self.request.ranks)
 
     def keep(self, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
         """Hidden states of all batches, where they wait between two blocks."""
@@ -206,19 +213,13 @@ class Conversion:
             tensor = tensor.to(self.request.device, self.request.dtype)
             weights[name.removeprefix(prefix)] = parking.put(tensor) if parking else tensor
         module = self.skeleton.layer(index, weights, placed=True)
-
-        def forward(module: nn.Module, hidden: Tensor) -> Tensor:
-            if parking:
-                parking.back(module)
-            return self.skeleton.forward(index, module, hidden.to(self.request.device))
-
         block = Block(
             index=index,
             arch=self.skeleton.block_arch(index),
             shape=self.shape,
             module=module,
             storage=storage,
-            forward=forward,
+            forward=Pass(self.skeleton, index, parking),
             inputs=inputs,
             reference_inputs=reference_inputs,
             device=self.request.device,
@@ -234,19 +235,29 @@ class Conversion:
             block.map_inputs(self.basis.leave)
         return block
 
-    def block(self, index: int, streams: Streams | None) -> dict[str, Tensor]:
+    def block(self, index: int, streams: Streams[str] | None) -> dict[str, Tensor]:
         """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
         prefix = f"{self.arch.blocks}.{index}."
-        block = self.open(index, streams.quantized, streams.reference) if streams else self.open(index, [])
-        with torch.no_grad():
+        batches = streams.batches if streams else {QUANTIZED: []}
+        shard: dict[str, Tensor] = {}
+
+        def open_it(index: int) -> Block:
+            return self.open(index, batches[QUANTIZED], batches.get(REFERENCE))
+
+        def visit(block: Block) -> Mapping[str, Route[str]] | None:
             self._apply_stages(block)
-            if streams and index + 1 < self.shape.n_blocks:
-                streams.advance(block)
-        self._record(block, prefix)
-        stored = _stored(block)
-        if self.request.recipe.format != "pq":
-            stored.pop(f"{self.arch.attention}.kv.scale", None)
-        return {prefix + name: tensor for name, tensor in stored.items()}
+            more = index + 1 < self.shape.n_blocks
+            return {name: (name, send) for name, send in _onward(block).items() if name in batches} if more else None
+
+        def leave(block: Block) -> None:
+            self._record(block, prefix)
+            stored = _stored(block)
+            if self.request.recipe.format != "pq":
+                stored.pop(f"{self.arch.attention}.kv.scale", None)
+            shard.update({prefix + name: tensor for name, tensor in stored.items()})
+
+        walk(streams, [index], open_it, visit, leave)
+        return shard
 
     def _apply_stages(self, block: Block) -> None:
         stages = self.request.recipe.stages
@@ -325,7 +336,7 @@ class Conversion:
         """Mean stored bits of a quantized weight, scales counted."""
         return self.stored_bits / self.weights if self.weights else 16.0
 
-    def results(self, streams: Streams | None) -> dict[str, Any]:
+    def results(self, streams: Streams[str] | None) -> dict[str, Any]:
         """What goes into the provenance after the last block."""
         dropped = streams.dropped if streams else 0
         return {
@@ -361,6 +372,11 @@ class Conversion:
             activated_reduction=self.report.get("ladimo", {}).get("activated_reduction"),
             mean_output_error=sum(errors) / len(errors) if errors else None,
         )
+
+
+def _onward(block: Block) -> dict[str, Send]:
+    """What each stream goes on through: the block as it is now, or the parent's layer."""
+    return {QUANTIZED: partial(block.forward, block.module), REFERENCE: partial(block.forward, teacher_of(block))}
 
 
 def _stored(block: Block) -> dict[str, Tensor]:

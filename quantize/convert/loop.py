@@ -14,7 +14,7 @@ import torch
 
 import quantize
 from quantize.block.statistics import STATISTICS
-from quantize.block.streams import Streams
+from quantize.block.walk import Streams
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import Space
 from quantize.convert.conversion import Conversion
@@ -69,7 +69,7 @@ def convert(
         if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
             progress("checking source", 0, blocks)
             run.source.require_finite()
-        streams: Streams | None = None
+        streams: Streams[str] | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
             run, streams = restored(run, kept.facts, kept.tensors)
@@ -80,7 +80,7 @@ def convert(
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
             pace = Pace(request, done, blocks)
-            streams = _write_blocks(run, streams, pace, writer, keeper, progress)
+            _write_blocks(run, streams, pace, writer, keeper, progress)
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
@@ -99,7 +99,7 @@ class _Keeper:
     blocks: int
     stop: Callable[[], bool]
 
-    def keep(self, run: Conversion, done: int, streams: Streams | None, written: dict[str, Any]) -> None:
+    def keep(self, run: Conversion, done: int, streams: Streams[str] | None, written: dict[str, Any]) -> None:
         """Commit the state after `done` blocks. StoppedError when it is time to stop."""
         if self.request.work is None or self.request.resume in (None, "never"):
             return
@@ -120,13 +120,13 @@ def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, prog
 
 def _write_blocks(
     run: Conversion,
-    streams: Streams | None,
+    streams: Streams[str] | None,
     pace: Pace,
     writer: CheckpointWriter | NoWriter,
     keeper: _Keeper,
     progress: Progress,
-) -> Streams | None:
-    """Convert and write all blocks that are not done; returns what is left of the streams."""
+) -> None:
+    """Convert and write all blocks that are not done."""
     if not pace.done and run.request.ranks.first:
         writer.add_shard(run.tensors_outside(run.arch.embedding))
     for index in range(pace.done, keeper.blocks):
@@ -135,13 +135,14 @@ def _write_blocks(
         require_same_block(run.request.ranks, index, tensors)
         writer.add_shard(tensors)
         if streams and index + 1 == keeper.blocks:
-            streams = Streams([], None, streams.dropped)
+            streams.clear()
         pace.finished()
         keeper.keep(run, index + 1, streams, writer.written)
-    return streams
 
 
-def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, provenance: dict[str, Any]) -> None:
+def _finish(
+    run: Conversion, streams: Streams[str] | None, writer: CheckpointWriter, provenance: dict[str, Any]
+) -> None:
     """Write what stands behind the blocks and let the output appear."""
     writer.add_shard(run.tensors_outside(run.arch.final_norm, run.arch.head))
     for path in run.source.side_files():

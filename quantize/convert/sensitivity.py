@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantize.block.standin import stand_in
 from quantize.errors import ModelError
 from quantize.formats.packed_int import IntScheme
 from quantize.model.hadamard import keep_rotation
@@ -42,12 +43,9 @@ def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme
     linear = block.linear(name)
     trial = rounded(linear, scheme)
     keep_rotation(linear, trial)
-    try:
-        block.module.set_submodule(name, trial)
+    with stand_in(block.module, name, trial):
         pairs = zip(block.inputs, outputs, strict=True)
         errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
-    finally:
-        block.module.set_submodule(name, linear)
     if not len(errors):
         raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
     return float(errors.double().mean())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantize.block.streams import Streams
+from quantize.block.walk import Streams
 from quantize.convert.allocation import Allocation
 from quantize.convert.conversion import Conversion
 from quantize.cost.peak import Cost
@@ -18,11 +18,10 @@ from quantize.formats.native import scheme_from_json
 from quantize.formats.routing import policy_from_json
 from quantize.recipe.recipe import Recipe
 
-_STREAMS = ("quantized", "reference")
 _NUMBERS = ("stored_bits", "weights", "source_bytes", "untied_head_bytes")
 
 
-def snapshot(run: Conversion, streams: Streams | None) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+def snapshot(run: Conversion, streams: Streams[str] | None) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Facts (JSON data) and named tensors from which `restored` makes an equal conversion.
 
     streams: what enters the next block; None where no stage needs it, and before block 0, where it is embedded anew.
@@ -44,19 +43,19 @@ def snapshot(run: Conversion, streams: Streams | None) -> tuple[dict[str, Any], 
         "streams": None,
     }
     if streams is not None:
-        facts["streams"] = {"dropped": streams.dropped, "reference": streams.reference is not None}
+        facts["streams"] = {"dropped": streams.dropped, "names": list(streams.batches)}
     return facts, itertools.chain(tensors.items(), _hidden(streams))
 
 
-def _hidden(streams: Streams | None) -> Iterator[tuple[str, Tensor]]:
-    for kind in _STREAMS if streams else ():
-        for i, hidden in enumerate(getattr(streams, kind) or ()):
-            yield f"{kind}.{i:06d}", hidden
+def _hidden(streams: Streams[str] | None) -> Iterator[tuple[str, Tensor]]:
+    for name, batches in streams.batches.items() if streams else ():
+        for i, hidden in enumerate(batches):
+            yield f"{name}.{i:06d}", hidden
 
 
 def restored(
     run: Conversion, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Conversion, Streams | None]:
+) -> tuple[Conversion, Streams[str] | None]:
     """Undo `snapshot`. run: a fresh conversion of the same request."""
     recipe = Recipe.model_validate_json(json.dumps(facts["recipe"]))
     out = Conversion(replace(run.request, recipe=recipe), run.source, run.arch, run.shape, run.skeleton)
@@ -73,14 +72,16 @@ def restored(
     return out, _streams(out, facts["streams"], tensors)
 
 
-def _streams(run: Conversion, facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Streams | None:
+def _streams(run: Conversion, facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Streams[str] | None:
     if facts is None:
         return None
-    both = [
-        run.keep(tensors[name].to(run.request.device) for name in sorted(tensors) if name.startswith(f"{kind}."))
-        for kind in _STREAMS
-    ]
-    return Streams(both[0], both[1] if facts["reference"] else None, facts["dropped"])
+    batches = {
+        stream: run.keep(
+            tensors[name].to(run.request.device) for name in sorted(tensors) if name.startswith(f"{stream}.")
+        )
+        for stream in facts["names"]
+    }
+    return Streams(batches, run.request.ranks, facts["dropped"])
 
 
 def _allocation_as_json(found: Allocation) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_sequences_that_left_the_calibration_stay_out(
 
     def embed(self: Any, tokens: Any) -> Any:
         streams = real(self, tokens)
-        streams.quantized[0][1] = torch.inf
+        streams.batches["quantized"][0][1] = torch.inf
         return streams
 
     monkeypatch.setattr(convert_module.Conversion, "embed", embed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quantize.block.standin import stand_in
+from quantize.block.walk import Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.methods.ladimo.budget import Budget, Levels
 from quantize.methods.ladimo.routing import Budget as Visits
@@ -18,6 +21,9 @@ from quantize.methods.ladimo.trial import Start, Trial, dense_ffn
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.view import ModelView
+
+Prefix = tuple[float | None, ...]
+"""What became of each block so far: its level, None where it is dense. Plans that agree on it share hidden states."""
 
 _FFN = "mlp"
 _CURVE = (0.1, 0.2, 0.3, 0.4)
@@ -123,25 +129,28 @@ class Searcher:
     def _measure(
         self, plans: Sequence[Levels], levels: Sequence[float], errors: dict[tuple[int, float], float]
     ) -> list[float]:
-        """KL of every plan. Plans that agree on the blocks so far share their hidden states.
+        """KL of every plan, on the windows that stay finite under all of them.
 
         errors: takes the relative output error of every block's FFN at every level, on the parent's hidden states.
         """
-        parent: tuple[float | None, ...] = ()
-        streams = {parent: list(self.model.hidden)}
-        for index in range(self.budget.blocks):
-            self.model.progress("searching", index, self.budget.blocks)
-            block = self.model.open(index, streams[parent])
-            wanted = {key: {plan.get(index) for plan in plans if _prefix(plan, index) == key} for key in streams}
-            wanted[parent].add(None)
+        blocks = self.budget.blocks
+        streams: Streams[Prefix] = Streams({(): list(self.model.hidden)}, self.model.ranks)
+
+        def open_next(index: int) -> Block:
+            self.model.progress("searching", index, blocks)
+            return self.model.open(index, streams.batches[_prefix({}, index)])
+
+        def visit(block: Block) -> Mapping[Prefix, Route[Prefix]]:
+            index = block.index
             trials = self._trials(block, levels, errors)
-            streams = {
-                (*key, mean): [self._forward(block, trials[mean], hidden) for hidden in streams[key]]
-                for key, means in wanted.items()
-                for mean in means
-            }
-            parent = (*parent, None)
-        return [self._kl(streams[parent], streams[_prefix(plan, self.budget.blocks)]) for plan in plans]
+            # The parent's own stream goes on whether a plan asks for it or not.
+            wanted = [{}, *plans]
+            steps = dict.fromkeys((_prefix(plan, index), plan.get(index)) for plan in wanted)
+            return {(*key, mean): (key, partial(_outputs, block, trials[mean])) for key, mean in steps}
+
+        walk(streams, range(blocks), open_next, visit)
+        after = streams.batches
+        return [self._kl(after[_prefix({}, blocks)], after[_prefix(plan, blocks)]) for plan in plans]
 
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
@@ -159,17 +168,7 @@ class Searcher:
             trials[mean] = Trial(student)
         return trials
 
-    @staticmethod
-    def _forward(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
-        dense = block.module.get_submodule(_FFN)
-        try:
-            if trial is not None:
-                block.module.set_submodule(_FFN, trial)
-            return block.forward(block.module, hidden.to(block.device))
-        finally:
-            block.module.set_submodule(_FFN, dense)
-
-    def _kl(self, parent: list[Tensor], converted: list[Tensor]) -> float:
+    def _kl(self, parent: Sequence[Tensor], converted: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0
         for ours, theirs in zip(parent, converted, strict=True):
             p, q = self.model.log_probs(ours), self.model.log_probs(theirs)
@@ -178,6 +177,12 @@ class Searcher:
         return total / tokens
 
 
-def _prefix(plan: Levels, blocks: int) -> tuple[float | None, ...]:
-    """What a plan does to the blocks before the given one."""
+def _prefix(plan: Levels, blocks: int) -> Prefix:
+    """What a plan does to the blocks before the given one; that of the parent is empty."""
     return tuple(plan.get(index) for index in range(blocks))
+
+
+def _outputs(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
+    """Outputs of a block whose FFN is tried; None: of the block as it is."""
+    with stand_in(block.module, _FFN, trial):
+        return block.forward(block.module, hidden)
