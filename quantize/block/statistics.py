@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,13 +87,15 @@ def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
     return torch.histc(position.clamp_(-edge, edge), bins=_BINS, min=-edge, max=edge).long().cpu()
 
 
+@dataclass
 class Collected:
-    """Statistics of a whole run."""
+    """Statistics of a whole run. Histograms and points are those of linears of one role, bits and group size."""
 
-    def __init__(self) -> None:
-        self.blocks: list[dict[str, Any]] = []
-        self._histograms: dict[tuple[Role, int, int], Tensor] = {}
-        self._points: dict[tuple[Role, int, int], list[Tensor]] = {}
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    histograms: dict[tuple[Role, int, int], Tensor] = field(default_factory=dict)
+    """Counts [96] of `code_histogram`, summed."""
+    points: dict[tuple[Role, int, int], list[Tensor]] = field(default_factory=dict)
+    """Values of the codes [2^bits], of each linear."""
 
     def add(self, block: Block, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Take what is known about a finished block: profiles before and after its smooth stages, and histograms."""
@@ -104,27 +107,13 @@ class Collected:
         for name, counts in block.histograms.items():
             packed = block.packed[name]
             key = (block.arch.roles[name], packed.bits, packed.group_size)
-            self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
-            self._points.setdefault(key, []).append(packed.points().cpu())
-
-    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything as JSON and tensors, for `restore`."""
-        keys = list(self._histograms)
-        counts = {f"counts.{i}": self._histograms[key] for i, key in enumerate(keys)}
-        points = {f"points.{i}": torch.stack(self._points[key]) for i, key in enumerate(keys)}
-        return {"blocks": self.blocks, "keys": keys}, counts | points
-
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Undo `kept`."""
-        self.blocks = list(facts["blocks"])
-        for i, (role, bits, group_size) in enumerate(facts["keys"]):
-            self._histograms[role, bits, group_size] = tensors[f"counts.{i}"]
-            self._points[role, bits, group_size] = list(tensors[f"points.{i}"])
+            self.histograms[key] = self.histograms[key] + counts if key in self.histograms else counts
+            self.points.setdefault(key, []).append(packed.points().cpu())
 
     def as_json(self) -> dict[str, Any]:
         """Contents of pq-statistics.json."""
         histograms = {}
-        for (role, bits, group_size), counts in self._histograms.items():
+        for (role, bits, group_size), counts in self.histograms.items():
             edge = _SPAN * 2 ** (bits - 1)
             histograms[f"{role}/{bits}"] = {
                 "role": role,
@@ -132,6 +121,6 @@ class Collected:
                 "group_size": group_size,
                 "edges": [edge * (2 * i / _BINS - 1) for i in range(_BINS + 1)],
                 "counts": counts.tolist(),
-                "points": [_short(p) for p in torch.stack(self._points[role, bits, group_size]).mean(dim=0)],
+                "points": [_short(p) for p in torch.stack(self.points[role, bits, group_size]).mean(dim=0)],
             }
         return {"blocks": self.blocks, "histograms": histograms}

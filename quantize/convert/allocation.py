@@ -22,12 +22,12 @@ from quantize.errors import UsageError
 from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.methods.encode import IntEncode
 from quantize.parallel.ranks import ALONE, Ranks
+from quantize.recipe.recipe import Recipe
 from quantize.solvers.knapsack import knapsack, total
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.model.arch import Architecture
-    from quantize.recipe.recipe import Recipe
 
 SAMPLE_TOKENS = 4096
 """Calibration tokens that sensitivities are measured on: means over tokens settle long before Hessians do."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.conversion import Conversion
-from quantize.convert.opening import opened
+from quantize.convert.draft import draft
+from quantize.convert.plan import Plan
 from quantize.convert.request import Request
 from quantize.cost.footprint import BlockSizes, Effort, total
 from quantize.cost.peak import resident
@@ -70,8 +70,8 @@ class Rates:
 
 def estimate(request: Request, rates: Rates | None = None) -> Estimate:
     """What `convert` will take. rates: measured where None. Raises what `convert` raises before it loads weights."""
-    run, _, tokens = opened(request)
-    return _estimate(run, request, tokens, rates or measure_rates(request.device))
+    plan, _, tokens = draft(request)
+    return _estimate(plan, request, tokens, rates or measure_rates(request.device))
 
 
 def within(request: Request) -> Request:
@@ -82,9 +82,9 @@ def within(request: Request) -> Request:
     if request.max_ram is None and request.max_vram is None:
         return request
     with request.ranks.explained():
-        run, _, tokens = opened(request)
+        plan, _, tokens = draft(request)
         choices = _frugal(request)
-        found = [_estimate(run, choice, tokens, Rates(1, 1)) for choice in choices]
+        found = [_estimate(plan, choice, tokens, Rates(1, 1)) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
         fitting = (i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1])
         chosen = request.ranks.tell(next(fitting, None))
@@ -112,24 +112,24 @@ def _frugal(request: Request) -> list[Request]:
     return out
 
 
-def _blocks(run: Conversion, request: Request, tokens: TokenSet | None) -> list[BlockSizes]:
+def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[BlockSizes]:
     """Sizes of every kind of block that the source has."""
     B, T = (0, 1) if tokens is None else tokens.tokens.shape
     seen: dict[Any, BlockSizes] = {}
-    for index in range(run.shape.n_blocks):
-        linears = run.skeleton.linear_shapes(index)
+    for index in range(plan.shape.n_blocks):
+        linears = plan.skeleton.linear_shapes(index)
         key = tuple(linears.items())
         if key in seen:
             continue
-        arch = run.skeleton.block_arch(index)
+        arch = plan.skeleton.block_arch(index)
         seen[key] = BlockSizes(
             linears=linears,
             groups=arch.calibration_order,
             residual=frozenset(arch.residual),
             routed=frozenset(name for name in linears if arch.is_routed(name)),
-            hidden=run.shape.hidden,
-            heads=run.shape.n_heads,
-            kv_heads=run.shape.n_kv_heads,
+            hidden=plan.shape.hidden,
+            heads=plan.shape.n_heads,
+            kv_heads=plan.shape.n_kv_heads,
             window=T,
             batch=min(B * T, max(T, request.batch_tokens // T * T)),
             tokens=B * T,
@@ -138,20 +138,20 @@ def _blocks(run: Conversion, request: Request, tokens: TokenSet | None) -> list[
     return list(seen.values())
 
 
-def _estimate(run: Conversion, request: Request, tokens: TokenSet | None, rates: Rates) -> Estimate:
-    stages, kinds = request.recipe.stages, _blocks(run, request, tokens)
+def _estimate(plan: Plan, request: Request, tokens: TokenSet | None, rates: Rates) -> Estimate:
+    stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
     reference = any(stage.needs_reference for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
     item, cpu = request.dtype.itemsize, request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
-    states = streams * kinds[0].tokens * run.shape.hidden * item
-    block = max(kinds, key=lambda sizes: _working(run, sizes))
-    outside = [_bytes(run, module) for module in (run.arch.embedding, run.arch.head)]
-    output, packed = _output(run), _packed(run, block)
+    states = streams * kinds[0].tokens * plan.shape.hidden * item
+    block = max(kinds, key=lambda sizes: _working(plan, sizes))
+    outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
+    output, packed = _output(plan), _packed(plan, block)
     parts = {
         "weights of a block": _kept_weights(request, block),
         "what was encoded of it": _encoded(request, block, reference),
-        "work on one layer": _working(run, block),
+        "work on one layer": _working(plan, block),
     }
     writing = 2 * max(*outside, packed)
     computed = max(sum(parts.values()), writing if cpu else 0)
@@ -161,12 +161,12 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None, rates:
     parts |= {"hidden states": on_device} if on_device else {}
     base = resident() + _SLACK
     host = states if request.states_on == "host" or (cpu and request.states_on == "device") else 0
-    batches = streams * block.batch * run.shape.hidden * item
+    batches = streams * block.batch * plan.shape.hidden * item
     spilled = states if request.states_on == "disk" else 0
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
     state = states if request.work is not None and request.resume in ("auto", "required") else 0
-    effort = _effort(run, kinds, streams)
-    read = sum((run.source.folder / shard).stat().st_size for shard in run.source.shards)
+    effort = _effort(plan, kinds, streams)
+    read = sum((plan.source.folder / shard).stat().st_size for shard in plan.source.shards)
     per_block = effort.products / rates.products + effort.touched / rates.touched
     return Estimate(
         ram=base + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
@@ -174,7 +174,7 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None, rates:
         # Two states are there while one replaces the other; the finished shards move, the source's are not touched.
         disk=output + spilled + files + 2 * state,
         output=output,
-        seconds=per_block * run.shape.n_blocks + 2 * read / _HASHED + 3 * output / _HASHED,
+        seconds=per_block * plan.shape.n_blocks + 2 * read / _HASHED + 3 * output / _HASHED,
         seconds_per_block=per_block,
         parts={"the program": base} | parts if cpu else parts,
         batch_tokens=block.batch or request.batch_tokens,
@@ -183,10 +183,10 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None, rates:
     )
 
 
-def _working(run: Conversion, sizes: BlockSizes) -> int:
+def _working(plan: Plan, sizes: BlockSizes) -> int:
     """Bytes of the most demanding step beside weights and hidden states."""
     statistics = 3 * 4 * sizes.largest
-    return max(statistics, sizes.forward(), *(stage.room(sizes) for stage in run.request.recipe.stages))
+    return max(statistics, sizes.forward(), *(stage.room(sizes) for stage in plan.recipe.stages))
 
 
 def _kept_weights(request: Request, sizes: BlockSizes) -> int:
@@ -202,37 +202,37 @@ def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
     return (encodes + again * (1 + restructured)) * (sizes.weights - sizes.largest) if encodes or restructured else 0
 
 
-def _packed(run: Conversion, sizes: BlockSizes) -> int:
-    return int(sum(_stored(run, 0, name, shape) for name, shape in sizes.linears.items()))
+def _packed(plan: Plan, sizes: BlockSizes) -> int:
+    return int(sum(_stored(plan, 0, name, shape) for name, shape in sizes.linears.items()))
 
 
-def _stored(run: Conversion, index: int, name: str, shape: tuple[int, int]) -> float:
+def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
     """Bytes of a linear in the output."""
-    full = f"{run.arch.blocks}.{index}.{name}"
-    encoder = next((s for s in run.request.recipe.stages if isinstance(s, Encode) and s.selects(full)), None)
+    full = f"{plan.arch.blocks}.{index}.{name}"
+    encoder = next((s for s in plan.recipe.stages if isinstance(s, Encode) and s.selects(full)), None)
     bits = 16.0 if encoder is None else encoder.stored_bits(*shape)
     return shape[0] * shape[1] * bits / 8
 
 
-def _output(run: Conversion) -> int:
+def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _stored(run, index, name, shape)
-        for index in range(run.shape.n_blocks)
-        for name, shape in run.skeleton.linear_shapes(index).items()
+        _stored(plan, index, name, shape)
+        for index in range(plan.shape.n_blocks)
+        for name, shape in plan.skeleton.linear_shapes(index).items()
     )
-    return int(blocks) + sum(_bytes(run, module) for module in (run.arch.embedding, run.arch.head))
+    return int(blocks) + sum(_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head))
 
 
-def _bytes(run: Conversion, module: str) -> int:
+def _bytes(plan: Plan, module: str) -> int:
     """Bytes of a matrix outside the blocks, in 16 bits."""
-    shape = run.source.shapes.get(f"{module}.weight", (0,))
+    shape = plan.source.shapes.get(f"{module}.weight", (0,))
     return 2 * int(torch.Size(shape).numel())
 
 
-def _effort(run: Conversion, kinds: list[BlockSizes], streams: int) -> Effort:
+def _effort(plan: Plan, kinds: list[BlockSizes], streams: int) -> Effort:
     """What the mean block computes."""
-    stages = run.request.recipe.stages
+    stages = plan.recipe.stages
     each = []
     for sizes in kinds:
         profiled = Effort(0, 60.0 * sizes.weights) * (1 + any(stage.kind == "smooth" for stage in stages))

@@ -16,8 +16,9 @@ import quantize
 from quantize.block.statistics import STATISTICS
 from quantize.block.walk import Streams
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.allocation import Space
 from quantize.convert.conversion import Conversion
+from quantize.convert.decide import decide
+from quantize.convert.draft import draft
 from quantize.convert.joint import (
     NoWriter,
     processor,
@@ -25,12 +26,13 @@ from quantize.convert.joint import (
     require_same_block,
     shared_state,
 )
-from quantize.convert.opening import check_linears, opened
+from quantize.convert.output import output_config
 from quantize.convert.pace import Pace
-from quantize.convert.request import Progress, Request, Summary
-from quantize.convert.snapshot import restored, snapshot
+from quantize.convert.plan import Plan
+from quantize.convert.request import Progress, Request
+from quantize.convert.snapshot import pack_run, state_layout, unpack_run
+from quantize.convert.summary import Summary, results_of, summary_of
 from quantize.errors import StoppedError
-from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.writer import CheckpointWriter, require_apart, require_free
@@ -59,23 +61,24 @@ def convert(
         require_free(request.output)
         require_apart(request.model, request.output, request.work)
     with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
-        run, space, tokens = opened(request)
-        blocks = run.shape.n_blocks
+        plan, space, tokens = draft(request)
+        blocks = plan.shape.n_blocks
         progress("hashing source", 0, blocks)
-        require_equal(ranks, _surroundings(request, run.source, tokens))
-        hashes = run.source.hashes() if ranks.first else {}
-        keeper = _Keeper(state, request, _fingerprint(request, hashes, tokens), blocks, stop)
+        require_equal(ranks, _surroundings(plan, tokens))
+        hashes = plan.source.hashes() if ranks.first else {}
+        keeper = _Keeper(state, request, _fingerprint(plan, hashes, tokens), blocks, stop)
         kept = shared_state(ranks, state.take_up(keeper.fingerprint))
         if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
             progress("checking source", 0, blocks)
-            run.source.require_finite()
+            plan.source.require_finite()
         streams: Streams[str] | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
-            run, streams = restored(run, kept.facts, kept.tensors)
-        elif run.needs_plan or space:
-            run = _settled(run, space, tokens, progress)
-            keeper.keep(run, 0, None, {})
+            run, streams = unpack_run(plan, kept.facts, kept.tensors)
+        else:
+            run = Conversion(decide(plan, space, tokens, progress))
+            if plan.needs_decisions or space:
+                keeper.keep(run, 0, None, {})
         if not done:
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
@@ -84,9 +87,9 @@ def convert(
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
-                _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
+                _finish(run, streams, writer, _provenance(run.plan, hashes, tokens))
         state.clear()
-    return run.summary(time.monotonic() - started, pace.per_block, writer.total_size)
+    return summary_of(run.plan, run.state, time.monotonic() - started, pace.per_block, writer.total_size)
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,10 @@ class _Keeper:
         if self.request.work is None or self.request.resume in (None, "never"):
             return
         if self.state.keeps:
-            self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
+            self.state.commit(self.fingerprint, done, *pack_run(run, streams), written)
         if self.request.ranks.any(self.stop()):
             what = f"block {done} of {self.blocks}" if done else "planning"
             raise StoppedError(f"stopped after {what}; the same command goes on from there")
-
-
-def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Conversion:
-    """A conversion in which nothing hangs on the whole model any more."""
-    if tokens and run.needs_plan:
-        run = run.planned(tokens, progress)
-        check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
-    return run.within(space, tokens, progress) if space and tokens else run
 
 
 def _write_blocks(
@@ -127,12 +122,13 @@ def _write_blocks(
     progress: Progress,
 ) -> None:
     """Convert and write all blocks that are not done."""
-    if not pace.done and run.request.ranks.first:
-        writer.add_shard(run.tensors_outside(run.arch.embedding))
+    plan = run.plan
+    if not pace.done and plan.request.ranks.first:
+        writer.add_shard(run.tensors_outside(plan.arch.embedding))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
-        require_same_block(run.request.ranks, index, tensors)
+        require_same_block(plan.request.ranks, index, tensors)
         writer.add_shard(tensors)
         if streams and index + 1 == keeper.blocks:
             streams.clear()
@@ -144,13 +140,15 @@ def _finish(
     run: Conversion, streams: Streams[str] | None, writer: CheckpointWriter, provenance: dict[str, Any]
 ) -> None:
     """Write what stands behind the blocks and let the output appear."""
-    writer.add_shard(run.tensors_outside(run.arch.final_norm, run.arch.head))
-    for path in run.source.side_files():
+    plan, state = run.plan, run.state
+    writer.add_shard(run.tensors_outside(plan.arch.final_norm, plan.arch.head))
+    for path in plan.source.side_files():
         writer.copy(path)
     writer.write_index()
-    writer.write_json("config.json", run.config())
-    writer.write_json(STATISTICS, run.statistics.as_json())
-    facts = provenance | run.results(streams) | {"files": writer.hashes}
+    writer.write_json("config.json", output_config(plan, state))
+    writer.write_json(STATISTICS, state.statistics.as_json())
+    results = results_of(plan, state, streams.dropped if streams else 0)
+    facts = provenance | results | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()
 
@@ -161,27 +159,30 @@ def _writer(
     return CheckpointWriter(request.output, shards, kept, written) if request.ranks.first else NoWriter()
 
 
-def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+def _surroundings(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:
     """What must be alike for all ranks to compute the same, by name."""
+    source = plan.source
     sizes = {name: (source.folder / name).stat().st_size for name in ("config.json", *source.shards)}
-    numerics = {"processor": processor(request.device), "threads": torch.get_num_threads()}
-    return numerics | {"sizes of the source": sizes} | _fingerprint(request, {}, tokens)
+    numerics = {"processor": processor(plan.request.device), "threads": torch.get_num_threads()}
+    return numerics | {"sizes of the source": sizes} | _fingerprint(plan, {}, tokens)
 
 
-def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
-    """All that decides what is written, by name; a state of another fingerprint is not gone on from."""
-    facts = _provenance(request, hashes, tokens)
+def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    """All that decides what is written, and how it is kept, by name: a state of another one is not gone on from."""
+    request, facts = plan.request, _provenance(plan, hashes, tokens)
     told = {"recipe": request.recipe.model_dump(mode="json"), "target_bpw": request.target_bpw}
-    return told | {key: facts[key] for key in facts if key != "recipe"} | {"batch_tokens": request.batch_tokens}
+    told |= {key: facts[key] for key in facts if key != "recipe"}
+    return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
-def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    request, recipe = plan.request, plan.recipe
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
-        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(request.recipe)},
+        "recipe": {"name": recipe.name, "resolved": resolved_yaml(recipe)},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }
