@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.formats.scheme import Packed
+from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.histogram import BINS, SPAN
 from quantize.model.arch import Role
-
-if TYPE_CHECKING:
-    from quantize.block.block import Block
 
 STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
 
 _TOKENS = 8192  # calibration tokens that the input profiles are taken from
 _TOP = 8
-_BINS, _SPAN = 96, 1.25  # bins of a histogram over ±1.25 times the most negative code
 
 
 def profile(block: Block) -> dict[str, dict[str, Any]]:
@@ -50,7 +48,7 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
     names = [group[0] for group in block.arch.calibration_order]
     maxima: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
-    for inputs in block.inputs_of(names):
+    for inputs in inputs_of(block, names):
         for name, x in zip(names, inputs, strict=True):
             # A routed expert may see no token.
             largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
@@ -72,19 +70,6 @@ def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "top": [[channel, _short(value)] for channel, value in top],
     }
-
-
-def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
-    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is counted at the ends.
-
-    weight: [N, K] as it was before rounding.
-    """
-    edge = _SPAN * 2 ** (packed.bits - 1)
-    step = packed.unit()
-    # A group whose step is zero holds zeros.
-    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[:, : weight.shape[1]]
-    position = weight.float() / step
-    return torch.histc(position.clamp_(-edge, edge), bins=_BINS, min=-edge, max=edge).long().cpu()
 
 
 @dataclass
@@ -114,12 +99,12 @@ class Collected:
         """Contents of pq-statistics.json."""
         histograms = {}
         for (role, bits, group_size), counts in self.histograms.items():
-            edge = _SPAN * 2 ** (bits - 1)
+            edge = SPAN * 2 ** (bits - 1)
             histograms[f"{role}/{bits}"] = {
                 "role": role,
                 "bits": bits,
                 "group_size": group_size,
-                "edges": [edge * (2 * i / _BINS - 1) for i in range(_BINS + 1)],
+                "edges": [edge * (2 * i / BINS - 1) for i in range(BINS + 1)],
                 "counts": counts.tolist(),
                 "points": [_short(p) for p in torch.stack(self.points[role, bits, group_size]).mean(dim=0)],
             }

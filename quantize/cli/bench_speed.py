@@ -15,7 +15,8 @@ from quantize.cli.common import pick_device
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.bench.speed.record import Record, Row
+    from quantize.bench.speed.record import Record
+    from quantize.bench.speed.rows import Row
     from quantize.bench.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]

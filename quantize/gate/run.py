@@ -21,9 +21,8 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
 from quantize.gate.file import Entry, GateFile, close, load_gate
-from quantize.gate.update import update_baselines
 
-__all__ = ["GateResult", "Verdict", "run_gate", "update_baselines"]
+__all__ = ["GateResult", "Verdict", "run_gate"]
 
 Progress = Callable[[str, int, int], None]
 Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]

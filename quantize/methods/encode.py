@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from quantize.block.exchange import share_out
 from quantize.block.moments import Moments, too_few
+from quantize.block.teacher import freeze_reference
 from quantize.cost.footprint import BlockSizes, Effort, total
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
@@ -55,7 +56,7 @@ class Encode(Stage):
     def apply(self, block: Block) -> None:
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_reference:
-            block.freeze_reference()
+            freeze_reference(block)
         for groups in self._waves(block):
             share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
             give_back()

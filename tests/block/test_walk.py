@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import quantize
 from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
 from quantize.block.standin import stand_in
 from quantize.block.teacher import teacher_of
 from quantize.block.walk import Pass, Streams, walk
@@ -179,11 +181,11 @@ def test_tokens_that_overflow_are_left_out_of_the_moments(make_block: BlockMaker
 
     norm.register_forward_hook(overflow)
     tokens = sum(h.shape[0] * h.shape[1] for h in clean.inputs)
-    hessian = spoiled.moments(name, False).hessian
+    hessian = moments_of(spoiled, name, False).hessian
     assert torch.isfinite(hessian).all()
     assert spoiled.report[name]["dropped_tokens"] == sum(h.shape[0] for h in clean.inputs)
     kept = torch.cat(
-        [x.view(h.shape)[:, 1:].flatten(0, 1) for (x,), h in zip(clean.inputs_of((name,)), clean.inputs, strict=True)]
+        [x.view(h.shape)[:, 1:].flatten(0, 1) for (x,), h in zip(inputs_of(clean, (name,)), clean.inputs, strict=True)]
     )
     assert len(kept) < tokens
     torch.testing.assert_close(hessian, kept.T @ kept / len(kept), rtol=1e-4, atol=1e-6)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import quantize.methods.awq as awq_module
 from quantize.block.block import Block, Moments
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
 from quantize.block.smoothing import balanced, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
@@ -76,9 +78,9 @@ def squared_output_error(x: Tensor, quantized: Tensor, weight: Tensor) -> float:
     return float((x @ (quantized - weight).T).square().sum() / (x @ weight.T).square().sum())
 
 
-def inputs_of(block: Block, name: str) -> Tensor:
+def entering(block: Block, name: str) -> Tensor:
     with torch.no_grad():
-        return torch.cat([x for (x,) in block.inputs_of((name,))])
+        return torch.cat([x for (x,) in inputs_of(block, (name,))])
 
 
 # Rounding to nearest
@@ -109,7 +111,7 @@ def test_rtn_clipping_never_costs_weight_error(make_block: BlockMaker, bits: int
 @pytest.mark.parametrize("name", LINEARS)
 def test_gptq_has_less_output_error_than_rounding(make_block: BlockMaker, order: str, clip: str, name: str):
     plain = correlate(make_block("llama"))
-    x, weight = inputs_of(plain, name), plain.linear(name).weight
+    x, weight = entering(plain, name), plain.linear(name).weight
     rounded = run(Rtn(clip=clip, layers=(f"*.{name}",)), make_block("llama")).packed[name]
     block = run(Gptq(order=order, clip=clip, layers=(f"*.{name}",)), correlate(make_block("llama")))
     error = squared_output_error(x, block.packed[name].unpack(), weight)
@@ -167,7 +169,7 @@ def test_an_unusable_hessian_falls_back_to_rounding(
 
 def sinks_error(block: Block, edge: Edge, bits: int) -> float:
     """Relative output error of an edge's sinks rounded as they are, from the activations themselves."""
-    x = inputs_of(block, edge.sinks[0])
+    x = entering(block, edge.sinks[0])
     weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
     return sum(squared_output_error(x, nearest(weight, bits), weight) for weight in weights)
 
@@ -214,7 +216,7 @@ def candidates_of(stage: Awq, block: Block, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_awq_tries_every_pair_of_exponents(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block = correlate(make_block("qwen3"))
-    x = inputs_of(block, "self_attn.q_proj").abs().mean(dim=0)
+    x = entering(block, "self_attn.q_proj").abs().mean(dim=0)
     w = torch.cat([block.linear(f"self_attn.{sink}_proj").weight for sink in "qkv"]).abs().mean(dim=0)
     tried = candidates_of(Awq(grid=4, weight_exponents=(0.0, 0.5, 1.0)), block, monkeypatch)["attn_norm"]
     pairs = [(a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.5, 1.0)]
@@ -255,7 +257,7 @@ def test_a_search_that_finds_nothing_leaves_the_edge_alone(make_block: BlockMake
     block = correlate(make_block("llama"))
     edge = block.arch.edge("attn_norm")
     poor = torch.exp(2 * torch.randn(128, generator=torch.Generator().manual_seed(0)))
-    moments = block.moments(edge.sinks[0], fp8_activations=False)
+    moments = moments_of(block, edge.sinks[0], fp8_activations=False)
     assert search(block, edge, [poor], moments.hessian, Grid(4, 128)) == (None, 1.0)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantize.block.capture import inputs_of
 from quantize.block.standin import stand_in
 from quantize.block.walk import Route, Streams, walk
 from quantize.errors import ModelError
@@ -155,7 +156,7 @@ class Searcher:
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
     ) -> dict[float | None, Trial | None]:
-        x = torch.cat([inputs for (inputs,) in block.inputs_of([_FFN])])
+        x = torch.cat([inputs for (inputs,) in inputs_of(block, [_FFN])])
         x = x[x.isfinite().all(dim=1)]
         ffn = dense_ffn(block)
         start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
