@@ -36,6 +36,7 @@ from quantize.errors import StoppedError
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.writer import CheckpointWriter, require_apart, require_free
+from quantize.methods.plugins import method_versions
 from quantize.recipe.recipe import resolved_yaml
 
 __all__ = ["Request", "Summary", "convert"]
@@ -177,7 +178,7 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
 
 def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
     request, recipe = plan.request, plan.recipe
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED} | method_versions(recipe.stages)
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},

@@ -12,7 +12,6 @@ from torch import Tensor
 from quantize.block.standin import stand_in
 from quantize.errors import ModelError
 from quantize.formats.packed_int import IntScheme
-from quantize.model.hadamard import keep_rotation
 from quantize.model.linear import PackedLinear
 from quantize.solvers.grid import Grid
 
@@ -42,8 +41,7 @@ def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme
     """Mean error with one linear rounded. outputs: those of the block as it is."""
     linear = block.linear(name)
     trial = rounded(linear, scheme)
-    keep_rotation(linear, trial)
-    with stand_in(block.module, name, trial):
+    with stand_in(block.module, {name: trial}):
         pairs = zip(block.inputs, outputs, strict=True)
         errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
     if not len(errors):

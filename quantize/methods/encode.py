@@ -53,6 +53,11 @@ class Encode(Stage):
                     f"(names look like {next(iter(linears))})"
                 )
 
+    def selected(self, block: Block) -> list[str]:
+        """Linears of the block that the stage encodes, in the order in which the block computes them."""
+        names = [name for group in block.arch.calibration_order for name in group]
+        return [name for name in names if self.selects(block.full_name(name))]
+
     def apply(self, block: Block) -> None:
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_reference:
@@ -121,9 +126,12 @@ class Encode(Stage):
         """What must be known about the input of `name`; None where that is nothing. All ranks measure together."""
         return None
 
-    @abstractmethod
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
-        """Encode linears that share one input: some of them, where other ranks encode the others."""
+        """Encode linears that share one input: some of them, where other ranks encode the others.
+
+        A stage that encodes the linears of a block together has an `apply` of its own instead.
+        """
+        raise NotImplementedError
 
 
 class IntEncode(Encode):

@@ -24,6 +24,7 @@ from quantize.files.resources import data_dir
 from quantize.files.strict_yaml import Document, Problem, show_key, show_value
 from quantize.methods import STAGES, Stage
 from quantize.methods.base import Kind
+from quantize.methods.plugins import installed_methods, load_method
 
 if TYPE_CHECKING:
     AnyStage = Stage
@@ -31,6 +32,7 @@ else:
     AnyStage = Annotated[Union[STAGES], Field(discriminator="method")]  # noqa: UP007
 
 METHODS: dict[str, type[Stage]] = {cls.model_fields["method"].default: cls for cls in STAGES}
+"""Methods that recipes may name: the shipped ones, and what was loaded of those that other distributions bring."""
 LAW = "restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -163,6 +165,7 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
         what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
         empty = doc.problem((), f"{what}; begin with 'description: ...' and 'stages:'")
         raise strict_yaml.error_of(source_name, doc.problems or [empty])
+    _load_named(doc)
     problems = [*doc.problems, *_law_problems(doc)]
     if "name" in doc.data:
         problems.append(doc.problem(("name",), "unknown field 'name'; a recipe is named by its file, remove the line"))
@@ -193,13 +196,54 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a recipe file, for editors."""
+    for name in installed_methods():
+        _learn(name)
     schema = Recipe.model_json_schema()
     del schema["properties"]["name"]
     schema["required"].remove("name")
-    for cls in STAGES:
+    for cls in METHODS.values():
         stage = schema["$defs"][cls.__name__]
         stage["required"] = ["method", *stage.get("required", [])]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pq recipe"}
+
+
+def _learn(name: str) -> None:
+    """Let recipes name an installed method from now on, if there is one. RecipeError where it cannot be used."""
+    shipped = {cls.model_fields["method"].default for cls in STAGES}
+    if name in METHODS and name not in shipped:
+        return
+    cls = load_method(name, shipped)
+    if cls is None:
+        return
+    if namesake := next((method for method, other in METHODS.items() if other.__name__ == cls.__name__), None):
+        raise RecipeError(f"method '{name}': its class is called {cls.__name__} as that of '{namesake}'; rename one")
+    METHODS[name] = cls
+    allow_methods()
+
+
+def allow_methods() -> None:
+    """Let the type of a recipe take what METHODS has now."""
+    union: Any = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+    Recipe.model_fields["stages"].annotation = tuple[union, ...]
+    Recipe.model_rebuild(force=True)
+
+
+def _load_named(doc: Document) -> None:
+    """Load the methods that a recipe names and pq does not have; RecipeError where one cannot be used."""
+    stages = doc.data.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        name = stage.get("method") if isinstance(stage, dict) else None
+        if isinstance(name, str) and name not in METHODS:
+            try:
+                _learn(name)
+            except RecipeError as err:
+                problem = doc.problem(("stages", index, "method"), str(err))
+                raise strict_yaml.error_of(doc.source, [problem]) from None
+
+
+def _method_names() -> list[str]:
+    """Names of all methods, those not loaded included."""
+    return list(dict.fromkeys([*METHODS, *installed_methods()]))
 
 
 def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int | None, str]]:
@@ -247,9 +291,10 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     cls, name = _owner(path, doc), str(path[-1]) if path else ""
     if kind == "union_tag_invalid":
         path, value = (*path, "method"), value["method"]
-        text = f"unknown method {show_value(value)}; {_close(value, METHODS)}the methods are {', '.join(METHODS)}"
+        names = _method_names()
+        text = f"unknown method {show_value(value)}; {_close(value, names)}the methods are {', '.join(names)}"
     elif kind == "union_tag_not_found":
-        text = f"required field 'method' is missing; add 'method: ...', the methods are {', '.join(METHODS)}"
+        text = f"required field 'method' is missing; add 'method: ...', the methods are {', '.join(_method_names())}"
     elif kind == "missing":
         text = f"required field is missing; add '{name}: ...', {_expected(cls, name) or 'see `pq recipe schema`'}"
     elif kind == "extra_forbidden":

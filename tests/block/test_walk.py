@@ -160,13 +160,30 @@ def test_only_a_pass_sends_hidden_states_through_a_layer():
 def test_a_stand_in_leaves_when_it_fails(make_block: BlockMaker):
     block = make_block("llama")
     own, plain = block.module.get_submodule("mlp"), block.forward(block.module, block.inputs[0])
-    with stand_in(block.module, "mlp", nn.Identity()):
+    with stand_in(block.module, {"mlp": nn.Identity(), "self_attn.q_proj": nn.Identity()}):
+        assert isinstance(block.module.get_submodule("self_attn.q_proj"), nn.Identity)
+    with stand_in(block.module, {"mlp": nn.Identity()}):
         assert not torch.equal(block.forward(block.module, block.inputs[0]), plain)
-    with pytest.raises(ZeroDivisionError), stand_in(block.module, "mlp", nn.Identity()):
+    with pytest.raises(ZeroDivisionError), stand_in(block.module, {"mlp": nn.Identity()}):
         raise ZeroDivisionError
-    with stand_in(block.module, "mlp", None):
+    with pytest.raises(AttributeError), stand_in(block.module, {"mlp": nn.Identity(), "absent": nn.Identity()}):
+        pass
+    with stand_in(block.module, {}):
         assert torch.equal(block.forward(block.module, block.inputs[0]), plain)
     assert block.module.get_submodule("mlp") is own
+
+
+def test_a_stand_in_sees_what_the_linear_sees(make_block: BlockMaker):
+    block = make_block("llama")
+    block.rotate_inputs("mlp.down_proj")
+    own = block.linear("mlp.down_proj")
+    with torch.no_grad():
+        plain = block.forward(block.module, block.inputs[0])
+        trial = nn.Linear(own.in_features, own.out_features, bias=False)
+        trial.weight.copy_(own.weight)
+        for _ in range(2):  # and does not rotate twice where it stands in again
+            with stand_in(block.module, {"mlp.down_proj": trial}):
+                assert torch.equal(block.forward(block.module, block.inputs[0]), plain)
 
 
 def test_tokens_that_overflow_are_left_out_of_the_moments(make_block: BlockMaker) -> None:

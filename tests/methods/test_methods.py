@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import quantize.methods.awq as awq_module
-from quantize.block.block import Block, Moments
+from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
+from quantize.block.moments import Moments
 from quantize.block.smoothing import balanced, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
@@ -53,15 +54,14 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def with_hessian(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
-    """Let the block's statistics report a changed Hessian."""
-    measure = block.moments
+def change_hessians(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Let stages measure a changed Hessian."""
 
-    def moments(*args: Any, **kwargs: Any) -> Moments:
-        return replace(found := measure(*args, **kwargs), hessian=change(found.hessian))
+    def changed(*args: Any, **kwargs: Any) -> Moments:
+        return replace(found := moments_of(*args, **kwargs), hessian=change(found.hessian))
 
-    block.moments = moments  # type: ignore[method-assign]
-    return block
+    for module in ("gptq", "fireq.stage"):
+        patch.setattr(f"quantize.methods.{module}.moments_of", changed)
 
 
 def nearest(weight: Tensor, bits: int) -> Tensor:
@@ -135,14 +135,15 @@ def test_dead_inputs_are_survived_and_noted(make_block: BlockMaker, stage: Stage
 
 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(damping=0.01)], ids=str)
-def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, stage: Stage):
+def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage):
     def shifted(H: Tensor) -> Tensor:
         # Smallest eigenvalue −0.05 of the mean: 0.01 is too little damping, 0.1 is enough.
         values, vectors = torch.linalg.eigh(H.double())
         values[0] = -0.05 * H.diagonal().mean()
         return ((vectors * values) @ vectors.T).float()
 
-    block = run(stage, with_hessian(correlate(make_block("llama", reference=True)), shifted))
+    change_hessians(monkeypatch, shifted)
+    block = run(stage, correlate(make_block("llama", reference=True)))
     for name in LINEARS:
         assert block.report[name]["damping"] == pytest.approx(0.1), name
         assert block.report[name]["weight_error"] < 0.1
@@ -151,9 +152,10 @@ def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, stage: 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(), Fireq(activations="none")], ids=str)
 @pytest.mark.parametrize("spoil", [torch.neg, lambda H: H * torch.nan, lambda H: H.fill_diagonal_(torch.inf)])
 def test_an_unusable_hessian_falls_back_to_rounding(
-    make_block: BlockMaker, stage: Stage, spoil: Callable[[Tensor], Tensor]
+    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage, spoil: Callable[[Tensor], Tensor]
 ):
-    block = run(stage, with_hessian(correlate(make_block("llama", reference=True)), spoil))
+    change_hessians(monkeypatch, spoil)
+    block = run(stage, correlate(make_block("llama", reference=True)))
     for name in LINEARS:
         facts = block.report[name]
         assert "rounded to nearest" in facts["fallback"], name

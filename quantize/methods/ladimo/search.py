@@ -185,5 +185,5 @@ def _prefix(plan: Levels, blocks: int) -> Prefix:
 
 def _outputs(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
     """Outputs of a block whose FFN is tried; None: of the block as it is."""
-    with stand_in(block.module, _FFN, trial):
+    with stand_in(block.module, {_FFN: trial} if trial else {}):
         return block.forward(block.module, hidden)
