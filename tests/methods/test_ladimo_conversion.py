@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import quantize.convert.source as source_module
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, UsageError
 from quantize.evaluate import evaluate
@@ -95,6 +96,36 @@ def test_layers_are_searched_and_the_plan_is_kept(tiny: ModelMaker, text_file: P
     assert isinstance(resolved, Ladimo)
     assert resolved.mean_experts is not None
     assert resolved.experts == plan["experts"]
+
+
+def test_a_window_that_overflows_leaves_the_search(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = source_module.sample
+
+    def search(name: str, change: Callable[[list[Tensor]], None]) -> dict[str, Any]:
+        def sample(*arguments: Any) -> list[Tensor]:
+            hidden = real(*arguments)
+            change(hidden)
+            return hidden
+
+        monkeypatch.setattr(source_module, "sample", sample)
+        stage = "{method: ladimo, teaching: none, activated_reduction: 0.1}"
+        run(tiny("llama"), stage, tmp_path / name, text_file, "pq")
+        found: dict[str, Any] = json.loads((tmp_path / name / "pq.json").read_text())["layers"]["ladimo"]
+        return found
+
+    def spoil(hidden: list[Tensor]) -> None:
+        hidden[0][1, 3, 5] = torch.inf
+
+    def leave_out(hidden: list[Tensor]) -> None:
+        hidden[0] = hidden[0][[0, *range(2, len(hidden[0]))]]
+
+    spoiled, without = search("spoiled", spoil), search("without", leave_out)
+    for key in ("kl_alone", "mean_experts"):
+        assert spoiled[key] == pytest.approx(without[key], rel=1e-4), key
+    assert spoiled["kl_untrained"] == pytest.approx(without["kl_untrained"], rel=1e-4)
+    assert 0 < spoiled["kl_untrained"] < 1
 
 
 def test_experts_are_quantized_by_the_stages_behind(tiny: ModelMaker, text_file: Path, tmp_path: Path):

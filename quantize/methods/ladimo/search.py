@@ -158,6 +158,8 @@ class Searcher:
     ) -> dict[float | None, Trial | None]:
         x = torch.cat([inputs for (inputs,) in inputs_of(block, [_FFN])])
         x = x[x.isfinite().all(dim=1)]
+        if not len(x):
+            raise ModelError(f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32")
         ffn = dense_ffn(block)
         start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
         trials: dict[float | None, Trial | None] = {None: None}
