@@ -25,12 +25,17 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
 
 
 def inputs_of(
-    block: Block, names: Sequence[str], module: nn.Module | None = None, stream: Iterable[Tensor] | None = None
+    block: Block,
+    names: Sequence[str],
+    module: nn.Module | None = None,
+    stream: Iterable[Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
 
-    Names in the order in which the block runs them; a pass stops as soon as the last one's input is known.
-    module: a copy of the layer that runs instead; stream: hidden states [B, T, D] instead of the block's inputs.
+    Names in the order in which the block runs them; a pass stops as soon as the last one's input is
+    known.
+    module: a copy of the layer that runs instead; stream: hidden states [B, T, D] instead of the
+    block's inputs.
     """
     module = module or block.module
     seen: dict[str, Tensor] = {}
@@ -48,14 +53,16 @@ def inputs_of(
         for hidden in block.inputs if stream is None else stream:
             with suppress(_Stop):
                 block.forward(module, hidden.to(block.device))
-            yield tuple(seen[name].flatten(0, -2).float() for name in names)
+            # Given away: whoever looks at one batch must not hold it while the next is computed.
+            yield tuple(seen.pop(name).flatten(0, -2).float() for name in names)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def attention_inputs(block: Block, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
-    """Yield (queries, keys, values, mask, scaling) as they reach attention, batch by batch until `tokens` are seen.
+    """Yield (queries, keys, values, mask, scaling) as they reach attention, batch by batch until
+    `tokens` are seen.
 
     Queries [B, H, T, d], keys and values [B, Hkv, T, d], after RoPE.
     """

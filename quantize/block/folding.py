@@ -1,4 +1,5 @@
-"""Moving a diagonal scale from the outputs of one module into the inputs of those that read them."""
+"""Moving a diagonal scale from the outputs of one module into the inputs of those that read
+them."""
 
 from __future__ import annotations
 
@@ -11,12 +12,18 @@ from quantize.model.arch import Edge
 
 
 def fold_edge(
-    module: nn.Module, edge: Edge, scale: Tensor, stored: torch.dtype, sink_columns: Callable[[Edge, Tensor], Tensor]
+    module: nn.Module,
+    edge: Edge,
+    scale: Tensor,
+    stored: torch.dtype,
+    sink_columns: Callable[[Edge, Tensor], Tensor],
 ) -> None:
-    """Move λ [channels of the source] over `edge` of a decoder layer: source output ÷ λ, sink columns × λ.
+    """Move λ [channels of the source] over `edge` of a decoder layer: source output ÷ λ, sink
+    columns × λ.
 
-    stored: dtype of a norm in the checkpoint. The norm keeps to it; sinks see exactly the ratio that the rounded norm
-    really changed by, so the function is preserved even where that is bfloat16.
+    stored: dtype of a norm in the checkpoint. The norm keeps to it; sinks see exactly the ratio
+    that the rounded norm really changed by, so the function is preserved even where that is
+    bfloat16.
     """
     source = module.get_submodule(edge.source)
     weight = source.get_parameter("weight")

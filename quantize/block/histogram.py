@@ -9,11 +9,13 @@ from quantize.formats.scheme import Packed
 
 BINS = 96
 SPAN = 1.25
-"""A histogram covers ± this times the most negative code: beyond it stand the few weights that a group clips."""
+"""A histogram covers ± this times the most negative code: beyond it stand the few weights that a
+group clips."""
 
 
 def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
-    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is counted at the ends.
+    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is
+    counted at the ends.
 
     weight: [N, K] as it was before rounding.
     """

@@ -15,11 +15,14 @@ from quantize.errors import ModelError
 
 
 def moments_of(block: Block, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
-    """Second moments of the inputs of `name`; FP8-rounded where the layer will round its activations.
+    """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
+    activations.
 
-    with_reference: also the moments against the parent (`freeze_reference` must have been called), but for the FFN of a
-    block with experts: the parent's tokens may go to others, or through a dense FFN.
-    A routed expert that no token visits has moments of zero; ModelError for any other linear without tokens.
+    with_reference: also the moments against the parent (`freeze_reference` must have been called),
+    but for the FFN of a block with experts: the parent's tokens may go to others, or through a
+    dense FFN.
+    A routed expert that no token visits has moments of zero; ModelError for any other linear
+    without tokens.
     """
     found = _moments(block, name, fp8_activations, with_reference)
     if block.parking:
@@ -40,14 +43,17 @@ def _moments(block: Block, name: str, fp8_activations: bool, with_reference: boo
 
 def _mean(block: Block, name: str, sums: Sums) -> Moments:
     if sums.dropped:
-        block.note(name, dropped_tokens=sums.dropped + block.report.get(name, {}).get("dropped_tokens", 0))
+        before = block.report.get(name, {}).get("dropped_tokens", 0)
+        block.note(name, dropped_tokens=before + sums.dropped)
     if not sums.totals or (not sums.tokens and not block.arch.is_routed(name)):
-        raise ModelError(f"{block.full_name(name)}: no finite calibration inputs; try --dtype float32")
+        full = block.full_name(name)
+        raise ModelError(f"{full}: no finite calibration inputs; try --dtype float32")
     return sums.mean()
 
 
 def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Sums:
-    """Run all batches up to the linear `name`; with_reference: the parent's too, through `block.reference`."""
+    """Run all batches up to the linear `name`; with_reference: the parent's too, through
+    `block.reference`."""
     residual = block.arch.residual.get(name) if with_reference else None
     names = (name,) if residual is None else (residual, name)
     sums = Sums(fp8_activations, block.ranks)
@@ -55,7 +61,8 @@ def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool
     if with_reference:
         stream = block.inputs if block.reference_inputs is None else block.reference_inputs
         parent = inputs_of(block, names, block.reference, _own(block, stream))
-    rounds, own = block.ranks.rounds(len(block.inputs)), inputs_of(block, names, stream=_own(block, block.inputs))
+    rounds = block.ranks.rounds(len(block.inputs))
+    own = inputs_of(block, names, stream=_own(block, block.inputs))
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
         sums.add(ours, theirs, present)
     _complete(block, (sums,))
@@ -63,17 +70,21 @@ def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool
 
 
 def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:
-    """Sums of the linear `name` of an expert and, from the same pass, that of as many experts behind it as fit.
+    """Sums of the linear `name` of an expert and, from the same pass, that of as many experts
+    behind it as fit.
 
-    A real model has dozens of experts, and none changes what another one sees. Encoded linears are left out.
+    A real model has dozens of experts, and none changes what another one sees. Encoded linears are
+    left out.
     """
     inside = name.rpartition(".")[2]
     experts = [n for n in block.arch.roles if block.arch.is_routed(n) and n.endswith(f".{inside}")]
     behind = [n for n in experts[experts.index(name) :] if n == name or n not in block.packed]
     inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
-    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[: max(1, ROUTED_BYTES // (4 * inputs**2))]}
+    fitting = max(1, ROUTED_BYTES // (4 * inputs**2))
+    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[:fitting]}
     rounds = block.ranks.rounds(len(block.inputs))
-    for (_, present), seen in zip(rounds, inputs_of(block, tuple(sums), stream=_own(block, block.inputs)), strict=True):
+    entering = inputs_of(block, tuple(sums), stream=_own(block, block.inputs))
+    for (_, present), seen in zip(rounds, entering, strict=True):
         for total, x in zip(sums.values(), seen, strict=True):
             total.add((x,), present=present)
     _complete(block, sums.values())

@@ -16,9 +16,10 @@ from quantize.parallel.ranks import ALONE, Ranks
 class Moments:
     """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32.
 
-    The mean E is over the tokens that reach the linear; each of those routed to an expert counts the same. Weighting
-    them by the square of their routing weights, as the block's output sees an expert's error, leaves fewer effective
-    tokens, and on tokens not seen it made the output of randomly weighted experts worse (1 to 28 %), never better.
+    The mean E is over the tokens that reach the linear; each of those routed to an expert counts
+    the same. Weighting them by the square of their routing weights, as the block's output sees an
+    expert's error, leaves fewer effective tokens, and on tokens not seen it made the output of
+    randomly weighted experts worse (1 to 28 %), never better.
     """
 
     hessian: Tensor
@@ -41,7 +42,8 @@ class Moments:
 class Sums:
     """Running totals of a pass over the calibration inputs of one linear with K inputs.
 
-    Several ranks run different batches and add them in rounds; `complete` then gives all of them the totals.
+    Several ranks run different batches and add them in rounds; `complete` then gives all of them
+    the totals.
     """
 
     fp8_activations: bool
@@ -53,9 +55,11 @@ class Sums:
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
 
     def add(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None, present: int = 1) -> None:
-        """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N] where it is wanted.
+        """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N]
+        where it is wanted.
 
-        theirs: the same of the parent; present: how many ranks add tokens in this round, the first ones.
+        theirs: the same of the parent; present: how many ranks add tokens in this round, the first
+        ones.
         """
         counts = self.ranks.rank < present
         # A token that overflowed would spoil the whole matrix.
@@ -83,14 +87,16 @@ class Sums:
         self.tokens, self.dropped = tokens, dropped
 
     def mean(self) -> Moments:
-        """The moments of all tokens added; takes the totals, of which a large layer has gigabytes."""
+        """The moments of all tokens added; takes the totals, of which a large layer has
+        gigabytes."""
         mean = {key: total.div_(max(1, self.tokens)) for key, total in self.totals.items()}
         self.totals = {}
         return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
 
 
 def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:
-    """Why a routed expert's linear `name` cannot be fitted to its inputs: fewer tokens than inputs; None if it can."""
+    """Why a routed expert's linear `name` cannot be fitted to its inputs: fewer tokens than inputs;
+    None if it can."""
     inputs = len(moments.hessian)
     if not arch.is_routed(name) or moments.tokens >= inputs:
         return None

@@ -12,10 +12,11 @@ from quantize.model.hadamard import rotate_inputs, rotates_inputs
 
 @contextmanager
 def stand_in(layer: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let modules compute in the places of submodules of a decoder layer. modules: by the name of the submodule.
+    """Let modules compute in the places of submodules of a decoder layer. modules: by the name of
+    the submodule.
 
-    Where a linear rotates its inputs, so does its stand-in. When the context ends, however it does, the layer is as it
-    was.
+    Where a linear rotates its inputs, so does its stand-in. When the context ends, however it does,
+    the layer is as it was.
     """
     own = {name: layer.get_submodule(name) for name in modules}
     try:

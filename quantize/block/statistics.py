@@ -54,6 +54,7 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
             largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
             tokens[name] += len(x)
+        del inputs, x  # before the next pass, which takes most
         if tokens[names[0]] >= _TOKENS:
             break
     return {name: _channels(largest, tokens[name]) for name, largest in maxima.items()}

@@ -11,7 +11,8 @@ from quantize.files.offload import shared_copy
 
 
 def freeze_reference(block: Block) -> None:
-    """Keep a copy of the layer as it is now (smoothed, not quantized): the function that encode stages aim at.
+    """Keep a copy of the layer as it is now (smoothed, not quantized): the function that encode
+    stages aim at.
 
     Only where the parent's hidden states are carried along; the first copy stays.
     """
@@ -29,7 +30,8 @@ def keep_parent(block: Block) -> None:
 
 
 def teacher_of(block: Block) -> nn.Module:
-    """The layer that the parent's stream goes on through: the oldest copy there is, else the block's own."""
+    """The layer that the parent's stream goes on through: the oldest copy there is, else the
+    block's own."""
     return block.parent or block.reference or block.module
 
 
@@ -44,7 +46,8 @@ def teacher_outputs(block: Block) -> Iterator[Tensor]:
 
 
 def parent_outputs(block: Block, batch: int) -> Tensor:
-    """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
+    """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after
+    `keep_parent`)."""
     assert block.parent is not None
     assert block.reference_inputs is not None
     return block.forward(block.parent, block.reference_inputs[batch]).flatten(0, -2).float()

@@ -1,7 +1,9 @@
-"""The walk through a model's decoder blocks: open one, visit it, send every batch on through it, free it.
+"""The walk through a model's decoder blocks: open one, visit it, send every batch on through it,
+free it.
 
-Whoever goes through a model block by block does it here: conversion, allocation, the search for layers, evaluation and
-verification. `Pass` is the one place where a batch is sent through a decoder layer.
+Whoever goes through a model block by block does it here: conversion, allocation, the search for
+layers, evaluation and verification. `Pass` is the one place where a batch is sent through a decoder
+layer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Opened = TypeVar("Opened")
 Send = Callable[[Tensor], Tensor]
 """Hidden states [B, T, D] that enter a block → those that leave it."""
 Route = tuple[Key, Send]
-"""How a stream goes on: the stream before the block that it continues, and what its batches are sent through."""
+"""How a stream goes on: the stream before the block that it continues, and what its batches are
+sent through."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,21 @@ class Pass:
     """Brings back what was put away of a layer before it runs."""
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run `layer` on hidden [B, T, D], wherever that waits; the outputs [B, T, D] are on the skeleton's device."""
+        """Run `layer` on hidden [B, T, D], wherever that waits; the outputs [B, T, D] are on the
+        skeleton's device."""
         if self.parking:
             self.parking.back(layer)
         return self.skeleton.forward(self.index, layer, hidden.to(self.skeleton.device))
 
 
 class Streams(Generic[Key]):
-    """Hidden states [B, T, D] that enter the current block, batch by batch, of one or several models at once.
+    """Hidden states [B, T, D] that enter the current block, batch by batch, of one or several
+    models at once.
 
-    batches: in lists or in what `files.offload` has for them. All streams hold the same windows in the same order.
-    drops: whether a window with NaN or Inf in some stream leaves all of them. ranks: the processes that share the work,
-    which must all call `advance`.
+    batches: in lists or in what `files.offload` has for them. All streams hold the same windows in
+    the same order.
+    drops: whether a window with NaN or Inf in some stream leaves all of them. ranks: the processes
+    that share the work, which must all call `advance`.
     """
 
     def __init__(
@@ -71,8 +77,8 @@ class Streams(Generic[Key]):
     def advance(self, index: int, routes: Mapping[Key, Route[Key]]) -> None:
         """Send all batches through block `index`.
 
-        routes: stream behind the block → how it comes about. A stream that keeps its name is overwritten batch by
-        batch; one that is not named ends here.
+        routes: stream behind the block → how it comes about. A stream that keeps its name is
+        overwritten batch by batch; one that is not named ends here.
         ModelError when no window is left.
         """
         before = self.dropped
@@ -94,7 +100,8 @@ class Streams(Generic[Key]):
                 if not len(hidden[batch]):
                     del hidden[batch]
         if not all(after.values()):
-            raise ModelError(f"block {index}: its outputs are not finite for any sequence; try --dtype float32")
+            what = "its outputs are not finite for any sequence"
+            raise ModelError(f"block {index}: {what}; try --dtype float32")
 
     def clear(self) -> None:
         """Free the hidden states of all streams."""
@@ -109,14 +116,17 @@ class Streams(Generic[Key]):
         return [out[finite] for out in outputs]
 
     def _outputs(self, routes: Mapping[Key, Route[Key]]) -> Iterator[list[Tensor]]:
-        """Outputs of all routes, batch by batch; every rank computes some batches and receives the others."""
+        """Outputs of all routes, batch by batch; every rank computes some batches and receives the
+        others."""
         entering = [(self.batches[source], send) for source, send in routes.values()]
         shapes, first = entering[0][0], 0
         for own, present in self.ranks.rounds(len(shapes)):
             outputs = [send(hidden[own]) for hidden, send in entering]
             for source in range(present):
-                like, mine = shapes[first + source], source == self.ranks.rank
-                yield [self.ranks.copied(out if mine else torch.empty_like(like), source) for out in outputs]
+                sent = outputs
+                if source != self.ranks.rank:
+                    sent = [torch.empty_like(shapes[first + source]) for _ in outputs]
+                yield [self.ranks.copied(out, source) for out in sent]
             first += present
 
 
@@ -127,10 +137,12 @@ def walk(
     visit: Callable[[Opened], Mapping[Key, Route[Key]] | None],
     leave: Callable[[Opened], None] = lambda block: None,
 ) -> None:
-    """Open the blocks one after the other, visit each, send the streams on through it, leave it and free it.
+    """Open the blocks one after the other, visit each, send the streams on through it, leave it and
+    free it.
 
-    visit: says how the streams go on (see `Streams.advance`); None where they need not. leave: what is done with a
-    block that all batches have passed. Only one block is in memory at a time, as long as neither keeps it.
+    visit: says how the streams go on (see `Streams.advance`); None where they need not. leave: what
+    is done with a block that all batches have passed. Only one block is in memory at a time, as
+    long as neither keeps it.
     """
     for index in indices:
         with torch.no_grad():

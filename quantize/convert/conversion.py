@@ -1,4 +1,5 @@
-"""Converts what a plan says: one block after the other goes through the stages, then what stands outside them."""
+"""Converts what a plan says: one block after the other goes through the stages, then what stands
+outside them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from quantize.block.walk import Route, Streams, walk
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.head import encode_head
 from quantize.convert.plan import Plan
-from quantize.convert.source import embedded, hold, open_block, outside
+from quantize.convert.source import embed_windows, hold, open_block, outside
 from quantize.convert.state import State
 from quantize.cost.peak import give_back
 from quantize.formats.scheme import Packed
@@ -26,7 +27,8 @@ from quantize.model.moe import MoeFfn
 log = logging.getLogger(__name__)
 
 QUANTIZED, REFERENCE = "quantized", "reference"
-"""The streams of a conversion: through the blocks as they are encoded and, where a stage needs it, the parent's."""
+"""The streams of a conversion: through the blocks as they are encoded and, where a stage needs it,
+the parent's."""
 
 
 class Conversion:
@@ -41,13 +43,14 @@ class Conversion:
         stages = self.plan.recipe.stages
         if tokens is None or not any(stage.needs_inputs for stage in stages):
             return None
-        streams = {QUANTIZED: hold(self.plan, embedded(self.plan, tokens.tokens))}
+        streams = {QUANTIZED: hold(self.plan, embed_windows(self.plan, tokens.tokens))}
         if any(stage.needs_reference for stage in stages):
             streams[REFERENCE] = hold(self.plan, streams[QUANTIZED])
         return Streams(streams, self.plan.request.ranks)
 
     def block(self, index: int, streams: Streams[str] | None) -> dict[str, Tensor]:
-        """Load, transform and free one block; advances the streams. Returns the tensors of its shard."""
+        """Load, transform and free one block; advances the streams. Returns the tensors of its
+        shard."""
         plan = self.plan
         prefix = f"{plan.arch.blocks}.{index}."
         batches = streams.batches if streams else {QUANTIZED: []}
@@ -57,8 +60,8 @@ class Conversion:
             return open_block(plan, index, batches[QUANTIZED], batches.get(REFERENCE))
 
         def visit(block: Block) -> Mapping[str, Route[str]] | None:
-            sizes = ((plan.source.shapes[prefix + name], dtype) for name, dtype in block.storage.items())
-            self.state.source_bytes += sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
+            for name, dtype in block.storage.items():
+                self.state.source_bytes += math.prod(plan.source.shapes[prefix + name]) * dtype.itemsize
             self._apply_stages(block)
             return _onward(block, batches) if index + 1 < plan.shape.n_blocks else None
 
@@ -73,7 +76,8 @@ class Conversion:
         return shard
 
     def tensors_outside(self, *modules: str) -> dict[str, Tensor]:
-        """Tensors of modules outside the blocks as the output holds them; the final norm and the head go together."""
+        """Tensors of modules outside the blocks as the output holds them; the final norm and the
+        head go together."""
         plan, state = self.plan, self.state
         out = outside(plan, *modules)
         head, bits = f"{plan.arch.head}.weight", plan.recipe.head_bits
@@ -82,7 +86,11 @@ class Conversion:
         packed = self._head(out.pop(head), bits) if head in out and bits is not None else {}
         if untied:
             state.untied_head_bytes = _bytes(packed or untied)
-            log.info("%s no longer shares the embedding: %d bytes more", plan.arch.head, state.untied_head_bytes)
+            log.info(
+                "%s no longer shares the embedding: %d bytes more",
+                plan.arch.head,
+                state.untied_head_bytes,
+            )
         return out | packed
 
     def _head(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
@@ -115,7 +123,8 @@ class Conversion:
             linear = block.module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
             self._count(prefix + name, packed, linear.fp8_activations)
-        state.rotated_inputs += [prefix + name for name in block.arch.roles if block.rotates_inputs(name)]
+        rotating = [name for name in block.arch.roles if block.rotates_inputs(name)]
+        state.rotated_inputs += [prefix + name for name in rotating]
         state.costs |= {prefix + name: cost for name, cost in block.costs.items()}
         for name, module in block.module.named_modules():
             if isinstance(module, MoeFfn):
@@ -138,18 +147,21 @@ def _onward(block: Block, streams: Mapping[str, object]) -> dict[str, Route[str]
 
 
 def _stored(block: Block) -> dict[str, Tensor]:
-    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's dtypes."""
+    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's
+    dtypes."""
     out: dict[str, Tensor] = {}
     for name, module in block.module.named_modules():
         if isinstance(module, PackedLinear):
-            out |= {f"{name}.{suffix}": tensor for suffix, tensor in module.packed.tensors().items()}
+            packed = module.packed.tensors()
+            out |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
             if module.bias is not None:
                 out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
         elif not isinstance(module, nn.ModuleList):
             own = module._parameters | module._buffers
             named = {f"{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
             # What a stage added (post-RoPE scales) keeps its own dtype.
-            out |= {key: tensor.to(block.storage.get(key, tensor.dtype)) for key, tensor in named.items()}
+            for key, tensor in named.items():
+                out[key] = tensor.to(block.storage.get(key, tensor.dtype))
     return out
 
 

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def decide(plan: Plan, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Plan:
-    """The plan with all that is to be decided. space: what a target of bits per weight lets choose, if there is one."""
+    """The plan with all that is to be decided. space: what a target of bits per weight lets choose,
+    if there is one."""
     if tokens and plan.needs_decisions:
         plan = _by_stages(plan, tokens, progress)
         check_linears(plan.recipe, plan.arch, plan.shape, plan.skeleton.linears())
@@ -33,7 +34,8 @@ def _by_stages(plan: Plan, tokens: TokenSet, progress: Progress) -> Plan:
         if stage.needs_plan:
             stage, findings[stage.method] = stage.planned(view_of(plan, tokens, progress))
         stages.append(stage)
-    return plan.decide(recipe=plan.recipe.model_copy(update={"stages": tuple(stages)}), findings=findings)
+    recipe = plan.recipe.model_copy(update={"stages": tuple(stages)})
+    return plan.decide(recipe=recipe, findings=findings)
 
 
 def _by_budget(plan: Plan, space: Space, tokens: TokenSet, progress: Progress) -> Plan:
@@ -41,5 +43,10 @@ def _by_budget(plan: Plan, space: Space, tokens: TokenSet, progress: Progress) -
     opener, blocks = partial(open_block, plan), plan.shape.n_blocks
     errors = space.measure(opener, blocks, sample(plan, tokens), progress, plan.request.ranks)
     chosen = space.choose(errors)
-    log.info("%.3f bits per weight for a target of %g: %s", chosen.bits_per_weight, chosen.target, chosen.bits)
+    log.info(
+        "%.3f bits per weight for a target of %g: %s",
+        chosen.bits_per_weight,
+        chosen.target,
+        chosen.bits,
+    )
     return plan.decide(recipe=chosen.recipe, allocation=chosen)

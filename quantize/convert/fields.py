@@ -1,7 +1,7 @@
 """Dataclasses as JSON data and named tensors, and back, led by the types of their fields.
 
-Nothing is listed by hand: a field that is added to a dataclass is stored with it. A type that cannot be stored is
-refused with its name when the first value of it is met, not left out.
+Nothing is listed by hand: a field that is added to a dataclass is stored with it. A type that
+cannot be stored is refused with its name when the first value of it is met, not left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Codec(NamedTuple):
 
 
 class Fields:
-    """Writes and reads dataclasses. special: types with a JSON form of their own; equal values are kept once."""
+    """Writes and reads dataclasses. special: types with a JSON form of their own; equal values are
+    kept once."""
 
     def __init__(self, special: Mapping[Any, Codec]) -> None:
         self._special = dict(special)
@@ -78,11 +79,13 @@ class _Writer:
         if origin in _SEQUENCES and get_args(hint)[0] is Tensor:
             return self._tensor(torch.stack(list(value)), path)
         if origin in _SEQUENCES:
-            return [self.write(each, one, f"{path}.{i}") for i, (each, one) in enumerate(_elements(hint, value))]
+            elements = enumerate(_elements(hint, value))
+            return [self.write(each, one, f"{path}.{i}") for i, (each, one) in elements]
         if dataclasses.is_dataclass(hint):
             hints = get_type_hints(hint)
-            below = {field.name: f"{path}.{field.name}".lstrip(".") for field in dataclasses.fields(hint)}
-            return {name: self.write(hints[name], getattr(value, name), inside) for name, inside in below.items()}
+            names = [field.name for field in dataclasses.fields(hint)]
+            below = f"{path}." if path else ""
+            return {name: self.write(hints[name], getattr(value, name), f"{below}{name}") for name in names}
         raise TypeError(f"{path}: there is no way to store {hint}")
 
     def _tensor(self, value: Tensor, path: str) -> str:

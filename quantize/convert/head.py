@@ -10,11 +10,13 @@ from quantize.solvers.grid import Grid
 
 HEAD_GROUP = 128
 """Group of an encoded lm_head."""
-_WEIGHTS = 1 << 24  # encoded at once: all of a large vocabulary in float32 would be the peak of a conversion
+_WEIGHTS = 1 << 24
+"""Encoded at once: all of a large vocabulary in float32 would be the peak of a conversion."""
 
 
 def encode_head(weight: Tensor, bits: int, device: torch.device) -> tuple[PackedInt, float]:
-    """lm_head [V, D] at `bits`, and the squared error relative to the weights. device: where it is computed."""
+    """lm_head [V, D] at `bits`, and the squared error relative to the weights. device: where it is
+    computed."""
     grid = Grid(bits, HEAD_GROUP, signed=True)
     codes, scales = [], []
     error = size = 0.0

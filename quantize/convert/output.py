@@ -26,7 +26,8 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
 def _quantization_config(
     plan: Plan, state: State, config: dict[str, Any], linears: Collection[str]
 ) -> dict[str, Any] | None:
-    """How the output is packed, attends and routes; None where any loader gets that right without being told."""
+    """How the output is packed, attends and routes; None where any loader gets that right without
+    being told."""
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
     alone = [name for name in (plan.arch.head, *linears, *routers) if name not in state.schemes]
     if plan.recipe.format != "pq":
@@ -45,5 +46,8 @@ def lost_in(plan: Plan, state: State) -> list[str]:
     """What the recipe asks for and its format cannot hold."""
     if plan.recipe.format == "pq":
         return []
-    experts = [n for n in plan.skeleton.linears() if plan.arch.experts and f".{plan.arch.experts.routed}." in n]
+    experts = []
+    if plan.arch.experts:
+        inside = f".{plan.arch.experts.routed}."
+        experts = [name for name in plan.skeleton.linears() if inside in name]
     return lost(plan.attention is not None, {state.schemes.get(name) for name in experts})

@@ -64,7 +64,10 @@ class Plan:
     @property
     def attention(self) -> dict[str, Any] | None:
         """How attention works on its cache; None where it is left alone."""
-        return next((stage.as_json() for stage in self.recipe.stages if isinstance(stage, FireqAttention)), None)
+        return next(
+            (stage.as_json() for stage in self.recipe.stages if isinstance(stage, FireqAttention)),
+            None,
+        )
 
     def decide(self, **changes: Any) -> Plan:
         """The same plan with other decisions: fields of `Decisions`."""

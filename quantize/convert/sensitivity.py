@@ -40,7 +40,7 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> d
 def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme) -> float:
     """Mean error with one linear rounded. outputs: those of the block as it is."""
     linear = block.linear(name)
-    trial = rounded(linear, scheme)
+    trial = round_linear(linear, scheme)
     with stand_in(block.module, {name: trial}):
         pairs = zip(block.inputs, outputs, strict=True)
         errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
@@ -49,7 +49,7 @@ def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme
     return float(errors.double().mean())
 
 
-def rounded(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
+def round_linear(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
     """The linear with its weight rounded to nearest under clipped scales, which needs no calibration."""
     fp8 = scheme.fp8_activations
     weight = linear.weight.float()

@@ -50,7 +50,8 @@ def state_layout() -> dict[str, dict[str, str]]:
 def pack_run(run: Conversion, streams: Streams[str] | None) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Facts (JSON data) and named tensors from which `unpack_run` makes an equal conversion.
 
-    streams: what enters the next block; None where no stage needs it, and before block 0, where it is embedded anew.
+    streams: what enters the next block; None where no stage needs it, and before block 0, where it
+    is embedded anew.
     """
     facts, tensors = _FIELDS.write(_Progress(run.plan.decisions, run.state))
     facts["streams"] = streams and {"dropped": streams.dropped, "names": list(streams.batches)}

@@ -1,4 +1,5 @@
-"""The parent under a plan: its blocks, the tensors outside them, and the hidden states that enter block 0."""
+"""The parent under a plan: its blocks, the tensors outside them, and the hidden states that enter
+block 0."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from quantize.convert.request import Progress
 from quantize.files.checkpoint import require_finite_floats
 from quantize.files.disk import reported
 from quantize.files.memo import Memo
-from quantize.files.offload import Parking, kept
+from quantize.files.offload import Parking, place_states
 
 
 def open_block(
@@ -28,16 +29,19 @@ def open_block(
     inputs: MutableSequence[Tensor],
     reference_inputs: MutableSequence[Tensor] | None = None,
 ) -> Block:
-    """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the parent's.
+    """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the
+    parent's.
 
-    They come in the basis of the output and are replaced by the same in the parent's, which the weights are in.
+    They come in the basis of the output and are replaced by the same in the parent's, which the
+    weights are in.
     """
     request = plan.request
     prefix = f"{plan.arch.blocks}.{index}."
     parking = Parking(request.device, _scratch(plan)) if request.split else None
     weights: dict[str, Tensor] = {}
     storage: dict[str, torch.dtype] = {}
-    for name in plan.source.names(prefix):  # one by one: all in both dtypes would take half as much again
+    # One by one: all in both dtypes would take half as much again.
+    for name in plan.source.names(prefix):
         tensor = plan.source.tensor(name)
         require_finite_floats({name: tensor}, "")
         storage[name.removeprefix(prefix)] = tensor.dtype
@@ -67,18 +71,20 @@ def open_block(
 
 
 def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:
-    """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage unties it."""
+    """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage
+    unties it."""
     out: dict[str, Tensor] = {}
     for module in modules:
         if module != plan.arch.head or not plan.shape.tied:
-            out |= {f"{module}.{name}": tensor for name, tensor in plan.source.tensors(f"{module}.").items()}
+            found = plan.source.tensors(f"{module}.")
+            out |= {f"{module}.{name}": tensor for name, tensor in found.items()}
         elif plan.basis.unties(plan.shape):
             out[f"{module}.weight"] = plan.source.tensor(f"{plan.arch.embedding}.weight")
     require_finite_floats(out, "")
     return plan.basis.outside(out, plan.arch)
 
 
-def embedded(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
+def embed_windows(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
     """Token windows [B, T] → the hidden states [b, T, D] that enter block 0, batch by batch."""
     batch = max(1, plan.request.batch_tokens // windows.shape[1])
     weight = outside(plan, plan.arch.embedding)[f"{plan.arch.embedding}.weight"]
@@ -89,13 +95,13 @@ def embedded(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
 def sample(plan: Plan, tokens: TokenSet) -> list[Tensor]:
     """The hidden states that enter block 0, of as much text as planning measures on."""
     windows = max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])
-    return list(embedded(plan, tokens.tokens[:windows]))
+    return list(embed_windows(plan, tokens.tokens[:windows]))
 
 
 def hold(plan: Plan, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
     """Hidden states of all batches, where they wait between two blocks."""
     place = plan.request.states_on
-    return kept(hidden, place, _scratch(plan) if place == "disk" else None)
+    return place_states(hidden, place, _scratch(plan) if place == "disk" else None)
 
 
 def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
@@ -105,7 +111,9 @@ def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
     head = weights.pop(f"{arch.head}.weight", None)
     if head is None:
         head = outside(plan, arch.embedding)[f"{arch.embedding}.weight"]
-    norm = plan.skeleton.final_norm({name.removeprefix(f"{arch.final_norm}."): w for name, w in weights.items()})
+    prefix = f"{arch.final_norm}."
+    of_norm = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    norm = plan.skeleton.final_norm(of_norm)
     placed = head.to(request.device, request.dtype)
 
     def log_probs(hidden: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""What a run has done so far. Every field is kept for a run that goes on after a stop, by its type alone."""
+"""What a run has done so far. Every field is kept for a run that goes on after a stop, by its type
+alone."""
 
 from __future__ import annotations
 

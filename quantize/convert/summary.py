@@ -1,4 +1,5 @@
-"""What is told about a finished conversion: the totals of its run, and its part of the provenance."""
+"""What is told about a finished conversion: the totals of its run, and its part of the
+provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.cost.peak import peak_of
 
-RESTRUCTURED = ("policy", "mean_experts", "ffn_error", "pruned_error", "untrained_error", "random_error")
+RESTRUCTURED = (
+    "policy",
+    "mean_experts",
+    "ffn_error",
+    "pruned_error",
+    "untrained_error",
+    "random_error",
+)
 """Facts of a restructured FFN that a summary shows."""
 
 
@@ -28,20 +36,24 @@ class Summary:
     seconds: float
     seconds_per_block: float
     peak_bytes: int | None
-    """Most memory of the process, or of the GPU where blocks are computed on one; None where it cannot be told."""
+    """Most memory of the process, or of the GPU where blocks are computed on one; None where it
+    cannot be told."""
     promoted: list[str]
     """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
     fallbacks: list[str]
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
     untied_head_bytes: int
-    """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
+    """What a head takes that shared the embedding's weight and got one of its own; 0 where none
+    did."""
     restructured: list[dict[str, Any]]
-    """What each restructured block became: errors of its FFN beside its baselines', time, peak memory."""
+    """What each restructured block became: errors of its FFN beside its baselines', time, peak
+    memory."""
     activated_reduction: float | None
     """Share of the parameters a token meets that was saved; None without a restructure stage."""
     mean_output_error: float | None
-    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""
+    """Mean over linears of the relative squared output error on calibration text; None for
+    data-free recipes."""
 
 
 def summary_of(plan: Plan, state: State, seconds: float, seconds_per_block: float, output_bytes: int) -> Summary:
@@ -64,7 +76,11 @@ def summary_of(plan: Plan, state: State, seconds: float, seconds_per_block: floa
         lost=lost_in(plan, state),
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
-            {"name": name, **{key: state.report[name].get(key) for key in RESTRUCTURED}, **asdict(cost)}
+            {
+                "name": name,
+                **{key: state.report[name].get(key) for key in RESTRUCTURED},
+                **asdict(cost),
+            }
             for name, cost in state.costs.items()
         ],
         activated_reduction=state.report.get("ladimo", {}).get("activated_reduction"),
@@ -73,7 +89,8 @@ def summary_of(plan: Plan, state: State, seconds: float, seconds_per_block: floa
 
 
 def results_of(plan: Plan, state: State, dropped: int) -> dict[str, Any]:
-    """What goes into the provenance after the last block. dropped: sequences that left the calibration."""
+    """What goes into the provenance after the last block. dropped: sequences that left the
+    calibration."""
     allocation = plan.decisions.allocation
     return {
         "bits_per_weight": state.bits_per_weight,

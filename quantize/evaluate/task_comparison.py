@@ -9,7 +9,14 @@ from typing import Any
 
 from quantize.errors import DataError
 from quantize.evaluate.task_results import TaskRun
-from quantize.evaluate.task_scores import PLAIN, WEIGHTED, Aggregation, Value, influence, standard_error
+from quantize.evaluate.task_scores import (
+    PLAIN,
+    WEIGHTED,
+    Aggregation,
+    Value,
+    influence,
+    standard_error,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class TaskScore:
     n: int
     """Documents."""
     paired: bool
-    """Whether both models' values of each document are known; without them there are no errors of comparison."""
+    """Whether both models' values of each document are known; without them there are no errors of
+    comparison."""
     value: float
     stderr: float | None
     baseline: float
@@ -31,16 +39,19 @@ class TaskScore:
     """value − baseline."""
     difference_stderr: float | None
     recovery: float | None
-    """value / baseline, or baseline / value where lower is better: 1 is as good as the parent. None if not defined."""
+    """value / baseline, or baseline / value where lower is better: 1 is as good as the parent. None
+    if not defined."""
     recovery_stderr: float | None
 
 
 def compare_tasks(ours: TaskRun, parents: TaskRun) -> list[TaskScore]:
     """Every metric of every task against the parent's, in the order of `ours`.
 
-    difference_stderr is that of the mean of d_i = a_i − b_i, where a_i and b_i are both models' influences of document
-    i. recovery R = a/b has the influences (a_i − R b_i)/b (where lower is better R = b/a, and a and b change places):
-    the delta method on paired data. DataError when the runs did not score the same documents with the same prompts.
+    difference_stderr is that of the mean of d_i = a_i − b_i, where a_i and b_i are both models'
+    influences of document i. recovery R = a/b has the influences (a_i − R b_i)/b (where lower is
+    better R = b/a, and a and b change places):
+    the delta method on paired data. DataError when the runs did not score the same documents with
+    the same prompts.
     """
     if missing := sorted(set(ours.tasks) ^ set(parents.tasks)):
         raise DataError(f"task {missing[0]} was run on one of {ours.model} and {parents.model} only; run both on it")
@@ -102,7 +113,8 @@ def _influences(
     our_values: Mapping[str, Value],
     parent_values: Mapping[str, Value],
 ) -> tuple[list[float], list[float]]:
-    """Influences of the same documents in the same order; two empty lists where they cannot be paired."""
+    """Influences of the same documents in the same order; two empty lists where they cannot be
+    paired."""
     kinds = [ours.get("aggregation"), parents.get("aggregation")]
     kind: Aggregation | None = next((name for name in (*PLAIN, *WEIGHTED) if kinds == [name, name]), None)
     if kind is None or not our_values or our_values.keys() != parent_values.keys():

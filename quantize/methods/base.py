@@ -79,7 +79,7 @@ class Stage(BaseModel):
         return tensors
 
     def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
-        """The stage with all settled that hangs on the whole model, and facts about that for the provenance."""
+        """The stage with all settled that depends on the whole model, and facts about that for the provenance."""
         return self, {}
 
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     [project.entry-points."pq.methods"]
     my-method = "my_package.my_module:MyMethod"
 
-The entry point has the method's name and leads to its stage class. Nothing is imported before a recipe names it.
+The entry point has the method's name and leads to its stage class. Nothing is imported before a
+recipe names it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def installed_methods() -> list[str]:
 def load_method(name: str, shipped: Collection[str]) -> type[Stage] | None:
     """The stage class of an installed method; None where no distribution brings one of that name.
 
-    shipped: names that are taken. RecipeError, one line that names the distribution, for a name that is taken or comes
-    twice, and for what cannot be loaded or is no stage.
+    shipped: names that are taken. RecipeError, one line that names the distribution, for a name
+    that is taken or comes twice, and for what cannot be loaded or is no stage.
     """
     entries = list(entry_points(group=GROUP, name=name))
     if not entries:
@@ -36,7 +37,8 @@ def load_method(name: str, shipped: Collection[str]) -> type[Stage] | None:
     origins = [_origin(entry) for entry in entries]
     label = f"method '{name}' of {' '.join(origins[0])}"
     if name in shipped:
-        raise RecipeError(f"{label}: pq has a method of that name itself; uninstall {origins[0][0]}")
+        remedy = f"uninstall {origins[0][0]}"
+        raise RecipeError(f"{label}: pq has a method of that name itself; {remedy}")
     if len(entries) > 1:
         others = " and ".join(" ".join(origin) for origin in origins[1:])
         raise RecipeError(f"{label}: comes with {others}, too; uninstall all but one")
@@ -49,7 +51,8 @@ def load_method(name: str, shipped: Collection[str]) -> type[Stage] | None:
         raise RecipeError(f"{label}: {entries[0].value} is no stage class; update or uninstall it")
     field = found.model_fields["method"]
     if field.default != name or not hasattr(found, "kind"):
-        raise RecipeError(f"{label}: {entries[0].value} has no kind or another method's name; update or uninstall it")
+        what = f"{entries[0].value} has no kind or another method's name"
+        raise RecipeError(f"{label}: {what}; update or uninstall it")
     _versions[found] = origins[0]
     return found
 

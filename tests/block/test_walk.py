@@ -1,4 +1,5 @@
-"""The walk through blocks: what streams go on through, what leaves them, and how many blocks are there at once."""
+"""The walk through blocks: what streams go on through, what leaves them, and how many blocks are
+there at once."""
 
 from __future__ import annotations
 
@@ -128,7 +129,13 @@ def test_blocks_are_opened_visited_passed_and_left_one_at_a_time():
 
 def test_a_walk_without_hidden_states():
     seen: list[int] = []
-    walk(None, [4, 2], lambda index: index, lambda index: seen.append(index), lambda index: seen.append(-index))
+    walk(
+        None,
+        [4, 2],
+        lambda index: index,
+        lambda index: seen.append(index),
+        lambda index: seen.append(-index),
+    )
     assert seen == [4, -4, 2, -2]
 
 
@@ -166,7 +173,10 @@ def test_a_stand_in_leaves_when_it_fails(make_block: BlockMaker):
         assert not torch.equal(block.forward(block.module, block.inputs[0]), plain)
     with pytest.raises(ZeroDivisionError), stand_in(block.module, {"mlp": nn.Identity()}):
         raise ZeroDivisionError
-    with pytest.raises(AttributeError), stand_in(block.module, {"mlp": nn.Identity(), "absent": nn.Identity()}):
+    with (
+        pytest.raises(AttributeError),
+        stand_in(block.module, {"mlp": nn.Identity(), "absent": nn.Identity()}),
+    ):
         pass
     with stand_in(block.module, {}):
         assert torch.equal(block.forward(block.module, block.inputs[0]), plain)

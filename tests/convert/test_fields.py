@@ -1,4 +1,5 @@
-"""Dataclasses as JSON and tensors: what comes back is what was written, and nothing is left out unseen."""
+"""Dataclasses as JSON and tensors: what comes back is what was written, and nothing is left out
+unseen."""
 
 from __future__ import annotations
 
@@ -87,7 +88,11 @@ def test_a_type_that_cannot_be_stored_is_refused_by_name():
 # What a run knows
 
 VALUES: dict[str, Any] = {
-    "schemes": {"a": IntScheme(4, 128, True), "b": IntScheme(8, 64, False), "c": IntScheme(4, 128, True)},
+    "schemes": {
+        "a": IntScheme(4, 128, True),
+        "b": IntScheme(8, 64, False),
+        "c": IntScheme(4, 128, True),
+    },
     "rotated_inputs": ["a"],
     "routing": {"m": Threshold(0.25), "n": TopK(2, True)},
     "report": {"a": {"weight_error": 0.1, "notes": [1, None]}},

@@ -19,7 +19,7 @@ from quantize.block.measure import moments_of
 from quantize.block.teacher import freeze_reference
 from quantize.convert.loop import Request, convert
 from quantize.errors import OutputError
-from quantize.files.offload import OnHost, Parking, Place, Spilled, kept, shared_copy
+from quantize.files.offload import OnHost, Parking, Place, Spilled, place_states, shared_copy
 from quantize.recipe.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -90,9 +90,9 @@ def test_a_folder_that_cannot_hold_states_is_named(tmp_path: Path):
 def test_every_place_gives_the_same_states(tmp_path: Path):
     given = batches()
     for place in ("device", "host", "disk"):
-        held = kept(iter(given), place, tmp_path)  # type: ignore[arg-type]
+        held = place_states(iter(given), place, tmp_path)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(held, given, strict=True))
-    assert isinstance(kept(given, "host", None), OnHost)
+    assert isinstance(place_states(given, "host", None), OnHost)
 
 
 def layer(width: int = 512) -> nn.Sequential:

@@ -1,4 +1,5 @@
-"""Methods that other distributions bring: found by name, used like our own, refused in one line where broken."""
+"""Methods that other distributions bring: found by name, used like our own, refused in one line
+where broken."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ from quantize.errors import RecipeError
 from quantize.evaluate import evaluate
 from quantize.methods import STAGES
 from quantize.methods.rtn import Rtn
-from quantize.recipe.recipe import METHODS, Recipe, allow_methods, parse_recipe, recipe_schema, resolved_yaml
+from quantize.recipe.recipe import (
+    METHODS,
+    Recipe,
+    allow_methods,
+    parse_recipe,
+    recipe_schema,
+    resolved_yaml,
+)
 
 Installer = Callable[..., None]
 RECIPE = "format: compressed-tensors, stages: [{method: autoround-like, bits: 3, steps: 40}]"
@@ -31,7 +39,8 @@ RECIPE = "format: compressed-tensors, stages: [{method: autoround-like, bits: 3,
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installer]:
-    """Put a distribution on the path: what pip leaves of one that names methods. What was loaded is forgotten after."""
+    """Put a distribution on the path: what pip leaves of one that names methods. What was loaded is
+    forgotten after."""
     site = tmp_path / "site"
     monkeypatch.syspath_prepend(str(site))
 
@@ -110,18 +119,28 @@ def test_the_schema_has_it():
 
 @pytest.mark.usefixtures("installed")
 def test_it_is_named_where_a_name_is_wrong():
-    with pytest.raises(RecipeError, match=r"did you mean 'autoround-like'\? the methods are ladimo, .*autoround-like"):
+    with pytest.raises(
+        RecipeError,
+        match=r"did you mean 'autoround-like'\? the methods are ladimo, .*autoround-like",
+    ):
         recipe("[{method: autoround-lik}]")
     assert "autoround-like" not in METHODS  # and was not loaded
 
 
 def test_nothing_is_looked_for_without_need(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("quantize.methods.plugins.entry_points", None)
-    assert [stage.method for stage in recipe("[{method: cas}, {method: rtn}]").stages] == ["cas", "rtn"]
+    assert [stage.method for stage in recipe("[{method: cas}, {method: rtn}]").stages] == [
+        "cas",
+        "rtn",
+    ]
 
 
 BROKEN = {
-    "import": ({"odd": "odd_module:Odd"}, "import absent_package", r"cannot be loaded \(ModuleNotFoundError: .*absent"),
+    "import": (
+        {"odd": "odd_module:Odd"},
+        "import absent_package",
+        r"cannot be loaded \(ModuleNotFoundError: .*absent",
+    ),
     "attribute": ({"odd": "odd_module:Odd"}, "", r"cannot be loaded \(AttributeError: "),
     "class": ({"odd": "odd_module:Odd"}, "Odd = dict", r"odd_module:Odd is no stage class"),
     "name": ({"odd": "quantize.methods.rtn:Rtn"}, "", r"no kind or another method's name"),
@@ -134,7 +153,8 @@ def test_a_broken_one_is_refused_in_one_line(install: Installer, case: str):
     sys.modules.pop("odd_module", None)
     install("odd-methods", entries, odd_module=text)
     with pytest.raises(
-        RecipeError, match=rf"^r\.yaml:2: stages\[0\]\.method: method 'odd' of odd-methods 1\.2: .*{says}"
+        RecipeError,
+        match=rf"^r\.yaml:2: stages\[0\]\.method: method 'odd' of odd-methods 1\.2: .*{says}",
     ) as e:
         recipe("[{method: odd}]")
     assert "\n" not in str(e.value)
@@ -145,7 +165,10 @@ def test_a_broken_one_is_refused_in_one_line(install: Installer, case: str):
 def test_a_name_that_comes_twice_is_refused(install: Installer):
     for name in ("one", "two"):
         install(name, {"autoround-like": "autoround_like:AutoRoundLike"})
-    with pytest.raises(RecipeError, match=r"method 'autoround-like' of (one|two) 1\.2: comes with (one|two) 1\.2, too"):
+    with pytest.raises(
+        RecipeError,
+        match=r"method 'autoround-like' of (one|two) 1\.2: comes with (one|two) 1\.2, too",
+    ):
         recipe("[{method: autoround-like}]")
 
 

@@ -24,7 +24,8 @@ class Ceilings:
     copy: float
     """Bytes that a copy of memory reads and writes in a second."""
     matmul: dict[str, float]
-    """Operations a second of a large square product, by precision: that of activations, and fp8 where torch has it."""
+    """Operations a second of a large square product, by precision: that of activations, and fp8
+    where torch has it."""
 
 
 @dataclass(frozen=True)

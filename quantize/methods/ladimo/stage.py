@@ -93,7 +93,7 @@ class Ladimo(Stage):
 
     @property
     def needs_plan(self) -> bool:
-        """Sizes and layers hang on the whole model."""
+        """Sizes and layers depend on the whole model."""
         return True
 
     @property
