@@ -12,7 +12,7 @@ else
 TORCH ?= torch
 endif
 
-.PHONY: demo test test-lowest gate lint format setup reference-model bench bench-gpu clean help
+.PHONY: demo test test-lowest gate lint format setup reference-model bench bench-gpu docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -67,6 +67,13 @@ bench: setup ## Accuracy and cost of the shipped recipes on the reference model,
 
 bench-gpu: setup ## Speed of the kernels on this machine's GPU beside torch's, into eval/results/
 	$(BIN)/python eval/gpu_speed.py --output eval/results
+
+docs: setup ## Bring the generated pages up to date and build the documentation into out/site
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python eval/render.py
+	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove the environment and all outputs
 	rm -rf $(VENV) $(LOWEST) out

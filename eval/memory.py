@@ -33,13 +33,13 @@ CALIBRATION = ("--nsamples", "4", "--seqlen", "512")
 
 def table(data: dict[str, Any]) -> str:
     """Markdown of a results file."""
-    lines = ["| shape | recipe | limit | peak measured | estimated | ratio | a block | estimated |", "|---" * 8 + "|"]
+    lines = ["| shape | recipe | limit | peak measured | estimated | ratio | a block |", "|---" * 7 + "|"]
     for row in data["memory"]:
         shape = f"{row['shape']}, {row['layers']} layer{'s' * (row['layers'] > 1)}"
         shape += f" ({', '.join(row['changes'])})" if row["changes"] else ""
         limit = row["limit"] or ""
         peaks = f"{row['peak'] / 1e9:.2f} GB | {row['estimate'] / 1e9:.2f} GB | {row['estimate'] / row['peak']:.2f}"
-        seconds = f"{row['seconds_per_block']:.0f} s | {row['estimated_seconds_per_block']:.0f} s"
+        seconds = f"{row['seconds_per_block']:.0f} s"
         lines.append(f"| {shape} | {row['recipe']} | {limit} | {peaks} | {seconds} |")
     return "\n".join(lines)
 
@@ -57,10 +57,10 @@ def arguments(shape: str, recipe: str, layers: int, scratch: Path, limit: str | 
 
 def estimated(common: list[str]) -> dict[str, Any]:
     """What `pq estimate` says."""
-    out = subprocess.run([*PQ, "estimate", *common], check=True, stdout=subprocess.PIPE).stdout
+    out = subprocess.run([*PQ, "estimate", *common, "--no-time"], check=True, stdout=subprocess.PIPE).stdout
     told = json.loads(out)
     kept = {name: told[name] for name in ("parts", "split", "states_on", "batch_tokens")}
-    return {"estimate": told["ram"], "estimated_seconds_per_block": told["seconds_per_block"], **kept}
+    return {"estimate": told["ram"], **kept}
 
 
 def converted(common: list[str], scratch: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each class fixes the process exit code (documented in README.md)."""
+"""Errors a user can act on. Each class fixes the process exit code (documented in docs/troubleshooting.md)."""
 
 
 class PqError(Exception):

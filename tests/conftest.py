@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +80,24 @@ hypothesis.settings.load_profile("pq")
 def row_of(model_type: str, index: int = 0) -> Architecture:
     """Row of a block of a tiny model, its experts written out."""
     return block_architecture(ARCHITECTURES[model_type], config_of(model_type), index)
+
+
+def common_folder(factory: pytest.TempPathFactory, *key: object) -> Path:
+    """A folder that all worker processes of this run of the tests find under the same key."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in there
+    folder = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other workers out, so that what all of them need is made once; whoever comes later finds it."""
+    with (folder / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 ModelMaker = Callable[..., Path]
@@ -227,8 +249,11 @@ def converted(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPa
 
     @functools.cache
     def run(recipe: str, model_type: str, *changes: str, **model: Any) -> Path:
-        output = tmp_path_factory.mktemp(f"{recipe}-{model_type}") / "out"
-        convert(request_for(tiny(model_type, **model), recipe, output, text_file, *changes))
+        folder = common_folder(tmp_path_factory, "converted", recipe, model_type, changes, sorted(model.items()))
+        output = folder / "out"
+        with locked(folder):
+            if not output.exists():
+                convert(request_for(tiny(model_type, **model), recipe, output, text_file, *changes))
         return output
 
     return run

@@ -19,6 +19,27 @@ from quantize.convert.loop import Request, convert
 from quantize.parallel.launch import joined
 
 REMEDY = "start again"
+HANGS = 1800.0
+"""Seconds after which a test gives up on processes. Nothing is measured by it: a busy machine may take minutes."""
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from quantize.cli import main
+from quantize.convert.conversion import Conversion
+
+go, real = Path(sys.argv.pop(1)), Conversion.block
+
+def block(*arguments):
+    while not go.exists():
+        time.sleep(0.01)
+    return real(*arguments)
+
+Conversion.block = block
+main()
+"""
+"""A script: `pq`, which waits before each block until the file in front of its arguments is there."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,7 @@ class Launch:
     ids: list[int]
     said: list[Path]
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = HANGS) -> list[int]:
         """Exit codes by rank, those of signals negative; TimeoutError, and no process left, if they hang."""
         codes: dict[int, int] = {}
         until = time.monotonic() + seconds

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import quantize
+from quantize.formats.registry import FORMATS
 
 ROOT = Path(quantize.__file__).parent
 FILES = {
@@ -26,7 +27,7 @@ ROOMS: dict[str, str] = {
     "pictures": "",
     "import_hook": "",
     "cost": "",
-    "formats": "",
+    "formats": "files",
     "kernels": "formats",
     "parallel": "errors",
     "files": "errors parallel",
@@ -37,10 +38,10 @@ ROOMS: dict[str, str] = {
     "inspect": "errors files model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
-    "recipe": "errors files methods",
+    "recipe": "errors files formats methods",
     "bench": "cost errors files formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
-    "evaluate": "block calibration convert errors files model parallel",
+    "evaluate": "block calibration errors files model parallel",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
@@ -53,7 +54,16 @@ ROOMS: dict[str, str] = {
 }
 # Methods see blocks and tensors: none of these, wherever a room would let them.
 METHODS_NEVER = tuple(
-    f"quantize.{name}" for name in ("files.checkpoint", "files.writer", "files.resume", "model.load", "model.skeleton")
+    f"quantize.{name}"
+    for name in (
+        "files.checkpoint",
+        "files.resume",
+        "files.transaction",
+        "files.writer",
+        "formats.registry",
+        "model.load",
+        "model.skeleton",
+    )
 )
 # What methods share among themselves; nothing else of one is another's business.
 METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
@@ -67,8 +77,30 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
-    "yaml": ("quantize.files.strict_yaml", "quantize.calibration.text_sources"),
+    "yaml": ("quantize.files.strict_yaml",),
     "huggingface_hub": ("quantize.cli",),
+    "transformers": ("quantize.model.transformers_api", "quantize.serving.transformers_quantizer"),
+}
+ADAPTERS = OWNERS["transformers"]
+# What models and layers of transformers take and return, in any release.
+NAMES_OF_TRANSFORMERS = {
+    "attention_mask",
+    "attn_implementation",
+    "_attn_implementation",
+    "cache_params",
+    "cache_position",
+    "inputs_embeds",
+    "last_hidden_state",
+    "merge_with_config_defaults",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_value",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "rotary_emb",
+    "use_cache",
 }
 
 
@@ -164,6 +196,55 @@ def test_methods_see_blocks_and_tensors_and_no_other_method(module: str):
 def test_third_parties_have_one_home(package: str):
     users = [module for module, names in GRAPH.items() if any(below(name, (package,)) for name in names)]
     assert not [module for module in users if not below(module, OWNERS[package])]
+
+
+def words(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Names, attributes, arguments and strings of a module that are a single word, with their lines."""
+    for node in ast.walk(tree):
+        found = {
+            ast.Name: lambda n: n.id,
+            ast.Attribute: lambda n: n.attr,
+            ast.keyword: lambda n: n.arg,
+            ast.arg: lambda n: n.arg,
+            ast.Constant: lambda n: n.value,
+        }.get(type(node))
+        word = found and found(node)
+        if isinstance(word, str):
+            yield word, node.lineno
+
+
+def test_the_adapter_alone_names_what_transformers_takes():
+    for module, tree in TREES.items():
+        wrong = [(word, line) for word, line in words(tree) if word in NAMES_OF_TRANSFORMERS]
+        assert not wrong or below(module, ADAPTERS), f"{module}: {wrong}"
+    adapter = {word for word, _ in words(TREES[ADAPTERS[0]])}
+    assert {"past_key_values", "use_cache", "inputs_embeds", "attn_implementation"} <= adapter
+
+
+def compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) for every literal that a comparison, a membership test or a match is made with."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare | ast.pattern):
+            continue
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                yield inner.lineno, inner.value
+
+
+def test_a_comparison_with_a_name_of_a_format_is_seen():
+    found = compared(ast.parse("a == 'pq'\nb in ('x', 'y')\nmatch c:\n    case 'z': pass\nd = 'w'"))
+    assert list(found) == [(1, "pq"), (2, "x"), (2, "y"), (4, "z")]
+
+
+def test_nobody_but_formats_asks_which_format_it_is():
+    """What depends on the output's format is asked of its object, so that one more format is one more file."""
+    for module, tree in TREES.items():
+        if not below(module, ("quantize.formats",)):
+            wrong = [f"{module}:{line}: {text}" for line, text in compared(tree) if text in FORMATS]
+            assert not wrong
+            names = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and "NATIVE" in ast.unparse(node)]
+            # transformers' own registry is asked whether it knows pq's format already.
+            assert not names or below(module, ("quantize.serving",))
 
 
 def test_nothing_below_the_command_line_imports_it():

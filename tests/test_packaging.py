@@ -1,4 +1,4 @@
-"""What is shipped, where it is found, and whether README.md tells the truth about it."""
+"""What is shipped, and where it is found."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from packaging.version import Version
 
 import quantize
 from quantize import errors
-from quantize.errors import PqError
 from quantize.files import resources
 from quantize.files.resources import data_dir
-from quantize.recipe.recipe import load_recipe, shipped_recipes
+from quantize.recipe.files import shipped_recipes
+from quantize.recipe.recipe import load_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,26 +25,11 @@ else:  # pytest brings it there
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def section(title: str) -> str:
-    """Return the text of README.md under `## title`, up to the next heading of that level."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no section '{title}'"
-    return found[1]
-
-
-def table_rows(text: str) -> list[list[str]]:
-    """Return the cells of the first Markdown table, head and rule left out."""
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert table, "no table"
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
 
 
 # The wheel
@@ -83,6 +68,14 @@ def test_the_command_is_declared(project: dict[str, Any]):
 
 
 # Finding data
+
+
+def test_extras_that_messages_name_are_declared(project: dict[str, Any]):
+    declared = set(project["project"]["optional-dependencies"])
+    sources = [*(ROOT / "quantize").rglob("*.py"), *(ROOT / "eval").rglob("*.py"), ROOT / "README.md"]
+    for path in sources:
+        named = re.findall(r"pq-quantize\[(\w+)\]", path.read_text(encoding="utf-8"))
+        assert set(named) <= declared, path
 
 
 @pytest.mark.parametrize("name", ["recipes", "calib_data", "eval"])
@@ -134,42 +127,6 @@ def test_data_that_is_absent_is_told_with_the_remedy(installed: Path):
     assert "reinstall" in message
     with pytest.raises(errors.RecipeError, match="reinstall"):
         load_recipe("fireq")
-
-
-# README.md
-
-
-def test_the_recipe_table_lists_what_is_shipped():
-    rows = table_rows(section("Recipes"))
-    listed = [re.fullmatch(r"`([\w-]+)`", row[0]) for row in rows]
-    assert all(listed), rows
-    names = [match[1] for match in listed if match]
-    assert len(names) == len(set(names))
-    assert set(names) == {path.stem for path in shipped_recipes()}
-    assert all(row[1] for row in rows)
-
-
-def test_the_exit_codes_are_those_of_the_classes():
-    listed = {int(code): meaning for code, meaning in table_rows(section("Exit codes"))}
-    classes = {cls.exit_code: cls.__name__ for cls in PqError.__subclasses__() if cls.__module__ == errors.__name__}
-    assert set(listed) == set(classes) | {0, 130}
-    subject = {"Usage": "command line", "Recipe": "recipe", "Model": "model", "Data": "text", "Output": "output"}
-    subject |= {"Verify": "read back", "Room": "memory", "Quality": "gate", "Stopped": "stopped"}
-    for code, name in classes.items():
-        assert subject[name.removesuffix("Error")] in listed[code], name
-
-
-def test_the_yaml_in_the_readme_is_a_recipe(tmp_path: Path):
-    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for i, block in enumerate(blocks):
-        (tmp_path / f"{i}.yaml").write_text(block, encoding="utf-8")
-        assert load_recipe(str(tmp_path / f"{i}.yaml")).stages
-
-
-def test_files_that_the_readme_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert "://" in target or (ROOT / target).exists(), target
 
 
 # Recipes and version

@@ -15,11 +15,11 @@ from torch import Tensor
 from quantize.errors import UsageError
 from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme
 from quantize.formats.packed_int import PackedInt
-from quantize.methods.sbvr.fit import Codebook, fit
+from quantize.methods.sbvr.fit import CodebookKind, fit
 from quantize.solvers.grid import Grid
 
 METHODS = ("sbvr", "rtn", "rtn-mse")
-CODEBOOKS: tuple[Codebook, ...] = ("auto", "lines", "shapes")
+CODEBOOKS: tuple[CodebookKind, ...] = ("auto", "lines", "shapes")
 DISTRIBUTIONS = ("gaussian", "laplace", "student")
 _STUDENT_FREEDOM = 5
 _AT_ONCE = 1 << 20  # weights compared at once
@@ -37,7 +37,7 @@ class FitSettings:
     group_size: int = 128
     bias: bool = False
     lines: int = 256
-    codebook: Codebook = "auto"
+    codebook: CodebookKind = "auto"
     distribution: str = "gaussian"
     """Of the independent weights: `gaussian`, `laplace` or `student` (5 degrees of freedom)."""
     seed: int = 0
@@ -91,7 +91,7 @@ class FitBench:
     peak_device_bytes: int | None
     """Largest memory in tensors on the CUDA device, the weight included; None elsewhere."""
     shapes: int | None
-    """Shapes (or free lines) of the chosen cache; None for rtn."""
+    """Shapes (or free lines) of the chosen codebook; None for rtn."""
     scales: int | None
     device: str
     threads: int
@@ -163,7 +163,7 @@ def _fit(settings: FitSettings, w: Tensor) -> BitVec | PackedInt:
             settings.group_size,
             bias=settings.bias,
             lines=settings.lines,
-            codebook=settings.codebook,
+            kind=settings.codebook,
             seed=settings.seed,
         )
     grid = Grid(settings.bits, settings.group_size)

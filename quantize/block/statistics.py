@@ -17,7 +17,8 @@ from quantize.model.arch import Role
 STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
 
-_TOKENS = 8192  # calibration tokens that the input profiles are taken from
+PROFILED_TOKENS = 8192
+"""Calibration tokens that the input profiles are taken from: more hardly change a channel's largest value."""
 _TOP = 8
 
 
@@ -55,7 +56,7 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
             tokens[name] += len(x)
         del inputs, x  # before the next pass, which takes most
-        if tokens[names[0]] >= _TOKENS:
+        if tokens[names[0]] >= PROFILED_TOKENS:
             break
     return {name: _channels(largest, tokens[name]) for name, largest in maxima.items()}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -81,13 +82,16 @@ def convert(
     from quantize.convert.loop import Request
     from quantize.cost.peak import keep_little
     from quantize.files.resume import forget_finished
-    from quantize.files.writer import require_apart, require_free, require_name
+    from quantize.files.transaction import require_apart, require_free, require_name
     from quantize.recipe.overrides import with_stage_fields
     from quantize.recipe.recipe import load_recipe
 
     require_name(output)
     keep_little()
-    with joining(keeps=resume != "never") as (ranks, local_rank):
+    # In a launch signals ask to stop from the moment on in which another process may go ahead of this one: a launcher
+    # that loses a process sends SIGTERM to those that are left, which then say whom they miss.
+    signals = _Signals(keeps=resume != "never")
+    with signals, joining(signals.keeps, signals.catch) as (ranks, local_rank):
         mode = _resume_mode(resume)
         chosen = load_recipe(recipe).with_overrides(
             dataset=dataset,
@@ -121,18 +125,40 @@ def convert(
         )
         request = within(request)
         if ranks.first:
-            _lead(request, kept, own=work is None, as_json=as_json)
+            _lead(request, kept, own=work is None, as_json=as_json, signals=signals)
         else:
-            _assist(request)
+            _assist(request, signals)
 
 
-def _lead(request: Request, kept: Path, own: bool, as_json: bool) -> None:
+class _Signals(ExitStack):
+    """SIGINT and SIGTERM ask to stop after the block under way, once `catch` was called.
+
+    Where no block is kept they do what they always do.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.keeps = keeps
+        self._asked: Callable[[], bool] | None = None
+
+    def catch(self) -> None:
+        """Take the signals from now on; the first process of a launch says so when one comes."""
+        if self.keeps and self._asked is None:
+            self._asked = self.enter_context(stop_on_signals(aloud=os.environ.get("RANK", "0") == "0"))
+
+    def asked(self) -> bool:
+        """Whether one has come."""
+        return self._asked is not None and self._asked()
+
+
+def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Signals) -> None:
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.convert.loop import convert as run
 
     with _logged(request.output, kept):
-        with progress_bar() as progress, _stopping(request, aloud=True) as stop:
-            summary = run(request, progress, stop)
+        with progress_bar() as progress, signals:
+            signals.catch()
+            summary = run(request, progress, signals.asked)
         if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
@@ -143,18 +169,12 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool) -> None:
         _print(summary)
 
 
-def _assist(request: Request) -> None:
+def _assist(request: Request, signals: _Signals) -> None:
     """Take part as one of several processes that is not the first: silent, without a log."""
     from quantize.convert.loop import convert as run
 
     logging.getLogger("quantize").addHandler(logging.NullHandler())
-    with _stopping(request, aloud=False) as stop:
-        run(request, stop=stop)
-
-
-def _stopping(request: Request, aloud: bool) -> AbstractContextManager[Callable[[], bool]]:
-    """Whether to stop after the block under way; where no block is kept signals do what they always do."""
-    return nullcontext(_never) if request.resume == "never" else stop_on_signals(aloud)
+    run(request, stop=signals.asked)
 
 
 def _write_report(output: Path) -> None:
@@ -167,10 +187,6 @@ def _write_report(output: Path) -> None:
         typer.echo(f"pq: warning: the report was not written ({err}); pq report {output} tries again", err=True)
     else:
         typer.echo(f"report: {page}", err=True)
-
-
-def _never() -> bool:
-    return False
 
 
 def _resume_mode(asked: str) -> Resume:

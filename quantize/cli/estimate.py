@@ -1,16 +1,21 @@
-"""`pq estimate`: memory, disk and time of a conversion before anything is loaded."""
+"""`pq estimate`: memory, disk and time of a conversion before it starts."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.options import size_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quantize.convert.trial import Timing
 
 
 def estimate(
@@ -29,9 +34,16 @@ def estimate(
     max_vram: Annotated[str | None, typer.Option(help="The same for the accelerator's memory.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--time/--no-time",
+            help="Whether to measure time, in a trial of some ten seconds on one block; else no weight is loaded.",
+        ),
+    ] = True,
     as_json: options.AsJson = False,
 ) -> None:
-    """What `pq convert` would take: memory at its peak, disk, time. No weights are loaded."""
+    """What `pq convert` would take: memory at its peak, disk, time. Nothing is written."""
     from quantize.convert.estimate import estimate as found_for
     from quantize.convert.estimate import within
     from quantize.convert.request import Request
@@ -53,7 +65,7 @@ def estimate(
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )
-    found = found_for(within(request))
+    found = found_for(within(request), timed)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
         return
@@ -61,16 +73,31 @@ def estimate(
     from rich.table import Table
 
     from quantize.convert.estimate import shown
-    from quantize.cost.units import duration
 
     table = Table("", "at most", title=f"{chosen.name} on {Path(model).name}, {place.type}", title_justify="left")
     for row in shown(found).items():
         table.add_row(*row)
-    table.add_row("time", f"about {duration(found.seconds)}, {duration(found.seconds_per_block)} a block")
     console = Console()
     console.print(table)
+    if found.time is not None:
+        _print_time(console, found.time)
     spared = [f"hidden states on the {found.states_on}"] if found.states_on != "device" else []
     spared += ["blocks split by linear"] if found.split else []
     spared += [f"{found.batch_tokens} tokens a pass"] if found.batch_tokens < request.batch_tokens else []
     if spared and (max_ram or max_vram):
         console.print(f"to stay below the limit: {', '.join(spared)}")
+
+
+def _print_time(console: Console, time: Timing) -> None:
+    """Time in all, its range, where it goes, and what stands behind the figures."""
+    from quantize.cost.units import duration
+
+    between = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
+    console.print(f"time: about {duration(time.seconds)} ({between}), {duration(time.seconds_per_block)} a block")
+    longest = sorted(time.seconds_by_part.items(), key=lambda part: -part[1])
+    shown = [f"{part} {duration(seconds)}" for part, seconds in longest[:4] if seconds >= time.seconds / 20]
+    console.print(f"most of it: {', '.join(shown)}")
+    reduced = f", on {' and '.join(time.reduced)}" if time.reduced else ""
+    console.print(f"measured on this machine now, in a trial of {duration(time.trial_seconds)}{reduced}")
+    if time.not_counted:
+        console.print(f"not counted: {'; '.join(time.not_counted)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,17 +17,25 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
-    """Yield the ranks of the launch and this process's number on its machine (None for one that works alone).
+def joining(
+    keeps: bool,
+    met: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Ranks, int | None]]:
+    """Yield the ranks of the launch and this process's number on its machine
+    (None for one that works alone).
 
-    Of an expected error the first rank alone tells; the others end with the same code. keeps: whether blocks are kept.
+    Of an expected error the first rank alone tells; the others end with the same code.
+    keeps: whether blocks are kept.
+    met: called in a launch once all processes are there, before any of them goes on.
     """
     from quantize.parallel.launch import joined, launched, local_rank
 
-    remedy = "the same command goes on from the last block that is kept" if keeps else "start the command again"
+    remedy = "start the command again"
+    if keeps:
+        remedy = "the same command goes on from the last block that is kept"
     first = True
     try:
-        with joined(remedy, _abandon) as ranks:
+        with joined(remedy, _abandon, met) as ranks:
             first = ranks.first
             yield ranks, local_rank() if launched() else None
     except LostError:

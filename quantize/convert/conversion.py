@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,6 +49,19 @@ class Conversion:
             streams[REFERENCE] = hold(self.plan, streams[QUANTIZED])
         return Streams(streams, self.plan.request.ranks)
 
+    def open(
+        self,
+        index: int,
+        inputs: MutableSequence[Tensor],
+        reference_inputs: MutableSequence[Tensor] | None = None,
+    ) -> Block:
+        """Load one block (see `open_block`)."""
+        return open_block(self.plan, index, inputs, reference_inputs)
+
+    def profile(self, block: Block) -> dict[str, dict[str, Any]]:
+        """Outliers of a block as it is now."""
+        return profile(block)
+
     def block(self, index: int, streams: Streams[str] | None) -> dict[str, Tensor]:
         """Load, transform and free one block; advances the streams. Returns the tensors of its
         shard."""
@@ -57,7 +71,7 @@ class Conversion:
         shard: dict[str, Tensor] = {}
 
         def open_it(index: int) -> Block:
-            return open_block(plan, index, batches[QUANTIZED], batches.get(REFERENCE))
+            return self.open(index, batches[QUANTIZED], batches.get(REFERENCE))
 
         def visit(block: Block) -> Mapping[str, Route[str]] | None:
             for name, dtype in block.storage.items():
@@ -67,10 +81,9 @@ class Conversion:
 
         def leave(block: Block) -> None:
             self._record(block, prefix)
-            stored = _stored(block)
-            if plan.recipe.format != "pq":
-                stored.pop(f"{plan.arch.attention}.kv.scale", None)
-            shard.update({prefix + name: tensor for name, tensor in stored.items()})
+            packed = {prefix + name: weight for name, weight in block.packed.items()}
+            plain = {prefix + name: tensor for name, tensor in _plain(block).items()}
+            shard.update(plan.format.tensors(packed, plain))
 
         walk(streams, [index], open_it, visit, leave)
         return shard
@@ -79,27 +92,31 @@ class Conversion:
         """Tensors of modules outside the blocks as the output holds them; the final norm and the
         head go together."""
         plan, state = self.plan, self.state
-        out = outside(plan, *modules)
+        plain = outside(plan, *modules)
         head, bits = f"{plan.arch.head}.weight", plan.recipe.head_bits
-        untied = {head: out[head]} if plan.shape.tied and head in out else {}
-        state.source_bytes += _bytes(out) - _bytes(untied)
-        packed = self._head(out.pop(head), bits) if head in out and bits is not None else {}
+        untied = {head: plain[head]} if plan.shape.tied and head in plain else {}
+        state.source_bytes += _bytes(plain) - _bytes(untied)
+        packed: dict[str, Packed] = {}
+        if head in plain and bits is not None:
+            packed[plan.arch.head] = self._head(plain.pop(head), bits)
+        stored = {name: tensor.cpu() for name, tensor in plan.format.tensors(packed, plain).items()}
         if untied:
-            state.untied_head_bytes = _bytes(packed or untied)
+            of_head = {n: t for n, t in stored.items() if n.startswith(f"{plan.arch.head}.")}
+            state.untied_head_bytes = _bytes(of_head)
             log.info(
                 "%s no longer shares the embedding: %d bytes more",
                 plan.arch.head,
                 state.untied_head_bytes,
             )
-        return out | packed
+        return stored
 
-    def _head(self, weight: Tensor, bits: int) -> dict[str, Tensor]:
-        """Packed tensors of lm_head [V, D]."""
+    def _head(self, weight: Tensor, bits: int) -> Packed:
+        """Encode lm_head [V, D]."""
         name = self.plan.arch.head
         packed, error = encode_head(weight, bits, self.plan.request.device)
         self._count(name, packed, fp8_activations=False)
         self.state.report[name] = {"weight_error": error}
-        return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.tensors().items()}
+        return packed
 
     def _apply_stages(self, block: Block) -> None:
         stages = self.plan.recipe.stages
@@ -107,13 +124,15 @@ class Conversion:
             if stage.kind == "restructure":  # which leaves other linears than it found
                 stage.apply(block)
                 give_back()
-        before = after = profile(block)
+                self.plan.request.require_room()
+        before = after = self.profile(block)
         smoothed = False
         for stage in (stage for stage in stages if stage.kind != "restructure"):
             if smoothed and stage.kind in ("cache", "encode"):
-                after, smoothed = profile(block), False
+                after, smoothed = self.profile(block), False
             stage.apply(block)
             give_back()
+            self.plan.request.require_room()
             smoothed |= stage.kind == "smooth"
         self.state.statistics.add(block, before, after)
 
@@ -146,14 +165,11 @@ def _onward(block: Block, streams: Mapping[str, object]) -> dict[str, Route[str]
     return {name: (name, partial(block.forward, layers[name])) for name in streams}
 
 
-def _stored(block: Block) -> dict[str, Tensor]:
-    """Tensors of a block as the checkpoint holds them: packed linears, the rest in the source's
-    dtypes."""
+def _plain(block: Block) -> dict[str, Tensor]:
+    """Tensors of a block beside its packed weights, in the source's dtypes."""
     out: dict[str, Tensor] = {}
     for name, module in block.module.named_modules():
         if isinstance(module, PackedLinear):
-            packed = module.packed.tensors()
-            out |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
             if module.bias is not None:
                 out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
         elif not isinstance(module, nn.ModuleList):

@@ -1,14 +1,15 @@
-"""Memory, disk and time of a conversion before anything is loaded, and how to keep it below a limit.
+"""Memory, disk and time of a conversion before it starts, and how to keep it below a limit.
 
 Memory is counted from the sizes of tensors that are alive at once; what the process takes without any is measured. Time
-is counted in operations, and their rates are measured on this machine in about a second.
+is measured: a trial runs the conversion's own steps on a block of every kind (`quantize.convert.trial`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from quantize.calibration.tokens import TokenSet
 from quantize.convert.draft import draft
 from quantize.convert.plan import Plan
 from quantize.convert.request import Request
-from quantize.cost.footprint import BlockSizes, Effort, total
-from quantize.cost.peak import resident
-from quantize.cost.stopwatch import watch
+from quantize.convert.trial import Timing, timing
+from quantize.cost.footprint import BlockSizes
+from quantize.cost.peak import peak_resident, resident
 from quantize.cost.units import gigabytes
 from quantize.errors import RoomError
 from quantize.files.offload import Place
@@ -29,13 +30,11 @@ _SLACK = 64 << 20
 """Bytes that threads, allocators and libraries take once they work."""
 _LEAST_BATCH = 512
 """Tokens of a pass below which smaller ones would cost more time than they save room."""
-_HASHED = 1.2e9
-"""Bytes a second that are read, compared with their hash and checked for NaN."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a conversion will take, in bytes and seconds."""
+    """What a conversion will take: bytes, and where a trial was run, seconds."""
 
     ram: int
     """At most, of the process."""
@@ -45,33 +44,33 @@ class Estimate:
     """At most, beside the output and in the work folder, the output included."""
     output: int
     """Weights of the output."""
-    seconds: float
-    seconds_per_block: float
     parts: dict[str, int]
     """What the peak of the device that computes consists of."""
     batch_tokens: int
     states_on: str
     split: bool
+    time: Timing | None = None
+    """None where it was not measured."""
 
     def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
+        """All fields, those of `time` among them; null where it was not measured."""
+        out = asdict(self)
+        measured = out.pop("time") or dict.fromkeys(field.name for field in fields(Timing))
+        return out | measured
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second."""
+def estimate(request: Request, timed: bool = True) -> Estimate:
+    """What `convert` will take. timed: whether to run a trial, which loads weights.
 
-    products: float
-    """Operations of matrix products in float32."""
-    touched: float
-    """Bytes read and written by element-wise steps."""
-
-
-def estimate(request: Request, rates: Rates | None = None) -> Estimate:
-    """What `convert` will take. rates: measured where None. Raises what `convert` raises before it loads weights."""
-    plan, _, tokens = draft(request)
-    return _estimate(plan, request, tokens, rates or measure_rates(request.device))
+    Raises what `convert` raises before it loads weights, and with a trial what it raises on the blocks tried.
+    """
+    started = time.monotonic()
+    plan, space, tokens = draft(request)
+    opening = time.monotonic() - started
+    found = _estimate(plan, request, tokens)  # before the trial, whose leavings would be counted
+    if not timed:
+        return found
+    return replace(found, time=timing(plan, space, tokens, opening, found.output, _state(plan, request, tokens)))
 
 
 def within(request: Request) -> Request:
@@ -84,13 +83,14 @@ def within(request: Request) -> Request:
     with request.ranks.explained():
         plan, _, tokens = draft(request)
         choices = _frugal(request)
-        found = [_estimate(plan, choice, tokens, Rates(1, 1)) for choice in choices]
+        found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
         fitting = (i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1])
         chosen = request.ranks.tell(next(fitting, None))
-    if chosen is None:
+    taken = peak_resident() or 0
+    if chosen is None or (request.max_ram is not None and taken > request.max_ram):
         least = min(found, key=lambda one: (one.vram, one.ram))
-        needed = [f"--max-ram {gigabytes(least.ram)}"] if request.max_ram is not None else []
+        needed = [f"--max-ram {gigabytes(max(least.ram, taken))}"] if request.max_ram is not None else []
         needed += [f"--max-vram {gigabytes(least.vram)}"] if request.max_vram is not None else []
         raise RoomError(
             f"recipe {request.recipe.name} on {request.model} needs {' and '.join(needed)} at least; "
@@ -138,13 +138,13 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
     return list(seen.values())
 
 
-def _estimate(plan: Plan, request: Request, tokens: TokenSet | None, rates: Rates) -> Estimate:
+def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate:
     stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
     reference = any(stage.needs_reference for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
     item, cpu = request.dtype.itemsize, request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
-    states = streams * kinds[0].tokens * plan.shape.hidden * item
+    states = _states(plan, request, tokens)
     block = max(kinds, key=lambda sizes: _working(plan, sizes))
     outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
     output, packed = _output(plan), _packed(plan, block)
@@ -164,18 +164,13 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None, rates: Rate
     batches = streams * block.batch * plan.shape.hidden * item
     spilled = states if request.states_on == "disk" else 0
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
-    state = states if request.work is not None and request.resume in ("auto", "required") else 0
-    effort = _effort(plan, kinds, streams)
-    read = sum((plan.source.folder / shard).stat().st_size for shard in plan.source.shards)
-    per_block = effort.products / rates.products + effort.touched / rates.touched
+    state = _state(plan, request, tokens)
     return Estimate(
         ram=base + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
         vram=0 if cpu else computed + on_device,
         # Two states are there while one replaces the other; the finished shards move, the source's are not touched.
         disk=output + spilled + files + 2 * state,
         output=output,
-        seconds=per_block * plan.shape.n_blocks + 2 * read / _HASHED + 3 * output / _HASHED,
-        seconds_per_block=per_block,
         parts={"the program": base} | parts if cpu else parts,
         batch_tokens=block.batch or request.batch_tokens,
         states_on=request.states_on,
@@ -183,10 +178,25 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None, rates: Rate
     )
 
 
+def _states(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
+    """Bytes of the hidden states of all streams."""
+    stages = request.recipe.stages
+    if tokens is None or not any(stage.needs_inputs for stage in stages):
+        return 0
+    streams = 2 if any(stage.needs_reference for stage in stages) else 1
+    return int(streams * tokens.tokens.numel() * plan.shape.hidden * request.dtype.itemsize)
+
+
+def _state(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
+    """Bytes of hidden states that are kept after every block, for a run that may be stopped."""
+    keeps = request.work is not None and request.resume in ("auto", "required")
+    return _states(plan, request, tokens) if keeps else 0
+
+
 def _working(plan: Plan, sizes: BlockSizes) -> int:
     """Bytes of the most demanding step beside weights and hidden states."""
     statistics = 3 * 4 * sizes.largest
-    return max(statistics, sizes.forward(), *(stage.room(sizes) for stage in plan.recipe.stages))
+    return max(statistics, sizes.profiling(), *(stage.room(sizes) for stage in plan.recipe.stages))
 
 
 def _kept_weights(request: Request, sizes: BlockSizes) -> int:
@@ -228,30 +238,6 @@ def _bytes(plan: Plan, module: str) -> int:
     """Bytes of a matrix outside the blocks, in 16 bits."""
     shape = plan.source.shapes.get(f"{module}.weight", (0,))
     return 2 * int(torch.Size(shape).numel())
-
-
-def _effort(plan: Plan, kinds: list[BlockSizes], streams: int) -> Effort:
-    """What the mean block computes."""
-    stages = plan.recipe.stages
-    each = []
-    for sizes in kinds:
-        profiled = Effort(0, 60.0 * sizes.weights) * (1 + any(stage.kind == "smooth" for stage in stages))
-        each.append(total([*(stage.effort(sizes) for stage in stages), profiled, sizes.passes() * streams]))
-    return total(each) * (1 / len(each))
-
-
-def measure_rates(device: torch.device) -> Rates:
-    """Rates of a matrix product and of element-wise steps on the device."""
-    a = torch.randn(1536, 1536, device=device)
-    flat = torch.randn(1 << 22, device=device)
-    products = _seconds(lambda: a @ a, device)
-    touched = _seconds(lambda: torch.addcmul(flat, flat, flat), device)
-    return Rates(2 * 1536**3 / products, 4 * 4 * flat.numel() / touched)
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    seconds = watch([step], device, as_graph=False)
-    return min(seconds() for _ in range(5))
 
 
 def shown(found: Estimate) -> Mapping[str, str]:

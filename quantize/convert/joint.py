@@ -1,4 +1,4 @@
-"""What the ranks of one conversion share outside the blocks: the text, the state of a stopped run, and doubts."""
+"""What the ranks of one conversion share outside the blocks: the text and the state of a stopped run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantize.calibration.tokens import TokenSet
-from quantize.errors import UsageError, VerifyError
+from quantize.errors import VerifyError
 from quantize.files.memo import digest
 from quantize.files.resume import Kept
 from quantize.parallel.ranks import Ranks
@@ -31,23 +30,6 @@ def shared_state(ranks: Ranks, kept: Kept | None) -> Kept | None:
         return None
     tensors = ranks.tensors(kept.tensors if kept else None)
     return kept or Kept(facts[0], facts[1], tensors, facts[2])
-
-
-def require_equal(ranks: Ranks, facts: Mapping[str, Any]) -> None:
-    """UsageError unless all ranks agree on JSON data that decides what they compute."""
-    first, *others = ranks.gathered(dict(facts))
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other.get(name) != value:
-                raise UsageError(
-                    f"rank {rank} differs from rank 0 in {name}: {_short(other.get(name))} instead of {_short(value)}; "
-                    "start equal commands with equal software on equal machines"
-                )
-
-
-def processor(device: torch.device) -> str:
-    """What products are computed on: those of different ones may differ in the last bit."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def require_same_block(ranks: Ranks, index: int, tensors: Mapping[str, Tensor]) -> None:
@@ -74,10 +56,5 @@ class NoWriter:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         """Leave nothing."""
 
-    def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Drop the tensors, which the first rank writes."""
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -15,17 +15,12 @@ import torch
 import quantize
 from quantize.block.statistics import STATISTICS
 from quantize.block.walk import Streams
+from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.conversion import Conversion
 from quantize.convert.decide import decide
 from quantize.convert.draft import draft
-from quantize.convert.joint import (
-    NoWriter,
-    processor,
-    require_equal,
-    require_same_block,
-    shared_state,
-)
+from quantize.convert.joint import NoWriter, require_same_block, shared_state
 from quantize.convert.output import output_config
 from quantize.convert.pace import Pace
 from quantize.convert.plan import Plan
@@ -35,9 +30,12 @@ from quantize.convert.summary import Summary, results_of, summary_of
 from quantize.errors import StoppedError
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
-from quantize.files.writer import CheckpointWriter, require_apart, require_free
+from quantize.files.transaction import require_apart, require_free
+from quantize.files.writer import CheckpointWriter
+from quantize.formats.registry import FORMATS
 from quantize.methods.plugins import method_versions
-from quantize.recipe.recipe import resolved_yaml
+from quantize.parallel.agreement import processor, require_equal
+from quantize.recipe.recipe import Recipe, resolved_yaml
 
 __all__ = ["Request", "Summary", "convert"]
 
@@ -83,14 +81,16 @@ def convert(
         if not done:
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
-            pace = Pace(request, done, blocks)
+            weights = [plan.skeleton.linear_shapes(index).values() for index in range(blocks)]
+            pace = Pace(request, done, [sum(N * K for N, K in shapes) for shapes in weights])
             _write_blocks(run, streams, pace, writer, keeper, progress)
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
                 _finish(run, streams, writer, _provenance(run.plan, hashes, tokens))
         state.clear()
-    return summary_of(run.plan, run.state, time.monotonic() - started, pace.per_block, writer.total_size)
+    seconds = time.monotonic() - started
+    return summary_of(run.plan, run.state, seconds, pace.per_block, writer.total_size)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ def _write_blocks(
     """Convert and write all blocks that are not done."""
     plan = run.plan
     if not pace.done and plan.request.ranks.first:
-        writer.add_shard(run.tensors_outside(plan.arch.embedding))
+        writer.add(run.tensors_outside(plan.arch.embedding))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
         require_same_block(plan.request.ranks, index, tensors)
-        writer.add_shard(tensors)
+        writer.add(tensors)
         if streams and index + 1 == keeper.blocks:
             streams.clear()
         pace.finished()
@@ -138,52 +138,69 @@ def _write_blocks(
 
 
 def _finish(
-    run: Conversion, streams: Streams[str] | None, writer: CheckpointWriter, provenance: dict[str, Any]
+    run: Conversion,
+    streams: Streams[str] | None,
+    writer: CheckpointWriter,
+    provenance: dict[str, Any],
 ) -> None:
     """Write what stands behind the blocks and let the output appear."""
     plan, state = run.plan, run.state
-    writer.add_shard(run.tensors_outside(plan.arch.final_norm, plan.arch.head))
-    for path in plan.source.side_files():
+    writer.add(run.tensors_outside(plan.arch.final_norm, plan.arch.head))
+    for path in plan.format.side_files(plan.source.side_files()):
         writer.copy(path)
-    writer.write_index()
-    writer.write_json("config.json", output_config(plan, state))
+    config = output_config(plan, state)
+    writer.finish(config)
+    writer.write_json("config.json", config)
     writer.write_json(STATISTICS, state.statistics.as_json())
+    plan.request.require_room()
     results = results_of(plan, state, streams.dropped if streams else 0)
     facts = provenance | results | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()
 
 
-def _writer(
-    request: Request, shards: int, kept: Path | None, written: Mapping[str, Any]
-) -> CheckpointWriter | NoWriter:
-    return CheckpointWriter(request.output, shards, kept, written) if request.ranks.first else NoWriter()
+def _writer(request: Request, parts: int, kept: Path | None, written: Mapping[str, Any]) -> CheckpointWriter | NoWriter:
+    if not request.ranks.first:
+        return NoWriter()
+    encoding = FORMATS[request.recipe.format].encoding(parts)
+    return CheckpointWriter(request.output, encoding, kept, written)
 
 
 def _surroundings(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:
     """What must be alike for all ranks to compute the same, by name."""
     source = plan.source
-    sizes = {name: (source.folder / name).stat().st_size for name in ("config.json", *source.shards)}
+    names = ("config.json", *source.shards)
+    sizes = {name: (source.folder / name).stat().st_size for name in names}
     numerics = {"processor": processor(plan.request.device), "threads": torch.get_num_threads()}
     return numerics | {"sizes of the source": sizes} | _fingerprint(plan, {}, tokens)
 
 
 def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
-    """All that decides what is written, and how it is kept, by name: a state of another one is not gone on from."""
+    """All that decides what is written, and how it is kept, by name.
+
+    A state of another fingerprint is not gone on from.
+    """
     request, facts = plan.request, _provenance(plan, hashes, tokens)
-    told = {"recipe": request.recipe.model_dump(mode="json"), "target_bpw": request.target_bpw}
+    recipe = _told(request.recipe).model_dump(mode="json")
+    told = {"recipe": recipe, "target_bpw": request.target_bpw}
     told |= {key: facts[key] for key in facts if key != "recipe"}
     return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
+def _told(recipe: Recipe) -> Recipe:
+    """The recipe without the folder of its text: equal texts give equal bytes, and are known by their hash."""
+    return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
+
+
 def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
     request, recipe = plan.request, plan.recipe
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED} | method_versions(recipe.stages)
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    versions |= method_versions(recipe.stages)
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
-        "recipe": {"name": recipe.name, "resolved": resolved_yaml(recipe)},
+        "recipe": {"name": recipe.name, "resolved": resolved_yaml(_told(recipe))},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }

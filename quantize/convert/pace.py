@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from quantize.convert.request import Request
 from quantize.cost.peak import peak_of
@@ -16,26 +17,41 @@ SLOW = 5.0
 
 
 class Pace:
-    """Counts the blocks of one run."""
+    """Counts the blocks of one run, and tells from those done how long the others will take.
 
-    def __init__(self, request: Request, done: int, blocks: int) -> None:
-        self.request, self.done, self.blocks = request, done, blocks
+    Blocks of as many weights take alike; where none was seen yet (experts behind dense blocks), time is taken to grow
+    with the weights.
+    """
+
+    def __init__(self, request: Request, done: int, weights: Sequence[int]) -> None:
+        """weights: of the linears of every block."""
+        self.request, self.done, self.blocks, self._weights = request, done, len(weights), weights
         self._first, self._started, self._last = done, time.monotonic(), 0.0
+        self._took: dict[int, list[float]] = {}
 
     @property
     def per_block(self) -> float:
         """Seconds that a block took, in the mean of this run; 0 before the first."""
         return self._last / max(1, self.done - self._first)
 
+    @property
+    def left(self) -> float:
+        """Seconds that the blocks still to come will take; 0 before the first is done."""
+        if not self._took:
+            return 0.0
+        seen = sum(weights * len(took) for weights, took in self._took.items())
+        each_weight = self._last / seen
+        means = {weights: sum(took) / len(took) for weights, took in self._took.items()}
+        return sum(means.get(weights, weights * each_weight) for weights in self._weights[self.done :])
+
     def finished(self) -> None:
         """Tell about one more block."""
         now = time.monotonic() - self._started
         took, self._last, self.done = now - self._last, now, self.done + 1
-        left, peak = self.per_block * (self.blocks - self.done), peak_of(self.request.device)
+        self._took.setdefault(self._weights[self.done - 1], []).append(took)
+        left, peak = self.left, peak_of(self.request.device)
         memory = f", peak memory {gigabytes(peak)}" if peak else ""
         projected = duration(now + left)
         told = f"block {self.done} of {self.blocks}: {duration(took)}, {duration(left)} left of {projected}{memory}"
         log.info("%s", told, extra={"seconds": took})
-        limit = self.request.max_vram if self.request.device.type == "cuda" else self.request.max_ram
-        if peak and limit and peak > limit:
-            log.warning("peak memory %s is above the limit of %s", gigabytes(peak), gigabytes(limit))
+        self.request.require_room()

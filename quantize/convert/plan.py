@@ -10,6 +10,8 @@ from typing import Any
 from quantize.convert.allocation import Allocation
 from quantize.convert.request import Request
 from quantize.files.checkpoint import Checkpoint
+from quantize.formats.output import OutputFormat
+from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.fireq.attention import FireqAttention
 from quantize.model.arch import Architecture, Shape
@@ -45,6 +47,11 @@ class Plan:
     def recipe(self) -> Recipe:
         """What becomes of the model."""
         return self.decisions.recipe
+
+    @property
+    def format(self) -> OutputFormat:
+        """How the output is written."""
+        return FORMATS[self.recipe.format]
 
     @cached_property
     def basis(self) -> Basis:

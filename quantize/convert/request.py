@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from quantize.cost.peak import require_below
 from quantize.files.offload import Place
 from quantize.files.resume import Resume
 from quantize.parallel.ranks import ALONE, Ranks
@@ -45,3 +46,7 @@ class Request:
     """The same of an accelerator's memory."""
     ranks: Ranks = ALONE
     """The processes that do it together; the first alone reads the text and writes."""
+
+    def require_room(self) -> None:
+        """RoomError where more memory was taken than the limit of the device that computes allows."""
+        require_below(self.max_vram if self.device.type == "cuda" else self.max_ram, self.device)

@@ -58,7 +58,7 @@ def open_block(
         reference_inputs=reference_inputs,
         device=request.device,
         rotary_dim=plan.rotary_dim,
-        keeps_post_scales=plan.recipe.format == "pq",
+        keeps_post_scales=plan.format.keeps_post_scales,
         parking=parking,
         memo=Memo(request.work, request.ranks),
         ranks=request.ranks,

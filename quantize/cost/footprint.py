@@ -1,11 +1,11 @@
-"""How much memory the steps of a conversion take and how much they compute, from sizes alone.
+"""How much memory the steps of a conversion take, from sizes alone.
 
 Formulas count the tensors that are alive at once; tests/test_footprint.py holds them against what is allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 FLOAT = 4
@@ -14,20 +14,8 @@ SOLVER_ROWS = 1024
 """Rows or columns of a large matrix that solvers work on at once, where all would take too much room."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a step computes."""
-
-    products: float = 0.0
-    """Floating-point operations of matrix products and factorizations."""
-    touched: float = 0.0
-    """Bytes read and written element by element."""
-
-    def __add__(self, other: Effort) -> Effort:
-        return Effort(self.products + other.products, self.touched + other.touched)
-
-    def __mul__(self, factor: float) -> Effort:
-        return Effort(self.products * factor, self.touched * factor)
+_VISITS = 4
+"""Routed experts that a token is taken to visit, where inputs of all are recorded."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +85,20 @@ class BlockSizes:
         inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
         return held + max(self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs))
 
-    def passes(self) -> Effort:
-        """One pass of all tokens through the block."""
-        return Effort(2.0 * self.tokens * self.weights, 40.0 * self.tokens * self.hidden * self.itemsize)
+    def profiling(self) -> int:
+        """Bytes at most while a pass records the inputs of all groups of linears at once, for the report.
+
+        Routed experts that share a role see each token a few times between them.
+        """
+        widths: dict[str, list[int]] = {}
+        for name in (group[0] for group in self.groups):
+            kind = name.rpartition(".")[2] if name in self.routed else name
+            widths.setdefault(kind, []).append(self.linears[name][1])
+        K = sum(sum(same[:_VISITS]) for same in widths.values())
+        widest = max(max(same) for same in widths.values())
+        recorded = self.itemsize * self.batch * K
+        copies = FLOAT * self.batch * K if self.itemsize < FLOAT else 0
+        return recorded + max(self.forward(), copies + (2 * FLOAT + 1) * self.batch * widest)
 
 
 ROUTED_BYTES = 1 << 30
@@ -109,13 +108,3 @@ ROUTED_BYTES = 1 << 30
 def factoring(K: int) -> int:
     """Bytes of the factorization of a Hessian [K, K] in float64, beside it."""
     return 12 * K * K + 4 * min(SOLVER_ROWS, K) * K
-
-
-def factored(K: int) -> Effort:
-    """The factorization of a Hessian [K, K]: float64 counts twice."""
-    return Effort(2 * 4 / 3 * K**3)
-
-
-def total(efforts: Iterable[Effort]) -> Effort:
-    """The sum of efforts."""
-    return sum(efforts, Effort())

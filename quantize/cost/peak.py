@@ -11,8 +11,15 @@ from pathlib import Path
 
 import torch
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
+from quantize.cost.units import gigabytes
+from quantize.errors import RoomError
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 _FROM_THE_SYSTEM = 8 << 20  # bytes of a tensor that is taken from the system alone, and given back; less costs time
+
+
+_before = [0]
+"""Peak of the process before it was last forgotten."""
 
 
 @dataclass
@@ -31,11 +38,12 @@ def measured(device: torch.device) -> Iterator[Cost]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        _before[0] = peak_resident() or 0
         with suppress(OSError):  # Linux: forgets the process's peak
             Path("/proc/self/clear_refs").write_text("5")
     yield cost
     cost.seconds = time.monotonic() - started
-    cost.peak_bytes = peak_of(device)
+    cost.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
 def peak_of(device: torch.device) -> int | None:
@@ -50,7 +58,20 @@ def resident() -> int:
 
 def peak_resident() -> int | None:
     """Most bytes of memory that the process took so far; None where it cannot be told."""
-    return _status("VmHWM")
+    now = _status("VmHWM")
+    return None if now is None else max(now, _before[0])
+
+
+def require_below(limit: int | None, device: torch.device) -> None:
+    """RoomError with what would have sufficed where the device's peak (`peak_of`) is above the limit."""
+    peak = peak_of(device)
+    if limit is None or peak is None or peak <= limit:
+        return
+    option = "--max-vram" if device.type == "cuda" else "--max-ram"
+    raise RoomError(
+        f"the conversion took {gigabytes(peak)}, more than the limit of {gigabytes(limit)} and than was estimated; "
+        f"give {option} {gigabytes(peak + peak // 16)}"
+    )
 
 
 def _status(key: str) -> int | None:
@@ -73,3 +94,4 @@ def keep_little() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _FROM_THE_SYSTEM)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _FROM_THE_SYSTEM)
+        libc.mallopt(_ARENA_MAX, 2)  # each further one, of up to eight a core, keeps free memory of its own

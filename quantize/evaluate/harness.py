@@ -109,7 +109,7 @@ def _task_model_module() -> Any:
     except (ImportError, AttributeError) as err:
         raise UsageError(
             f"tasks need lm-eval 0.4.12 or later ({' '.join(str(err).split())[:200]}); "
-            "install it with: pip install -U 'pq-quantize[eval]'"
+            "install it with: pip install -U 'lm-eval>=0.4.12'"
         ) from err
     return task_model
 

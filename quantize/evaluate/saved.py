@@ -12,8 +12,7 @@ from typing import Any
 from quantize.evaluate.run import Measured
 from quantize.evaluate.task_comparison import TaskScore
 from quantize.evaluate.task_results import TaskRun
-from quantize.files.disk import reported
-from quantize.files.writer import write_text
+from quantize.files.disk import reported, write_text
 
 
 def results_folder(model: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import quantize
-from quantize.convert.joint import processor, require_equal
 from quantize.evaluate.protocols import Windows
 from quantize.files.checkpoint import Checkpoint
+from quantize.parallel.agreement import processor, require_equal
 from quantize.parallel.ranks import Ranks
 
 

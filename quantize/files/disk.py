@@ -1,8 +1,9 @@
-"""What a file system refuses, said in one line."""
+"""Small steps on a disk, and what a file system refuses, said in one line."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,3 +26,24 @@ def reported(path: Path) -> Iterator[None]:
         full = "No space left" in str(err)
         reason = "no space left on the disk; free some or give another --output" if full else f"not written ({err})"
         raise OutputError(f"{path}: {reason}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it appears whole or not at all; folders are made. OutputError when it cannot be."""
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from quantize.errors import OutputError, UsageError
 from quantize.files.checkpoint import sha256_file
-from quantize.files.disk import reported
+from quantize.files.disk import reported, sync
 from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
-from quantize.files.writer import sync
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""`bitvec`: weights as sums of bit vectors (SBVR, arXiv 2509.18172), the sums taken from a cache of coefficients.
+"""`bitvec`: weights as sums of bit vectors (SBVR, arXiv 2509.18172), the sums taken from a codebook of coefficients.
 
 A group of `group_size` consecutive inputs of one output row uses one line of coefficients c: weight = Σ_k c_k · b_k,
 plus one constant c_bits where lines carry a bias. Line i of a matrix is lines[i // Z] · scales[i % Z], Z the number of
@@ -26,7 +26,7 @@ GROUP_SIZES = (64, 128, 256)
 MIN_BITS, MAX_BITS = 2, 8
 MAX_LINES = 1 << 16  # what a 16-bit index tells apart
 _WORD = 32
-_AT_ONCE = 1 << 18  # codes packed at once: their work space stays in the cache
+_AT_ONCE = 1 << 18  # codes packed at once: their work space stays in the processor's cache
 
 SUFFIXES = ("weight_planes", "weight_index", "weight_lines", "weight_scales", "weight_shape")
 """Names of a linear's tensors in the checkpoint, after the linear's own."""
@@ -108,7 +108,7 @@ class BitVecScheme:
     group_size: int
     bias: bool
     lines: int
-    """Shapes S in the cache."""
+    """Shapes S in the codebook."""
     scales: int
     """Scales Z; the index tells S·Z lines apart."""
 
@@ -139,7 +139,7 @@ class BitVecScheme:
         }
 
     def stored_bits(self, N: int, K: int) -> float:
-        """Bits that one weight of a linear [N, K] takes: planes, indices and the whole cache."""
+        """Bits that one weight of a linear [N, K] takes: planes, indices and the whole codebook."""
         layout = self.layout(N, K)
         stored = (shape for suffix, shape in layout.items() if suffix != "weight_shape")
         return sum(dtype.itemsize * 8 * math.prod(shape) for dtype, shape in stored) / (N * K)
@@ -151,8 +151,8 @@ class BitVecScheme:
     def as_json(self, targets: Sequence[str]) -> dict[str, Any]:
         """One entry of config_groups."""
         weights = {"num_bits": self.bits, "type": "bitvec", "group_size": self.group_size}
-        cache = {"bias": self.bias, "lines": self.lines, "scales": self.scales}
-        return {"targets": list(targets), "format": "bitvec", "weights": weights | cache, "input_activations": None}
+        codebook = {"bias": self.bias, "lines": self.lines, "scales": self.scales}
+        return {"targets": list(targets), "format": "bitvec", "weights": weights | codebook, "input_activations": None}
 
     @classmethod
     def from_json(cls, group: Mapping[str, Any]) -> BitVecScheme:
@@ -170,7 +170,7 @@ class BitVecScheme:
 
 @dataclass(frozen=True)
 class BitVec:
-    """A linear's weight [N, K] as codes, a line of coefficients for each group, and the cache the lines come from."""
+    """A linear's weight [N, K]: codes, a line of coefficients for each group, and the codebook of the lines."""
 
     codes: Tensor  # uint8 [N, K]; bit k: whether coefficient k is added
     index: Tensor  # int32 [N, G]; the group's line
@@ -191,7 +191,7 @@ class BitVec:
             raise ValueError(f"lines have {self.lines.shape[1]} coefficients, expected {self.bits} or {self.bits + 1}")
         count = self.lines.shape[0] * self.scales.shape[0]
         if self.index.numel() and (int(self.index.min()) < 0 or int(self.index.max()) >= count):
-            raise ValueError(f"index {int(self.index.max())} is outside a cache of {count} lines")
+            raise ValueError(f"index {int(self.index.max())} is outside a codebook of {count} lines")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,7 +207,7 @@ class BitVec:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight: planes, indices and the whole cache."""
+        """Stored bits per weight: planes, indices and the whole codebook."""
         return self.scheme().stored_bits(*self.shape)
 
     def unit(self) -> Tensor:

@@ -1,43 +1,82 @@
-"""config.json of a `compressed-tensors` checkpoint (pack-quantized), as stock transformers and vLLM read it."""
+"""The `compressed-tensors` format (pack-quantized), as stock transformers and vLLM read it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize.formats.scheme import AnyScheme, config_groups
+from quantize.formats.groups import config_groups, read_groups
+from quantize.formats.output import Finished, OutputFormat, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantize.formats.scheme import AnyScheme, Packed
+
+_POST_SCALE = ".kv.scale"
+
+
+class CompressedTensors(OutputFormat):
+    """Integers in groups, and nothing that a stock loader would not make of them."""
+
+    name = "compressed-tensors"
+    about = "loads in stock transformers and vLLM"
+
+    def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+        """The INT4 cache, experts of several kinds, and FP8 inputs of experts."""
+        lines = []
+        if attention:
+            lines += [
+                "post-RoPE scales were not used, and value and key scales were fitted without them",
+                "the INT4 KV cache is a run-time choice there (vLLM, on a GPU: --kv-cache-dtype "
+                "int4_per_token_head, which rotates and rounds in another way than "
+                "pq eval --kv-cache int4 does)",
+            ]
+        if len(experts) > 1 or None in experts:
+            lines.append(
+                "transformers reads experts only where all are packed alike, which they are not here "
+                "(format: pq loads them in transformers)"
+            )
+        elif any(scheme and scheme.fp8_activations for scheme in experts):
+            lines.append("transformers runs routed experts with 16-bit activations, not FP8 ones")
+        return lines
+
+    def tensors(
+        self,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """All but the post-RoPE scales, which are one here and have no place in the model."""
+        held = {name: tensor for name, tensor in plain.items() if not name.endswith(_POST_SCALE)}
+        return super().tensors(packed, held)
+
+    def config_section(self, model: Finished) -> dict[str, Any] | None:
+        """None for a model without packed linears."""
+        return quantization_config(model.schemes, model.left_alone) if model.schemes else None
+
+    def reads_others(self, section: Section) -> bool:
+        """Whether it is pack-quantized, without patterns and column orders, which others write."""
+        self.schemes(section, [])
+        if section.get("format") != "pack-quantized" or '"re:' in json.dumps(section):
+            return False
+        groups = section["config_groups"].values()
+        return not any(group["weights"].get("actorder") for group in groups)
+
+    def schemes(self, section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:
+        """Scheme of every packed linear by full name."""
+        from quantize.formats.packed_int import IntScheme
+
+        return dict(read_groups(section, linears, IntScheme.from_json))
 
 
 def quantization_config(schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit."""
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": CompressedTensors.name,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": config_groups(schemes),
         "ignore": list(left_alone),
         "kv_cache_scheme": None,
     }
-
-
-def lost(attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
-    """What this format cannot hold, or its loaders do not make of it, in lines for people.
-
-    attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed experts, None for those
-    that stay 16-bit; empty where there are none.
-    """
-    lines = []
-    if attention:
-        lines += [
-            "post-RoPE scales were not used, and value and key scales were fitted without them",
-            "the INT4 KV cache is a run-time choice there (vLLM: --kv-cache-dtype int4_per_token_head; "
-            "pq eval --kv-cache int4 measures it)",
-        ]
-    if len(experts) > 1 or None in experts:
-        lines.append(
-            "transformers reads experts only where all are packed alike, which they are not here "
-            "(format: pq loads them in transformers)"
-        )
-    elif any(scheme and scheme.fp8_activations for scheme in experts):
-        lines.append("transformers runs routed experts with 16-bit activations, not FP8 ones")
-    return lines

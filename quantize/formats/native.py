@@ -16,21 +16,74 @@ keys are K·S, queries Q/S).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize.formats.bitvec import BitVecScheme
-from quantize.formats.kv4 import KvScheme
-from quantize.formats.packed_int import IntScheme
-from quantize.formats.routing import Policy, policy_from_json
-from quantize.formats.scheme import AnyScheme, config_groups, read_groups
+from quantize.formats.groups import config_groups, read_groups
+from quantize.formats.output import Asking, Finished, OutputFormat, Section
+
+if TYPE_CHECKING:
+    from quantize.formats.routing import Policy
+    from quantize.formats.scheme import AnyScheme
 
 NATIVE = "pq"
 VERSION = 1
 _KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
 _OPTIONAL = {"rotated_inputs", "routing"}
 _ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
+
+
+class Native(OutputFormat):
+    """All that pq can make of a model; loads in transformers after `import quantize`."""
+
+    name = NATIVE
+    about = "also holds post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)"
+    keeps_post_scales = True
+
+    def problems(self, stages: Sequence[Asking]) -> Iterator[tuple[int, str, str]]:
+        """It holds everything."""
+        yield from ()
+
+    def config_section(self, model: Finished) -> dict[str, Any] | None:
+        """None for a model that attends, routes and stores its linears as its parent."""
+        if not (model.schemes or model.attention or model.rotated_inputs or model.routing):
+            return None
+        return native_config(
+            model.schemes,
+            model.left_alone,
+            model.attention,
+            model.rotated_inputs,
+            model.routing,
+        )
+
+    def require_understood(self, section: Section) -> None:
+        """ValueError for another version, and for fields that are unknown, missing or wrong."""
+        require_understood(section)
+
+    def reads_others(self, section: Section) -> bool:
+        """Every loader of the format reads all of it."""
+        return True
+
+    def schemes(self, section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:
+        """Scheme of every packed linear by full name."""
+        return read_groups(section, linears, scheme_from_json)
+
+    def attention(self, section: Section) -> Mapping[str, Any] | None:
+        """The checked `attention` part."""
+        return attention_of(section)
+
+    def rotated_inputs(
+        self,
+        section: Section,
+        linears: Collection[str] | None = None,
+    ) -> tuple[str, ...]:
+        """The checked `rotated_inputs` part."""
+        return rotated_inputs_of(section, linears)
+
+    def routing(self, section: Section) -> dict[str, Policy]:
+        """The checked `routing` part."""
+        return routing_of(section)
 
 
 def native_config(
@@ -95,6 +148,8 @@ def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
 
     ValueError for what is not understood.
     """
+    from quantize.formats.routing import policy_from_json
+
     found = config.get("routing", {})
     if not isinstance(found, Mapping):
         raise ValueError("routing must map names of FFNs to policies")
@@ -109,6 +164,8 @@ def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
 
 def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The checked `attention` part, None where attention is left alone; ValueError for what is not understood."""
+    from quantize.formats.kv4 import KvScheme
+
     found = config.get("attention")
     if found is None:
         return None
@@ -124,18 +181,11 @@ def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found
 
 
-def schemes_in(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, AnyScheme]:
-    """Full linear names → scheme, of a quantization_config of either kind that pq writes; empty for an empty one.
-
-    ValueError, KeyError, TypeError or AttributeError for what cannot be read.
-    """
-    if not config:
-        return {}
-    return read_groups(config, linears, scheme_from_json if config["quant_method"] == NATIVE else IntScheme.from_json)
-
-
 def scheme_from_json(group: Mapping[str, Any]) -> AnyScheme:
     """The scheme of one entry of config_groups; ValueError for one that pq does not write."""
+    from quantize.formats.bitvec import BitVecScheme
+    from quantize.formats.packed_int import IntScheme
+
     return BitVecScheme.from_json(group) if group.get("format") == "bitvec" else IntScheme.from_json(group)
 
 

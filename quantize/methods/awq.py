@@ -10,15 +10,8 @@ from torch import Tensor
 
 from quantize.block.measure import moments_of
 from quantize.block.moments import too_few
-from quantize.block.smoothing import (
-    ALL_SAMPLED_ROWS,
-    SAMPLED_ROWS,
-    balanced,
-    column_absmean,
-    per_source_channel,
-    search,
-)
-from quantize.cost.footprint import BlockSizes, Effort
+from quantize.block.smoothing import SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
+from quantize.cost.footprint import BlockSizes
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.grid import Grid
@@ -53,17 +46,6 @@ class Awq(Stage):
             trial = sizes.held(group[0], False) + 48 * SAMPLED_ROWS * K * len(group)
             taken += [sizes.measuring(group[0], False, False), trial]
         return max(taken)
-
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """Passes that measure inputs, and two products of a sample of rows for each candidate."""
-        out, candidates = Effort(), self.grid * len(self.weight_exponents)
-        for place, group in enumerate(sizes.groups):
-            rows, K = min(SAMPLED_ROWS * len(group), ALL_SAMPLED_ROWS), sizes.linears[group[0]][1]
-            share = len(group) / len(sizes.linears) if group[0] in sizes.routed else 1.0
-            out += sizes.passes() * (share * place / len(sizes.groups))
-            out += Effort(2.0 * sizes.tokens * K * K * share)
-            out += Effort(4.0 * candidates * rows * K * K, 150.0 * candidates * rows * K)
-        return out
 
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""

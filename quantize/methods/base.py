@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.cost.footprint import Effort
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
     from quantize.model.arch import Architecture, Shape
     from quantize.pictures import Picture
 
-Kind = Literal["restructure", "smooth", "cache", "encode", "refine"]
-"""Order in a recipe: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
+Kind = Literal["restructure", "smooth", "cache", "encode"]
+"""Order in a recipe: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
 
 
 class Stage(BaseModel):
@@ -108,9 +106,17 @@ class Stage(BaseModel):
         """Bytes that `apply` takes at most, beside the block, its copies and the hidden states."""
         return sizes.forward()
 
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """What `apply` computes."""
-        return Effort()
+    @property
+    def tokens_read(self) -> int | None:
+        """Calibration tokens that `apply` reads at most; None: all there are."""
+        return None
+
+    def for_trial(self, tokens: int) -> Stage:
+        """The stage as a trial with only so many tokens runs it, whose time grows with the tokens as its own does.
+
+        Nothing is searched in it that would need the whole model.
+        """
+        return self
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """What the method adds to the report, drawn from the facts noted in `apply`: full layer or edge name → facts.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,7 +15,7 @@ from typing_extensions import Self
 from quantize.block.exchange import share_out
 from quantize.block.moments import Moments, too_few
 from quantize.block.teacher import freeze_reference
-from quantize.cost.footprint import BlockSizes, Effort, total
+from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
 from quantize.formats.packed_int import stored_bits
@@ -76,18 +75,6 @@ class Encode(Stage):
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
 
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """Fits of all linears, and the passes that measure their inputs."""
-        out = total(self.fitted(*sizes.linears[name]) for name in sizes.linears)
-        seen = 0
-        for group in sizes.groups if self.needs_inputs else ():
-            K, streams = sizes.linears[group[0]][1], 2 if self.needs_reference else 1
-            share = len(group) / len(sizes.linears) if group[0] in sizes.routed else 1.0
-            out += Effort(2.0 * sizes.tokens * K * K * streams * share)
-            out += sizes.passes() * (streams * share * seen / sizes.weights)
-            seen += sum(N * K for N, K in (sizes.linears[name] for name in group))
-        return out
-
     @property
     def rounds_inputs(self) -> bool:
         """Whether the layers will round their inputs to E4M3, and so must those that are measured."""
@@ -96,10 +83,6 @@ class Encode(Stage):
     @abstractmethod
     def fitting(self, N: int, K: int) -> int:
         """Bytes that one linear's fit takes at most beside its weight and the moments of its inputs."""
-
-    @abstractmethod
-    def fitted(self, N: int, K: int) -> Effort:
-        """What one linear's fit computes."""
 
     @abstractmethod
     def stored_bits(self, N: int, K: int) -> float:
@@ -209,18 +192,6 @@ def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
     if moments.cross is None:
         return weight
     return corrected_target(weight, moments.hessian, moments.cross, moments.residual, usable)
-
-
-@contextmanager
-def damped_metric(moments: Moments, usable: Damped) -> Iterator[Tensor]:
-    """The Hessian [K, K] with its damping, in which a fit errs least. It is the moments' own, damped for a while."""
-    diagonal = moments.hessian.diagonal()
-    plain = diagonal.clone()
-    diagonal.add_(usable.damping * plain.mean())
-    try:
-        yield moments.hessian
-    finally:
-        diagonal.copy_(plain)
 
 
 def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:

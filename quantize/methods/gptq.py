@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantize.block.measure import moments_of
-from quantize.cost.footprint import Effort, factoring
-from quantize.cost.footprint import factored as factorization
+from quantize.cost.footprint import factoring
 from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
 from quantize.solvers.feedback import error_feedback
 from quantize.solvers.grid import Grid
@@ -37,10 +36,6 @@ class Gptq(IntEncode):
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
         return max(factoring(K), 4 * K * K + 25 * N * K)
-
-    def fitted(self, N: int, K: int) -> Effort:
-        """Factorization, feedback of errors and their measure."""
-        return factorization(K) + Effort(5.0 * N * K * K, 3000.0 * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from quantize.cost.footprint import BlockSizes, Effort
+from quantize.cost.footprint import BlockSizes
 from quantize.errors import ModelError
 from quantize.methods.base import Kind, Stage
 from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
@@ -120,10 +120,6 @@ class Rotate(Stage):
     def room(self, sizes: BlockSizes) -> int:
         """A weight in float64 on both sides of a product, and as it will be."""
         return 24 * sizes.largest
-
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """Fast transforms of all weights."""
-        return Effort(0, 400.0 * sizes.weights)
 
     def apply(self, block: Block) -> None:
         """Rotate what the fields ask for."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from quantize.cost.footprint import Effort
 from quantize.methods.encode import IntEncode, encode_nearest, note_errors
 from quantize.solvers.grid import Grid
 
@@ -29,10 +28,6 @@ class Rtn(IntEncode):
     def fitting(self, N: int, K: int) -> int:
         """Codes, values and the packed form."""
         return 20 * N * K
-
-    def fitted(self, N: int, K: int) -> Effort:
-        """A few passes over the weight; with clipping, one for each scale tried."""
-        return Effort(0, (4000.0 if self.clip == "mse" else 1000.0) * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears one by one."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import tensor_headers
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
-from quantize.formats.native import NATIVE, require_understood, rotated_inputs_of, routing_of, schemes_in
+from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
+from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.attention import KvAttention, KvNumerics
@@ -25,6 +25,7 @@ from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router, place_experts
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
+from quantize.model.transformers_api import load_pretrained, place_rotary_tables
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
@@ -72,14 +73,15 @@ def require_readable(source: Checkpoint) -> None:
                     f"{source.folder}: {name} is {header.dtype}, but config.json has no quantization_config that says "
                     "what it means; give the original model"
                 )
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and method not in ("compressed-tensors", NATIVE):
+        return
+    form = format_in(quantization)
+    if form is None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
-    if isinstance(quantization, dict) and method == NATIVE:
-        try:
-            require_understood(quantization)
-        except ValueError as err:
-            raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+    try:
+        form.require_understood(quantization)
+    except ValueError as err:
+        raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
 def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
@@ -93,12 +95,11 @@ def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
         )
 
 
-def _native_config(source: Checkpoint) -> Mapping[str, Any]:
-    """quantization_config of a checkpoint in pq's own format; empty for any other."""
-    quantization = source.config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != NATIVE:
-        return {}
-    return quantization
+def _format(source: Checkpoint) -> tuple[OutputFormat, Mapping[str, Any]] | None:
+    """The format of a checkpoint and its quantization_config; None for a plain model and for what pq does not know."""
+    section: Any = source.config.get("quantization_config")
+    form = format_in(section)
+    return None if form is None else (form, section)
 
 
 def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
@@ -119,8 +120,12 @@ def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
 
 def attention_numerics(source: Checkpoint) -> KvNumerics | None:
     """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
-    facts = _native_config(source).get("attention")
+    found = _format(source)
+    if found is None:
+        return None
+    form, section = found
     try:
+        facts = form.attention(section)
         return None if facts is None else KvNumerics.from_json(facts)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
@@ -131,16 +136,24 @@ def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -
 
     linears: full names of those of the blocks; None: names are not checked.
     """
+    found = _format(source)
+    if found is None:
+        return ()
+    form, section = found
     try:
-        return rotated_inputs_of(_native_config(source), linears)
+        return form.rotated_inputs(section, linears)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
 
 def routing(source: Checkpoint) -> Mapping[str, Policy]:
     """How FFNs with experts route, by full name, where not as config.json's own fields say; ModelError as above."""
+    found = _format(source)
+    if found is None:
+        return {}
+    form, section = found
     try:
-        return routing_of(_native_config(source))
+        return form.routing(section)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
 
@@ -202,13 +215,11 @@ def load_block(
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     meta_model(folder, dtype)  # refuses a broken config.json in one line
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        model, missing = load_pretrained(folder, dtype)
     except (RuntimeError, ValueError, OSError) as err:
         reason = " ".join(str(err).split())[:300]
         raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         # transformers would go on with random weights.
         raise ModelError(f"{folder}: tensor {missing[0]} is missing from the checkpoint")
     return _frozen(model.to(device))
@@ -236,9 +247,7 @@ def _materialize(
     if result.unexpected_keys:
         raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
     root, _, _ = arch.blocks.rpartition(".")
-    decoder = model.get_submodule(root)
-    # Rotary tables are computed buffers: absent from checkpoints, and empty on the meta device.
-    decoder.rotary_emb = type(decoder.get_submodule("rotary_emb"))(config=model.config).to(device)
+    place_rotary_tables(model.get_submodule(root), model.config, device)
     if missing := [n for n, p in model.named_parameters() if p.is_meta]:
         raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
 

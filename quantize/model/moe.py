@@ -8,19 +8,20 @@ selects expert e, else 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from quantize.errors import ModelError
 from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
 from quantize.kernels.experts.api import routed_experts
 from quantize.model.arch import Architecture, ExpertSizes
 from quantize.model.hooks import is_hooked
+from quantize.model.transformers_api import activation, is_silu
 
 __all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
 
@@ -48,8 +49,8 @@ class Expert(nn.Module):
 class MoeFfn(nn.Module):
     """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`.
 
-    Experts are linears that may be packed, hooked or replaced, and run one after the other, until `stack` binds them
-    together for inference.
+    Experts are linears that may be packed, hooked or replaced, and run one after the other; those that `stack` bound
+    together for inference run at once, as long as nothing of that befell them since.
     """
 
     def __init__(self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None) -> None:
@@ -59,7 +60,7 @@ class MoeFfn(nn.Module):
         self.experts = nn.ModuleList([Expert(hidden, sizes.size, activation) for _ in range(sizes.n)])
         self.shared_expert = Expert(hidden, sizes.shared, activation)
         self.shared_expert_gate = Router(hidden, 1, bias=False)
-        self._stacked: tuple[Tensor, Tensor] | None = None
+        self._stacked: _Stacked | None = None
 
     def weights(self, x: Tensor) -> Tensor:
         """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token does not visit an expert."""
@@ -74,11 +75,13 @@ class MoeFfn(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         weights = self.weights(flat)
         y = torch.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
-        if self._stacked is None:
+        together = self._together()
+        if together is None:
             self._add_one_by_one(y, flat, weights)
         else:
             most = self.policy.k if isinstance(self.policy, TopK) else None
-            y = y + routed_experts(flat, weights, *self._stacked, act=self._activation(), most=most)
+            act = self._activation()
+            y = y + routed_experts(flat, weights, together.gate_up, together.down, act=act, most=most)
         out: Tensor = y.view(x.shape)
         return out
 
@@ -88,9 +91,29 @@ class MoeFfn(nn.Module):
             rows = weights[:, index].nonzero()[:, 0]
             y.index_add_(0, rows, expert(x[rows]) * weights[rows, index, None])
 
+    def _linears(self) -> list[nn.Module] | None:
+        """Gate, up and down projection of every routed expert; None where an expert does more than to call them."""
+        if any(type(expert) is not Expert or is_hooked(expert) for expert in self.experts):
+            return None
+        return [linear for expert in self.experts for linear in expert.children() if linear is not expert.act]
+
+    def _together(self) -> _Stacked | None:
+        """What computes all experts at once; None where one of them got hooks or weights of its own.
+
+        Stacked weights that others took the place of are let go.
+        """
+        if self._stacked is None:
+            return None
+        linears = self._linears()
+        if linears is None:
+            return None
+        if not self._stacked.holds([linear._parameters.get("weight") for linear in linears]):
+            self._stacked = None
+        return self._stacked if all(map(_is_plain, linears)) else None
+
     def _activation(self) -> Callable[[Tensor], Tensor]:
         act: Callable[[Tensor], Tensor] = self.shared_expert.act
-        return F.silu if isinstance(act, nn.SiLU | type(ACT2FN["silu"])) else act
+        return F.silu if is_silu(act) else act
 
     @property
     def stacked(self) -> bool:
@@ -101,17 +124,18 @@ class MoeFfn(nn.Module):
         """Compute all routed experts at once from now on, where they are plain linears of one dtype → whether they are.
 
         Their weights become views of two stacked tensors: names, values and memory stay what they were. From then on
-        they learn nothing, are to be written in place only, and hooks on these linears never run. Experts with hooks,
-        packed or not in memory are left as they are. A copy of the module is not stacked.
+        they learn nothing. Experts with hooks, packed or not in memory are left as they are, and so are those that get
+        hooks or other weights later. A copy of the module is not stacked.
         """
         self._stacked = None
-        experts = [expert for expert in self.experts if isinstance(expert, Expert)]
-        linears = [linear for expert in experts for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)]
-        kinds = {(linear.weight.dtype, linear.weight.device) for linear in linears if _is_plain(linear)}
-        if len(kinds) != 1 or len(experts) < len(self.experts) or not all(map(_is_plain, linears)):
+        linears = self._linears()
+        if linears is None or not all(map(_is_plain, linears)):
+            return False
+        if len({(linear.weight.dtype, linear.weight.device) for linear in linears}) != 1:
             return False
         with torch.no_grad():
-            self._stacked = _bind(experts, "gate_proj", "up_proj"), _bind(experts, "down_proj")
+            gate_up, down = _bind(self.experts, "gate_proj", "up_proj"), _bind(self.experts, "down_proj")
+        self._stacked = _Stacked(gate_up, down, [linear.weight for linear in linears])
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFfn:
@@ -126,12 +150,32 @@ class MoeFfn(nn.Module):
         return self.__dict__ | {"_stacked": None}
 
 
+@dataclass(frozen=True)
+class _Stacked:
+    """Weights of all routed experts together."""
+
+    gate_up: Tensor
+    """[N, 2E, D]"""
+    down: Tensor
+    """[N, D, E]"""
+    views: list[Any]
+    """The weights of all linears, which are views of the two."""
+
+    def holds(self, weights: list[Any]) -> bool:
+        """Whether these are still the views: not others, nor moved or cast one by one."""
+        place = (self.down.dtype, self.down.device)
+        pairs = zip(weights, self.views, strict=True)
+        return all(weight is view and (weight.dtype, weight.device) == place for weight, view in pairs)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     # Only what a product with `weight` says whole: loaders that keep weights elsewhere replace `forward`.
-    return type(linear) is nn.Linear and linear.bias is None and not linear.weight.is_meta and not is_hooked(linear)
+    if type(linear) is not nn.Linear or is_hooked(linear):
+        return False
+    return linear.bias is None and not linear.weight.is_meta
 
 
-def _bind(experts: list[Expert], *names: str) -> Tensor:
+def _bind(experts: nn.ModuleList, *names: str) -> Tensor:
     # Weights of each expert's linears, one below the other: [N, rows, columns]; the linears become views of it.
     linears = [[getattr(expert, name) for name in names] for expert in experts]
     first: Tensor = linears[0][0].weight
@@ -169,7 +213,8 @@ def place_experts(
                 if isinstance(policy, TopK) and policy.k > sizes.n:
                     raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
                 with torch.device("meta"):
-                    made = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")], policy)
+                    act = activation(config.get("hidden_act", "silu"))
+                    made = MoeFfn(config["hidden_size"], sizes, act, policy)
                 ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
     if strangers := sorted(set(policies) - set(ffns)):
         raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantize.errors import LostError, UsageError
+from quantize.errors import LostError, StoppedError, UsageError
 from quantize.parallel.ranks import ALONE, Ranks
 from quantize.parallel.watch import Watch
 
@@ -37,12 +37,14 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined(remedy: str, abandon: Callable[[LostError], None]) -> Iterator[Ranks]:
+def joined(
+    remedy: str, abandon: Callable[[LostError], None], met: Callable[[], None] = lambda: None
+) -> Iterator[Ranks]:
     """Join the other processes of the launch; for a process that works alone this does nothing.
 
     An error that leaves the context is told to the others, for whom it becomes a LostError wherever they are; so does
     the death of a process, with `remedy` behind it. `abandon` ends a process that could not unwind (it runs in another
-    thread, and must not return).
+    thread, and must not return). `met` is called once all processes are there, before any of them goes on.
     """
     if not launched():
         yield ALONE
@@ -50,16 +52,26 @@ def joined(remedy: str, abandon: Callable[[LostError], None]) -> Iterator[Ranks]
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TO_JOIN)
+        met()
         ranks = _Launch(remedy, abandon)
     except (KeyError, OSError, RuntimeError, ValueError) as err:
         place = ":".join(os.environ.get(name, f"${name}") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise UsageError(f"the other processes of the launch were not met at {place} ({reason})") from None
     with ranks.watch:
-        yield ranks
-        with suppress(RuntimeError) if ranks.first else ranks.explained():
-            ranks.tell(None)  # nobody goes before the first is done, which needs nobody for that
+        try:
+            yield ranks
+        except StoppedError:  # where the first died before it could stop with the others, they say so
+            _leave(ranks)
+            raise
+        _leave(ranks)
     dist.destroy_process_group()
+
+
+def _leave(ranks: _Launch) -> None:
+    """Wait until the first is done; LostError where it is gone. It waits for nobody."""
+    with suppress(RuntimeError) if ranks.first else ranks.explained():
+        ranks.tell(None)
 
 
 class _Launch(Ranks):

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
 from quantize.errors import LostError, PqError, StoppedError
 
 _SETTLE = 3.0  # seconds in which a rank may fail by itself, from the same cause as the one that told of it
+_TO_EXPLAIN = 60.0  # seconds to learn whom an error of communication is about; a busy machine takes some
 _UNWIND = 10.0  # seconds to leave by an exception before the process is abandoned
 _TO_CONNECT = 300.0
 _FAILED, _OUT_OF_MEMORY, _INTERRUPTED = 1, 8, 130
@@ -108,7 +111,7 @@ class Watch:
         try:
             yield
         except RuntimeError as err:
-            if self._known.wait(_SETTLE) and self._news is not None:
+            if self._known.wait(_TO_EXPLAIN if _of_communication(err) else _SETTLE) and self._news is not None:
                 raise self._news.error(self._remedy) from err
             raise
 
@@ -158,6 +161,11 @@ def _keep_alive(connection: socket.socket) -> None:
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _of_communication(err: RuntimeError) -> bool:
+    """Whether the error says that another rank was not reached; gloo has no class of its own for that."""
+    return isinstance(err, dist.DistError) or "gloo" in str(err).lower()
 
 
 def _exit_code(err: BaseException) -> int:

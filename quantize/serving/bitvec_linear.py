@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVecScheme, groups_per_row
-from quantize.kernels.bitvec.api import has_kernel, multiply
+from quantize.kernels.bitvec.api import multiply
+from quantize.kernels.device import has_kernel
 from quantize.serving.native_linear import NativeLinear, constant
 
 _FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than decoding
@@ -19,7 +20,7 @@ _FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than d
 class BitVecLinear(NativeLinear[BitVecScheme]):
     """y = x Wᵀ + b in x's dtype, W as `BitVec` unpacks it, summed in float32 (float64 for such x).
 
-    An index is trusted to lie within the cache.
+    An index is trusted to lie within the codebook.
     """
 
     weight_planes: Tensor

@@ -61,8 +61,28 @@ class Damped:
     inverse_factor: Tensor
     """Upper U with H⁻¹ = Uᵀ U, of the damped Hessian permuted by `order`."""
     damping: float
+    """Part of the mean that `delta` is."""
+    delta: float
+    """Added to every diagonal element: `damping` times the mean of those of live inputs.
+
+    As float32 has it, in which metrics are damped; the factor was damped by the same in double precision.
+    """
     dead: Tensor
     """bool [K], natural order: inputs that were always zero."""
+
+    @contextmanager
+    def metric(self, hessian: Tensor) -> Iterator[Tensor]:
+        """The Hessian [K, K] that this was made of, damped: in it a fit errs least.
+
+        It is the caller's own, changed in place until the context ends: another takes too much room.
+        """
+        diagonal = hessian.diagonal()
+        plain = diagonal.clone()
+        diagonal.add_(self.delta)
+        try:
+            yield hessian
+        finally:
+            diagonal.copy_(plain)
 
 
 def feedback_order(hessian: Tensor, order: Literal["natural", "activation"]) -> Tensor:
@@ -80,6 +100,7 @@ def _finite(matrix: Tensor) -> bool:
 def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     """Damp H by `damping`·mean(diag) and factor its inverse; raises the damping tenfold until that works.
 
+    The mean is that of live inputs: those that are always zero tell nothing about the size of others.
     Returns None when H is not finite, is zero or stays singular: the caller falls back to data-free rounding.
     """
     if not _finite(hessian) or not bool((hessian.diagonal() > 0).any()):
@@ -97,7 +118,8 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
         if _inverse_factor(work):
             natural = torch.empty_like(dead)
             natural[order] = dead
-            return Damped(order, work.mT.float(), amount, natural)
+            delta = float(amount * hessian.diagonal()[~natural].mean())
+            return Damped(order, work.mT.float(), amount, delta, natural)
     return None
 
 

@@ -13,7 +13,7 @@ from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import AnyScheme
 from quantize.kernels.attention.api import takes
 from quantize.kernels.attention.reference import attend
-from quantize.kernels.bitvec.api import has_kernel, runs_on
+from quantize.kernels.device import has_kernel, runs_on
 from quantize.kernels.int4 import api as int4
 from quantize.model.attention import KvAttention
 from quantize.model.load import KV_SCALE, kv_attention, packed_linear

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from quantize.errors import ModelError, VerifyError
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.files.headers import Header, tensor_headers
-from quantize.formats.native import NATIVE
+from quantize.formats.registry import format_in
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of
 from quantize.model.attention import KvNumerics
@@ -87,15 +86,12 @@ def _skip_foreign(source: Checkpoint) -> None:
     if model_type not in list(ARCHITECTURES):
         raise Skipped(f"pq did not write this model and does not know model_type {model_type!r}")
     quantization = source.config.get("quantization_config")
-    if quantization is None or (isinstance(quantization, dict) and quantization.get("quant_method") == NATIVE):
+    if quantization is None:
         return
+    form = format_in(quantization)
     try:
-        require_readable(source)
-        packed_schemes(source, [])
-        # Patterns and column orders, which others write, are not read.
-        known = quantization.get("format") == "pack-quantized" and '"re:' not in json.dumps(quantization)
-        known = known and not any(g["weights"].get("actorder") for g in quantization["config_groups"].values())
-    except (ModelError, AttributeError):
+        known = form is not None and form.reads_others(quantization)
+    except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
         raise Skipped("pq did not write this model and does not know its quantization_config")

@@ -25,6 +25,7 @@ from quantize.cli import app
 from quantize.cli.bench_speed import show
 from quantize.errors import OutputError, PqError, QualityError, UsageError
 from quantize.kernels.attention import api as attention_kernels
+from quantize.kernels.fp8 import api as fp8
 from quantize.kernels.int4 import api as int4
 
 
@@ -140,13 +141,13 @@ def test_a_model_whose_parts_do_not_fit_is_not_timed(here: Stand, monkeypatch: p
     with pytest.raises(QualityError, match="appending 1 tokens"):
         list(attention.time_decode(here, [20], [1], HEADS))
     monkeypatch.undo()
-    quantize = int4.quantize_tokens
+    quantize = fp8.quantize_tokens
 
     def half(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         codes, scale = quantize(*arguments, **options)
         return codes, scale * 1.1
 
-    monkeypatch.setattr(int4, "quantize_tokens", half)
+    monkeypatch.setattr(fp8, "quantize_tokens", half)
     with pytest.raises(QualityError, match="round to E4M3"):
         list(linears.time_rounding(here, [128], [2]))
 

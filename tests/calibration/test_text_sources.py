@@ -54,6 +54,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 # ---- files ----
 
 
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("/some/where/text.txt", "text.txt"),
+        ("~/rows.JSONL", "rows.JSONL"),
+        ("rows.parquet", "rows.parquet"),
+        ("builtin", "builtin"),
+        ("wikitext2", "wikitext2"),
+        ("org/name:config:split", "org/name:config:split"),
+    ],
+)
+def test_files_alone_lose_their_folder(dataset: str, name: str) -> None:
+    assert text_sources.name_of(dataset) == name
+
+
 def test_text_file_keeps_line_ends_and_drops_the_byte_order_mark(tmp_path: Path) -> None:
     file = tmp_path / "A.TXT"
     file.write_bytes("\ufeffone\r\ntwo\u2028é".encode())

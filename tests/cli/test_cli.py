@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +81,32 @@ def test_set_takes_several_fields_and_a_method(pq: Call, convert_args: list[obje
     assert (weights["num_bits"], weights["group_size"]) == (5, 32)
     resolved = json.loads((tmp_path / "out" / "pq.json").read_text())["recipe"]["resolved"]
     assert "bits: 5" in resolved
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])  # one reads no text, and tells which it would have read
+def test_where_the_text_lies_is_no_part_of_the_output(
+    pq: Call, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str
+):
+    for place in ("here", "there"):
+        folder = tmp_path / place
+        (folder / "secluded").mkdir(parents=True)
+        text = shutil.copy(text_file, folder / "secluded" / "text.txt")
+        own = folder / f"{recipe}.yaml"
+        told = f"{{dataset: {text}, nsamples: 6, seqlen: 32}}"
+        own.write_text(f"description: d\ncalibration: {told}\nstages: [{{method: {recipe}}}]\n")
+        arguments = ["--model", tiny("llama"), "--recipe", own, "--output", folder / "out", "--device", "cpu"]
+        assert pq("convert", *arguments)[0] == 0
+        for written in (*(folder / "out").iterdir(), folder / "out.report.html", folder / "out.report.json"):
+            assert b"secluded" not in written.read_bytes(), written
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / place / "out").iterdir()} for place in ("here", "there")
+    )
+    assert first == second
+    facts = json.loads(first["pq.json"])
+    assert "dataset: text.txt" in facts["recipe"]["resolved"]
+    if recipe == "gptq":
+        assert facts["calibration"]["dataset"] == "text.txt"
+        assert facts["calibration"]["text_sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ModelMaker
+from processes import HANGS, HELD
 from resumed import BLOCKS, files_of, model_of
 
 from quantize.cli.common import stop_on_signals
@@ -113,26 +114,27 @@ def test_refusals_of_the_command(pq: Call, command: list[object], tmp_path: Path
 def test_the_command_survives_signals(pq: Call, tiny: ModelMaker, text_file: Path, tmp_path: Path):
     sizes = ["--dataset", text_file, "--nsamples", 6, "--seqlen", 32, "--device", "cpu"]
     told = ["-m", model_of(tiny, "gptq"), "-r", "gptq", *sizes]
-    main = [sys.executable, "-c", "from quantize.cli import main; main()", "convert"]
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
 
-    def started() -> subprocess.Popen[bytes]:
-        command = [*main, *told, "-o", tmp_path / "out"]
+    def started(go: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, script, go, "convert", *told, "-o", tmp_path / "out"]
         process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE)
         while not (tmp_path / "out.work" / "lock").exists() and process.poll() is None:
             time.sleep(0.01)
         return process
 
-    process = started()
+    process = started(tmp_path / "go")
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    (tmp_path / "go").touch()
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 75, said
     assert f"pq: stopped after block 1 of {BLOCKS}; the same command goes on from there" in said.decode()
-    assert {path.name for path in tmp_path.iterdir()} == {"out.log", "out.work"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.log", "out.work", "go", "held.py"}
     (tmp_path / "out.work" / "lock").unlink(missing_ok=True)
-    process = started()
-    time.sleep(0.2)
+    process = started(tmp_path / "never")
     process.kill()
-    process.communicate(timeout=120)
+    process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
     assert pq("convert", *told, "-o", tmp_path / "out", "--resume", "required")[0] == 0
     assert pq("convert", *told, "-o", tmp_path / "once", "--resume", "never")[0] == 0

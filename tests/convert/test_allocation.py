@@ -26,8 +26,8 @@ from quantize.errors import RecipeError, UsageError
 from quantize.evaluate import evaluate
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.resources import data_dir
-from quantize.formats.native import schemes_in
 from quantize.formats.packed_int import IntScheme
+from quantize.formats.registry import schemes_in
 from quantize.model.arch import architecture_of
 from quantize.model.linear import PackedLinear
 from quantize.model.load import load_model

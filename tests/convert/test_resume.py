@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def test_it_goes_on_after_every_block(tiny: ModelMaker, text_file: Path, tmp_pat
     left = {path.name for path in tmp_path.iterdir()} - {"work"}
     assert left == {"out", "once"}
     assert all(len(path.stem) == 64 for path in (tmp_path / "work").glob("*"))  # layers that were taught
+
+
+def test_a_text_that_was_moved_is_the_same_text(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    asked = kept(tiny, text_file, tmp_path, "gptq")
+    stopped_after(asked, 2)
+    moved = Path(shutil.copy(text_file, tmp_path / text_file.name))
+    recipe = asked.recipe.with_overrides(dataset=str(moved))
+    convert(dataclasses.replace(asked, recipe=recipe, resume="required"))
+    moved.unlink()
+    assert files_of(asked.output) == whole(asked)
 
 
 def test_nothing_that_a_conversion_knows_is_left_out(

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from quantize.errors import DataError, ModelError, OutputError, PqError, UsageError
 from quantize.model.load import load_model
 
-pytest.importorskip("lm_eval", reason="tasks need the extra: pip install 'pq-quantize[eval]'")
+pytest.importorskip("lm_eval", reason="tasks need lm-eval")
 
 from quantize.evaluate import task_sources
 from quantize.evaluate.harness import run_tasks
@@ -451,7 +451,7 @@ def test_without_lm_eval(tiny: Maker, files: dict[str, str], monkeypatch: pytest
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "quantize.evaluate.task_model")
     monkeypatch.delattr("quantize.evaluate.task_model")
-    refused(UsageError, r"tasks need lm-eval .* pip install -U 'pq-quantize\[eval\]'", tiny("llama"), [files["quiz"]])
+    refused(UsageError, r"tasks need lm-eval .* pip install -U 'lm-eval>=0.4.12'", tiny("llama"), [files["quiz"]])
 
 
 def test_names_that_mean_nothing(tiny: Maker, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from hostile import Call, files_below, refused
 
 from quantize.convert.loop import convert
 from quantize.errors import OutputError, UsageError
-from quantize.files.writer import require_free
+from quantize.files.transaction import require_free
 from quantize.verification import verify
 
 NOBODY = 65534

@@ -13,20 +13,24 @@ import torch
 from safetensors import SafetensorError
 
 from quantize.errors import OutputError, VerifyError
-from quantize.files import writer as writer_module
+from quantize.files import shards as shards_module
+from quantize.files import transaction as transaction_module
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint
-from quantize.files.writer import CheckpointWriter, require_free
+from quantize.files.shards import Shards
+from quantize.files.transaction import Transaction, require_free
+from quantize.files.writer import CheckpointWriter
 
 ONE = {"b": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "a": torch.ones(3, dtype=torch.int32)}
 TWO = {"c": torch.tensor([1.0, float("nan")])}
 
 
 def write(output: Path, before_commit: Callable[[CheckpointWriter], None] = lambda w: None) -> CheckpointWriter:
-    with CheckpointWriter(output, 2) as writer:
-        writer.add_shard(ONE)
-        writer.add_shard(TWO)
-        writer.write_index()
-        writer.write_json("config.json", {"model_type": "x", "é": 1})
+    with CheckpointWriter(output, Shards(2)) as writer:
+        writer.add(ONE)
+        writer.add(TWO)
+        config = {"model_type": "x", "é": 1}
+        writer.finish(config)
+        writer.write_json("config.json", config)
         before_commit(writer)
         writer.commit()
     return writer
@@ -159,8 +163,8 @@ def test_nothing_remains_after_an_error(tmp_path: Path, error: type[BaseExceptio
 
 
 def test_leaving_without_commit_writes_nothing(tmp_path: Path):
-    with CheckpointWriter(tmp_path / "out", 1) as writer:
-        writer.add_shard(ONE)
+    with CheckpointWriter(tmp_path / "out", Shards(1)) as writer:
+        writer.add(ONE)
         assert len(left_over(tmp_path)) == 1
     assert left_over(tmp_path) == []
 
@@ -172,11 +176,11 @@ DISK_FULL = SafetensorError('Error while serializing: IoError(Os { code: 28, mes
 @pytest.mark.parametrize(
     ("place", "name", "error", "says"),
     [
-        (writer_module, "save_file", FULL, "no space left on the disk; free some"),
-        (writer_module, "save_file", DISK_FULL, "no space left on the disk; free some"),
-        (writer_module, "save_file", OSError(errno.EDQUOT, "quota"), "no space left"),
+        (shards_module, "save_file", FULL, "no space left on the disk; free some"),
+        (shards_module, "save_file", DISK_FULL, "no space left on the disk; free some"),
+        (shards_module, "save_file", OSError(errno.EDQUOT, "quota"), "no space left"),
         (
-            writer_module,
+            shards_module,
             "save_file",
             OSError(errno.EIO, "Input/output error"),
             "cannot be written (Input/output error)",
@@ -184,7 +188,7 @@ DISK_FULL = SafetensorError('Error while serializing: IoError(Os { code: 28, mes
         (os, "fsync", FULL, "no space left"),
         (Path, "write_text", FULL, "no space left"),
         (Path, "rename", OSError(errno.EXDEV, "Invalid cross-device link"), "cannot be written (Invalid cross-device"),
-        (writer_module.tempfile, "mkdtemp", FULL, "no space left"),
+        (transaction_module.tempfile, "mkdtemp", FULL, "no space left"),
     ],
 )
 def test_a_disk_that_refuses(
@@ -231,22 +235,73 @@ def test_a_bit_that_flips_before_the_commit_is_found(tmp_path: Path, name: str):
 
 
 def test_a_bit_that_flips_while_writing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = writer_module.save_file
+    real = shards_module.save_file
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         real(tensors, path, metadata=metadata)
         flip(path)
 
-    monkeypatch.setattr(writer_module, "save_file", save)
+    monkeypatch.setattr(shards_module, "save_file", save)
     with pytest.raises(VerifyError, match=r"b reads back differently from what was written"):
         write(tmp_path / "out")
     assert left_over(tmp_path) == []
 
 
 def test_shards_are_counted_and_names_unique(tmp_path: Path):
-    with CheckpointWriter(tmp_path / "out", 2) as writer:
-        writer.add_shard(ONE)
+    with CheckpointWriter(tmp_path / "out", Shards(2)) as writer:
+        writer.add(ONE)
         with pytest.raises(VerifyError, match="b would be written twice"):
-            writer.add_shard({"b": torch.ones(1)})
+            writer.add({"b": torch.ones(1)})
         with pytest.raises(VerifyError, match="1 of 2 shards"):
-            writer.write_index()
+            writer.finish({})
+
+
+# Transactions without tensors
+
+
+def test_any_file_may_be_written_and_is_checked(tmp_path: Path):
+    with Transaction(tmp_path / "out") as files:
+        files.write("a.bin", lambda path: path.write_bytes(b"one"))
+        files.write("b.bin", lambda path: path.write_bytes(b"two"), lambda path: None)
+        files.discard("a.bin")
+        assert left_over(files.folder) == list(files.hashes) == ["b.bin"]
+        files.commit()
+    assert (tmp_path / "out" / "b.bin").read_bytes() == b"two"
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_what_a_check_refuses_is_no_part_of_the_output(tmp_path: Path):
+    def refuse(path: Path) -> None:
+        raise VerifyError(f"{path.name} is not what was written")
+
+    with Transaction(tmp_path / "out") as files:
+        with pytest.raises(VerifyError, match=r"a\.bin is not what was written"):
+            files.write("a.bin", lambda path: path.write_bytes(b"one"), refuse)
+        assert not files.hashes
+
+
+def test_another_one_goes_on_where_files_stayed(tmp_path: Path):
+    kept = tmp_path / "kept"
+    with Transaction(tmp_path / "out", kept) as files:
+        files.write("a.bin", lambda path: path.write_bytes(b"one"))
+        hashes = dict(files.hashes)
+        (kept / "half").write_bytes(b"tw")
+    with Transaction(tmp_path / "out", kept, hashes) as files:
+        assert left_over(kept) == ["a.bin"]
+        files.commit()
+    assert left_over(tmp_path) == ["out"]
+    assert left_over(tmp_path / "out") == ["a.bin"]
+
+
+def test_shards_go_on_where_others_stopped(tmp_path: Path):
+    first, kept = Shards(2), tmp_path / "kept"
+    with CheckpointWriter(tmp_path / "out", first, kept) as writer:
+        writer.add(ONE)
+        written = json.loads(json.dumps(writer.written))
+    with CheckpointWriter(tmp_path / "out", Shards(2), kept, written) as writer:
+        writer.add(TWO)
+        writer.finish({})
+        writer.commit()
+        assert writer.total_size == first.total_size + 2 * 4
+    assert INDEX_NAME in left_over(tmp_path / "out")
+    assert len(left_over(tmp_path / "out")) == 3

@@ -27,8 +27,9 @@ from quantize.formats.bitvec import (
     unpack_planes,
 )
 from quantize.formats.compressed_tensors import quantization_config
-from quantize.formats.native import native_config, packed_linears, schemes_in
+from quantize.formats.native import native_config, packed_linears
 from quantize.formats.packed_int import IntScheme
+from quantize.formats.registry import schemes_in
 from quantize.serving.register import PqConfig
 
 BITS = st.integers(2, 8)
@@ -158,7 +159,7 @@ def misfit(suffix: str, change: Callable[[Tensor], Tensor] | None) -> dict[str, 
         ("weight_planes", lambda t: t[:, 4:], "weight_planes is torch.int32 (4, 24), expected torch.int32 (4, 28)"),
         ("weight_index", lambda t: t.to(torch.int32), "weight_index is torch.int32 (4, 2), expected torch.uint8"),
         ("weight_index", lambda t: t[:, :1], "weight_index is torch.uint8 (4, 1)"),
-        ("weight_index", lambda t: t + 7, "is outside a cache of 7 lines"),
+        ("weight_index", lambda t: t + 7, "is outside a codebook of 7 lines"),
         ("weight_lines", lambda t: t.float(), "weight_lines is torch.float32"),
         ("weight_lines", lambda t: t[1:], "weight_lines is torch.float16 (6, 4)"),
         ("weight_lines", lambda t: t[:, 1:], "weight_lines is torch.float16 (7, 3)"),
@@ -182,8 +183,8 @@ def test_tensors_that_do_not_fit_are_refused(suffix: str, change: Callable[[Tens
         ({"codes": torch.zeros(4, 200)}, "codes must be uint8"),
         ({"index": torch.zeros(4, 2, dtype=torch.uint8)}, "index int32"),
         ({"index": torch.zeros(4, 1, dtype=torch.int32)}, r"index is \(4, 1\) for a weight \(4, 200\)"),
-        ({"index": torch.full((4, 2), 7, dtype=torch.int32)}, "index 7 is outside a cache of 7 lines"),
-        ({"index": torch.full((4, 2), -1, dtype=torch.int32)}, "outside a cache"),
+        ({"index": torch.full((4, 2), 7, dtype=torch.int32)}, "index 7 is outside a codebook of 7 lines"),
+        ({"index": torch.full((4, 2), -1, dtype=torch.int32)}, "outside a codebook"),
         ({"lines": torch.zeros(7, 4)}, "lines must be float16"),
         ({"lines": torch.zeros(7, 6).half()}, "lines have 6 coefficients, expected 4 or 5"),
         ({"scales": torch.ones(1).half()}, "scales float32"),

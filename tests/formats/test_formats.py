@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
-from quantize.formats.native import schemes_in
 from quantize.formats.packed_int import IntScheme, PackedInt, pack_codes, unpack_codes, words_per_row
+from quantize.formats.registry import schemes_in
 from quantize.solvers.grid import Grid
 
 SHAPES = st.tuples(st.integers(2, 8), st.integers(1, 4), st.integers(1, 131), st.integers(0, 2**31))

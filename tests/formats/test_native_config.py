@@ -24,9 +24,9 @@ from quantize.formats.native import (
     require_understood,
     rotated_inputs_of,
     routing_of,
-    schemes_in,
 )
 from quantize.formats.packed_int import IntScheme
+from quantize.formats.registry import schemes_in
 from quantize.formats.routing import Threshold, TopK
 from quantize.serving.register import PqConfig
 

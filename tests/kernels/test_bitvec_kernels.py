@@ -15,8 +15,9 @@ from interpreted import GPU, INTERPRETED, activations, needs_gpu, run_interprete
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec
-from quantize.kernels.bitvec.api import has_kernel, multiply
+from quantize.kernels.bitvec.api import multiply
 from quantize.kernels.bitvec.reference import multiply_reference
+from quantize.kernels.device import has_kernel
 
 DEVICES = ["cpu"] if INTERPRETED else [GPU]
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from torch import Tensor
 
-from quantize.kernels.bitvec.api import has_kernel
-from quantize.kernels.bitvec.reference import experts_reference
+from quantize.kernels.device import has_kernel
 from quantize.kernels.experts.api import routed_experts
+from quantize.kernels.experts.reference import routed_experts_reference
 
 DEVICES = ["cpu"] if INTERPRETED else ["cpu", GPU]
 
@@ -57,7 +57,7 @@ def tokens(M: int, D: int, dtype: torch.dtype, generator: torch.Generator) -> Te
 
 def check(y: Tensor, *arguments: Tensor) -> None:
     x = arguments[0]
-    expected = experts_reference(*(tensor.cpu() for tensor in arguments))
+    expected = routed_experts_reference(*(tensor.cpu() for tensor in arguments))
     assert bool(expected.isfinite().all())
     assert (y.dtype, y.shape) == (x.dtype, x.shape)
     limit = LIMITS[x.dtype] * expected.abs().max()
@@ -224,7 +224,7 @@ class TestWithoutKernel:
         ours = [tensor.clone().requires_grad_(True) for tensor in float_inputs]
         exact = [tensor.double().requires_grad_(True) for tensor in float_inputs]
         routed_experts(*ours).square().sum().backward()
-        experts_reference(*exact).square().sum().backward()
+        routed_experts_reference(*exact).square().sum().backward()
         visited = float_inputs[1] != 0
         for index, (found, expected) in enumerate(zip(ours, exact, strict=True)):
             assert found.grad is not None

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.packed_int import IntScheme
+from quantize.kernels.fp8.api import GROUP_SIZES, quantize_tokens
+from quantize.kernels.fp8.reference import operand_order
 from quantize.kernels.int4.api import (
-    GROUP_SIZES,
     bytes_moved,
     fold,
     gated,
     multiply,
     multiply_codes,
-    quantize_tokens,
     takes,
 )
-from quantize.kernels.int4.reference import Weight, operand_order
+from quantize.kernels.int4.reference import Weight
 from quantize.serving.int_linear import IntLinear
 
 

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.packed_int import IntScheme, PackedInt
+from quantize.kernels.fp8.api import GROUP_SIZES, Variant, quantize_tokens
+from quantize.kernels.fp8.reference import operand_order, quantize_reference
 from quantize.kernels.int4.api import (
-    GROUP_SIZES,
-    Variant,
     fold,
     gated,
     gated_codes,
     multiply,
     multiply_codes,
-    quantize_tokens,
 )
-from quantize.kernels.int4.reference import Weight, operand_order, quantize_reference
+from quantize.kernels.int4.reference import Weight
 from quantize.serving.gated_ffn import GatedFfn, place_gated_ffns
 from quantize.serving.int_linear import IntLinear
 

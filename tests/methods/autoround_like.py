@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from quantize.block.block import Block
 from quantize.block.standin import stand_in
 from quantize.block.teacher import teacher_outputs
-from quantize.cost.footprint import Effort
 from quantize.methods.encode import IntEncode, note_errors
 from quantize.solvers.grid import Grid
 
@@ -41,9 +40,6 @@ class AutoRoundLike(IntEncode):
 
     def fitting(self, N: int, K: int) -> int:
         return 40 * N * K
-
-    def fitted(self, N: int, K: int) -> Effort:
-        return Effort(0, 100.0 * self.steps * N * K)
 
     def apply(self, block: Block) -> None:
         grid, wanted = Grid(self.bits, self.group_size), list(teacher_outputs(block))

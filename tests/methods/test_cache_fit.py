@@ -1,4 +1,4 @@
-"""Fitted caches against float64 references: assignment, refit, the errors that are reached, and hostile weights."""
+"""Fitted codebooks against float64 references: assignment, refit, the errors that are reached, and hostile weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec, index_dtype
-from quantize.methods.sbvr.assign import DIRECT, Axis, Cache, Groups
-from quantize.methods.sbvr.fit import assign, fit, fit_cache, round_codes
+from quantize.methods.sbvr.assign import DIRECT, Axis, Codebook, Groups
+from quantize.methods.sbvr.fit import assign, fit, fit_codebook, round_codes
 from quantize.methods.sbvr.train import refit
 
 
@@ -31,20 +31,20 @@ def through_the_layout(weight: BitVec) -> Tensor:
     return BitVec.from_tensors(weight.tensors(), weight.scheme()).unpack()
 
 
-def group_errors(w: Tensor, cache: Cache, group_size: int, importance: Tensor | None = None) -> Tensor:
+def group_errors(w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None) -> Tensor:
     """Σ importance·(w − nearest level)² under every line, one by one in float64: [N, G, L]."""
     share = torch.ones(w.shape[1], dtype=torch.float64) if importance is None else importance.double()
-    nearest = torch.stack([(w.double()[..., None] - line).abs().amin(-1) ** 2 for line in cache.levels.double()], -1)
+    nearest = torch.stack([(w.double()[..., None] - line).abs().amin(-1) ** 2 for line in codebook.levels.double()], -1)
     return torch.stack([part.sum(1) for part in (nearest * share[:, None]).split(group_size, dim=1)], 1)
 
 
-def some_cache(bits: int, bias: bool, S: int, Z: int, seed: int = 0) -> Cache:
+def some_codebook(bits: int, bias: bool, S: int, Z: int, seed: int = 0) -> Codebook:
     generator = torch.Generator().manual_seed(seed)
     lines = torch.randn(S, bits + bias, generator=generator)
     lines[:, bits:] = -lines[:, :bits].sum(1, keepdim=True) / 2
     scales = 0.5 + 1.5 * torch.rand(Z, generator=generator) if Z > 1 else torch.ones(1)
-    size = Cache(lines, torch.ones(1), bits).levels.square().mean(1, keepdim=True).sqrt()
-    return Cache((1.25 * lines / size).half().float(), scales, bits)
+    size = Codebook(lines, torch.ones(1), bits).levels.square().mean(1, keepdim=True).sqrt()
+    return Codebook((1.25 * lines / size).half().float(), scales, bits)
 
 
 # How close it gets
@@ -63,14 +63,14 @@ def some_cache(bits: int, bias: bool, S: int, Z: int, seed: int = 0) -> Cache:
 )
 def test_a_gaussian_weight_reaches_its_target(bits: int, bias: bool, most: float):
     w = gaussian(512, 1024)
-    weight = fit(w, bits, 128, bias=bias, codebook="lines")
+    weight = fit(w, bits, 128, bias=bias, kind="lines")
     assert relative(w, through_the_layout(weight)) <= most
     assert weight.bits_per_weight == pytest.approx(bits + (8 * 4096 + 256 * (bits + bias) * 16 + 32) / w.numel())
 
 
 def test_errors_hold_on_a_weight_much_larger_than_the_sample():
     w = gaussian(2048, 2048)  # 32768 groups
-    assert relative(w, fit(w, 2, 128, bias=True, lines=16, codebook="lines").unpack()) < 0.1145  # measured 0.1130
+    assert relative(w, fit(w, 2, 128, bias=True, lines=16, kind="lines").unpack()) < 0.1145  # measured 0.1130
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -85,15 +85,14 @@ def test_auto_chooses_what_errs_less():
     uneven = gaussian(256, 512) * torch.logspace(-1, 1, 256)[:, None]
     for w in (flat, uneven):
         lines, shapes, auto = (
-            relative(w, fit(w, 4, 64, bias=False, lines=64, codebook=kind).unpack())
-            for kind in ("lines", "shapes", "auto")
+            relative(w, fit(w, 4, 64, bias=False, lines=64, kind=kind).unpack()) for kind in ("lines", "shapes", "auto")
         )
         assert auto <= 1.01 * min(lines, shapes)
 
 
 def test_shapes_times_scales_suit_rows_of_different_size():
     w = gaussian(512, 512) * torch.logspace(-1, 1, 512)[:, None]
-    free, many = (fit(w, 4, 64, bias=False, lines=n, codebook=c) for n, c in ((16, "lines"), (1 << 14, "shapes")))
+    free, many = (fit(w, 4, 64, bias=False, lines=n, kind=c) for n, c in ((16, "lines"), (1 << 14, "shapes")))
     assert len(many.scales) * len(many.lines) > DIRECT
     assert int(many.index.max()) > 255
     assert relative(w, through_the_layout(many)) < 0.7 * relative(w, free.unpack())
@@ -108,14 +107,14 @@ def test_shapes_times_scales_suit_rows_of_different_size():
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_assign_finds_the_best_line(bits: int, bias: bool, S: int, Z: int, weighted: bool):
-    w, cache = gaussian(24, 300), some_cache(bits, bias, S, Z)
+    w, codebook = gaussian(24, 300), some_codebook(bits, bias, S, Z)
     importance = torch.rand(300, generator=torch.Generator().manual_seed(1)) ** 3 if weighted else None
-    index = assign(w, cache, 64, importance)
+    index = assign(w, codebook, 64, importance)
     assert (index.dtype, tuple(index.shape)) == (torch.int32, (24, 5))
-    errors = group_errors(w, cache, 64, importance)
+    errors = group_errors(w, codebook, 64, importance)
     chosen, best = errors.gather(2, index.long()[..., None])[..., 0], errors.amin(2)
     # Of over a thousand lines (the last case) only those near a group's rms are looked at.
-    total, each = (1.1, 2.0) if cache.size > DIRECT else (1.001, 1.1)
+    total, each = (1.1, 2.0) if codebook.size > DIRECT else (1.001, 1.1)
     assert chosen.sum() <= total * best.sum()
     assert (chosen <= each * best).all()
 
@@ -123,24 +122,24 @@ def test_assign_finds_the_best_line(bits: int, bias: bool, S: int, Z: int, weigh
 @given(seed=st.integers(0, 1 << 20), bits=st.integers(2, 8), bias=st.booleans(), size=st.floats(-4, 4))
 @settings(max_examples=25, deadline=None)
 def test_of_two_lines_the_better_is_always_taken(seed: int, bits: int, bias: bool, size: float):
-    w, cache = 10**size * gaussian(5, 200, seed), some_cache(bits, bias, 2, 1, seed).times(10**size)
-    errors = group_errors(w, cache, 128)
-    chosen = errors.gather(2, assign(w, cache, 128).long()[..., None])[..., 0]
+    w, codebook = 10**size * gaussian(5, 200, seed), some_codebook(bits, bias, 2, 1, seed).times(10**size)
+    errors = group_errors(w, codebook, 128)
+    chosen = errors.gather(2, assign(w, codebook, 128).long()[..., None])[..., 0]
     assert (chosen <= errors.amin(2) * (1 + 1e-5)).all()
 
 
 def test_zeros_are_assigned_under_any_cache():
-    for cache in (some_cache(4, False, 90, 16), some_cache(4, False, 90, 16).times(0.0)):
-        index = assign(torch.zeros(4, 256), cache, 128)
-        assert torch.equal(cache.levels[index.long()].abs().amin(-1), torch.zeros(4, 2))
+    for codebook in (some_codebook(4, False, 90, 16), some_codebook(4, False, 90, 16).times(0.0)):
+        index = assign(torch.zeros(4, 256), codebook, 128)
+        assert torch.equal(codebook.levels[index.long()].abs().amin(-1), torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_codes_are_nearest(bits: int):
-    w, cache = gaussian(6, 150), some_cache(bits, True, 9, 2)
+    w, codebook = gaussian(6, 150), some_codebook(bits, True, 9, 2)
     index = torch.randint(0, 18, (6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    codes = round_codes(w, cache, index, 64)
-    own = cache.levels[index.long()].repeat_interleave(64, 1)[:, :150].double()
+    codes = round_codes(w, codebook, index, 64)
+    own = codebook.levels[index.long()].repeat_interleave(64, 1)[:, :150].double()
     distances = (w.double()[..., None] - own).abs()
     taken = distances.gather(2, codes.long()[..., None])[..., 0]
     assert codes.dtype == torch.uint8
@@ -166,47 +165,47 @@ def test_refit_is_the_least_squares_solution(bias: bool):
     x, share = torch.randn(2, 400, generator=generator).double(), torch.rand(2, 400, generator=generator).double()
     counts = torch.zeros(2, 8, dtype=torch.float64).scatter_add_(1, codes, share)
     sums = torch.zeros(2, 8, dtype=torch.float64).scatter_add_(1, codes, share * x)
-    cache = refit(Cache(torch.zeros(2, 3 + bias), torch.ones(1), 3), counts, sums)
+    codebook = refit(Codebook(torch.zeros(2, 3 + bias), torch.ones(1), 3), counts, sums)
     for line in range(2):
         masks = torch.stack([(codes[line] >> k & 1).double() for k in range(3)] + [torch.ones(400).double()] * bias, 1)
         root = share[line].sqrt()
         wanted = torch.linalg.lstsq(masks * root[:, None], (root * x[line])[:, None]).solution[:, 0]
-        torch.testing.assert_close(cache.lines[line].double(), wanted, rtol=1e-3, atol=1e-4)  # float16
+        torch.testing.assert_close(codebook.lines[line].double(), wanted, rtol=1e-3, atol=1e-4)  # float16
 
 
 def test_refit_of_shapes_and_scales_never_errs_more():
     generator = torch.Generator().manual_seed(3)
-    cache = some_cache(4, False, 3, 5)
+    codebook = some_codebook(4, False, 3, 5)
     codes = torch.randint(0, 16, (15, 500), generator=generator)
-    x = (cache.levels.gather(1, codes) + 0.3 * torch.randn(15, 500, generator=generator)).double()
+    x = (codebook.levels.gather(1, codes) + 0.3 * torch.randn(15, 500, generator=generator)).double()
     counts = torch.zeros(15, 16, dtype=torch.float64).scatter_add_(1, codes, torch.ones_like(x))
     sums = torch.zeros(15, 16, dtype=torch.float64).scatter_add_(1, codes, x)
     errors = []
     for _ in range(4):
-        errors.append(float((x - cache.levels.double().gather(1, codes)).square().sum()))
-        cache = refit(cache, counts, sums)
+        errors.append(float((x - codebook.levels.double().gather(1, codes)).square().sum()))
+        codebook = refit(codebook, counts, sums)
     assert errors[1] < errors[0]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
 
 
 def test_coefficients_without_data_stay():
-    cache = some_cache(3, False, 2, 1)
+    codebook = some_codebook(3, False, 2, 1)
     counts = torch.zeros(2, 8, dtype=torch.float64)
     counts[0, 1] = 4.0  # only the code that adds c_0 alone
-    new = refit(cache, counts, 2.5 * counts)
-    assert torch.equal(new.lines[1], cache.lines[1])
-    torch.testing.assert_close(new.lines[0], torch.cat([torch.tensor([2.5]), cache.lines[0, 1:]]), rtol=0, atol=1e-3)
+    new = refit(codebook, counts, 2.5 * counts)
+    assert torch.equal(new.lines[1], codebook.lines[1])
+    torch.testing.assert_close(new.lines[0], torch.cat([torch.tensor([2.5]), codebook.lines[0, 1:]]), rtol=0, atol=1e-3)
 
 
 def test_training_moves_every_way_of_error_down():
     w = gaussian(64, 512)
-    cache, index = fit_cache(w, 3, 128, bias=True, lines=8, codebook="lines")
-    least = float(group_errors(w, cache, 128).amin(2).sum())
+    codebook, index = fit_codebook(w, 3, 128, bias=True, lines=8, kind="lines")
+    least = float(group_errors(w, codebook, 128).amin(2).sum())
     for k in range(4):
         for step in (-0.03, 0.03):
-            lines = cache.lines.clone()
+            lines = codebook.lines.clone()
             lines[:, k] += step
-            moved = Cache(lines, cache.scales, 3)
+            moved = Codebook(lines, codebook.scales, 3)
             assert float(group_errors(w, moved, 128).gather(2, index.long()[..., None]).sum()) > least
 
 
@@ -223,13 +222,11 @@ def test_beyond_the_last_input_nothing_counts():
 def test_importance_lowers_the_error_where_it_lies():
     w = gaussian(64, 512)
     importance = torch.where(torch.arange(512) % 4 == 0, 50.0, 0.5)
-    plain = fit(w, 3, 128, bias=True, lines=64, codebook="lines").unpack()
-    weighted = fit(w, 3, 128, bias=True, lines=64, codebook="lines", importance=importance).unpack()
+    plain = fit(w, 3, 128, bias=True, lines=64, kind="lines").unpack()
+    weighted = fit(w, 3, 128, bias=True, lines=64, kind="lines", importance=importance).unpack()
     assert relative(w, weighted, importance) < 0.9 * relative(w, plain, importance)
     assert relative(w, weighted) > relative(w, plain)
-    assert torch.equal(
-        weighted, fit(w, 3, 128, bias=True, lines=64, codebook="lines", importance=3 * importance).unpack()
-    )
+    assert torch.equal(weighted, fit(w, 3, 128, bias=True, lines=64, kind="lines", importance=3 * importance).unpack())
 
 
 def test_inputs_that_never_matter_still_get_a_sensible_line():
@@ -238,7 +235,7 @@ def test_inputs_that_never_matter_still_get_a_sensible_line():
     error = (fit(w, 4, 128, bias=False, lines=16, importance=importance).unpack() - w)[:, 256:].square().mean()
     assert error < 0.03
     assert torch.equal(
-        assign(w, some_cache(4, False, 9, 1), 128, torch.zeros(512)), assign(w, some_cache(4, False, 9, 1), 128)
+        assign(w, some_codebook(4, False, 9, 1), 128, torch.zeros(512)), assign(w, some_codebook(4, False, 9, 1), 128)
     )
 
 
@@ -271,14 +268,14 @@ def test_narrow_weights_are_their_float32_values(dtype: torch.dtype):
 # The budget
 
 
-@pytest.mark.parametrize("codebook", ["lines", "shapes", "auto"])
+@pytest.mark.parametrize("kind", ["lines", "shapes", "auto"])
 @pytest.mark.parametrize("overhead", [0.08, 0.13, 0.3])
-def test_index_and_cache_stay_within_the_overhead(codebook: str, overhead: float):
-    weight = fit(gaussian(64, 512), 4, 128, bias=True, lines=1024, codebook=codebook, max_overhead=overhead)  # type: ignore[arg-type]
+def test_index_and_cache_stay_within_the_overhead(kind: str, overhead: float):
+    weight = fit(gaussian(64, 512), 4, 128, bias=True, lines=1024, kind=kind, max_overhead=overhead)  # type: ignore[arg-type]
     assert weight.bits_per_weight - 4 <= overhead
     if overhead < 0.2:  # the wider index alone would take 0.125
         assert index_dtype(len(weight.lines) * len(weight.scales)) == torch.uint8
-    if codebook == "lines" and overhead < 0.2:  # one more line would not fit
+    if kind == "lines" and overhead < 0.2:  # one more line would not fit
         assert weight.bits_per_weight - 4 + 5 * 16 / (64 * 512) > overhead
 
 
@@ -288,7 +285,7 @@ def test_an_overhead_below_one_line_is_refused():
 
 
 def test_more_lines_than_groups_are_never_stored():
-    assert len(fit(gaussian(3, 256), 2, 128, bias=False, codebook="lines").lines) == 6
+    assert len(fit(gaussian(3, 256), 2, 128, bias=False, kind="lines").lines) == 6
 
 
 # Hostile weights
@@ -319,13 +316,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "bias", "codebook", "lines"),
-    [(name, bias, codebook, 16) for name in HOSTILE for bias, codebook in ((False, "lines"), (True, "shapes"))]
+    ("name", "bias", "kind", "lines"),
+    [(name, bias, kind, 16) for name in HOSTILE for bias, kind in ((False, "lines"), (True, "shapes"))]
     + [(name, False, "shapes", 4096) for name in ("zeros", "uneven rows", "outlier", "few weights")],
 )
-def test_hostile_weights_stay_finite_and_close(name: str, bias: bool, codebook: str, lines: int):
+def test_hostile_weights_stay_finite_and_close(name: str, bias: bool, kind: str, lines: int):
     w = HOSTILE[name]
-    weight = fit(w, 4, 128, bias=bias, codebook=codebook, lines=lines)  # type: ignore[arg-type]
+    weight = fit(w, 4, 128, bias=bias, kind=kind, lines=lines)  # type: ignore[arg-type]
     quantized = through_the_layout(weight)
     assert quantized.isfinite().all()
     assert weight.lines.isfinite().all()
@@ -343,15 +340,15 @@ def test_hostile_weights_stay_finite_and_close(name: str, bias: bool, codebook: 
     bits=st.integers(2, 8),
     bias=st.booleans(),
     lines=st.integers(1, 20),
-    codebook=st.sampled_from(["auto", "lines", "shapes"]),
+    kind=st.sampled_from(["auto", "lines", "shapes"]),
     size=st.integers(-8, 8),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_shape_is_stored_and_read_back(
-    N: int, K: int, group_size: int, bits: int, bias: bool, lines: int, codebook: str, size: int
+    N: int, K: int, group_size: int, bits: int, bias: bool, lines: int, kind: str, size: int
 ):
     w = 10.0**size * gaussian(N, K, seed=K)
-    weight = fit(w, bits, group_size, bias=bias, lines=lines, codebook=codebook)  # type: ignore[arg-type]
+    weight = fit(w, bits, group_size, bias=bias, lines=lines, kind=kind)  # type: ignore[arg-type]
     assert torch.equal(through_the_layout(weight), weight.unpack())
     assert len(weight.lines) * len(weight.scales) <= lines
     assert relative(w, weight.unpack()) < {2: 0.3, 3: 0.1}.get(bits, 0.04)
@@ -367,7 +364,7 @@ def test_any_shape_is_stored_and_read_back(
         ({"group_size": 100}, "group size 100"),
         ({"lines": 0}, "0 lines"),
         ({"lines": 1 << 17}, "131072 lines"),
-        ({"codebook": "best"}, "codebook best"),
+        ({"kind": "best"}, "codebook best"),
         ({"importance": torch.ones(5)}, "importance"),
         ({"importance": -torch.ones(128)}, "importance"),
         ({"importance": torch.full((128,), math.nan)}, "importance"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantize.formats.bitvec import coefficients, groups_per_row
-from quantize.methods.sbvr.fit import Cache, assign, fit_cache, round_codes
+from quantize.methods.sbvr.fit import Codebook, assign, fit_codebook, round_codes
 from quantize.methods.sbvr.solve import Fitted, LineBooks, _Design, _move_lines, _refitted, loss, solve
 from quantize.solvers.feedback import Damped, damped, feedback_order
 
@@ -34,25 +34,25 @@ def usable(H: Tensor) -> Damped:
 def random_fit(w: Tensor, bits: int, bias: bool, shapes: int, scales: int, group_size: int, seed: int = 0) -> Fitted:
     generator = torch.Generator().manual_seed(seed)
     lines = (torch.randn(shapes, bits + bias, generator=generator) * 0.02).half().float()
-    cache = Cache(lines, 0.5 + torch.rand(scales, generator=generator), bits)
+    codebook = Codebook(lines, 0.5 + torch.rand(scales, generator=generator), bits)
     index = torch.randint(shapes * scales, (len(w), groups_per_row(w.shape[1], group_size)), generator=generator)
     codes = torch.randint(1 << bits, w.shape, generator=generator).float()
-    return Fitted(cache, index.int(), codes, group_size)
+    return Fitted(codebook, index.int(), codes, group_size)
 
 
 def dense_design(fitted: Fitted) -> Tensor:
     """Column c of shape s: what a step of 1 in it does to the weight; float64 [N·K, S·C]."""
-    S, C = fitted.cache.lines.shape
+    S, C = fitted.codebook.lines.shape
     columns = []
     for s in range(S):
         for c in range(C):
             theta = torch.zeros(S, C)
             theta[s, c] = 1
-            table = coefficients(theta, fitted.cache.scales).double()
+            table = coefficients(theta, fitted.codebook.scales).double()
             index = fitted.index.long().repeat_interleave(fitted.group_size, dim=1)[:, : fitted.codes.shape[1]]
             rows = table[index]  # [N, K, C]
-            bits = [(fitted.codes.long() >> k & 1).double() for k in range(fitted.cache.bits)]
-            basis = torch.stack([*bits, *[torch.ones_like(bits[0])] * (C - fitted.cache.bits)], dim=2)
+            bits = [(fitted.codes.long() >> k & 1).double() for k in range(fitted.codebook.bits)]
+            basis = torch.stack([*bits, *[torch.ones_like(bits[0])] * (C - fitted.codebook.bits)], dim=2)
             columns.append((rows * basis).sum(dim=2).flatten())
     return torch.stack(columns, dim=1)
 
@@ -69,7 +69,7 @@ def test_refit_finds_the_least_squares_coefficients(bits: int, bias: bool, shape
     for _ in range(6):
         fitted = _refitted(w, fitted, H)
     assert loss(w, fitted, H) < minimum * 1.002
-    assert torch.equal(fitted.cache.lines, fitted.cache.lines.half().float())
+    assert torch.equal(fitted.codebook.lines, fitted.codebook.lines.half().float())
 
 
 @pytest.mark.parametrize(("shapes", "scales"), [(5, 1), (3, 4)])
@@ -85,8 +85,8 @@ def test_design_and_its_adjoint_are_the_dense_matrix(shapes: int, scales: int):
 @pytest.mark.parametrize(("K", "group_size"), [(256, 64), (200, 128)])
 def test_moving_lines_lowers_the_loss_and_keeps_the_books(K: int, group_size: int):
     w, H = problem(32, K)
-    cache, index = fit_cache(w, 3, group_size, bias=True, lines=12)
-    fitted = Fitted(cache, index, round_codes(w, cache, index, group_size).float(), group_size)
+    codebook, index = fit_codebook(w, 3, group_size, bias=True, lines=12)
+    fitted = Fitted(codebook, index, round_codes(w, codebook, index, group_size).float(), group_size)
     before, value = loss(w, fitted, H), fitted.value
     gradient = (value - w) @ H
     _move_lines(fitted, value, gradient, H)
@@ -98,9 +98,9 @@ def test_moving_lines_lowers_the_loss_and_keeps_the_books(K: int, group_size: in
 def test_books_round_to_the_nearest_level_of_each_row():
     w, _ = problem(7, 256)
     fitted = random_fit(w, 4, True, 9, 1, 64)
-    book = LineBooks(fitted.cache, fitted.index)[2]
+    book = LineBooks(fitted.codebook, fitted.index)[2]
     codes, values = book.round(w[:, :5].T)
-    table = fitted.cache.levels[fitted.index[:, 2].long()]
+    table = fitted.codebook.levels[fitted.index[:, 2].long()]
     distance = (w[:, :5, None] - table[:, None, :]).abs()
     assert torch.equal(values, table.gather(1, codes.T.long()).T)
     assert torch.allclose((w[:, :5] - values.T).abs(), distance.amin(dim=2))
@@ -111,9 +111,9 @@ def test_books_round_to_the_nearest_level_of_each_row():
 def test_solving_beats_rounding(bits: int, bias: bool, sizes: tuple[int, int], seed: int):
     K, group_size = sizes
     w, H = problem(24, K, seed)
-    cache, index = fit_cache(w, bits, group_size, bias=bias, lines=8, importance=H.diagonal())
-    rounded = Fitted(cache, index, round_codes(w, cache, index, group_size).float(), group_size)
-    losses = [loss(w, solve(w, usable(H), H, (cache, index), group_size, sweeps), H) for sweeps in (0, 1, 3)]
+    codebook, index = fit_codebook(w, bits, group_size, bias=bias, lines=8, importance=H.diagonal())
+    rounded = Fitted(codebook, index, round_codes(w, codebook, index, group_size).float(), group_size)
+    losses = [loss(w, solve(w, usable(H), H, (codebook, index), group_size, sweeps), H) for sweeps in (0, 1, 3)]
     assert losses[0] < loss(w, rounded, H)
     assert losses[1] <= losses[0]
     assert losses[2] <= losses[1]
@@ -121,16 +121,18 @@ def test_solving_beats_rounding(bits: int, bias: bool, sizes: tuple[int, int], s
 
 def test_solving_leaves_its_arguments_alone():
     w, H = problem(16, 128)
-    cache, index = fit_cache(w, 3, 64, bias=True, lines=6)
-    kept = [tensor.clone() for tensor in (w, H, cache.lines, cache.scales, index)]
-    solve(w, usable(H), H, (cache, index), 64, 2)
-    for tensor, copy in zip((w, H, cache.lines, cache.scales, index), kept, strict=True):
+    codebook, index = fit_codebook(w, 3, 64, bias=True, lines=6)
+    kept = [tensor.clone() for tensor in (w, H, codebook.lines, codebook.scales, index)]
+    solve(w, usable(H), H, (codebook, index), 64, 2)
+    for tensor, copy in zip((w, H, codebook.lines, codebook.scales, index), kept, strict=True):
         assert torch.equal(tensor, copy)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_feed_back():
     w, _ = problem(16, 128)
-    cache, index = fit_cache(w, 4, 64, bias=True, lines=6)
+    codebook, index = fit_codebook(w, 4, 64, bias=True, lines=6)
     H = torch.eye(128)
-    assert torch.equal(solve(w, usable(H), H, (cache, index), 64, 0).codes, round_codes(w, cache, index, 64).float())
-    assert torch.equal(index, assign(w, cache, 64))
+    assert torch.equal(
+        solve(w, usable(H), H, (codebook, index), 64, 0).codes, round_codes(w, codebook, index, 64).float()
+    )
+    assert torch.equal(index, assign(w, codebook, 64))

@@ -198,7 +198,12 @@ def test_the_histogram_carries_the_points(make_block: BlockMaker):
 def test_pictures_are_drawn_from_facts():
     facts = {"cache_lines": 8, "cache_used": 6, "cache_effective": 4.0, "cache_scales": 1, "loss_share": 0.5}
     drawn = Sbvr().pictures({f"model.layers.{i}.{n}": facts for i in range(2) for n in (OUT, DOWN)})
-    titles = ["Cache occupancy", "Lines in the cache", "Scales of a cache", "Output error against the data-free fit"]
+    titles = [
+        "Codebook occupancy",
+        "Lines in the codebook",
+        "Scales of a codebook",
+        "Output error against the data-free fit",
+    ]
     assert [picture.title for picture in drawn] == titles
     for picture, value in zip(drawn, (0.5, 8, 1, 0.5), strict=True):
         assert isinstance(picture, Heatmap)

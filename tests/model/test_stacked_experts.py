@@ -138,6 +138,48 @@ def test_what_is_no_plain_linear_is_left_alone(change: Callable[[MoeFfn], None])
     assert before == [p.data_ptr() for p in ffn.parameters() if not p.is_meta]
 
 
+def hooked_whole(ffn: MoeFfn) -> None:
+    ffn.experts[2].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_whole, rotated, wrapped])
+def test_what_is_hooked_later_runs_one_by_one(change: Callable[[MoeFfn], None], monkeypatch: pytest.MonkeyPatch):
+    ffn, plain = make(), make()
+    assert ffn.stack()
+    change(ffn)
+    change(plain)
+    monkeypatch.setattr("quantize.model.moe.routed_experts", lambda *args, **kwargs: pytest.fail("run at once"))
+    torch.testing.assert_close(ffn(tokens(7)), plain(tokens(7)))
+
+
+def other_weight(ffn: MoeFfn) -> None:
+    ffn.experts[2].up_proj.weight = nn.Parameter(torch.ones_like(ffn.experts[2].up_proj.weight))
+
+
+def other_linear(ffn: MoeFfn) -> None:
+    linear = nn.Linear(32, 24, bias=False).requires_grad_(False)
+    ffn.set_submodule("experts.3.up_proj", linear)
+    linear.weight.fill_(0.1)
+
+
+def another_dtype(ffn: MoeFfn) -> None:
+    ffn.experts[4].double()
+    ffn.experts[4].register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    ffn.experts[4].register_forward_hook(lambda _, args, out: out.float())
+
+
+@pytest.mark.parametrize("change", [other_weight, other_linear, another_dtype])
+def test_weights_that_take_the_place_of_stacked_ones_are_used(change: Callable[[MoeFfn], None]):
+    ffn, plain = make(), make()
+    assert ffn.stack()
+    change(ffn)
+    change(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(tokens(7)), plain(tokens(7)))
+    if change is not another_dtype:  # whose hook keeps it from being looked at
+        assert not ffn.stacked
+
+
 def test_a_model_is_stacked_and_says_the_same(tiny: ModelMaker):
     folder = tiny("qwen2_moe")
     source = Checkpoint(folder)

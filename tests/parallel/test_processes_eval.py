@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker, save_side_files
-from processes import REMEDY, Launch, launch, pq
+from processes import HANGS, REMEDY, Launch, launch, pq
 from test_processes_launchers import LAUNCHERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -189,7 +189,7 @@ def test_a_launcher(tiny: ModelMaker, text_file: Path, launcher: str):
     printed = [
         subprocess.run(
             [*command, *map(str, told), "--seqlen", "256", "--context", "128"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=HANGS,
         ).stdout
         for command in ([sys.executable], start)
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from conftest import ModelMaker
 from processes import Launch, pq
 from resumed import BLOCKS, files_of, model_of
 
+from quantize.cli import convert as cli_convert
 from quantize.convert import loop as convert_module
 from quantize.errors import ModelError, OutputError
 from quantize.parallel import launch
@@ -109,6 +110,42 @@ def test_a_dead_rank_ends_the_others(command: Command, expected: dict[str, bytes
     assert command.codes(2 if lost else 1, "--resume", "required") == [0] * (2 if lost else 1)
     assert "pq: goes on after block 1" in command.last.texts()[0]
     assert files_of(command.output) == expected
+
+
+def test_a_rank_that_is_behind_says_whom_it_misses(command: Command):
+    """A launcher that loses a process sends SIGTERM to the others, wherever they are by then."""
+    go = command.folder / "go"
+
+    def before(rank: int) -> None:
+        def wait() -> None:
+            while rank and not go.exists():
+                time.sleep(0.01)
+
+        cli_convert.quiet_libraries = wait
+
+    running = command.start(2, before=before)
+    lock = command.work / "lock"
+    while not (lock.exists() and lock.read_text()):
+        time.sleep(0.01)
+    os.kill(running.ids[0], signal.SIGKILL)
+    os.kill(running.ids[1], signal.SIGTERM)
+    go.touch()
+    assert running.wait() == [-signal.SIGKILL, 75], running.texts()
+    line = "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    assert running.texts()[1] == line
+
+
+def test_who_dies_while_all_stop_is_missed(command: Command):
+    asked = before_block(1, own_signal(signal.SIGTERM), 1)
+
+    def before(rank: int) -> None:
+        asked(rank)
+        if not rank:
+            launch._leave = lambda ranks: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+    assert command.codes(2, before=before) == [-signal.SIGKILL, 75], command.last.texts()
+    line = "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    assert command.last.texts()[1] == line
 
 
 def test_the_first_rank_finishes_although_another_died_at_the_end(command: Command, expected: dict[str, bytes]):

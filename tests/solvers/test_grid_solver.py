@@ -278,6 +278,26 @@ def test_dead_inputs_get_the_code_zero():
     assert (codes[:, dead] == 0).all()
 
 
+def test_the_inverse_and_the_metric_are_damped_alike_however_many_inputs_are_dead():
+    H = correlated_hessian()
+    live = torch.arange(0, 256, 4)
+    dead = torch.ones(256, dtype=torch.bool).index_fill(0, live, False)
+    H[dead, :] = 0
+    H[:, dead] = 0
+    before = H.clone()
+    d = damped(H, 0.1, feedback_order(H, "activation"))
+    assert d is not None
+    assert d.delta == pytest.approx(0.1 * float(H.diagonal()[live].mean()))
+    inverse = torch.empty(256, 256, dtype=torch.float64)
+    U = d.inverse_factor.double()
+    inverse[d.order[:, None], d.order] = U.T @ U
+    factored = torch.linalg.inv(inverse)[live[:, None], live].float()
+    with d.metric(H) as metric:
+        torch.testing.assert_close(metric[live[:, None], live], factored, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(metric - before, d.delta * torch.eye(256))
+    assert torch.equal(H, before)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_hessian_that_cannot_be_used_gives_none(broken: float):
     H = correlated_hessian()

@@ -43,7 +43,7 @@ def test_without_kernels_the_check_says_what_to_do(converted: Maker, monkeypatch
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(
     ("recipe", "layers", "module", "function"),
-    [("fireq", 8, "int4_launch", "launch"), ("sbvr", 7, "bitvec", "multiply_rows")],
+    [("fireq", 8, "int4.launch", "multiply"), ("sbvr", 7, "bitvec.launch", "multiply")],
 )
 def test_kernels_run_on_the_tensors_of_a_checkpoint(
     recipe: str, layers: int, module: str, function: str, converted: Maker

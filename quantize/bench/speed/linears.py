@@ -14,8 +14,10 @@ from quantize.bench.speed.peers import clones, peers, row_codes
 from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import CHAIN_LIMIT, Calls, Stand, require_close
 from quantize.formats.fp8 import quantize_activations
+from quantize.kernels.fp8 import api as fp8
+from quantize.kernels.fp8.reference import operand_order
 from quantize.kernels.int4 import api as int4
-from quantize.kernels.int4.reference import Weight, operand_order
+from quantize.kernels.int4.reference import Weight
 
 Shape = tuple[int, int]
 GROUP_SIZE = 128
@@ -79,7 +81,7 @@ def time_rounding(stand: Stand, widths: Sequence[int], batches: Sequence[int]) -
             first = stand.random(M, K)
             norm, held = stand.random(K).abs() + 0.5, clones(stand, first)
             for name, weight in (("round", None), ("norm + round", norm)):
-                ours = [partial(int4.quantize_tokens, x, weight, _EPS, group_size=GROUP_SIZE) for x in held]
+                ours = [partial(fp8.quantize_tokens, x, weight, _EPS, group_size=GROUP_SIZE) for x in held]
                 _require_rounded(*ours[0](), first, weight, f"{name} to E4M3, {M} x {K}")
                 spreads = stand.clock({"pq": ours, "eager": [partial(_round_plain, x, weight) for x in held]})
                 moved = M * (K * first.element_size() + K + 4)
@@ -109,9 +111,9 @@ def time_ffn(stand: Stand, shapes: Sequence[Shape], batches: Sequence[int]) -> I
 def ffn(x: Tensor, weights: Sequence[Weight]) -> Tensor:
     """down(silu(gate(x)) ⊙ up(x)) with folded weights gate, up and down."""
     gate, up, down = weights
-    codes, scale = int4.quantize_tokens(x, group_size=GROUP_SIZE)
+    codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE)
     hidden = int4.gated_codes(codes, scale, gate, up, dtype=x.dtype)
-    codes, scale = int4.quantize_tokens(hidden, group_size=GROUP_SIZE)
+    codes, scale = fp8.quantize_tokens(hidden, group_size=GROUP_SIZE)
     return int4.multiply_codes(codes, scale, down, dtype=x.dtype)
 
 
@@ -160,7 +162,7 @@ def _kind_of(name: str) -> Kind:
 def _products(kind: Kind, weights: Sequence[Weight], x: Tensor) -> list[Callable[[], Tensor]]:
     if kind == "W4A16":
         return [partial(int4.multiply, x, w, fp8_activations=False) for w in weights]
-    codes, scale = int4.quantize_tokens(x, group_size=GROUP_SIZE, variant=kind)
+    codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE, variant=kind)
     return [partial(int4.multiply_codes, codes, scale, w, variant=kind, dtype=x.dtype) for w in weights]
 
 
@@ -168,7 +170,7 @@ def _fronts(kind: Kind, gates: Sequence[Weight], ups: Sequence[Weight], x: Tenso
     pairs = list(zip(gates, ups, strict=True))
     if kind == "W4A16":
         return [partial(int4.gated, x, *pair, fp8_activations=False) for pair in pairs]
-    codes, scale = int4.quantize_tokens(x, group_size=GROUP_SIZE, variant=kind)
+    codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE, variant=kind)
     return [partial(int4.gated_codes, codes, scale, *pair, variant=kind, dtype=x.dtype) for pair in pairs]
 
 

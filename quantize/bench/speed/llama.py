@@ -16,6 +16,7 @@ from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import CHAIN_LIMIT, Stand, require_close
 from quantize.kernels.attention import api as attention
 from quantize.kernels.attention.reference import attend_reference, store_reference, visible
+from quantize.kernels.fp8 import api as fp8
 from quantize.kernels.int4 import api as int4
 from quantize.kernels.int4.reference import Weight
 
@@ -90,11 +91,11 @@ class PackedBlock:
     def __call__(self, x: Tensor, where: Place) -> Tensor:
         """x [B, hidden] of the new tokens → [B, hidden]; writes their keys and values."""
         x = x + self._product(self._attention(x, where), self.o)
-        codes, scale = int4.quantize_tokens(x, self.norms[1], _EPS, group_size=GROUP_SIZE)
+        codes, scale = fp8.quantize_tokens(x, self.norms[1], _EPS, group_size=GROUP_SIZE)
         return x + self._product(int4.gated_codes(codes, scale, self.gate, self.up, dtype=x.dtype), self.down)
 
     def _attention(self, x: Tensor, where: Place) -> Tensor:
-        codes, scale = int4.quantize_tokens(x, self.norms[0], _EPS, group_size=GROUP_SIZE)
+        codes, scale = fp8.quantize_tokens(x, self.norms[0], _EPS, group_size=GROUP_SIZE)
         query, key, value = _split(int4.multiply_codes(codes, scale, self.qkv, dtype=x.dtype), self.heads, where)
         keys, values, S = self.cache.keys, self.cache.values, self.cache.S
         attention.append_records(key, value, S, SCHEME, keys, values, where.start)
@@ -102,7 +103,7 @@ class PackedBlock:
         return attention.attend_records(query, *facts, lengths=where.lengths).flatten(1)
 
     def _product(self, x: Tensor, weight: Weight) -> Tensor:
-        codes, scale = int4.quantize_tokens(x, group_size=GROUP_SIZE)
+        codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE)
         return int4.multiply_codes(codes, scale, weight, dtype=x.dtype)
 
     def exact(self, x: Tensor, where: Place) -> Tensor:

@@ -26,11 +26,12 @@ from quantize.kernels.attention.checks import (
     checked_mask,
     scheme_fits,
 )
+from quantize.kernels.device import has_fp8_kernel
 
 
 def takes(x: Tensor, scheme: KvScheme) -> bool:
     """Whether a Triton kernel can work on queries, keys or values x [..., d] and a cache of this scheme."""
-    return scheme_fits(scheme, x.shape[-1]) and ops.has_fp8_kernel(x)
+    return scheme_fits(scheme, x.shape[-1]) and has_fp8_kernel(x)
 
 
 def quantize_records(key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:

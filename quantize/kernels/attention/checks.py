@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.bitvec.api import DTYPES
+from quantize.kernels.device import DTYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 """Channels of the heads that kernels are tested with."""

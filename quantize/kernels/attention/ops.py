@@ -1,8 +1,7 @@
-"""Attention as operators that torch.compile and CUDA graphs take whole; `attention.py` checks what goes in."""
+"""Attention as operators that torch.compile and CUDA graphs take whole; `api.py` checks what goes in."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -10,21 +9,11 @@ import torch
 from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.attention.reference import View, attend_reference, read_reference, store_reference, visible
-from quantize.kernels.bitvec.api import has_kernel
+from quantize.kernels.attention.reference import attend_codes_reference, attend_records_reference, store_reference
+from quantize.kernels.device import has_fp8_kernel
 
 _SCHEME = "int group_size, bool symmetric, str scale_dtype"
 _VIEW = "float scaling, bool causal, SymInt? window, Tensor? mask, Tensor? lengths"
-
-
-@functools.cache
-def _knows_e4m3(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def has_fp8_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel with E4M3 numbers can take x: as `has_kernel`, on Ada, Hopper or newer devices."""
-    return has_kernel(x) and (not x.is_cuda or _knows_e4m3(x.device))
 
 
 def _launch() -> Any:
@@ -129,8 +118,7 @@ def attend_records(
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             _launch().attend_records(query, keys, values, S, out, scaling, scheme, view)
         return out
-    k, v = (read_reference(records, scheme, query.shape[3]) for records in (keys, values))
-    return _by_reference(query, k, v, S, out, scaling, view)
+    return out.copy_(attend_records_reference(query, keys, values, S, scaling, scheme, view))
 
 
 @attend_records.register_fake
@@ -161,12 +149,12 @@ def attend_fp8(
     out, view = _out_like(query), (causal, window, mask, lengths)
     if not query.numel() or not keys.numel():
         return out.zero_()
-    if has_fp8_kernel(query):
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            _launch().attend_codes(query, keys, key_scale[:, :, None], values, value_scale, S, out, scaling, view)
-        return out
-    k, v = keys.float() * key_scale[..., None], values.float() * value_scale[..., None, None]
-    return _by_reference(query, k, v, S, out, scaling, view)
+    codes = (keys, key_scale[:, :, None], values, value_scale)
+    if not has_fp8_kernel(query):
+        return out.copy_(attend_codes_reference(query, *codes, S, scaling, view))
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        _launch().attend_codes(query, *codes, S, out, scaling, view)
+    return out
 
 
 @attend_fp8.register_fake
@@ -178,19 +166,3 @@ def _out_like(query: Tensor) -> Tensor:
     # Heads of a token lie side by side, as the projection that follows reads them.
     B, H, T, d = query.shape
     return query.new_empty(B, T, H, d).transpose(1, 2)
-
-
-def _by_reference(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    S: Tensor,
-    out: Tensor,
-    scaling: float,
-    view: View,
-) -> Tensor:
-    T, L, device = query.shape[2], k.shape[2], query.device
-    # What lies beyond a sequence holds anything, and 0 · NaN would show.
-    held = visible(1, L, (False, None, None, view[3]), device).mT
-    k, v = k.masked_fill(~held, 0), v.masked_fill(~held, 0)
-    return out.copy_(attend_reference(query, k, v, S, scaling, visible(T, L, view, device)))

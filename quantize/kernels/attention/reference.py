@@ -102,3 +102,36 @@ def attend_reference(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: fl
     """Attention of the kernels to float32 k and v, as they were rounded → [B, H, T, d] in query's dtype."""
     q = quantize_activations(over_scale(query, S))
     return attend(q, k, v, seen, scaling, True, whole_top=True).to(query.dtype)
+
+
+def attend_records_reference(
+    query: Tensor, keys: Tensor, values: Tensor, S: Tensor, scaling: float, scheme: KvScheme, view: View
+) -> Tensor:
+    """Attention to records keys and values [B, Hkv, L, R] → [B, H, T, d] in query's dtype."""
+    k, v = (read_reference(records, scheme, query.shape[3]) for records in (keys, values))
+    return _attend_view(query, k, v, S, scaling, view)
+
+
+def attend_codes_reference(
+    query: Tensor,
+    keys: Tensor,
+    key_scale: Tensor,
+    values: Tensor,
+    unit: Tensor,
+    S: Tensor,
+    scaling: float,
+    view: View,
+) -> Tensor:
+    """Attention to codes [B, Hkv, L, d] with key_scale [B, Hkv, G, L] and the values' unit [B, Hkv] → [B, H, T, d]."""
+    channels = keys.shape[3] // key_scale.shape[2]
+    k = keys.float() * key_scale.mT.repeat_interleave(channels, dim=3)
+    v = values.float() * unit[..., None, None]
+    return _attend_view(query, k, v, S, scaling, view)
+
+
+def _attend_view(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, view: View) -> Tensor:
+    T, L, device = query.shape[2], k.shape[2], query.device
+    # What lies beyond a sequence holds anything, and 0 · NaN would show.
+    held = visible(1, L, (False, None, None, view[3]), device).mT
+    k, v = k.masked_fill(~held, 0), v.masked_fill(~held, 0)
+    return attend_reference(query, k, v, S, scaling, visible(T, L, view, device))

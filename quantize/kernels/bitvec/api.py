@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVecScheme
 from quantize.kernels.bitvec.reference import multiply_reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    # Triton's interpreter takes tensors on the CPU.
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def has_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel can take x: an NVIDIA device (or Triton's interpreter) and a dtype of `DTYPES`."""
-    return x.dtype in DTYPES and runs_on(x.device)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether Triton kernels run there: on an NVIDIA device, or anywhere in Triton's interpreter."""
-    found = device.type == "cuda" and torch.version.hip is None  # AMD's matrix units may flush the subnormals of bits
-    return _TRITON and (found or _interpreted())
+from quantize.kernels.device import DTYPES, has_kernel
 
 
 def multiply(
@@ -52,12 +31,12 @@ def multiply(
     weight = (planes, index, lines, scales)
     if not has_kernel(x) or not x.numel() or not planes.numel():
         return multiply_reference(x, *weight, bias, bits=bits, group_size=group_size)
-    from quantize.kernels.bitvec.launch import multiply_rows
+    from quantize.kernels.bitvec import launch
 
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
-        return multiply_rows(rows, *weight, bias, bits, group_size).view(*x.shape[:-1], -1)
+        return launch.multiply(rows, *weight, bias, bits, group_size).view(*x.shape[:-1], -1)
 
 
 def _check(

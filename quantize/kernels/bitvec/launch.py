@@ -19,7 +19,7 @@ _INTERPRETED = not isinstance(sum_kernel, triton.JITFunction)
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def multiply_rows(
+def multiply(
     x: Tensor,
     planes: Tensor,
     index: Tensor,

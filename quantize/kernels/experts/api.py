@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantize.kernels.bitvec.api import has_kernel
+from quantize.kernels.device import has_kernel
 
 # Measured on two cores with 16 and 8 experts.
 _SMALL = 1 << 20  # bytes of a weight that takes less time than a call, so that a batch of all experts is faster
@@ -41,11 +41,12 @@ def routed_experts(
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
     if learns or act is not F.silu or not has_kernel(x):
         return _by_torch(x, weights, gate_up, down, act)
-    from quantize.kernels.experts.launch import launch
+    from quantize.kernels.experts import launch
 
     N = len(down)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return launch(x if x.stride(1) == 1 else x.contiguous(), weights.contiguous(), gate_up, down, min(most or N, N))
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        return launch.routed_experts(rows, weights.contiguous(), gate_up, down, min(most or N, N))
 
 
 def _by_torch(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ _INTERPRETED = not isinstance(mix_kernel, triton.JITFunction)
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def launch(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most: int) -> Tensor:
+def routed_experts(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most: int) -> Tensor:
     """x [M, D], its rows contiguous → [M, D]; the rest is checked by `quantize.kernels.experts.api.routed_experts`."""
     D, E = down.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""Triton kernel that rounds activations to E4M3, one scale a token; `activations.py` starts it."""
+"""Triton kernel that rounds activations to E4M3, one scale a token; `launch.py` starts it."""
 
 # Arguments have Triton's types, which are none to a type checker.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

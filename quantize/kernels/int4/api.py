@@ -7,25 +7,19 @@ CUDA graphs can hold it, and with the same results in every run; elsewhere the p
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from quantize.kernels.bitvec.api import DTYPES, runs_on
-from quantize.kernels.int4.reference import Weight, fold_reference, multiply_reference, quantize_reference
-
-Variant = Literal["folded", "exact"]
-"""Weights beside E4M3 activations. `folded`: E4M3(q · s8) and one factor a row (`formats.fp8.product_weight`), as FireQ
-and vLLM multiply. `exact`: q · scale, where the scale meets the float32 sum of its group."""
-
-GROUP_SIZES = (32, 64, 128)
+from quantize.kernels.device import DTYPES, runs_fp8_on, runs_on
+from quantize.kernels.fp8.api import GROUP_SIZES, Variant, as_rows, is_folded, quantize_tokens
+from quantize.kernels.int4.reference import Weight, fold_reference, multiply_reference
 
 
 def takes(bits: int, group_size: int, x: Tensor, fp8_activations: bool) -> bool:
     """Whether a kernel multiplies x with such weights: else `multiply` would use its twin, or refuse."""
-    return bits == 4 and group_size in GROUP_SIZES and x.dtype in DTYPES and _has_kernel(x.device, fp8_activations)
+    runs = runs_fp8_on if fp8_activations else runs_on
+    return bits == 4 and group_size in GROUP_SIZES and x.dtype in DTYPES and runs(x.device)
 
 
 def fold(weight: Weight) -> Weight:
@@ -47,28 +41,6 @@ def multiply(
 def gated(x: Tensor, gate: Weight, up: Weight, *, fp8_activations: bool, variant: Variant = "folded") -> Tensor:
     """silu(x̂ Ŵ_gᵀ) ⊙ x̂ Ŵ_uᵀ [..., N] as `multiply` computes products, not rounded in between."""
     return _run(x, (gate, up), None, fp8_activations, variant)
-
-
-def quantize_tokens(
-    x: Tensor, norm: Tensor | None = None, eps: float = 1e-6, *, group_size: int = 0, variant: Variant = "folded"
-) -> tuple[Tensor, Tensor]:
-    """E4M3 codes [..., K] and scales float32 [...] of x [..., K]: codes · scale is `formats.fp8.quantize_activations`.
-
-    With a weight `norm` [K] in x's dtype, of RMSNorm(x) as transformers computes it. With a group size codes come in
-    the order that `multiply_codes` wants for weights of that group size and variant, else in their own. ValueError for
-    wrong shapes, dtypes or devices.
-    """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"activations are {x.dtype}, expected bfloat16, float16 or float32")
-    K = x.shape[-1]
-    if norm is not None and (tuple(norm.shape) != (K,) or norm.dtype != x.dtype or norm.device != x.device):
-        raise ValueError(f"norm is {norm.dtype} {tuple(norm.shape)}, expected {x.dtype} {(K,)} on {x.device}")
-    if group_size and (group_size not in GROUP_SIZES or K % group_size):
-        raise ValueError(f"{K} inputs are no multiple of a group of 32, 64 or 128: {group_size}")
-    norm = None if norm is None else norm.contiguous()
-    run = _QUANTIZE if is_compiling() else _quantize
-    codes, scale = run(_as_rows(x), norm, eps, group_size, _is_folded(variant))
-    return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
 def multiply_codes(
@@ -130,22 +102,11 @@ def _run_codes(
         raise ValueError(f"token_scale is {token_scale.dtype} {tuple(token_scale.shape)}, codes {tuple(codes.shape)}")
     if dtype not in DTYPES:
         raise ValueError(f"a product in {dtype} was asked for, expected bfloat16, float16 or float32")
-    if _is_folded(variant):
+    if is_folded(variant):
         weights = tuple(weight if weight.factor is not None else fold(weight) for weight in weights)
     elif any(weight.factor is not None for weight in weights):
         raise ValueError("the weight is folded, but the variant is 'exact'")
     return _product(codes, token_scale.reshape(-1), weights, bias, dtype)
-
-
-def _is_folded(variant: Variant) -> bool:
-    if variant not in ("folded", "exact"):
-        raise ValueError(f"there is no variant '{variant}', only 'folded' and 'exact'")
-    return variant == "folded"
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _product(
@@ -153,7 +114,7 @@ def _product(
 ) -> Tensor:
     nothing: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     up = weights[1] if len(weights) == 2 else nothing
-    y: Tensor = (_MULTIPLY if is_compiling() else _multiply)(_as_rows(x), token_scale, *weights[0], *up, bias, dtype)
+    y: Tensor = (_MULTIPLY if is_compiling() else _multiply)(as_rows(x), token_scale, *weights[0], *up, bias, dtype)
     return y.view(*x.shape[:-1], len(weights[0].packed))
 
 
@@ -184,35 +145,13 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"{name} must be contiguous and on {x.device}")
 
 
-def _has_kernel(device: torch.device, fp8: bool) -> bool:
-    # Tensor cores multiply E4M3 from compute capability 8.9 on.
-    return runs_on(device) and (not fp8 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
-
-
-def _quantize(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded: bool) -> tuple[Tensor, Tensor]:
-    if not x.numel() or not _has_kernel(x.device, fp8=True):
-        return quantize_reference(x, norm, eps, group_size, folded)
-    from quantize.kernels.int4.launch import quantize
-
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return quantize(x, norm, eps, group_size, folded)
-
-
-_QUANTIZE = torch.library.custom_op("pq::quantize_tokens", _quantize, mutates_args=())
-
-
-@_QUANTIZE.register_fake
-def _(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:1], dtype=torch.float32)
-
-
 def _fold(scale: Tensor) -> tuple[Tensor, Tensor]:
-    if not scale.numel() or not _has_kernel(scale.device, fp8=True):
+    if not scale.numel() or not runs_fp8_on(scale.device):
         return fold_reference(scale)
-    from quantize.kernels.int4.launch import fold
+    from quantize.kernels.int4 import launch
 
     with torch.cuda.device_of(scale):  # type: ignore[no-untyped-call]
-        return fold(scale)
+        return launch.fold(scale)
 
 
 _FOLD = torch.library.custom_op("pq::fold_int4_scales", _fold, mutates_args=())
@@ -238,12 +177,13 @@ def _multiply(
     weights = [Weight(packed, scale, factor)]
     if up_packed is not None and up_scale is not None:
         weights.append(Weight(up_packed, up_scale, up_factor))
-    if not x.numel() or not packed.numel() or not _has_kernel(x.device, x.dtype == torch.float8_e4m3fn):
+    runs = runs_fp8_on if x.dtype == torch.float8_e4m3fn else runs_on
+    if not x.numel() or not packed.numel() or not runs(x.device):
         return multiply_reference(x, token_scale, weights, bias, dtype)
-    from quantize.kernels.int4.launch import launch
+    from quantize.kernels.int4 import launch
 
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return launch(x, token_scale, weights, bias, dtype)
+        return launch.multiply(x, token_scale, weights, bias, dtype)
 
 
 _MULTIPLY = torch.library.custom_op("pq::int4_multiply", _multiply, mutates_args=())

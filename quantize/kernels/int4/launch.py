@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantize.kernels.fp8.kernels import quantize_kernel
 from quantize.kernels.int4.kernels import fold_kernel, int4_kernel, int4_sum_kernel
 from quantize.kernels.int4.reference import Weight
 
@@ -51,7 +50,7 @@ def tile_for(M: int, dtype: torch.dtype) -> Tile:
     return next(tile for tile in TILES[dtype] if tile.rows is None or tile.rows >= M)
 
 
-def launch(
+def multiply(
     x: Tensor,
     token_scale: Tensor | None,
     weights: Sequence[Weight],
@@ -87,19 +86,6 @@ def fold(scale: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.empty(N, dtype=torch.float32, device=scale.device)
     fold_kernel[(triton.cdiv(N, 16),)](scale, s8, factor, N, G, BN=16, BG=32, num_warps=4)
     return s8, factor
-
-
-def quantize(x: Tensor, norm: Tensor | None, eps: float, group_size: int, folded: bool) -> tuple[Tensor, Tensor]:
-    """What `quantize.kernels.int4.reference.quantize_reference` computes; rows of x are contiguous."""
-    M, K = x.shape
-    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    sizes: dict[str, Any] = {"BK": 1024, "num_warps": 4} if K <= 1024 else {"BK": 4096, "num_warps": 8}
-    quantize_kernel[(M,)](
-        x, norm, codes, scale, K, x.stride(0), eps,
-        GS=group_size, FOLDED=folded, CASTS=not _INTERPRETED, DTYPE=_OPERANDS[x.dtype], **sizes,
-    )  # fmt: skip
-    return codes, scale
 
 
 def _split(G: int, tiles: int, programs: int, device: torch.device) -> tuple[int, int]:

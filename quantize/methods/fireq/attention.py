@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.block.capture import attention_inputs
-from quantize.cost.footprint import FLOAT, BlockSizes, Effort
+from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.errors import ModelError
 from quantize.formats.kv4 import KvScheme
 from quantize.methods.base import Kind, Stage
@@ -39,8 +39,7 @@ from quantize.pictures import Lines, Picture, place_of
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-_TOKENS = 2048
-_TRIALS = 45  # scales of keys and values that a search tries, about
+_TOKENS = 2048  # that scales are tried on: each is tried on all of them, and errors settle long before
 
 
 class FireqAttention(Stage):
@@ -90,12 +89,10 @@ class FireqAttention(Stage):
         scores = min(SCORES_AT_ONCE, sizes.heads * sizes.window**2)
         return max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores) + sizes.folding()
 
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """Attention on the sample for each candidate, twice."""
-        sampled = min(sizes.tokens, max(_TOKENS, sizes.window))
-        trials = 2 * _TRIALS if self.search else 2
-        scores = float(trials * sampled * sizes.window)
-        return Effort(4 * scores * sizes.hidden, 80 * scores * sizes.heads)
+    @property
+    def tokens_read(self) -> int:
+        """The sample that scales are tried on."""
+        return _TOKENS
 
     def apply(self, block: Block) -> None:
         """Choose and fold the scales of one block, and let it attend as the kernel will from here on."""

@@ -12,12 +12,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from quantize.block.measure import moments_of
-from quantize.cost.footprint import Effort, factoring
-from quantize.cost.footprint import factored as factorization
+from quantize.cost.footprint import factoring
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
     IntEncode,
-    damped_metric,
     encode_nearest,
     factored,
     fall_back,
@@ -89,14 +87,6 @@ class Fireq(IntEncode):
         """The factorization, or what stands beside the factor."""
         return max(factoring(K), 4 * K * K + 30 * N * K) if self.needs_inputs else 24 * N * K
 
-    def fitted(self, N: int, K: int) -> Effort:
-        """Factorization, target, feedback of errors and the descent."""
-        if not self.needs_inputs:
-            return Effort(0, 300.0 * N * K)
-        return factorization(K) + Effort(
-            (10.0 + 5.0 * self.sweeps) * N * K * K, (3000.0 + 3000.0 * self.sweeps) * N * K
-        )
-
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""
         if moments is None:
@@ -156,7 +146,7 @@ class Fireq(IntEncode):
         hessian, grid = moments.hessian, self._grid()
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
-        with damped_metric(moments, usable) as metric:
+        with usable.metric(moments.hessian) as metric:
             rounded = descend(target, rounded, metric, grid, self.sweeps)
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))

@@ -161,7 +161,8 @@ class Searcher:
         if not len(x):
             raise ModelError(f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32")
         ffn = dense_ffn(block)
-        start, y = Start.of(ffn, x, self.budget.layout, self.construction, self.seed), ffn(x)
+        start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
+        y = ffn(x)
         trials: dict[float | None, Trial | None] = {None: None}
         # One ranking of the experts serves all levels.
         router = start.router(Visits.plain(levels[len(levels) // 2]), self.seed)

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from quantize.block.capture import inputs_of
 from quantize.block.teacher import keep_parent, parent_outputs
-from quantize.cost.footprint import FLOAT, BlockSizes, Effort
+from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.cost.peak import measured
 from quantize.errors import ModelError
 from quantize.files.memo import digest
@@ -161,11 +161,18 @@ class Ladimo(Stage):
         lesson = 3 * FLOAT * min(self.tokens, sizes.tokens) * sizes.hidden
         return lesson + 6 * FLOAT * ffn + sizes.forward() + 8 * FLOAT * self.batch_tokens * ffn // (3 * sizes.hidden)
 
-    def effort(self, sizes: BlockSizes) -> Effort:
-        """Forward and backward passes of every step, and trials."""
-        ffn = 3.0 * max(N * K for N, K in sizes.linears.values())
-        steps = min(self.steps, self.passes * sizes.tokens / self.batch_tokens) if self.teaching == "distill" else 0
-        return Effort(6 * ffn * self.batch_tokens * steps + 40 * ffn * sizes.tokens, 60 * ffn * steps)
+    @property
+    def tokens_read(self) -> int:
+        """Tokens to learn from, or those after which there are no more steps."""
+        if self.teaching != "distill":
+            return self.tokens
+        return min(self.tokens, math.ceil(self.steps * self.batch_tokens / self.passes))
+
+    def for_trial(self, tokens: int) -> Ladimo:
+        """The stage without a search, its steps small enough for so few tokens to be met as often."""
+        means = 1.0 if self.mean_experts is None else self.mean_experts
+        batch = min(self.batch_tokens, max(1, tokens))
+        return self.model_copy(update={"mean_experts": means, "batch_tokens": batch})
 
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""

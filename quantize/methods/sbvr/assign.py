@@ -1,6 +1,6 @@
-"""Which line of an SBVR cache suits which group of a weight, and the codes of the weights under it.
+"""Which line of an SBVR codebook suits which group of a weight, and the codes of the weights under it.
 
-A group's squared error under every line of a cache comes out of one matrix product: a group becomes a histogram over
+A group's squared error under every line of a codebook comes out of one matrix product: a group becomes a histogram over
 fixed points of the axis (each weight shared by its two neighbours), a line becomes a table of its squared error at
 these points. Sharing out a weight between points h apart adds about h²/6 to its squared error, whatever the line, so
 the product ranks lines well; the best few are then settled on the weights themselves.
@@ -32,7 +32,7 @@ _SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
-class Cache:
+class Codebook:
     """A matrix's lines as they will be stored, in float32. Line i is lines[i // Z] · scales[i % Z]."""
 
     lines: Tensor  # float32 [S, bits + bias], each equal to its float16 rounding
@@ -49,9 +49,9 @@ class Cache:
         """S·Z, the lines that an index tells apart."""
         return len(self.lines) * len(self.scales)
 
-    def times(self, factor: float) -> Cache:
-        """The cache of a weight that is `factor` times as large."""
-        return Cache(self.lines, self.scales * factor, self.bits)
+    def times(self, factor: float) -> Codebook:
+        """The codebook of a weight that is `factor` times as large."""
+        return Codebook(self.lines, self.scales * factor, self.bits)
 
 
 @dataclass(frozen=True)
@@ -190,22 +190,26 @@ class Book:
 
 @dataclass(frozen=True)
 class Matcher:
-    """Finds the best line of groups; made once for a cache and the reach of the values it will see."""
+    """Finds the best line of groups; made once for a codebook and the reach of the values it will see."""
 
-    cache: Cache
+    codebook: Codebook
     axis: Axis
     book: Book
     tables: Tensor  # float32 [B, L], or [B, S] where groups are brought to a common scale first
     common_scale: bool
 
     @classmethod
-    def of(cls, cache: Cache, reach: float) -> Matcher:
-        """Tables of a cache for values up to ±reach."""
-        common_scale = len(cache.scales) > 1 and cache.size > DIRECT
-        levels = cache.levels
-        shapes = Cache(cache.lines, torch.ones_like(cache.scales[:1]), cache.bits).levels if common_scale else levels
-        axis = Axis.over(NORMAL_REACH if common_scale else reach, cache.bits, levels.device)
-        return cls(cache, axis, Book.of(levels), axis.nearest(shapes)[1].T.contiguous(), common_scale)
+    def of(cls, codebook: Codebook, reach: float) -> Matcher:
+        """Tables of a codebook for values up to ±reach."""
+        common_scale = len(codebook.scales) > 1 and codebook.size > DIRECT
+        levels = codebook.levels
+        shapes = (
+            Codebook(codebook.lines, torch.ones_like(codebook.scales[:1]), codebook.bits).levels
+            if common_scale
+            else levels
+        )
+        axis = Axis.over(NORMAL_REACH if common_scale else reach, codebook.bits, levels.device)
+        return cls(codebook, axis, Book.of(levels), axis.nearest(shapes)[1].T.contiguous(), common_scale)
 
     def best(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Best line (int64) and its error Σ share·(x − x̂)² of groups x [M, g] → [M], [M]."""
@@ -220,10 +224,10 @@ class Matcher:
 
     def _scaled_shortlist(self, x: Tensor, share: Tensor) -> Tensor:
         """The best shapes under the scale nearest to a group's rms and under its neighbours: shapes fit an rms of 1."""
-        scales, order = self.cache.scales.sort()
+        scales, order = self.codebook.scales.sort()
         Z = len(scales)
         place = torch.searchsorted((scales[1:] * scales[:-1]).sqrt(), group_rms(x, share)).clamp_(1, max(1, Z - 2))
-        # The cache of a weight of zeros has scales of zero.
+        # The codebook of a weight of zeros has scales of zero.
         size = scales[place].clamp_min(torch.finfo(torch.float32).tiny)
         shape = self._shortlist(x / size[:, None], share)
         near = torch.stack([place - 1, place, (place + 1).clamp(max=Z - 1)], dim=1)
@@ -235,23 +239,23 @@ def group_rms(x: Tensor, share: Tensor) -> Tensor:
     return ((x.square() * share).sum(dim=1) / share.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
 
 
-def assign(w: Tensor, cache: Cache, group_size: int, importance: Tensor | None = None) -> Tensor:
+def assign(w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None) -> Tensor:
     """Line of every group of w [N, K] with the least Σ importance_k·(w_k − ŵ_k)² → int32 [N, G].
 
     importance: [K] ≥ 0 or None. The error is exact among the few lines that a tabulated error ranks first.
     """
     groups = Groups.of(w, group_size, importance)
-    matcher = Matcher.of(cache.times(1 / groups.unit), groups.reach)
+    matcher = Matcher.of(codebook.times(1 / groups.unit), groups.reach)
     index = torch.empty(groups.count, dtype=torch.int32, device=w.device)
     for where, x, share in groups.pieces(matcher.tables.shape[1]):
         index[where] = matcher.best(x, share)[0].int()
     return index.view(len(w), -1)
 
 
-def round_codes(w: Tensor, cache: Cache, index: Tensor, group_size: int) -> Tensor:
+def round_codes(w: Tensor, codebook: Codebook, index: Tensor, group_size: int) -> Tensor:
     """Codes of w [N, K] with the nearest value under their group's line, index [N, G] → uint8 [N, K]."""
     N, K = w.shape
-    book, width = Book.of(cache.levels), index.shape[1] * group_size
+    book, width = Book.of(codebook.levels), index.shape[1] * group_size
     codes = torch.empty(N, K, dtype=torch.uint8, device=w.device)
     step = max(1, _AT_ONCE // max(width, 1))
     for first in range(0, N, step):

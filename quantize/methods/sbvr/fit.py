@@ -1,4 +1,7 @@
-"""Fits a cache of SBVR lines to a weight without data: trained on a sample of groups, then refitted on every weight."""
+"""Fits a codebook of SBVR lines to a weight without data.
+
+It is trained on a sample of groups, then refitted on every weight.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import torch
 from torch import Tensor
 
 from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
-from quantize.methods.sbvr.assign import DIRECT, Cache, Groups, Matcher, assign, round_codes
+from quantize.methods.sbvr.assign import DIRECT, Codebook, Groups, Matcher, assign, round_codes
 from quantize.methods.sbvr.train import Sample, Trainer, refit
 
-__all__ = ["Cache", "Codebook", "assign", "fit", "fit_cache", "require_room", "round_codes"]
+__all__ = ["Codebook", "CodebookKind", "assign", "fit", "fit_codebook", "require_room", "round_codes"]
 
-Codebook = Literal["auto", "lines", "shapes"]
+CodebookKind = Literal["auto", "lines", "shapes"]
 
 _SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
 _LARGEST = 2048  # groups of the sample that are taken for their size: a few can hold most of the energy
@@ -32,82 +35,82 @@ def fit(
     *,
     bias: bool,
     lines: int = 256,
-    codebook: Codebook = "auto",
+    kind: CodebookKind = "auto",
     importance: Tensor | None = None,
     max_overhead: float | None = None,
     seed: int = 0,
 ) -> BitVec:
-    """Quantize w [N, K] to the nearest codes of a fitted cache; arguments and errors as in `fit_cache`."""
-    cache, index = fit_cache(
+    """Quantize w [N, K] to the nearest codes of a fitted codebook; arguments and errors as in `fit_codebook`."""
+    codebook, index = fit_codebook(
         w,
         bits,
         group_size,
         bias=bias,
         lines=lines,
-        codebook=codebook,
+        kind=kind,
         importance=importance,
         max_overhead=max_overhead,
         seed=seed,
     )
-    codes = round_codes(w, cache, index, group_size)
-    return BitVec(codes, index, cache.lines.half(), cache.scales, bits, group_size)
+    codes = round_codes(w, codebook, index, group_size)
+    return BitVec(codes, index, codebook.lines.half(), codebook.scales, bits, group_size)
 
 
-def fit_cache(
+def fit_codebook(
     w: Tensor,
     bits: int,
     group_size: int,
     *,
     bias: bool,
     lines: int,
-    codebook: Codebook = "auto",
+    kind: CodebookKind = "auto",
     importance: Tensor | None = None,
     max_overhead: float | None = None,
     seed: int = 0,
-    start: Cache | None = None,
-) -> tuple[Cache, Tensor]:
-    """Fit a cache to w [N, K] (any float dtype), least Σ importance_k·(w_k − ŵ_k)².
+    start: Codebook | None = None,
+) -> tuple[Codebook, Tensor]:
+    """Fit a codebook to w [N, K] (any float dtype), least Σ importance_k·(w_k − ŵ_k)².
 
     lines: most lines the index may tell apart; up to 256 take an index of 8 bits, more one of 16.
-    codebook: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`, whichever errs less on groups
+    kind: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`, whichever errs less on groups
     it was not trained on. importance: [K] ≥ 0 or None.
-    max_overhead: bits per weight that index and cache may take together; lines are given up until they fit.
-    start: a cache of a like weight to train on from, whose kind and size stay: several times faster.
-    Returns the cache and the line of every group, int32 [N, G]. ValueError for what the layout cannot hold, an overhead
-    below that of a single line, or weights that are not finite.
+    max_overhead: bits per weight that index and codebook may take together; lines are given up until they fit.
+    start: a codebook of a like weight to train on from, whose kind and size stay: several times faster.
+    Returns the codebook and the line of every group, int32 [N, G].
+    ValueError for what the layout cannot hold, an overhead below that of a single line, or weights that are not finite.
     """
     groups = Groups.of(w, group_size, importance)
-    sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, codebook, max_overhead)
+    sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, kind, max_overhead)
     generator = torch.Generator().manual_seed(seed)
     seen, held_out = _take_samples(groups, generator)
     trainer = Trainer(bits, bias, generator)
     if start is None:
-        cache = _best_of(sizes, seen, held_out, trainer)
+        codebook = _best_of(sizes, seen, held_out, trainer)
     else:
-        cache = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
+        codebook = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
     # A line of float16 cannot hold an exact 0 under every code, a scale can.
-    cache = _refit_everywhere(groups, cache).times(groups.unit if groups.reach else 0.0)
-    return cache, assign(w, cache, group_size, importance)
+    codebook = _refit_everywhere(groups, codebook).times(groups.unit if groups.reach else 0.0)
+    return codebook, assign(w, codebook, group_size, importance)
 
 
 def require_room(
-    shape: tuple[int, int], scheme: BitVecScheme, lines: int, codebook: Codebook, max_overhead: float | None
+    shape: tuple[int, int], scheme: BitVecScheme, lines: int, kind: CodebookKind, max_overhead: float | None
 ) -> None:
-    """ValueError where `fit_cache` would refuse a weight of this shape [N, K]; scheme: its bits, group and bias."""
-    _sizes(torch.Size(shape), scheme, lines, codebook, max_overhead)
+    """ValueError where `fit_codebook` would refuse a weight of this shape [N, K]; scheme: its bits, group and bias."""
+    _sizes(torch.Size(shape), scheme, lines, kind, max_overhead)
 
 
 def _sizes(
-    shape: torch.Size, scheme: BitVecScheme, lines: int, codebook: str, max_overhead: float | None
+    shape: torch.Size, scheme: BitVecScheme, lines: int, kind: str, max_overhead: float | None
 ) -> list[tuple[int, int]]:
-    """Shapes S and scales Z of the caches worth a trial, those that fit."""
+    """Shapes S and scales Z of the codebooks worth a trial, those that fit."""
     if not 1 <= lines <= MAX_LINES:
         raise ValueError(f"{lines} lines, expected 1 … {MAX_LINES}")
-    if codebook not in ("auto", "lines", "shapes"):
-        raise ValueError(f"codebook {codebook}: choose auto, lines or shapes")
+    if kind not in ("auto", "lines", "shapes"):
+        raise ValueError(f"codebook {kind}: choose auto, lines or shapes")
     doublings = int(math.log2(lines))
-    scales = sorted({1 << doublings * part // 8 for part in (2, 3, 4)} - {1}) if codebook != "lines" else []
-    if codebook != "shapes" or not scales:
+    scales = sorted({1 << doublings * part // 8 for part in (2, 3, 4)} - {1}) if kind != "lines" else []
+    if kind != "shapes" or not scales:
         scales = [1, *scales]
     sizes = [(_most_shapes(shape, scheme, lines, Z, max_overhead), Z) for Z in scales]
     fitting = [(S, Z) for S, Z in sizes if S]
@@ -158,22 +161,22 @@ def _stratified(groups: Groups, all_of: Tensor, some: Tensor, of: int, generator
     return Sample(x, share * counts[order, None])
 
 
-def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer) -> Cache:
+def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer) -> Codebook:
     """Train free lines and the most promising shapes × scales; return what errs less on the groups held out."""
     starts = [trainer.start(seen, S, Z) for S, Z in sizes]
-    shapes = [cache for cache in starts if len(cache.scales) > 1]
+    shapes = [codebook for codebook in starts if len(codebook.scales) > 1]
     if len(shapes) > 1:
         trial = seen.part(slice(_TRIAL))
-        shapes = [trainer.train(cache, trial, _TRIAL_ROUNDS, 0.0) for cache in shapes]
-        shapes = [min(shapes, key=lambda cache: _error(cache, held_out))]
-    finalists = [cache for cache in starts if len(cache.scales) == 1] + shapes
+        shapes = [trainer.train(codebook, trial, _TRIAL_ROUNDS, 0.0) for codebook in shapes]
+        shapes = [min(shapes, key=lambda codebook: _error(codebook, held_out))]
+    finalists = [codebook for codebook in starts if len(codebook.scales) == 1] + shapes
     shake = min(_SHAKE, _SHAKE_IN_STEPS / (1 << trainer.bits))
-    trained = [trainer.train(cache, seen, _ROUNDS, shake) for cache in finalists]
-    return trained[0] if len(trained) == 1 else min(trained, key=lambda cache: _error(cache, held_out))
+    trained = [trainer.train(codebook, seen, _ROUNDS, shake) for codebook in finalists]
+    return trained[0] if len(trained) == 1 else min(trained, key=lambda codebook: _error(codebook, held_out))
 
 
-def _error(cache: Cache, sample: Sample) -> float:
-    matcher = Matcher.of(cache, float(sample.x.abs().max()))
+def _error(codebook: Codebook, sample: Sample) -> float:
+    matcher = Matcher.of(codebook, float(sample.x.abs().max()))
     error = 0.0
     for first in range(0, len(sample.x), _PIECE):
         part = sample.part(slice(first, first + _PIECE))
@@ -181,15 +184,15 @@ def _error(cache: Cache, sample: Sample) -> float:
     return error
 
 
-def _refit_everywhere(groups: Groups, cache: Cache) -> Cache:
+def _refit_everywhere(groups: Groups, codebook: Codebook) -> Codebook:
     """One round of Lloyd's algorithm over all weights themselves."""
-    matcher = Matcher.of(cache, groups.reach)
-    counts = torch.zeros(cache.size << cache.bits, dtype=torch.float64, device=groups.w.device)
+    matcher = Matcher.of(codebook, groups.reach)
+    counts = torch.zeros(codebook.size << codebook.bits, dtype=torch.float64, device=groups.w.device)
     sums = torch.zeros_like(counts)
     for _, x, share in groups.pieces(matcher.tables.shape[1]):
         line = matcher.best(x, share)[0]
-        at = ((line << cache.bits)[:, None] + matcher.book.nearest(x, line)).flatten()
+        at = ((line << codebook.bits)[:, None] + matcher.book.nearest(x, line)).flatten()
         mass = share.double()
         counts.index_add_(0, at, mass.flatten())
         sums.index_add_(0, at, (mass * x).flatten())
-    return refit(cache, counts.view(cache.size, -1), sums.view(cache.size, -1))
+    return refit(codebook, counts.view(codebook.size, -1), sums.view(codebook.size, -1))

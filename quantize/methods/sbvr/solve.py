@@ -2,8 +2,8 @@
 
 All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) of one linear, W [N, K], H = E[x xᵀ] [K, K]. Codes: GPTQ error feedback,
 then coordinate descent. Lines: every group tries the line that suits what the rest of its row leaves it. Coefficients:
-least squares over all lines of the cache at once. The order of steps is that of BPDQ (arXiv 2602.04163), whose groups
-have coefficients of their own; here they share a cache.
+least squares over all lines of the codebook at once. The order of steps is that of BPDQ (arXiv 2602.04163), whose
+groups have coefficients of their own; here they share a codebook.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.bitvec import coefficients, levels
-from quantize.methods.sbvr.fit import Cache, assign
+from quantize.methods.sbvr.fit import Codebook, assign
 from quantize.solvers.feedback import Damped, feed_back, move_codes
 
 _MIN_GAIN = 0.005
@@ -43,9 +43,9 @@ class LineBook:
 class LineBooks:
     """The books of all groups under index [N, G]; each is looked up when it is asked for."""
 
-    def __init__(self, cache: Cache, index: Tensor) -> None:
+    def __init__(self, codebook: Codebook, index: Tensor) -> None:
         self.index = index.long()
-        self.values, self.codes = cache.levels.sort(dim=1)
+        self.values, self.codes = codebook.levels.sort(dim=1)
 
     def __getitem__(self, group: int) -> LineBook:
         """The book of `group`."""
@@ -55,9 +55,9 @@ class LineBooks:
 
 @dataclass
 class Fitted:
-    """Codes [N, K] (float32 whole numbers) and lines [N, G] under a cache, with what follows from them."""
+    """Codes [N, K] (float32 whole numbers) and lines [N, G] under a codebook, with what follows from them."""
 
-    cache: Cache
+    codebook: Codebook
     index: Tensor
     codes: Tensor
     group_size: int
@@ -72,16 +72,16 @@ class Fitted:
     def places(self, rows: slice) -> Tensor:
         """Where the weights of some rows [R, K] are looked up in a flattened table [L, 2^bits], int64."""
         index = self.index[rows].long().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
-        return (index << self.cache.bits) + self.codes[rows].long()
+        return (index << self.codebook.bits) + self.codes[rows].long()
 
     @property
     def value(self) -> Tensor:
         """Quantized weight [N, K]."""
-        return self.lookup(self.cache.levels)
+        return self.lookup(self.codebook.levels)
 
     def copy(self) -> Fitted:
         """With tensors of its own."""
-        return Fitted(self.cache, self.index.clone(), self.codes.clone(), self.group_size)
+        return Fitted(self.codebook, self.index.clone(), self.codes.clone(), self.group_size)
 
 
 def pieces(matrix: Tensor) -> Iterator[slice]:
@@ -92,23 +92,23 @@ def pieces(matrix: Tensor) -> Iterator[slice]:
 
 
 def solve(
-    target: Tensor, usable: Damped, metric: Tensor, start: tuple[Cache, Tensor], group_size: int, sweeps: int
+    target: Tensor, usable: Damped, metric: Tensor, start: tuple[Codebook, Tensor], group_size: int, sweeps: int
 ) -> Fitted:
-    """Fit bit vectors to target [N, K] in the damped Hessian `metric` [K, K], from a cache and index [N, G].
+    """Fit bit vectors to target [N, K] in the damped Hessian `metric` [K, K], from a codebook and index [N, G].
 
     Every sweep refits coefficients, moves lines, then codes; the loss never grows. Ends early once a sweep gains less
     than half a percent.
     """
-    cache, index = start
-    codes = feed_back(target, usable, LineBooks(cache, index), group_size)
-    best = Fitted(cache, index.clone(), codes, group_size)
+    codebook, index = start
+    codes = feed_back(target, usable, LineBooks(codebook, index), group_size)
+    best = Fitted(codebook, index.clone(), codes, group_size)
     before = loss(target, best, metric)
     for _ in range(sweeps):
         fitted = _refitted(target, best.copy(), metric)
         value = fitted.value
         gradient = (value - target) @ metric
         _move_lines(fitted, value, gradient, metric)
-        move_codes(fitted.codes, value, gradient, metric, LineBooks(fitted.cache, fitted.index), group_size)
+        move_codes(fitted.codes, value, gradient, metric, LineBooks(fitted.codebook, fitted.index), group_size)
         after = loss(target, fitted, metric)
         if after < before:
             best = fitted
@@ -136,13 +136,13 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         block, here, slope = H[span, span], value[:, span], gradient[:, span]
         d = _factored(block)
         free = here - slope @ torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
-        other = assign(free, fitted.cache, G, block.diagonal())
+        other = assign(free, fitted.codebook, G, block.diagonal())
         best = torch.zeros_like(here[:, 0])
         values, codes, lines = here.clone(), fitted.codes[:, span].clone(), fitted.index[:, g].clone()
         for index in (other, fitted.index[:, g : g + 1]):
-            books = LineBooks(fitted.cache, index)
+            books = LineBooks(fitted.codebook, index)
             trial_codes = feed_back(free, d, books, G)
-            trial = Fitted(fitted.cache, index, trial_codes, G).value
+            trial = Fitted(fitted.codebook, index, trial_codes, G).value
             delta = trial - here
             gain = ((2 * slope + delta @ block) * delta).sum(dim=1)
             better = gain < best
@@ -158,13 +158,16 @@ def _factored(block: Tensor) -> Damped:
     order = torch.argsort(block.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    return Damped(order, upper, 0.0, torch.zeros_like(order, dtype=torch.bool))
+    return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
 def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
-    """Coefficients by least squares over the whole cache: preconditioned conjugate gradients on the shapes [S, C]."""
+    """Coefficients by least squares over the whole codebook.
+
+    Preconditioned conjugate gradients on the shapes [S, C].
+    """
     design = _Design(fitted)
-    theta = fitted.cache.lines.double()
+    theta = fitted.codebook.lines.double()
     residual = -design.adjoint((fitted.value - target) @ H)
     inverse = design.preconditioner(H.diagonal())
     step = torch.zeros_like(theta)
@@ -180,9 +183,9 @@ def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
         preconditioned = (inverse @ residual[:, :, None])[:, :, 0]
         before, size = size, float((residual * preconditioned).sum())
         direction = preconditioned + direction * (size / before)
-    cache = replace(fitted.cache, lines=(theta + step).half().float())
-    moved = replace(fitted, cache=cache)
-    finite = bool(torch.isfinite(cache.lines).all())
+    codebook = replace(fitted.codebook, lines=(theta + step).half().float())
+    moved = replace(fitted, codebook=codebook)
+    finite = bool(torch.isfinite(codebook.lines).all())
     return moved if finite and loss(target, moved, H) < loss(target, fitted, H) else fitted
 
 
@@ -190,20 +193,20 @@ class _Design:
     """The linear map from shapes [S, C] to the weight [N, K] under fixed codes, lines and scales."""
 
     def __init__(self, fitted: Fitted) -> None:
-        cache, codes = fitted.cache, fitted.codes
-        self.fitted, self.scales = fitted, cache.scales
+        codebook, codes = fitted.codebook, fitted.codes
+        self.fitted, self.scales = fitted, codebook.scales
         self.places = torch.empty(codes.shape, dtype=torch.int32, device=codes.device)
         for rows in pieces(codes):
             self.places[rows] = fitted.places(rows)
-        self.table = (len(cache.lines), len(cache.scales), 1 << cache.bits)
-        every = torch.arange(1 << cache.bits, device=codes.device)
-        bits = [every >> k & 1 for k in range(cache.bits)]
-        bias = [torch.ones_like(every)] * (cache.lines.shape[1] - cache.bits)
+        self.table = (len(codebook.lines), len(codebook.scales), 1 << codebook.bits)
+        every = torch.arange(1 << codebook.bits, device=codes.device)
+        bits = [every >> k & 1 for k in range(codebook.bits)]
+        bias = [torch.ones_like(every)] * (codebook.lines.shape[1] - codebook.bits)
         self.basis = torch.stack([*bits, *bias], dim=1).double()  # [2^bits, C]
 
     def forward(self, theta: Tensor) -> Tensor:
         """θ [S, C] → its weights [N, K], float32."""
-        table = levels(coefficients(theta, self.scales), self.fitted.cache.bits)
+        table = levels(coefficients(theta, self.scales), self.fitted.codebook.bits)
         return table.flatten()[self.places]
 
     def adjoint(self, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SBVR: weights as sums of bit vectors whose coefficients come from a cache (arXiv 2509.18172)."""
+"""SBVR: weights as sums of bit vectors whose coefficients come from a codebook (arXiv 2509.18172)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.block.measure import moments_of
-from quantize.cost.footprint import Effort, factoring
-from quantize.cost.footprint import factored as factorization
+from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, damped_metric, factored, note_errors, target_of
-from quantize.methods.sbvr.fit import Cache, fit_cache, require_room, round_codes
+from quantize.methods.encode import Encode, factored, note_errors, target_of
+from quantize.methods.sbvr.fit import Codebook, fit_codebook, require_room, round_codes
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.feedback import Damped
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 
 _OCCUPANCY = (
     "Lines that would be in use if all were used alike (the exponential of the entropy of the groups' choices), as a "
-    "share of the cache. A low share means that most groups look alike."
+    "share of the codebook. A low share means that most groups look alike."
 )
-_LINES = "Lines that a group can choose from; small matrices get fewer so that the cache stays within `overhead`."
+_LINES = "Lines that a group can choose from; small matrices get fewer so that the codebook stays within `overhead`."
 _SCALES = "1: every line is free; more: a line is one of a few shapes times one of so many scales."
 _SHARE = (
     "Loss in the metric of the inputs over that of the data-free fit of the same matrix. It lies below 1: what codes, "
@@ -39,7 +38,7 @@ _SHARE = (
 
 
 class Sbvr(Encode):
-    """Weights as Σ c_k·b_k per group, the coefficients c shared through a cache that is fitted to each matrix.
+    """Weights as Σ c_k·b_k per group, the coefficients c shared through a codebook that is fitted to each matrix.
 
     The published search over a grid is replaced by Lloyd's algorithm over groups, and block-wise feedback by descent
     over codes, lines and coefficients in the Hessian's metric.
@@ -53,12 +52,12 @@ class Sbvr(Encode):
     bias: bool = True
     """Whether a line also has a constant, which costs no bits per weight; without it, as published, code 0 is 0."""
     lines: int = Field(default=256, ge=1, le=65536)
-    """Most lines in a matrix's cache; above 256 a group's index takes 16 bits."""
+    """Most lines in a matrix's codebook; above 256 a group's index takes 16 bits."""
     codebook: Literal["auto", "lines", "shapes"] = "auto"
     """`lines`: every line is free; `shapes`: a line is one of a few shapes times one of a few scales; `auto`: what has
     the smaller error at the same bits per weight."""
     overhead: float | None = Field(default=0.125, gt=0, le=16)
-    """Bits per weight that indices and cache may take; small matrices get fewer lines. null: no limit. The default
+    """Bits per weight that indices and codebook may take; small matrices get fewer lines. null: no limit. The default
     makes 4-bit weights no larger than INT4 with a 16-bit scale for every 128."""
     fit: Literal["data-free", "hessian"] = "hessian"
     """`data-free`: least squared error of the weights; `hessian`: of the outputs."""
@@ -69,7 +68,7 @@ class Sbvr(Encode):
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of descent over coefficients, lines and codes."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    """Seed of the groups that a cache is trained on."""
+    """Seed of the groups that a codebook is trained on."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -87,7 +86,7 @@ class Sbvr(Encode):
         return "method"
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for patterns that match nothing, or a matrix too small for a cache within `overhead`."""
+        """ModelError for patterns that match nothing, or a matrix too small for a codebook within `overhead`."""
         super().check(linears)
         scheme = BitVecScheme(self.bits, self.group_size, self.bias, 1, 1)
         for name in filter(self.selects, linears):
@@ -101,22 +100,11 @@ class Sbvr(Encode):
         return moments_of(block, name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
 
     def fitting(self, N: int, K: int) -> int:
-        """The cache is trained on a sample; then the factorization, or what stands beside the factor."""
+        """The codebook is trained on a sample; then the factorization, or what stands beside the factor."""
         training = min(500 * N * K, 150 << 20) + 5 * N * K
         if not self.needs_inputs:
             return max(training, 24 * N * K)
         return max(training + 4 * K * K, factoring(K), 4 * K * K + 30 * N * K)
-
-    def fitted(self, N: int, K: int) -> Effort:
-        """Training, and in the metric of the inputs factorization, feedback of errors and the descent."""
-        cache = Effort(0, 2e11 + 1500.0 * N * K)
-        if not self.needs_inputs:
-            return cache
-        return (
-            cache
-            + factorization(K)
-            + Effort((12.0 + 24.0 * self.sweeps) * N * K * K, 8000.0 * (1 + self.sweeps) * N * K)
-        )
 
     def stored_bits(self, N: int, K: int) -> float:
         """Planes, and at most the overhead that the recipe allows."""
@@ -141,13 +129,13 @@ class Sbvr(Encode):
 
     def _data_free(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
-        self._encode(block, name, self._rounded(weight, self._cache(weight)))
+        self._encode(block, name, self._rounded(weight, self._codebook(weight)))
 
     def _solve(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
         weight = block.linear(name).weight.float()
-        data_free = self._cache(weight)
-        with damped_metric(moments, usable) as metric:
-            start = self._cache(target, metric.diagonal(), data_free[0])
+        data_free = self._codebook(weight)
+        with usable.metric(moments.hessian) as metric:
+            start = self._codebook(target, metric.diagonal(), data_free[0])
             fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
             ours = loss(target, fitted, metric)
             plain = self._rounded(weight, data_free)
@@ -160,50 +148,52 @@ class Sbvr(Encode):
         block.note(name, loss_share=ours / theirs if theirs else 1.0)
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
-        """Show how well caches are used, which kind of cache each matrix took and what the Hessian buys."""
+        """Show how well codebooks are used, which kind of codebook each matrix took and what the Hessian buys."""
         lines, effective = facts(layers, "cache_lines"), facts(layers, "cache_effective")
         occupancy = {n: e / m if (m := lines.get(n)) and e is not None else None for n, e in effective.items()}
         share = facts(layers, "loss_share")
         drawn = (
-            block_map(occupancy, title="Cache occupancy", caption=_OCCUPANCY, unit="of the lines"),
-            block_map(lines, title="Lines in the cache", caption=_LINES, unit="lines", log=True),
-            block_map(facts(layers, "cache_scales"), title="Scales of a cache", caption=_SCALES, unit="scales"),
+            block_map(occupancy, title="Codebook occupancy", caption=_OCCUPANCY, unit="of the lines"),
+            block_map(lines, title="Lines in the codebook", caption=_LINES, unit="lines", log=True),
+            block_map(facts(layers, "cache_scales"), title="Scales of a codebook", caption=_SCALES, unit="scales"),
             block_map(share, title="Output error against the data-free fit", caption=_SHARE, unit="ratio", log=True),
         )
         return tuple(picture for picture in drawn if picture is not None)
 
-    def _cache(
-        self, weight: Tensor, importance: Tensor | None = None, start: Cache | None = None
-    ) -> tuple[Cache, Tensor]:
-        return fit_cache(
+    def _codebook(
+        self, weight: Tensor, importance: Tensor | None = None, start: Codebook | None = None
+    ) -> tuple[Codebook, Tensor]:
+        return fit_codebook(
             weight,
             self.bits,
             self.group_size,
             bias=self.bias,
             lines=self.lines,
-            codebook=self.codebook,
+            kind=self.codebook,
             importance=importance,
             max_overhead=self.overhead,
             seed=self.seed,
             start=start,
         )
 
-    def _rounded(self, weight: Tensor, start: tuple[Cache, Tensor]) -> Fitted:
-        cache, index = start
-        return Fitted(cache, index, round_codes(weight, cache, index, self.group_size).float(), self.group_size)
+    def _rounded(self, weight: Tensor, start: tuple[Codebook, Tensor]) -> Fitted:
+        codebook, index = start
+        return Fitted(codebook, index, round_codes(weight, codebook, index, self.group_size).float(), self.group_size)
 
     def _encode(self, block: Block, name: str, fitted: Fitted, hessian: Tensor | None = None) -> None:
-        weight, cache = block.linear(name).weight.float(), fitted.cache
+        weight, codebook = block.linear(name).weight.float(), fitted.codebook
         codes = fitted.codes.to(torch.uint8)
-        packed = BitVec(codes, fitted.index, cache.lines.half(), cache.scales, self.bits, self.group_size)
+        packed = BitVec(codes, fitted.index, codebook.lines.half(), codebook.scales, self.bits, self.group_size)
         block.encode(name, packed, False)
         lines, used, effective = _occupancy(packed)
-        block.note(name, cache_lines=lines, cache_used=used, cache_effective=effective, cache_scales=len(cache.scales))
+        block.note(
+            name, cache_lines=lines, cache_used=used, cache_effective=effective, cache_scales=len(codebook.scales)
+        )
         note_errors(block, name, weight, packed.unpack(), hessian)
 
 
 def _occupancy(packed: BitVec) -> tuple[int, int, float]:
-    """Lines of the cache, those that some group uses, and how many used alike would choose as freely (e^entropy)."""
+    """Lines of the codebook, those that some group uses, and how many used alike would choose as freely (e^entropy)."""
     lines = len(packed.lines) * len(packed.scales)
     counts = torch.bincount(packed.index.flatten(), minlength=lines).double()
     share = counts[counts > 0] / counts.sum()

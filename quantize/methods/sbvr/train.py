@@ -1,4 +1,4 @@
-"""Trains a cache of SBVR lines on sampled groups, by Lloyd's algorithm on their histograms.
+"""Trains a codebook of SBVR lines on sampled groups, by Lloyd's algorithm on their histograms.
 
 Groups go to the line with the least error, lines become the least-squares solution for the codes of their groups
 (Lloyd, IEEE Trans. Inf. Theory 28, 1982, with a constrained code book). Sums of bit vectors have many local optima, so
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.bitvec import coefficients, levels
-from quantize.methods.sbvr.assign import DIRECT, NORMAL_REACH, Axis, Cache, group_rms
+from quantize.methods.sbvr.assign import DIRECT, NORMAL_REACH, Axis, Codebook, group_rms
 
 _STARTS = 64  # random fits tried for a line; the better quarter stays every few rounds
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
@@ -48,13 +48,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains caches of one kind of line."""
+    """Trains codebooks of one kind of line."""
 
     bits: int
     bias: bool
     generator: torch.Generator
 
-    def start(self, sample: Sample, S: int, Z: int) -> Cache:
+    def start(self, sample: Sample, S: int, Z: int) -> Codebook:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
         normalised, rms = sample.normalised()
         energy = (sample.x.square() * sample.share).sum(dim=1)
@@ -62,8 +62,8 @@ class Trainer:
         drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
         best = self._best_starts(normalised, drawn)
         if Z == 1:
-            return Cache(_representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits)
-        return Cache(_representable(best), _spread(rms, sample.share.sum(dim=1), Z), self.bits)
+            return Codebook(_representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits)
+        return Codebook(_representable(best), _spread(rms, sample.share.sum(dim=1), Z), self.bits)
 
     def _best_starts(self, normalised: Sample, drawn: Tensor) -> Tensor:
         """The best of many random fits to each drawn group [S] → lines [S, C]."""
@@ -101,40 +101,40 @@ class Trainer:
             c[:, -1] += mean
         return c
 
-    def train(self, cache: Cache, sample: Sample, rounds: int, shake: float) -> Cache:
+    def train(self, codebook: Codebook, sample: Sample, rounds: int, shake: float) -> Codebook:
         """Lloyd's algorithm on histograms; `shake`: first relative change of coefficients after a round.
 
         Where lines are too many to compare them all, only shapes are trained, on groups brought to an rms of 1.
         """
-        if len(cache.scales) > 1 and cache.size > DIRECT:
-            shapes = Cache(cache.lines, torch.ones_like(cache.scales[:1]), self.bits)
-            return Cache(self.train(shapes, sample.normalised()[0], rounds, shake).lines, cache.scales, self.bits)
+        if len(codebook.scales) > 1 and codebook.size > DIRECT:
+            shapes = Codebook(codebook.lines, torch.ones_like(codebook.scales[:1]), self.bits)
+            return Codebook(self.train(shapes, sample.normalised()[0], rounds, shake).lines, codebook.scales, self.bits)
         axis = Axis.over(float(sample.x.abs().max()), self.bits, sample.x.device)
         histograms = axis.histogram(sample.x, sample.share)
         for r in range(rounds):
-            cache = self._round(cache, histograms, axis)
+            codebook = self._round(codebook, histograms, axis)
             size = shake * (1 - r / (rounds * _SHAKEN))
             if size > 0:
-                noise = torch.randn(cache.lines.shape, generator=self.generator).to(cache.lines.device)
-                cache = Cache(_representable(cache.lines * (1 + size * noise)), cache.scales, self.bits)
-        return cache
+                noise = torch.randn(codebook.lines.shape, generator=self.generator).to(codebook.lines.device)
+                codebook = Codebook(_representable(codebook.lines * (1 + size * noise)), codebook.scales, self.bits)
+        return codebook
 
-    def _round(self, cache: Cache, histograms: Tensor, axis: Axis) -> Cache:
-        codes, tables = axis.nearest(cache.levels)
+    def _round(self, codebook: Codebook, histograms: Tensor, axis: Axis) -> Codebook:
+        codes, tables = axis.nearest(codebook.levels)
         least = (histograms @ tables.T).min(dim=1)
         mass = torch.zeros_like(tables).index_add_(0, least.indices, histograms)
-        new = refit(cache, *_totals(mass, codes, axis, self.bits))
-        used = torch.bincount(least.indices, minlength=cache.size).view(len(cache.lines), -1).sum(dim=1)
+        new = refit(codebook, *_totals(mass, codes, axis, self.bits))
+        used = torch.bincount(least.indices, minlength=codebook.size).view(len(codebook.lines), -1).sum(dim=1)
         idle = (used == 0).nonzero()[: len(histograms), 0]
         if not len(idle):
             return new
         worst = least.values.topk(len(idle)).indices
         line = least.indices[worst]
-        start = coefficients(cache.lines, cache.scales)[line]
+        start = coefficients(codebook.lines, codebook.scales)[line]
         revived = _polish(start, histograms[worst], axis, self.bits, _REVIVE_ROUNDS)
         lines = new.lines.clone()
-        lines[idle] = _representable(revived / cache.scales[line % len(cache.scales), None])
-        return Cache(lines, new.scales, self.bits)
+        lines[idle] = _representable(revived / codebook.scales[line % len(codebook.scales), None])
+        return Codebook(lines, new.scales, self.bits)
 
 
 def _spread(rms: Tensor, share: Tensor, Z: int) -> Tensor:
@@ -176,25 +176,25 @@ def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
     return solved
 
 
-def refit(cache: Cache, counts: Tensor, sums: Tensor) -> Cache:
+def refit(codebook: Codebook, counts: Tensor, sums: Tensor) -> Codebook:
     """Least squares for the shapes with scales fixed, then for the scales.
 
     counts and sums: of all that is coded by a line, how much has each code and its weighted sum, float64 [S·Z, 2^bits].
     """
-    S, C, Z = *cache.lines.shape, len(cache.scales)
+    S, C, Z = *codebook.lines.shape, len(codebook.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
-    scales = cache.scales.double()
+    scales = codebook.scales.double()
     solved = _solve(
-        torch.einsum("szij,z->sij", gram, scales**2), torch.einsum("szi,z->si", moment, scales), cache.lines
+        torch.einsum("szij,z->sij", gram, scales**2), torch.einsum("szi,z->si", moment, scales), codebook.lines
     )
     lines = _representable(solved)
     if Z == 1:
-        return Cache(lines, cache.scales, cache.bits)
+        return Codebook(lines, codebook.scales, codebook.bits)
     wide = lines.double()
     power = torch.einsum("si,szij,sj->z", wide, gram, wide)
     product = torch.einsum("si,szi->z", wide, moment)
     scales = torch.where((power > 0) & (product > 0), product / power, scales)
-    return Cache(lines, scales.float(), cache.bits)
+    return Codebook(lines, scales.float(), codebook.bits)
 
 
 def _representable(lines: Tensor) -> Tensor:

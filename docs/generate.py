@@ -1,0 +1,232 @@
+"""Write the parts of the documentation that follow from the code.
+
+    python docs/generate.py
+
+A part stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`, NAME being a key of `PARTS`.
+Tables of results come from `eval/render.py`. tests/test_docs.py tells when a page is out of date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_SIGNS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+}
+_TYPES = {
+    "integer": "integer",
+    "number": "number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
+_LARGEST_SEED = 2**63 - 1
+"""A limit that nobody meets, and which would only be noise in a table."""
+
+
+def recipe_table() -> str:
+    """The shipped recipes: stages, scheme, format, what they are for."""
+    from quantize.recipe.recipe import load_recipe
+
+    head = ("recipe", "stages", "weights, activations, cache", "format", "what it is")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = load_recipe(path.stem)
+        stages = " → ".join(f"`{stage.method}`" for stage in recipe.stages)
+        name, form = f"`{recipe.name}`", f"`{recipe.format}`"
+        lines.append(_row((name, stages, _scheme(recipe.stages), form, recipe.description)))
+    return "\n".join(lines)
+
+
+def _scheme(stages: Any) -> str:
+    """`W4A8KV4` and the like; 16 bits where no stage says otherwise."""
+    encoder = next((stage for stage in stages if stage.kind == "encode"), None)
+    weights = encoder.bits if encoder else 16
+    activations = 8 if getattr(encoder, "activations", "none") == "fp8" else 16
+    cache = "KV4" if any(stage.kind == "cache" for stage in stages) else ""
+    return f"W{weights}A{activations}{cache}"
+
+
+def stage_fields() -> str:
+    """Every method with its fields, from the schema that `pq recipe schema` prints."""
+    from quantize.methods import STAGES
+    from quantize.recipe.recipe import recipe_schema
+
+    schema = recipe_schema()
+    parts = []
+    for stage in sorted(STAGES, key=lambda cls: str(cls.model_fields["method"].default)):
+        found = schema["$defs"][stage.__name__]
+        text = " ".join(found["description"].split())
+        head = f"## {found['properties']['method']['default']}\n\n*{stage.kind} stage.* {text}\n"
+        fields = {name: field for name, field in found["properties"].items() if name != "method"}
+        parts.append(f"{head}\n{_fields(fields)}")
+    return "\n\n".join(parts)
+
+
+def recipe_fields() -> str:
+    """The keys of a recipe file, and those under `calibration`."""
+    from quantize.recipe.recipe import recipe_schema
+
+    schema = recipe_schema()
+    top = dict(schema["properties"])
+    for nested in ("calibration", "stages"):
+        del top[nested]
+    calibration = schema["$defs"]["Calibration"]["properties"]
+    return f"{_fields(top)}\n\nUnder `calibration`:\n\n{_fields(calibration)}"
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    lines = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        default = f"`{_yaml(field['default'])}`" if "default" in field else "required"
+        meaning = " ".join(field.get("description", "").split())
+        lines.append(_row((f"`{name}`", _takes(field), default, meaning)))
+    return "\n".join(lines)
+
+
+def _takes(field: Mapping[str, Any]) -> str:
+    """What a field of a JSON schema takes, in words."""
+    if "anyOf" in field:
+        return " or ".join(_takes(part) for part in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{_yaml(option)}`" for option in field["enum"])
+    if field["type"] == "array":
+        return f"list of ({_takes(field['items'])})"
+    given = {key: field[key] for key in _SIGNS if field.get(key, _LARGEST_SEED) < _LARGEST_SEED}
+    limits = [f"{_SIGNS[key]} {limit:g}" for key, limit in given.items()]
+    return " ".join((_TYPES[field["type"]], ", ".join(limits))).strip()
+
+
+def _yaml(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, list):
+        return f"[{', '.join(_yaml(item) for item in value)}]"
+    return f'"{value}"' if value == "*" else str(value)
+
+
+def model_table() -> str:
+    """The decoders that pq knows, from the table that the code itself reads."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from quantize.model.arch import ARCHITECTURES
+
+    head = ("`model_type`", "class in transformers", "FFN", "pairs of RoPE", "norms over q and k")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for name, row in ARCHITECTURES.items():
+        ffn = f"experts (`{row.experts.routed}`)" if row.experts else "dense"
+        norms = ", ".join(f"`{norm}`" for norm in row.qk_norm or ()) or "none"
+        architecture = f"`{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}`"
+        lines.append(_row((f"`{name}`", architecture, ffn, row.rope, norms)))
+    return "\n".join(lines)
+
+
+def edge_table() -> str:
+    """The scale edges of a dense decoder."""
+    from quantize.model.arch import ARCHITECTURES
+
+    lines = ["| edge | divided by λ | multiplied by λ |", "|---|---|---|"]
+    for edge in ARCHITECTURES["llama"].edges:
+        sinks = ", ".join(f"`{sink}`" for sink in edge.sinks)
+        lines.append(_row((f"`{edge.name}`", f"`{edge.source}`", sinks)))
+    return "\n".join(lines)
+
+
+def command_reference() -> str:
+    """Every command with its arguments and options."""
+    import typer
+
+    from quantize.cli import app
+
+    return "\n\n".join(_commands(typer.main.get_command(app), "pq"))
+
+
+def _commands(command: Any, name: str) -> Iterator[str]:
+    """Help of a command, or of all that a group holds."""
+    for child in getattr(command, "commands", {}).values():
+        yield from _commands(child, f"{name} {child.name}")
+    if hasattr(command, "commands"):
+        return
+    lines = [f"## {name}", "", " ".join((command.help or "").split()), ""]
+    lines += ["| argument or option | default | meaning |", "|---|---|---|"]
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        meaning = " ".join((parameter.help or "").split())
+        lines.append(_row((_names(parameter), _default(parameter), meaning)))
+    yield "\n".join(lines)
+
+
+def _names(parameter: Any) -> str:
+    """An option in all its spellings, or the placeholder of an argument."""
+    if parameter.param_type_name == "option":
+        return ", ".join(f"`{option}`" for option in parameter.opts)
+    return f"`{str(parameter.metavar or parameter.name).upper()}`"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    default = parameter.default
+    return "" if default in (None, False, ()) or callable(default) else f"`{default}`"
+
+
+def calibration_text() -> str:
+    """calib_data/README.md without its title."""
+    text = (ROOT / "calib_data" / "README.md").read_text(encoding="utf-8")
+    return text.partition("\n")[2].strip()
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "recipes": recipe_table,
+    "stages": stage_fields,
+    "recipe fields": recipe_fields,
+    "models": model_table,
+    "edges": edge_table,
+    "commands": command_reference,
+    "calibration text": calibration_text,
+}
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def generated(text: str) -> str:
+    """A page with every part of it made anew."""
+    for name, part in PARTS.items():
+        if f"<!-- {name}: begin -->" in text:
+            text = _put(text, name, part())
+    return text
+
+
+def _put(text: str, name: str, part: str) -> str:
+    section = re.compile(rf"(<!-- {name}: begin -->\n).*(<!-- {name}: end -->)", re.DOTALL)
+    return section.sub(lambda match: f"{match[1]}\n{part}\n\n{match[2]}", text)
+
+
+def pages() -> list[Path]:
+    """All pages that may hold such parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    """Rewrite the pages that are out of date."""
+    for page in pages():
+        old = page.read_text(encoding="utf-8")
+        new = generated(old)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

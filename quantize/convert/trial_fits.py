@@ -1,0 +1,200 @@
+"""Seconds that fits of weights take in a trial, measured on whole linears where the time allows that, else on pieces.
+
+From pieces N rows of K inputs follow as A·K³ + B·N·K²: the factorization of a Hessian, then work on every row. Without
+moments of inputs both grow with K.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.block.block import Block
+from quantize.block.moments import Moments
+from quantize.methods.encode import Encode
+from quantize.model.linear import PackedLinear
+
+_ROWS = 128
+"""Rows of the smallest piece: far fewer would measure the solvers' loops over columns and not their products."""
+_GROUPS = 4
+"""Groups of inputs in the smallest piece."""
+_SHARE = 0.35
+"""Of the time that is left, what one group of linears may take: three fit, and text still gets its share."""
+
+
+class Clock:
+    """Seconds by part of the work; waits for the device, which computes behind our back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.parts: dict[str, float] = {}
+
+    def now(self) -> float:
+        """Seconds since any moment, all work so far done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.monotonic()
+
+    @contextmanager
+    def lap(self, part: str) -> Iterator[None]:
+        """Add what is done inside to a part."""
+        started = self.now()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + self.now() - started
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One call of `encode_group`: linears that share an input, in whole or a piece of the first."""
+
+    stage: Encode
+    method: type[Any]
+    block: Block
+    names: tuple[str, ...]
+    moments: Moments | None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """[N, K] of the linears."""
+        weights = (self.block.linear(name).weight for name in self.names)
+        return tuple((w.shape[0], w.shape[1]) for w in weights)
+
+    def run(self) -> None:
+        """Encode."""
+        self.method.encode_group(self.stage, self.block, self.names, self.moments)
+
+    def piece(self, rows: int, inputs: int) -> Fit:
+        """The same for the first rows and inputs of the first linear, which stays as it is."""
+        name, moments = self.names[0], self.moments
+        weight = self.block.linear(name).weight[:rows, :inputs].clone()
+        linear = nn.Linear(inputs, len(weight), bias=False, device="meta").requires_grad_(False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        block = replace(
+            self.block, module=_alone(name, linear), packed={}, histograms={}, report={}, reference=None, parking=None
+        )
+        if moments is not None:
+            cross, residual = moments.cross, moments.residual
+            moments = replace(
+                moments,
+                hessian=moments.hessian[:inputs, :inputs].clone(),
+                absmean=moments.absmean[:inputs].clone(),
+                cross=None if cross is None else cross[:inputs, :inputs].clone(),
+                residual=None if residual is None else residual[:rows, :inputs].clone(),
+            )
+        return replace(self, block=block, names=(name,), moments=moments)
+
+
+def _alone(name: str, linear: nn.Linear) -> nn.Module:
+    """A module in which the linear has this dotted name."""
+    *parents, last = name.split(".")
+    root = inner = nn.Module()
+    for parent in parents:
+        child = nn.Module()
+        inner.add_module(parent, child)
+        inner = child
+    inner.add_module(last, linear)
+    return root
+
+
+@dataclass(frozen=True)
+class Law:
+    """How the seconds of a fit grow with its matrix, from pieces of so many inputs."""
+
+    alone: float
+    """Seconds whatever the rows."""
+    each: float
+    """Seconds of a row."""
+    inputs: int
+    powers: tuple[int, int]
+    """Powers of the inputs by which both grow."""
+
+    def seconds(self, rows: int, inputs: int) -> float:
+        """Seconds of a matrix [rows, inputs]."""
+        wider = inputs / self.inputs
+        return self.alone * wider ** self.powers[0] + self.each * rows * wider ** self.powers[1]
+
+
+@dataclass
+class Fits:
+    """Seconds of the fits of one block's weights. What was fitted in whole is put in again when text is added."""
+
+    clock: Clock
+    until: float
+    tokens_missing: float = 1.0
+    """Tokens of the whole text over those of the first run."""
+    done: bool = False
+    """Whether all was measured."""
+    pieces: bool = False
+    """Whether anything was measured on pieces."""
+    spent: float = 0.0
+    """Seconds of the trial itself that went into fits so far."""
+    _known: dict[Hashable, float] = field(default_factory=dict)
+    _groups: dict[tuple[str, ...], tuple[str, Hashable]] = field(default_factory=dict)
+    _encoded: dict[str, PackedLinear] = field(default_factory=dict)
+    _laws: dict[str, Law] = field(default_factory=dict)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all fits of the block by part."""
+        out: dict[str, float] = {}
+        for part, key in self._groups.values():
+            out[f"{part}: fits"] = out.get(f"{part}: fits", 0.0) + self._known[key]
+        return out
+
+    def take(self, fit: Fit, part: str) -> None:
+        """Measure a fit, or put in what came of it. Of experts, which are alike, one is measured."""
+        started = self.clock.now()
+        if not self.done:
+            key = (part, fit.shapes)
+            self._groups[fit.names] = part, key
+            repeated = fit.block.arch.is_routed(fit.names[0]) or time.monotonic() > self.until
+            if not (repeated and key in self._known):
+                self._known[key] = self._measured(fit, part)
+        elif all(name in self._encoded for name in fit.names):
+            for name in fit.names:
+                before = self._encoded[name]
+                fit.block.encode(name, before.packed, before.fp8_activations)
+        self.spent += self.clock.now() - started
+
+    def _measured(self, fit: Fit, part: str) -> float:
+        if fit.moments is not None:
+            # Else experts that see few tokens of little text would be rounded and not fitted.
+            fit.moments.tokens = int(fit.moments.tokens * self.tokens_missing)
+        rows, K = sum(N for N, _ in fit.shapes), fit.shapes[0][1]
+        by_inputs = (1, 1) if fit.moments is None else (3, 2)
+        allowed = _SHARE * (self.until - time.monotonic())
+        if allowed <= 0 and part in self._laws:
+            return self._laws[part].seconds(rows, K)
+        few, inputs = min(_ROWS, fit.shapes[0][0]), min(K, _GROUPS * getattr(fit.stage, "group_size", K))
+        seconds = self._clocked(fit.piece(few, inputs))
+        while True:
+            if seconds * rows / few * (K / inputs) ** by_inputs[0] <= allowed:
+                return self._whole(fit)
+            if inputs == K or 2 ** by_inputs[0] * seconds > allowed:
+                break
+            inputs = K if 2 * inputs > K else 2 * inputs
+            seconds = self._clocked(fit.piece(few, inputs))
+        more = min(fit.shapes[0][0], int(few * min(8.0, max(2.0, allowed / seconds))))
+        longer = self._clocked(fit.piece(more, inputs)) if more > few else seconds
+        each = min(max(0.0, (longer - seconds) / max(1, more - few)), longer / more)
+        law = self._laws[part] = Law(longer - each * more, each, inputs, by_inputs)
+        self.pieces = True
+        return law.seconds(rows, K)
+
+    def _whole(self, fit: Fit) -> float:
+        seconds = self._clocked(fit)
+        for name in fit.names:
+            encoded = fit.block.module.get_submodule(name)
+            assert isinstance(encoded, PackedLinear)
+            self._encoded[name] = encoded
+        return seconds
+
+    def _clocked(self, fit: Fit) -> float:
+        started = self.clock.now()
+        fit.run()
+        return self.clock.now() - started

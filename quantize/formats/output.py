@@ -1,0 +1,150 @@
+"""What an output format answers for: limits, part of config.json, tensors, files and reader.
+
+A format is one file in this folder and one name in `quantize/formats/registry.py`. Recipes ask
+formats what they can hold before anything heavy is loaded: modules of formats import torch, and
+what needs it, only inside functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantize.files.encoding import Encoding
+    from quantize.formats.routing import Policy
+    from quantize.formats.scheme import AnyScheme, Packed
+
+Section = Mapping[str, Any]
+"""config.json's quantization_config."""
+
+
+class Asking(Protocol):
+    """A stage of a recipe, as far as formats look at it."""
+
+    @property
+    def native_field(self) -> str | None:
+        """The field that asks for what only pq's own format can hold."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a loader must be told of a converted model, by full module names."""
+
+    schemes: Mapping[str, AnyScheme]
+    """Every packed linear."""
+    left_alone: Sequence[str]
+    """Linears and routers that stay 16-bit."""
+    attention: Mapping[str, Any] | None = None
+    """The keys kv_cache, query and probabilities; None where attention is left alone."""
+    rotated_inputs: Sequence[str] = ()
+    """Linears that rotate their inputs."""
+    routing: Mapping[str, Policy] = field(default_factory=dict)
+    """FFNs with experts that do not route as the model's own fields say."""
+
+
+class OutputFormat(ABC):
+    """One way to write a model. The default of each part is that of plain safetensors."""
+
+    name: ClassVar[str]
+    """The recipe's `format`, and config.json's quant_method."""
+    about: ClassVar[str]
+    """What it is for, after its name, for the editor's help."""
+    keeps_post_scales: ClassVar[bool] = False
+    """Whether attention's post-RoPE scales are stored, and so may be fitted."""
+
+    # What it can hold
+
+    def problems(self, stages: Sequence[Asking]) -> Iterator[tuple[int, str, str]]:
+        """Yield (index, field, text) for each stage that asks for what the format cannot hold."""
+        for index, stage in enumerate(stages):
+            if stage.native_field is not None:
+                text = "needs 'format: pq', no other loader can do this; add it or turn this off"
+                yield index, stage.native_field, text
+
+    def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+        """What the format does not hold, or its loaders do not make of it, in lines for people.
+
+        attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed
+        experts, None for those that stay 16-bit; empty where there are none.
+        """
+        return []
+
+    # What is written
+
+    def tensors(
+        self,
+        packed: Mapping[str, Packed],
+        plain: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The tensors of one part of the model, a block or what stands outside them, as stored.
+
+        packed: its packed linears [N, K] by full name. plain: all its other tensors by full name,
+        biases of packed linears and post-RoPE scales among them.
+        """
+        out: dict[str, Tensor] = {}
+        for name, weight in packed.items():
+            out |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
+        return out | dict(plain)
+
+    @abstractmethod
+    def config_section(self, model: Finished) -> dict[str, Any] | None:
+        """config.json's quantization_config; None where any loader gets the model right without."""
+
+    def side_files(self, found: Sequence[Path]) -> Sequence[Path]:
+        """Those of the source's other files (tokenizer, licence) that go with the output."""
+        return found
+
+    def encoding(self, parts: int) -> Encoding:
+        """How the tensors of a model in so many parts become files; one for each output."""
+        from quantize.files.shards import Shards
+
+        return Shards(parts)
+
+    # What is read
+
+    def recognizes(self, section: Section) -> bool:
+        """Whether quantization_config is one of this format."""
+        return bool(section.get("quant_method") == self.name)
+
+    def require_understood(self, section: Section) -> None:  # noqa: B027 - most refuse nothing
+        """ValueError for a section of this format that this release does not understand in full."""
+
+    def reads_others(self, section: Section) -> bool:
+        """Whether pq reads all that a section of this format asks for, though others wrote it.
+
+        ValueError, KeyError, TypeError or AttributeError for what cannot be read.
+        """
+        return False
+
+    def schemes(self, section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:
+        """Scheme of every packed linear by full name.
+
+        linears: full names of those that may be packed.
+        ValueError, KeyError, TypeError or AttributeError for what cannot be read.
+        """
+        return {}
+
+    def attention(self, section: Section) -> Mapping[str, Any] | None:
+        """How attention works on an INT4 cache; ValueError for what is not understood."""
+        return None
+
+    def rotated_inputs(
+        self,
+        section: Section,
+        linears: Collection[str] | None = None,
+    ) -> tuple[str, ...]:
+        """Full names of linears that rotate inputs; ValueError for what is none of `linears`."""
+        return ()
+
+    def routing(self, section: Section) -> dict[str, Policy]:
+        """FFNs with experts → how they route, where that is not as the model's own fields say.
+
+        ValueError for what is not understood.
+        """
+        return {}
