@@ -4,28 +4,53 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
-# A machine without an NVIDIA driver gets the newest CPU build of torch that pip can find; override with
-# `make TORCH="torch==2.11.0" …`, or TORCH=torch for the default build.
-ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-TORCH ?= torch==2.13.0
+# What is installed is pinned by the files of locks/ (`make lock` says how they are made). torch stands outside their
+# hashed part where there is no NVIDIA driver: pip takes this release's CPU build where it finds one, else PyPI's.
+# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make …` shows it a place that has one for every Python.
+# `make TORCH="torch==2.11.0" …` puts another release in place of the locked one, on any machine.
+TORCH_VERSION := 2.13.0
+LOCKED := locks/base.txt
+ifdef TORCH
+else ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH := torch==$(TORCH_VERSION)
 else
-TORCH ?= torch
+LOCKED += locks/cuda.txt
 endif
 
-.PHONY: demo test test-lowest gate lint format setup reference-model bench bench-gpu docs clean help
+.PHONY: demo test test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
+	gpu-session docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: $(BIN)/.ready ## Make .venv and install pq with its development tools
 
-$(BIN)/.ready: pyproject.toml Makefile
+# No build isolation: what builds a package that comes as source is pinned too. No dependencies: the files hold them all.
+PIP := $(BIN)/python -m pip
+HASHED := --quiet --require-hashes --no-deps --no-build-isolation
+$(BIN)/.ready: pyproject.toml Makefile $(wildcard locks/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit("pq needs Python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet "torch>=2.11"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] > (3, 13))'; then \
+		set -ex; \
+		$(PIP) install $(HASHED) -r locks/build.txt; \
+		$(PIP) install $(HASHED) $(LOCKED:%=-r %); \
+		$(if $(TORCH),$(PIP) install --quiet "$(TORCH)";) \
+		$(PIP) install --quiet --no-deps --no-build-isolation --editable .; \
+		$(PIP) check; \
+	else \
+		echo "locks/ is for Python 3.10 to 3.13; on this one the newest releases in pyproject.toml's ranges are installed"; \
+		set -ex; \
+		$(if $(TORCH),$(PIP) install --quiet "$(TORCH)";) \
+		$(PIP) install --quiet --editable ".[dev]"; \
+	fi
 	touch $@
+
+LOCKER ?= .venv-lock
+lock: ## Pin the newest releases that pyproject.toml admits, with hashes, for Python 3.10 to 3.13 (needs the network)
+	test -x $(LOCKER)/bin/python || $(PYTHON) -m venv $(LOCKER)
+	$(LOCKER)/bin/python -m pip install --quiet --upgrade uv packaging "tomli; python_version < '3.11'"
+	$(LOCKER)/bin/python locks/lock.py --uv $(LOCKER)/bin/uv --torch $(TORCH_VERSION)
 
 demo: setup ## Convert the embedded reference model with fireq.yaml and measure it against its parent
 	rm -rf $(OUT) $(OUT).*
@@ -46,6 +71,22 @@ test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml 
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
 	$(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
+
+# As `make setup`, but with the newest releases, also of an environment that is there already; and no bytecode of
+# packages of which the smoke imports a part. Where torch is pinned it stays, or its CPU build would give way.
+NEWEST ?= .venv-newest
+.PHONY: newest
+newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager \
+		$(if $(TORCH),"$(TORCH)") --editable ".[test]"
+
+test-newest: newest ## Run the fast tests with the newest versions that pyproject.toml allows, in an environment of their own
+	$(NEWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
+
+smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than locks/
+	$(NEWEST)/bin/python eval/smoke_newest.py --locked $(BIN)/python
 
 gate: setup ## Convert the reference model with every shipped recipe and check its accuracy
 	$(BIN)/pq eval --gate eval/baselines.yaml
@@ -75,5 +116,16 @@ docs: setup ## Bring the generated pages up to date and build the documentation 
 	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# With PYTHON=… on the command line that interpreter is used as it is: a lent machine may reach no network.
+ifeq ($(origin PYTHON),command line)
+SESSION := $(PYTHON)
+else
+SESSION := $(BIN)/python
+gpu-session: setup
+endif
+gpu-session: ## All that is worth doing on a GPU in nine minutes: right kernels, then their speed, into OUT=
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(SESSION) eval/gpu_session.py \
+		--output $(if $(filter file,$(origin OUT)),out/gpu,$(OUT))
+
 clean: ## Remove the environment and all outputs
-	rm -rf $(VENV) $(LOWEST) out
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) out

@@ -31,6 +31,10 @@ from quantize.model.moe import place_experts
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
+from quantize.tested import SILENCE
+
+# What commands print is compared whole, also with releases that were never tested.
+os.environ.setdefault(SILENCE, "1")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

@@ -22,6 +22,7 @@ from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
+from quantize.tested import untested
 
 app = typer.Typer(
     name="pq",
@@ -52,8 +53,13 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_COMPUTING = {"convert", "estimate", "eval", "compare", "verify", "bench"}
+"""Commands that compute with the libraries whose releases may be untested; the others only read files."""
+
+
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -65,6 +71,11 @@ def _root(
     ] = False,
 ) -> None:
     """Options of `pq` itself."""
+    # Before a command imports transformers, where the same would be said as a Python warning.
+    computes = ctx.invoked_subcommand in _COMPUTING and not {"-h", "--help"} & set(sys.argv)
+    line = untested()  # asked for all, since what was looked at once is never warned of
+    if computes and line:
+        typer.echo(f"pq: note: {line}", err=True)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

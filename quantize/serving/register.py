@@ -35,6 +35,7 @@ from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
 from quantize.serving.native_linear import NativeLinear
 from quantize.serving.transformers_quantizer import QuantizationConfigMixin, Quantizer, register_quantizer
+from quantize.tested import warn_untested
 
 LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
@@ -43,6 +44,7 @@ _OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
 def register() -> None:
     """Make `quant_method: pq` known to transformers; does nothing the second time."""
+    warn_untested()
     register_quantizer(NATIVE, PqConfig, PqQuantizer)
 
 

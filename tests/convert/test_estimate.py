@@ -102,7 +102,7 @@ def test_without_time_nothing_is_loaded(pq: Pq, tiny: ModelMaker, tmp_path: Path
     code, out, _ = pq("estimate", *arguments)
     assert code == 0
     assert "RAM" in out
-    assert "a block" not in out
+    assert "measured on this machine" not in out
     told = pq("estimate", *arguments, "--json")
     assert json.loads(told[1])["vram"] == 0
     assert json.loads(told[1])["seconds"] is None
