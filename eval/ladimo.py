@@ -24,6 +24,7 @@ import measuring  # the script beside this one
 import torch
 
 from quantize.block.block import Block
+from quantize.block.teacher import keep_parent
 from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
 from quantize.methods.ladimo.budget import neurons_for
@@ -62,7 +63,7 @@ class StaticPruning(Ladimo):
 
     def apply(self, block: Block) -> None:
         """Prune, and with `teaching: distill` teach what is left the same lesson that LaDiMo's experts get."""
-        block.keep_parent()
+        keep_parent(block)
         for role in ("gate", "up", "down"):
             block.add_bias(block.arch.of_role(role))
         assert isinstance(self.mean_experts, tuple)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from quantize.block.block import Block
+from quantize.block.walk import Pass
 from quantize.convert.loop import Request, convert
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
@@ -297,7 +298,7 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
             shape=shape,
             module=skeleton.layer(index, weights),
             storage={name: tensor.dtype for name, tensor in weights.items()},
-            forward=lambda module, hidden: skeleton.forward(index, module, hidden),
+            forward=Pass(skeleton, index),
             inputs=inputs,
             reference_inputs=[x.clone() for x in inputs] if reference else None,
             device=CPU,

@@ -10,7 +10,7 @@ import pytest
 
 from quantize.bench.speed import llama, run, stand
 from quantize.bench.speed.attention import Heads
-from quantize.bench.speed.record import Row, Spread
+from quantize.bench.speed.rows import Row, Spread
 from quantize.bench.speed.stand import Stand
 
 HEADS = Heads(4, 2, 64)

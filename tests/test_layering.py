@@ -42,8 +42,8 @@ ROOMS: dict[str, str] = {
     "recipe": "errors files formats methods",
     "bench": "cost errors files formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
-    "evaluate": "calibration errors files model parallel",
-    "verification": "calibration convert errors files formats kernels methods model recipe serving",
+    "evaluate": "block calibration errors files model parallel",
+    "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (
@@ -255,12 +255,13 @@ def test_nothing_below_the_command_line_imports_it():
 
 
 def test_imports_form_no_circle():
+    """Those for types alone count as well: modules that name each other's types are one module in two files."""
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " → ".join((*path, module))
         if module not in done:
-            for name in ours(module):
+            for name in ours(module, types=True):
                 if name in FILES and name != module:
                     visit(name, (*path, module))
             done.add(module)

@@ -1,22 +1,24 @@
-"""One decoder block during conversion: its weights, its calibration inputs, and the statistics stages ask for."""
+"""One decoder block during conversion: its weights, its calibration inputs, and how they may be changed.
+
+What is measured on a block stands in `capture` and `measure`, what it learns from in `teacher`, trials in `standin`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.block.moments import Moments, Sums, routed_sums, sums_of
-from quantize.block.smoothing import fold_edge
-from quantize.block.statistics import code_histogram
+from quantize.block.folding import fold_edge
+from quantize.block.histogram import code_histogram
+from quantize.block.moments import Moments
 from quantize.cost.peak import Cost
 from quantize.errors import ModelError
 from quantize.files.memo import Memo
-from quantize.files.offload import Parking, shared_copy
+from quantize.files.offload import Parking
 from quantize.formats.scheme import Packed
 from quantize.model.arch import Architecture, Edge, Shape
 from quantize.model.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, rotates_inputs, widened
@@ -26,20 +28,6 @@ from quantize.parallel.ranks import ALONE, Ranks
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """Runs one decoder layer on hidden states [B, T, D] with the masks and rotary tables of that batch shape."""
-
-
-class _AttentionInputs(nn.Module):
-    """Stands in for a block's `kv`: keeps what reaches attention, after RoPE."""
-
-    seen: tuple[Tensor, Tensor, Tensor, Tensor | None, float]
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        self.seen = (query, key, value, mask, scaling)
-        raise _Stop
-
-
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a forward pass once the wanted input was seen."""
 
 
 @dataclass
@@ -69,7 +57,7 @@ class Block:
     """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: nn.Module | None = None
-    """The layer that encode stages aim at, see `freeze_reference`."""
+    """The layer that encode stages aim at, see `teacher.freeze_reference`."""
     parent: nn.Module | None = None
     """The layer before a stage restructured it: the parent's stream goes on through it."""
     parent_arch: Architecture | None = None
@@ -81,9 +69,10 @@ class Block:
     """The processes that convert the block together."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
-    _kept: dict[str, Moments] = field(default_factory=dict)
-    """Moments of routed experts that were measured along with another's, until they are used."""
-    _kept_fp8: bool = False
+    waiting: dict[str, Moments] = field(default_factory=dict)
+    """Moments of routed experts that were measured along with another's, until they are used (`moments_of`)."""
+    waiting_fp8: bool = False
+    """Whether these are of inputs rounded to E4M3."""
 
     def linear(self, name: str) -> nn.Linear:
         """The not yet encoded linear `name` (relative to the block)."""
@@ -101,25 +90,6 @@ class Block:
     def note(self, name: str, **facts: Any) -> None:
         """Record facts about a linear for the provenance and the report."""
         self.report.setdefault(name, {}).update(facts)
-
-    def freeze_reference(self) -> None:
-        """Keep a copy of the layer as it is now (smoothed, not quantized): the function encode stages aim at."""
-        if self.reference is None and self.reference_inputs is not None:
-            self.reference = shared_copy(self.module)
-            attention = self.reference.get_submodule(self.arch.attention)
-            if hasattr(attention, "kv"):
-                del attention.kv  # the parent's cache is not rounded
-
-    def keep_parent(self) -> None:
-        """Keep a copy of the layer as it came from the source, before it is restructured."""
-        if self.parent is None and self.reference_inputs is not None:
-            self.parent, self.parent_arch = shared_copy(self.module), self.arch
-
-    def parent_outputs(self, batch: int) -> Tensor:
-        """The parent layer's outputs [B·T, D] for its own hidden states, in float32 (after `keep_parent`)."""
-        assert self.parent is not None
-        assert self.reference_inputs is not None
-        return self.forward(self.parent, self.reference_inputs[batch].to(self.device)).flatten(0, -2).float()
 
     def add_bias(self, name: str) -> None:
         """Give a linear a bias of zeros where it has none."""
@@ -195,26 +165,6 @@ class Block:
         self.forget_moments()
         self.module.get_submodule(self.arch.attention).kv = kv.to(self.device)
 
-    def attention_inputs(self, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
-        """Yield (queries, keys, values, mask, scaling) as they reach attention, batch by batch until `tokens` are seen.
-
-        Queries [B, H, T, d], keys and values [B, Hkv, T, d], after RoPE.
-        """
-        recorder = _AttentionInputs()
-        attention = self.module.get_submodule(self.arch.attention)
-        attention.kv = recorder
-        try:
-            for batch in self.inputs:
-                hidden = batch[: max(1, tokens // batch.shape[1])]
-                with suppress(_Stop):
-                    self.forward(self.module, hidden.to(self.device))
-                yield recorder.seen
-                tokens -= hidden.shape[0] * hidden.shape[1]
-                if tokens <= 0:
-                    break
-        finally:
-            del attention.kv
-
     def scale_rows(self, name: str, scale: Tensor) -> None:
         """Multiply the outputs of a not yet encoded linear by scale [N]: weight rows and bias."""
         linear = self.linear(name)
@@ -224,71 +174,13 @@ class Block:
         if linear.bias is not None:
             linear.bias.data = linear.bias * scale
 
-    def inputs_of(
-        self, names: Sequence[str], module: nn.Module | None = None, stream: Iterable[Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the inputs [B·T, K] of the named submodules, batch by batch, in float32.
-
-        Names in the order in which the block runs them; a pass stops as soon as the last one's input is known.
-        """
-        module = module or self.module
-        seen: dict[str, Tensor] = {}
-
-        def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[name] = args[0]
-                if name == names[-1]:
-                    raise _Stop
-
-            return record
-
-        handles = [module.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
-        try:
-            for hidden in self.inputs if stream is None else stream:
-                with suppress(_Stop):
-                    self.forward(module, hidden.to(self.device))
-                # Given away: whoever looks at one batch must not hold it while the next one is computed.
-                yield tuple(seen.pop(name).flatten(0, -2).float() for name in names)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def moments(self, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
-        """Second moments of the inputs of `name`; FP8-rounded where the layer will round its activations.
-
-        with_reference: also the moments against the parent (`freeze_reference` must have been called), but for the
-        FFN of a block with experts: the parent's tokens may go to others, or through a dense FFN.
-        A routed expert that no token visits has moments of zero; ModelError for any other linear without tokens.
-        """
-        found = self._moments(name, fp8_activations, with_reference)
-        if self.parking:
-            self.parking.away(self.module, self.reference, self.parent)
-        return found
-
-    def _moments(self, name: str, fp8_activations: bool, with_reference: bool) -> Moments:
-        if self.arch.is_routed(name):
-            if name not in self._kept or self._kept_fp8 != fp8_activations:
-                sums = routed_sums(self, name, fp8_activations)
-                self._kept = {n: self._mean(n, total) for n, total in sums.items()}
-                self._kept_fp8 = fp8_activations
-            return self._kept.pop(name)
-        with_reference = with_reference and self.arch.expert_of(name) is None
-        return self._mean(name, sums_of(self, name, fp8_activations, with_reference))
-
-    def _mean(self, name: str, sums: Sums) -> Moments:
-        if sums.dropped:
-            self.note(name, dropped_tokens=sums.dropped + self.report.get(name, {}).get("dropped_tokens", 0))
-        if not sums.totals or (not sums.tokens and not self.arch.is_routed(name)):
-            raise ModelError(f"{self.full_name(name)}: no finite calibration inputs; try --dtype float32")
-        return sums.mean()
-
     def forget_moments(self, *names: str) -> None:
-        """Drop kept moments that a change of these modules may reach: all without a name.
+        """Drop waiting moments that a change of these modules may reach: all without a name.
 
         What changes within an expert reaches that expert alone.
         """
         changed = {self.arch.expert_of(name) for name in names} or {None}
-        self._kept = {n: m for n, m in self._kept.items() if not {None, self.arch.expert_of(n)} & changed}
+        self.waiting = {n: m for n, m in self.waiting.items() if not {None, self.arch.expert_of(n)} & changed}
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Move λ over `edge` (`fold_edge`). scale: λ [channels of the source], float32."""

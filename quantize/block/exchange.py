@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quantize.block.block import Block
+from quantize.block.moments import Moments
 from quantize.formats.native import scheme_from_json
 from quantize.model.linear import PackedLinear
-
-if TYPE_CHECKING:
-    from quantize.block.block import Block
-    from quantize.block.moments import Moments
 
 
 def share_out(

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quantize.cost.footprint import ROUTED_BYTES
 from quantize.formats.fp8 import quantize_activations
 from quantize.model.arch import Architecture
 from quantize.parallel.ranks import ALONE, Ranks
-
-if TYPE_CHECKING:
-    from quantize.block.block import Block
 
 
 @dataclass
 class Moments:
     """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32.
 
-    The mean E is over the tokens that reach the linear; each of those routed to an expert counts the same. Weighting
-    them by the square of their routing weights, as the block's output sees an expert's error, leaves fewer effective
-    tokens, and on tokens not seen it made the output of randomly weighted experts worse (1 to 28 %), never better.
+    The mean E is over the tokens that reach the linear; each of those routed to an expert counts
+    the same. Weighting them by the square of their routing weights, as the block's output sees an
+    expert's error, leaves fewer effective tokens, and on tokens not seen it made the output of
+    randomly weighted experts worse (1 to 28 %), never better.
     """
 
     hessian: Tensor
@@ -48,7 +42,8 @@ class Moments:
 class Sums:
     """Running totals of a pass over the calibration inputs of one linear with K inputs.
 
-    Several ranks run different batches and add them in rounds; `complete` then gives all of them the totals.
+    Several ranks run different batches and add them in rounds; `complete` then gives all of them
+    the totals.
     """
 
     fp8_activations: bool
@@ -60,9 +55,11 @@ class Sums:
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
 
     def add(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None, present: int = 1) -> None:
-        """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N] where it is wanted.
+        """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N]
+        where it is wanted.
 
-        theirs: the same of the parent; present: how many ranks add tokens in this round, the first ones.
+        theirs: the same of the parent; present: how many ranks add tokens in this round, the first
+        ones.
         """
         counts = self.ranks.rank < present
         # A token that overflowed would spoil the whole matrix.
@@ -90,60 +87,16 @@ class Sums:
         self.tokens, self.dropped = tokens, dropped
 
     def mean(self) -> Moments:
-        """The moments of all tokens added; takes the totals, of which a large layer has gigabytes."""
+        """The moments of all tokens added; takes the totals, of which a large layer has
+        gigabytes."""
         mean = {key: total.div_(max(1, self.tokens)) for key, total in self.totals.items()}
         self.totals = {}
         return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
 
 
-def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Sums:
-    """Run all batches up to the linear `name`; with_reference: the parent's too, through `block.reference`."""
-    residual = block.arch.residual.get(name) if with_reference else None
-    names = (name,) if residual is None else (residual, name)
-    sums = Sums(fp8_activations, block.ranks)
-    parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
-    if with_reference:
-        stream = block.inputs if block.reference_inputs is None else block.reference_inputs
-        parent = block.inputs_of(names, block.reference, _own(block, stream))
-    rounds, own = block.ranks.rounds(len(block.inputs)), block.inputs_of(names, stream=_own(block, block.inputs))
-    for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
-        sums.add(ours, theirs, present)
-    _complete(block, (sums,))
-    return sums
-
-
-def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:
-    """Sums of the linear `name` of an expert and, from the same pass, that of as many experts behind it as fit.
-
-    A real model has dozens of experts, and none changes what another one sees. Encoded linears are left out.
-    """
-    inside = name.rpartition(".")[2]
-    experts = [n for n in block.arch.roles if block.arch.is_routed(n) and n.endswith(f".{inside}")]
-    behind = [n for n in experts[experts.index(name) :] if n == name or n not in block.packed]
-    inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
-    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[: max(1, ROUTED_BYTES // (4 * inputs**2))]}
-    rounds = block.ranks.rounds(len(block.inputs))
-    for (_, present), seen in zip(rounds, block.inputs_of(tuple(sums), stream=_own(block, block.inputs)), strict=True):
-        for total, x in zip(sums.values(), seen, strict=True):
-            total.add((x,), present=present)
-    _complete(block, sums.values())
-    return sums
-
-
-def _own(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The batches of a stream that this rank runs."""
-    return (stream[batch] for batch, _ in block.ranks.rounds(len(stream)))
-
-
-def _complete(block: Block, sums: Collection[Sums]) -> None:
-    counts = block.ranks.gathered([[one.tokens, one.dropped] for one in sums])
-    for one, found in zip(sums, zip(*counts, strict=True), strict=True):
-        tokens, dropped = (sum(column) for column in zip(*found, strict=True))
-        one.complete(tokens, dropped)
-
-
 def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:
-    """Why a routed expert's linear `name` cannot be fitted to its inputs: fewer tokens than inputs; None if it can."""
+    """Why a routed expert's linear `name` cannot be fitted to its inputs: fewer tokens than inputs;
+    None if it can."""
     inputs = len(moments.hessian)
     if not arch.is_routed(name) or moments.tokens >= inputs:
         return None

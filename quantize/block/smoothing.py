@@ -1,50 +1,21 @@
-"""Pure pieces of scale searches over edges."""
+"""Pieces of scale searches over the edges of a block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from quantize.block.block import Block
+from quantize.model.arch import Edge
 from quantize.solvers.grid import Grid
-
-if TYPE_CHECKING:
-    from quantize.block.block import Block
-    from quantize.model.arch import Edge
 
 SAMPLED_ROWS = 512
 """Rows of one sink that a search tries."""
 ALL_SAMPLED_ROWS = 4096
 """Rows that a search tries, of all sinks together: a norm may feed dozens of experts."""
-
-
-def fold_edge(
-    module: nn.Module, edge: Edge, scale: Tensor, stored: torch.dtype, sink_columns: Callable[[Edge, Tensor], Tensor]
-) -> None:
-    """Move λ [channels of the source] over `edge` of a decoder layer: source output ÷ λ, sink columns × λ.
-
-    stored: dtype of a norm in the checkpoint. The norm keeps to it; sinks see exactly the ratio that the rounded norm
-    really changed by, so the function is preserved even where that is bfloat16.
-    """
-    source = module.get_submodule(edge.source)
-    weight = source.get_parameter("weight")
-    if edge.source_kind == "norm":
-        before = weight.detach().float().clone()  # .float() alone may be the same tensor
-        after = (before / scale).to(stored)
-        weight.data = after.to(weight.dtype)
-        scale = torch.where(after == 0, scale, before / after.float())
-    else:
-        weight.data = (weight / scale[:, None]).to(weight.dtype)
-        bias = dict(source.named_parameters()).get("bias")
-        if bias is not None:
-            bias.data = (bias / scale).to(bias.dtype)
-    columns = sink_columns(edge, scale)
-    for sink in edge.sinks:
-        linear = module.get_submodule(sink).get_parameter("weight")
-        linear.data = (linear * columns).to(linear.dtype)
 
 
 def column_absmean(block: Block, edge: Edge) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.formats.scheme import Packed
+from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.histogram import BINS, SPAN
 from quantize.model.arch import Role
-
-if TYPE_CHECKING:
-    from quantize.block.block import Block
 
 STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
@@ -20,7 +20,6 @@ STATISTICS = "pq-statistics.json"
 PROFILED_TOKENS = 8192
 """Calibration tokens that the input profiles are taken from: more hardly change a channel's largest value."""
 _TOP = 8
-_BINS, _SPAN = 96, 1.25  # bins of a histogram over ±1.25 times the most negative code
 
 
 def profile(block: Block) -> dict[str, dict[str, Any]]:
@@ -50,7 +49,7 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
     names = [group[0] for group in block.arch.calibration_order]
     maxima: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
-    for inputs in block.inputs_of(names):
+    for inputs in inputs_of(block, names):
         for name, x in zip(names, inputs, strict=True):
             # A routed expert may see no token.
             largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
@@ -75,26 +74,15 @@ def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
     }
 
 
-def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
-    """Counts [96] of weight / mean step between codes, over ±1.25·2^(bits−1); what lies beyond is counted at the ends.
-
-    weight: [N, K] as it was before rounding.
-    """
-    edge = _SPAN * 2 ** (packed.bits - 1)
-    step = packed.unit()
-    # A group whose step is zero holds zeros.
-    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[:, : weight.shape[1]]
-    position = weight.float() / step
-    return torch.histc(position.clamp_(-edge, edge), bins=_BINS, min=-edge, max=edge).long().cpu()
-
-
+@dataclass
 class Collected:
-    """Statistics of a whole run."""
+    """Statistics of a whole run. Histograms and points are those of linears of one role, bits and group size."""
 
-    def __init__(self) -> None:
-        self.blocks: list[dict[str, Any]] = []
-        self._histograms: dict[tuple[Role, int, int], Tensor] = {}
-        self._points: dict[tuple[Role, int, int], list[Tensor]] = {}
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    histograms: dict[tuple[Role, int, int], Tensor] = field(default_factory=dict)
+    """Counts [96] of `code_histogram`, summed."""
+    points: dict[tuple[Role, int, int], list[Tensor]] = field(default_factory=dict)
+    """Values of the codes [2^bits], of each linear."""
 
     def add(self, block: Block, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Take what is known about a finished block: profiles before and after its smooth stages, and histograms."""
@@ -106,34 +94,20 @@ class Collected:
         for name, counts in block.histograms.items():
             packed = block.packed[name]
             key = (block.arch.roles[name], packed.bits, packed.group_size)
-            self._histograms[key] = self._histograms[key] + counts if key in self._histograms else counts
-            self._points.setdefault(key, []).append(packed.points().cpu())
-
-    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything as JSON and tensors, for `restore`."""
-        keys = list(self._histograms)
-        counts = {f"counts.{i}": self._histograms[key] for i, key in enumerate(keys)}
-        points = {f"points.{i}": torch.stack(self._points[key]) for i, key in enumerate(keys)}
-        return {"blocks": self.blocks, "keys": keys}, counts | points
-
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Undo `kept`."""
-        self.blocks = list(facts["blocks"])
-        for i, (role, bits, group_size) in enumerate(facts["keys"]):
-            self._histograms[role, bits, group_size] = tensors[f"counts.{i}"]
-            self._points[role, bits, group_size] = list(tensors[f"points.{i}"])
+            self.histograms[key] = self.histograms[key] + counts if key in self.histograms else counts
+            self.points.setdefault(key, []).append(packed.points().cpu())
 
     def as_json(self) -> dict[str, Any]:
         """Contents of pq-statistics.json."""
         histograms = {}
-        for (role, bits, group_size), counts in self._histograms.items():
-            edge = _SPAN * 2 ** (bits - 1)
+        for (role, bits, group_size), counts in self.histograms.items():
+            edge = SPAN * 2 ** (bits - 1)
             histograms[f"{role}/{bits}"] = {
                 "role": role,
                 "bits": bits,
                 "group_size": group_size,
-                "edges": [edge * (2 * i / _BINS - 1) for i in range(_BINS + 1)],
+                "edges": [edge * (2 * i / BINS - 1) for i in range(BINS + 1)],
                 "counts": counts.tolist(),
-                "points": [_short(p) for p in torch.stack(self._points[role, bits, group_size]).mean(dim=0)],
+                "points": [_short(p) for p in torch.stack(self.points[role, bits, group_size]).mean(dim=0)],
             }
         return {"blocks": self.blocks, "histograms": histograms}

@@ -16,7 +16,8 @@ from quantize.cli.common import pick_device, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.bench.speed.record import Record, Row
+    from quantize.bench.speed.record import Record
+    from quantize.bench.speed.rows import Row
     from quantize.bench.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]

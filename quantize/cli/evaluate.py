@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.evaluate.run import Measured
+    from quantize.evaluate.task_comparison import TaskScore
     from quantize.evaluate.task_results import TaskRun
-    from quantize.evaluate.task_scores import TaskScore
     from quantize.model.attention import KvNumerics
     from quantize.model.linear import Numerics
     from quantize.parallel.ranks import Ranks
@@ -214,7 +214,8 @@ def _gate(
     as_json: bool,
 ) -> None:
     from quantize.cli.gate import print_verdicts
-    from quantize.gate.run import run_gate, update_baselines
+    from quantize.gate.run import run_gate
+    from quantize.gate.update import update_baselines
 
     quiet_libraries()
     if reason is not None and not reason.strip():
@@ -297,7 +298,7 @@ def _tasks(
 ) -> tuple[TaskRun, list[TaskScore]]:
     from quantize.evaluate.harness import run_tasks
     from quantize.evaluate.saved import save_tasks
-    from quantize.evaluate.task_scores import compare_tasks
+    from quantize.evaluate.task_comparison import compare_tasks
 
     def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
         samples = None

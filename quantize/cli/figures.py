@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from quantize.evaluate import Evaluation
+    from quantize.evaluate.task_comparison import TaskScore
     from quantize.evaluate.task_results import TaskRun
-    from quantize.evaluate.task_scores import TaskScore
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -11,25 +11,29 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from quantize.block.streams import Streams
+from quantize.block.walk import Route, Streams, walk
 from quantize.convert.sensitivity import sensitivities
 from quantize.errors import UsageError
 from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.methods.encode import IntEncode
+from quantize.parallel.ranks import ALONE, Ranks
+from quantize.recipe.recipe import Recipe
 from quantize.solvers.knapsack import knapsack, total
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.model.arch import Architecture
-    from quantize.recipe.recipe import Recipe
 
 SAMPLE_TOKENS = 4096
 """Calibration tokens that sensitivities are measured on: means over tokens settle long before Hessians do."""
+
+_SMOOTHED = "smoothed"
+"""The stream through the parent's blocks, after the stages that move scales."""
 
 OpenBlock = Callable[[int, MutableSequence[Tensor]], "Block"]
 """Loads block `index` with the hidden states [B, T, D] that reach it."""
@@ -147,23 +151,33 @@ class Space:
         blocks: int,
         hidden: list[Tensor],
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        ranks: Ranks = ALONE,
     ) -> dict[str, dict[int, float]]:
         """Full name → bits → `sensitivities`, with the hidden states [B, T, D] that enter block 0 of the parent."""
         out: dict[str, dict[int, float]] = {}
-        streams = Streams(list(hidden), None)
-        for index in range(blocks):
+        streams = Streams({_SMOOTHED: list(hidden)}, ranks)
+
+        def open_next(index: int) -> Block:
             progress("measuring", index, blocks)
-            block = open_block(index, streams.quantized)
-            names = [name for group in block.arch.calibration_order for name in group]
-            schemes = {n: self.schemes(full) for n in names if (full := block.full_name(n)) in self.shapes}
-            with torch.no_grad():
-                for stage in self.recipe.stages:
-                    if stage.kind in ("restructure", "smooth"):  # what makes linears easier to round, never the cache
-                        stage.apply(block)
-                out |= {block.full_name(name): errors for name, errors in sensitivities(block, schemes).items()}
-                if index + 1 < blocks:
-                    streams.advance(block)
+            return open_block(index, streams.batches[_SMOOTHED])
+
+        def visit(block: Block) -> Mapping[str, Route[str]] | None:
+            for stage in self.recipe.stages:
+                if stage.kind in ("restructure", "smooth"):  # what makes linears easier to round, never the cache
+                    stage.apply(block)
+            out.update(self._sensitivities(block))
+            if block.index + 1 == blocks:
+                return None
+            return {_SMOOTHED: (_SMOOTHED, partial(block.forward, block.module))}
+
+        walk(streams, range(blocks), open_next, visit)
         return out
+
+    def _sensitivities(self, block: Block) -> dict[str, dict[int, float]]:
+        """Full name → bits → error, of the linears of one block whose bits may be chosen."""
+        names = [name for group in block.arch.calibration_order for name in group]
+        schemes = {name: self.schemes(full) for name in names if (full := block.full_name(name)) in self.shapes}
+        return {block.full_name(name): errors for name, errors in sensitivities(block, schemes).items()}
 
     def choose(self, errors: Mapping[str, Mapping[int, float]]) -> Allocation:
         """Spend the budget where it lowers the total error most. errors: as `measure` gives them."""

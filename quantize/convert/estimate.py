@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.conversion import Conversion
-from quantize.convert.opening import opened
+from quantize.convert.draft import draft
+from quantize.convert.plan import Plan
 from quantize.convert.request import Request
 from quantize.convert.trial import Timing, timing
 from quantize.cost.footprint import BlockSizes
@@ -65,12 +65,12 @@ def estimate(request: Request, timed: bool = True) -> Estimate:
     Raises what `convert` raises before it loads weights, and with a trial what it raises on the blocks tried.
     """
     started = time.monotonic()
-    run, space, tokens = opened(request)
+    plan, space, tokens = draft(request)
     opening = time.monotonic() - started
-    found = _estimate(run, request, tokens)  # before the trial, whose leavings would be counted
+    found = _estimate(plan, request, tokens)  # before the trial, whose leavings would be counted
     if not timed:
         return found
-    return replace(found, time=timing(run, space, tokens, opening, found.output, _state(run, request, tokens)))
+    return replace(found, time=timing(plan, space, tokens, opening, found.output, _state(plan, request, tokens)))
 
 
 def within(request: Request) -> Request:
@@ -81,9 +81,9 @@ def within(request: Request) -> Request:
     if request.max_ram is None and request.max_vram is None:
         return request
     with request.ranks.explained():
-        run, _, tokens = opened(request)
+        plan, _, tokens = draft(request)
         choices = _frugal(request)
-        found = [_estimate(run, choice, tokens) for choice in choices]
+        found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
         fitting = (i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1])
         chosen = request.ranks.tell(next(fitting, None))
@@ -112,24 +112,24 @@ def _frugal(request: Request) -> list[Request]:
     return out
 
 
-def _blocks(run: Conversion, request: Request, tokens: TokenSet | None) -> list[BlockSizes]:
+def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[BlockSizes]:
     """Sizes of every kind of block that the source has."""
     B, T = (0, 1) if tokens is None else tokens.tokens.shape
     seen: dict[Any, BlockSizes] = {}
-    for index in range(run.shape.n_blocks):
-        linears = run.skeleton.linear_shapes(index)
+    for index in range(plan.shape.n_blocks):
+        linears = plan.skeleton.linear_shapes(index)
         key = tuple(linears.items())
         if key in seen:
             continue
-        arch = run.skeleton.block_arch(index)
+        arch = plan.skeleton.block_arch(index)
         seen[key] = BlockSizes(
             linears=linears,
             groups=arch.calibration_order,
             residual=frozenset(arch.residual),
             routed=frozenset(name for name in linears if arch.is_routed(name)),
-            hidden=run.shape.hidden,
-            heads=run.shape.n_heads,
-            kv_heads=run.shape.n_kv_heads,
+            hidden=plan.shape.hidden,
+            heads=plan.shape.n_heads,
+            kv_heads=plan.shape.n_kv_heads,
             window=T,
             batch=min(B * T, max(T, request.batch_tokens // T * T)),
             tokens=B * T,
@@ -138,20 +138,20 @@ def _blocks(run: Conversion, request: Request, tokens: TokenSet | None) -> list[
     return list(seen.values())
 
 
-def _estimate(run: Conversion, request: Request, tokens: TokenSet | None) -> Estimate:
-    stages, kinds = request.recipe.stages, _blocks(run, request, tokens)
+def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate:
+    stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
     reference = any(stage.needs_reference for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
     item, cpu = request.dtype.itemsize, request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
-    states = _states(run, request, tokens)
-    block = max(kinds, key=lambda sizes: _working(run, sizes))
-    outside = [_bytes(run, module) for module in (run.arch.embedding, run.arch.head)]
-    output, packed = _output(run), _packed(run, block)
+    states = _states(plan, request, tokens)
+    block = max(kinds, key=lambda sizes: _working(plan, sizes))
+    outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
+    output, packed = _output(plan), _packed(plan, block)
     parts = {
         "weights of a block": _kept_weights(request, block),
         "what was encoded of it": _encoded(request, block, reference),
-        "work on one layer": _working(run, block),
+        "work on one layer": _working(plan, block),
     }
     writing = 2 * max(*outside, packed)
     computed = max(sum(parts.values()), writing if cpu else 0)
@@ -161,10 +161,10 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None) -> Est
     parts |= {"hidden states": on_device} if on_device else {}
     base = resident() + _SLACK
     host = states if request.states_on == "host" or (cpu and request.states_on == "device") else 0
-    batches = streams * block.batch * run.shape.hidden * item
+    batches = streams * block.batch * plan.shape.hidden * item
     spilled = states if request.states_on == "disk" else 0
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
-    state = _state(run, request, tokens)
+    state = _state(plan, request, tokens)
     return Estimate(
         ram=base + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
         vram=0 if cpu else computed + on_device,
@@ -178,25 +178,25 @@ def _estimate(run: Conversion, request: Request, tokens: TokenSet | None) -> Est
     )
 
 
-def _states(run: Conversion, request: Request, tokens: TokenSet | None) -> int:
+def _states(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
     """Bytes of the hidden states of all streams."""
     stages = request.recipe.stages
     if tokens is None or not any(stage.needs_inputs for stage in stages):
         return 0
     streams = 2 if any(stage.needs_reference for stage in stages) else 1
-    return int(streams * tokens.tokens.numel() * run.shape.hidden * request.dtype.itemsize)
+    return int(streams * tokens.tokens.numel() * plan.shape.hidden * request.dtype.itemsize)
 
 
-def _state(run: Conversion, request: Request, tokens: TokenSet | None) -> int:
+def _state(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
     """Bytes of hidden states that are kept after every block, for a run that may be stopped."""
     keeps = request.work is not None and request.resume in ("auto", "required")
-    return _states(run, request, tokens) if keeps else 0
+    return _states(plan, request, tokens) if keeps else 0
 
 
-def _working(run: Conversion, sizes: BlockSizes) -> int:
+def _working(plan: Plan, sizes: BlockSizes) -> int:
     """Bytes of the most demanding step beside weights and hidden states."""
     statistics = 3 * 4 * sizes.largest
-    return max(statistics, sizes.profiling(), *(stage.room(sizes) for stage in run.request.recipe.stages))
+    return max(statistics, sizes.profiling(), *(stage.room(sizes) for stage in plan.recipe.stages))
 
 
 def _kept_weights(request: Request, sizes: BlockSizes) -> int:
@@ -212,31 +212,31 @@ def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
     return (encodes + again * (1 + restructured)) * (sizes.weights - sizes.largest) if encodes or restructured else 0
 
 
-def _packed(run: Conversion, sizes: BlockSizes) -> int:
-    return int(sum(_stored(run, 0, name, shape) for name, shape in sizes.linears.items()))
+def _packed(plan: Plan, sizes: BlockSizes) -> int:
+    return int(sum(_stored(plan, 0, name, shape) for name, shape in sizes.linears.items()))
 
 
-def _stored(run: Conversion, index: int, name: str, shape: tuple[int, int]) -> float:
+def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
     """Bytes of a linear in the output."""
-    full = f"{run.arch.blocks}.{index}.{name}"
-    encoder = next((s for s in run.request.recipe.stages if isinstance(s, Encode) and s.selects(full)), None)
+    full = f"{plan.arch.blocks}.{index}.{name}"
+    encoder = next((s for s in plan.recipe.stages if isinstance(s, Encode) and s.selects(full)), None)
     bits = 16.0 if encoder is None else encoder.stored_bits(*shape)
     return shape[0] * shape[1] * bits / 8
 
 
-def _output(run: Conversion) -> int:
+def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _stored(run, index, name, shape)
-        for index in range(run.shape.n_blocks)
-        for name, shape in run.skeleton.linear_shapes(index).items()
+        _stored(plan, index, name, shape)
+        for index in range(plan.shape.n_blocks)
+        for name, shape in plan.skeleton.linear_shapes(index).items()
     )
-    return int(blocks) + sum(_bytes(run, module) for module in (run.arch.embedding, run.arch.head))
+    return int(blocks) + sum(_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head))
 
 
-def _bytes(run: Conversion, module: str) -> int:
+def _bytes(plan: Plan, module: str) -> int:
     """Bytes of a matrix outside the blocks, in 16 bits."""
-    shape = run.source.shapes.get(f"{module}.weight", (0,))
+    shape = plan.source.shapes.get(f"{module}.weight", (0,))
     return 2 * int(torch.Size(shape).numel())
 
 

@@ -14,23 +14,26 @@ import torch
 
 import quantize
 from quantize.block.statistics import STATISTICS
-from quantize.block.streams import Streams
+from quantize.block.walk import Streams
 from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.allocation import Space
 from quantize.convert.conversion import Conversion
+from quantize.convert.decide import decide
+from quantize.convert.draft import draft
 from quantize.convert.joint import NoWriter, require_same_block, shared_state
-from quantize.convert.opening import check_linears, opened
+from quantize.convert.output import output_config
 from quantize.convert.pace import Pace
-from quantize.convert.request import Progress, Request, Summary
-from quantize.convert.snapshot import restored, snapshot
+from quantize.convert.plan import Plan
+from quantize.convert.request import Progress, Request
+from quantize.convert.snapshot import pack_run, state_layout, unpack_run
+from quantize.convert.summary import Summary, results_of, summary_of
 from quantize.errors import StoppedError
-from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.transaction import require_apart, require_free
 from quantize.files.writer import CheckpointWriter
 from quantize.formats.registry import FORMATS
+from quantize.methods.plugins import method_versions
 from quantize.parallel.agreement import processor, require_equal
 from quantize.recipe.recipe import Recipe, resolved_yaml
 
@@ -57,35 +60,37 @@ def convert(
         require_free(request.output)
         require_apart(request.model, request.output, request.work)
     with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
-        run, space, tokens = opened(request)
-        blocks = run.shape.n_blocks
+        plan, space, tokens = draft(request)
+        blocks = plan.shape.n_blocks
         progress("hashing source", 0, blocks)
-        require_equal(ranks, _surroundings(request, run.source, tokens))
-        hashes = run.source.hashes() if ranks.first else {}
-        keeper = _Keeper(state, request, _fingerprint(request, hashes, tokens), blocks, stop)
+        require_equal(ranks, _surroundings(plan, tokens))
+        hashes = plan.source.hashes() if ranks.first else {}
+        keeper = _Keeper(state, request, _fingerprint(plan, hashes, tokens), blocks, stop)
         kept = shared_state(ranks, state.take_up(keeper.fingerprint))
         if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
             progress("checking source", 0, blocks)
-            run.source.require_finite()
-        streams: Streams | None = None
+            plan.source.require_finite()
+        streams: Streams[str] | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
-            run, streams = restored(run, kept.facts, kept.tensors)
-        elif run.needs_plan or space:
-            run = _settled(run, space, tokens, progress)
-            keeper.keep(run, 0, None, {})
+            run, streams = unpack_run(plan, kept.facts, kept.tensors)
+        else:
+            run = Conversion(decide(plan, space, tokens, progress))
+            if plan.needs_decisions or space:
+                keeper.keep(run, 0, None, {})
         if not done:
             streams = run.embed(tokens)
         with _writer(request, blocks + 2, state.partial, written) as writer:
-            weights = [run.skeleton.linear_shapes(index).values() for index in range(blocks)]
+            weights = [plan.skeleton.linear_shapes(index).values() for index in range(blocks)]
             pace = Pace(request, done, [sum(N * K for N, K in shapes) for shapes in weights])
-            streams = _write_blocks(run, streams, pace, writer, keeper, progress)
+            _write_blocks(run, streams, pace, writer, keeper, progress)
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
-                _finish(run, streams, writer, _provenance(run.request, hashes, tokens))
+                _finish(run, streams, writer, _provenance(run.plan, hashes, tokens))
         state.clear()
-    return run.summary(time.monotonic() - started, pace.per_block, writer.total_size)
+    seconds = time.monotonic() - started
+    return summary_of(run.plan, run.state, seconds, pace.per_block, writer.total_size)
 
 
 @dataclass(frozen=True)
@@ -98,59 +103,58 @@ class _Keeper:
     blocks: int
     stop: Callable[[], bool]
 
-    def keep(self, run: Conversion, done: int, streams: Streams | None, written: dict[str, Any]) -> None:
+    def keep(self, run: Conversion, done: int, streams: Streams[str] | None, written: dict[str, Any]) -> None:
         """Commit the state after `done` blocks. StoppedError when it is time to stop."""
         if self.request.work is None or self.request.resume in (None, "never"):
             return
         if self.state.keeps:
-            self.state.commit(self.fingerprint, done, *snapshot(run, streams), written)
+            self.state.commit(self.fingerprint, done, *pack_run(run, streams), written)
         if self.request.ranks.any(self.stop()):
             what = f"block {done} of {self.blocks}" if done else "planning"
             raise StoppedError(f"stopped after {what}; the same command goes on from there")
 
 
-def _settled(run: Conversion, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Conversion:
-    """A conversion in which nothing hangs on the whole model any more."""
-    if tokens and run.needs_plan:
-        run = run.planned(tokens, progress)
-        check_linears(run.request.recipe, run.arch, run.shape, run.skeleton.linears())
-    return run.within(space, tokens, progress) if space and tokens else run
-
-
 def _write_blocks(
     run: Conversion,
-    streams: Streams | None,
+    streams: Streams[str] | None,
     pace: Pace,
     writer: CheckpointWriter | NoWriter,
     keeper: _Keeper,
     progress: Progress,
-) -> Streams | None:
-    """Convert and write all blocks that are not done; returns what is left of the streams."""
-    if not pace.done and run.request.ranks.first:
-        writer.add(run.tensors_outside(run.arch.embedding))
+) -> None:
+    """Convert and write all blocks that are not done."""
+    plan = run.plan
+    if not pace.done and plan.request.ranks.first:
+        writer.add(run.tensors_outside(plan.arch.embedding))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
-        require_same_block(run.request.ranks, index, tensors)
+        require_same_block(plan.request.ranks, index, tensors)
         writer.add(tensors)
         if streams and index + 1 == keeper.blocks:
-            streams = Streams([], None, streams.dropped)
+            streams.clear()
         pace.finished()
         keeper.keep(run, index + 1, streams, writer.written)
-    return streams
 
 
-def _finish(run: Conversion, streams: Streams | None, writer: CheckpointWriter, provenance: dict[str, Any]) -> None:
+def _finish(
+    run: Conversion,
+    streams: Streams[str] | None,
+    writer: CheckpointWriter,
+    provenance: dict[str, Any],
+) -> None:
     """Write what stands behind the blocks and let the output appear."""
-    writer.add(run.tensors_outside(run.arch.final_norm, run.arch.head))
-    for path in run.format.side_files(run.source.side_files()):
+    plan, state = run.plan, run.state
+    writer.add(run.tensors_outside(plan.arch.final_norm, plan.arch.head))
+    for path in plan.format.side_files(plan.source.side_files()):
         writer.copy(path)
-    config = run.config()
+    config = output_config(plan, state)
     writer.finish(config)
     writer.write_json("config.json", config)
-    writer.write_json(STATISTICS, run.statistics.as_json())
-    run.request.require_room()
-    facts = provenance | run.results(streams) | {"files": writer.hashes}
+    writer.write_json(STATISTICS, state.statistics.as_json())
+    plan.request.require_room()
+    results = results_of(plan, state, streams.dropped if streams else 0)
+    facts = provenance | results | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()
 
@@ -162,18 +166,25 @@ def _writer(request: Request, parts: int, kept: Path | None, written: Mapping[st
     return CheckpointWriter(request.output, encoding, kept, written)
 
 
-def _surroundings(request: Request, source: Checkpoint, tokens: TokenSet | None) -> dict[str, Any]:
+def _surroundings(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:
     """What must be alike for all ranks to compute the same, by name."""
-    sizes = {name: (source.folder / name).stat().st_size for name in ("config.json", *source.shards)}
-    numerics = {"processor": processor(request.device), "threads": torch.get_num_threads()}
-    return numerics | {"sizes of the source": sizes} | _fingerprint(request, {}, tokens)
+    source = plan.source
+    names = ("config.json", *source.shards)
+    sizes = {name: (source.folder / name).stat().st_size for name in names}
+    numerics = {"processor": processor(plan.request.device), "threads": torch.get_num_threads()}
+    return numerics | {"sizes of the source": sizes} | _fingerprint(plan, {}, tokens)
 
 
-def _fingerprint(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
-    """All that decides what is written, by name; a state of another fingerprint is not gone on from."""
-    facts = _provenance(request, hashes, tokens)
-    told = {"recipe": _told(request.recipe).model_dump(mode="json"), "target_bpw": request.target_bpw}
-    return told | {key: facts[key] for key in facts if key != "recipe"} | {"batch_tokens": request.batch_tokens}
+def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    """All that decides what is written, and how it is kept, by name.
+
+    A state of another fingerprint is not gone on from.
+    """
+    request, facts = plan.request, _provenance(plan, hashes, tokens)
+    recipe = _told(request.recipe).model_dump(mode="json")
+    told = {"recipe": recipe, "target_bpw": request.target_bpw}
+    told |= {key: facts[key] for key in facts if key != "recipe"}
+    return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
 def _told(recipe: Recipe) -> Recipe:
@@ -181,13 +192,15 @@ def _told(recipe: Recipe) -> Recipe:
     return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
 
 
-def _provenance(request: Request, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
+    request, recipe = plan.request, plan.recipe
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    versions |= method_versions(recipe.stages)
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
-        "recipe": {"name": request.recipe.name, "resolved": resolved_yaml(_told(request.recipe))},
+        "recipe": {"name": recipe.name, "resolved": resolved_yaml(_told(recipe))},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }

@@ -1,11 +1,10 @@
-"""What is asked of a conversion, and what is told about it."""
+"""What is asked of a conversion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,33 +50,3 @@ class Request:
     def require_room(self) -> None:
         """RoomError where more memory was taken than the limit of the device that computes allows."""
         require_below(self.max_vram if self.device.type == "cuda" else self.max_ram, self.device)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did; the JSON that `pq convert --json` prints."""
-
-    output: str
-    recipe: str
-    blocks: int
-    quantized_linears: int
-    bits_per_weight: float
-    source_bytes: int
-    output_bytes: int
-    seconds: float
-    seconds_per_block: float
-    peak_bytes: int | None
-    """Most memory of the process, or of the GPU where blocks are computed on one; None where it cannot be told."""
-    promoted: list[str]
-    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
-    fallbacks: list[str]
-    lost: list[str]
-    """What the recipe asks for and the format of the output cannot hold."""
-    untied_head_bytes: int
-    """What a head takes that shared the embedding's weight and got one of its own; 0 where none did."""
-    restructured: list[dict[str, Any]]
-    """What each restructured block became: errors of its FFN beside its baselines', time, peak memory."""
-    activated_reduction: float | None
-    """Share of the parameters a token meets that was saved; None without a restructure stage."""
-    mean_output_error: float | None
-    """Mean over linears of the relative squared output error on calibration text; None for data-free recipes."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantize.block.standin import stand_in
 from quantize.errors import ModelError
 from quantize.formats.packed_int import IntScheme
-from quantize.model.hadamard import keep_rotation
 from quantize.model.linear import PackedLinear
 from quantize.solvers.grid import Grid
 
@@ -40,20 +40,16 @@ def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> d
 def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme) -> float:
     """Mean error with one linear rounded. outputs: those of the block as it is."""
     linear = block.linear(name)
-    trial = rounded(linear, scheme)
-    keep_rotation(linear, trial)
-    try:
-        block.module.set_submodule(name, trial)
+    trial = round_linear(linear, scheme)
+    with stand_in(block.module, {name: trial}):
         pairs = zip(block.inputs, outputs, strict=True)
         errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
-    finally:
-        block.module.set_submodule(name, linear)
     if not len(errors):
         raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
     return float(errors.double().mean())
 
 
-def rounded(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
+def round_linear(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
     """The linear with its weight rounded to nearest under clipped scales, which needs no calibration."""
     fp8 = scheme.fp8_activations
     weight = linear.weight.float()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS, Space
-from quantize.convert.conversion import Conversion
+from quantize.convert.decide import decide
+from quantize.convert.plan import Plan
+from quantize.convert.source import embed_windows, open_block
 from quantize.convert.trial_fits import Clock, Fits
 from quantize.convert.trial_run import AROUND, TimedRun
 from quantize.errors import OutputError
 from quantize.files.writer import CheckpointWriter
-from quantize.formats.registry import FORMATS
 
 CAP = 20.0
 """Seconds that a trial aims to stay below: what is told before a run of minutes or hours may take no longer.
@@ -67,25 +69,28 @@ class Timing:
 
 
 def timing(
-    run: Conversion, space: Space | None, tokens: TokenSet | None, opening: float, output: int, state: int
+    plan: Plan,
+    space: Space | None,
+    tokens: TokenSet | None,
+    opening: float,
+    output: int,
+    state: int,
 ) -> Timing:
     """Measure what a conversion takes.
 
-    run, space, tokens: as `quantize.convert.opening.opened` gives them, in `opening` seconds.
+    plan, space, tokens: as `quantize.convert.draft.draft` gives them, in `opening` seconds.
     output: bytes of its weights. state: bytes of hidden states that it keeps after every block.
-    Leaves nothing on the disk.
-    Raises what the conversion raises on the same blocks.
+    Leaves nothing on the disk. Raises what the conversion raises on the same blocks.
     """
     started = time.monotonic()
     with _scratch() as folder:
-        request = replace(run.request, output=Path(folder) / "out", work=None, resume=None)
+        request = replace(plan.request, output=Path(folder) / "out", work=None, resume=None)
         available = 0 if tokens is None else tokens.tokens.numel()
-        stages = tuple(stage.for_trial(available) for stage in request.recipe.stages)
-        request = replace(request, recipe=request.recipe.model_copy(update={"stages": stages}))
-        run = Conversion(request, run.source, run.arch, run.shape, run.skeleton)
-        if tokens is not None and run.needs_plan:
-            run = run.planned(tokens, lambda what, done, total: None)
-        return _Trial(run, space, tokens, started).timing(opening, output, state)
+        stages = tuple(stage.for_trial(available) for stage in plan.recipe.stages)
+        recipe = plan.recipe.model_copy(update={"stages": stages})
+        plan = replace(plan, request=request).decide(recipe=recipe)
+        plan = decide(plan, None, tokens, lambda what, done, total: None)
+        return _Trial(plan, space, tokens, started).timing(opening, output, state)
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def _scratch() -> Iterator[str]:
 class _Trial:
     """One trial. All of it keeps within the conversion's own limits of memory, of which it needs less."""
 
-    run: Conversion
+    plan: Plan
     space: Space | None
     tokens: TokenSet | None
     started: float
@@ -123,7 +128,7 @@ class _Trial:
             found = self._block(index, until)
             for part, seconds in found.items():
                 blocks[part] = blocks.get(part, 0.0) + count * seconds
-        n_blocks = self.run.shape.n_blocks
+        n_blocks = self.plan.shape.n_blocks
         blocks["writing"] += n_blocks * state / self.written
         per_block = sum(blocks.values()) / n_blocks
         parts = {"opening": opening} | blocks
@@ -145,15 +150,15 @@ class _Trial:
     def _kinds(self) -> list[tuple[int, int]]:
         """(index of the first, number) of the blocks of every kind."""
         found: dict[Hashable, list[int]] = {}
-        for index in range(self.run.shape.n_blocks):
-            found.setdefault(tuple(self.run.skeleton.linear_shapes(index).items()), []).append(index)
+        for index in range(self.plan.shape.n_blocks):
+            found.setdefault(tuple(self.plan.skeleton.linear_shapes(index).items()), []).append(index)
         return [(indices[0], len(indices)) for indices in found.values()]
 
     def _block(self, index: int, until: float) -> dict[str, float]:
         """Seconds of one block by part. until: when it should be done, on time.monotonic()."""
-        clock = Clock(self.run.request.device)
+        clock = Clock(self.plan.request.device)
         fits, text = Fits(clock, until), self._text()
-        timed = TimedRun.of(self.run, clock, fits)
+        timed = TimedRun.of(self.plan, clock, fits)
         parts = self._without_text(timed, index) if text is None else self._with_text(timed, index, text)
         if fits.pieces:
             self.reduced.append("pieces of linears")
@@ -167,7 +172,7 @@ class _Trial:
         """Two runs with different amounts of text, drawn out to all of it; fits are measured in the first."""
         fits, until = timed.fits, timed.fits.until
         first = text.portion(self._first_tokens(timed, index, text, until))
-        timed = TimedRun.of(self.run, timed.clock, fits, first.numel())
+        timed = TimedRun.of(self.plan, timed.clock, fits, first.numel())
         fits.tokens_missing = text.tokens.numel() / first.numel()
         parts = self._once(timed, index, first)
         fits.done = True
@@ -191,7 +196,7 @@ class _Trial:
 
     def _text(self) -> Text | None:
         """The text, where the blocks read any."""
-        needed = any(stage.needs_inputs for stage in self.run.request.recipe.stages)
+        needed = any(stage.needs_inputs for stage in self.plan.recipe.stages)
         return Text(self.tokens.tokens) if needed and self.tokens is not None else None
 
     def _first_tokens(self, timed: TimedRun, index: int, text: Text, until: float) -> int:
@@ -205,7 +210,7 @@ class _Trial:
                 block.forward(block.module, hidden[0])
                 seconds.append(timed.clock.now() - started)
         streams = 2 if timed.needs_reference else 1
-        passes = 5 * streams * (1 + len(timed.request.recipe.stages))  # roughly: it decides the amount of text alone
+        passes = 5 * streams * (1 + len(timed.plan.recipe.stages))  # roughly: it decides the amount of text alone
         affordable = (until - time.monotonic()) / 10 / (passes * min(seconds))
         return int(max(_PROBED, affordable * hidden[0].shape[0] * hidden[0].shape[1], 1))
 
@@ -218,48 +223,50 @@ class _Trial:
         tensors = timed.block(index, streams)
         whole = clock.now() - started - (timed.fits.spent - spent)
         clock.parts[AROUND] = max(0.0, whole - sum(clock.parts.values()))
-        encoding = FORMATS[timed.request.recipe.format].encoding(1)
-        with CheckpointWriter(timed.request.output, encoding) as writer, clock.lap("writing"):
+        encoding = self.plan.format.encoding(1)
+        target = self.plan.request.output
+        with CheckpointWriter(target, encoding) as writer, clock.lap("writing"):
             writer.add(tensors)
         self.written = max(self.written, writer.total_size / clock.parts["writing"])
-        self.loaded = max(self.loaded, timed.source_bytes / clock.parts["reading"])
-        timed.source_bytes = 0
+        self.loaded = max(self.loaded, timed.state.source_bytes / clock.parts["reading"])
+        timed.state.source_bytes = 0
         return dict(clock.parts)
 
     def _outside(self, output: int) -> float:
         """Seconds of what is read and hashed beside the blocks."""
-        source = self.run.source
+        source = self.plan.source
         read = sum((source.folder / shard).stat().st_size for shard in source.shards)
         started = time.monotonic()
         hashlib.sha256(bytes(_HASHED)).digest()
         hashed = _HASHED / (time.monotonic() - started)
         # The source is hashed, then all of it is checked; the output is hashed once more before it appears.
-        matrices = (f"{name}.weight" for name in (self.run.arch.embedding, self.run.arch.head))
+        matrices = (f"{name}.weight" for name in (self.plan.arch.embedding, self.plan.arch.head))
         outside = 2 * sum(int(torch.Size(source.shapes.get(name, (0,))).numel()) for name in matrices)
         return (read + output) / hashed + read / self.loaded + outside / self.written
 
     def _planning(self, parts: dict[str, float]) -> None:
         """Add what comes before the first block, or name it."""
-        recipe = self.run.request.recipe
+        recipe = self.plan.recipe
         if recipe.head_bits is not None:
-            self.not_counted.append(f"encoding {self.run.arch.head}")
+            self.not_counted.append(f"encoding {self.plan.arch.head}")
         for stage in recipe.stages:
             if stage.needs_plan:
                 self.not_counted.append(f"what {stage.method} settles before the first block")
         if self.space is None or self.tokens is None:
             return
         left = self.started + CAP - time.monotonic()
-        mean = sum(N * K for N, K in self.space.shapes.values()) / self.run.shape.n_blocks
+        mean = sum(N * K for N, K in self.space.shapes.values()) / self.plan.shape.n_blocks
         if mean > _PLANNED_WEIGHTS or left < CAP / 4:
             self.not_counted.append("measuring what rounding costs, for the target of bits per weight")
             return
         text, points = Text(self.tokens.tokens), []
         for windows in (self.tokens.tokens[:1], self.tokens.tokens[:2]):
             started = time.monotonic()
-            self.space.measure(self.run.open, 1, self.run.hidden(windows))
+            opener = partial(open_block, self.plan)
+            self.space.measure(opener, 1, list(embed_windows(self.plan, windows)))
             points.append((text.amount(windows, SAMPLE_TOKENS, False), time.monotonic() - started))
         seconds = on_the_line(points, text.amount(text.tokens, SAMPLE_TOKENS, False))
-        parts["bits by linear"] = self.run.shape.n_blocks * seconds
+        parts["bits by linear"] = self.plan.shape.n_blocks * seconds
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import MutableSequence, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, MutableSequence, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +11,10 @@ from torch import Tensor
 from quantize.block.block import Block
 from quantize.block.moments import Moments
 from quantize.block.statistics import PROFILED_TOKENS
-from quantize.block.streams import Streams
-from quantize.convert.conversion import Conversion
+from quantize.block.walk import Route, Streams
+from quantize.convert.conversion import QUANTIZED, REFERENCE, Conversion
+from quantize.convert.plan import Plan
+from quantize.convert.source import embed_windows, hold
 from quantize.convert.trial_fits import Clock, Fit, Fits
 from quantize.methods.base import Stage
 from quantize.methods.encode import Encode
@@ -31,12 +32,11 @@ class TimedRun(Conversion):
     """Tokens that a part reads at most, and whether every one meets all of its window."""
 
     @classmethod
-    def of(cls, run: Conversion, clock: Clock, fits: Fits, tokens: int = 0) -> TimedRun:
-        """The same conversion, timed, with stages as a first run of so many tokens needs them."""
-        named = {f"{place + 1}. {stage.method}": stage for place, stage in enumerate(run.request.recipe.stages)}
+    def of(cls, plan: Plan, clock: Clock, fits: Fits, tokens: int = 0) -> TimedRun:
+        """A timed conversion, with stages as a first run of so many tokens needs them."""
+        named = {f"{place + 1}. {stage.method}": stage for place, stage in enumerate(plan.recipe.stages)}
         stages = tuple(_timed(stage.for_trial(tokens), part, clock, fits) for part, stage in named.items())
-        recipe = run.request.recipe.model_copy(update={"stages": stages})
-        out = cls(replace(run.request, recipe=recipe), run.source, run.arch, run.shape, run.skeleton)
+        out = cls(plan.decide(recipe=plan.recipe.model_copy(update={"stages": stages})))
         out.clock, out.fits = clock, fits
         # The search for the cache's scales computes attention alone.
         out.reads = {part: (stage.tokens_read, stage.kind == "cache") for part, stage in named.items()}
@@ -47,13 +47,17 @@ class TimedRun(Conversion):
     @property
     def needs_reference(self) -> bool:
         """Whether the parent's hidden states are taken along."""
-        return any(stage.needs_reference for stage in self.request.recipe.stages)
+        return any(stage.needs_reference for stage in self.plan.recipe.stages)
 
-    def streams(self, windows: Tensor) -> Streams:
+    def hidden(self, windows: Tensor) -> list[Tensor]:
+        """Token windows [B, T] → hidden states [b, T, D], batch by batch."""
+        return list(embed_windows(self.plan, windows))
+
+    def streams(self, windows: Tensor) -> Streams[str]:
         """What enters a block."""
-        out = _TimedStreams(
-            self.keep(self.hidden(windows)), self.keep(self.hidden(windows)) if self.needs_reference else None
-        )
+        names = (QUANTIZED, REFERENCE) if self.needs_reference else (QUANTIZED,)
+        batches = {name: hold(self.plan, self.hidden(windows)) for name in names}
+        out = _TimedStreams(batches, self.plan.request.ranks)
         out.clock = self.clock
         return out
 
@@ -73,13 +77,13 @@ class TimedRun(Conversion):
             return super().profile(block)
 
 
-class _TimedStreams(Streams):
+class _TimedStreams(Streams[str]):
     clock: Clock
 
-    def advance(self, block: Block) -> None:
+    def advance(self, index: int, routes: Mapping[str, Route[str]]) -> None:
         """Replace every batch by the block's outputs."""
         with self.clock.lap("passes to the next block"):
-            super().advance(block)
+            super().advance(index, routes)
 
 
 def _timed(stage: Stage, part: str, clock: Clock, fits: Fits) -> Stage:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize.evaluate.run import Measured
+from quantize.evaluate.task_comparison import TaskScore
 from quantize.evaluate.task_results import TaskRun
-from quantize.evaluate.task_scores import TaskScore
 from quantize.files.disk import reported, write_text
 
 

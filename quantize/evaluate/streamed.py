@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of, parameters_of_a_token
@@ -46,6 +48,9 @@ Logits = Callable[[Sequence[Span]], Iterator[Tensor]]
 
 Tick = Callable[[], None]
 """Called after each unit of work; a model's `units` says how many there are in one pass."""
+
+_ONLY = "hidden"
+"""The one stream of an evaluation."""
 
 _BATCH_TOKENS = 4096
 """Tokens per forward pass; bounds the memory of one pass."""
@@ -196,29 +201,36 @@ class StreamedModel:
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Run all blocks over inputs [B, T] int64; the head is applied when logits are asked for."""
-        hidden = self._hidden(inputs, tick)
+        batch = windows_of_a_pass(inputs.shape[1])
+        hidden = self._hidden(inputs, batch, tick)
 
         @torch.no_grad()
         def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
             for window, first, end in spans:
-                yield self._head(self._norm(hidden[window, first:end]))
+                states = hidden[window // batch][window % batch]
+                yield self._head(self._norm(states[first:end]))
 
         return logits
 
-    @torch.no_grad()
-    def _hidden(self, inputs: Tensor, tick: Tick) -> Tensor:
-        """inputs [B, T] → hidden states [B, T, D] that leave the last block."""
+    def _hidden(self, inputs: Tensor, batch: int, tick: Tick) -> MutableSequence[Tensor]:
+        """inputs [B, T] → hidden states [B, T, D] that leave the last block, `batch` windows each."""
         embedding = self.source.tensor(f"{self.arch.embedding}.weight")
-        batch = windows_of_a_pass(inputs.shape[1])
-        hidden = torch.cat([self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)])
+        embedded = [self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)]
         del embedding
-        for index in range(self.shape.n_blocks):
-            layer = load_block(self.source, self.skeleton, self.schemes, index, self.numerics, self.attention)
+        # What overflows is what is measured: no window is left out.
+        streams = Streams({_ONLY: embedded}, drops=False)
+        del embedded
+
+        def visit(opened: tuple[int, nn.Module]) -> Mapping[str, Route[str]]:
+            index, layer = opened
             self._count_visits(index, layer)
-            for part in torch.split(hidden, batch):  # views: each is overwritten by its own result
-                part.copy_(self.skeleton.forward(index, layer, part))
-            tick()
-        return hidden
+            return {_ONLY: (_ONLY, partial(Pass(self.skeleton, index), layer))}
+
+        walk(streams, range(self.shape.n_blocks), self._open, visit, leave=lambda opened: tick())
+        return streams.batches[_ONLY]
+
+    def _open(self, index: int) -> tuple[int, nn.Module]:
+        return index, load_block(self.source, self.skeleton, self.schemes, index, self.numerics, self.attention)
 
     def _count_visits(self, index: int, layer: nn.Module) -> None:
         """Let a block that is about to run count who visits its experts."""

@@ -97,7 +97,7 @@ class OnHost(list[Tensor]):
         super().__setitem__(index, value.cpu())
 
 
-def kept(batches: Iterable[Tensor], place: Place, folder: Path | None) -> MutableSequence[Tensor]:
+def place_states(batches: Iterable[Tensor], place: Place, folder: Path | None) -> MutableSequence[Tensor]:
     """Hidden states [B, T, D] of all batches, kept at `place`; folder: where files go."""
     if place == "disk":
         assert folder is not None

@@ -22,9 +22,8 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
 from quantize.gate.file import Entry, GateFile, close, load_gate
-from quantize.gate.update import update_baselines
 
-__all__ = ["GateResult", "Verdict", "run_gate", "update_baselines"]
+__all__ = ["GateResult", "Verdict", "run_gate"]
 
 _NAMED = 3  # failed checks in the one line of an error; the table has them all
 Progress = Callable[[str, int, int], None]

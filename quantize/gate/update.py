@@ -11,7 +11,6 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import quantize
 from quantize.errors import OutputError, QualityError, RecipeError, UsageError
@@ -19,9 +18,7 @@ from quantize.files import strict_yaml
 from quantize.files.strict_yaml import Document
 from quantize.gate.checks import Check, Verdict
 from quantize.gate.file import parse_gate, read_gate
-
-if TYPE_CHECKING:
-    from quantize.gate.run import GateResult
+from quantize.gate.run import GateResult
 
 _BOM = b"\xef\xbb\xbf"
 _VERSIONED = ("torch", "transformers")

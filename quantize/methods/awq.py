@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from quantize.block.measure import moments_of
 from quantize.block.moments import too_few
 from quantize.block.smoothing import SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
 from quantize.cost.footprint import BlockSizes
@@ -49,7 +50,7 @@ class Awq(Stage):
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""
         for edge in block.edges:
-            moments = block.moments(edge.sinks[0], fp8_activations=False)
+            moments = moments_of(block, edge.sinks[0], fp8_activations=False)
             if too_little := too_few(block.arch, edge.sinks[0], moments):
                 block.note(edge.name, search_ratio=1.0, left_alone=too_little)
                 continue

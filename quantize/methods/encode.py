@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from quantize.block.exchange import share_out
 from quantize.block.moments import Moments, too_few
+from quantize.block.teacher import freeze_reference
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
@@ -51,10 +52,15 @@ class Encode(Stage):
                     f"(names look like {next(iter(linears))})"
                 )
 
+    def selected(self, block: Block) -> list[str]:
+        """Linears of the block that the stage encodes, in the order in which the block computes them."""
+        names = [name for group in block.arch.calibration_order for name in group]
+        return [name for name in names if self.selects(block.full_name(name))]
+
     def apply(self, block: Block) -> None:
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_reference:
-            block.freeze_reference()
+            freeze_reference(block)
         for groups in self._waves(block):
             share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
             give_back()
@@ -103,9 +109,12 @@ class Encode(Stage):
         """What must be known about the input of `name`; None where that is nothing. All ranks measure together."""
         return None
 
-    @abstractmethod
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
-        """Encode linears that share one input: some of them, where other ranks encode the others."""
+        """Encode linears that share one input: some of them, where other ranks encode the others.
+
+        A stage that encodes the linears of a block together has an `apply` of its own instead.
+        """
+        raise NotImplementedError
 
 
 class IntEncode(Encode):

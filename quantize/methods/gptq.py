@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
 from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
 from quantize.solvers.feedback import error_feedback
@@ -30,7 +31,7 @@ class Gptq(IntEncode):
 
     def measured(self, block: Block, name: str) -> Moments:
         """Second moments of the inputs."""
-        return block.moments(name, self.fp8)
+        return moments_of(block, name, self.fp8)
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""

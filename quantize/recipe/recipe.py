@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from quantize.errors import UsageError
+from quantize.errors import RecipeError, UsageError
 from quantize.files import strict_yaml
 from quantize.files.strict_yaml import Document, Problem, show_key, show_value
 from quantize.formats.registry import DEFAULT, FORMATS
 from quantize.methods import STAGES, Stage
 from quantize.methods.base import Kind
+from quantize.methods.plugins import installed_methods, load_method
 from quantize.recipe.files import find_recipe, nearest, read_recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ else:
     AnyStage = Annotated[Union[STAGES], Field(discriminator="method")]  # noqa: UP007
 
 METHODS: dict[str, type[Stage]] = {cls.model_fields["method"].default: cls for cls in STAGES}
+"""Methods that recipes may name: the shipped ones, and what was loaded of those that other
+distributions bring."""
 LAW = "restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage"
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -152,6 +155,7 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     if not isinstance(doc.data, dict):
         text = strict_yaml.no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
         raise strict_yaml.error_of(source_name, doc.problems or [doc.problem((), text)])
+    _load_named(doc)
     problems = [*doc.problems, *_law_problems(doc)]
     if "name" in doc.data:
         problems.append(
@@ -188,10 +192,12 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a recipe file, for editors."""
+    for name in installed_methods():
+        _learn(name)
     schema = Recipe.model_json_schema()
     del schema["properties"]["name"]
     schema["required"].remove("name")
-    for cls in STAGES:
+    for cls in METHODS.values():
         stage = schema["$defs"][cls.__name__]
         stage["required"] = ["method", *stage.get("required", [])]
     return {
@@ -199,6 +205,53 @@ def recipe_schema() -> dict[str, Any]:
         **schema,
         "title": "pq recipe",
     }
+
+
+def _learn(name: str) -> None:
+    """Let recipes name an installed method from now on, if there is one.
+
+    RecipeError where it cannot be used.
+    """
+    shipped = {cls.model_fields["method"].default for cls in STAGES}
+    if name in METHODS and name not in shipped:
+        return
+    cls = load_method(name, shipped)
+    if cls is None:
+        return
+    for method, other in METHODS.items():
+        if other.__name__ == cls.__name__:  # the schema names stages by their classes
+            what = f"its class is called {cls.__name__} as that of '{method}'"
+            raise RecipeError(f"method '{name}': {what}; rename one")
+    METHODS[name] = cls
+    allow_methods()
+
+
+def allow_methods() -> None:
+    """Let the type of a recipe take what METHODS has now."""
+    union: Any = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+    Recipe.model_fields["stages"].annotation = tuple[union, ...]
+    Recipe.model_rebuild(force=True)
+
+
+def _load_named(doc: Document) -> None:
+    """Load the methods that a recipe names and pq does not have.
+
+    RecipeError where one cannot be used.
+    """
+    stages = doc.data.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        name = stage.get("method") if isinstance(stage, dict) else None
+        if isinstance(name, str) and name not in METHODS:
+            try:
+                _learn(name)
+            except RecipeError as err:
+                problem = doc.problem(("stages", index, "method"), str(err))
+                raise strict_yaml.error_of(doc.source, [problem]) from None
+
+
+def _method_names() -> list[str]:
+    """Names of all methods, those not loaded included."""
+    return list(dict.fromkeys([*METHODS, *installed_methods()]))
 
 
 def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int | None, str]]:
@@ -254,11 +307,12 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
         return  # said already, with its line
     cls = _owner(path, doc)
     name = str(path[-1]) if path else ""
-    methods = f"the methods are {', '.join(METHODS)}"
+    known = _method_names() if kind.startswith("union_tag") else []
+    methods = f"the methods are {', '.join(known)}"
     if kind == "union_tag_invalid":
         path = (*path, "method")
         method = value["method"]
-        text = f"unknown method {show_value(method)}; {nearest(method, METHODS)}{methods}"
+        text = f"unknown method {show_value(method)}; {nearest(method, known)}{methods}"
     elif kind == "union_tag_not_found":
         text = f"required field 'method' is missing; add 'method: ...', {methods}"
     elif kind == "missing":

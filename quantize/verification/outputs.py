@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.methods.basis import Basis
@@ -21,6 +23,8 @@ from quantize.recipe.recipe import Recipe
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Parent, Tick
 
+_PARENT = "parent"
+"""The stream through the parent's blocks."""
 _WINDOWS, _SEQLEN = 4, 128
 _USELESS = 0.9
 """An output of zeros has a relative squared error of 1."""
@@ -32,7 +36,6 @@ _RANDOM = 3.0
 """Times more is granted on random tokens, which calibration never saw the like of."""
 
 
-@torch.no_grad()
 def check_outputs(
     layout: Layout,
     parent: Parent,
@@ -55,18 +58,27 @@ def check_outputs(
     basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
     hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
+    streams = Streams({_PARENT: [hidden]}, drops=False)
     found, problems = [], []
-    for index in range(max(blocks) + 1):
-        tick(index, max(blocks) + 1)
-        teacher = skeleton.layer(index, parent.source.tensors(f"{parent.arch.blocks}.{index}."))
+    last = max(blocks)
+
+    def open_parent(index: int) -> tuple[int, nn.Module]:
+        tick(index, last + 1)
+        return index, skeleton.layer(index, parent.source.tensors(f"{parent.arch.blocks}.{index}."))
+
+    def visit(opened: tuple[int, nn.Module]) -> Mapping[str, Route[str]] | None:
+        index, teacher = opened
         if index in blocks:
-            errors = _errors(layout, skeleton, basis, teacher, index, hidden)
+            (entering,) = streams.batches[_PARENT]
+            errors = _errors(layout, skeleton, basis, teacher, index, entering)
             limit = min(_USELESS, slack * _limit(layout, layers, index))
             line = f"block {index}: {_figures(errors, layout.skeleton.block_arch(index))} (limit {limit:.2g})"
             found.append(line)
             if not all(error <= limit for error in errors.values()):  # NaN is above every limit
                 problems.append(line)
-        hidden = skeleton.forward(index, teacher, hidden)
+        return {_PARENT: (_PARENT, partial(Pass(skeleton, index), teacher))} if index < last else None
+
+    walk(streams, range(last + 1), open_parent, visit)
     if problems:
         raise VerifyError(f"relative squared errors of outputs on {text}: {'; '.join(problems)}")
     return f"relative squared errors on {text}: {'; '.join(found)}"
@@ -109,10 +121,10 @@ def _errors(
     if arch != before:  # experts took the place of a dense FFN: they are compared as a whole
         names = [*(name for name in names if name in before.roles), *_ffn(arch)]
     student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
-    wanted = _outputs(teacher, names, lambda layer: skeleton.forward(index, layer, hidden))
+    wanted = _outputs(teacher, names, Pass(skeleton, index), hidden)
     # A token at the edge of an expert may visit it in one block and not in the other, and there is no row to compare.
     instead = {name: wanted[name] for name in routers}
-    given = _outputs(student, names, lambda layer: layout.skeleton.forward(index, layer, basis.enter(hidden)), instead)
+    given = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
     for name in {*arch.residual, *_ffn(arch)} & set(given):
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
@@ -134,10 +146,11 @@ def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
 def _outputs(
     layer: nn.Module,
     names: Sequence[str],
-    run: Callable[[nn.Module], Tensor],
+    send: Pass,
+    hidden: Tensor,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Outputs [..., N] of the named linears without their biases while `run` runs the layer.
+    """Outputs [..., N] of the named linears without their biases, as hidden states [B, T, D] go through the layer.
 
     instead: outputs that the layer goes on with in place of those.
     """
@@ -154,7 +167,7 @@ def _outputs(
 
     for name in names:
         layer.get_submodule(name).register_forward_hook(recorder(name))
-    run(layer)
+    send(layer, hidden)
     return seen
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.convert.conversion import Conversion
+from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
 from quantize.errors import ModelError, VerifyError
 from quantize.files.checkpoint import Checkpoint
@@ -140,7 +141,8 @@ def check_recomputed(
         raise VerifyError(f"pq.json's machine.dtype is {provenance['machine'].get('dtype')!r}, no dtype")
     request = Request(parent.source.folder, recipe, layout.source.folder, device, dtype)
     skeleton = Skeleton(parent.source.folder, parent.arch, device, dtype)
-    conversion = Conversion(request, parent.source, parent.arch, parent.shape, skeleton)
+    plan = Plan(request, parent.source, parent.arch, parent.shape, skeleton, Decisions(recipe))
+    conversion = Conversion(plan)
     outside = _outside(conversion) if turned else []
     parts = [*outside, *(_Part.block(conversion, index) for index in ([] if reads_text else blocks))]
     problems = []
@@ -166,7 +168,7 @@ class _Part:
 
     @classmethod
     def block(cls, conversion: Conversion, index: int) -> _Part:
-        prefix = f"{conversion.arch.blocks}.{index}."
+        prefix = f"{conversion.plan.arch.blocks}.{index}."
         return cls(f"block {index}", (prefix,), lambda: conversion.block(index, None))
 
     def different(self, stored: Checkpoint) -> list[str]:
@@ -181,7 +183,7 @@ class _Part:
 
 
 def _outside(conversion: Conversion) -> list[_Part]:
-    arch = conversion.arch
+    arch = conversion.plan.arch
     groups = ((arch.embedding,), (arch.final_norm, arch.head))
     return [
         _Part(names[-1], tuple(f"{name}." for name in names), lambda names=names: conversion.tensors_outside(*names))  # type: ignore[misc]

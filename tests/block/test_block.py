@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
+from quantize.block.teacher import freeze_reference
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.fp8 import quantize_activations
@@ -178,7 +181,7 @@ def test_moments_are_those_of_the_inputs(make_block: BlockMaker, model_type: str
     block = make_block(model_type)
     x = captured(block, block.module, block.inputs, name)
     x = quantize_activations(x.float()).double() if fp8 else x
-    moments = block.moments(name, fp8)
+    moments = moments_of(block, name, fp8)
     everything = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.inputs)
     assert len(x) == moments.tokens
     assert (len(x) < everything) if block.arch.is_routed(name) else (len(x) == everything)
@@ -194,7 +197,7 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
     assert block.reference_inputs is not None
     noise = torch.Generator().manual_seed(5)
     block.inputs = [x + 0.3 * torch.randn(x.shape, generator=noise) for x in block.inputs]
-    block.freeze_reference()
+    freeze_reference(block)
     assert block.reference is not None
     for earlier in ("self_attn.q_proj", "self_attn.v_proj"):
         if name.startswith("mlp") or name.endswith("o_proj"):
@@ -203,7 +206,7 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
         captured(block, module, stream, name)
         for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
     )
-    moments = block.moments(name, False, with_reference=True)
+    moments = moments_of(block, name, False, with_reference=True)
     if block.arch.expert_of(name) is not None:  # the parent's tokens may go elsewhere
         assert moments.cross is None
         assert moments.residual is None
@@ -228,13 +231,13 @@ def test_statistics_need_inputs(make_block: BlockMaker):
     block = make_block("llama")
     block.inputs = []
     with pytest.raises(ModelError, match="no finite calibration inputs"):
-        block.moments("mlp.up_proj", False)
+        moments_of(block, "mlp.up_proj", False)
 
 
 def test_measuring_leaves_no_hooks(make_block: BlockMaker):
     block = make_block("llama")
-    block.moments("mlp.up_proj", False)
-    next(block.inputs_of(["mlp.up_proj"]))
+    moments_of(block, "mlp.up_proj", False)
+    next(inputs_of(block, ["mlp.up_proj"]))
     assert not any(m._forward_pre_hooks for m in block.module.modules())
 
 
@@ -261,11 +264,11 @@ def test_encoded_linears_compute_with_their_codes(make_block: BlockMaker, model_
 def test_a_frozen_reference_does_not_move(make_block: BlockMaker, model_type: str):
     block = make_block(model_type, reference=True)
     before = outputs(block)
-    block.freeze_reference()
+    freeze_reference(block)
     reference = block.reference
     encode_nearest(block, block.arch.of_role("up"), bits=2)
     block.fold(block.arch.edge("v_o"), torch.full((128,), 3.0))
-    block.freeze_reference()
+    freeze_reference(block)
     assert block.reference is reference
     after = torch.cat([block.forward(reference, x) for x in block.inputs])
     assert torch.equal(after, before)
@@ -274,7 +277,7 @@ def test_a_frozen_reference_does_not_move(make_block: BlockMaker, model_type: st
 
 def test_without_reference_inputs_nothing_is_copied(make_block: BlockMaker):
     block = make_block("llama")
-    block.freeze_reference()
+    freeze_reference(block)
     assert block.reference is None
 
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from conftest import config_of, row_of
 from torch import Tensor, nn
 
-import quantize.block.moments as moments_module
+import quantize.block.measure as measure_module
 from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
 from quantize.block.statistics import profile
-from quantize.block.streams import Streams
+from quantize.block.teacher import keep_parent, teacher_of
 from quantize.errors import ModelError
 from quantize.formats.fp8 import quantize_activations
 from quantize.methods import Stage
@@ -95,7 +97,7 @@ def encode_nearest(block: Block, name: str) -> None:
 def routed_inputs(block: Block) -> dict[str, Tensor]:
     """Inputs of all routed experts' linears, tokens chosen and carried through the experts by hand, in float64."""
     moe = block.module.mlp
-    x = torch.cat([hidden for (hidden,) in block.inputs_of(("mlp",))])
+    x = torch.cat([hidden for (hidden,) in inputs_of(block, ("mlp",))])
     best = (x @ moe.gate.weight.T).topk(2, dim=1).indices
     out: dict[str, Tensor] = {}
     for e in range(4):
@@ -113,7 +115,7 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
     for names in (GATES, DOWNS):
         del runs[:]
         for name in names:
-            moments = block.moments(name, fp8, with_reference=True)
+            moments = moments_of(block, name, fp8, with_reference=True)
             x = wanted[name]
             x = quantize_activations(x.float()).double() if fp8 else x
             assert moments.tokens == len(x) > 0
@@ -126,18 +128,18 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
 
 
 def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
-    together = {n: m for b in [make_block("qwen2_moe")] for n in (*GATES, *DOWNS) for m in [b.moments(n, False)]}
+    together = {n: m for b in [make_block("qwen2_moe")] for n in (*GATES, *DOWNS) for m in [moments_of(b, n, False)]}
     for at_once, passes in ((1, 4), (2, 2), (3, 2)):
-        monkeypatch.setattr(moments_module, "ROUTED_BYTES", at_once * 4 * 128**2)
+        monkeypatch.setattr(measure_module, "ROUTED_BYTES", at_once * 4 * 128**2)
         block = make_block("qwen2_moe")
         runs = count_forwards(block)
         for names in (GATES, DOWNS):
             del runs[:]
             for name in names:
-                assert torch.equal(block.moments(name, False).hessian, together[name].hessian)
+                assert torch.equal(moments_of(block, name, False).hessian, together[name].hessian)
             assert len(runs) == passes * len(block.inputs)
-    monkeypatch.setattr(moments_module, "ROUTED_BYTES", 1)  # one at a time, however large
-    assert torch.equal(make_block("qwen2_moe").moments(DOWNS[3], False).hessian, together[DOWNS[3]].hessian)
+    monkeypatch.setattr(measure_module, "ROUTED_BYTES", 1)  # one at a time, however large
+    assert torch.equal(moments_of(make_block("qwen2_moe"), DOWNS[3], False).hessian, together[DOWNS[3]].hessian)
 
 
 @pytest.mark.parametrize(
@@ -152,29 +154,29 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
         lambda b: b.map_inputs(lambda x: x * torch.linspace(-1, 1, 128)),
         lambda b: b.rotate_inputs(DOWNS[2]),
         lambda b: Rotate(down=True).apply(b),
-        lambda b: b.moments(DOWNS[0], True),
+        lambda b: moments_of(b, DOWNS[0], True),
     ],
 )
 def test_what_is_kept_is_dropped_when_it_no_longer_holds(make_block: BlockMaker, change: Callable[[Block], Any]):
     block, fresh = make_block("qwen2_moe"), make_block("qwen2_moe")
     with torch.no_grad():
-        block.moments(DOWNS[1], False)  # measures those of experts 2 and 3, too
+        moments_of(block, DOWNS[1], False)  # measures those of experts 2 and 3, too
         change(block)
         change(fresh)
-    assert difference(block.moments(DOWNS[2], False).hessian, fresh.moments(DOWNS[2], False).hessian) < 1e-6
+    assert difference(moments_of(block, DOWNS[2], False).hessian, moments_of(fresh, DOWNS[2], False).hessian) < 1e-6
 
 
 def test_siblings_leave_what_is_kept_alone(make_block: BlockMaker):
     block = make_block("qwen2_moe")
-    block.moments(DOWNS[0], False)
+    moments_of(block, DOWNS[0], False)
     runs = count_forwards(block)
     encode_nearest(block, "mlp.experts.3.gate_proj")
     encode_nearest(block, "mlp.shared_expert.up_proj")
     block.fold(block.arch.edge("up_down.0"), torch.full((128,), 2.0))
-    block.moments(DOWNS[1], False)
-    block.moments(DOWNS[2], False)
+    moments_of(block, DOWNS[1], False)
+    moments_of(block, DOWNS[2], False)
     assert not runs
-    block.moments(DOWNS[3], False)
+    moments_of(block, DOWNS[3], False)
     assert len(runs) == len(block.inputs)
 
 
@@ -189,16 +191,16 @@ def test_stages_run_a_block_as_often_as_they_must(make_block: BlockMaker, stage:
     runs = count_forwards(block)
     run(stage, block)
     assert len(runs) == passes * len(block.inputs)
-    assert not block._kept
+    assert not block.waiting
 
 
 def test_tokens_that_overflow_are_dropped_by_expert(make_block: BlockMaker):
     block = make_block("qwen2_moe")
-    clean = {name: block.moments(name, False) for name in DOWNS}
+    clean = {name: moments_of(block, name, False) for name in DOWNS}
     block.linear("mlp.experts.1.up_proj").register_forward_hook(
         lambda _, __, out: out.index_fill(0, torch.tensor(0), torch.inf)
     )
-    found = {name: block.moments(name, False) for name in DOWNS}
+    found = {name: moments_of(block, name, False) for name in DOWNS}
     assert found[DOWNS[1]].tokens == clean[DOWNS[1]].tokens - len(block.inputs)
     assert torch.isfinite(found[DOWNS[1]].hessian).all()
     assert {name: facts["dropped_tokens"] for name, facts in block.report.items()} == {DOWNS[1]: len(block.inputs)}
@@ -210,12 +212,12 @@ def test_tokens_that_overflow_are_dropped_by_expert(make_block: BlockMaker):
 def test_an_expert_without_tokens_has_moments_of_zero(make_block: BlockMaker):
     block = starved(make_block("qwen2_moe"))
     for name in (*GATES, *DOWNS):
-        moments = block.moments(name, True)
+        moments = moments_of(block, name, True)
         assert moments.tokens == {"0": 14 * 48, "1": 14 * 48, "2": 14 * 2, "3": 0}[name.split(".")[2]]
         assert bool((moments.hessian != 0).any()) == bool((moments.absmean != 0).any()) == bool(moments.tokens)
     block.inputs = []
     with pytest.raises(ModelError, match=r"experts\.0\.gate_proj: no finite calibration inputs"):
-        block.moments(GATES[0], False)
+        moments_of(block, GATES[0], False)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +283,11 @@ def test_routers_are_folded_into_but_not_rounded(make_block: BlockMaker):
         assert len(routers) == 2
         for router in routers:
             router.weight.data = router.weight * factor
-        hidden = torch.cat([x for (x,) in block.inputs_of(("mlp",))])
+        hidden = torch.cat([x for (x,) in inputs_of(block, ("mlp",))])
         scores = [router(hidden) for router in routers]
         norm = block.module.get_submodule("post_attention_layernorm").weight.clone()
         run(Awq(weight_exponents=(1.0,)), block)
-        hidden = torch.cat([x for (x,) in block.inputs_of(("mlp",))])
+        hidden = torch.cat([x for (x,) in inputs_of(block, ("mlp",))])
         assert all(difference(r(hidden), s) < 1e-5 for r, s in zip(routers, scores, strict=True))
         folds.append(norm / block.module.get_submodule("post_attention_layernorm").weight)
     assert difference(folds[0], torch.ones(128)) > 0.1
@@ -302,7 +304,7 @@ def test_profiles_count_the_tokens_of_each_expert(make_block: BlockMaker):
         name: count for names in (GATES, DOWNS) for name, count in zip(names[2:], (28, 0), strict=True)
     }
     assert found[DOWNS[3]]["absmax"] == 0
-    largest = max(float(x.abs().max()) for (x,) in block.inputs_of((DOWNS[2],)))
+    largest = max(float(x.abs().max()) for (x,) in inputs_of(block, (DOWNS[2],)))
     assert found[DOWNS[2]]["absmax"] == pytest.approx(largest, rel=1e-5)
 
 
@@ -311,7 +313,7 @@ def test_profiles_count_the_tokens_of_each_expert(make_block: BlockMaker):
 
 def with_experts(block: Block) -> Block:
     """Put experts where the block had a dense FFN, as a restructure stage does."""
-    block.keep_parent()
+    keep_parent(block)
     torch.manual_seed(4)
     ffn = MoeFfn(128, ExpertSizes.of(config_of("qwen2_moe")), nn.SiLU()).requires_grad_(False).eval()
     for parameter in ffn.parameters():
@@ -339,19 +341,17 @@ def test_the_parent_may_have_a_dense_ffn(make_block: BlockMaker, smooth: tuple[S
     run(Fireq(layers=("*.q_proj", "*.k_proj", "*.v_proj")), block)
     names = ("input_layernorm", "self_attn.o_proj")
     (r, x), (parents_r, parents) = (
-        [torch.cat(seen).double() for seen in zip(*block.inputs_of(names, module, stream), strict=True)]
+        [torch.cat(seen).double() for seen in zip(*inputs_of(block, names, module, stream), strict=True)]
         for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
     )
-    moments = block.moments(names[1], False, with_reference=True)
+    moments = moments_of(block, names[1], False, with_reference=True)
     assert moments.cross is not None
     assert moments.residual is not None
     assert difference(moments.cross, parents.T @ x / len(x)) < 1e-5
     assert difference(moments.residual, (parents_r - r).T @ x / len(x)) < 1e-5
     assert difference(x, parents) < 0.6  # the same channels, with drift between them
     for name in ("mlp.shared_expert.gate_proj", GATES[0], DOWNS[1]):
-        assert block.moments(name, False, with_reference=True).cross is None
-    streams = Streams(list(block.inputs), list(block.reference_inputs))
+        assert moments_of(block, name, False, with_reference=True).cross is None
     with torch.no_grad():
-        streams.advance(block)
-    assert streams.reference is not None
-    assert difference(torch.cat(streams.reference), wanted) < 1e-5
+        found = torch.cat([block.forward(teacher_of(block), x) for x in block.reference_inputs])
+    assert difference(found, wanted) < 1e-5

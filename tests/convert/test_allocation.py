@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantize.block.block import Block
+from quantize.block.capture import inputs_of
 from quantize.convert.allocation import Space
 from quantize.convert.loop import Request, convert
 from quantize.convert.sensitivity import sensitivities
@@ -128,7 +129,7 @@ def test_the_error_is_that_of_the_blocks_output(make_block: BlockMaker):
     outputs = torch.cat([block.forward(block.module, x) for x in block.inputs]).flatten(0, 1)
     found = sensitivities(block, {"mlp.down_proj": [IntScheme(4, 128, False)]})["mlp.down_proj"][4]
     weight = block.linear("mlp.down_proj").weight
-    seen = torch.cat([x for (x,) in block.inputs_of(["mlp.down_proj"])])
+    seen = torch.cat([x for (x,) in inputs_of(block, ["mlp.down_proj"])])
     rounded = weight.clone()
     step = weight.abs().view(128, 2, 128).amax(2).div(7).repeat_interleave(128, dim=1)
     rounded = (weight / step).round() * step

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from quantize.block.block import Block
+from quantize.block.measure import moments_of
+from quantize.block.teacher import freeze_reference
 from quantize.convert.loop import Request, convert
 from quantize.errors import OutputError
-from quantize.files.offload import OnHost, Parking, Place, Spilled, kept, shared_copy
+from quantize.files.offload import OnHost, Parking, Place, Spilled, place_states, shared_copy
 from quantize.recipe.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -88,9 +90,9 @@ def test_a_folder_that_cannot_hold_states_is_named(tmp_path: Path):
 def test_every_place_gives_the_same_states(tmp_path: Path):
     given = batches()
     for place in ("device", "host", "disk"):
-        held = kept(iter(given), place, tmp_path)  # type: ignore[arg-type]
+        held = place_states(iter(given), place, tmp_path)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(held, given, strict=True))
-    assert isinstance(kept(given, "host", None), OnHost)
+    assert isinstance(place_states(given, "host", None), OnHost)
 
 
 def layer(width: int = 512) -> nn.Sequential:
@@ -149,9 +151,9 @@ def test_a_block_computes_the_same_with_its_weights_put_away(
     plain, split = make_block("llama", reference=True), make_block("llama", reference=True)
     split.parking = Parking(CPU, tmp_path)
     for block in (plain, split):
-        block.freeze_reference()
+        freeze_reference(block)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
-        ours, theirs = (block.moments(name, False, with_reference=True) for block in (plain, split))
+        ours, theirs = (moments_of(block, name, False, with_reference=True) for block in (plain, split))
         assert torch.equal(ours.hessian, theirs.hessian)
 
 

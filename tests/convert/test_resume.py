@@ -18,7 +18,8 @@ from resumed import BLOCKS, RECIPES, files_of, kept, stopped_after, whole
 
 from quantize.convert import loop as convert_module
 from quantize.convert.loop import Request, Summary, convert
-from quantize.convert.snapshot import snapshot
+from quantize.convert.plan import Decisions
+from quantize.convert.snapshot import pack_run, unpack_run
 from quantize.errors import OutputError, StoppedError, UsageError
 from quantize.files.resume import StateFolder, forget_finished
 
@@ -70,16 +71,25 @@ def test_nothing_that_a_conversion_knows_is_left_out(
     tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[Any] = []
-    monkeypatch.setattr(convert_module, "snapshot", lambda *state: seen.append(state) or snapshot(*state))
+    monkeypatch.setattr(convert_module, "pack_run", lambda *state: seen.append(state) or pack_run(*state))
     convert(kept(tiny, text_file, tmp_path, "ladimo-gptq"))
     run, streams = seen[-2]
-    facts, _ = snapshot(run, streams)
-    of_the_request = {"request", "source", "arch", "shape", "skeleton", "basis", "rotary_dim", "memo"}
-    assert set(vars(run)) == of_the_request | set(facts) - {"recipe", "layouts", "numbers", "streams"} | set(
-        facts["numbers"]
-    )
-    assert facts["routing"]
-    assert facts["costs"]
+    # A run has a plan, which follows from the request and what was decided on, and a state.
+    assert set(vars(run)) == {"plan", "state"}
+    assert run.plan.decisions.findings
+    facts, tensors = pack_run(run, streams)
+    fresh = dataclasses.replace(run.plan, decisions=Decisions(run.plan.request.recipe))
+    again, its_streams = unpack_run(fresh, json.loads(json.dumps(facts)), dict(tensors))
+    assert again.plan.decisions == run.plan.decisions
+    for field in dataclasses.fields(run.state):
+        if field.name != "statistics":
+            assert getattr(again.state, field.name) == getattr(run.state, field.name), field.name
+    assert again.state.statistics.as_json() == run.state.statistics.as_json()
+    assert run.state.routing
+    assert run.state.costs
+    assert its_streams.dropped == streams.dropped
+    for name, batches in streams.batches.items():
+        assert all(map(torch.equal, its_streams.batches[name], batches)), name
 
 
 def test_sequences_that_left_the_calibration_stay_out(
@@ -90,7 +100,7 @@ def test_sequences_that_left_the_calibration_stay_out(
 
     def embed(self: Any, tokens: Any) -> Any:
         streams = real(self, tokens)
-        streams.quantized[0][1] = torch.inf
+        streams.batches["quantized"][0][1] = torch.inf
         return streams
 
     monkeypatch.setattr(convert_module.Conversion, "embed", embed)

@@ -14,8 +14,9 @@ from conftest import ModelMaker
 from resumed import BLOCKS, RECIPES, model_of, request
 
 from quantize.convert import trial
+from quantize.convert.conversion import Conversion
+from quantize.convert.draft import draft
 from quantize.convert.estimate import estimate
-from quantize.convert.opening import opened
 from quantize.convert.trial import Text, Timing, on_the_line
 from quantize.convert.trial_fits import Clock, Fits, Law
 from quantize.convert.trial_run import TimedRun
@@ -80,10 +81,11 @@ def test_without_time_to_spare_pieces_are_measured(
 
 
 def test_a_trial_takes_the_steps_of_the_conversion(tiny: ModelMaker, text_file: Path, tmp_path: Path):
-    run, _, tokens = opened(request("fireq", model_of(tiny, "fireq"), text_file, tmp_path / "out"))
+    plan, _, tokens = draft(request("fireq", model_of(tiny, "fireq"), text_file, tmp_path / "out"))
     assert tokens is not None
+    run = Conversion(plan)
     wanted = run.block(0, run.embed(tokens))
-    timed = TimedRun.of(run, clock := Clock(run.request.device), fits := Fits(clock, until=float("inf")))
+    timed = TimedRun.of(plan, clock := Clock(plan.request.device), fits := Fits(clock, until=float("inf")))
     for fitted_before in (False, True):
         fits.done = fitted_before
         clock.parts = {}

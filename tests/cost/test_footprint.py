@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from quantize.block import statistics
 from quantize.block.block import Block
+from quantize.block.measure import moments_of
 from quantize.block.moments import Moments
+from quantize.block.teacher import freeze_reference
 from quantize.cost.footprint import BlockSizes
 from quantize.methods import STAGES
 from quantize.methods.encode import Encode
@@ -119,9 +121,9 @@ def test_measuring_takes_what_it_says(make_block: Callable[..., Block], with_ref
     told = sizes(
         linears=linears, hidden=shape.hidden, heads=shape.n_heads, kv_heads=shape.n_kv_heads, batch=tokens
     ).measuring(name, with_reference, fp8)
-    block.freeze_reference()
-    block.moments(name, fp8, with_reference)  # masks and rotary tables are made once
-    found = allocated(lambda: block.moments(name, fp8, with_reference))
+    freeze_reference(block)
+    moments_of(block, name, fp8, with_reference)  # masks and rotary tables are made once
+    found = allocated(lambda: moments_of(block, name, fp8, with_reference))
     # On its way to q_proj a pass is narrower than the block is at its widest.
     assert 0.85 < told / found < (1.25 if role == "down" else 2.5), (told, found)
 

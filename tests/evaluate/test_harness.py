@@ -27,9 +27,10 @@ pytest.importorskip("lm_eval", reason="tasks need lm-eval")
 
 from quantize.evaluate import task_sources
 from quantize.evaluate.harness import run_tasks
+from quantize.evaluate.task_comparison import compare_tasks
 from quantize.evaluate.task_model import TaskModel
 from quantize.evaluate.task_results import TaskRun, figures_of
-from quantize.evaluate.task_scores import aggregate, aggregation_of, compare_tasks, influence, standard_error
+from quantize.evaluate.task_scores import aggregate, aggregation_of, influence, standard_error
 
 CPU = torch.device("cpu")
 Maker = Callable[..., Path]

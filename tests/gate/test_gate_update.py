@@ -13,7 +13,7 @@ from quantize.cli.gate import print_verdicts
 from quantize.errors import QualityError, RecipeError, UsageError
 from quantize.files import strict_yaml
 from quantize.gate.file import load_gate
-from quantize.gate.run import update_baselines
+from quantize.gate.update import update_baselines
 
 FILE = """# first line
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantize.convert.conversion import Conversion
+import quantize.convert.source as source_module
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, UsageError
 from quantize.evaluate import evaluate
@@ -98,28 +98,34 @@ def test_layers_are_searched_and_the_plan_is_kept(tiny: ModelMaker, text_file: P
     assert resolved.experts == plan["experts"]
 
 
-def test_the_search_leaves_out_windows_that_are_not_finite(
-    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_window_that_overflows_leaves_the_search(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stage = "{method: ladimo, activated_reduction: 0.1, teaching: none}"
+    real = source_module.sample
 
-    def found(name: str) -> dict[str, Any]:
+    def search(name: str, change: Callable[[list[Tensor]], None]) -> dict[str, Any]:
+        def sample(*arguments: Any) -> list[Tensor]:
+            hidden = real(*arguments)
+            change(hidden)
+            return hidden
+
+        monkeypatch.setattr(source_module, "sample", sample)
+        stage = "{method: ladimo, teaching: none, activated_reduction: 0.1}"
         run(tiny("llama"), stage, tmp_path / name, text_file, "pq")
-        facts: dict[str, Any] = json.loads((tmp_path / name / "pq.json").read_text())["layers"]["ladimo"]
-        return facts
+        found: dict[str, Any] = json.loads((tmp_path / name / "pq.json").read_text())["layers"]["ladimo"]
+        return found
 
-    expected, entering = found("clean"), Conversion._hidden
+    def spoil(hidden: list[Tensor]) -> None:
+        hidden[0][1, 3, 5] = torch.inf
 
-    def spoiled(self: Conversion, windows: Tensor) -> list[Tensor]:
-        hidden = entering(self, windows)
-        return [*hidden, torch.full_like(hidden[0][:1], torch.nan)]
+    def leave_out(hidden: list[Tensor]) -> None:
+        hidden[0] = hidden[0][[0, *range(2, len(hidden[0]))]]
 
-    monkeypatch.setattr(Conversion, "_hidden", spoiled)
-    assert found("spoiled") == expected
-    assert "searching, block 0: 1 windows became non-finite and are left out" in caplog.text
-    monkeypatch.setattr(Conversion, "_hidden", lambda self, windows: [h * torch.nan for h in entering(self, windows)])
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp: no finite calibration inputs; try --dtype float32"):
-        found("nothing")
+    spoiled, without = search("spoiled", spoil), search("without", leave_out)
+    for key in ("kl_alone", "mean_experts"):
+        assert spoiled[key] == pytest.approx(without[key], rel=1e-4), key
+    assert spoiled["kl_untrained"] == pytest.approx(without["kl_untrained"], rel=1e-4)
+    assert 0 < spoiled["kl_untrained"] < 1
 
 
 def test_experts_are_quantized_by_the_stages_behind(tiny: ModelMaker, text_file: Path, tmp_path: Path):

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import quantize.methods.awq as awq_module
-from quantize.block.block import Block, Moments
+from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
+from quantize.block.moments import Moments
 from quantize.block.smoothing import balanced, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
@@ -51,15 +54,14 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def with_hessian(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
-    """Let the block's statistics report a changed Hessian."""
-    measure = block.moments
+def change_hessians(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Let stages measure a changed Hessian."""
 
-    def moments(*args: Any, **kwargs: Any) -> Moments:
-        return replace(found := measure(*args, **kwargs), hessian=change(found.hessian))
+    def changed(*args: Any, **kwargs: Any) -> Moments:
+        return replace(found := moments_of(*args, **kwargs), hessian=change(found.hessian))
 
-    block.moments = moments  # type: ignore[method-assign]
-    return block
+    for module in ("gptq", "fireq.stage"):
+        patch.setattr(f"quantize.methods.{module}.moments_of", changed)
 
 
 def nearest(weight: Tensor, bits: int) -> Tensor:
@@ -76,9 +78,9 @@ def squared_output_error(x: Tensor, quantized: Tensor, weight: Tensor) -> float:
     return float((x @ (quantized - weight).T).square().sum() / (x @ weight.T).square().sum())
 
 
-def inputs_of(block: Block, name: str) -> Tensor:
+def entering(block: Block, name: str) -> Tensor:
     with torch.no_grad():
-        return torch.cat([x for (x,) in block.inputs_of((name,))])
+        return torch.cat([x for (x,) in inputs_of(block, (name,))])
 
 
 # Rounding to nearest
@@ -109,7 +111,7 @@ def test_rtn_clipping_never_costs_weight_error(make_block: BlockMaker, bits: int
 @pytest.mark.parametrize("name", LINEARS)
 def test_gptq_has_less_output_error_than_rounding(make_block: BlockMaker, order: str, clip: str, name: str):
     plain = correlate(make_block("llama"))
-    x, weight = inputs_of(plain, name), plain.linear(name).weight
+    x, weight = entering(plain, name), plain.linear(name).weight
     rounded = run(Rtn(clip=clip, layers=(f"*.{name}",)), make_block("llama")).packed[name]
     block = run(Gptq(order=order, clip=clip, layers=(f"*.{name}",)), correlate(make_block("llama")))
     error = squared_output_error(x, block.packed[name].unpack(), weight)
@@ -133,14 +135,15 @@ def test_dead_inputs_are_survived_and_noted(make_block: BlockMaker, stage: Stage
 
 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(damping=0.01)], ids=str)
-def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, stage: Stage):
+def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage):
     def shifted(H: Tensor) -> Tensor:
         # Smallest eigenvalue −0.05 of the mean: 0.01 is too little damping, 0.1 is enough.
         values, vectors = torch.linalg.eigh(H.double())
         values[0] = -0.05 * H.diagonal().mean()
         return ((vectors * values) @ vectors.T).float()
 
-    block = run(stage, with_hessian(correlate(make_block("llama", reference=True)), shifted))
+    change_hessians(monkeypatch, shifted)
+    block = run(stage, correlate(make_block("llama", reference=True)))
     for name in LINEARS:
         assert block.report[name]["damping"] == pytest.approx(0.1), name
         assert block.report[name]["weight_error"] < 0.1
@@ -149,9 +152,10 @@ def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, stage: 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(), Fireq(activations="none")], ids=str)
 @pytest.mark.parametrize("spoil", [torch.neg, lambda H: H * torch.nan, lambda H: H.fill_diagonal_(torch.inf)])
 def test_an_unusable_hessian_falls_back_to_rounding(
-    make_block: BlockMaker, stage: Stage, spoil: Callable[[Tensor], Tensor]
+    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage, spoil: Callable[[Tensor], Tensor]
 ):
-    block = run(stage, with_hessian(correlate(make_block("llama", reference=True)), spoil))
+    change_hessians(monkeypatch, spoil)
+    block = run(stage, correlate(make_block("llama", reference=True)))
     for name in LINEARS:
         facts = block.report[name]
         assert "rounded to nearest" in facts["fallback"], name
@@ -167,7 +171,7 @@ def test_an_unusable_hessian_falls_back_to_rounding(
 
 def sinks_error(block: Block, edge: Edge, bits: int) -> float:
     """Relative output error of an edge's sinks rounded as they are, from the activations themselves."""
-    x = inputs_of(block, edge.sinks[0])
+    x = entering(block, edge.sinks[0])
     weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
     return sum(squared_output_error(x, nearest(weight, bits), weight) for weight in weights)
 
@@ -214,7 +218,7 @@ def candidates_of(stage: Awq, block: Block, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_awq_tries_every_pair_of_exponents(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block = correlate(make_block("qwen3"))
-    x = inputs_of(block, "self_attn.q_proj").abs().mean(dim=0)
+    x = entering(block, "self_attn.q_proj").abs().mean(dim=0)
     w = torch.cat([block.linear(f"self_attn.{sink}_proj").weight for sink in "qkv"]).abs().mean(dim=0)
     tried = candidates_of(Awq(grid=4, weight_exponents=(0.0, 0.5, 1.0)), block, monkeypatch)["attn_norm"]
     pairs = [(a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.5, 1.0)]
@@ -255,7 +259,7 @@ def test_a_search_that_finds_nothing_leaves_the_edge_alone(make_block: BlockMake
     block = correlate(make_block("llama"))
     edge = block.arch.edge("attn_norm")
     poor = torch.exp(2 * torch.randn(128, generator=torch.Generator().manual_seed(0)))
-    moments = block.moments(edge.sinks[0], fp8_activations=False)
+    moments = moments_of(block, edge.sinks[0], fp8_activations=False)
     assert search(block, edge, [poor], moments.hessian, Grid(4, 128)) == (None, 1.0)
 
 

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import quantize  # registers the native format  # noqa: F401
 from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.measure import moments_of
+from quantize.block.teacher import freeze_reference
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, RecipeError
 from quantize.evaluate.streamed import open_model
@@ -225,13 +228,13 @@ def test_statistics_and_encoding_see_rotated_inputs(make_block: BlockMaker):
     with torch.no_grad():
         Rotate(**PARTS["down"]).apply(block)
         H = apply_hadamard(torch.eye(256))
-        wanted = H.T @ plain.moments(down, False).hessian @ H
-        assert difference(block.moments(down, False).hessian, wanted) < 1e-5
+        wanted = H.T @ moments_of(plain, down, False).hessian @ H
+        assert difference(moments_of(block, down, False).hessian, wanted) < 1e-5
         before = block.forward(block.module, block.inputs[0])
         Gptq(bits=8, group_size=32).apply(block)
         assert block.rotates_inputs(down)
         assert difference(block.forward(block.module, block.inputs[0]), before) < 0.01
-        block.freeze_reference()
+        freeze_reference(block)
         assert block.reference is not None
         assert torch.equal(
             block.forward(block.reference, block.inputs[0]), block.forward(block.module, block.inputs[0])
@@ -255,7 +258,7 @@ def test_outlier_channels_of_the_residual_stream_vanish(make_block: BlockMaker):
         with torch.no_grad():
             if stage is not None:
                 stage.apply(block)
-            inputs = [torch.cat(parts) for parts in zip(*block.inputs_of(names), strict=True)]
+            inputs = [torch.cat(parts) for parts in zip(*inputs_of(block, names), strict=True)]
         seen.append([peakedness(x) for x in (torch.cat(block.inputs), *inputs)])
     before, after = seen
     for (kurtosis, peak), (kurtosis_after, peak_after) in zip(before[:3], after[:3], strict=True):

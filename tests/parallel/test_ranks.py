@@ -17,7 +17,9 @@ from torch import Tensor
 
 from quantize.block.block import Block
 from quantize.block.exchange import share_out
-from quantize.block.moments import Moments, routed_sums, sums_of
+from quantize.block.measure import moments_of, routed_sums, sums_of
+from quantize.block.moments import Moments
+from quantize.block.teacher import freeze_reference
 from quantize.methods.gptq import Gptq
 from quantize.parallel.launch import joined
 from quantize.parallel.ranks import ALONE, Ranks
@@ -138,11 +140,11 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
         block.inputs[1][0, 3, 5] = float("nan")  # spoils tokens behind it
         assert block.reference_inputs is not None
         block.reference_inputs[2] *= 3
-        block.freeze_reference()
+        freeze_reference(block)
         return block
 
     wanted = {
-        name: made(ALONE).moments(name, fp8, True)
+        name: moments_of(made(ALONE), name, fp8, True)
         for name, fp8 in (("self_attn.q_proj", True), ("mlp.down_proj", False))
     }
     assert len(everything(wanted["mlp.down_proj"])) == 4
@@ -150,7 +152,7 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
     def check(ranks: Ranks) -> None:
         block = made(ranks)
         for name, moments in wanted.items():
-            found = block.moments(name, name.endswith("q_proj"), True)
+            found = moments_of(block, name, name.endswith("q_proj"), True)
             assert found.tokens == moments.tokens < 4 * 48
             assert all(a.equal(b) for a, b in zip(everything(found), everything(moments), strict=True))
         assert block.report["mlp.down_proj"]["dropped_tokens"] == 4 * 48 - wanted["mlp.down_proj"].tokens

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantize.bench.speed.record import Row
+from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import Calls, Stand, require_close
 from quantize.formats.kv4 import KvScheme
 from quantize.kernels.attention import api as attention

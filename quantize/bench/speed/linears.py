@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.bench.speed.peers import clones, peers, row_codes
-from quantize.bench.speed.record import Row
+from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import CHAIN_LIMIT, Calls, Stand, require_close
 from quantize.formats.fp8 import quantize_activations
 from quantize.kernels.fp8 import api as fp8

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantize.bench.speed.attention import SCHEME, Cache, Heads, backends, filled_cache, sdpa
 from quantize.bench.speed.linears import GROUP_SIZE, exact_norm, exact_product, gated_plain, random_weight
-from quantize.bench.speed.record import Row
+from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import CHAIN_LIMIT, Stand, require_close
 from quantize.kernels.attention import api as attention
 from quantize.kernels.attention.reference import attend_reference, store_reference, visible

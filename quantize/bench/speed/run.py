@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from quantize.bench.speed import attention, linears, llama
 from quantize.bench.speed.linears import Shape
-from quantize.bench.speed.record import Row
+from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import Stand
 
 LLAMA_2_7B_FFN: Shape = (11008, 4096)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantize.bench.speed.record import Ceilings, Record, Row, Spread
+from quantize.bench.speed.record import Record
+from quantize.bench.speed.rows import Ceilings, Row, Spread
 from quantize.cost.stopwatch import device_name, take_turns, versions, watch
 from quantize.errors import QualityError
 

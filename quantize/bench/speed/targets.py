@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from quantize.bench.speed.record import Row
+from quantize.bench.speed.rows import Row
 
 PEER = "bf16"
 """The peer that targets speak of; on machines where it was not timed there are none."""

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from quantize.block.capture import attention_inputs
 from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.errors import ModelError
 from quantize.formats.kv4 import KvScheme
@@ -100,7 +101,7 @@ class FireqAttention(Stage):
             self.numerics.scheme.group(shape.head_dim)
         except ValueError as err:
             raise ModelError(f"{block.full_name(arch.attention)}: {err}") from None
-        samples = [Sample.of(*inputs) for inputs in block.attention_inputs(_TOKENS)]
+        samples = [Sample.of(*inputs) for inputs in attention_inputs(block, _TOKENS)]
         partner = partners(arch.rope, shape.head_dim, block.rotary_dim).to(block.device)
         gram = _gram(block)
         one = torch.ones(shape.n_kv_heads, shape.head_dim, device=block.device)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
@@ -80,7 +81,7 @@ class Fireq(IntEncode):
 
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
-        return block.moments(name, self.fp8, with_reference=self.aim == "parent") if self.needs_inputs else None
+        return moments_of(block, name, self.fp8, with_reference=self.aim == "parent") if self.needs_inputs else None
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""

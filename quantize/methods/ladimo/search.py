@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantize.block.streams import drop_empty, finite_only
+from quantize.block.capture import inputs_of
+from quantize.block.standin import stand_in
+from quantize.block.walk import Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.methods.ladimo.budget import Budget, Levels
 from quantize.methods.ladimo.routing import Budget as Visits
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.view import ModelView
 
-log = logging.getLogger(__name__)
+Prefix = tuple[float | None, ...]
+"""What became of each block so far: its level, None where it is dense. Plans that agree on it share hidden states."""
 
 _FFN = "mlp"
 _CURVE = (0.1, 0.2, 0.3, 0.4)
@@ -127,31 +130,33 @@ class Searcher:
     def _measure(
         self, plans: Sequence[Levels], levels: Sequence[float], errors: dict[tuple[int, float], float]
     ) -> list[float]:
-        """KL of every plan. Plans that agree on the blocks so far share their hidden states.
+        """KL of every plan, on the windows that stay finite under all of them.
 
         errors: takes the relative output error of every block's FFN at every level, on the parent's hidden states.
         """
-        parent: tuple[float | None, ...] = ()
-        streams = {parent: list(self.model.hidden)}
-        for index in range(self.budget.blocks):
-            self.model.progress("searching", index, self.budget.blocks)
-            block = self.model.open(index, streams[parent])
-            wanted = {key: {plan.get(index) for plan in plans if _prefix(plan, index) == key} for key in streams}
-            wanted[parent].add(None)
+        blocks = self.budget.blocks
+        streams: Streams[Prefix] = Streams({(): list(self.model.hidden)}, self.model.ranks)
+
+        def open_next(index: int) -> Block:
+            self.model.progress("searching", index, blocks)
+            return self.model.open(index, streams.batches[_prefix({}, index)])
+
+        def visit(block: Block) -> Mapping[Prefix, Route[Prefix]]:
+            index = block.index
             trials = self._trials(block, levels, errors)
-            streams = {
-                (*key, mean): [self._forward(block, trials[mean], hidden) for hidden in streams[key]]
-                for key, means in wanted.items()
-                for mean in means
-            }
-            _drop_non_finite(list(streams.values()), index)
-            parent = (*parent, None)
-        return [self._kl(streams[parent], streams[_prefix(plan, self.budget.blocks)]) for plan in plans]
+            # The parent's own stream goes on whether a plan asks for it or not.
+            wanted = [{}, *plans]
+            steps = dict.fromkeys((_prefix(plan, index), plan.get(index)) for plan in wanted)
+            return {(*key, mean): (key, partial(_outputs, block, trials[mean])) for key, mean in steps}
+
+        walk(streams, range(blocks), open_next, visit)
+        after = streams.batches
+        return [self._kl(after[_prefix({}, blocks)], after[_prefix(plan, blocks)]) for plan in plans]
 
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
     ) -> dict[float | None, Trial | None]:
-        x = torch.cat([inputs for (inputs,) in block.inputs_of([_FFN])])
+        x = torch.cat([inputs for (inputs,) in inputs_of(block, [_FFN])])
         x = x[x.isfinite().all(dim=1)]
         if not len(x):
             raise ModelError(f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32")
@@ -167,17 +172,7 @@ class Searcher:
             trials[mean] = Trial(student)
         return trials
 
-    @staticmethod
-    def _forward(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
-        dense = block.module.get_submodule(_FFN)
-        try:
-            if trial is not None:
-                block.module.set_submodule(_FFN, trial)
-            return block.forward(block.module, hidden.to(block.device))
-        finally:
-            block.module.set_submodule(_FFN, dense)
-
-    def _kl(self, parent: list[Tensor], converted: list[Tensor]) -> float:
+    def _kl(self, parent: Sequence[Tensor], converted: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0
         for ours, theirs in zip(parent, converted, strict=True):
             p, q = self.model.log_probs(ours), self.model.log_probs(theirs)
@@ -186,22 +181,12 @@ class Searcher:
         return total / tokens
 
 
-def _drop_non_finite(streams: Sequence[list[Tensor]], index: int) -> None:
-    """Drop windows that are not finite in some stream from all of them: plans are compared on the same text.
-
-    index: the block whose outputs they are. ModelError when no window is left.
-    """
-    dropped = 0
-    for batch, outputs in enumerate(zip(*streams, strict=True)):
-        kept, lost = finite_only(outputs)
-        dropped += lost
-        for stream, out in zip(streams, kept, strict=True):
-            stream[batch] = out
-    drop_empty(streams, index)
-    if dropped:
-        log.warning("searching, block %d: %d windows became non-finite and are left out", index, dropped)
-
-
-def _prefix(plan: Levels, blocks: int) -> tuple[float | None, ...]:
-    """What a plan does to the blocks before the given one."""
+def _prefix(plan: Levels, blocks: int) -> Prefix:
+    """What a plan does to the blocks before the given one; that of the parent is empty."""
     return tuple(plan.get(index) for index in range(blocks))
+
+
+def _outputs(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
+    """Outputs of a block whose FFN is tried; None: of the block as it is."""
+    with stand_in(block.module, {_FFN: trial} if trial else {}):
+        return block.forward(block.module, hidden)

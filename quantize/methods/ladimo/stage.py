@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from quantize.block.capture import inputs_of
+from quantize.block.teacher import keep_parent, parent_outputs
 from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.cost.peak import measured
 from quantize.errors import ModelError
@@ -174,7 +176,7 @@ class Ladimo(Stage):
 
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""
-        block.keep_parent()
+        keep_parent(block)
         for role in BIASED:
             block.add_bias(block.arch.of_role(role))
         mean = self._planned[block.index]
@@ -244,8 +246,8 @@ class Ladimo(Stage):
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
         ffn, tokens = dense_ffn(block), 0
-        for batch, (residual, x) in enumerate(block.inputs_of([norm, FFN])):
-            y = ffn(x) if self.aim == "layer" else block.parent_outputs(batch) - residual
+        for batch, (residual, x) in enumerate(inputs_of(block, [norm, FFN])):
+            y = ffn(x) if self.aim == "layer" else parent_outputs(block, batch) - residual
             finite = (x.isfinite() & y.isfinite()).all(dim=1)
             inputs.append(x[finite])
             targets.append(y[finite])

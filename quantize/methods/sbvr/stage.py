@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
@@ -96,7 +97,7 @@ class Sbvr(Encode):
 
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
-        return block.moments(name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
+        return moments_of(block, name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
 
     def fitting(self, N: int, K: int) -> int:
         """The codebook is trained on a sample; then the factorization, or what stands beside the factor."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab
 from quantize.convert.allocation import Space
-from quantize.convert.conversion import HEAD_GROUP, Conversion
+from quantize.convert.head import HEAD_GROUP
 from quantize.convert.joint import shared_tokens
+from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
@@ -16,8 +17,11 @@ from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
 
-def opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]:
-    """The conversion, what a target of bits per weight lets choose, and calibration text where any is needed."""
+def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
+    """The plan so far, what a target of bits per weight lets choose, and calibration text where any is needed.
+
+    Raises what `convert` raises before it loads weights.
+    """
     source = Checkpoint(request.model)
     if source.config.get("quantization_config"):
         raise ModelError(
@@ -34,7 +38,7 @@ def opened(request: Request) -> tuple[Conversion, Space | None, TokenSet | None]
     tokens = None
     if space or any(stage.needs_inputs for stage in request.recipe.stages):
         tokens = shared_tokens(request.ranks, lambda: _calibration(request, shape))
-    return Conversion(request, source, arch, shape, skeleton), space, tokens
+    return Plan(request, source, arch, shape, skeleton, Decisions(request.recipe)), space, tokens
 
 
 def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:

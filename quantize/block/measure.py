@@ -1,0 +1,103 @@
+"""Measuring second moments on a block: which inputs, whose tokens, and what is measured along."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import Tensor
+
+from quantize.block.block import Block
+from quantize.block.capture import inputs_of
+from quantize.block.moments import Moments, Sums
+from quantize.cost.footprint import ROUTED_BYTES
+from quantize.errors import ModelError
+
+
+def moments_of(block: Block, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
+    """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
+    activations.
+
+    with_reference: also the moments against the parent (`freeze_reference` must have been called),
+    but for the FFN of a block with experts: the parent's tokens may go to others, or through a
+    dense FFN.
+    A routed expert that no token visits has moments of zero; ModelError for any other linear
+    without tokens.
+    """
+    found = _moments(block, name, fp8_activations, with_reference)
+    if block.parking:
+        block.parking.away(block.module, block.reference, block.parent)
+    return found
+
+
+def _moments(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Moments:
+    if block.arch.is_routed(name):
+        if name not in block.waiting or block.waiting_fp8 != fp8_activations:
+            sums = routed_sums(block, name, fp8_activations)
+            block.waiting = {inside: _mean(block, inside, total) for inside, total in sums.items()}
+            block.waiting_fp8 = fp8_activations
+        return block.waiting.pop(name)
+    with_reference = with_reference and block.arch.expert_of(name) is None
+    return _mean(block, name, sums_of(block, name, fp8_activations, with_reference))
+
+
+def _mean(block: Block, name: str, sums: Sums) -> Moments:
+    if sums.dropped:
+        before = block.report.get(name, {}).get("dropped_tokens", 0)
+        block.note(name, dropped_tokens=before + sums.dropped)
+    if not sums.totals or (not sums.tokens and not block.arch.is_routed(name)):
+        full = block.full_name(name)
+        raise ModelError(f"{full}: no finite calibration inputs; try --dtype float32")
+    return sums.mean()
+
+
+def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Sums:
+    """Run all batches up to the linear `name`; with_reference: the parent's too, through
+    `block.reference`."""
+    residual = block.arch.residual.get(name) if with_reference else None
+    names = (name,) if residual is None else (residual, name)
+    sums = Sums(fp8_activations, block.ranks)
+    parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
+    if with_reference:
+        stream = block.inputs if block.reference_inputs is None else block.reference_inputs
+        parent = inputs_of(block, names, block.reference, _own(block, stream))
+    rounds = block.ranks.rounds(len(block.inputs))
+    own = inputs_of(block, names, stream=_own(block, block.inputs))
+    for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
+        sums.add(ours, theirs, present)
+    _complete(block, (sums,))
+    return sums
+
+
+def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:
+    """Sums of the linear `name` of an expert and, from the same pass, that of as many experts
+    behind it as fit.
+
+    A real model has dozens of experts, and none changes what another one sees. Encoded linears are
+    left out.
+    """
+    inside = name.rpartition(".")[2]
+    experts = [n for n in block.arch.roles if block.arch.is_routed(n) and n.endswith(f".{inside}")]
+    behind = [n for n in experts[experts.index(name) :] if n == name or n not in block.packed]
+    inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
+    fitting = max(1, ROUTED_BYTES // (4 * inputs**2))
+    sums = {n: Sums(fp8_activations, block.ranks) for n in behind[:fitting]}
+    rounds = block.ranks.rounds(len(block.inputs))
+    entering = inputs_of(block, tuple(sums), stream=_own(block, block.inputs))
+    for (_, present), seen in zip(rounds, entering, strict=True):
+        for total, x in zip(sums.values(), seen, strict=True):
+            total.add((x,), present=present)
+    _complete(block, sums.values())
+    return sums
+
+
+def _own(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The batches of a stream that this rank runs."""
+    return (stream[batch] for batch, _ in block.ranks.rounds(len(stream)))
+
+
+def _complete(block: Block, sums: Collection[Sums]) -> None:
+    counts = block.ranks.gathered([[one.tokens, one.dropped] for one in sums])
+    for one, found in zip(sums, zip(*counts, strict=True), strict=True):
+        tokens, dropped = (sum(column) for column in zip(*found, strict=True))
+        one.complete(tokens, dropped)

@@ -1,0 +1,40 @@
+"""What an output says of itself in config.json, and what its format cannot hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantize.convert.plan import Plan
+from quantize.convert.state import State
+from quantize.formats.output import Finished
+from quantize.model.arch import ROUTERS, ExpertSizes
+from quantize.model.moe import TopK
+
+
+def output_config(plan: Plan, state: State) -> dict[str, Any]:
+    """config.json of the output."""
+    config = plan.basis.config(plan.source.config, plan.shape)
+    linears = plan.skeleton.linears()
+    for stage in plan.recipe.stages:
+        config, linears = stage.config(config), stage.linears(linears)
+    routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
+    names = (plan.arch.head, *linears, *routers)
+    alone = [name for name in names if name not in state.schemes]
+    routing = {}
+    if state.routing:
+        sizes = ExpertSizes.of(config)
+        usual = TopK(sizes.top_k, sizes.renormalize)
+        routing = {name: policy for name, policy in state.routing.items() if policy != usual}
+    finished = Finished(state.schemes, alone, plan.attention, state.rotated_inputs, routing)
+    section = plan.format.config_section(finished)
+    return config if section is None else config | {"quantization_config": section}
+
+
+def lost_in(plan: Plan, state: State) -> list[str]:
+    """What the recipe asks for and its format cannot hold."""
+    experts = []
+    if plan.arch.experts:
+        inside = f".{plan.arch.experts.routed}."
+        experts = [name for name in plan.skeleton.linears() if inside in name]
+    schemes = {state.schemes.get(name) for name in experts}
+    return plan.format.lost(plan.attention is not None, schemes)

@@ -1,0 +1,139 @@
+"""The parent under a plan: its blocks, the tensors outside them, and the hidden states that enter
+block 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableSequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantize.block.block import Block
+from quantize.block.view import ModelView
+from quantize.block.walk import Pass
+from quantize.calibration.tokens import TokenSet
+from quantize.convert.allocation import SAMPLE_TOKENS
+from quantize.convert.plan import Plan
+from quantize.convert.request import Progress
+from quantize.files.checkpoint import require_finite_floats
+from quantize.files.disk import reported
+from quantize.files.memo import Memo
+from quantize.files.offload import Parking, place_states
+
+
+def open_block(
+    plan: Plan,
+    index: int,
+    inputs: MutableSequence[Tensor],
+    reference_inputs: MutableSequence[Tensor] | None = None,
+) -> Block:
+    """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the
+    parent's.
+
+    They come in the basis of the output and are replaced by the same in the parent's, which the
+    weights are in.
+    """
+    request = plan.request
+    prefix = f"{plan.arch.blocks}.{index}."
+    parking = Parking(request.device, _scratch(plan)) if request.split else None
+    weights: dict[str, Tensor] = {}
+    storage: dict[str, torch.dtype] = {}
+    # One by one: all in both dtypes would take half as much again.
+    for name in plan.source.names(prefix):
+        tensor = plan.source.tensor(name)
+        require_finite_floats({name: tensor}, "")
+        storage[name.removeprefix(prefix)] = tensor.dtype
+        tensor = tensor.to(request.device, request.dtype)
+        weights[name.removeprefix(prefix)] = parking.put(tensor) if parking else tensor
+    block = Block(
+        index=index,
+        arch=plan.skeleton.block_arch(index),
+        shape=plan.shape,
+        module=plan.skeleton.layer(index, weights, placed=True),
+        storage=storage,
+        forward=Pass(plan.skeleton, index, parking),
+        inputs=inputs,
+        reference_inputs=reference_inputs,
+        device=request.device,
+        rotary_dim=plan.rotary_dim,
+        keeps_post_scales=plan.format.keeps_post_scales,
+        parking=parking,
+        memo=Memo(request.work, request.ranks),
+        ranks=request.ranks,
+    )
+    if parking:
+        parking.away(block.module)
+    if plan.basis.changed:
+        block.map_inputs(plan.basis.leave)
+    return block
+
+
+def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:
+    """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage
+    unties it."""
+    out: dict[str, Tensor] = {}
+    for module in modules:
+        if module != plan.arch.head or not plan.shape.tied:
+            found = plan.source.tensors(f"{module}.")
+            out |= {f"{module}.{name}": tensor for name, tensor in found.items()}
+        elif plan.basis.unties(plan.shape):
+            out[f"{module}.weight"] = plan.source.tensor(f"{plan.arch.embedding}.weight")
+    require_finite_floats(out, "")
+    return plan.basis.outside(out, plan.arch)
+
+
+def embed_windows(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
+    """Token windows [B, T] → the hidden states [b, T, D] that enter block 0, batch by batch."""
+    batch = max(1, plan.request.batch_tokens // windows.shape[1])
+    weight = outside(plan, plan.arch.embedding)[f"{plan.arch.embedding}.weight"]
+    for part in torch.split(windows, batch):
+        yield plan.skeleton.embed(weight, part)
+
+
+def sample(plan: Plan, tokens: TokenSet) -> list[Tensor]:
+    """The hidden states that enter block 0, of as much text as planning measures on."""
+    windows = max(1, SAMPLE_TOKENS // tokens.tokens.shape[1])
+    return list(embed_windows(plan, tokens.tokens[:windows]))
+
+
+def hold(plan: Plan, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
+    """Hidden states of all batches, where they wait between two blocks."""
+    place = plan.request.states_on
+    return place_states(hidden, place, _scratch(plan) if place == "disk" else None)
+
+
+def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
+    """The whole parent, as stages see it that plan ahead."""
+    arch, request = plan.arch, plan.request
+    weights = outside(plan, arch.final_norm, arch.head)
+    head = weights.pop(f"{arch.head}.weight", None)
+    if head is None:
+        head = outside(plan, arch.embedding)[f"{arch.embedding}.weight"]
+    prefix = f"{arch.final_norm}."
+    of_norm = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    norm = plan.skeleton.final_norm(of_norm)
+    placed = head.to(request.device, request.dtype)
+
+    def log_probs(hidden: Tensor) -> Tensor:
+        return F.linear(norm(hidden), placed).float().log_softmax(dim=-1)
+
+    return ModelView(
+        arch=arch,
+        shape=plan.shape,
+        sizes=plan.source.shapes,
+        hidden=sample(plan, tokens),
+        open=lambda index, inputs: open_block(plan, index, inputs),
+        log_probs=log_probs,
+        progress=progress,
+        ranks=request.ranks,
+    )
+
+
+def _scratch(plan: Plan) -> Path:
+    """Folder for files without a name, which are gone when the process is."""
+    folder = plan.request.work or plan.request.output.absolute().parent
+    with reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,101 @@
+"""What is told about a finished conversion: the totals of its run, and its part of the
+provenance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantize.convert.output import lost_in
+from quantize.convert.plan import Plan
+from quantize.convert.state import State
+from quantize.cost.peak import peak_of
+
+RESTRUCTURED = (
+    "policy",
+    "mean_experts",
+    "ffn_error",
+    "pruned_error",
+    "untrained_error",
+    "random_error",
+)
+"""Facts of a restructured FFN that a summary shows."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did; the JSON that `pq convert --json` prints."""
+
+    output: str
+    recipe: str
+    blocks: int
+    quantized_linears: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    seconds_per_block: float
+    peak_bytes: int | None
+    """Most memory of the process, or of the GPU where blocks are computed on one; None where it
+    cannot be told."""
+    promoted: list[str]
+    """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
+    fallbacks: list[str]
+    lost: list[str]
+    """What the recipe asks for and the format of the output cannot hold."""
+    untied_head_bytes: int
+    """What a head takes that shared the embedding's weight and got one of its own; 0 where none
+    did."""
+    restructured: list[dict[str, Any]]
+    """What each restructured block became: errors of its FFN beside its baselines', time, peak
+    memory."""
+    activated_reduction: float | None
+    """Share of the parameters a token meets that was saved; None without a restructure stage."""
+    mean_output_error: float | None
+    """Mean over linears of the relative squared output error on calibration text; None for
+    data-free recipes."""
+
+
+def summary_of(plan: Plan, state: State, seconds: float, seconds_per_block: float, output_bytes: int) -> Summary:
+    """Totals of a finished run."""
+    errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
+    allocation = plan.decisions.allocation
+    return Summary(
+        output=str(plan.request.output),
+        recipe=plan.recipe.name,
+        blocks=plan.shape.n_blocks,
+        quantized_linears=len(state.schemes),
+        bits_per_weight=state.bits_per_weight,
+        source_bytes=state.source_bytes,
+        output_bytes=output_bytes,
+        seconds=round(seconds, 2),
+        seconds_per_block=round(seconds_per_block, 3),
+        peak_bytes=peak_of(plan.request.device),
+        promoted=list(allocation.promoted) if allocation else [],
+        fallbacks=[name for name, facts in state.report.items() if facts.get("fallback")],
+        lost=lost_in(plan, state),
+        untied_head_bytes=state.untied_head_bytes,
+        restructured=[
+            {
+                "name": name,
+                **{key: state.report[name].get(key) for key in RESTRUCTURED},
+                **asdict(cost),
+            }
+            for name, cost in state.costs.items()
+        ],
+        activated_reduction=state.report.get("ladimo", {}).get("activated_reduction"),
+        mean_output_error=sum(errors) / len(errors) if errors else None,
+    )
+
+
+def results_of(plan: Plan, state: State, dropped: int) -> dict[str, Any]:
+    """What goes into the provenance after the last block. dropped: sequences that left the
+    calibration."""
+    allocation = plan.decisions.allocation
+    return {
+        "bits_per_weight": state.bits_per_weight,
+        "dropped_sequences": dropped,
+        "attention": plan.attention,
+        "allocation": allocation.as_json() if allocation else None,
+        "layers": state.report,
+    }
