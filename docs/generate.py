@@ -33,11 +33,11 @@ _LARGEST_SEED = 2**63 - 1
 
 def recipe_table() -> str:
     """The shipped recipes: stages, scheme, format, what they are for."""
-    from quantize.recipe.recipe import load_recipe, shipped_recipes
+    from quantize.recipe.recipe import load_recipe
 
     head = ("recipe", "stages", "weights, activations, cache", "format", "what it is")
     lines = [_row(head), "|---" * len(head) + "|"]
-    for path in shipped_recipes():
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(path.stem)
         stages = " → ".join(f"`{stage.method}`" for stage in recipe.stages)
         name, form = f"`{recipe.name}`", f"`{recipe.format}`"
