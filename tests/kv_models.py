@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Cache
 from quantize.formats.kv4 import KvScheme
 from quantize.model.arch import ARCHITECTURES
 from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
+from quantize.model.transformers_api import DecoderArguments, returned_cache
 from quantize.serving.kv_cache import use_int4_cache
 
 takes_tokens_back = pytest.mark.skipif(
@@ -42,6 +43,18 @@ def kv_model(tiny: ModelMaker, model_type: str, scheme: KvScheme | None = None, 
     return model.eval()
 
 
+def given(model: Any, cache: Cache) -> dict[str, Any]:
+    """The argument that hands `cache` to `model`, by the name that this release of transformers has for it."""
+    return {DecoderArguments.of(model.get_decoder()).cache: cache}
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache in what a model returned, which must be there."""
+    cache = returned_cache(output)
+    assert cache is not None
+    return cache
+
+
 def some_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(2, 290, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -56,7 +69,7 @@ def in_pieces(model: Any, ids: Tensor, sizes: list[int], cache: Cache, mask: Ten
     out, done = [], cache.get_seq_length()
     for piece in ids.split(sizes, dim=1):
         done += piece.shape[1]
-        kwargs: dict[str, Any] = {"past_key_values": cache}
+        kwargs = given(model, cache)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             kwargs |= {"attention_mask": mask[:, :done], "position_ids": positions[:, done - piece.shape[1] : done]}

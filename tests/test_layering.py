@@ -67,8 +67,30 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
-    "yaml": ("quantize.files.strict_yaml", "quantize.calibration.text_sources"),
+    "yaml": ("quantize.files.strict_yaml",),
     "huggingface_hub": ("quantize.cli",),
+    "transformers": ("quantize.model.transformers_api", "quantize.serving.transformers_quantizer"),
+}
+ADAPTERS = OWNERS["transformers"]
+# What models and layers of transformers take and return, in any release.
+NAMES_OF_TRANSFORMERS = {
+    "attention_mask",
+    "attn_implementation",
+    "_attn_implementation",
+    "cache_params",
+    "cache_position",
+    "inputs_embeds",
+    "last_hidden_state",
+    "merge_with_config_defaults",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_value",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "rotary_emb",
+    "use_cache",
 }
 
 
@@ -164,6 +186,29 @@ def test_methods_see_blocks_and_tensors_and_no_other_method(module: str):
 def test_third_parties_have_one_home(package: str):
     users = [module for module, names in GRAPH.items() if any(below(name, (package,)) for name in names)]
     assert not [module for module in users if not below(module, OWNERS[package])]
+
+
+def words(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Names, attributes, arguments and strings of a module that are a single word, with their lines."""
+    for node in ast.walk(tree):
+        found = {
+            ast.Name: lambda n: n.id,
+            ast.Attribute: lambda n: n.attr,
+            ast.keyword: lambda n: n.arg,
+            ast.arg: lambda n: n.arg,
+            ast.Constant: lambda n: n.value,
+        }.get(type(node))
+        word = found and found(node)
+        if isinstance(word, str):
+            yield word, node.lineno
+
+
+def test_the_adapter_alone_names_what_transformers_takes():
+    for module, tree in TREES.items():
+        wrong = [(word, line) for word, line in words(tree) if word in NAMES_OF_TRANSFORMERS]
+        assert not wrong or below(module, ADAPTERS), f"{module}: {wrong}"
+    adapter = {word for word, _ in words(TREES[ADAPTERS[0]])}
+    assert {"past_key_values", "use_cache", "inputs_embeds", "attn_implementation"} <= adapter
 
 
 def test_nothing_below_the_command_line_imports_it():

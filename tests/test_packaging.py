@@ -15,7 +15,8 @@ import quantize
 from quantize import errors
 from quantize.files import resources
 from quantize.files.resources import data_dir
-from quantize.recipe.recipe import load_recipe, shipped_recipes
+from quantize.recipe.files import shipped_recipes
+from quantize.recipe.recipe import load_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

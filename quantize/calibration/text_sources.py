@@ -1,4 +1,5 @@
-"""Where calibration and evaluation text comes from: the built-in set, local files, named Hub sets, any Hub name."""
+"""Where calibration and evaluation text comes from: the built-in set, local files,
+named Hub sets, any Hub name."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from quantize.errors import DataError
+from quantize.files import strict_yaml
 from quantize.files.resources import data_dir
 
 Purpose = Literal["calibration", "evaluation"]
@@ -38,11 +39,13 @@ class Text:
 
     rows: list[Row]
     packing: Literal["stream", "packed"]
-    """`stream`: the rows, joined by `joiner`, are one text in order. `packed`: they are separate documents."""
+    """`stream`: the rows, joined by `joiner`, are one text in order. `packed`:
+    they are separate documents."""
     source: str
     """For people: which text this is."""
     origin: dict[str, object]
-    """For provenance: data set, split, licence, text_sha256 (of the file's bytes, else of the rows joined by NUL)."""
+    """For provenance: data set, split, licence, text_sha256 (of the file's bytes, else
+    of the rows joined by NUL)."""
     joiner: str = "\n\n"
 
 
@@ -69,17 +72,25 @@ class HubSet(BaseModel):
 def named_sets() -> dict[str, HubSet]:
     """Return the sets of calib_data/*.yaml by name."""
     files = sorted(data_dir("calib_data").glob("*.yaml"))
-    sets = [HubSet.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
+    documents = [strict_yaml.load(file.read_bytes(), file.name) for file in files]
+    sets = [HubSet.model_validate(document.data) for document in documents]
     return {entry.name: entry for entry in sets}
 
 
-def load(dataset: str, purpose: Purpose, text_field: str | None, min_characters: int | None) -> Text:
+def load(
+    dataset: str,
+    purpose: Purpose,
+    text_field: str | None,
+    min_characters: int | None,
+) -> Text:
     """Return the text that `dataset` names.
 
-    dataset: "builtin", a name of calib_data/, a local file, or org/name[:config[:split]] on the Hub.
-    text_field: the column of a .jsonl, .parquet or Hub set; `text` when None, or what calib_data/ says.
-    min_characters: a large Hub set is read, in order, until it has given so many characters; None asks for all of a
-    set, which only sets that are not streamed can give.
+    dataset: "builtin", a name of calib_data/, a local file, or
+    org/name[:config[:split]] on the Hub.
+    text_field: the column of a .jsonl, .parquet or Hub set; `text` when
+    None, or what calib_data/ says.
+    min_characters: a large Hub set is read, in order, until it has given so many characters; None
+    asks for all of a set, which only sets that are not streamed can give.
     Raises DataError when the name is unknown, the file unreadable or the Hub out of reach.
     """
     if dataset == BUILTIN:
@@ -95,14 +106,16 @@ def load(dataset: str, purpose: Purpose, text_field: str | None, min_characters:
         raise DataError(f"{dataset}: no such file; give {_FORMATS}")
     match = _HUB_NAME.fullmatch(dataset)
     if match is None:
-        raise _unknown(dataset, [BUILTIN, *sets])
+        raise _unknown_set(dataset, [BUILTIN, *sets])
     wanted = HubSet(name=dataset, hub_id=match["id"], config=match["config"] or None)
     if match["split"]:
-        wanted = wanted.model_copy(update={"calibration_split": match["split"], "evaluation_split": match["split"]})
+        wanted = wanted.model_copy(
+            update={"calibration_split": match["split"], "evaluation_split": match["split"]},
+        )
     return _from_hub(wanted, purpose, text_field, min_characters)
 
 
-def _unknown(dataset: str, names: list[str]) -> DataError:
+def _unknown_set(dataset: str, names: list[str]) -> DataError:
     close = difflib.get_close_matches(dataset.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return DataError(
@@ -134,7 +147,9 @@ def _from_file(path: Path, field: str) -> Text:
     if path.is_dir():
         raise DataError(f"{path} is a folder; give {_FORMATS}")
     if suffix not in _FILE_SUFFIXES:
-        raise DataError(f"{path}: unknown kind of text file {suffix or '(no ending)'!r}; give {_FORMATS}")
+        raise DataError(
+            f"{path}: unknown kind of text file {suffix or '(no ending)'!r}; give {_FORMATS}",
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -149,7 +164,9 @@ def _from_file(path: Path, field: str) -> Text:
     }
     if suffix == ".txt":
         return Text([_utf8(path, data)], "stream", path.name, origin)
-    rows = list(_jsonl_rows(path, data, field) if suffix == ".jsonl" else _parquet_rows(path, data, field))
+    rows = list(
+        _jsonl_rows(path, data, field) if suffix == ".jsonl" else _parquet_rows(path, data, field),
+    )
     if not rows:
         raise DataError(f"{path} has no rows; give a file with text")
     return Text(rows, "packed", path.name, origin | {"text_field": field, "rows": len(rows)})
@@ -163,7 +180,9 @@ def _utf8(path: Path, data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise DataError(
+            f"{path} line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8",
+        ) from error
     if not text.strip():
         raise DataError(f"{path} holds only white space; give a file with text")
     return text
@@ -177,10 +196,14 @@ def _jsonl_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); each line holds one JSON object") from error
+            raise DataError(
+                f"{where}: not JSON ({error}); each line holds one JSON object",
+            ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}")
-        yield _checked(_field(row, field, where), f"{where}, field {field!r}")
+            raise DataError(
+                f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}",
+            )
+        yield _check(_field(row, field, where), f"{where}, field {field!r}")
 
 
 def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
@@ -193,45 +216,63 @@ def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     for number, value in enumerate(values, start=1):
-        yield _checked(value, f"{path} row {number}, field {field!r}")
+        yield _check(value, f"{path} row {number}, field {field!r}")
 
 
 def _field(row: dict[str, Any], field: str, where: str) -> object:
     if field not in row:
-        raise DataError(f"{where} has no field {field!r}; choose a text field among: {', '.join(row) or 'none'}")
+        names = ", ".join(row) or "none"
+        raise DataError(f"{where} has no field {field!r}; choose a text field among: {names}")
     return row[field]
 
 
-def _checked(value: object, where: str) -> Row:
+def _check(value: object, where: str) -> Row:
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair is no text; repair the row") from error
+            raise DataError(
+                f"{where}: half of a surrogate pair is no text; repair the row",
+            ) from error
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {type(value).__name__} instead of text or a list of chat messages")
-    for message in value:
-        keys = ("role", "content")
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
-            raise DataError(f"{where}: each chat message needs a role and a content, both strings")
+        raise DataError(
+            f"{where}: {type(value).__name__} instead of text or a list of chat messages",
+        )
+    if not all(map(_is_message, value)):
+        raise DataError(f"{where}: each chat message needs a role and a content, both strings")
     return value
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 # ---- Hugging Face Hub ----
 
 
-def _from_hub(wanted: HubSet, purpose: Purpose, text_field: str | None, min_characters: int | None) -> Text:
+def _from_hub(
+    wanted: HubSet,
+    purpose: Purpose,
+    text_field: str | None,
+    min_characters: int | None,
+) -> Text:
     split = wanted.calibration_split if purpose == "calibration" else wanted.evaluation_split
     if split is None:
-        raise DataError(f"{wanted.name} has no split for {purpose}; use another set, for example {BUILTIN!r}")
+        raise DataError(
+            f"{wanted.name} has no split for {purpose}; use another set, for example {BUILTIN!r}",
+        )
     if wanted.streaming and min_characters is None:
-        raise DataError(f"{wanted.name} may be too large to read whole; limit the number of windows")
+        raise DataError(
+            f"{wanted.name} may be too large to read whole; limit the number of windows",
+        )
     field = text_field or wanted.text_field
     rows: list[Row] = []
     for number, row in enumerate(_hub_rows(wanted, split, field, min_characters), start=1):
         where = f"{wanted.hub_id} split {split} row {number}"
-        rows.append(_checked(_field(row, field, where), f"{where}, field {field!r}"))
+        rows.append(_check(_field(row, field, where), f"{where}, field {field!r}"))
     if not rows:
         raise DataError(f"{wanted.name} split {split} has no rows; use another split or set")
     origin: dict[str, object] = {
@@ -252,9 +293,15 @@ def _from_hub(wanted: HubSet, purpose: Purpose, text_field: str | None, min_char
     return Text(rows, "stream", source, origin, wanted.join)
 
 
-def _hub_rows(wanted: HubSet, split: str, field: str, min_characters: int | None) -> Iterable[dict[str, Any]]:
+def _hub_rows(
+    wanted: HubSet,
+    split: str,
+    field: str,
+    min_characters: int | None,
+) -> Iterable[dict[str, Any]]:
     """Return rows in order; of a streamed set only until they hold `min_characters`."""
-    files = {split: wanted.data_files[split]} if wanted.data_files and split in wanted.data_files else None
+    file = (wanted.data_files or {}).get(split)
+    files = None if file is None else {split: file}
     rows: list[dict[str, Any]] = []
     characters = 0
     try:
@@ -268,7 +315,8 @@ def _hub_rows(wanted: HubSet, split: str, field: str, min_characters: int | None
             characters += len(str(row.get(field, "")))
             if wanted.streaming and min_characters is not None and characters >= min_characters:
                 break
-    # The Hub client raises classes of several HTTP libraries, at the first request or in the midst of a stream.
+    # The Hub client raises classes of several HTTP libraries, at the first request
+    # or in the midst of a stream.
     except Exception as error:
         raise DataError(
             f"{wanted.name} cannot be loaded from the Hugging Face Hub: {first_line(error)}. "

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SEQLEN = 2**20
+"""Longer than the context of any model there is: a typing error, not a wish."""
 MAX_TOKENS = 2**28
 """Most tokens of one set: 2 GiB as int64, far above what any method gains from."""
 
 _POOL_CHARACTERS = 2**25
-"""A large Hub set is shuffled within at least so many characters, about 10,000 web pages."""
+"""A large Hub set is shuffled within at least so many characters, about 10,000 web pages: enough
+that neighbours in the set are not neighbours in the sample, little enough to download."""
 _NEAR_THE_CUT = 256
 """Tokens that a cut in the text may have changed, generously."""
 _CHARACTERS_PER_TOKEN = 16
-"""Well above what text gives (4 to 6), so that what is read of a stream suffices for the tokens wanted."""
+"""Well above what text gives (4 to 6), so that what is read of a stream
+suffices for the tokens wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,8 @@ class TokenSet:
     source: str
     """For people: which text this is."""
     origin: dict[str, object]
-    """For provenance: data set, split, licence, text_sha256, nsamples, seqlen, seed, packing, chat_template.
+    """For provenance: data set, split, licence, text_sha256, nsamples, seqlen,
+    seed, packing, chat_template.
 
     A file is known by its name; paths are left out. `nsamples` counts the windows there are.
     """
@@ -58,11 +62,15 @@ def calibration_tokens(
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
-    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or org/name[:config[:split]] on the Hub.
-    One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents are shuffled by
-    `seed` and packed, an EOS token after each where the tokenizer has one. No other special tokens are added.
-    chat_template: render each row's messages, or its text as one user turn, with the tokenizer's chat template.
-    Raises DataError when the text cannot be read or gives fewer windows ("builtin" may give fewer, at least one).
+    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or
+    org/name[:config[:split]] on the Hub.
+    One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents
+    are shuffled by `seed` and packed, an EOS token after each where the tokenizer has one. No
+    other special tokens are added.
+    chat_template: render each row's messages, or its text as one user turn, with
+    the tokenizer's chat template.
+    Raises DataError when the text cannot be read or gives fewer windows ("builtin"
+    may give fewer, at least one).
     """
     _check_sizes(nsamples, seqlen)
     wanted = nsamples * seqlen
@@ -74,15 +82,15 @@ def calibration_tokens(
                 f"{text.source} is one text without chat turns; "
                 "turn chat_template off, or give a .jsonl or .parquet file with one chat per row"
             )
-        ids = _encode(tokenizer, _joined(text))
+        ids = _encode(tokenizer, _join(text))
     else:
-        ids = _pack(tokenizer, _shuffled(text.rows, seed), wanted, chat_template)
+        ids = _pack(tokenizer, _shuffle(text.rows, seed), wanted, chat_template)
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
-        raise DataError(
-            f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}, and {nsamples} are wanted; "
-            f"{f'lower nsamples to {windows}, ' if windows else ''}lower seqlen or give more text"
-        )
+        problem = f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}"
+        fewer = f"lower nsamples to {windows}, " if windows else ""
+        remedy = f"{fewer}lower seqlen or give more text"
+        raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
     use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
     return _token_set(text, ids, windows, seqlen, use)
 
@@ -96,10 +104,11 @@ def evaluation_tokens(
     text_field: str | None = None,
     overlap: int = 0,
 ) -> TokenSet:
-    """Return the first `max_windows` (None: all) windows [B, seqlen] of one continuous token stream, in order.
+    """Return the first `max_windows` (None: all) windows [B, seqlen] of one
+    continuous token stream, in order.
 
-    Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special tokens; the remainder that
-    fills no window is dropped.
+    Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special
+    tokens; the remainder that fills no window is dropped.
     dataset, text_field: as for `calibration_tokens`.
     overlap: tokens that a window shares with the one before.
     Raises DataError when the text cannot be read or is shorter than one window.
@@ -109,11 +118,10 @@ def evaluation_tokens(
     text = text_sources.load(dataset, "evaluation", text_field, limit)
     stride = seqlen - overlap
     wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
-    ids = _first_tokens(tokenizer, _joined(text), wanted)
+    ids = _first_tokens(tokenizer, _join(text), wanted)
     if len(ids) < seqlen:
-        raise DataError(
-            f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}; lower seqlen or give more text"
-        )
+        problem = f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}"
+        raise DataError(f"{problem}; lower seqlen or give more text")
     windows = 1 + (len(ids) - seqlen) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
@@ -141,17 +149,23 @@ class DocumentSet:
 
 
 def evaluation_documents(
-    tokenizer: PreTrainedTokenizerBase, *, dataset: str, max_tokens: int | None = None, text_field: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset: str,
+    max_tokens: int | None = None,
+    text_field: str | None = None,
 ) -> DocumentSet:
     """Return the documents of an evaluation text, encoded with the tokenizer's own special tokens.
 
-    A .txt file, "builtin" and sets that are one running text are one document; otherwise each row is one.
-    max_tokens: stop there; the document it falls into is cut, its text being what the kept tokens decode to.
+    A .txt file, "builtin" and sets that are one running text are one
+    document; otherwise each row is one.
+    max_tokens: stop there; the document it falls into is cut, its text being
+    what the kept tokens decode to.
     Raises DataError when the text cannot be read or has no tokens.
     """
     limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    rows = [_joined(text)] if text.packing == "stream" else text.rows
+    rows = [_join(text)] if text.packing == "stream" else text.rows
     documents: list[Document] = []
     left = MAX_TOKENS if max_tokens is None else max_tokens
     for row in rows:
@@ -161,24 +175,27 @@ def evaluation_documents(
         ids = list(tokenizer(plain, verbose=False)["input_ids"])
         if len(ids) > left:
             ids = ids[:left]
-            plain = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            plain = str(
+                tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            )
         left -= len(ids)
         documents.append(Document(ids, plain))
     if not any(document.ids for document in documents):
         raise DataError(f"{text.source} holds no tokens; give more text")
-    sha256 = _sha256(torch.tensor([token for document in documents for token in document.ids], dtype=torch.int64))
+    every = [token for document in documents for token in document.ids]
+    sha256 = _sha256(torch.tensor(every, dtype=torch.int64))
     return DocumentSet(documents, sha256, text.source)
 
 
 def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise DataError, naming the id, unless every token of `tokens` [B, T] lies in [0, vocab_size)."""
+    """Raise DataError, naming the id, unless every token of `tokens`
+    [B, T] lies in [0, vocab_size)."""
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():
         window, position = (int(index) for index in outside.nonzero()[0])
-        raise DataError(
-            f"token id {int(tokens[window, position])} (window {window}, position {position}) is outside the model's "
-            f"vocabulary of {vocab_size}; use the tokenizer that belongs to the model"
-        )
+        token = f"token id {int(tokens[window, position])} (window {window}, position {position})"
+        problem = f"{token} is outside the model's vocabulary of {vocab_size}"
+        raise DataError(f"{problem}; use the tokenizer that belongs to the model")
 
 
 def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
@@ -187,40 +204,51 @@ def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
     if seqlen > MAX_SEQLEN:
         raise DataError(f"seqlen {seqlen} is above {MAX_SEQLEN}; lower seqlen")
     if nsamples * seqlen > MAX_TOKENS:
-        raise DataError(f"{count} {nsamples} × seqlen {seqlen} is above {MAX_TOKENS} tokens; lower one of them")
+        raise DataError(
+            f"{count} {nsamples} × seqlen {seqlen} is above {MAX_TOKENS} tokens; lower one of them",
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the model never sees all at once.
+    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the
+    # model never sees all at once.
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoding["input_ids"])
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
-    """At least the first `wanted` tokens of the text (None: all), the same as if all of it were encoded."""
-    characters = len(text) if wanted is None else 6 * wanted
+    """At least the first `wanted` tokens of the text (None: all), the same as
+    if all of it were encoded."""
+    characters = len(text) if wanted is None else 6 * wanted  # most texts have fewer a token
     while True:
         ids = _encode(tokenizer, text[:characters])
-        # What stands far behind the last window cannot change its tokens; a few next to the cut may differ.
+        # What stands far behind the last window cannot change its tokens; a
+        # few next to the cut may differ.
         if characters >= len(text) or (wanted is not None and len(ids) >= wanted + _NEAR_THE_CUT):
             return ids
         characters *= 2
 
 
-def _joined(text: Text) -> str:
+def _join(text: Text) -> str:
     rows = [row for row in text.rows if isinstance(row, str)]
     if len(rows) < len(text.rows):
-        raise DataError(f"{text.source} holds chat messages where plain text is read; name a text field with strings")
+        problem = f"{text.source} holds chat messages where plain text is read"
+        raise DataError(f"{problem}; name a text field with strings")
     return text.joiner.join(rows)
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
+def _shuffle(rows: list[Row], seed: int) -> list[Row]:
     rows = rows.copy()
     random.Random(seed).shuffle(rows)
     return rows
 
 
-def _pack(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], wanted: int, chat_template: bool) -> list[int]:
+def _pack(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    wanted: int,
+    chat_template: bool,
+) -> list[int]:
     """Return the documents one after the other, as many as give `wanted` tokens, or all."""
     eos = tokenizer.eos_token_id
     ids: list[int] = []
@@ -239,27 +267,39 @@ def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) ->
     if not chat_template:
         if isinstance(row, str):
             return row
-        raise DataError("rows hold chat messages; turn chat_template on, or name a text field with strings")
+        raise DataError(
+            "rows hold chat messages; turn chat_template on, or name a text field with strings",
+        )
     if isinstance(row, str) and not row.strip():
         return ""
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the tokenizer has no chat template; turn chat_template off, or use the chat model's tokenizer")
+        remedy = "turn chat_template off, or use the chat model's tokenizer"
+        raise DataError(f"the tokenizer has no chat template; {remedy}")
     messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # Templates are programs of the model's author and raise what they like (say, when roles do not alternate).
+    # Templates are programs of the model's author and raise what they like (say,
+    # when roles do not alternate).
     except Exception as error:
-        start, reason = str(messages[0]["content"])[:40], text_sources.first_line(error)
-        raise DataError(f"the tokenizer's chat template refuses the row that starts {start!r}: {reason}") from error
+        start = str(messages[0]["content"])[:40]
+        reason = text_sources.first_line(error)
+        problem = f"the tokenizer's chat template refuses the row that starts {start!r}"
+        raise DataError(f"{problem}: {reason}") from error
 
 
 def _token_set(
-    text: Text, ids: list[int], windows: int, seqlen: int, use: dict[str, object], stride: int | None = None
+    text: Text,
+    ids: list[int],
+    windows: int,
+    seqlen: int,
+    use: dict[str, object],
+    stride: int | None = None,
 ) -> TokenSet:
     stride = seqlen if stride is None else stride
     used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
     tokens = used.unfold(0, seqlen, stride).contiguous()
-    return TokenSet(tokens, _sha256(tokens), text.source, text.origin | {"nsamples": windows, "seqlen": seqlen} | use)
+    origin = text.origin | {"nsamples": windows, "seqlen": seqlen} | use
+    return TokenSet(tokens, _sha256(tokens), text.source, origin)
 
 
 def _sha256(tokens: torch.Tensor) -> str:

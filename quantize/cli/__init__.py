@@ -25,11 +25,15 @@ from quantize.errors import LostError, PqError, RecipeError, StoppedError, Usage
 
 app = typer.Typer(
     name="pq",
-    help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint you can serve.",
+    help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint to serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # --num-fewshot and --num_fewshot are the same option: other tools of the field write underscores.
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
+    # --num-fewshot and --num_fewshot are the same option: other tools of
+    # the field write underscores.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda t: t.replace("_", "-"),
+    },
 )
 app.command("convert")(convert_command.convert)
 app.command("estimate")(estimate_command.estimate)
@@ -51,33 +55,43 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
     ] = False,
 ) -> None:
     """Options of `pq` itself."""
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     # Unwinding removes the half-written output, which a plain SIGTERM would leave behind.
     raise SystemExit(128 + number)
 
 
 def main() -> None:
-    """Console entry point: expected errors become one line on stderr and their documented exit code."""
-    # Read when torch loads: spinning threads make a machine that others use several times slower (36 s became 9 s).
+    """Console entry point: expected errors become one line on stderr and
+    their documented exit code."""
+    # Read when torch loads: spinning threads make a machine that others use several
+    # times slower (36 s became 9 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         app()
     except LostError as err:
         typer.echo(f"pq: {err}", err=True)
         sys.stderr.flush()
-        os._exit(err.exit_code)  # a library that waits for the lost process would not let this one go
+        # a library that waits for the lost process would not let this one go
+        os._exit(err.exit_code)
     except StoppedError as err:
         typer.echo(f"pq: {err}", err=True)
         sys.exit(err.exit_code)
     except PqError as err:
-        # Those two have a line for each of their problems; a line feed in any other is part of a path.
+        # Those two have a line for each of their problems; a line feed in
+        # any other is part of a path.
         lines = str(err).split("\n") if isinstance(err, RecipeError | UsageError) else [str(err)]
         for line in lines:
             typer.echo(f"pq: error: {printable(line)}", err=True)
@@ -85,7 +99,10 @@ def main() -> None:
     except (MemoryError, RuntimeError) as err:
         if not _is_out_of_memory(err):
             raise
-        typer.echo("pq: error: out of memory; lower --nsamples or --seqlen, or use a machine with more", err=True)
+        typer.echo(
+            "pq: error: out of memory; lower --nsamples or --seqlen, or use a machine with more",
+            err=True,
+        )
         sys.exit(8)
     except SystemExit as left:
         if left.code == 130:  # typer turns an interrupt into this
@@ -94,5 +111,7 @@ def main() -> None:
 
 
 def _is_out_of_memory(err: Exception) -> bool:
-    # torch has no common class for it: accelerators say "out of memory", the CPU allocator "can't allocate memory".
-    return isinstance(err, MemoryError) or any(s in str(err) for s in ("out of memory", "can't allocate memory"))
+    # torch has no common class for it: accelerators say "out of memory", the CPU
+    # allocator "can't allocate memory".
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(err, MemoryError) or any(word in str(err) for word in words)

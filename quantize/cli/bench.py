@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from quantize.cli import bench_speed, options
-from quantize.cli.common import local_model, pick_device, pick_dtype
+from quantize.cli.common import local_model, pick_device, pick_dtype, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,13 +27,19 @@ app.command()(bench_speed.prefill)
 
 @app.command()
 def fit(
-    method: Annotated[str, typer.Option(help="sbvr, rtn (largest weight ends the grid) or rtn-mse (best scale).")],
+    method: Annotated[
+        str,
+        typer.Option(help="sbvr, rtn (largest weight ends the grid) or rtn-mse (best scale)."),
+    ],
     bits: Annotated[int, typer.Option(help="Bits of a code, 2 to 8.")] = 4,
     shape: Annotated[str, typer.Option(help="Outputs x inputs, like 4096x4096.")] = "4096x4096",
     group_size: Annotated[int, typer.Option(help="Inputs that share a line or a scale.")] = 128,
     bias: Annotated[bool, typer.Option("--bias", help="sbvr: lines with a constant.")] = False,
     lines: Annotated[int, typer.Option(help="sbvr: most lines in the cache.")] = 256,
-    codebook: Annotated[str, typer.Option(help="sbvr: lines, shapes (times scales) or auto.")] = "auto",
+    codebook: Annotated[
+        str,
+        typer.Option(help="sbvr: lines, shapes (times scales) or auto."),
+    ] = "auto",
     distribution: Annotated[str, typer.Option(help="gaussian, laplace or student.")] = "gaussian",
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the fit.")] = 0,
     device: options.Device = "cpu",
@@ -56,17 +62,27 @@ def fit(
 @app.command()
 def multiply(
     bits: Annotated[int, typer.Option(help="Bit planes, 2 to 8.")] = 4,
-    shape: Annotated[list[str] | None, typer.Option(help="Outputs x inputs; default: those of Llama-3-8B.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 4, 16.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Outputs x inputs; default: those of Llama-3-8B."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows of activations; default: 1, 4, 16."),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs that share a line.")] = 128,
     bias: Annotated[bool, typer.Option("--bias", help="Lines with a constant.")] = False,
     lines: Annotated[int, typer.Option(help="Lines in the cache.")] = 256,
-    blocks: Annotated[int, typer.Option(min=0, help="Also time all linears of so many Llama-3-8B blocks.")] = 0,
+    blocks: Annotated[
+        int,
+        typer.Option(min=0, help="Also time all linears of so many Llama-3-8B blocks."),
+    ] = 0,
     device: options.Device = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
     as_json: options.AsJson = False,
 ) -> None:
-    """Multiply with bit vectors: time, share of the memory's speed, times faster than torch. Wrong products end it."""
+    """Multiply with bit vectors: time, share of the memory's speed, times faster than
+    torch. Wrong products end it."""
     sizes = [_sizes(text) for text in shape or ()]
     from quantize.bench.multiply import LLAMA_3_8B, bench
     from quantize.formats.bitvec import BitVecScheme
@@ -75,7 +91,14 @@ def multiply(
         scheme = BitVecScheme(bits, group_size, bias, lines, 1)
     except ValueError as err:
         raise UsageError(str(err)) from None
-    measured = bench(sizes or LLAMA_3_8B, batch or (1, 4, 16), scheme, pick_device(device), rounds, blocks)
+    measured = bench(
+        sizes or LLAMA_3_8B,
+        batch or (1, 4, 16),
+        scheme,
+        pick_device(device),
+        rounds,
+        blocks,
+    )
     if as_json:
         typer.echo(json.dumps(measured.as_json(), indent=2))
     else:
@@ -85,19 +108,32 @@ def multiply(
 @app.command()
 def ffn(
     hidden: Annotated[int, typer.Option(min=1, help="Inputs and outputs of the FFN.")] = 4096,
-    intermediate: Annotated[int, typer.Option(min=1, help="Hidden neurons of the dense FFN.")] = 11008,
+    intermediate: Annotated[
+        int,
+        typer.Option(min=1, help="Hidden neurons of the dense FFN."),
+    ] = 11008,
     form: Annotated[
         list[str] | None,
-        typer.Option(help="Shared neurons + experts x neurons @ mean experts a token; default: 2816+8x1024@4."),
+        typer.Option(
+            help="Shared neurons + experts x neurons @ mean experts of a token; default: "
+            "2816+8x1024@4. May be given several times.",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Its first Mixture of Experts instead of random weights.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 32.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Its first Mixture of Experts instead of random weights."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows of activations; default: 1, 32."),
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")] = 20,
     as_json: options.AsJson = False,
 ) -> None:
-    """Time Mixtures of Experts against the dense FFN they stand for, and against a loop over experts."""
+    """Time Mixtures of Experts against the dense FFN they stand for, and
+    against a loop over experts."""
     if model and form:
         raise UsageError("--model and --form: a model has its own form, give one of them")
     where, batches = pick_device(device), batch or (1, 32)
@@ -119,7 +155,9 @@ def ffn(
 def _form(text: str) -> tuple[int, int, int, float]:
     found = re.fullmatch(r"([1-9]\d{0,8})\+([1-9]\d{0,3})x([1-9]\d{0,8})@(\d{1,4}(?:\.\d+)?)", text)
     if not found:
-        raise UsageError(f"--form {text}: write shared + experts x size @ experts a token, like 2816+8x1024@4")
+        raise UsageError(
+            f"--form {text}: write shared + experts x size @ experts a token, like 2816+8x1024@4",
+        )
     shared, n, size, k = int(found[1]), int(found[2]), int(found[3]), float(found[4])
     if not 0 < k <= n:
         raise UsageError(f"--form {text}: a token can visit more than 0 and up to {n} experts")
@@ -143,14 +181,13 @@ def _facts(measured: FitBench) -> dict[str, Any]:
 
 
 def _print(measured: FitBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     s = measured.settings
     cache = f", {measured.shapes} × {measured.scales} lines" if measured.shapes else ""
-    title = f"{s.method} {s.bits} bits{' + bias' if s.bias else ''}{cache}, groups of {s.group_size}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    bias = " + bias" if s.bias else ""
+    title = f"{s.method} {s.bits} bits{bias}{cache}, groups of {s.group_size}"
+    table = titled_table(title)
     table.add_column(f"{s.shape[0]}x{s.shape[1]} {s.distribution}")
     table.add_column(f"{measured.device}, {measured.threads} threads", justify="right")
     table.add_row("relative MSE", f"{measured.relative_mse:.4g}")
@@ -164,13 +201,19 @@ def _print(measured: FitBench) -> None:
 
 
 def _print_products(measured: MultiplyBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    title = f"{measured.scheme.bits} bit planes, groups of {measured.scheme.group_size}; {measured.device}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    for column in ("N x K", "rows", "us", "fastest … slowest", "of the copy rate", f"x {measured.baseline}"):
+    scheme = measured.scheme
+    title = f"{scheme.bits} bit planes, groups of {scheme.group_size}; {measured.device}"
+    table = titled_table(title)
+    for column in (
+        "N x K",
+        "rows",
+        "us",
+        "fastest … slowest",
+        "of the copy rate",
+        f"x {measured.baseline}",
+    ):
         table.add_column(column, justify="right")
     for t in measured.shapes:
         spread = f"{t.fastest * 1e6:,.0f} … {t.slowest * 1e6:,.0f}"
@@ -178,18 +221,23 @@ def _print_products(measured: MultiplyBench) -> None:
         table.add_row(f"{t.N} x {t.K}", str(t.M), *cells)
     for token in measured.tokens:
         name = f"{token.linears} linears"
-        table.add_row(name, str(token.M), f"{token.seconds * 1e6:,.1f}", "", "", f"{token.speedup:.2f}")
+        table.add_row(
+            name,
+            str(token.M),
+            f"{token.seconds * 1e6:,.1f}",
+            "",
+            "",
+            f"{token.speedup:.2f}",
+        )
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _print_ffns(measured: FfnBench) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     size = f"{measured.hidden} x {measured.intermediate} {measured.dtype}"
     title = f"FFN {size}; {measured.device}, {measured.threads} threads"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table = titled_table(title)
     table.add_column("us")
     for t in measured.timings:
         table.add_column(f"{t.form}\n{t.M} rows", justify="right")

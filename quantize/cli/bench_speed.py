@@ -1,4 +1,5 @@
-"""`pq bench kernels`, `decode` and `prefill`: speed of packed INT4 weights and caches beside torch's own."""
+"""`pq bench kernels`, `decode` and `prefill`: speed of packed INT4 weights and
+caches beside torch's own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import pick_device
+from quantize.cli.common import pick_device, titled_table
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from quantize.bench.speed.stand import Stand
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds to take medians over.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Results file, written after each figure.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Results file, written after each figure."),
+]
 Picture = Annotated[Path | None, typer.Option(help="Roofline to draw, FILE.svg or FILE.png.")]
 
 
@@ -27,18 +31,25 @@ _WIDTH = 150  # of tables, also where there is no terminal
 
 
 def kernels(
-    shape: Annotated[list[str] | None, typer.Option(help="Outputs x inputs; default: those of two Llamas.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Outputs x inputs; default: those of two Llamas."),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Rows of activations; default: 1, 4, 16, 2048.")
     ] = None,
-    ffn_rows: Annotated[list[int] | None, typer.Option(min=1, help="More rows for FFN fronts; default: 16384.")] = None,
+    ffn_rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="More rows for FFN fronts; default: 16384."),
+    ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
     as_json: options.AsJson = False,
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than torch. Wrong ones end it."""
+    """Products with packed INT4 weights, FFN fronts, rounding to E4M3: times faster than
+    torch. Wrong ones end it."""
     sizes = [product_shape(text) for text in shape or ()]
     from quantize.bench.speed import run
 
@@ -49,11 +60,21 @@ def kernels(
 
 
 def decode(
-    context: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; default: 1024, 8192, 32768.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; default: 1, 16.")] = None,
-    layers: Annotated[int, typer.Option(min=0, help="Blocks of the model; 0: attention alone.")] = 32,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens; default: 1024, 8192, 32768."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences; default: 1, 16."),
+    ] = None,
+    layers: Annotated[
+        int,
+        typer.Option(min=0, help="Blocks of the model; 0: attention alone."),
+    ] = 32,
     model_context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens before the model's new one; default: 1024, 8192.")
+        list[int] | None,
+        typer.Option(min=1, help="Tokens before the model's new one; default: 1024, 8192."),
     ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
@@ -61,7 +82,8 @@ def decode(
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Decode with an INT4 cache: attention, and steps of a model of Llama-3-8B's shape, against bfloat16."""
+    """Decode with an INT4 cache: attention, and steps of a model of
+    Llama-3-8B's shape, against bfloat16."""
     from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
@@ -72,21 +94,36 @@ def decode(
 
 
 def prefill(
-    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Prompt lengths; default: 1024, 4096, 8192.")] = None,
-    ffn: Annotated[list[str] | None, typer.Option(help="Hidden neurons x inputs; default: two Llamas'.")] = None,
-    ffn_rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of FFNs; default: 16384.")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Prompt lengths; default: 1024, 4096, 8192."),
+    ] = None,
+    ffn: Annotated[
+        list[str] | None,
+        typer.Option(help="Hidden neurons x inputs; default: two Llamas'."),
+    ] = None,
+    ffn_rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows of FFNs; default: 16384."),
+    ] = None,
     device: options.Device = "cuda",
     rounds: Rounds = 20,
     as_json: options.AsJson = False,
     output: Output = None,
     picture: Picture = None,
 ) -> None:
-    """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and whole FFNs, against bfloat16."""
+    """Prefill: attention with E4M3 queries on INT4 and E4M3 keys and values, and
+    whole FFNs, against bfloat16."""
     sizes = [product_shape(text) for text in ffn or ()]
     from quantize.bench.speed import run
 
     def rows(stand: Stand) -> Iterator[Row]:
-        return run.prefill(stand, tokens or run.PREFILLED, sizes or run.FFNS, ffn_rows or (run.FFN_ROWS,))
+        return run.prefill(
+            stand,
+            tokens or run.PREFILLED,
+            sizes or run.FFNS,
+            ffn_rows or (run.FFN_ROWS,),
+        )
 
     _measure("prefill", rows, device, rounds, as_json, output, picture)
 
@@ -95,7 +132,9 @@ def product_shape(text: str) -> tuple[int, int]:
     """Outputs and inputs of a packed weight; UsageError unless groups of 128 inputs fit."""
     found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if not found or int(found[1]) % 128 or int(found[2]) % 128:
-        raise UsageError(f"--shape {text}: write outputs x inputs in multiples of 128, like 4096x4096")
+        raise UsageError(
+            f"--shape {text}: write outputs x inputs in multiples of 128, like 4096x4096",
+        )
     return int(found[1]), int(found[2])
 
 
@@ -132,16 +171,15 @@ def _measure(
 
 def show(record: Record) -> None:
     """Print the tables of a record, what was left out, and the targets that were missed."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = max(console.width, _WIDTH)
-    matmul = ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in record.ceilings.matmul.items())
+    rates = record.ceilings.matmul.items()
+    matmul = ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates)
     for name, rows in record.sections.items():
         title = f"{name}; {record.device}: copy {record.ceilings.copy / 1e9:,.0f} GB/s, {matmul}"
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+        table = titled_table(title)
         peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
         table.add_column("")
         for column in ("size", "rows", "us", "fastest … slowest", "MB", "of copy", "of matmul"):
@@ -162,7 +200,12 @@ def _cells(row: Row) -> list[str]:
     spread = f"{row.time.fastest * 1e6:,.1f} … {row.time.slowest * 1e6:,.1f}"
     made = f" ({row.tokens / row.time.seconds:,.0f} tok/s)" if row.tokens else ""
     compute = "" if row.compute is None else f"{row.compute:.0%}"
-    figures = f"{row.time.seconds * 1e6:,.1f}{made}", spread, f"{row.bytes / 1e6:,.1f}", f"{row.bandwidth:.0%}"
+    figures = (
+        f"{row.time.seconds * 1e6:,.1f}{made}",
+        spread,
+        f"{row.bytes / 1e6:,.1f}",
+        f"{row.bandwidth:.0%}",
+    )
     return [row.what, row.shape, str(row.M), *figures, compute]
 
 

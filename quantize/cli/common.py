@@ -14,13 +14,15 @@ from quantize.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """A rich progress bar on stderr with the time left; silent where it is not to be shown or stderr is no terminal."""
+    """A rich progress bar on stderr with the time left; silent where it is not to be shown
+    or stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -32,7 +34,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     )
 
     console = Console(stderr=True)
-    if not (shown and console.is_terminal):  # a disabled bar would do, but older rich ends it with a line feed
+    # a disabled bar would do, but older rich ends it with a line feed
+    if not (shown and console.is_terminal):
         yield lambda what, done, total: None
         return
     columns = (
@@ -45,24 +48,49 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        yield lambda what, done, total: bar.update(
+            task,
+            description=what,
+            completed=done,
+            total=total,
+        )
+
+
+def titled_table(title: str) -> Table:
+    """A rich table in the one style of all commands, columns to be added."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
 
 
 @contextmanager
 def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else, the next what they always do.
+    """Yield whether SIGINT or SIGTERM has come. The first of them does nothing else,
+    the next what they always do.
 
     aloud: say so on stderr.
     """
     asked: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    left_alone = (signal.SIG_IGN, None)
+    usual = {number: handler for number, handler in handlers.items() if handler not in left_alone}
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         restore()
-        if aloud:  # not by way of sys.stderr: the signal may have come while it was being written to
-            os.write(2, b"pq: stops when the block under way is done and kept; again to stop at once\n")
+        # not by way of sys.stderr: the signal may have come while it was being written to
+        if aloud:
+            os.write(
+                2,
+                b"pq: stops when the block under way is done and kept; again to stop at once\n",
+            )
 
     def restore() -> None:
         for number, handler in usual.items():
@@ -77,25 +105,27 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries below us off the terminal; errors still raise."""
+    """Keep the progress bars and advice of the libraries below us off the
+    terminal; errors still raise."""
     import logging
 
-    from transformers.utils import logging as transformers_logging
+    from quantize.model.transformers_api import silence
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    silence()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there.
 
-    local_rank: the CUDA device that is meant by none in particular, and which is made the current one.
+    local_rank: the CUDA device that is meant by none in particular, and
+    which is made the current one.
     """
     import torch
 
     if name == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+        # accelerate launch --cpu
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         name = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     try:
         device = torch.device(name)
@@ -104,7 +134,9 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as err:
-        raise UsageError(f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu") from None
+        raise UsageError(
+            f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu",
+        ) from None
     return device
 
 
@@ -121,24 +153,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def local_model(model: str) -> Path:
-    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a Hub id touches the network."""
+    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a
+    Hub id touches the network."""
     folder = Path(model).expanduser()
     try:
         if model and folder.is_dir():
             return folder
     except OSError as err:
-        raise ModelError(f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder") from None
-    looks_like_hub = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "\\" not in model
+        raise ModelError(
+            f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder",
+        ) from None
+    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model
+    looks_like_hub = model.count("/") <= 1 and not looks_like_path
     if not looks_like_hub or folder.exists():
-        raise ModelError(f"{model}: no such folder; give a local model folder or a Hub id (org/name)")
+        raise ModelError(
+            f"{model}: no such folder; give a local model folder or a Hub id (org/name)",
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken"]
+        patterns = [
+            "*.safetensors",
+            "*.json",
+            "*.txt",
+            "*.model",
+            "*.jinja",
+            "LICENSE*",
+            "*.tiktoken",
+        ]
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as err:
-        # huggingface_hub raises many unrelated types for "not there", "not allowed" and "no network".
+        # huggingface_hub raises many unrelated types for "not there",
+        # "not allowed" and "no network".
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise ModelError(
-            f"{model}: neither a local folder nor a model that can be fetched from the Hub ({reason})"
-        ) from None
+        problem = "neither a local folder nor a model that can be fetched from the Hub"
+        raise ModelError(f"{model}: {problem} ({reason})") from None

@@ -15,7 +15,10 @@ from quantize.cli.common import local_model, pick_device, pick_dtype, progress_b
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Conversions of one parent.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Conversions of one parent."),
+    ],
     baseline: Annotated[str, typer.Option(help="The parent, run once in the same pass.")],
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,
@@ -64,7 +67,8 @@ def compare(
         write_page(comparison(evaluations, sizes, quantize.__version__), output)
         typer.echo(f"{output} written", err=True)
     if as_json:
-        facts = [dataclasses.asdict(e) | {"bytes": size} for e, size in zip(evaluations, sizes, strict=True)]
+        pairs = zip(evaluations, sizes, strict=True)
+        facts = [dataclasses.asdict(evaluation) | {"bytes": size} for evaluation, size in pairs]
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_comparison(evaluations, sizes)

@@ -43,7 +43,10 @@ class _Setting:
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Packed or plain model folder; not needed with --gate.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Packed or plain model folder; not needed with --gate."),
+    ] = None,
     baseline: options.Baseline = None,
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,
@@ -52,25 +55,46 @@ def evaluate(
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE.")
+        str | None,
+        typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE."),
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
-    limit: Annotated[float | None, typer.Option(help="First documents of each task, or a fraction below 1.")] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question."),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="First documents of each task, or a fraction below 1."),
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Requests at once, or auto.")] = "auto",
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a chat.")] = False,
-    log_samples: Annotated[bool, typer.Option("--log-samples", help="Save every document's scores.")] = False,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Ask as a chat."),
+    ] = False,
+    log_samples: Annotated[
+        bool,
+        typer.Option("--log-samples", help="Save every document's scores."),
+    ] = False,
     model_args: Annotated[str, typer.Option(help="Arguments of lm-eval's HFLM: k=v,k=v.")] = "",
     output_path: Annotated[
-        Path | None, typer.Option(help="Folder for results; default: MODEL.eval beside a model that pq made.")
+        Path | None,
+        typer.Option(help="Folder for results; default: MODEL.eval beside a model that pq made."),
     ] = None,
     gate: Annotated[
         Path | None, typer.Option(help="Check against this baselines file; exit code 9 on failure.")
     ] = None,
     update_baselines: Annotated[
-        bool, typer.Option("--update-baselines", help="Write the measured values into the gate's file.")
+        bool,
+        typer.Option("--update-baselines", help="Write the measured values into the gate's file."),
     ] = False,
-    reason: Annotated[str, typer.Option(help="Why the baselines change; kept in their history.")] = "",
-    only: Annotated[str | None, typer.Option(help="Recipes of the gate to run, separated by commas.")] = None,
+    reason: Annotated[
+        str,
+        typer.Option(help="Why the baselines change; kept in their history."),
+    ] = "",
+    only: Annotated[
+        str | None,
+        typer.Option(help="Recipes of the gate to run, separated by commas."),
+    ] = None,
     numerics: options.NumericsOption = "kernel",
     kv_cache: options.KvCache = "auto",
     device: options.Device = "auto",
@@ -79,15 +103,25 @@ def evaluate(
 ) -> None:
     """Measure a model on text that calibration never saw.
 
-    Without --tasks this is perplexity; with --tasks it is the tasks, and perplexity too where --protocol or --dataset
-    is given.
+    Without --tasks this is perplexity; with --tasks it is the tasks, and perplexity too where
+    --protocol or --dataset is given.
     """
     options.check_choices(protocol, numerics)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
             if ranks.size > 1:
-                raise UsageError("--gate converts and measures in one process; start it without a launcher")
-            _gate(gate, model, baseline, _names(only), reason if update_baselines else None, device, as_json)
+                raise UsageError(
+                    "--gate converts and measures in one process; start it without a launcher",
+                )
+            _gate(
+                gate,
+                model,
+                baseline,
+                _names(only),
+                reason if update_baselines else None,
+                device,
+                as_json,
+            )
             return
         if update_baselines or reason or only:
             raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
@@ -110,8 +144,18 @@ def evaluate(
         measured = scored = None
         with progress_bar(ranks.first) as progress:
             if not tasks or protocol or dataset:
-                chosen, text = protocol or "strided", dataset or "builtin"
-                measured = _perplexity(setting, chosen, text, text_field, seqlen, context, max_windows, progress)
+                chosen = protocol or "strided"
+                text = dataset or "builtin"
+                measured = _perplexity(
+                    setting,
+                    chosen,
+                    text,
+                    text_field,
+                    seqlen,
+                    context,
+                    max_windows,
+                    progress,
+                )
             if tasks:
                 how = {
                     "num_fewshot": num_fewshot,
@@ -119,14 +163,24 @@ def evaluate(
                     "batch_size": batch_size,
                     "apply_chat_template": apply_chat_template,
                 }
-                scored = _tasks(setting, _names(tasks), how, _pairs(model_args), log_samples, progress)
+                scored = _tasks(
+                    setting,
+                    _names(tasks),
+                    how,
+                    _pairs(model_args),
+                    log_samples,
+                    progress,
+                )
         ranks.release()
         if ranks.first:
             _tell(setting, measured, scored, as_json)
 
 
 def _tell(
-    setting: _Setting, measured: Measured | None, scored: tuple[TaskRun, list[TaskScore]] | None, as_json: bool
+    setting: _Setting,
+    measured: Measured | None,
+    scored: tuple[TaskRun, list[TaskScore]] | None,
+    as_json: bool,
 ) -> None:
     """Print the figures."""
     from quantize.cli import figures
@@ -144,18 +198,29 @@ def _tell(
     if scored:
         figures.print_tasks(*scored)
     if setting.output:
-        typer.echo(f"saved in {setting.output}; pq report {setting.model} makes a page of it", err=True)
+        typer.echo(
+            f"saved in {setting.output}; pq report {setting.model} makes a page of it",
+            err=True,
+        )
 
 
 def _gate(
-    file: Path, model: str | None, baseline: str | None, only: list[str], reason: str | None, device: str, as_json: bool
+    file: Path,
+    model: str | None,
+    baseline: str | None,
+    only: list[str],
+    reason: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     from quantize.cli.gate import print_verdicts
     from quantize.gate.run import run_gate, update_baselines
 
     quiet_libraries()
     if reason is not None and not reason.strip():
-        raise UsageError("--update-baselines: say why with --reason TEXT; it is kept in the file's history")
+        raise UsageError(
+            "--update-baselines: say why with --reason TEXT; it is kept in the file's history",
+        )
     with progress_bar() as progress:
         result = run_gate(
             file,
@@ -183,7 +248,9 @@ def _output(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
     if wanted is not None or (model / PROVENANCE).is_file():
         return wanted or results_folder(model)
     if log_samples:
-        raise UsageError("--log-samples: say where to with --output-path (pq did not make this model)")
+        raise UsageError(
+            "--log-samples: say where to with --output-path (pq did not make this model)",
+        )
     return None
 
 
@@ -233,7 +300,9 @@ def _tasks(
     from quantize.evaluate.task_scores import compare_tasks
 
     def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
-        samples = setting.output / "samples" / folder.name if log_samples and setting.output else None
+        samples = None
+        if log_samples and setting.output:
+            samples = setting.output / "samples" / folder.name
         return run_tasks(
             folder,
             names,

@@ -22,11 +22,17 @@ _NAMED = 10  # fallbacks that are named
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's."),
+    ],
     every_block: Annotated[
         bool, typer.Option("--all", help="Show every block and expert; equal ones are folded else.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print everything as JSON on stdout."),
+    ] = False,
 ) -> None:
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
     from quantize.inspect.inspection import inspect as run
@@ -54,7 +60,7 @@ def _print(found: Inspection, every_block: bool) -> None:
         root.add(_other_line(other))
     for run in runs:
         _add_blocks(root, run, every_block)
-    _add_made(root, found)
+    _add_provenance(root, found)
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; whole lines can be searched
@@ -63,12 +69,14 @@ def _print(found: Inspection, every_block: bool) -> None:
 
 def _total_lines(totals: Totals) -> Iterator[str]:
     if totals.parameters is None:
-        yield f"{_size(totals.tensor_bytes)}; headers do not tell every shape, so parameters are not counted"
+        reason = "headers do not tell every shape, so parameters are not counted"
+        yield f"{_size(totals.tensor_bytes)}; {reason}"
         return
-    quantized, share = totals.quantized_parameters or 0, 100 / max(1, totals.parameters)
+    quantized = totals.quantized_parameters or 0
+    percent = 100 * quantized / max(1, totals.parameters)
     yield (
         f"{totals.parameters:,} parameters: {totals.embedding_parameters:,} in embeddings, "
-        f"{quantized:,} quantized ({share * quantized:.1f} %)"
+        f"{quantized:,} quantized ({percent:.1f} %)"
     )
     if totals.bits_per_weight is not None:
         linears = totals.quantized_bits_per_weight
@@ -76,9 +84,11 @@ def _total_lines(totals: Totals) -> Iterator[str]:
         yield f"bits per weight: {inside}{totals.bits_per_weight:.3f} over everything"
     line = f"{_size(totals.file_bytes)} on disk"
     if totals.expected_bytes:
-        line += f", {100 * (totals.file_bytes / totals.expected_bytes - 1):+.2f} % against the sum of bits"
+        more = totals.file_bytes / totals.expected_bytes - 1
+        line += f", {100 * more:+.2f} % against the sum of bits"
     if totals.sixteen_bit_bytes:
-        line += f"; 16-bit {_size(totals.sixteen_bit_bytes)}, {totals.sixteen_bit_bytes / totals.file_bytes:.2f}x"
+        times = totals.sixteen_bit_bytes / totals.file_bytes
+        line += f"; 16-bit {_size(totals.sixteen_bit_bytes)}, {times:.2f}x"
     yield line
 
 
@@ -114,7 +124,8 @@ def _alike(linears: Sequence[Linear]) -> list[list[Linear]]:
 
 def _linear_line(alike: Sequence[Linear]) -> str:
     """One line for linears that differ in their names alone."""
-    linear, each = alike[0], " each" if len(alike) > 1 else ""
+    linear = alike[0]
+    each = " each" if len(alike) > 1 else ""
     shape = "shape unknown" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]}"
     name = f"{folded(linear.name)}, {len(alike)} equal" if each else linear.name
     if linear.role != linear.name.rpartition(".")[2]:
@@ -125,17 +136,19 @@ def _linear_line(alike: Sequence[Linear]) -> str:
     bits = "bits unknown" if linear.bits is None else f"{linear.bits}-bit"
     group = "" if linear.group_size is None else f" g{linear.group_size}"
     activations = "16-bit" if linear.activations == "none" else linear.activations
-    stored = "" if linear.bits_per_weight is None else f", {linear.bits_per_weight:.3f} bits per weight"
-    return f"{name}: {shape}, {bits}{group}, {activations} activations{stored}, {linear.format}, {size}"
+    stored = ""
+    if linear.bits_per_weight is not None:
+        stored = f", {linear.bits_per_weight:.3f} bits per weight"
+    numbers = f"{bits}{group}, {activations} activations{stored}"
+    return f"{name}: {shape}, {numbers}, {linear.format}, {size}"
 
 
 def _other_line(other: Other) -> str:
-    return printable(
-        f"{other.name}: {' x '.join(map(str, other.shape)) or 'scalar'}, {other.dtype}, {_size(other.bytes)}"
-    )
+    shape = " x ".join(map(str, other.shape)) or "scalar"
+    return printable(f"{other.name}: {shape}, {other.dtype}, {_size(other.bytes)}")
 
 
-def _add_made(root: Tree, found: Inspection) -> None:
+def _add_provenance(root: Tree, found: Inspection) -> None:
     made = found.made
     if made is None:
         root.add(printable(found.made_problem or "no pq.json: pq did not write this model"))
@@ -143,9 +156,8 @@ def _add_made(root: Tree, found: Inspection) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     branch = root.add(printable(f"made by pq {made.pq} with recipe {made.recipe}"))
     branch.add(printable(f"{versions}; {' '.join(made.machine.values())}"))
-    calibration = made.calibration
-    text = "no calibration" if calibration is None else ", ".join(f"{k} {_short(v)}" for k, v in calibration.items())
-    branch.add(printable(f"calibration: {text}" if calibration else text))
+    facts = [f"{key} {_short(value)}" for key, value in (made.calibration or {}).items()]
+    branch.add(printable(f"calibration: {', '.join(facts)}" if facts else "no calibration"))
     if made.dropped_sequences:
         branch.add(f"{made.dropped_sequences} calibration sequences were dropped as not finite")
     source = branch.add("source, SHA-256")

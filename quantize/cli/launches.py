@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def joining(keeps: bool) -> Iterator[tuple[Ranks, int | None]]:
-    """Yield the ranks of the launch and this process's number on its machine (None for one that works alone).
+    """Yield the ranks of the launch and this process's number on its machine
+    (None for one that works alone).
 
-    Of an expected error the first rank alone tells; the others end with the same code. keeps: whether blocks are kept.
+    Of an expected error the first rank alone tells; the others end with the same code.
+    keeps: whether blocks are kept.
     """
     from quantize.parallel.launch import joined, launched, local_rank
 
-    remedy = "the same command goes on from the last block that is kept" if keeps else "start the command again"
+    remedy = "start the command again"
+    if keeps:
+        remedy = "the same command goes on from the last block that is kept"
     first = True
     try:
         with joined(remedy, _abandon) as ranks:

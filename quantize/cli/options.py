@@ -13,15 +13,30 @@ if TYPE_CHECKING:
     from quantize.model.attention import KvNumerics
 
 Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
-ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="strided (default) or rolling.")]
-Dataset = Annotated[str | None, typer.Option(help="Text: builtin (held-out part), a file, or a Hub set.")]
-TextField = Annotated[str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option("--protocol", help="strided (default) or rolling."),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Text: builtin (held-out part), a file, or a Hub set."),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Field of jsonl and parquet rows; default: text."),
+]
 Seqlen = Annotated[int, typer.Option(min=2, help="Window length in tokens.")]
-Context = Annotated[int, typer.Option(min=0, help="Tokens that strided windows share, read but not scored.")]
+Context = Annotated[
+    int,
+    typer.Option(min=0, help="Tokens that strided windows share, read but not scored."),
+]
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
 NumericsOption = Annotated[
     str,
-    typer.Option("--numerics", help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it."),
+    typer.Option(
+        "--numerics",
+        help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")]
@@ -30,7 +45,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON 
 
 KvCache = Annotated[
     str,
-    typer.Option("--kv-cache", help="auto: as the checkpoint says; int4: emulate it, and FP8 queries."),
+    typer.Option(
+        "--kv-cache",
+        help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
+    ),
 ]
 
 

@@ -1,16 +1,20 @@
-"""`pq recipe`: list, print and check recipes. quantize.recipe.recipe needs torch, so only the commands import it."""
+"""`pq recipe`: list, print and check recipes.
+
+quantize.recipe.recipe needs torch, so only the commands that build stages import it.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantize.errors import RecipeError
 
 if TYPE_CHECKING:
-    from quantize.recipe.recipe import Recipe
+    from quantize.recipe.files import Listing
 
 app = typer.Typer(help="List, print and check recipes.", no_args_is_help=True)
 
@@ -20,35 +24,44 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the recipes that come with pq."""
-    from quantize.recipe.recipe import load_recipe, shipped_recipes
+    from quantize.recipe.files import list_shipped
 
-    rows = [_row(load_recipe(str(path))) for path in shipped_recipes()]
+    listings = list_shipped()
     if as_json:
+        rows = [asdict(listing) for listing in listings]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
-        _print_table(rows)
+        _print_table(listings)
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Shipped name or path.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="Check it and fill in every default.")] = False,
+    resolved: Annotated[
+        bool,
+        typer.Option("--resolved", help="Check it and fill in every default."),
+    ] = False,
 ) -> None:
     """Print a recipe as YAML."""
-    from quantize.recipe.recipe import find_recipe, load_recipe, resolved_yaml
-
     if resolved:
+        from quantize.recipe.recipe import load_recipe, resolved_yaml
+
         typer.echo(resolved_yaml(load_recipe(name)), nl=False)
         return
+    from quantize.recipe.files import find_recipe
+
     path = find_recipe(name)
     try:
         typer.echo(path.read_bytes(), nl=False)
     except OSError as err:
-        raise RecipeError(f"{path}: cannot be read: {err.strerror}; check the file's permissions") from None
+        reason = f"cannot be read: {err.strerror}; check the file's permissions"
+        raise RecipeError(f"{path}: {reason}") from None
 
 
 @app.command()
-def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")]) -> None:
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")],
+) -> None:
     """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr."""
     from quantize.recipe.recipe import load_recipe
 
@@ -73,32 +86,19 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
-def _row(recipe: Recipe) -> dict[str, Any]:
-    encodes = [stage for stage in recipe.stages if stage.kind == "encode"]
-    return {
-        "name": recipe.name,
-        "methods": [stage.method for stage in recipe.stages],
-        "bits": _distinct(encodes, "bits"),
-        "activations": _distinct(encodes, "activations"),
-        "description": recipe.description,
-    }
-
-
-def _distinct(stages: list[Any], field: str) -> list[Any]:
-    """Return the values of `field` in stage order, each once; a layout without that field adds none."""
-    return list(dict.fromkeys(getattr(stage, field) for stage in stages if hasattr(stage, field)))
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(listings: list[Listing]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "methods", "bits", "activations", "description", box=None, pad_edge=False)
+    columns = ("name", "methods", "bits", "activations", "description")
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[:2]:
         column.no_wrap = True
-    for row in rows:
-        lists = [", ".join(map(str, row[key])) or "-" for key in ("bits", "activations")]
-        table.add_row(row["name"], " → ".join(row["methods"]), *lists, row["description"])
+    for listing in listings:
+        methods = " → ".join(listing.methods)
+        bits = ", ".join(map(str, listing.bits)) or "-"
+        activations = ", ".join(map(str, listing.activations)) or "-"
+        table.add_row(listing.name, methods, bits, activations, listing.description)
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; whole lines can be searched

@@ -12,11 +12,16 @@ import typer
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that pq convert wrote.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Page to write, FILE.html; default: DIR.report.html.")
+        Path | None,
+        typer.Option("--output", "-o", help="Page to write, FILE.html; default: DIR.report.html."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report's data on stdout as well.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the report's data on stdout as well."),
+    ] = False,
 ) -> None:
-    """Write DIR.report.html, a page of figures and pictures, from all that lies in and beside DIR."""
+    """Write DIR.report.html, a page of figures and pictures, from all
+    that lies in and beside DIR."""
     from quantize.report import as_json as data_of
     from quantize.report import collect, write_report
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def verify(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Folder that pq convert wrote.")],
     parent: Annotated[
-        str | None, typer.Option(help="The model it was made from: compare with it and run blocks of both.")
+        str | None,
+        typer.Option(help="The model it was made from: compare with it and run blocks of both."),
     ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks to compare with the parent's.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of blocks.")] = 0,
@@ -28,14 +29,17 @@ def verify(
         bool,
         typer.Option(
             "--kernels",
-            help="Run the Triton kernels on its tensors beside their twins: on all of them on cuda, on a sample in "
-            "Triton's interpreter on a CPU.",
+            help="Run the Triton kernels on its tensors beside their twins: on all of them on "
+            "cuda, on a sample in Triton's interpreter on a CPU.",
         ),
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; used with --parent and --kernels.")
     ] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the checks as JSON on stdout."),
+    ] = False,
 ) -> None:
     """Check files, layout and numbers of a checkpoint; exit code 7 when anything is wrong."""
     place = pick_device(device)
@@ -46,7 +50,15 @@ def verify(
     quiet_libraries()
     folder, source = local_model(model), None if parent is None else local_model(parent)
     with progress_bar() as progress:
-        result = run(folder, source, blocks=blocks, seed=seed, device=place, kernels=kernels, progress=progress)
+        result = run(
+            folder,
+            source,
+            blocks=blocks,
+            seed=seed,
+            device=place,
+            kernels=kernels,
+            progress=progress,
+        )
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))
     else:

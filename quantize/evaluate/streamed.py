@@ -33,6 +33,7 @@ from quantize.model.load import (
 )
 from quantize.model.moe import MoeFfn
 from quantize.model.skeleton import Skeleton
+from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
@@ -267,7 +268,7 @@ class WholeModel:
             for window, first, end in spans:
                 if window != last:
                     batch = inputs[window : window + 1].to(self.device)
-                    last, out = window, self.model(batch, use_cache=False).logits[0]
+                    last, out = window, logits_of(self.model, batch)[0]
                 yield out[first:end]
 
         tick()

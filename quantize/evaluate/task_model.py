@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantize.calibration.tokens import check_vocab
 from quantize.errors import DataError, ModelError, UsageError
+from quantize.model.transformers_api import logits_of
 from quantize.parallel.ranks import ALONE, Ranks
 
 _ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
@@ -73,8 +74,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """inps [B, T] → logits [B, T, V] in float32, so that no difference is lost in a rounded softmax."""
-        logits: Tensor = self.model(inps, use_cache=False).logits
-        return logits.float()
+        return logits_of(self.model, inps).float()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
         """Score continuations: (sum of log-probabilities, whether each token is the likeliest)."""

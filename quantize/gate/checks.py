@@ -30,7 +30,8 @@ HIGHER_IS_BETTER: dict[str, bool] = {
 }
 """Figures of an Evaluation that can be checked; task metrics are written `task/metric`."""
 ROLLING_ONLY = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-WITH_PARENT = tuple(m for m in HIGHER_IS_BETTER if f"baseline_{m}" in {f.name for f in dataclasses.fields(Evaluation)})
+_FIELDS = {field.name for field in dataclasses.fields(Evaluation)}
+WITH_PARENT = tuple(metric for metric in HIGHER_IS_BETTER if f"baseline_{metric}" in _FIELDS)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure of a model, its parent's where there is one, and its direction; None where it was not measured."""
+    """One figure of a model, its parent's where there is one, and its direction; None
+    where it was not measured."""
 
     value: float | None
     parent: float | None = None
@@ -88,13 +90,26 @@ class Verdict:
 
 
 def judge(recipe: str, check: Check, figure: Measurement) -> Verdict:
-    """Compare one measured figure with what the file expects. What cannot be compared fails, with the reason."""
+    """Compare one measured figure with what the file expects. What cannot be
+    compared fails, with the reason."""
     value, parent = _finite(figure.value), _finite(figure.parent)
-    status, detail, recovery = _unusable(figure) or (
-        _by_value(check, figure) if check.kind == "value" else _by_recovery(check, figure)
+    compare = _by_value if check.kind == "value" else _by_recovery
+    status, detail, recovery = _unusable(figure) or compare(check, figure)
+    tolerance = None
+    if check.kind == "value":
+        tolerance = f"{check.tolerance:g}{'%' if check.percent else ''}"
+    return Verdict(
+        recipe,
+        check.metric,
+        check.kind,
+        value,
+        parent,
+        recovery,
+        check.expected,
+        tolerance,
+        status,
+        detail,
     )
-    tolerance = None if check.kind == "recovery" else f"{check.tolerance:g}{'%' if check.percent else ''}"
-    return Verdict(recipe, check.metric, check.kind, value, parent, recovery, check.expected, tolerance, status, detail)
 
 
 def figure_of(evaluation: Mapping[str, Any], metric: str) -> Measurement:
@@ -118,11 +133,14 @@ def _unusable(figure: Measurement) -> _Outcome | None:
 def _by_value(check: Check, figure: Measurement) -> _Outcome:
     assert figure.value is not None
     worse = figure.value - check.expected
-    worse = -worse if figure.higher_is_better else worse
+    limit = check.expected + check.allowed
+    sign = "<="
+    if figure.higher_is_better:
+        worse = -worse
+        limit = check.expected - check.allowed
+        sign = ">="
     # Sums of floats end a few bits off; a tolerance of 0 means equal up to those.
     allowed = check.allowed + 1e-9 * abs(check.expected)
-    sign = ">=" if figure.higher_is_better else "<="
-    limit = check.expected - check.allowed if figure.higher_is_better else check.expected + check.allowed
     if worse > allowed:
         return "FAIL", f"must be {sign} {limit:.6g}", None
     if worse < -allowed:
@@ -139,7 +157,11 @@ def _by_recovery(check: Check, figure: Measurement) -> _Outcome:
     if value == parent:
         recovery = 1.0
     elif min(value, parent) <= 0:
-        return "FAIL", f"no share can be taken of {value:.6g} and {parent:.6g}; write value and tolerance", None
+        return (
+            "FAIL",
+            f"no share can be taken of {value:.6g} and {parent:.6g}; write value and tolerance",
+            None,
+        )
     else:
         recovery = value / parent if figure.higher_is_better else parent / value
     if recovery < check.expected - 1e-9:

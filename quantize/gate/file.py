@@ -1,7 +1,10 @@
-"""Gate files: the accuracy that each recipe must reach on one model. Every mistake in a file is one line.
+"""Gate files: the accuracy that each recipe must reach on one model. Every
+mistake in a file is one line.
 
-`value` with `tolerance` is a figure measured before; the tolerance is in the metric's unit, or in percent of the value.
-`recovery` is the least share of the parent's accuracy: model / parent, or parent / model where lower is better.
+`value` with `tolerance` is a figure measured before; the tolerance is in the metric's
+unit, or in percent of the value.
+`recovery` is the least share of the parent's accuracy: model / parent, or parent /
+model where lower is better.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from quantize.files import strict_yaml
 from quantize.files.strict_yaml import Document, show_value
 from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
 from quantize.model.linear import Numerics
+from quantize.recipe.files import shipped_recipes
 from quantize.recipe.overrides import with_stage_fields
-from quantize.recipe.recipe import Calibration, Recipe, load_recipe, shipped_recipes
+from quantize.recipe.recipe import Calibration, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class GateFile:
 
 
 def load_gate(path: Path) -> GateFile:
-    """Read a gate file. Raises RecipeError with a line `file:line: path: problem; remedy` for each problem."""
+    """Read a gate file. Raises RecipeError with a line
+    `file:line: path: problem; remedy` for each problem."""
     return parse_gate(read_gate(path), path)
 
 
@@ -70,15 +75,18 @@ def read_gate(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(strict_yaml.MAX_BYTES + 1)
     except OSError as err:
-        raise RecipeError(f"{path}: cannot be read: {err.strerror}; give the path of a gate file") from None
+        raise RecipeError(
+            f"{path}: cannot be read: {err.strerror}; give the path of a gate file",
+        ) from None
 
 
 def parse_gate(raw: bytes, path: Path) -> GateFile:
-    """Parse and validate the text of the gate file at `path`, whose folder relative paths in it start from."""
+    """Parse and validate the text of the gate file at `path`, whose folder
+    relative paths in it start from."""
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
-        what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
-        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), f"{what}; begin with 'recipes:'")])
+        text = strict_yaml.no_mapping(doc.data, "begin with 'recipes:'")
+        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), text)])
     reader = _Reader(doc, path.parent)
     gate = reader.gate(path)
     if reader.problems:
@@ -100,7 +108,10 @@ def _number(value: Any) -> bool:
 
 
 def _count(least: int) -> _Test:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"an integer >= {least}"
+    return (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+        f"an integer >= {least}",
+    )
 
 
 def _choice(options: tuple[str, ...]) -> _Test:
@@ -108,7 +119,10 @@ def _choice(options: tuple[str, ...]) -> _Test:
 
 
 _TEXT: _Test = (lambda v: isinstance(v, str) and bool(v), "a text")
-_TEXTS: _Test = (lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v), "a list of texts")
+_TEXTS: _Test = (
+    lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v),
+    "a list of texts",
+)
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 _TOP: dict[str, _Test] = {
     "model": _TEXT,
@@ -116,7 +130,10 @@ _TOP: dict[str, _Test] = {
     "evaluation": (lambda v: isinstance(v, dict), "a mapping"),
     "tasks": _TEXTS,
     "task_limit": _count(1),
-    "recipes": (lambda v: isinstance(v, dict) and bool(v), "a mapping with one entry or more, 'NAME: {METRIC: ...}'"),
+    "recipes": (
+        lambda v: isinstance(v, dict) and bool(v),
+        "a mapping with one entry or more, 'NAME: {METRIC: ...}'",
+    ),
     "history": (lambda v: isinstance(v, list), "a list, which pq itself appends to"),
 }
 _EVALUATION: dict[str, _Test] = {
@@ -150,12 +167,20 @@ class _Reader:
         if not any(path[:n] in self.doc.spoiled for n in range(len(path) + 1)):
             self.problems.append(self.doc.problem(path, text))
 
-    def fields(self, path: strict_yaml.Path, data: Mapping[str, Any], table: Mapping[str, _Test]) -> dict[str, Any]:
+    def fields(
+        self,
+        path: strict_yaml.Path,
+        data: Mapping[str, Any],
+        table: Mapping[str, _Test],
+    ) -> dict[str, Any]:
         """Return the values of a mapping that pass their tests; unknown keys are problems."""
         good: dict[str, Any] = {}
         for key, value in data.items():
             if key not in table:
-                self.say((*path, key), f"unknown field; {close(key, table)}the fields are {', '.join(table)}")
+                self.say(
+                    (*path, key),
+                    f"unknown field; {close(key, table)}the fields are {', '.join(table)}",
+                )
             elif not table[key][0](value):
                 self.say((*path, key), f"must be {table[key][1]} (value {show_value(value)})")
             else:
@@ -165,17 +190,19 @@ class _Reader:
     def gate(self, path: Path) -> GateFile:
         top = self.fields((), self.doc.data, _TOP)
         if "recipes" not in self.doc.data:
-            self.say((), "'recipes' is missing; add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'")
+            remedy = "add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'"
+            self.say((), f"'recipes' is missing; {remedy}")
         settings = self.settings(top.get("evaluation", {}))
-        calibration = top.get("calibration", {})
-        known = {name: _TEXT if name == "dataset" else (lambda v: True, "") for name in Calibration.model_fields}
-        calibration = self.fields(("calibration",), calibration, known)
+        # Other values are the recipe's to judge, when it takes them up.
+        known: dict[str, _Test] = dict.fromkeys(Calibration.model_fields, (lambda v: True, ""))
+        known["dataset"] = _TEXT
+        calibration = self.fields(("calibration",), top.get("calibration", {}), known)
         if "dataset" in calibration:
             calibration["dataset"] = self.beside(calibration["dataset"])
         tasks = tuple(self.task(name) for name in top.get("tasks", []))
-        entries = [
-            self.entry(name, data, calibration, settings, bool(tasks)) for name, data in top.get("recipes", {}).items()
-        ]
+        entries: list[Entry | None] = []
+        for name, data in top.get("recipes", {}).items():
+            entries.append(self.entry(name, data, calibration, settings, bool(tasks)))
         return GateFile(
             path=path,
             model=self.folder / top["model"] if "model" in top else None,
@@ -202,12 +229,22 @@ class _Reader:
     ) -> Entry | None:
         path = ("recipes", name)
         if not isinstance(data, dict):
-            self.say(path, f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'")
+            self.say(
+                path,
+                f"must be a mapping (value {show_value(data)}); write 'METRIC: {{recovery: 0.95}}'",
+            )
             return None
-        own = self.fields(path, {key: value for key, value in data.items() if key in _ENTRY}, _ENTRY)
+        own = self.fields(
+            path,
+            {key: value for key, value in data.items() if key in _ENTRY},
+            _ENTRY,
+        )
         metrics = [metric for metric in data if metric not in _ENTRY]
         if not metrics:
-            self.say(path, "checks nothing; add a metric, such as 'kld_mean: {value: ..., tolerance: 20%}'")
+            self.say(
+                path,
+                "checks nothing; add a metric, such as 'kld_mean: {value: ..., tolerance: 20%}'",
+            )
         checks = [
             check
             for metric in metrics
@@ -217,7 +254,12 @@ class _Reader:
         recipe = self.recipe(path, own, calibration)
         return Entry(name, recipe, tuple(checks)) if recipe else None
 
-    def recipe(self, path: tuple[str, str], own: Mapping[str, Any], calibration: Mapping[str, Any]) -> Recipe | None:
+    def recipe(
+        self,
+        path: tuple[str, str],
+        own: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+    ) -> Recipe | None:
         shipped = {file.stem: str(file) for file in shipped_recipes()}
         wanted = own.get("recipe", path[1])
         where = (*path, "recipe") if "recipe" in own else path
@@ -225,7 +267,10 @@ class _Reader:
             recipe = load_recipe(shipped.get(wanted) or self.beside(wanted))
         except RecipeError as err:
             for line in str(err).splitlines():
-                self.say(where, line if "recipe" in own else f"{line}; or name a file with 'recipe: FILE'")
+                self.say(
+                    where,
+                    line if "recipe" in own else f"{line}; or name a file with 'recipe: FILE'",
+                )
             return None
         try:
             recipe = recipe.with_overrides(**calibration)
@@ -241,13 +286,20 @@ class _Reader:
     def metric(self, path: strict_yaml.Path, metric: str, settings: Settings, tasks: bool) -> bool:
         if "/" in metric:
             if not tasks:
-                self.say(path, "is a task's metric, but the file names no tasks; add 'tasks: [...]'")
+                self.say(
+                    path,
+                    "is a task's metric, but the file names no tasks; add 'tasks: [...]'",
+                )
             return tasks
         if metric not in HIGHER_IS_BETTER:
+            hint = close(metric, (*HIGHER_IS_BETTER, *_ENTRY))
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
-            self.say(path, f"unknown metric; {close(metric, (*HIGHER_IS_BETTER, *_ENTRY))}the metrics are {known}")
+            self.say(path, f"unknown metric; {hint}the metrics are {known}")
         elif metric in ROLLING_ONLY and settings.protocol != "rolling":
-            self.say(path, "only the rolling protocol gives it; write 'protocol: rolling' under 'evaluation'")
+            self.say(
+                path,
+                "only the rolling protocol gives it; write 'protocol: rolling' under 'evaluation'",
+            )
         return metric in HIGHER_IS_BETTER
 
     def checks(self, path: strict_yaml.Path, metric: str, data: Any) -> list[Check]:
@@ -259,15 +311,23 @@ class _Reader:
         if not data or ("tolerance" in data and "value" not in data):
             self.say(path, f"'value' is missing; {remedy}")
         if "value" in data and "tolerance" not in data:
-            self.say(path, "'tolerance' is missing; add 'tolerance: 20%', or 0 for a figure that never varies")
+            self.say(
+                path,
+                "'tolerance' is missing; add 'tolerance: 20%', or 0 for a figure that never varies",
+            )
         out: list[Check] = []
         if "value" in good and "tolerance" in good:
             share = _PERCENT.fullmatch(str(good["tolerance"]))
             amount = float(share[1] if share else good["tolerance"])
-            out.append(Check(metric, "value", float(good["value"]), amount, percent=share is not None))
+            out.append(
+                Check(metric, "value", float(good["value"]), amount, percent=share is not None),
+            )
         if "recovery" in good:
             if "/" not in metric and metric not in WITH_PARENT:
-                self.say((*path, "recovery"), f"{metric} is no figure of the parent; write value and tolerance")
+                self.say(
+                    (*path, "recovery"),
+                    f"{metric} is no figure of the parent; write value and tolerance",
+                )
             out.append(Check(metric, "recovery", float(good["recovery"])))
         return out
 

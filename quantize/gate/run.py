@@ -1,4 +1,5 @@
-"""The accuracy gate: every recipe of a file reaches what the file says, its parent being measured in the same run."""
+"""The accuracy gate: every recipe of a file reaches what the file says, its parent being
+measured in the same run."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from quantize.gate.update import update_baselines
 
 __all__ = ["GateResult", "Verdict", "run_gate", "update_baselines"]
 
+_NAMED = 3  # failed checks in the one line of an error; the table has them all
 Progress = Callable[[str, int, int], None]
 Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """task → metric → value, stderr, higher_is_better: what a TaskRun holds."""
@@ -32,7 +34,8 @@ Tasks = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a run of the gate found; `dataclasses.asdict` of it is plain JSON (figures that are not finite are None)."""
+    """What a run of the gate found; `dataclasses.asdict` of it is plain JSON (figures that
+    are not finite are None)."""
 
     file: str
     verdicts: tuple[Verdict, ...]
@@ -51,8 +54,11 @@ class GateResult:
         """Raise QualityError, one line that names the checks that failed."""
         failed = [f"{v.recipe}.{v.metric} {v.detail}" for v in self.verdicts if not v.ok]
         if failed:
-            shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
-            raise QualityError(f"{self.file}: {len(failed)} of {len(self.verdicts)} checks failed: {shown}")
+            shown = failed[:_NAMED]
+            if len(failed) > _NAMED:
+                shown.append(f"and {len(failed) - _NAMED} more")
+            count = f"{len(failed)} of {len(self.verdicts)} checks failed"
+            raise QualityError(f"{self.file}: {count}: {'; '.join(shown)}")
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,16 @@ def run_gate(
 ) -> GateResult:
     """Check the recipes of a gate file; a check that fails is a verdict, not an exception.
 
-    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a temporary folder
-    and measured against it. With `model` nothing is converted: `baseline` is its parent, and its entry is the one of
-    its recipe's name, or the one in `only`. A model that cannot be made or used fails all of its checks.
-    Raises PqError subclasses: RecipeError for a broken file, UsageError for arguments that contradict each other.
+    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a
+    temporary folder and measured against it. With `model` nothing is converted: `baseline` is its
+    parent, and its entry is the one of its recipe's name, or the one in `only`. A model that cannot
+    be made or used fails all of its checks.
+    Raises PqError subclasses: RecipeError for a broken file, UsageError for
+    arguments that contradict each other.
     """
     started = time.monotonic()
     gate = load_gate(file)
-    entries, parent = _chosen(gate, model, baseline, only)
+    entries, parent = _choose(gate, model, baseline, only)
     for folder in (parent, *([] if model is None else [model])):
         Checkpoint(folder)  # a wrong path is no failed check
     run = _Run(gate, parent, device or torch.device("cpu"), dtype, progress)
@@ -94,7 +102,7 @@ def run_gate(
     for entry in entries:
         missing = ""
         try:
-            figures[entry.name], ours = _measured(run, entry, model)
+            figures[entry.name], ours = _measure(run, entry, model)
             tasks[entry.name] = _beside_parent(ours, parents_tasks)
         except (ModelError, VerifyError) as err:
             missing = str(err)
@@ -107,7 +115,7 @@ def run_gate(
     return GateResult(str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks))
 
 
-def _chosen(
+def _choose(
     gate: GateFile, model: Path | None, baseline: Path | None, only: Sequence[str] | None
 ) -> tuple[list[Entry], Path]:
     """Entries to check, and the folder of the parent."""
@@ -122,11 +130,17 @@ def _chosen(
             raise UsageError(f"the gate compares {model} with its parent; give it with --baseline")
         return [_entry_of(gate, model, named if only else None)], baseline
     if baseline is not None:
-        raise UsageError(f"--baseline {baseline} needs a model; without one the gate uses the model of {gate.path}")
+        remedy = f"without one the gate uses the model of {gate.path}"
+        raise UsageError(f"--baseline {baseline} needs a model; {remedy}")
     if gate.model is None:
-        raise UsageError(f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline")
+        raise UsageError(
+            f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline",
+        )
     if not gate.model.is_dir():
-        missing = gate.document.problem(("model",), f"no such folder: {gate.model}; the path starts from this file's")
+        missing = gate.document.problem(
+            ("model",),
+            f"no such folder: {gate.model}; the path starts from this file's",
+        )
         raise strict_yaml.error_of(gate.document.source, [missing])
     return named, gate.model
 
@@ -135,21 +149,27 @@ def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
     if named is None:
         provenance = read_provenance(model)
         if provenance is None:
-            raise UsageError(f"{model} has no pq.json that names its recipe; name an entry of {gate.path}")
+            raise UsageError(
+                f"{model} has no pq.json that names its recipe; name an entry of {gate.path}",
+            )
         recipe = provenance["recipe"]["name"]
         named = [entry for entry in gate.entries if entry.name == recipe]
         named = named or [entry for entry in gate.entries if entry.recipe.name == recipe]
         if not named:
             names = ", ".join(entry.name for entry in gate.entries)
-            raise UsageError(f"{gate.path} has no entry for {model}'s recipe '{recipe}'; name one (entries: {names})")
+            problem = f"{gate.path} has no entry for {model}'s recipe '{recipe}'"
+            raise UsageError(f"{problem}; name one (entries: {names})")
     if len(named) > 1:
         names = ", ".join(entry.name for entry in named)
-        raise UsageError(f"{gate.path}: {model} is one model, but its entry could be {names}; name one")
+        raise UsageError(
+            f"{gate.path}: {model} is one model, but its entry could be {names}; name one",
+        )
     return named[0]
 
 
-def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
-    """Evaluation and task figures of `model`, or of the entry's recipe, whose conversion is then deleted."""
+def _measure(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any], Tasks]:
+    """Evaluation and task figures of `model`, or of the entry's recipe, whose
+    conversion is then deleted."""
 
     def progress(what: str, done: int, total: int) -> None:
         run.progress(f"{entry.name}: {what}", done, total)
@@ -158,7 +178,7 @@ def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, An
         with tempfile.TemporaryDirectory(prefix="pq-gate-") as folder:
             output = Path(folder) / entry.name
             convert(Request(run.baseline, entry.recipe, output, run.device, run.dtype), progress)
-            return _measured(run, entry, output)
+            return _measure(run, entry, output)
     evaluation = evaluate(
         model,
         run.baseline,
@@ -167,7 +187,8 @@ def _measured(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, An
         progress=progress,
         **dataclasses.asdict(run.file.evaluation),
     )
-    return dataclasses.asdict(evaluation), _tasks(run, model, entry.name) if run.file.tasks else {}
+    tasks = _tasks(run, model, entry.name) if run.file.tasks else {}
+    return dataclasses.asdict(evaluation), tasks
 
 
 def _tasks(run: _Run, model: Path, name: str) -> Tasks:
@@ -204,7 +225,8 @@ def _measurement(metric: str, evaluation: Mapping[str, Any], tasks: Tasks) -> Me
     known = [f"{t}/{m}" for t, metrics in tasks.items() for m in metrics]
     if metric not in known:
         return Measurement(
-            None, missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}"
+            None,
+            missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}",
         )
     score = tasks[task][name]
     return Measurement(score["value"], score["baseline"], bool(score["higher_is_better"]))

@@ -1,4 +1,5 @@
-"""Writes newly measured figures into a gate file; every byte that is not one of those numbers stays."""
+"""Writes newly measured figures into a gate file; every byte that is not
+one of those numbers stays."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,19 +24,18 @@ if TYPE_CHECKING:
     from quantize.gate.run import GateResult
 
 _BOM = b"\xef\xbb\xbf"
-_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what ends a line in YAML
-_VALUE = re.compile(r"""(["']?)value\1\s*:\s*([^\s,}#]+)""")
 _VERSIONED = ("torch", "transformers")
 
 
 def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
-    """Write the figures of `result` over the `value:` numbers they were checked against, and note it in `history:`.
+    """Write the figures of `result` over the `value:` numbers they were checked
+    against, and note it in `history:`.
 
-    Returns the changes, "fireq.kld_mean 0.0249 -> 0.0231" each; without any the file stays as it is. A new number has
-    as few digits as keep its rounding below a hundredth of its tolerance. Recoveries are demands, not measurements:
-    they stay. Raises UsageError without a reason or when the file has changed since the run, QualityError for a figure
-    that was not measured, RecipeError for a file that is not written so that it can be edited, OutputError when it
-    cannot be written.
+    Returns the changes, "fireq.kld_mean 0.0249 -> 0.0231" each; without any the file stays as it
+    is. A new number has as few digits as keep its rounding below a hundredth of its tolerance.
+    Recoveries are demands, not measurements: they stay. Raises UsageError without a reason or when
+    the file has changed since the run, QualityError for a figure that was not measured, RecipeError
+    for a file that is not written so that it can be edited, OutputError when it cannot be written.
     """
     reason = " ".join(reason.encode("utf-8", "replace").decode().split())
     if not reason:
@@ -53,45 +52,50 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
     changes: list[str] = []
     for verdict in result.verdicts:
         if verdict.kind == "value" and (number := _new_number(verdict, checks, file)):
-            start, end = _number_at(text, gate.document, verdict)
+            path = ("recipes", verdict.recipe, verdict.metric, "value")
+            start, end = gate.document.spans[path]
             edits.append((start, end, number))
             changes.append(f"{verdict.recipe}.{verdict.metric} {text[start:end]} -> {number}")
-            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(number)
+            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(
+                number,
+            )
     if changes:
         today = datetime.date.today().isoformat()
-        note: dict[str, object] = {"date": today, "reason": reason, "changes": changes, "versions": _versions()}
+        note: dict[str, object] = {
+            "date": today,
+            "reason": reason,
+            "changes": changes,
+            "versions": _versions(),
+        }
         wanted["history"] = [*wanted.get("history", []), note]
         for start, end, number in sorted(edits, reverse=True):
             text = text[:start] + number + text[end:]
-        new = (_BOM if raw.startswith(_BOM) else b"") + _with_note(text, gate.document, note).encode("utf-8")
+        new = (_BOM if raw.startswith(_BOM) else b"") + _with_note(
+            text,
+            gate.document,
+            note,
+        ).encode("utf-8")
         _require(new, wanted, gate.document)
         _replace(file, new)
     return changes
 
 
-def _new_number(verdict: Verdict, checks: Mapping[tuple[str, str], Check], file: Path) -> str | None:
+def _new_number(
+    verdict: Verdict,
+    checks: Mapping[tuple[str, str], Check],
+    file: Path,
+) -> str | None:
     """Return what the file should say, None where what it says is the figure already."""
     assert verdict.value is not None
     check = checks.get((verdict.recipe, verdict.metric))
     if check is None or check.expected != verdict.expected:
-        raise UsageError(f"{file}: {verdict.recipe}.{verdict.metric} has changed since the run; run the gate again")
-    error = check.allowed / 100
+        name = f"{verdict.recipe}.{verdict.metric}"
+        raise UsageError(f"{file}: {name} has changed since the run; run the gate again")
+    error = check.allowed / 100  # rounding takes nothing that counts from the tolerance
     if abs(check.expected - verdict.value) <= max(error, 1e-9 * abs(check.expected)):
         return None
     numbers = (f"{verdict.value:.{digits}g}" for digits in range(3, 17))
     return next((n for n in numbers if abs(float(n) - verdict.value) <= error), repr(verdict.value))
-
-
-def _number_at(text: str, document: Document, verdict: Verdict) -> tuple[int, int]:
-    """Return where the number of a check stands in the text; (0, 0) where it does not (which `_require` then sees)."""
-    mark = document.marks.get(("recipes", verdict.recipe, verdict.metric, "value"))
-    found = _VALUE.match(text, _offset(text, *mark)) if mark else None
-    return found.span(2) if found else (0, 0)
-
-
-def _offset(text: str, line: int, column: int) -> int:
-    starts = [0, *(found.end() for found in _BREAK.finditer(text))]
-    return starts[line - 1] + column - 1
 
 
 def _with_note(text: str, document: Document, note: dict[str, object]) -> str:
@@ -100,11 +104,13 @@ def _with_note(text: str, document: Document, note: dict[str, object]) -> str:
     lines = strict_yaml.dump({"history": [note]}).splitlines()
     indent = "  "
     if first := document.marks.get(("history", 0)):
-        start = _offset(text, first[0], 1)
-        indent = text[start : start + len(text[start:]) - len(text[start:].lstrip(" "))]
+        line = text.splitlines()[first[0] - 1]
+        indent = line[: len(line) - len(line.lstrip(" "))]
     head = [] if first else ["", lines[0]]
     parts = [text if not text or text.endswith(("\n", "\r")) else text + newline]
-    return "".join([*parts, *(line + newline for line in (*head, *(indent + line for line in lines[1:])))])
+    return "".join(
+        [*parts, *(line + newline for line in (*head, *(indent + line for line in lines[1:])))],
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -113,21 +119,29 @@ def _versions() -> dict[str, str]:
 
 
 def _require(new: bytes, wanted: object, document: Document) -> None:
-    """RecipeError unless the edited file reads as it should: the edits assume a usual way of writing."""
+    """RecipeError unless the edited file reads as it should: `_with_note`
+    assumes a usual way of writing."""
     try:
         if strict_yaml.load(new, document.source).data == wanted:
             return
     except RecipeError:
         pass
-    how = "write every 'value: NUMBER' on one line, and 'history:' as the last key with one '- ' an item"
-    raise strict_yaml.error_of(document.source, [document.problem(("history",), f"cannot be edited; {how}")])
+    how = "write 'history:' as the last key with one '- ' an item"
+    raise strict_yaml.error_of(
+        document.source,
+        [document.problem(("history",), f"cannot be edited; {how}")],
+    )
 
 
 def _replace(file: Path, new: bytes) -> None:
     target = file.resolve()  # a link stays one
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent,
+            prefix=f".{target.name}.",
+            delete=False,
+        ) as handle:
             temporary = Path(handle.name)
             handle.write(new)
             handle.flush()
@@ -137,4 +151,6 @@ def _replace(file: Path, new: bytes) -> None:
     except OSError as err:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{file}: cannot be written: {err.strerror}; check the folder's permissions") from None
+        raise OutputError(
+            f"{file}: cannot be written: {err.strerror}; check the folder's permissions",
+        ) from None

@@ -1,4 +1,5 @@
-"""What a checkpoint holds, told from config.json, safetensors headers and pq.json alone; no tensor is read."""
+"""What a checkpoint holds, told from config.json, safetensors headers and pq.json
+alone; no tensor is read."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Linear:
     name: str
     """Relative to its block."""
     role: str
-    """q, k, v, o, gate, up, down or router; the name's last part where the architecture is unknown."""
+    """q, k, v, o, gate, up, down or router; the name's last part where
+    the architecture is unknown."""
     shape: tuple[int, int] | None
     """(N, K): outputs, inputs; None where headers do not tell."""
     format: str
@@ -73,7 +75,8 @@ class DecoderBlock:
     others: tuple[Other, ...]
     bytes: int
     routing: Mapping[str, Any] | None = None
-    """How tokens find its experts, in pq's own format; None where config.json's own fields say it."""
+    """How tokens find its experts, in pq's own format; None where
+    config.json's own fields say it."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,13 @@ def inspect(folder: Path) -> Inspection:
     """
     source = Checkpoint(folder)
     headers = tensor_headers(source)
-    stored = storage_of(headers, source.config.get("quantization_config"), noted_shapes(source, headers))
-    blocks, outside = _sorted_out(headers, stored, str(source.config.get("model_type")))
-    blocks = _routed(blocks, _native(source.config, "routing"))
+    stored = storage_of(
+        headers,
+        source.config.get("quantization_config"),
+        noted_shapes(source, headers),
+    )
+    blocks, outside = _by_block(headers, stored, str(source.config.get("model_type")))
+    blocks = _with_routing(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
     made, problem = read_made(folder)
     return Inspection(
@@ -151,9 +158,15 @@ def _native(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _routed(blocks: tuple[DecoderBlock, ...], routing: Mapping[str, Any] | None) -> tuple[DecoderBlock, ...]:
+def _with_routing(
+    blocks: tuple[DecoderBlock, ...],
+    routing: Mapping[str, Any] | None,
+) -> tuple[DecoderBlock, ...]:
     """Blocks with the policies that name their FFNs."""
-    policies = {name.rpartition(".")[0]: found for name, found in (routing or {}).items() if isinstance(found, dict)}
+    policies = {}
+    for name, policy in (routing or {}).items():
+        if isinstance(policy, dict):
+            policies[name.rpartition(".")[0]] = policy
     return tuple(replace(block, routing=policies.get(block.name)) for block in blocks)
 
 
@@ -168,7 +181,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return {key: both[key] for key in _SIZES if isinstance(both.get(key), int)}
 
 
-def _sorted_out(
+def _by_block(
     headers: Mapping[str, Header], stored: Mapping[str, Storage], model_type: str
 ) -> tuple[tuple[DecoderBlock, ...], tuple[Other, ...]]:
     """Tensors by block, in order of the blocks, and those in none."""
@@ -180,7 +193,9 @@ def _sorted_out(
     for name, storage in stored.items():
         if found := _BLOCK.fullmatch(name):
             key, local = (found["blocks"], int(found["index"])), found["local"]
-            linears.setdefault(key, []).append(_linear(local, role_of(arch, local) if arch else None, storage))
+            linears.setdefault(key, []).append(
+                _linear(local, role_of(arch, local) if arch else None, storage),
+            )
     for name, header in headers.items():
         found = _BLOCK.fullmatch(name)
         if not found:
@@ -192,7 +207,8 @@ def _sorted_out(
     blocks = []
     for key in sorted({*linears, *others}):
         mine = sorted(
-            linears.get(key, []), key=lambda x: (order.index(x.role) if x.role in order else 99, natural(x.name))
+            linears.get(key, []),
+            key=lambda x: (order.index(x.role) if x.role in order else 99, natural(x.name)),
         )
         rest = sorted(others.get(key, []), key=lambda x: x.name)
         size = sum(x.bytes for x in mine) + sum(x.bytes for x in rest)
@@ -217,7 +233,10 @@ def _linear(local: str, role: str | None, storage: Storage) -> Linear:
 
 
 def _totals(
-    headers: Mapping[str, Header], stored: Mapping[str, Storage], outside: tuple[Other, ...], file_bytes: int
+    headers: Mapping[str, Header],
+    stored: Mapping[str, Storage],
+    outside: tuple[Other, ...],
+    file_bytes: int,
 ) -> Totals:
     quantized = [storage for storage in stored.values() if storage.quantized]
     inside = {part for storage in quantized for part in storage.parts}
@@ -226,22 +245,28 @@ def _totals(
     tensor_bytes = sum(header.bytes for header in headers.values())
     known = [storage.weights for storage in quantized if storage.weights]
     weights = sum(known) if len(known) == len(quantized) else None
-    parameters = None if weights is None else weights + sum(math.prod(header.shape) for header in plain)
+    others = sum(math.prod(header.shape) for header in plain)
+    parameters = None if weights is None else weights + others
+    embeddings = [other for other in outside if _is_embedding(other.name)]
     code_bytes = sum(storage.code_bytes for storage in quantized)
     return Totals(
         parameters=parameters,
-        embedding_parameters=sum(math.prod(o.shape) for o in outside if "embed" in o.name or ".wte." in f".{o.name}"),
+        embedding_parameters=sum(math.prod(other.shape) for other in embeddings),
         quantized_parameters=weights,
         quantized_bits_per_weight=8 * code_bytes / weights if weights else None,
         bits_per_weight=8 * tensor_bytes / parameters if parameters else None,
         tensor_bytes=tensor_bytes,
-        expected_bytes=_expected(quantized, plain_bytes),
+        expected_bytes=_expected_bytes(quantized, plain_bytes),
         file_bytes=file_bytes,
         sixteen_bit_bytes=None if parameters is None else 2 * parameters,
     )
 
 
-def _expected(quantized: list[Storage], plain_bytes: int) -> int | None:
+def _is_embedding(name: str) -> bool:
+    return "embed" in name or ".wte." in f".{name}"  # GPT-2's tables are called wte
+
+
+def _expected_bytes(quantized: list[Storage], plain_bytes: int) -> int | None:
     bits = 0.0
     for storage in quantized:
         if storage.expected_bits is None:

@@ -11,7 +11,7 @@ from typing import Any
 from quantize.errors import ModelError
 from quantize.files.provenance import read_provenance
 
-_WORST = 5
+_WORST = 5  # a terminal shows what follows them, too
 
 
 @dataclass(frozen=True)

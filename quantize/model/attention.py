@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.kernels.attention.api import attend_records, quantize_records, takes
 from quantize.kernels.attention.reference import attend, over_scale, read_reference
+from quantize.model.transformers_api import register_attention
 
 ATTENTION = "pq"
 """Name of the attention implementation: SDPA, except in modules that carry a `KvAttention` named `kv`."""
@@ -107,17 +105,20 @@ class KvAttention(nn.Module):
         return quantize_activations(q) if self.numerics.fp8_query else q
 
 
-def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: SDPA, or `module.kv` where there is one."""
+def attend_by_kv(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor | None:
+    """What `module.kv` gives (`KvAttention`); None where the module carries none."""
     kv = getattr(module, "kv", None)
     if kv is None:
-        out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return out
-    mixed = kv(query, key, value, attention_mask, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-    return mixed.transpose(1, 2).contiguous(), None
+        return None
+    mixed: Tensor = kv(query, key, value, mask, scaling)
+    return mixed
 
 
-AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+register_attention(ATTENTION, attend_by_kv)

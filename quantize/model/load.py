@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router, place_experts
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
+from quantize.model.transformers_api import load_pretrained, place_rotary_tables
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
@@ -202,13 +202,11 @@ def load_block(
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     meta_model(folder, dtype)  # refuses a broken config.json in one line
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        model, missing = load_pretrained(folder, dtype)
     except (RuntimeError, ValueError, OSError) as err:
         reason = " ".join(str(err).split())[:300]
         raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         # transformers would go on with random weights.
         raise ModelError(f"{folder}: tensor {missing[0]} is missing from the checkpoint")
     return _frozen(model.to(device))
@@ -236,9 +234,7 @@ def _materialize(
     if result.unexpected_keys:
         raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
     root, _, _ = arch.blocks.rpartition(".")
-    decoder = model.get_submodule(root)
-    # Rotary tables are computed buffers: absent from checkpoints, and empty on the meta device.
-    decoder.rotary_emb = type(decoder.get_submodule("rotary_emb"))(config=model.config).to(device)
+    place_rotary_tables(model.get_submodule(root), model.config, device)
     if missing := [n for n, p in model.named_parameters() if p.is_meta]:
         raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from quantize.errors import ModelError
 from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
 from quantize.kernels.experts.api import routed_experts
 from quantize.model.arch import Architecture, ExpertSizes
 from quantize.model.hooks import is_hooked
+from quantize.model.transformers_api import activation, is_silu
 
 __all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
 
@@ -90,7 +90,7 @@ class MoeFfn(nn.Module):
 
     def _activation(self) -> Callable[[Tensor], Tensor]:
         act: Callable[[Tensor], Tensor] = self.shared_expert.act
-        return F.silu if isinstance(act, nn.SiLU | type(ACT2FN["silu"])) else act
+        return F.silu if is_silu(act) else act
 
     @property
     def stacked(self) -> bool:
@@ -169,7 +169,8 @@ def place_experts(
                 if isinstance(policy, TopK) and policy.k > sizes.n:
                     raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
                 with torch.device("meta"):
-                    made = MoeFfn(config["hidden_size"], sizes, ACT2FN[config.get("hidden_act", "silu")], policy)
+                    act = activation(config.get("hidden_act", "silu"))
+                    made = MoeFfn(config["hidden_size"], sizes, act, policy)
                 ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
     if strangers := sorted(set(policies) - set(ffns)):
         raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")

@@ -10,39 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantize.errors import DataError, ModelError
 from quantize.model.arch import Architecture, block_architecture
 from quantize.model.attention import ATTENTION
 from quantize.model.moe import Policy, Router, place_experts
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: passes hidden states on and keeps the keyword arguments it was given."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        # Earlier releases of transformers 5 choose a mask (sliding window or full) by this attribute of the layer.
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
-        self.kwargs: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.kwargs = {"args": args, "kwargs": {**kwargs, "past_key_values": None, "use_cache": False}}
-        return hidden_states
+from quantize.model.transformers_api import (
+    LayerCall,
+    build_model,
+    layer_calls,
+    read_config,
+    read_tokenizer,
+    rope_types,
+)
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
     """The full-precision model that config.json describes, without memory; ModelError for what transformers refuses."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = read_config(folder)
         _require_known_rope(folder, config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+            model = build_model(config, dtype, ATTENTION)
     except ModelError:
         raise
     except Exception as err:
@@ -56,7 +45,7 @@ def _require_known_rope(folder: Path, config: Any) -> None:
     # transformers would say no more than KeyError.
     parameters = getattr(config, "rope_parameters", None)
     kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
-    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    known = rope_types()
     if kind not in known:
         raise ModelError(f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})")
 
@@ -64,7 +53,7 @@ def _require_known_rope(folder: Path, config: Any) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that stands beside the weights; DataError when there is none that works."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return read_tokenizer(folder)
     except Exception as err:
         # The tokenizers library raises plain Exception for a broken file, transformers half a dozen classes.
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
@@ -91,7 +80,7 @@ class Skeleton:
         self._facts = self.config.to_dict()
         place_experts(self.model, arch, self._facts, routing)
         self._layers = self.model.get_submodule(arch.blocks)
-        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
         """ModelError unless a checkpoint's tensors (full name → shape) are those that config.json implies.
@@ -172,32 +161,22 @@ class Skeleton:
 
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run block `index` on hidden [B, T, D], with the masks and rotary tables of that batch shape."""
-        call = self._call(hidden.shape[0], hidden.shape[1])[index]
-        out = layer(hidden, *call["args"], **call["kwargs"])
-        hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden_states
+        return self._call(hidden.shape[0], hidden.shape[1])[index].run(layer, hidden)
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
         """tokens [B, T] → the hidden states [B, T, D] that enter block 0."""
         hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device)).to(self.dtype)
         return self._replay(hidden)[0]
 
-    def _call(self, batch: int, length: int) -> list[dict[str, Any]]:
+    def _call(self, batch: int, length: int) -> list[LayerCall]:
         if (batch, length) not in self._calls:
             hidden = torch.zeros(batch, length, self.config.hidden_size, dtype=self.dtype, device=self.device)
             self._calls[batch, length] = self._replay(hidden)[1]
         return self._calls[batch, length]
 
-    def _replay(self, hidden: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Run the model's own forward with recorders as layers: → (input of block 0, arguments of every block)."""
-        root, _, _ = self.arch.blocks.rpartition(".")
-        shell = copy.copy(self.model.get_submodule(root))
-        shell._modules = dict(shell._modules)
-        recorders = [_Recorder(layer) for layer in self._layers]
-        shell._modules[self.arch.blocks.rpartition(".")[2]] = nn.ModuleList(recorders)
-        shell._modules[self.arch.final_norm.rpartition(".")[2]] = nn.Identity()
-        # Rotary tables are computed buffers, absent from checkpoints and from the meta device.
-        shell._modules["rotary_emb"] = type(shell.rotary_emb)(config=self.config).to(self.device)
-        with torch.no_grad():
-            out = shell(inputs_embeds=hidden, use_cache=False)
-        return out.last_hidden_state, [recorder.kwargs for recorder in recorders]
+    def _replay(self, hidden: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        """Embedded tokens [B, T, D] → (input of block 0, arguments of every block)."""
+        root, _, layers = self.arch.blocks.rpartition(".")
+        final_norm = self.arch.final_norm.rpartition(".")[2]
+        decoder = self.model.get_submodule(root)
+        return layer_calls(decoder, layers, final_norm, hidden, self.config)

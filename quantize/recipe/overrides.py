@@ -18,7 +18,8 @@ from quantize.recipe.recipe import Recipe
 def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """Return the recipe with `field=value` applied to every stage that has the field.
 
-    A field that is a list takes values separated by commas. `method.field=value` limits it to one method.
+    A field that is a list takes values separated by commas.
+    `method.field=value` limits it to one method.
     Raises UsageError for a field no stage has, or a value it refuses.
     """
     changes: dict[int, dict[str, object]] = {}
@@ -28,17 +29,23 @@ def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         if not equals or not field:
             raise UsageError(f"--set {assignment}: write FIELD=VALUE, for example bits=3")
         chosen = [
-            i
-            for i, stage in enumerate(recipe.stages)
-            if field in type(stage).model_fields and field != "method" and method in ("", stage.method)
+            index
+            for index, stage in enumerate(recipe.stages)
+            if method in ("", stage.method) and field in _fields_of(stage)
         ]
         if not chosen:
             raise UsageError(f"--set {assignment}: {_no_such_field(recipe, target)}")
-        for i in chosen:
-            several = _several(type(recipe.stages[i]).model_fields[field].annotation, raw)
-            changes.setdefault(i, {})[field] = _value(assignment, raw, several)
-    stages = tuple(_changed(stage, changes.get(i, {})) for i, stage in enumerate(recipe.stages))
+        for index in chosen:
+            several = _several(type(recipe.stages[index]).model_fields[field].annotation, raw)
+            changes.setdefault(index, {})[field] = _value(assignment, raw, several)
+    values = [changes.get(index, {}) for index in range(len(recipe.stages))]
+    stages = tuple(map(_replace_fields, recipe.stages, values))
     return recipe.model_copy(update={"stages": stages})
+
+
+def _fields_of(stage: Stage) -> set[str]:
+    """Names of the fields that can be set: all but the method, which says what the stage is."""
+    return {*type(stage).model_fields} - {"method"}
 
 
 def _several(annotation: object, raw: str) -> bool:
@@ -56,7 +63,7 @@ def _value(assignment: str, raw: str, several: bool) -> object:
         raise UsageError(f"--set {assignment}: {err}") from None
 
 
-def _changed(stage: Stage, values: dict[str, object]) -> Stage:
+def _replace_fields(stage: Stage, values: dict[str, object]) -> Stage:
     try:
         # Through JSON, because strict types take a list for a tuple only from there.
         return type(stage).model_validate_json(json.dumps(stage.model_dump(mode="json") | values))
@@ -70,7 +77,8 @@ def _changed(stage: Stage, values: dict[str, object]) -> Stage:
 
 
 def _no_such_field(recipe: Recipe, target: str) -> str:
-    fields = sorted({name for stage in recipe.stages for name in type(stage).model_fields} - {"method"})
+    fields = sorted(set().union(*map(_fields_of, recipe.stages)))
     close = difflib.get_close_matches(target.rpartition(".")[2], fields, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"no stage of recipe '{recipe.name}' has the field '{target}'; {hint}(fields: {', '.join(fields)})"
+    problem = f"no stage of recipe '{recipe.name}' has the field '{target}'"
+    return f"{problem}; {hint}(fields: {', '.join(fields)})"

@@ -1,16 +1,15 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage. Every
-problem of a file is reported at once, one line each, with file, line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode* refine*, with a restructure, a cache or
+an encode stage. Every problem of a file is reported at once, one line each, with file,
+line, path, value and remedy.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -18,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from quantize.errors import RecipeError, UsageError
+from quantize.errors import UsageError
 from quantize.files import strict_yaml
-from quantize.files.resources import data_dir
 from quantize.files.strict_yaml import Document, Problem, show_key, show_value
 from quantize.methods import STAGES, Stage
 from quantize.methods.base import Kind
+from quantize.recipe.files import find_recipe, nearest, read_recipe
 
 if TYPE_CHECKING:
     AnyStage = Stage
@@ -65,17 +64,21 @@ class Recipe(BaseModel):
     description: str
     """What the recipe is for, in one line."""
     format: Literal["compressed-tensors", "pq"] = "compressed-tensors"
-    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers and vLLM, `pq` also holds
-    post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)."""
+    """Layout of the written checkpoint: `compressed-tensors` loads in stock transformers
+    and vLLM, `pq` also holds post-RoPE scales and the INT4 cache (loads in transformers
+    after `import quantize`)."""
     head_bits: int | None = Field(default=None, ge=2, le=8)
-    """Bits of lm_head (clipped rounding, group 128, 16-bit activations); null: it stays as it is."""
+    """Bits of lm_head (clipped rounding, group 128, 16-bit
+    activations); null: it stays as it is."""
     calibration: Calibration = Calibration()
     """Text that the statistics are measured on."""
     target_bpw: float | None = Field(default=None, ge=2, le=16)
-    """Mean bits per weight that integer linears may take, scales counted: those that suffer most from rounding get 8
-    bits instead of their stage's own until it is spent (`pq convert --target-bpw`); null: every stage's own bits."""
+    """Mean bits per weight that integer linears may take, scales counted: those that suffer most
+    from rounding get 8 bits instead of their stage's own until it is spent
+    (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a cache or an encode stage."""
+    """Methods in order: restructure* smooth* cache? encode* refine*, with a restructure, a
+    cache or an encode stage."""
 
     @field_validator("stages")
     @classmethod
@@ -87,7 +90,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_format(self) -> Self:
         for index, field, text in format_problems(self):
-            raise PydanticCustomError("stage_format", "{text}", {"text": text, "path": ("stages", index, field)})
+            raise PydanticCustomError(
+                "stage_format",
+                "{text}",
+                {"text": text, "path": ("stages", index, field)},
+            )
         return self
 
     def with_overrides(
@@ -105,71 +112,50 @@ class Recipe(BaseModel):
         """
         given = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
         given |= {"chat_template": chat_template, "text_field": text_field}
-        values = self.calibration.model_dump() | {key: value for key, value in given.items() if value is not None}
+        changes = {key: value for key, value in given.items() if value is not None}
         try:
-            calibration = Calibration(**values)
+            calibration = Calibration(**self.calibration.model_dump() | changes)
         except ValidationError as err:
-            lines = [f"{e['loc'][0]}: {_misfit(Calibration, str(e['loc'][0]), e)}" for e in err.errors()]
+            lines = []
+            for error in err.errors():
+                name = str(error["loc"][0])
+                lines.append(f"{name}: {_misfit(Calibration, name, error)}")
             raise UsageError("\n".join(lines)) from None
         return self.model_copy(update={"calibration": calibration})
-
-
-def shipped_recipes() -> list[Path]:
-    """Return the recipe files that come with pq, sorted by name."""
-    try:
-        return sorted(data_dir("recipes").glob("*.yaml"))
-    except FileNotFoundError as err:
-        raise RecipeError(str(err)) from None
-
-
-def find_recipe(name_or_path: str) -> Path:
-    """Return the file of a recipe: an existing path wins, else a shipped name with or without `.yaml`.
-
-    Raises RecipeError with the shipped names when there is neither.
-    """
-    path, what = Path(name_or_path), "no such file"
-    with suppress(OSError, ValueError):  # name too long, NUL
-        if path.is_dir():
-            what = "is a folder"
-        elif path.exists():  # not is_file(): a pipe is a recipe too
-            return path
-    shipped = {file.stem: file for file in shipped_recipes()}
-    if found := shipped.get(name_or_path.removesuffix(".yaml")):
-        return found
-    close = _close(path.name.removesuffix(".yaml"), shipped) or "give a path or a shipped name "
-    text = f"{what} and no shipped recipe of that name; {close}(shipped: {', '.join(shipped) or 'none'})"
-    raise RecipeError(f"recipe {show_value(name_or_path)}: {text}")
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Read the recipe that `find_recipe` finds. Raises RecipeError with one line per problem."""
     path = find_recipe(name_or_path)
     source = str(path) if path == Path(name_or_path) else path.name
-    try:
-        with path.open("rb") as file:
-            raw = file.read(strict_yaml.MAX_BYTES + 1)
-    except OSError as err:
-        raise RecipeError(f"{source}: cannot be read: {err.strerror}; check the file's permissions") from None
-    return parse_recipe(raw, source)
+    return parse_recipe(read_recipe(path, source), source)
 
 
 def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
-    """Parse and validate one recipe; `source_name` is the file for messages and its stem the recipe's name.
+    """Parse and validate one recipe; `source_name` is the file for messages
+    and its stem the recipe's name.
 
     Raises RecipeError with a line `file:line: path: problem; remedy` for each problem.
     """
     doc = strict_yaml.load(text, source_name)
     if not isinstance(doc.data, dict):
-        what = "the file is empty" if doc.data is None else f"must be a mapping (value {show_value(doc.data)})"
-        empty = doc.problem((), f"{what}; begin with 'description: ...' and 'stages:'")
-        raise strict_yaml.error_of(source_name, doc.problems or [empty])
+        text = strict_yaml.no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
+        raise strict_yaml.error_of(source_name, doc.problems or [doc.problem((), text)])
     problems = [*doc.problems, *_law_problems(doc)]
     if "name" in doc.data:
-        problems.append(doc.problem(("name",), "unknown field 'name'; a recipe is named by its file, remove the line"))
+        problems.append(
+            doc.problem(
+                ("name",),
+                "unknown field 'name'; a recipe is named by its file, remove the line",
+            )
+        )
     recipe = None
     try:
-        # As JSON, because strict types take a list for a tuple and a mapping for a model only from there.
-        recipe = Recipe.model_validate_json(json.dumps({**doc.data, "name": Path(source_name).stem}))
+        # As JSON, because strict types take a list for a tuple and a mapping
+        # for a model only from there.
+        recipe = Recipe.model_validate_json(
+            json.dumps({**doc.data, "name": Path(source_name).stem}),
+        )
     except ValidationError as err:
         problems += [problem for error in err.errors() for problem in _translate(error, doc)]
     if recipe is None or problems:
@@ -178,10 +164,15 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
 
 
 def format_problems(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
-    """Yield (index, field, text) for each stage that asks for what the recipe's format cannot hold."""
+    """Yield (index, field, text) for each stage that asks for what the
+    recipe's format cannot hold."""
     for index, stage in enumerate(recipe.stages):
         if recipe.format != "pq" and stage.native_field is not None:
-            yield index, stage.native_field, "needs 'format: pq', no other loader can do this; add it or turn this off"
+            yield (
+                index,
+                stage.native_field,
+                "needs 'format: pq', no other loader can do this; add it or turn this off",
+            )
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -199,7 +190,11 @@ def recipe_schema() -> dict[str, Any]:
     for cls in STAGES:
         stage = schema["$defs"][cls.__name__]
         stage["required"] = ["method", *stage.get("required", [])]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pq recipe"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "pq recipe",
+    }
 
 
 def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int | None, str]]:
@@ -212,50 +207,64 @@ def _order_problems(stages: Sequence[type[Stage] | None]) -> Iterator[tuple[int 
         for i, cls in enumerate(stages)
         if cls
     ]
-    pairs = ((this, other) for this in known for other in known if other[0] < this[0] and other[1] > this[1])
-    for (i, _, label), (j, _, later) in islice(pairs, 1):
-        yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
+    for (i, rank, label), (j, other, later) in product(known, known):
+        if j < i and other > rank:
+            yield i, f"{label} follows {later}; the order is {LAW}, move it before stages[{j}]"
+            break
     ranks = [rank for _, rank, _ in known]
-    cache, sufficient = _KINDS.index("cache"), {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}
+    cache = _KINDS.index("cache")
+    sufficient = {_KINDS.index(kind) for kind in ("restructure", "cache", "encode")}
     if ranks.count(cache) > 1:
         second = [i for i, rank, _ in known if rank == cache][1]
         yield second, f"a second cache stage; the order is {LAW}"
     for i, cls in enumerate(stages):
         if cls and cls.once and cls in stages[:i]:
-            yield i, f"a second stage '{cls.model_fields['method'].default}'; one does all, remove it"
+            method = cls.model_fields["method"].default
+            yield i, f"a second stage '{method}'; one does all, remove it"
     if known and None not in stages and not sufficient & set(ranks):
         yield None, f"no encode stage; the order is {LAW}, add one of {_methods_of('encode')}"
 
 
 def _law_problems(doc: Document) -> Iterator[Problem]:
-    """Yield what breaks the law, found in the raw data so that a mistake in one stage does not hide it."""
+    """Yield what breaks the law, found in the raw data so that a mistake in
+    one stage does not hide it."""
     stages = doc.data.get("stages")
-    for index, text in _order_problems([_stage_class(s) for s in stages] if isinstance(stages, list) else []):
+    classes = [_stage_class(stage) for stage in stages] if isinstance(stages, list) else []
+    for index, text in _order_problems(classes):
         yield doc.problem(("stages",) if index is None else ("stages", index), text)
 
 
 def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
     """Turn one pydantic error into Problems with line, path, value and remedy."""
-    path, kind, value = tuple(error["loc"]), error["type"], error["input"]
+    path = tuple(error["loc"])
+    kind = error["type"]
+    value = error["input"]
     if kind == "stage_format":
         yield doc.problem(error["ctx"]["path"], error["msg"])
         return
     if path[:1] == ("stages",) and len(path) > 2:
         path = path[:2] + path[3:]  # the union puts the method's name after the index
-    if path in doc.spoiled or kind == "stage_order" or (path == ("stages",) and kind == "too_short" and value):
-        return  # said already, with its line (a list whose items all failed counts as too short)
-    cls, name = _owner(path, doc), str(path[-1]) if path else ""
+    # A list whose items all failed counts as too short.
+    all_failed = path == ("stages",) and kind == "too_short" and value
+    if path in doc.spoiled or kind == "stage_order" or all_failed:
+        return  # said already, with its line
+    cls = _owner(path, doc)
+    name = str(path[-1]) if path else ""
+    methods = f"the methods are {', '.join(METHODS)}"
     if kind == "union_tag_invalid":
-        path, value = (*path, "method"), value["method"]
-        text = f"unknown method {show_value(value)}; {_close(value, METHODS)}the methods are {', '.join(METHODS)}"
+        path = (*path, "method")
+        method = value["method"]
+        text = f"unknown method {show_value(method)}; {nearest(method, METHODS)}{methods}"
     elif kind == "union_tag_not_found":
-        text = f"required field 'method' is missing; add 'method: ...', the methods are {', '.join(METHODS)}"
+        text = f"required field 'method' is missing; add 'method: ...', {methods}"
     elif kind == "missing":
-        text = f"required field is missing; add '{name}: ...', {_expected(cls, name) or 'see `pq recipe schema`'}"
+        expected = _expectation(cls, name) or "see `pq recipe schema`"
+        text = f"required field is missing; add '{name}: ...', {expected}"
     elif kind == "extra_forbidden":
         text = _unknown_field(cls, name, value)
     elif path == ("stages",) and value == []:
-        text = f"the list is empty; add at least one encode stage, '- method: ...' with {_methods_of('encode')}"
+        encodes = _methods_of("encode")
+        text = f"the list is empty; add at least one encode stage, '- method: ...' with {encodes}"
     elif len(path) == 2 and path[0] == "stages" and not isinstance(value, dict):
         text = f"must be a mapping (value {show_value(value)}); write '- method: ...'"
     else:
@@ -267,29 +276,32 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
 
 def _unknown_field(cls: type[BaseModel] | None, name: str, value: Any) -> str:
     """Name the field's real home if it has one, else the nearest field of the same class."""
-    homes = [f"method '{method}'" for method, other in METHODS.items() if name in other.model_fields]
-    homes = ["a stage"] if len(homes) == len(METHODS) else homes
+    owners = [method for method, other in METHODS.items() if name in other.model_fields]
+    homes = [f"method '{method}'" for method in owners]
+    if len(owners) == len(METHODS):
+        homes = ["a stage"]
     if name in Calibration.model_fields:
         homes.append("'calibration'")
     if name in Recipe.model_fields and name != "name":
         homes.append("the top level")
     own = [field for field in (cls.model_fields if cls else ()) if field != "name"]
     shown = "" if isinstance(value, dict | list) else f" (value {show_value(value)})"
-    remedy = (
-        f"it belongs to {' or '.join(homes)}"
-        if homes
-        else _close(name, own) or f"fields: {', '.join(own) or 'none here'}"
-    )
+    remedy = nearest(name, own) or f"fields: {', '.join(own) or 'none here'}"
+    if homes:
+        remedy = f"it belongs to {' or '.join(homes)}"
     return f"unknown field {show_key(name)!r}{shown}; {remedy.strip()}"
 
 
 def _misfit(cls: type[BaseModel] | None, name: str, error: ErrorDetails) -> str:
     """Say what the field takes, what it got, and how to mend it."""
-    value, expected = error["input"], _expected(cls, name)
+    value = error["input"]
+    expected = _expectation(cls, name)
     if not cls or not expected or error["type"] in ("value_error", "assertion_error"):
         return error["msg"].removeprefix("Value error, ") + f" (value {show_value(value)})"
     default = cls.model_fields[name].get_default()
-    remedy = f"; the default is {show_value(default)}" if isinstance(default, str | int | float) else ""
+    remedy = ""
+    if isinstance(default, str | int | float):
+        remedy = f"; the default is {show_value(default)}"
     if isinstance(value, str) and "string" not in expected and not strict_yaml.is_text(value):
         remedy = "; remove the quotes"
     elif "string" in expected and isinstance(value, int | float):
@@ -313,22 +325,26 @@ def _methods_of(kind: Kind) -> str:
     return ", ".join(method for method, cls in METHODS.items() if cls.kind == kind)
 
 
-def _close(word: Any, options: Iterable[str]) -> str:
-    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), list(options), n=1)
-    return f"did you mean '{found[0]}'? " if found else ""
-
-
-def _expected(cls: type[BaseModel] | None, name: str) -> str:
-    """Describe in words what a field takes, its range included; empty when there is no such field."""
-    return _words(cls.model_json_schema()["properties"][name]) if cls and name in cls.model_fields else ""
+def _expectation(cls: type[BaseModel] | None, name: str) -> str:
+    """Describe in words what a field takes, its range included; empty
+    when there is no such field."""
+    if not cls or name not in cls.model_fields:
+        return ""
+    return _words(cls.model_json_schema()["properties"][name])
 
 
 def _words(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_words(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return " or ".join(show_value(option) for option in schema.get("enum", [schema.get("const")]))
-    names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}
+        options = schema.get("enum", [schema.get("const")])
+        return " or ".join(show_value(option) for option in options)
+    names = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "null",
+    }
     names |= {"string": "a string", "array": "a list"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = " and ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)

@@ -17,9 +17,9 @@ _NAMED = 5  # layers of a warning that are named
 def collect(folder: Path) -> Report:
     """Gather everything that is known about the checkpoint in `folder`.
 
-    Reads pq.json, pq-statistics.json, config.json and tensor headers in it, and the log and evaluations beside it; of
-    these only pq.json must be there, the report says which command adds the others. ModelError for a folder that pq
-    did not write.
+    Reads pq.json, pq-statistics.json, config.json and tensor headers in it, and the log and
+    evaluations beside it; of these only pq.json must be there, the report says which command adds
+    the others. ModelError for a folder that pq did not write.
     """
     sources = read(folder)
     evaluation = quality.headline_evaluation(sources.evaluations)
@@ -36,7 +36,7 @@ def collect(folder: Path) -> Report:
         pq=text(sources.provenance, "pq"),
         headlines=[
             *_cost(sources),
-            *_activated(sources, evaluation or {}),
+            *_activated_parameters(sources, evaluation or {}),
             *(_quality(evaluation) if evaluation else ()),
             *_time(sources),
         ],
@@ -85,21 +85,31 @@ def _cost(sources: Sources) -> list[Headline]:
     if found := sources.weights:
         whole = 2 * found.parameters
         detail = f"{whole / found.stored_bytes:.2f}× below {_size(whole)} at 16 bit"
-        out.append(Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)))
+        out.append(
+            Headline("Size on disk", _size(found.stored_bytes), detail, float(found.stored_bytes)),
+        )
     return out
 
 
-def _activated(sources: Sources, evaluation: Mapping[str, Any]) -> list[Headline]:
-    """What a token meets of a model with experts: measured on evaluation text, else as it was planned."""
-    ours, parents = number(evaluation, "activated_parameters"), number(evaluation, "baseline_activated_parameters")
+def _activated_parameters(sources: Sources, evaluation: Mapping[str, Any]) -> list[Headline]:
+    """What a token meets of a model with experts: measured on evaluation
+    text, else as it was planned."""
+    ours = number(evaluation, "activated_parameters")
+    parents = number(evaluation, "baseline_activated_parameters")
     blocks = mapping(evaluation, "experts_visited")
     visited = [value for block in blocks if (value := number(blocks, block)) is not None]
-    planned = number(mapping(mapping(sources.provenance, "layers"), "ladimo"), "activated_reduction")
+    planned = number(
+        mapping(mapping(sources.provenance, "layers"), "ladimo"),
+        "activated_reduction",
+    )
     if visited and ours and parents:
-        change, mean = ours / parents - 1, sum(visited) / len(visited)
-        detail = f"of {_count(round(parents))} parameters, embeddings not counted; {mean:.2f} routed experts a token"
+        change = ours / parents - 1
+        mean = sum(visited) / len(visited)
+        counted = f"of {_count(round(parents))} parameters, embeddings not counted"
+        detail = f"{counted}; {mean:.2f} routed experts a token"
     elif planned is not None:
-        change, detail = -planned, "of the parameters, planned; embeddings not counted"
+        change = -planned
+        detail = "of the parameters, planned; embeddings not counted"
     else:
         return []
     return [Headline("Activated", f"{100 * change:+.1f}\u00a0%", detail, change)]
@@ -110,7 +120,8 @@ def _time(sources: Sources) -> list[Headline]:
     if (seconds := number(sources.summary, "seconds")) is not None:
         machine = mapping(sources.provenance, "machine")
         shown = f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-        detail = " ".join(part for part in ("on", text(machine, "device"), text(machine, "dtype")) if part)
+        parts = ("on", text(machine, "device"), text(machine, "dtype"))
+        detail = " ".join(part for part in parts if part)
         out.append(Headline("Conversion", shown, detail, seconds))
     return out
 
@@ -136,19 +147,21 @@ def _quality(data: Mapping[str, Any]) -> list[Headline]:
 def _warnings(sources: Sources, evaluation: Mapping[str, Any] | None) -> list[str]:
     out = []
     if fallen := layers.fallbacks(sources):
-        out.append(_listed("Not encoded as the recipe says", fallen))
+        out.append(_list_first("Not encoded as the recipe says", fallen))
     if dropped := number(sources.provenance, "dropped_sequences"):
-        out.append(f"{dropped:.0f} calibration sequences were left out because their activations were not finite.")
+        what = f"{dropped:.0f} calibration sequences"
+        out.append(f"{what} were left out because their activations were not finite.")
     if worst := layers.alarming(sources):
         key = layers.leading_error(sources)[0].replace("_", " ")
-        out.append(_listed(f"More than ten times the median {key}", worst))
-    perplexity, parent = (number(evaluation or {}, key) for key in ("perplexity", "baseline_perplexity"))
+        out.append(_list_first(f"More than ten times the median {key}", worst))
+    perplexity = number(evaluation or {}, "perplexity")
+    parent = number(evaluation or {}, "baseline_perplexity")
     if perplexity and parent and perplexity > 1.1 * parent:
         out.append(f"Perplexity is {100 * (perplexity / parent - 1):.0f} % above the parent's.")
     return out + sources.notes
 
 
-def _listed(what: str, names: list[str]) -> str:
+def _list_first(what: str, names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{what}: {'; '.join(names[:_NAMED])}{more}."
 
@@ -161,15 +174,32 @@ def _provenance(sources: Sources) -> Section:
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
         if calibration
         else Note("The recipe reads no calibration text."),
-        _pairs("Source", "SHA-256 of the parent's files.", ("file", "SHA-256"), mapping(found, "source")),
-        _pairs("Versions", "Of the software and the machine that converted.", ("name", "value"), versions),
-        Listing("Recipe", "With every default filled in.", text(mapping(found, "recipe"), "resolved")),
+        _pairs(
+            "Source",
+            "SHA-256 of the parent's files.",
+            ("file", "SHA-256"),
+            mapping(found, "source"),
+        ),
+        _pairs(
+            "Versions",
+            "Of the software and the machine that converted.",
+            ("name", "value"),
+            versions,
+        ),
+        Listing(
+            "Recipe",
+            "With every default filled in.",
+            text(mapping(found, "recipe"), "resolved"),
+        ),
     ]
     files = len(mapping(found, "files"))
-    lead = f"From pq.json, which also holds the SHA-256 of the checkpoint's {files} files (check: pq verify)."
+    hashes = f"the SHA-256 of the checkpoint's {files} files"
+    lead = f"From pq.json, which also holds {hashes} (check: pq verify)."
     return Section("provenance", "Provenance", lead, shown)
 
 
 def _pairs(title: str, caption: str, columns: tuple[str, str], found: Mapping[str, Any]) -> Table:
-    rows: list[list[Cell]] = [[str(key), "–" if value is None else str(value)] for key, value in found.items()]
+    rows: list[list[Cell]] = []
+    for key, value in found.items():
+        rows.append([str(key), "–" if value is None else str(value)])
     return Table(title, caption, columns, rows)

@@ -29,7 +29,8 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """Size of a chart in pixels, and the range of its vertical axis where pictures of a group share one."""
+    """Size of a chart in pixels, and the range of its vertical axis where
+    pictures of a group share one."""
 
     width: int = 460
     height: int = 270
@@ -47,7 +48,7 @@ def positive(value: Number) -> float:
     return found if found >= 1 / _HUGE else math.nan
 
 
-def shown(value: float, digits: int = 4) -> str:
+def format_number(value: float, digits: int = 4) -> str:
     """A number of an axis or a cell, without a needless exponent."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
@@ -72,20 +73,23 @@ def draw(picture: Chart, frame: Frame) -> Figure:
 
 def shares(picture: Histogram) -> list[float]:
     """Counts as percentages of their sum."""
-    counts = [max(0.0, value) if not math.isnan(value := finite(c)) else 0.0 for c in picture.counts]
+    known = (finite(count) for count in picture.counts)
+    counts = [0.0 if math.isnan(count) else max(0.0, count) for count in known]
     total = sum(counts) or 1.0
-    return [100 * c / total for c in counts]
+    return [100 * count / total for count in counts]
 
 
 def y_range(pictures: Sequence[Chart]) -> Range | None:
-    """The vertical range that holds the curves of all pictures, with a margin; None when there is nothing to hold."""
+    """The vertical range that holds the curves of all pictures, with a margin; None when
+    there is nothing to hold."""
     histograms = [p for p in pictures if isinstance(p, Histogram)]
     if histograms and len(histograms) == len(pictures):
         return 0.0, 1.06 * max(max(shares(p), default=0.0) for p in histograms) or 1.0
     lines = [p for p in pictures if isinstance(p, Lines)]
     log = all(p.log_y for p in lines)
     keep = positive if log else finite
-    values = [v for p in lines for curve in p.series.values() for v in map(keep, curve) if not math.isnan(v)]
+    curves = (curve for p in lines for curve in p.series.values())
+    values = [v for curve in curves for v in map(keep, curve) if not math.isnan(v)]
     if not values:
         return None
     low, high = min(values), max(values)
@@ -99,7 +103,8 @@ def y_range(pictures: Sequence[Chart]) -> Range | None:
 def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
     series = {} if isinstance(picture, Histogram | Scatter) else picture.series
     rows = -(-len(series) // _legend_columns(series, frame)) if len(series) > 1 else 0
-    left, right, top, bottom = 62, 12, 12 + 18 * rows, 44
+    left, right, bottom = 62, 12, 44  # pixels: numbers and their label, a rim, two lines of text
+    top = 12 + 18 * rows  # the legend's rows
     fig = Figure(figsize=(frame.width / 72, frame.height / 72), dpi=72)
     box = (
         left / frame.width,
@@ -144,11 +149,12 @@ def _lines(ax: Axes, picture: Lines) -> None:
 
 
 def _log_x(ax: Axes, x: Sequence[float]) -> None:
-    """Ticks at powers of two; the stretch from zero to one is linear, as positions count from zero."""
+    """Ticks at powers of two; the stretch from zero to one is linear, as
+    positions count from zero."""
     high = max(*x, 1.0)
-    powers = [
-        2.0**k for k in range(math.floor(math.log2(min((v for v in x if v > 0), default=1.0))), 64) if 2**k <= high
-    ]
+    low = min((v for v in x if v > 0), default=1.0)
+    first, last = math.floor(math.log2(low)), min(63, math.floor(math.log2(high)))
+    powers = [2.0**k for k in range(first, last + 1)]
     step = math.ceil(len(powers) / 7)
     if min(x) > 0:
         ax.set_xscale("log", base=2)
@@ -166,13 +172,23 @@ def _bars(ax: Axes, picture: Bars) -> None:
     if not picture.categories:
         return  # matplotlib would make up a legend for bars that are not there
     width = 0.8 / max(1, len(picture.series))
+    middle = (len(picture.series) - 1) / 2
     for i, (name, values) in enumerate(picture.series.items()):
-        at = [c + (i - (len(picture.series) - 1) / 2) * width for c in range(len(picture.categories))]
-        ax.bar(at, [keep(v) for v in values], width * 0.9, color=SERIES[i % len(SERIES)], label=name)
+        at = [category + (i - middle) * width for category in range(len(picture.categories))]
+        ax.bar(
+            at,
+            [keep(v) for v in values],
+            width * 0.9,
+            color=SERIES[i % len(SERIES)],
+            label=name,
+        )
     if picture.log_y:
         ax.set_yscale("log")
     step = max(1, math.ceil(len(picture.categories) / 12))
-    ax.set_xticks(range(0, len(picture.categories), step), [_short(c) for c in picture.categories[::step]])
+    ax.set_xticks(
+        range(0, len(picture.categories), step),
+        [_short(c) for c in picture.categories[::step]],
+    )
     if max(map(len, picture.categories), default=0) * len(picture.categories) > 60:
         ax.tick_params(axis="x", labelrotation=30)
 
@@ -182,7 +198,15 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
     low, high = picture.edges[0], picture.edges[-1]
     points = [p for p in picture.points if low <= p <= high]
     if len(points) <= 40:  # 8-bit code points would be a grey wall
-        ax.vlines(points, 0, 1, transform=ax.get_xaxis_transform(), color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
+        ax.vlines(
+            points,
+            0,
+            1,
+            transform=ax.get_xaxis_transform(),
+            color=MUTED,
+            linewidth=0.7,
+            linestyle=(0, (2, 2)),
+        )
     ax.stairs(heights, picture.edges, fill=True, color=SERIES[0], alpha=0.28, linewidth=0)
     ax.stairs(heights, picture.edges, color=SERIES[0], linewidth=1.3)
     ax.set_xlim(low, high)
@@ -192,14 +216,27 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
 
 
 def _scatter(ax: Axes, picture: Scatter) -> None:
-    points = [p for p in picture.points if not (math.isnan(finite(p[1])) or math.isnan(finite(p[2])))]
+    points = [p for p in picture.points if not any(math.isnan(finite(v)) for v in p[1:])]
     if picture.front and points:
         best = [p for p in points if not any(_beats(q, p) for q in points)]
         best.sort(key=lambda p: (p[1], -p[2]))
-        ax.plot([p[1] for p in best], [p[2] for p in best], color=SERIES[1], linewidth=1.2, drawstyle="steps-post")
+        ax.plot(
+            [p[1] for p in best],
+            [p[2] for p in best],
+            color=SERIES[1],
+            linewidth=1.2,
+            drawstyle="steps-post",
+        )
     ax.plot([p[1] for p in points], [p[2] for p in points], "o", color=SERIES[0], markersize=5)
     for name, x, y in points:
-        ax.annotate(_short(name), (x, y), (5, 4), textcoords="offset points", fontsize=_SIZE, color=INK)
+        ax.annotate(
+            _short(name),
+            (x, y),
+            (5, 4),
+            textcoords="offset points",
+            fontsize=_SIZE,
+            color=INK,
+        )
     ax.margins(0.12)
 
 
@@ -214,8 +251,10 @@ def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
         _log_ticks(ax)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        ax.yaxis.set_major_formatter(_format(shown))
-    ax.xaxis.set_major_formatter(ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(shown))
+        ax.yaxis.set_major_formatter(_format(format_number))
+    ax.xaxis.set_major_formatter(
+        ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(format_number),
+    )
     ax.set_xlabel(clean(getattr(picture, "x_label", "")), color=INK, fontsize=_SIZE)
     if label := getattr(picture, "y_label", ""):
         ax.set_ylabel(clean(label), color=INK, fontsize=_SIZE)
@@ -246,12 +285,17 @@ def _legend_columns(names: Collection[str], frame: Frame) -> int:
 def _log_ticks(ax: Axes) -> None:
     low, high = ax.get_ylim()
     decades = math.log10(high) - math.log10(low) if low > 0 else 1.0
-    subs: tuple[float, ...] = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.4 else (1.0, 2.0, 5.0)
+    # The more decades there are, the fewer ticks each gets.
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0)
+    if decades > 2.5:
+        subs = (1.0,)
+    elif decades > 1.4:
+        subs = (1.0, 3.0)
     if decades < 0.5:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     else:
         ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(_format(shown))
+    ax.yaxis.set_major_formatter(_format(format_number))
     ax.yaxis.set_minor_locator(NullLocator())
 
 

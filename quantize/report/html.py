@@ -21,6 +21,7 @@ from quantize.report.sources import beside
 from quantize.report.svg import svg
 
 _HERE = Path(__file__).resolve().parent
+# Width and height of a picture in pixels: three beside each other, two, or one by itself.
 _SMALL = (308, 210)
 _HALF = (400, 225)
 _ALONE = (440, 300)
@@ -34,7 +35,11 @@ _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 def render(report: Report) -> str:
     """Return the page; equal reports give equal text."""
     env = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     pictures = _Drawer()
     env.globals |= {"paired": PAIRED, "draw": pictures.one, "draw_group": pictures.group}
@@ -47,8 +52,9 @@ def render(report: Report) -> str:
 def write(folder: Path, output: Path | None = None) -> Path:
     """Write the page and, beside it, its data as JSON; returns the page's path.
 
-    Without `output` these are DIR.report.html and DIR.report.json. Each file appears whole or not at all. Raises
-    ModelError for a folder that pq did not write, UsageError for an `output` inside the checkpoint, OutputError.
+    Without `output` these are DIR.report.html and DIR.report.json. Each file appears whole or not
+    at all. Raises ModelError for a folder that pq did not write, UsageError for an `output` inside
+    the checkpoint, OutputError.
     """
     return write_report(collect(folder), folder, output)
 
@@ -57,12 +63,14 @@ def write_report(report: Report, folder: Path, output: Path | None = None) -> Pa
     """`write` for a report that was collected already."""
     page = beside(folder, ".report.html") if output is None else output
     if page.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"--output {page}: lies inside the checkpoint, which pq verify would refuse; give another")
+        reason = "lies inside the checkpoint, which pq verify would refuse"
+        raise UsageError(f"--output {page}: {reason}; give another")
     return write_page(report, page)
 
 
 def write_page(report: Report, page: Path) -> Path:
-    """Write a report to `page` and its data as JSON beside it; UsageError unless `page` ends in .html, OutputError."""
+    """Write a report to `page` and its data as JSON beside it; UsageError unless `page`
+    ends in .html, OutputError."""
     if page.suffix not in (".html", ".htm"):
         raise UsageError(f"--output {page}: must end in .html; the JSON goes beside it")
     data = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -85,7 +93,8 @@ class _Drawer:
         few = len(pictures) in PAIRED
         width, height = _HALF if few else _SMALL
         # Two pictures are two quantities; more are the same quantity of several layers.
-        shared = None if len(pictures) <= 2 else y_range([p for p in pictures if not isinstance(p, Heatmap)])
+        charts = [picture for picture in pictures if not isinstance(picture, Heatmap)]
+        shared = y_range(charts) if len(pictures) > 2 else None
         for picture in pictures:
             yield picture, self._svg(picture, Frame(width, height, shared))
 
@@ -105,8 +114,12 @@ def cell(value: Cell, spec: str = "") -> str:
 
 def numeric(table: Table) -> list[bool]:
     """Which columns hold nothing but figures, a value with its error included."""
-    columns = [[row[c] for row in table.rows if row[c] is not None] for c in range(len(table.columns))]
-    return [bool(values) and all(not isinstance(v, str) or " ± " in v for v in values) for values in columns]
+    return [_is_numeric([row[c] for row in table.rows]) for c in range(len(table.columns))]
+
+
+def _is_numeric(column: list[Cell]) -> bool:
+    known = [value for value in column if value is not None]
+    return bool(known) and all(not isinstance(v, str) or " ± " in v for v in known)
 
 
 def visible(text: str) -> str:

@@ -37,7 +37,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Token:
-    """One predicted token in its context, and what both models made of it. Probabilities in 0 … 1."""
+    """One predicted token in its context, and what both models made of
+    it. Probabilities in 0 … 1."""
 
     window: int | None
     position: int | None
@@ -145,9 +146,12 @@ def number(data: Mapping[str, Any], key: str) -> float | None:
 
 
 def text(data: Mapping[str, Any], key: str, default: str = "") -> str:
-    """Return a file's JSON value as text; numbers are written out, anything else gives the default."""
+    """Return a file's JSON value as text; numbers are written out,
+    anything else gives the default."""
     value = data.get(key)
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else default
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return default
+    return str(value)
 
 
 def mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

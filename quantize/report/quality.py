@@ -1,4 +1,5 @@
-"""Sections on what evaluations found: perplexity, divergence from the parent, tasks, the worst tokens."""
+"""Sections on what evaluations found: perplexity, divergence from the
+parent, tasks, the worst tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from itertools import pairwise
 from typing import Any
 
 from quantize.pictures import Cell, Lines, Table
-from quantize.report.model import Group, Item, Note, Passages, Section, Token, items, mapping, number, text
+from quantize.report.model import (
+    Group,
+    Item,
+    Note,
+    Passages,
+    Section,
+    Token,
+    items,
+    mapping,
+    number,
+    text,
+)
 from quantize.report.sources import Sources
 
 Data = Mapping[str, Any]
@@ -16,15 +28,17 @@ Data = Mapping[str, Any]
 _EVALUATE = "pq eval {} --baseline PARENT"
 _RUN_TASKS = "pq eval {} --baseline PARENT --tasks TASKS"
 _PICTURED = 6  # evaluations whose curves are drawn; the table has all of them
-_TOKENS = 10
+_TOKENS = 10  # of an evaluation's worst; more would hide the tables below them
 _GLOSSARY = (
-    "Perplexity is exp of the mean negative log-likelihood (NLL) of a token. KLD is KL(parent ‖ model) of the "
-    "next-token distributions, in nats, and same top-1 the share of tokens where both models' likeliest token is the "
-    "same; both need no reference text to be right and see damage long before perplexity does. ± is one standard error."
+    "Perplexity is exp of the mean negative log-likelihood (NLL) of a token. KLD is KL(parent ‖ "
+    "model) of the next-token distributions, in nats, and same top-1 the share of tokens where "
+    "both models' likeliest token is the same; both need no reference text to be right and see "
+    "damage long before perplexity does. ± is one standard error."
 )
 _TASKS = (
-    "Recovery is the model's value over the parent's, or the parent's over the model's where less is better; 1 is no "
-    "loss. Errors of comparison are those of differences paired by document. ± is one standard error."
+    "Recovery is the model's value over the parent's, or the parent's over the model's where less "
+    "is better; 1 is no loss. Errors of comparison are those of differences paired by document. ± "
+    "is one standard error."
 )
 
 
@@ -34,20 +48,27 @@ def basis(data: Data) -> str:
     parts = [text(data, "protocol"), text(data, "data")]
     parts += [f"{windows:,.0f} windows" if windows is not None else ""]
     parts += [f"{tokens:,.0f} predicted tokens" if tokens is not None else ""]
-    parts += [f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "", text(data, "dtype")]
+    parts += [
+        f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "",
+        text(data, "dtype"),
+    ]
     parts += [f"parent {text(data, 'baseline')}" if text(data, "baseline") else "no parent"]
     return ", ".join(part for part in parts if part)
 
 
 def headline_evaluation(evaluations: Mapping[str, Data]) -> Data | None:
-    """The evaluation that speaks for the conversion: against the parent, in the kernel's numerics, on most tokens."""
-
+    """The evaluation that speaks for the conversion: against the parent, in the kernel's
+    numerics, on most tokens."""
     return next(iter(_leading_first(evaluations)), None)
 
 
 def _leading_first(evaluations: Mapping[str, Data]) -> list[Data]:
     def rank(data: Data) -> tuple[bool, bool, float]:
-        return bool(text(data, "baseline")), text(data, "numerics") == "kernel", number(data, "tokens") or 0.0
+        return (
+            bool(text(data, "baseline")),
+            text(data, "numerics") == "kernel",
+            number(data, "tokens") or 0.0,
+        )
 
     return sorted(evaluations.values(), key=rank, reverse=True)
 
@@ -63,8 +84,8 @@ def quality(sources: Sources) -> Section:
         for i, data in enumerate(_leading_first(found)[:_PICTURED]):
             shown += _by_position(data, folded=i > 0)
     if not any(text(data, "baseline") for data in found.values()):
-        missing = "No comparison with the parent has been saved." if found else "No evaluation has been saved."
-        shown.append(Note(missing, _EVALUATE.format(sources.command_path)))
+        what = "comparison with the parent" if found else "evaluation"
+        shown.append(Note(f"No {what} has been saved.", _EVALUATE.format(sources.command_path)))
     return Section("quality", "Perplexity and divergence", _GLOSSARY if found else "", shown)
 
 
@@ -72,7 +93,8 @@ def _with_error(data: Data, value: str, error: str, digits: int, factor: float =
     mean, stderr = number(data, value), number(data, error)
     if mean is None:
         return None
-    return f"{mean * factor:.{digits}f}" + ("" if stderr is None else f" ± {stderr * factor:.{digits}f}")
+    shown = f"{mean * factor:.{digits}f}"
+    return shown if stderr is None else f"{shown} ± {stderr * factor:.{digits}f}"
 
 
 def _table(found: Sequence[Data]) -> Table:
@@ -88,7 +110,24 @@ def _table(found: Sequence[Data]) -> Table:
         "same top-1, %",
     )
     columns = (*columns, "ΔNLL", "KLD median", "p90", "p99.9", "windows", "dtype", "bits/weight")
-    formats = ("", "", "", ",.0f", ".3f", ".3f", "", ".5f", "", "", ".5f", ".5f", ".5f", ",.0f", "", ".3f")
+    formats = (
+        "",
+        "",
+        "",
+        ",.0f",
+        ".3f",
+        ".3f",
+        "",
+        ".5f",
+        "",
+        "",
+        ".5f",
+        ".5f",
+        ".5f",
+        ",.0f",
+        "",
+        ".3f",
+    )
     rows: list[list[Cell]] = []
     for data in found:
         row: list[Cell] = [text(data, key) for key in ("protocol", "data", "numerics")]
@@ -100,7 +139,13 @@ def _table(found: Sequence[Data]) -> Table:
         rows.append([*row, text(data, "dtype"), number(data, "bits_per_weight")])
     hashes = dict.fromkeys((text(data, "data"), text(data, "data_sha256")[:16]) for data in found)
     where = "; ".join(f"{name} {digest or 'unknown'}" for name, digest in hashes)
-    return Table("All saved evaluations", f"Tokens, by the start of their SHA-256: {where}.", columns, rows, formats)
+    return Table(
+        "All saved evaluations",
+        f"Tokens, by the start of their SHA-256: {where}.",
+        columns,
+        rows,
+        formats,
+    )
 
 
 def _by_text(found: Sequence[Data]) -> Table:
@@ -116,7 +161,10 @@ def _by_text(found: Sequence[Data]) -> Table:
                 row += [number(data, name), number(data, f"baseline_{name}")]
             rows.append(row)
     formats = ("", "", "", ".3f", ".3f", ".4f", ".4f", ".4f", ".4f")
-    caption = "Rolling protocol only: the same log-likelihoods per word and per UTF-8 byte, free of the tokenizer."
+    caption = (
+        "Rolling protocol only: the same log-likelihoods per word and per UTF-8 byte, in which the "
+        "tokenizer plays no part."
+    )
     return Table("Per word and per byte", caption, columns, rows, formats)
 
 
@@ -138,30 +186,42 @@ def _by_position(data: Data, folded: bool) -> Iterator[Group]:
     }
     drawn: list[Lines] = []
     gaps = [b - a for a, b in pairwise(start)]
-    log = bool(gaps) and max(gaps) > 4 * min(gaps)  # stretches that grow; equal ones would crowd at the end
+    # stretches that grow; equal ones would crowd at the end
+    log = bool(gaps) and max(gaps) > 4 * min(gaps)
     label = "position in the window (start of a stretch)"
     if perplexity:
         drawn.append(Lines("Perplexity", "", start, perplexity, label, "perplexity", log, True))
     if (kld := curve("kld")) is not None:
         drawn.append(Lines("KLD", "", start, {"model": kld}, label, "KLD, nats", log))
     if drawn:
-        yield Group("By position in the window", basis(data) + ". Means over stretches.", drawn, folded)
+        yield Group(
+            "By position in the window",
+            basis(data) + ". Means over stretches.",
+            drawn,
+            folded,
+        )
 
 
 def tokens(sources: Sources) -> Section:
     """Tokens of the largest divergence in their context."""
     found = [data for data in _leading_first(sources.evaluations) if items(data, "worst")]
     lead = (
-        "Where model and parent disagree most. The marked token is the text's own; probabilities are those that each "
-        "model gave to it."
+        "Where model and parent disagree most. The marked token is the text's own; probabilities "
+        "are those that each model gave to it."
     )
     shown: list[Item] = []
     for i, data in enumerate(found[:_PICTURED]):
-        worst = [_token(entry) for entry in items(data, "worst")[:_TOKENS] if isinstance(entry, dict)]
+        entries = items(data, "worst")[:_TOKENS]
+        worst = [_token(entry) for entry in entries if isinstance(entry, dict)]
         shown.append(Passages("Largest KLD", basis(data) + ".", worst, folded=i > 0))
     if not found:
         lead = ""
-        shown.append(Note("No comparison with the parent has been saved.", _EVALUATE.format(sources.command_path)))
+        shown.append(
+            Note(
+                "No comparison with the parent has been saved.",
+                _EVALUATE.format(sources.command_path),
+            )
+        )
     return Section("tokens", "Worst tokens", lead, shown)
 
 
@@ -198,16 +258,34 @@ def _task_table(data: Data) -> Table:
     shots = number(data, "num_fewshot")
     said = [f"lm-eval {text(versions, 'lm_eval')}" if text(versions, "lm_eval") else "lm-eval"]
     said += ["shots as the task says" if shots is None else f"{shots:.0f}-shot"]
-    said += [f"at most {text(data, 'limit')} documents a task" if text(data, "limit") else "all documents"]
+    limit = text(data, "limit")
+    said += [f"at most {limit} documents a task" if limit else "all documents"]
     said += ["chat template" if data.get("chat_template") is True else "no chat template"]
-    said += [f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "", text(data, "dtype")]
+    said += [
+        f"{text(data, 'numerics')} numerics" if text(data, "numerics") else "",
+        text(data, "dtype"),
+    ]
     said += [f"parent {text(data, 'baseline')}" if text(data, "baseline") else ""]
     caption = ", ".join(part for part in said if part) + "."
     scores = [score for score in items(data, "scores") if isinstance(score, dict)]
     if scores:
-        columns: Sequence[str] = ("task", "metric", "documents", "value", "parent", "difference", "recovery")
+        columns: Sequence[str] = (
+            "task",
+            "metric",
+            "documents",
+            "value",
+            "parent",
+            "difference",
+            "recovery",
+        )
         rows: list[list[Cell]] = [_score(score) for score in scores]
-        return Table(text(data, "model", "Tasks"), caption, columns, rows, ("", "", ",.0f", "", "", "", ""))
+        return Table(
+            text(data, "model", "Tasks"),
+            caption,
+            columns,
+            rows,
+            ("", "", ",.0f", "", "", "", ""),
+        )
     counts = mapping(data, "n_samples")
     rows = [
         [task, metric, number(counts, task), _with_error(found, "value", "stderr", 4)]
@@ -218,7 +296,11 @@ def _task_table(data: Data) -> Table:
     ]
     columns = ("task", "metric", "documents", "value")
     return Table(
-        text(data, "model", "Tasks"), caption + " The parent was not run.", columns, rows, ("", "", ",.0f", "")
+        text(data, "model", "Tasks"),
+        caption + " The parent was not run.",
+        columns,
+        rows,
+        ("", "", ",.0f", ""),
     )
 
 

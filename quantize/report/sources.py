@@ -1,4 +1,5 @@
-"""Everything that lies in and beside a converted checkpoint, as far as it is there and can be read."""
+"""Everything that lies in and beside a converted checkpoint, as far as it
+is there and can be read."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
 from quantize.report.model import mapping
 
-_LOG_TAIL = 1 << 20
+_LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
 _SUMMARY = "summary {"
 _PACKED = ".weight_shape"
 
@@ -64,31 +65,37 @@ class Sources:
 
 def beside(folder: Path, ending: str) -> Path:
     """Sibling of a checkpoint: DIR.eval, DIR.log, DIR.report.html."""
-    whole = Path(os.path.abspath(folder))  # `.` and `..` have no name of their own; links keep theirs
+    # `.` and `..` have no name of their own; links keep theirs
+    whole = Path(os.path.abspath(folder))
     return whole.with_name(whole.name + ending)
 
 
 def read(folder: Path) -> Sources:
-    """Read all there is. ModelError for a folder that pq did not write, or whose pq.json is broken."""
+    """Read all there is. ModelError for a folder that pq did not write,
+    or whose pq.json is broken."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give the output folder of pq convert")
     provenance = read_provenance(folder)
     if provenance is None:
-        raise ModelError(f"{folder}: has no {PROVENANCE}, so pq did not write it; give the output folder of pq convert")
+        reason = f"has no {PROVENANCE}, so pq did not write it"
+        raise ModelError(f"{folder}: {reason}; give the output folder of pq convert")
     notes: list[str] = []
     statistics = _optional(folder / STATISTICS, notes)
-    saved = {path.stem: _optional(path, notes) for path in sorted(beside(folder, ".eval").glob("*.json"))}
-    kinds = {name: data.get("kind") for name, data in saved.items() if data is not None}
-    notes += [
-        f"{name}.json: holds no evaluation" for name, kind in kinds.items() if kind not in ("perplexity", "tasks")
-    ]
+    saved: dict[str, dict[str, dict[str, Any]]] = {"perplexity": {}, "tasks": {}}
+    for path in sorted(beside(folder, ".eval").glob("*.json")):
+        if (data := _optional(path, notes)) is None:
+            continue
+        if data.get("kind") in ("perplexity", "tasks"):
+            saved[data["kind"]][path.stem] = data
+        else:
+            notes.append(f"{path.name}: holds no evaluation")
     return Sources(
         folder=folder,
         provenance=provenance,
         layers=provenance["layers"],
         statistics=statistics,
-        evaluations={n: data for n, data in saved.items() if data is not None and kinds[n] == "perplexity"},
-        tasks={n: data for n, data in saved.items() if data is not None and kinds[n] == "tasks"},
+        evaluations=saved["perplexity"],
+        tasks=saved["tasks"],
         weights=_weights(folder, notes),
         summary=_summary(beside(folder, ".log")),
         notes=notes,
@@ -113,10 +120,16 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
         rows = [block_architecture(arch, source.config, index) for index in range(shape.n_blocks)]
-        linears = [f"{arch.blocks}.{index}.{name}" for index, row in enumerate(rows) for name in row.roles]
+        linears = [
+            f"{arch.blocks}.{index}.{name}"
+            for index, row in enumerate(rows)  # experts give each block its own
+            for name in row.roles
+        ]
         return Weights(arch, shape, linears, schemes, _parameters(source, schemes), stored)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
-        notes.append(f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).")
+        notes.append(
+            f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).",
+        )
         return None
 
 
@@ -138,8 +151,8 @@ def _summary(log: Path) -> Mapping[str, Any]:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_TAIL))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        found = [line for line in lines if _SUMMARY in line]
-        data = json.loads(found[-1][found[-1].index(_SUMMARY) + len(_SUMMARY) - 1 :]) if found else {}
+        summaries = [line.partition(_SUMMARY)[2] for line in lines if _SUMMARY in line]
+        data = json.loads(_SUMMARY[-1] + summaries[-1]) if summaries else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

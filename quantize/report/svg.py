@@ -18,7 +18,12 @@ from quantize.report import draw, heat
 from quantize.report.draw import Frame
 from quantize.report.model import clean
 
-_RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "pq", "text.parse_math": False, "axes.unicode_minus": True}
+_RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pq",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+}
 _COLOURS: Mapping[str, str] = {
     draw.INK: "currentColor",
     draw.RULE: "var(--rule)",
@@ -29,12 +34,22 @@ _COLOURS: Mapping[str, str] = {
     **{colour: f"var(--t{i})" for i, colour in enumerate(heat.HEAT_TEXT)},
 }
 _HREF = "{http://www.w3.org/1999/xlink}href"
+_GEOMETRY = ("d", "x", "y", "transform", "width", "height")
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
-_KEPT = ("fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size", "text-anchor")
+_KEPT = (
+    "fill",
+    "stroke",
+    "stroke-width",
+    "stroke-dasharray",
+    "opacity",
+    "font-size",
+    "text-anchor",
+)
 
 
 def svg(picture: Picture, prefix: str, frame: Frame | None = None) -> str:
-    """Draw a picture as an `<svg>` element for an HTML page; ids begin with `prefix`, which must be unique in the page.
+    """Draw a picture as an `<svg>` element for an HTML page; ids begin with `prefix`,
+    which must be unique in the page.
 
     Raises TypeError for a Table, which is no drawing.
     """
@@ -48,25 +63,30 @@ def svg(picture: Picture, prefix: str, frame: Frame | None = None) -> str:
             figure, tooltips = heat.heatmap(picture)
         else:
             figure = draw.draw(picture, frame or Frame())
-        root = ET.fromstring(_saved(figure))
+        root = ET.fromstring(_svg_of(figure))
     size = [round(float(part)) for part in root.attrib["viewBox"].split()[2:]]
-    out = ET.Element("svg", {"viewBox": f"0 0 {size[0]} {size[1]}", "width": f"{size[0]}", "height": f"{size[1]}"})
+    out = ET.Element(
+        "svg",
+        {"viewBox": f"0 0 {size[0]} {size[1]}", "width": f"{size[0]}", "height": f"{size[1]}"},
+    )
     out.attrib |= {"role": "img", "aria-label": clean(f"{picture.title}. {picture.caption}")}
     _Copy(prefix, tooltips).children(root, out)
     return ET.tostring(out, encoding="unicode")
 
 
-def _saved(figure: Figure) -> str:
+def _svg_of(figure: Figure) -> str:
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text, not matplotlib's
+        # the page's fonts draw the text, not matplotlib's
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 
 
 class _Copy:
-    """Copies matplotlib's tree without its name spaces, metadata, font lists and groups that do nothing."""
+    """Copies matplotlib's tree without its name spaces, metadata, font lists
+    and groups that do nothing."""
 
     def __init__(self, prefix: str, tooltips: Sequence[str]) -> None:
         self.prefix, self.tooltips = prefix, tooltips
@@ -85,7 +105,9 @@ class _Copy:
         if tag == "g" and not attributes:
             self.children(source, target)
             if (cell := source.attrib.get("id", "")).startswith(heat.TOOLTIP):
-                ET.SubElement(target[-1], "title").text = clean(self.tooltips[int(cell.removeprefix(heat.TOOLTIP))])
+                ET.SubElement(target[-1], "title").text = clean(
+                    self.tooltips[int(cell.removeprefix(heat.TOOLTIP))],
+                )
             return
         made = ET.SubElement(target, tag, attributes)
         made.text = (source.text or "") if tag == "text" else None
@@ -103,7 +125,7 @@ class _Copy:
             elif key == "clip-path":
                 yield key, value.replace("url(#", f"url(#{self.prefix}")
             elif key != "transform" or "rotate(-0 " not in value:
-                yield key, _rounded(value) if key in ("d", "x", "y", "transform", "width", "height") else value
+                yield key, _round(value) if key in _GEOMETRY else value
 
 
 def _style(style: str, tag: str) -> Iterator[tuple[str, str]]:
@@ -114,5 +136,8 @@ def _style(style: str, tag: str) -> Iterator[tuple[str, str]]:
             yield key, _COLOURS.get(value, value)
 
 
-def _rounded(numbers: str) -> str:
-    return _NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), " ".join(numbers.split()))
+def _round(numbers: str) -> str:
+    return _NUMBER.sub(
+        lambda found: f"{float(found[0]):.1f}".removesuffix(".0"),
+        " ".join(numbers.split()),
+    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from quantize.kernels.int4.api import gated, takes
 from quantize.model.hooks import is_hooked
+from quantize.model.transformers_api import is_silu
 from quantize.serving.int_linear import IntLinear
 
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -49,7 +48,7 @@ def place_gated_ffns(model: nn.Module) -> None:
     """Put a `GatedFfn` in the place of every FFN of `model` that it can stand for."""
     for name, ffn in [*model.named_modules()]:
         parts = dict(ffn.named_children())
-        if set(parts) != _PARTS or not isinstance(parts["act_fn"], _SILU):
+        if set(parts) != _PARTS or not is_silu(parts["act_fn"]):
             continue
         if all(isinstance(parts[part], IntLinear) for part in ("gate_proj", "up_proj")):
             model.set_submodule(name, GatedFfn(ffn))

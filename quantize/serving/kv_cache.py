@@ -6,19 +6,31 @@ repeat records by the very code that transformers uses for plain keys and values
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantize.errors import ModelError, UsageError
 from quantize.kernels.attention.api import quantize_records, takes
 from quantize.kernels.attention.reference import read_reference, store_reference
 from quantize.model.attention import ATTENTION, KvAttention
+from quantize.model.transformers_api import (
+    Cache,
+    DecoderArguments,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_name,
+    recomputes_layers,
+    returned_cache,
+    unused_cache,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _REMEDY = "pass an empty cache, or none"
 
@@ -30,6 +42,8 @@ class _Records:
     keys: Tensor | None
     values: Tensor | None
     is_initialized: bool
+    awaits_tokens = False
+    """Whether the model was given this layer and has not stored anything in it yet."""
 
     def __init__(self, kv: KvAttention, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,6 +61,7 @@ class _Records:
         that the cache holds.
         """
         self._check(key, value)
+        self.awaits_tokens = False
         S = self.scale.to(key.device, torch.float32)
         packed = takes(key, self.scheme)
         stored = (quantize_records if packed else store_reference)(key, value, S, self.scheme)
@@ -71,12 +86,12 @@ class _Records:
             if (states.shape[1], states.shape[3]) != tuple(self.scale.shape):
                 H, d = self.scale.shape
                 raise UsageError(
-                    f"past_key_values is another model's cache: it holds {H} heads of {d} channels, "
+                    f"the cache is another model's: it holds {H} heads of {d} channels, "
                     f"the {name} have {states.shape[1]} of {states.shape[3]}; {_REMEDY}"
                 )
         if self.is_initialized and self.keys is not None and self.keys.numel() and len(self.keys) != len(key):
             raise UsageError(
-                f"past_key_values holds a batch of {len(self.keys)}, the input is a batch of {len(key)}; "
+                f"the cache holds a batch of {len(self.keys)}, the input is a batch of {len(key)}; "
                 "give both the same size (batch_repeat_interleave), or pass an empty cache"
             )
 
@@ -123,12 +138,17 @@ def use_int4_cache(model: PreTrainedModel) -> None:
     """Make `model` store keys and values in 4 bits wherever it would make, or is given empty, a plain `DynamicCache`.
 
     This holds while its attention is "pq"; with another one nothing is rounded. Calling it again changes nothing.
-    ModelError when no attention module carries `kv`. The model then raises UsageError for a cache that is not its own.
+    ModelError when no attention module carries `kv`, and for a release of transformers that takes
+    its cache in a way that pq does not know. The model then raises UsageError for a cache that is
+    not its own, and ModelError where a forward pass did not use the cache that it was given.
     """
     decoder = model.get_decoder()
     _kv_modules(decoder)
-    if _provide_cache not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
+    hooks = _Hooks(DecoderArguments.of(decoder))
+    before = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+    if not any(isinstance(owner, _Hooks) for owner in before):
+        decoder.register_forward_pre_hook(hooks.provide, with_kwargs=True)
+        decoder.register_forward_hook(hooks.require_use, with_kwargs=True)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -138,29 +158,47 @@ def cache_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
-def _provide_cache(
-    decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: see `use_int4_cache`. It holds nothing of the model, so that copies of a model stand alone."""
-    names = list(inspect.signature(decoder.forward).parameters) if args else []
-    given = kwargs | dict(zip(names, args, strict=False))
-    cache = given.get("past_key_values")
-    if cache is None:
-        if not (_understands(decoder) and _wants_cache(decoder, given.get("use_cache"))):
-            return None
-        cache = DynamicCache(config=decoder.config)
-        if "past_key_values" in names[: len(args)]:
-            at = names.index("past_key_values")
-            args = (*args[:at], cache, *args[at + 1 :])
-        else:
-            kwargs = kwargs | {"past_key_values": cache}
-    elif not isinstance(getattr(cache, "layers", None), list):
-        return None  # nothing that a decoder takes; it will say so itself
-    if _understands(decoder):
-        _fit(cache, decoder, _kv_modules(decoder))
-    elif any(isinstance(layer, _Records) for layer in cache.layers):
-        raise UsageError(f"past_key_values is an INT4 cache, which needs attention {ATTENTION!r}{_found(decoder)}")
-    return args, kwargs
+@dataclass(frozen=True)
+class _Hooks:
+    """What `use_int4_cache` does before and after a decoder's forward pass.
+
+    It holds nothing of the model, so that copies of a model stand alone.
+    """
+
+    arguments: DecoderArguments
+
+    def provide(
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the decoder a packed cache, or pack the one that it was given."""
+        cache = self.arguments.given_cache(args, kwargs)
+        if cache is None:
+            if not (_understands(decoder) and self.arguments.makes_cache(decoder, args, kwargs)):
+                return None
+            cache = DynamicCache(config=decoder.config)
+        elif not isinstance(getattr(cache, "layers", None), list):
+            return None  # nothing that a decoder takes; it will say so itself
+        if _understands(decoder):
+            _fit(cache, decoder, _kv_modules(decoder))
+        elif _packed_layers(cache):
+            raise UsageError(f"an INT4 cache needs attention {ATTENTION!r}{_found(decoder)}")
+        for layer in _packed_layers(cache):
+            layer.awaits_tokens = True
+        return self.arguments.with_cache(args, kwargs, cache)
+
+    def require_use(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Raise ModelError unless the decoder stored its tokens in the cache of `provide`, and in no other."""
+        if not _understands(decoder):
+            return
+        given, returned = self.arguments.given_cache(args, kwargs), returned_cache(output)
+        ignored = given is not None and any(layer.awaits_tokens for layer in _packed_layers(given))
+        replaced = returned is not None and returned is not given
+        if replaced or (ignored and not recomputes_layers(decoder)):
+            raise unused_cache(decoder)
+
+
+def _packed_layers(cache: Cache) -> list[_Records]:
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, _Records)]
 
 
 def _fit(cache: Cache, decoder: PreTrainedModel, modules: Mapping[int, KvAttention]) -> None:
@@ -170,9 +208,7 @@ def _fit(cache: Cache, decoder: PreTrainedModel, modules: Mapping[int, KvAttenti
     if not layers and cache.layer_class_to_replicate is DynamicLayer:
         layers = [DynamicLayer() for _ in range(expected)]
     if len(layers) != expected:
-        raise UsageError(
-            f"past_key_values is another model's cache: it has {len(layers)} layers, the model {expected}; {_REMEDY}"
-        )
+        raise UsageError(f"the cache is another model's: it has {len(layers)} layers, the model {expected}; {_REMEDY}")
     fitted = [_fitted(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)]
     cache.layers[:] = fitted
 
@@ -182,7 +218,7 @@ def _fitted(layer: Any, kv: KvAttention) -> Any:
     packed = _PACKED.get(type(layer))
     if packed is None:
         raise UsageError(
-            f"past_key_values has layers of type {type(layer).__name__}, which cannot hold 4-bit keys and values; "
+            f"the cache has layers of type {type(layer).__name__}, which cannot hold 4-bit keys and values; "
             "pass a DynamicCache or none, and generate() no cache_implementation"
         )
     if not layer.get_seq_length():
@@ -193,28 +229,20 @@ def _fitted(layer: Any, kv: KvAttention) -> Any:
         return made
     if not isinstance(layer, _Records):
         raise UsageError(
-            f"past_key_values holds {layer.get_seq_length()} tokens that are not in 4 bits, as the model stores them; "
+            f"the cache holds {layer.get_seq_length()} tokens that are not in 4 bits, as the model stores them; "
             f"{_REMEDY}"
         )
     if not layer.belongs_to(kv):
-        raise UsageError(f"past_key_values is another model's cache: its key scales differ; {_REMEDY}")
+        raise UsageError(f"the cache is another model's: its key scales differ; {_REMEDY}")
     return layer
 
 
 def _understands(decoder: PreTrainedModel) -> bool:
-    return bool(decoder.config._attn_implementation == ATTENTION)
+    return attention_name(decoder) == ATTENTION
 
 
 def _found(decoder: PreTrainedModel) -> str:
-    found = decoder.config._attn_implementation
-    return f", the model has {found!r}; call model.set_attn_implementation({ATTENTION!r})"
-
-
-def _wants_cache(decoder: PreTrainedModel, use_cache: bool | None) -> bool:
-    """Whether transformers would make a cache where it got none."""
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        return False
-    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
+    return f", the model has {attention_name(decoder)!r}; call model.set_attn_implementation({ATTENTION!r})"
 
 
 def _kv_modules(decoder: PreTrainedModel) -> dict[int, KvAttention]:

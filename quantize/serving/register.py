@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
@@ -37,6 +34,7 @@ from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
 from quantize.serving.native_linear import NativeLinear
+from quantize.serving.transformers_quantizer import QuantizationConfigMixin, Quantizer, register_quantizer
 
 LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
@@ -45,9 +43,7 @@ _OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
 
 def register() -> None:
     """Make `quant_method: pq` known to transformers; does nothing the second time."""
-    if NATIVE not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(NATIVE)(PqConfig)
-        register_quantizer(NATIVE)(PqQuantizer)
+    register_quantizer(NATIVE, PqConfig, PqQuantizer)
 
 
 _HEAD = "lm_head"
@@ -64,26 +60,23 @@ class PqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers h
         self.__dict__.update(fields)
 
 
-class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
+class PqQuantizer(Quantizer):
     """Puts packed linears and attention on the INT4 KV cache into a model before its weights are loaded.
 
     The attention implementation is always `pq` where the checkpoint asks for the cache: others would read keys and
     values that are not scaled back. Raises ModelError for tensors that are missing or do not fit, before any is read.
     """
 
-    requires_calibration = True  # a model cannot be packed while it is loaded; `pq convert` does that
-
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:
+    def prepare(self, model: Any, files: Sequence[str]) -> None:
+        """Place packed linears, experts and attention; ModelError for tensors that do not fit."""
         try:
             _place_experts(model, routing_of(self.quantization_config.to_dict()))
             self._place_linears(model)
             place_gated_ffns(model)
             if attention := attention_of(self.quantization_config.to_dict()):
                 _place_attention(model, attention)
-            if checkpoint_files:
-                _require_tensors(model, _headers(checkpoint_files))
+            if files:
+                _require_tensors(model, _headers(files))
         except (ValueError, ModelError) as err:
             raise ModelError(f"{model.name_or_path}: {err}") from None
 
@@ -111,15 +104,8 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
 
-    def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> list[Any]:
-        """The model's conversions but those that stack experts: `MoeFfn` has their tensors as checkpoints do.
-
-        args: the model, in releases of transformers that pass it.
-        """
-        kept = [c for c in weight_conversions if not any("experts" in p for p in c.source_patterns)]
-        return list(super().update_weight_conversions(kept, *args))
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def finish(self, model: Any) -> None:
+        """Refuse what the headers did not show, and let the model work on its INT4 cache."""
         for name, module in model.named_modules():
             if isinstance(module, NativeLinear):
                 _require_loaded(f"{model.name_or_path}: {_full_name(model, name)}", module)
@@ -129,16 +115,6 @@ class PqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no typ
             from quantize.serving.kv_cache import use_int4_cache
 
             use_int4_cache(model)
-        return model
-
-    def is_serializable(self, safe_serialization: object = None) -> bool:
-        """Whether save_pretrained works: it writes the packed tensors as they are."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the packed weights can be trained: they are integers."""
-        return False
 
 
 def _full_name(model: Any, name: str) -> str:
@@ -157,8 +133,6 @@ def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
         if policies:
             raise ValueError(f"pq knows no experts of model_type {model.config.model_type!r}, which routing is for")
         return
-    if arch.experts and not hasattr(HfQuantizer, "update_weight_conversions"):
-        raise ValueError("this release of transformers cannot load packed experts; install a newer one")
     # A decoder alone has shorter names.
     whole = nn.ModuleDict({model.base_model_prefix: model.base_model})
     place_experts(whole, arch, model.config.to_dict(), policies)

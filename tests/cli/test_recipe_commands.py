@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from quantize.cli.recipe import app
 from quantize.errors import RecipeError
+from quantize.recipe import files as recipe_files
 from quantize.recipe import recipe as recipes
-from quantize.recipe.recipe import METHODS, recipe_schema, resolved_yaml
+from quantize.recipe.recipe import recipe_schema, resolved_yaml
 
 GOOD = "description: plain\nstages:\n  - method: rtn\n"
 
@@ -26,7 +27,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cwd.mkdir()
     (folder / "plain.yaml").write_text(GOOD)
     (folder / "second.yaml").write_text("# why\ndescription: '[b]two[/b]'\nstages:\n- method: awq\n- method: gptq\n")
-    monkeypatch.setattr(recipes, "data_dir", lambda name: folder.parent / name)
+    monkeypatch.setattr(recipe_files, "data_dir", lambda name: folder.parent / name)
     monkeypatch.chdir(cwd)
     return folder
 
@@ -35,19 +36,19 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_existing_path_wins_over_a_shipped_name(shelf: Path):
-    assert recipes.find_recipe("plain") == recipes.find_recipe("plain.yaml") == shelf / "plain.yaml"
+    assert recipe_files.find_recipe("plain") == recipe_files.find_recipe("plain.yaml") == shelf / "plain.yaml"
     Path("plain").mkdir()
-    assert recipes.find_recipe("plain") == shelf / "plain.yaml"
+    assert recipe_files.find_recipe("plain") == shelf / "plain.yaml"
     Path("plain.yaml").write_text(GOOD.replace("plain", "mine"))
     assert recipes.load_recipe("plain.yaml").description == "mine"
     assert recipes.load_recipe("plain").description == "plain"
-    assert [path.name for path in recipes.shipped_recipes()] == ["plain.yaml", "second.yaml"]
+    assert [path.name for path in recipe_files.shipped_recipes()] == ["plain.yaml", "second.yaml"]
 
 
 @pytest.mark.parametrize("name", ["plian", "plian.yaml", "", "../plain.yaml", "a\0b", "x" * 5000, "."])
 def test_an_unknown_recipe_lists_the_names(shelf: Path, name: str):
     with pytest.raises(RecipeError) as caught:
-        recipes.find_recipe(name)
+        recipe_files.find_recipe(name)
     assert "(shipped: plain, second)" in str(caught.value)
     assert ("did you mean 'plain'?" in str(caught.value)) == ("pl" in name)
     assert len(str(caught.value)) < 300
@@ -69,12 +70,45 @@ def call(*args: str) -> Any:
 
 
 def test_ls(shelf: Path):
+    (shelf / "third.yaml").write_text(
+        "description: d\nstages:\n- {method: gptq, bits: 3, activations: none}\n- {method: rtn, bits: 8}\n"
+    )
     rows = json.loads(call("ls", "--json").stdout)
-    assert [(row["name"], row["methods"]) for row in rows] == [("plain", ["rtn"]), ("second", ["awq", "gptq"])]
-    assert rows[0]["bits"] == [METHODS["rtn"]().bits]
+    methods = {row["name"]: row["methods"] for row in rows}
+    assert methods == {"plain": ["rtn"], "second": ["awq", "gptq"], "third": ["gptq", "rtn"]}
+    assert [row["bits"] for row in rows] == [[], [], [3, 8]]
+    assert [row["activations"] for row in rows] == [[], [], ["none"]]
     table = call("ls").stdout
     assert "awq → gptq" in table
     assert "[b]two[/b]" in table  # text, not rich markup
+
+
+@pytest.mark.parametrize("path", recipe_files.shipped_recipes(), ids=lambda path: path.stem)
+def test_ls_reads_in_each_shipped_recipe_what_its_stages_will_do(path: Path):
+    """The list fills in no defaults: a recipe that leaves its bits or activations to them would show none."""
+    recipe = recipes.load_recipe(path.stem)
+    encodes = [stage for stage in recipe.stages if stage.kind == "encode"]
+    (listing,) = [listing for listing in recipe_files.list_shipped() if listing.name == path.stem]
+    assert listing.description == recipe.description
+    assert listing.methods == [stage.method for stage in recipe.stages]
+    for field, shown in (("bits", listing.bits), ("activations", listing.activations)):
+        values = [getattr(stage, field) for stage in encodes if hasattr(stage, field)]
+        assert shown == list(dict.fromkeys(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n", "is no recipe; `pq recipe validate broken` says why"),
+        ("description: d\nstages: [rtn]\n", "is no recipe; `pq recipe validate broken` says why"),
+        ("description: d\nstages: &s [{method: rtn}]\n", "broken.yaml:2: stages: anchor '&s' is refused"),
+    ],
+)
+def test_ls_names_a_file_that_is_no_recipe(shelf: Path, text: str, says: str):
+    (shelf / "broken.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        recipe_files.list_shipped()
+    assert says in str(caught.value)
 
 
 def test_show(shelf: Path):
@@ -96,11 +130,18 @@ def test_validate(shelf: Path):
     assert call("validate", "plain").exit_code == 0
 
 
-def test_the_command_line_starts_without_torch():
-    code = (
-        "import sys, quantize.cli.recipe; sys.exit(any(m in sys.modules for m in ('torch', 'quantize.recipe.recipe')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["show", "fireq"]])
+def test_recipes_are_listed_and_printed_without_torch(arguments: list[str]):
+    heavy = ("torch", "transformers", "datasets", "quantize.methods")
+    code = f"""
+import sys
+from quantize.cli.recipe import app
+app({arguments}, standalone_mode=False)
+print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "fireq" in run.stdout
+    assert run.stderr.strip() == "[]"
 
 
 def test_schema_command():

@@ -74,6 +74,14 @@ def test_marks_give_the_place_of_every_value():
     assert marks[("b", 1, "c", "d")] == (4, 9)
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_spans_cut_the_scalars_out_of_the_text(newline: str):
+    text = "# 𝄞\na: 12  # é\nb:\n  - 'x y'\n  - {c: 1e-3, d: []}\n".replace("\n", newline)
+    spans = strict_yaml.load("\ufeff".encode() + text.encode(), "r.yaml").spans
+    cut = {path: text[start:end] for path, (start, end) in spans.items()}
+    assert cut == {("a",): "12", ("b", 0): "'x y'", ("b", 1, "c"): "1e-3"}
+
+
 # What YAML itself refuses
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv_models import cache_of
 from natives import (
     ATTENTION,
     KV_SHARD,
@@ -162,7 +163,7 @@ def test_it_generates_from_the_packed_cache(converted: Maker, tmp_path: Path):
     assert out.sequences.shape == (2, 30)
     cached = 2 * 2 * 2 * 29  # keys and values of two blocks and two sequences; the last token is never fed
     plain = cached * 2 * 64 * 4
-    assert cache_bytes(out.past_key_values) < plain / 4
+    assert cache_bytes(cache_of(out)) < plain / 4
 
 
 def test_a_plain_model_generates(converted: Maker, tmp_path: Path):

@@ -13,7 +13,8 @@ from quantize.evaluate import Evaluation
 from quantize.files.resources import data_dir
 from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check, Measurement, Verdict, judge
 from quantize.gate.file import load_gate
-from quantize.recipe.recipe import load_recipe, shipped_recipes
+from quantize.recipe.files import shipped_recipes
+from quantize.recipe.recipe import load_recipe
 
 BASELINES = data_dir("eval") / "baselines.yaml"
 

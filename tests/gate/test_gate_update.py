@@ -119,7 +119,6 @@ def test_an_update_refuses_a_file_that_changed_meanwhile(tmp_path: Path):
     [
         "history: []\n" + FILE,
         FILE + "history: []\n",
-        FILE.replace('"value" : 4.25', '"value" : # wide\n       4.25'),
         "{recipes: {rtn: {kld_mean: {value: 77, tolerance: 0}}}}\n",
         FILE + "...\n",
     ],
@@ -131,6 +130,13 @@ def test_an_update_refuses_what_it_cannot_edit(tmp_path: Path, text: str):
         update_baselines(path, result_of(path, kld_mean=0.5), "why")
     assert path.read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["gate.yaml"]
+
+
+def test_an_update_finds_a_number_on_a_line_of_its_own(tmp_path: Path):
+    path = tmp_path / "gate.yaml"
+    path.write_text(FILE.replace('"value" : 4.25', '"value" : # é 𝄞\n       4.25  # four'))
+    update_baselines(path, result_of(path, kld_mean=0.0249), "why")
+    assert '"value" : # é 𝄞\n       4.125  # four\n' in path.read_text()
 
 
 def test_an_update_keeps_mode_and_links(tmp_path: Path):

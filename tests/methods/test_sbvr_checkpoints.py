@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import request_for
 from damage import checks_of, edit_json, failed, sign
+from kv_models import cache_of
 from natives import difference, loaded, logits, tensors_of, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_with_the_int4_cache(pq: Callable[..., tuple[int, str, str]], tiny: Make
         tokens(), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True
     )
     assert made.sequences.shape == (2, 27)
-    assert cache_bytes(made.past_key_values) < 2 * 2 * 2 * 26 * 64 * 2  # keys and values of one block, in 16 bits
+    assert cache_bytes(cache_of(made)) < 2 * 2 * 2 * 26 * 64 * 2  # keys and values of one block, in 16 bits
 
 
 def test_a_wide_index(made: Maker):

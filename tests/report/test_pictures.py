@@ -18,7 +18,7 @@ from quantize.methods.awq import Awq
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.rtn import Rtn
 from quantize.pictures import Bars, Heatmap, Histogram, Lines, Picture, Scatter, Table, block_map, facts, place_of
-from quantize.report.draw import Frame, shares, shown, y_range
+from quantize.report.draw import Frame, format_number, shares, y_range
 from quantize.report.html import cell, visible
 from quantize.report.svg import svg
 
@@ -195,7 +195,7 @@ def test_pictures_of_a_group_share_their_scale():
     ],
 )
 def test_shown(value: float, text: str):
-    assert shown(value) == text
+    assert format_number(value) == text
 
 
 def test_cells_and_tokens_as_text():

@@ -8,7 +8,17 @@ import pytest
 import torch
 import transformers
 from conftest import ModelMaker
-from kv_models import UNEVEN, assert_once_equal, in_pieces, kv_model, logits, some_ids, takes_tokens_back
+from kv_models import (
+    UNEVEN,
+    assert_once_equal,
+    cache_of,
+    given,
+    in_pieces,
+    kv_model,
+    logits,
+    some_ids,
+    takes_tokens_back,
+)
 from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -17,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from quantize.errors import ModelError, UsageError
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.model.attention import ATTENTION
+from quantize.model.transformers_api import returned_cache
 from quantize.serving.kv_cache import Int4Layer, Int4SlidingLayer, cache_bytes, int4_cache, use_int4_cache
 
 
@@ -63,9 +74,9 @@ def test_bytes_are_a_quarter_of_16_bits(tiny: ModelMaker, model_type: str):
     model = kv_model(tiny, model_type).bfloat16()
     ids = some_ids(2, 40)
     packed, plain = int4_cache(model), DynamicCache(config=model.config)
-    logits(model, ids, past_key_values=packed)
+    logits(model, ids, **given(model, packed))
     model.set_attn_implementation("sdpa")
-    logits(model, ids, past_key_values=plain)
+    logits(model, ids, **given(model, plain))
     assert not any(isinstance(layer, (Int4Layer, Int4SlidingLayer)) for layer in plain.layers)
     assert cache_bytes(packed) / cache_bytes(plain) == 34 / 128
     assert cache_bytes(plain) >= 2 * 2 * 2 * model.config.num_key_value_heads * 64 * 2 * (
@@ -123,7 +134,7 @@ def test_past_recording_survives_the_change_to_4_bits(tiny: ModelMaker):
     model = kv_model(tiny, "mistral")
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    logits(model, some_ids(1, 20), past_key_values=cache)
+    logits(model, some_ids(1, 20), **given(model, cache))
     assert isinstance(cache.layers[0], Int4SlidingLayer)
     assert cache.layers[0].keys.shape[-2] == 20
 
@@ -191,14 +202,14 @@ def test_memory_set_up_early_holds_bytes(tiny: ModelMaker):
 def test_a_forward_makes_its_cache_as_transformers_would(tiny: ModelMaker):
     model, ids = kv_model(tiny, "llama"), some_ids(1, 8)
     mask = torch.ones_like(ids)
-    assert isinstance(model(ids).past_key_values.layers[0], Int4Layer)
-    assert isinstance(model.model(ids, mask, None, None).past_key_values.layers[0], Int4Layer)  # by position
-    assert model(ids, use_cache=False).past_key_values is None
+    assert isinstance(cache_of(model(ids)).layers[0], Int4Layer)
+    assert isinstance(cache_of(model.model(ids, mask, None, None)).layers[0], Int4Layer)  # by position
+    assert returned_cache(model(ids, use_cache=False)) is None
     model.config.use_cache = False
-    assert model(ids).past_key_values is None
+    assert returned_cache(model(ids)) is None
     model.config.use_cache = True
     model.model.gradient_checkpointing = True
-    assert model.train()(ids).past_key_values is None
+    assert returned_cache(model.train()(ids)) is None
 
 
 def test_asking_twice_and_copying_change_nothing(tiny: ModelMaker):
@@ -208,7 +219,7 @@ def test_asking_twice_and_copying_change_nothing(tiny: ModelMaker):
     assert len(model.model._forward_pre_hooks) == 1
     twin = copy.deepcopy(model)
     twin.model.layers[0].self_attn.kv.scale.fill_(3)
-    assert torch.equal(twin(some_ids(1, 4)).past_key_values.layers[0].scale, torch.full((2, 64), 3.0))
+    assert torch.equal(cache_of(twin(some_ids(1, 4))).layers[0].scale, torch.full((2, 64), 3.0))
 
 
 def test_layers_without_kv_stay_plain(tiny: ModelMaker):
@@ -229,13 +240,13 @@ def test_other_attention_stays_plain_and_cannot_read_4_bits(tiny: ModelMaker):
     in_pieces(model, ids, [10], cache)
     model.set_attn_implementation("sdpa")
     with pytest.raises(UsageError, match=r"needs attention 'pq', the model has 'sdpa'; call model\.set_attn_impl"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **given(model, cache))
     with pytest.raises(UsageError, match="needs attention 'pq'"):
         int4_cache(model)
     assert cache.get_seq_length() == 10
-    assert isinstance(model(ids).past_key_values.layers[0], DynamicLayer)
+    assert isinstance(cache_of(model(ids)).layers[0], DynamicLayer)
     model.set_attn_implementation(ATTENTION)
-    assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+    assert model(ids[:, :1], **given(model, cache)).logits.isfinite().all()
 
 
 def test_a_model_without_kv_is_refused(tiny: ModelMaker):
@@ -249,7 +260,7 @@ def test_a_wrong_cache_is_refused_and_left_as_it_was(tiny: ModelMaker):
     model, ids = kv_model(tiny, "llama"), some_ids(2, 6)
 
     def filled(other: PreTrainedModel) -> Cache:
-        cache: Cache = other(ids).past_key_values
+        cache: Cache = cache_of(other(ids))
         assert cache.get_seq_length() == 6
         return cache
 
@@ -270,7 +281,7 @@ def test_a_wrong_cache_is_refused_and_left_as_it_was(tiny: ModelMaker):
         before = [layer.keys.clone() for layer in cache.layers if layer.keys is not None]
         for _ in range(2):
             with pytest.raises(UsageError, match=words):
-                model(ids[:, :1], past_key_values=cache)
+                model(ids[:, :1], **given(model, cache))
         assert [type(layer) for layer in cache.layers] == kinds
         assert cache_bytes(cache) == held
         for layer, keys in zip(cache.layers, before, strict=False):
@@ -283,7 +294,7 @@ def test_another_batch_size_is_refused_and_the_cache_goes_on(tiny: ModelMaker, m
     cache = int4_cache(model)
     in_pieces(model, ids[:, :6], [6], cache)
     with pytest.raises(UsageError, match=r"holds a batch of 2, the input is a batch of 3; .*batch_repeat_interleave"):
-        model(some_ids(3, 1), past_key_values=cache)
+        model(some_ids(3, 1), **given(model, cache))
     assert torch.equal(in_pieces(model, ids[:, 6:], [6], cache), whole[:, 6:])
     with pytest.raises(UsageError, match=r"it holds . heads of 64 channels, the keys have 5 of 64"):
         cache.update(torch.zeros(2, 5, 1, 64), torch.zeros(2, 5, 1, 64), 0)

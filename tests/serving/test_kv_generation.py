@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker
-from kv_models import assert_once_equal, kv_model, some_ids, takes_tokens_back
+from kv_models import assert_once_equal, cache_of, given, kv_model, some_ids, takes_tokens_back
 from torch import Tensor
 
 from quantize.errors import UsageError
@@ -36,8 +36,8 @@ def test_generation_equals_generation_without_a_cache(tiny: ModelMaker, model_ty
         mask = torch.ones_like(ids)
         mask[0, :6], ids[0, :6] = 0, 0
         out = generate(ids, mask)
-        assert {type(layer) for layer in out.past_key_values.layers} <= {Int4Layer, Int4SlidingLayer}
-        assert out.past_key_values.get_seq_length() == ids.shape[1] + 7
+        assert {type(layer) for layer in cache_of(out).layers} <= {Int4Layer, Int4SlidingLayer}
+        assert cache_of(out).get_seq_length() == ids.shape[1] + 7
         if mode == "sampling":
             assert torch.equal(generate(ids, mask).sequences, out.sequences)
         return out.sequences, generate(ids, mask, use_cache=False).sequences
@@ -80,9 +80,9 @@ def test_a_returned_cache_goes_on(tiny: ModelMaker, model_type: str):
     settings = GREEDY | {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
     whole = model.generate(ids, **settings)
     half = model.generate(ids, **settings | {"min_new_tokens": 3, "max_new_tokens": 3})
-    kept = copy.deepcopy(half.past_key_values)
-    for cache in (half.past_key_values, kept):
-        rest = settings | {"min_new_tokens": 5, "max_new_tokens": 5, "past_key_values": cache}
+    kept = copy.deepcopy(cache_of(half))
+    for cache in (cache_of(half), kept):
+        rest = settings | {"min_new_tokens": 5, "max_new_tokens": 5} | given(model, cache)
         rest["attention_mask"] = torch.ones_like(half.sequences)
         assert torch.equal(model.generate(half.sequences, **rest).sequences, whole.sequences)
         assert cache.layers[0].scale is model.model.layers[0].self_attn.kv.scale
