@@ -301,7 +301,7 @@ def test_torch_alone_computes_the_same(monkeypatch: pytest.MonkeyPatch):
         records = quantize_records(key, value, S, SYMMETRIC)
         by_kernel = attend_records(query, *records, S, SYMMETRIC, 0.1, **view)
         with monkeypatch.context() as patch:
-            patch.setattr("quantize.kernels.attention.ops.has_kernel", lambda x: False)
+            patch.setattr("quantize.kernels.device.has_kernel", lambda x: False)
             assert not takes(query, SYMMETRIC)
             again = quantize_records(key, value, S, SYMMETRIC)
             out = attend_records(query, *again, S, SYMMETRIC, 0.1, **view)
@@ -324,7 +324,7 @@ def test_models_work_on_records(tiny: ModelMaker, monkeypatch: pytest.MonkeyPatc
     assert cache.layers[0].keys.dtype == torch.uint8
     assert cache.update(*torch.ones(2, 2, 2, 1, 64), 0)[0].dtype == torch.uint8
     whole, _ = run([8])
-    monkeypatch.setattr("quantize.kernels.attention.ops.has_kernel", lambda x: False)
+    monkeypatch.setattr("quantize.kernels.device.has_kernel", lambda x: False)
     monkeypatch.setattr("quantize.model.attention.attend", partial(attend, whole_top=True))
     by_torch, cache = run([7, 1])
     assert cache.update(*torch.ones(2, 2, 2, 1, 64), 0)[0].dtype == torch.float32
