@@ -44,14 +44,20 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 )
 
 
-def measure(model: Path, row: tuple[str, str, tuple[str, ...], str], args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: Path, row: tuple[str, str, tuple[str, ...], str], args: argparse.Namespace
+) -> dict[str, Any]:
     """Convert and evaluate one row."""
     part, name, changes, kind = row
-    recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = load_recipe(name).with_overrides(
+        dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen
+    )
     recipe = with_stage_fields(recipe, changes)
     if kind:
         recipe = recipe.model_copy(update={"format": kind})
-    attention = KvNumerics() if kind else None  # the run-time flag of a format that does not hold it
+    attention = (
+        KvNumerics() if kind else None
+    )  # the run-time flag of a format that does not hold it
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         started = time.monotonic()
@@ -79,7 +85,9 @@ def measure(model: Path, row: tuple[str, str, tuple[str, ...], str], args: argpa
         "changes": list(changes),
         "seconds": round(seconds, 1),
         **{key: getattr(found, key) for key in keys},
-        "long": None if long is None else {"protocol": long.protocol, "kld_mean": long.kld_mean, **long.by_position},
+        "long": None
+        if long is None
+        else {"protocol": long.protocol, "kld_mean": long.kld_mean, **long.by_position},
     }
 
 
@@ -100,7 +108,9 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Run the rows and write the results file after each of them."""
     parser = measuring.parser(__doc__)
-    parser.add_argument("--long", type=int, help="also measure windows of so many tokens, by position")
+    parser.add_argument(
+        "--long", type=int, help="also measure windows of so many tokens, by position"
+    )
     parser.add_argument("--only", help="measure rows whose part contains this")
     args = parser.parse_args()
     results = measuring.head(args)

@@ -49,7 +49,9 @@ ROWS = (
 def measure(model: Path, row: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     """Convert and evaluate one row."""
     name, activations, bits = row
-    recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = load_recipe(name).with_overrides(
+        dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen
+    )
     recipe = with_stage_fields(recipe, [f"activations={activations}", f"bits={bits}"])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
@@ -59,7 +61,12 @@ def measure(model: Path, row: tuple[str, str, int], args: argparse.Namespace) ->
         figures = {
             numerics: dataclasses.asdict(
                 evaluate(
-                    output, model, dataset=args.text, seqlen=args.seqlen, max_windows=args.windows, numerics=numerics
+                    output,
+                    model,
+                    dataset=args.text,
+                    seqlen=args.seqlen,
+                    max_windows=args.windows,
+                    numerics=numerics,
                 )
             )
             for numerics in ("kernel", "stock")

@@ -27,7 +27,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @app.command()
@@ -44,8 +47,19 @@ def make(
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "out"
             options = ["--nsamples", str(nsamples), "--seqlen", str(seqlen), "--device", "cpu"]
-            command = ["convert", "--model", str(model), "--recipe", str(recipe), "--output", str(target), *options]
-            subprocess.run([sys.executable, "-m", "quantize", *command], check=True, stdout=subprocess.DEVNULL)
+            command = [
+                "convert",
+                "--model",
+                str(model),
+                "--recipe",
+                str(recipe),
+                "--output",
+                str(target),
+                *options,
+            ]
+            subprocess.run(
+                [sys.executable, "-m", "quantize", *command], check=True, stdout=subprocess.DEVNULL
+            )
             record[recipe.stem] = _hashes(target)
         print(recipe.stem, len(record[recipe.stem]), "files", flush=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
@@ -62,10 +76,16 @@ def compare(
     allowed, wrong = set(allow or ()), 0
     for recipe in sorted(old.keys() | new.keys()):
         ours, theirs = old.get(recipe, {}), new.get(recipe, {})
-        differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        same = len(ours.keys() & theirs.keys()) - len([name for name in differ if name in ours and name in theirs])
+        differ = sorted(
+            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+        )
+        same = len(ours.keys() & theirs.keys()) - len(
+            [name for name in differ if name in ours and name in theirs]
+        )
         wrong += len([name for name in differ if name not in allowed])
-        print(f"{recipe}: {same} files equal" + (f"; differ: {', '.join(differ)}" if differ else ""))
+        print(
+            f"{recipe}: {same} files equal" + (f"; differ: {', '.join(differ)}" if differ else "")
+        )
     raise typer.Exit(1 if wrong else 0)
 
 

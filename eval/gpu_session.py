@@ -124,7 +124,9 @@ class Session:
     def run(self, steps: Sequence[Step]) -> bool:
         """Run them all, or say why not; whether all ended well."""
         self.output.mkdir(parents=True, exist_ok=True)
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             for number, step in enumerate(steps, start=1):
                 reason = self._obstacle(step)
@@ -202,7 +204,9 @@ class Session:
         }
         whole = self.output / "session.json.part"
         whole.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        whole.replace(self.output / "session.json")  # at every moment one or the other is there, whole
+        whole.replace(
+            self.output / "session.json"
+        )  # at every moment one or the other is there, whole
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -247,7 +251,9 @@ def convert_all(work: Path, device: str = "cuda") -> bool:
     """Convert the reference model with a recipe of each layout."""
     pq = (sys.executable, "-m", "quantize", "convert", "--model", str(MODEL), "--device", device)
     sizes = ("--nsamples", "16", "--seqlen", "256")
-    codes = in_parallel({name: (*pq, "--recipe", name, "--output", str(work / name), *sizes) for name in RECIPES})
+    codes = in_parallel(
+        {name: (*pq, "--recipe", name, "--output", str(work / name), *sizes) for name in RECIPES}
+    )
     return not any(codes.values())
 
 
@@ -269,7 +275,9 @@ def obstacle() -> str:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}: install them or give another PYTHON="
-    program = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    program = (
+        "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if done.returncode:
         return f"torch cannot be imported: {done.stderr.strip().splitlines()[-1]}"
@@ -281,8 +289,12 @@ def obstacle() -> str:
 
 def main() -> None:
     """Hold the session, or take one of its steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("out/gpu"), help="folder for all results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/gpu"), help="folder for all results"
+    )
     parser.add_argument("--limit", type=float, default=540, help="seconds for all steps together")
     parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
     parser.add_argument("--convert", type=Path, metavar="DIR", help="take only this step")
@@ -293,7 +305,9 @@ def main() -> None:
     output = args.output.resolve()
     if args.list:
         for number, step in enumerate(session_steps(output, Path("WORK")), start=1):
-            print(f"{number:02} {step.name} ({step.kind}, {step.limit:.0f} s): {' '.join(step.command)}")
+            print(
+                f"{number:02} {step.name} ({step.kind}, {step.limit:.0f} s): {' '.join(step.command)}"
+            )
         return
     if reason := obstacle():
         print(f"gpu-session: {reason}; nothing was run", file=sys.stderr)

@@ -36,8 +36,12 @@ def table(data: dict[str, Any]) -> str:
     """Markdown of a results file: targets, and for each section sizes down and batches M (rows or sequences) across."""
     parts = [_targets(data["targets"])] if data["targets"] else []
     parts += [_section(name, rows) for name, rows in data["sections"].items() if rows]
-    ceilings = ", ".join(f"{name} {rate / 1e12:,.0f} TFLOP/s" for name, rate in data["ceilings"]["matmul"].items())
-    parts.append(f"Measured ceilings: copy {data['ceilings']['copy'] / 1e12:.2f} TB/s, large product {ceilings}.")
+    ceilings = ", ".join(
+        f"{name} {rate / 1e12:,.0f} TFLOP/s" for name, rate in data["ceilings"]["matmul"].items()
+    )
+    parts.append(
+        f"Measured ceilings: copy {data['ceilings']['copy'] / 1e12:.2f} TB/s, large product {ceilings}."
+    )
     parts += [f"- {note}" for note in data["notes"]]
     return "\n".join(parts)
 
@@ -46,26 +50,41 @@ def _targets(targets: Iterable[dict[str, Any]]) -> str:
     lines = ["| target | wanted | lowest found | |", "|---|---|---|---|"]
     for target in targets:
         met = "met" if target["met"] else "**missed**"
-        lines.append(f"| {target['name']} | {target['wanted']:.2f} | {target['found']:.2f} | {met} |")
+        lines.append(
+            f"| {target['name']} | {target['wanted']:.2f} | {target['found']:.2f} | {met} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:
     batches = sorted({row["M"] for row in rows})
     peer = next(iter(rows[0]["peers"]), "torch")
-    lines = [f"| {name}: {_HEADS[name].format(peer)} | size | " + " | ".join(f"M = {M}" for M in batches) + " |"]
+    lines = [
+        f"| {name}: {_HEADS[name].format(peer)} | size | "
+        + " | ".join(f"M = {M}" for M in batches)
+        + " |"
+    ]
     lines.append("|---" * (len(batches) + 2) + "|")
     cells = {(row["what"], row["shape"], row["M"]): _cell(name, row, peer) for row in rows}
     for what, shape in dict.fromkeys((row["what"], row["shape"]) for row in rows):
-        lines.append(f"| {what} | {shape} | " + " | ".join(cells.get((what, shape, M), "") for M in batches) + " |")
+        lines.append(
+            f"| {what} | {shape} | "
+            + " | ".join(cells.get((what, shape, M), "") for M in batches)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _cell(section: str, row: dict[str, Any], peer: str) -> str:
     made = row.get("tokens_per_second")
     first = f"{made['pq']:,.0f} tok/s" if made else f"{row['time']['seconds'] * 1e6:,.1f}"
-    ratios = (f", {ratio:.2f}×{'' if name == peer else f' {name}'}" for name, ratio in row["ratios"].items())
-    return f"{first}{next(ratios, '')}" + (f", {row['bandwidth']:.0%}" if section == "kernels" else "")
+    ratios = (
+        f", {ratio:.2f}×{'' if name == peer else f' {name}'}"
+        for name, ratio in row["ratios"].items()
+    )
+    return f"{first}{next(ratios, '')}" + (
+        f", {row['bandwidth']:.0%}" if section == "kernels" else ""
+    )
 
 
 def measure(device: torch.device, only: str | None, rounds: int, output: Path) -> tuple[Path, bool]:
@@ -80,7 +99,10 @@ def measure(device: torch.device, only: str | None, rounds: int, output: Path) -
         try:
             for row in SECTIONS[section](stand):
                 rows.append(row)
-                print(f"{section}: {row.what} {row.shape}, {row.M}: {row.time.seconds * 1e6:,.1f} us", flush=True)
+                print(
+                    f"{section}: {row.what} {row.shape}, {row.M}: {row.time.seconds * 1e6:,.1f} us",
+                    flush=True,
+                )
                 keep(_joined(before, record.as_json()), path)
         except Exception as err:  # a machine with a GPU is rarely at hand: the other sections are measured all the same
             traceback.print_exc()
@@ -105,7 +127,9 @@ def _joined(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, draw, and print what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--rounds", type=int, default=20)

@@ -76,13 +76,19 @@ class StaticPruning(Ladimo):
         assert sizes is not None
         found = prune(ffn, x, neurons_for(len(ffn.down), sizes, mean))
         owner = torch.zeros(ffn.neurons, dtype=torch.int64)
-        owner[found.kept] = 1  # the shared expert of a mixture whose one routed expert nobody visits
+        owner[found.kept] = (
+            1  # the shared expert of a mixture whose one routed expert nobody visits
+        )
         split = Split(Layout(1, ffn.neurons - len(found.kept), len(found.kept)), owner)
-        student = copy.deepcopy(Student(ffn, split, torch.zeros(1, x.shape[1]), Threshold(float("inf"))))
+        student = copy.deepcopy(
+            Student(ffn, split, torch.zeros(1, x.shape[1]), Threshold(float("inf")))
+        )
         if self.teaching != "none":
             refit_down(student, x, y - found.bias)
         if self.teaching == "distill":
-            training = Training(self.steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
+            training = Training(
+                self.steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed
+            )
             distill(student, x, y - found.bias, training)
         for role, weight in (("gate", student.gate), ("up", student.up), ("down", student.down)):
             block.linear(block.arch.of_role(role)).weight.copy_(weight)
@@ -90,9 +96,13 @@ class StaticPruning(Ladimo):
         down.weight[:, owner == 0] = 0
         assert down.bias is not None
         down.bias.copy_(found.bias)
-        kept = Ffn(student.gate[found.kept], student.up[found.kept], student.down[:, found.kept], ffn.act)
+        kept = Ffn(
+            student.gate[found.kept], student.up[found.kept], student.down[:, found.kept], ffn.act
+        )
         held = lesson.held_out
-        error = float((kept(held[0]) + found.bias - held[1]).square().sum() / held[1].square().sum())
+        error = float(
+            (kept(held[0]) + found.bias - held[1]).square().sum() / held[1].square().sum()
+        )
         block.note(FFN, ffn_error=error, mean_experts=mean)
 
 
@@ -110,7 +120,11 @@ def rows(levels: str, everywhere: str) -> list[tuple[str, str, tuple[str, ...]]]
         ("contiguous split, train-free", "ladimo", (levels, free, "construction=contiguous")),
         ("random split, train-free", "ladimo", (levels, free, "construction=random")),
         ("LaDiMo, everywhere", "ladimo", (everywhere,)),
-        ("contiguous split, distilled, everywhere", "ladimo", (everywhere, "construction=contiguous")),
+        (
+            "contiguous split, distilled, everywhere",
+            "ladimo",
+            (everywhere, "construction=contiguous"),
+        ),
         ("static pruning, distilled, everywhere", "static", (everywhere,)),
         ("static pruning, everywhere", "static", (everywhere, free)),
         ("LaDiMo + FireQ W4A8", "ladimo-fireq", (levels,)),
@@ -121,22 +135,30 @@ def rows(levels: str, everywhere: str) -> list[tuple[str, str, tuple[str, ...]]]
 def recipe_of(name: str, changes: tuple[str, ...], args: argparse.Namespace) -> Recipe:
     """The recipe of a row."""
     source = "ladimo" if name == "static" else name
-    recipe = load_recipe(source).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = load_recipe(source).with_overrides(
+        dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen
+    )
     recipe = with_stage_fields(recipe, tuple(p for change in changes for p in change.split(";")))
     if name != "static":
         return recipe
     (stage,) = recipe.stages
-    return recipe.model_copy(update={"stages": (StaticPruning(**stage.model_dump(exclude={"method"})),)})
+    return recipe.model_copy(
+        update={"stages": (StaticPruning(**stage.model_dump(exclude={"method"})),)}
+    )
 
 
-def measure(model: Path, name: str, recipe: Recipe, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(
+    model: Path, name: str, recipe: Recipe, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert and evaluate: the row, and what the plan settled."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         started = time.monotonic()
         done = convert(Request(model, recipe, output, torch.device("cpu"), torch.float32))
         seconds = time.monotonic() - started
-        found = evaluate(output, model, seqlen=args.seqlen, max_windows=args.windows, dataset=args.text)
+        found = evaluate(
+            output, model, seqlen=args.seqlen, max_windows=args.windows, dataset=args.text
+        )
         layers = json.loads((output / "pq.json").read_text())["layers"]
     plan = next((facts for key, facts in layers.items() if key in ("ladimo", "static-pruning")), {})
     errors = {key: facts["ffn_error"] for key, facts in layers.items() if "ffn_error" in facts}
@@ -193,7 +215,9 @@ def main() -> None:
         blocks = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         plans = {}
         for budget in _BUDGETS:
-            plans[budget] = run(model, f"LaDiMo, {budget:.0%}", "ladimo", (f"activated_reduction={budget}",))
+            plans[budget] = run(
+                model, f"LaDiMo, {budget:.0%}", "ladimo", (f"activated_reduction={budget}",)
+            )
         for budget in _BUDGETS:
             told = (levels_of(plans[budget], blocks), "teaching=none")
             run(model, f"static pruning, {budget:.0%}", "static", told)

@@ -16,7 +16,9 @@ import quantize
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Arguments of every script that converts models and measures them against their parents."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--model", type=Path, action="append", required=True)
     made.add_argument("--calibration", default="builtin")
     made.add_argument("--text", default="builtin")
@@ -35,7 +37,11 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
         f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
         "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"pq": quantize.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "pq": quantize.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "rows": [],
     }
 

@@ -33,7 +33,10 @@ CALIBRATION = ("--nsamples", "4", "--seqlen", "512")
 
 def table(data: dict[str, Any]) -> str:
     """Markdown of a results file."""
-    lines = ["| shape | recipe | limit | peak measured | estimated | ratio | a block |", "|---" * 7 + "|"]
+    lines = [
+        "| shape | recipe | limit | peak measured | estimated | ratio | a block |",
+        "|---" * 7 + "|",
+    ]
     for row in data["memory"]:
         shape = f"{row['shape']}, {row['layers']} layer{'s' * (row['layers'] > 1)}"
         shape += f" ({', '.join(row['changes'])})" if row["changes"] else ""
@@ -44,7 +47,9 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def arguments(shape: str, recipe: str, layers: int, scratch: Path, limit: str | None, changes: list[str]) -> list[str]:
+def arguments(
+    shape: str, recipe: str, layers: int, scratch: Path, limit: str | None, changes: list[str]
+) -> list[str]:
     """What `pq estimate` and `pq convert` are called with; the model is made where it is missing."""
     model = scratch / (shape if layers == SHAPES[shape][2] else f"{shape}x{layers}")
     if not (model / "model.safetensors.index.json").exists():
@@ -52,12 +57,25 @@ def arguments(shape: str, recipe: str, layers: int, scratch: Path, limit: str | 
     text = () if recipe == "rtn" else CALIBRATION
     cap = () if limit is None else ("--max-ram", limit)
     changed = [part for change in changes for part in ("--set", change)]
-    return ["--model", str(model), "--recipe", recipe, *text, *cap, *changed, "--device", "cpu", "--json"]
+    return [
+        "--model",
+        str(model),
+        "--recipe",
+        recipe,
+        *text,
+        *cap,
+        *changed,
+        "--device",
+        "cpu",
+        "--json",
+    ]
 
 
 def estimated(common: list[str]) -> dict[str, Any]:
     """What `pq estimate` says."""
-    out = subprocess.run([*PQ, "estimate", *common, "--no-time"], check=True, stdout=subprocess.PIPE).stdout
+    out = subprocess.run(
+        [*PQ, "estimate", *common, "--no-time"], check=True, stdout=subprocess.PIPE
+    ).stdout
     told = json.loads(out)
     kept = {name: told[name] for name in ("parts", "split", "states_on", "batch_tokens")}
     return {"estimate": told["ram"], **kept}
@@ -84,7 +102,9 @@ def main(args: argparse.Namespace) -> None:
     results = json.loads(args.output.read_text()) if args.output.exists() else {"memory": []}
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     if not args.again:
-        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores beside other work, {threads}"
+        results["machine"] = (
+            f"{platform.machine()}, {os.cpu_count()} cores beside other work, {threads}"
+        )
         results["versions"] = {"pq": quantize.__version__, "torch": torch.__version__}
     kinds = [(shape, recipe) for shape in LAYERS for recipe in RECIPES]
     wanted = [kind for kind in kinds if not args.only or "/".join(kind) in args.only]
@@ -104,19 +124,31 @@ def main(args: argparse.Namespace) -> None:
         row |= estimated(common)
         if not args.again:
             row |= converted(common, args.scratch)
-        results["memory"] = [old for old in results["memory"] if any(old[k] != key[k] for k in key)] + [row]
-        results["memory"].sort(key=lambda one: (list(SHAPES).index(one["shape"]), RECIPES.index(one["recipe"])))
+        results["memory"] = [
+            old for old in results["memory"] if any(old[k] != key[k] for k in key)
+        ] + [row]
+        results["memory"].sort(
+            key=lambda one: (list(SHAPES).index(one["shape"]), RECIPES.index(one["recipe"]))
+        )
         keep(results, args.output)
         print(key | {name: row[name] for name in ("peak", "estimate", "seconds")}, flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for models of up to 14 GB and outputs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scratch", type=Path, required=True, help="folder for models of up to 14 GB and outputs"
+    )
     parser.add_argument("--output", type=Path, required=True, help="results file")
     parser.add_argument("--only", action="append", help="shape/recipe, repeatable")
     parser.add_argument("--whole", action="store_true", help="all layers of the shape")
     parser.add_argument("--max-ram", help="convert under this limit")
-    parser.add_argument("--set", action="append", default=[], help="as for pq convert, e.g. sweeps=1 to save time")
-    parser.add_argument("--again", action="store_true", help="estimate the rows there are again, convert nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], help="as for pq convert, e.g. sweeps=1 to save time"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="estimate the rows there are again, convert nothing"
+    )
     main(parser.parse_args())

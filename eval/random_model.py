@@ -56,7 +56,10 @@ def build(name: str, folder: Path, layers: int | None = None) -> None:
     shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocab, hidden)}]
     for layer in range(layers):
         at = f"model.layers.{layer}."
-        norms = {f"{at}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        norms = {
+            f"{at}{norm}.weight": (hidden,)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
         shards.append(norms | {f"{at}{name}.weight": size for name, size in linears.items()})
     shards.append({"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)})
     _write(folder, shards)
@@ -81,7 +84,9 @@ def _write(folder: Path, shards: list[dict[str, tuple[int, ...]]]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("shape", choices=SHAPES)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--layers", type=int)

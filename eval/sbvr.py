@@ -44,7 +44,11 @@ def rows() -> list[tuple[str, str, tuple[str, ...]]]:
             (f"{bits}-bit RTN g128", "rtn", (f"bits={bits}",)),
             (f"{bits}-bit AWQ g128", "awq", (f"bits={bits}",)),
             (f"{bits}-bit GPTQ g128", "gptq", (f"bits={bits}",)),
-            (f"{bits}-bit integers, FireQ's solver", "fireq-linear", (f"fireq.bits={bits}", "fireq.activations=none")),
+            (
+                f"{bits}-bit integers, FireQ's solver",
+                "fireq-linear",
+                (f"fireq.bits={bits}", "fireq.activations=none"),
+            ),
             (f"{bits}-bit SBVR", recipe, ()),
             (f"{bits}-bit SBVR, data-free", recipe, ("unbalanced", "fit=data-free")),
         ]
@@ -59,11 +63,27 @@ def rows() -> list[tuple[str, str, tuple[str, ...]]]:
             (f"{bits}-bit SBVR, data-free, 1 line", RECIPES[bits], (*free, "lines=1")),
             (f"{bits}-bit SBVR, data-free, 16 lines", RECIPES[bits], (*free, "lines=16")),
             (f"{bits}-bit SBVR, data-free, 64 lines", RECIPES[bits], (*free, "lines=64")),
-            (f"{bits}-bit SBVR, data-free, 256 lines at any cost", RECIPES[bits], (*free, "overhead=null")),
+            (
+                f"{bits}-bit SBVR, data-free, 256 lines at any cost",
+                RECIPES[bits],
+                (*free, "overhead=null"),
+            ),
             (f"{bits}-bit SBVR, data-free, free lines", RECIPES[bits], (*free, "codebook=lines")),
-            (f"{bits}-bit SBVR, data-free, shapes x scales", RECIPES[bits], (*free, "codebook=shapes")),
-            (f"{bits}-bit SBVR, data-free, g64", RECIPES[bits], (*free, "group_size=64", "overhead=0.25")),
-            (f"{bits}-bit SBVR, data-free, g256", RECIPES[bits], (*free, "group_size=256", "overhead=0.0625")),
+            (
+                f"{bits}-bit SBVR, data-free, shapes x scales",
+                RECIPES[bits],
+                (*free, "codebook=shapes"),
+            ),
+            (
+                f"{bits}-bit SBVR, data-free, g64",
+                RECIPES[bits],
+                (*free, "group_size=64", "overhead=0.25"),
+            ),
+            (
+                f"{bits}-bit SBVR, data-free, g256",
+                RECIPES[bits],
+                (*free, "group_size=256", "overhead=0.0625"),
+            ),
         ]
     return found
 
@@ -72,7 +92,9 @@ def nf4(w: Tensor) -> Tensor:
     """bitsandbytes NF4: blocks of 64, their absmax in 8 bits again by blocks of 256 (4.127 bits per weight)."""
     import bitsandbytes.functional as bnb
 
-    codes, state = bnb.quantize_4bit(w.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    codes, state = bnb.quantize_4bit(
+        w.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     return bnb.dequantize_4bit(codes, state).float()
 
 
@@ -82,8 +104,15 @@ def hqq(bits: int) -> Callable[[Tensor], Tensor]:
     def rounded(w: Tensor) -> Tensor:
         from hqq.core.quantize import Quantizer
 
-        settings: dict[str, Any] = {"group_size": 128, "axis": 1, "optimize": True, "round_zero": False}
-        codes, meta = Quantizer.quantize(w, nbits=bits, compute_dtype=torch.float32, device="cpu", **settings)
+        settings: dict[str, Any] = {
+            "group_size": 128,
+            "axis": 1,
+            "optimize": True,
+            "round_zero": False,
+        }
+        codes, meta = Quantizer.quantize(
+            w, nbits=bits, compute_dtype=torch.float32, device="cpu", **settings
+        )
         return Quantizer.dequantize(codes, meta).float()
 
     return rounded
@@ -105,7 +134,8 @@ def replaced(model: Path, folder: Path, rounded: Callable[[Tensor], Tensor]) -> 
     folder.mkdir()
     tensors = {name: source.tensor(name) for name in source.names()}
     save_file(
-        {n: rounded(t.float()) if n.endswith(inside) else t for n, t in tensors.items()}, folder / "model.safetensors"
+        {n: rounded(t.float()) if n.endswith(inside) else t for n, t in tensors.items()},
+        folder / "model.safetensors",
     )
     for path in (model / "config.json", *source.side_files()):
         shutil.copy(path, folder / path.name)
@@ -113,23 +143,39 @@ def replaced(model: Path, folder: Path, rounded: Callable[[Tensor], Tensor]) -> 
 
 def recipe_of(name: str, changes: tuple[str, ...], args: argparse.Namespace) -> Recipe:
     """The recipe of a row."""
-    recipe = load_recipe(name).with_overrides(dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen)
+    recipe = load_recipe(name).with_overrides(
+        dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen
+    )
     recipe = with_stage_fields(recipe, tuple(change for change in changes if "=" in change))
-    smooth = [stage for stage in recipe.stages if stage.kind == "smooth" and "unbalanced" not in changes]
+    smooth = [
+        stage for stage in recipe.stages if stage.kind == "smooth" and "unbalanced" not in changes
+    ]
     smooth += [Rotate()] if "rotated" in changes else []
-    return recipe.model_copy(update={"stages": (*smooth, *(s for s in recipe.stages if s.kind != "smooth"))})
+    return recipe.model_copy(
+        update={"stages": (*smooth, *(s for s in recipe.stages if s.kind != "smooth"))}
+    )
 
 
-def measure(model: Path, name: str, make: Callable[[Path], float], args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: Path, name: str, make: Callable[[Path], float], args: argparse.Namespace
+) -> dict[str, Any]:
     """Make a checkpoint and evaluate it; `make` writes it to the folder it is given and returns bits per weight."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         started = time.monotonic()
         bits = make(output)
         seconds = time.monotonic() - started
-        found = evaluate(output, model, seqlen=args.seqlen, max_windows=args.windows, dataset=args.text)
+        found = evaluate(
+            output, model, seqlen=args.seqlen, max_windows=args.windows, dataset=args.text
+        )
     figures = {key: getattr(found, key) for key in _KEYS}
-    return {"model": model.name, "method": name, "seconds": round(seconds, 1), "bits_per_weight": bits, **figures}
+    return {
+        "model": model.name,
+        "method": name,
+        "seconds": round(seconds, 1),
+        "bits_per_weight": bits,
+        **figures,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -149,7 +195,9 @@ def table(results: dict[str, Any]) -> str:
 def _makers(model: Path, args: argparse.Namespace) -> dict[str, Callable[[Path], float]]:
     def ours(recipe: Recipe) -> Callable[[Path], float]:
         def make(output: Path) -> float:
-            return convert(Request(model, recipe, output, torch.device("cpu"), torch.float32)).bits_per_weight
+            return convert(
+                Request(model, recipe, output, torch.device("cpu"), torch.float32)
+            ).bits_per_weight
 
         return make
 
@@ -161,7 +209,9 @@ def _makers(model: Path, args: argparse.Namespace) -> dict[str, Callable[[Path],
         return make
 
     peers = {name: peer(bits, rounded) for name, bits, rounded in PEERS}
-    return peers | {name: ours(recipe_of(recipe, changes, args)) for name, recipe, changes in rows()}
+    return peers | {
+        name: ours(recipe_of(recipe, changes, args)) for name, recipe, changes in rows()
+    }
 
 
 def main() -> None:

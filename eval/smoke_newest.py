@@ -78,7 +78,9 @@ def generate(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "packed")
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    made = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+    made = model.generate(
+        tokens, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+    )
     caches = [value for value in made.values() if hasattr(value, "layers")]
     kinds = sorted({type(layer).__name__ for cache in caches for layer in cache.layers})
     held = caches[0].get_seq_length() if caches else 0
@@ -86,7 +88,9 @@ def generate(folder: Path) -> None:
     if not kinds or any("Int4" not in kind for kind in kinds):
         raise SystemExit(f"the model does not use its INT4 cache but {', '.join(kinds) or 'none'}")
     if held < NEW_TOKENS:
-        raise SystemExit(f"the INT4 cache holds {held} tokens where {NEW_TOKENS} and more were made")
+        raise SystemExit(
+            f"the INT4 cache holds {held} tokens where {NEW_TOKENS} and more were made"
+        )
 
 
 def evaluate(folder: Path) -> None:
@@ -136,9 +140,15 @@ def smoke(python: Path | str) -> bool:
     return done.returncode == 0
 
 
-def verdict(ahead: list[str], locked: Path | None, run: Callable[[Path | str], bool] = smoke) -> int:
+def verdict(
+    ahead: list[str], locked: Path | None, run: Callable[[Path | str], bool] = smoke
+) -> int:
     """Run the smoke, find out who is to blame if it fails, say so; the exit code."""
-    print(f"{len(ahead)} packages are newer than in .ci/locks/:" if ahead else "Nothing is newer than in .ci/locks/.")
+    print(
+        f"{len(ahead)} packages are newer than in .ci/locks/:"
+        if ahead
+        else "Nothing is newer than in .ci/locks/."
+    )
     print("".join(f"  {line}\n" for line in ahead), flush=True, end="")
     if run(sys.executable):
         print("smoke-newest: passed")
@@ -147,7 +157,9 @@ def verdict(ahead: list[str], locked: Path | None, run: Callable[[Path | str], b
         print("smoke-newest: FAILED, and no package is newer than in .ci/locks/: the fault is pq's")
         return 1
     if locked is None:
-        print("smoke-newest: FAILED; with --locked PYTHON it could tell whether the newer releases are to blame")
+        print(
+            "smoke-newest: FAILED; with --locked PYTHON it could tell whether the newer releases are to blame"
+        )
         return 1
     print("Once more with the locked releases, to see who is to blame:", flush=True)
     if not run(locked):
@@ -166,7 +178,9 @@ def verdict(ahead: list[str], locked: Path | None, run: Callable[[Path | str], b
 
 def main() -> None:
     """Compare versions, run the smoke, exit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--locked", type=Path, help="interpreter of the locked environment")
     parser.add_argument("--steps", action="store_true", help="take the steps here, with no verdict")
     args = parser.parse_args()

@@ -31,7 +31,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print one line per model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--parent", type=Path, required=True)
     parser.add_argument("--text", default="builtin")
@@ -62,7 +64,9 @@ def main() -> None:
         for model in args.models:
             ratios[model].append(seconds(lambda model=model: ours(model)) / base)  # type: ignore[misc]
     for model, found in ratios.items():
-        print(f"{model.name}: {statistics.median(found):.2f}x plain forward ({min(found):.2f} … {max(found):.2f})")
+        print(
+            f"{model.name}: {statistics.median(found):.2f}x plain forward ({min(found):.2f} … {max(found):.2f})"
+        )
 
 
 if __name__ == "__main__":

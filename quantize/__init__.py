@@ -1,7 +1,7 @@
 """pq: offline post-training quantization that ends in a checkpoint you can serve.
 
-Importing the package lets transformers load pq's own format (`quant_method: pq`), in whatever order the two are
-imported; it imports neither transformers nor torch.
+Importing the package lets transformers load pq's own format (`quant_method: pq`), in whatever order
+the two are imported; it imports neither transformers nor torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Errors a user can act on. Each class fixes the process exit code (documented in docs/troubleshooting.md)."""
+"""Errors a user can act on. Each class fixes the process exit code (documented in
+docs/troubleshooting.md)."""
 
 
 class PqError(Exception):
@@ -32,7 +33,8 @@ class DataError(PqError):
 
 
 class OutputError(PqError):
-    """The output cannot be written: non-empty folder, read-only or full disk, or another process at work on it."""
+    """The output cannot be written: non-empty folder, read-only or full disk, or
+    another process at work on it."""
 
     exit_code = 6
 

@@ -9,7 +9,8 @@ from types import ModuleType
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
-    """Run `action` once module `name` has been executed: at once if it has, else when somebody imports it."""
+    """Run `action` once module `name` has been executed: at once if it has, else
+    when somebody imports it."""
     loaded = sys.modules.get(name)
     if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         action()
@@ -18,22 +19,32 @@ def after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _After:
-    """A finder that finds nothing itself: it asks the others and adds a call to what their loader does."""
+    """A finder that finds nothing itself: it asks the others and adds a call
+    to what their loader does."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = [finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec")]
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        others = [
+            finder
+            for finder in list(sys.meta_path)
+            if finder is not self and hasattr(finder, "find_spec")
+        ]
+        spec = next(
+            (found for finder in others if (found := finder.find_spec(name, path, target))), None
+        )
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_act(module: ModuleType) -> None:
-            execute(module)  # an import that fails may be tried again: stay in place until one succeeds
+            # an import that fails may be tried again: stay in place until one succeeds
+            execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
                 self.action()

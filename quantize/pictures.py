@@ -1,7 +1,7 @@
 """Pictures as data: what a report shows, without a word on how it is drawn.
 
-Plain Python values only, so that `dataclasses.asdict` of a picture is its JSON. None, like a number that is not
-finite, means "not measured".
+Plain Python values only, so that `dataclasses.asdict` of a picture is its JSON. None, like a number
+that is not finite, means "not measured".
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A value for each pair of row and column; `values[r][c]` belongs to `rows[r]` and `columns[c]`."""
+    """A value for each pair of row and column; `values[r][c]` belongs to
+    `rows[r]` and `columns[c]`."""
 
     title: str
     caption: str
@@ -91,7 +92,8 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Named points (label, x, y); `front` joins those that no other beats in both coordinates, less being better."""
+    """Named points (label, x, y); `front` joins those that no other beats in both
+    coordinates, less being better."""
 
     title: str
     caption: str
@@ -104,7 +106,8 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text and numbers; `formats` are format specs of the columns (`.3f`, `,d`), empty for four digits."""
+    """Rows of text and numbers; `formats` are format specs of the columns (`.3f`,
+    `,d`), empty for four digits."""
 
     title: str
     caption: str
@@ -129,7 +132,8 @@ def _same(what: str, expected: int, found: int) -> None:
 
 
 def place_of(name: str) -> tuple[int, str] | None:
-    """Split a full name into block and what follows: `model.layers.3.mlp.up_proj` → (3, "mlp.up_proj").
+    """Split a full name into block and what follows:
+    `model.layers.3.mlp.up_proj` → (3, "mlp.up_proj").
 
     None for a name outside the blocks.
     """
@@ -145,8 +149,11 @@ ANY = "*"
 
 
 def folded(name: str) -> str:
-    """A name within a block with its numbers left open: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
-    return ".".join(ANY if part.isascii() and part.isdecimal() else part for part in name.split("."))
+    """A name within a block with its numbers left open: `mlp.experts.3.up_proj`
+    → `mlp.experts.*.up_proj`."""
+    return ".".join(
+        ANY if part.isascii() and part.isdecimal() else part for part in name.split(".")
+    )
 
 
 def _mean(values: Sequence[float | int]) -> Number:
@@ -156,10 +163,11 @@ def _mean(values: Sequence[float | int]) -> Number:
 def block_map(
     values: Mapping[str, Number], *, title: str, caption: str, unit: str = "", log: bool = False
 ) -> Heatmap | None:
-    """Heat map of block (across) and name within the block (down) from full names; None when nothing is known.
+    """Heat map of block (across) and name within the block (down) from full
+    names; None when nothing is known.
 
-    Rows stand in the order in which the names first appear. Names that differ by a number alone, such as those of
-    experts, share a row and give their mean.
+    Rows stand in the order in which the names first appear. Names that differ by a number alone,
+    such as those of experts, share a row and give their mean.
     """
     placed: dict[tuple[int, str], list[float | int]] = {}
     for name, value in values.items():
@@ -173,7 +181,9 @@ def block_map(
     cells = [[_mean(placed.get((block, name), [])) for block in blocks] for name in names]
     if any(ANY in name for name in names):
         caption += f" A row with {ANY} is the mean over the numbers that stand there."
-    return Heatmap(title, caption, names, [str(block) for block in blocks], cells, unit, log, "block")
+    return Heatmap(
+        title, caption, names, [str(block) for block in blocks], cells, unit, log, "block"
+    )
 
 
 def facts(layers: Mapping[str, Mapping[str, Any]], fact: str) -> dict[str, Number]:

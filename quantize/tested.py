@@ -1,7 +1,8 @@
 """Dependencies outside the releases that pq was tested with: one line, once in a process.
 
-`tested.json` holds the lowest (the bound of pyproject.toml) and the highest release (that of the lock files) for each;
-`make lock` writes it. Versions are read from the metadata of what is installed: nothing is imported.
+`tested.json` holds the lowest (the bound of pyproject.toml) and the highest release (that of the
+lock files) for each; `make lock` writes it. Versions are read from the metadata of what is
+installed: nothing is imported.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _told: list[str] = []
 
 
 def untested() -> str | None:
-    """One line that names what is installed outside the tested range; None where nothing is, or it was said before.
+    """One line that names what is installed outside the tested range; None where
+    nothing is, or it was said before.
 
-    Only the first two numbers of a version count: a patch release is not another release to test. None as well on all
-    processes of a launch but the first, and where `SILENCE` is set.
+    Only the first two numbers of a version count: a patch release is not another release to test.
+    None as well on all processes of a launch but the first, and where `SILENCE` is set.
     """
     quiet = os.environ.get(SILENCE, "0") not in ("", "0")
     if _told or quiet or os.environ.get("RANK", "0") != "0":

@@ -13,7 +13,9 @@ SYMMETRIC, ASYMMETRIC = KvScheme(), KvScheme(symmetric=False)
 SMALL, UNEVEN = KvScheme(scale_dtype="e4m3"), KvScheme(32, False, "e4m3")
 
 
-def states(B: int, H: int, T: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+def states(
+    B: int, H: int, T: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
     """Keys, values [B, H, T, d] with channels and tokens that stand out, and the scale S [H, d]."""
     generator = torch.Generator().manual_seed(seed * 1000 + T * d + B + H)
     key, value = torch.randn(2, B, H, T, d, generator=generator).unbind()
@@ -37,13 +39,17 @@ def held(records: Tensor, capacity: int, row: int, device: str) -> Tensor:
     return memory
 
 
-def seen_by(T: int, L: int, causal: bool = True, window: int | None = None, mask: Tensor | None = None) -> Tensor:
+def seen_by(
+    T: int, L: int, causal: bool = True, window: int | None = None, mask: Tensor | None = None
+) -> Tensor:
     place, token = torch.arange(L - T, L)[:, None], torch.arange(L)
     seen = (token <= place if causal else token >= 0) & (token > place - (window or L + 1))
     return seen[None, None] if mask is None else seen & mask
 
 
-def expected(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, seen: Tensor) -> Tensor:
+def expected(
+    query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, seen: Tensor
+) -> Tensor:
     """Attention in float64 to keys and values as they were rounded; queries and probabilities through float8_e4m3fn."""
     R = query.shape[1] // S.shape[0]
     q = query.float() / S.repeat_interleave(R, 0)[:, None]

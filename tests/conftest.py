@@ -26,7 +26,13 @@ from quantize.block.block import Block
 from quantize.block.walk import Pass
 from quantize.convert.loop import Request, convert
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of, block_architecture
+from quantize.model.arch import (
+    ARCHITECTURES,
+    Architecture,
+    Shape,
+    architecture_of,
+    block_architecture,
+)
 from quantize.model.moe import place_experts
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.overrides import with_stage_fields
@@ -125,7 +131,9 @@ def poisoned_memory() -> Iterator[None]:
         return made
 
     with torch.device("meta"):
-        torch.empty(0)  # lets torch note what makes tensors, or it would not know the patched from then on
+        torch.empty(
+            0
+        )  # lets torch note what makes tensors, or it would not know the patched from then on
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like"):
             patch.setattr(torch, name, poison(getattr(torch, name)))
@@ -137,7 +145,9 @@ def shared_dir() -> Path:
     """Folder of the models and texts that lie beside the checkout and are no part of the project."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent; it holds models and texts that are not part of the project")
+        pytest.skip(
+            f"{folder} is absent; it holds models and texts that are not part of the project"
+        )
     return folder
 
 
@@ -152,7 +162,9 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Seeded bfloat16 weights; norms and biases are far from one and zero, and channels differ in size."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    place_experts(model, architecture_of(config), config)  # checkpoints hold every expert's tensors apart
+    place_experts(
+        model, architecture_of(config), config
+    )  # checkpoints hold every expert's tensors apart
     generator = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -172,18 +184,26 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return out
 
 
-def save_model(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shards: int = 1) -> Path:
+def save_model(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], shards: int = 1
+) -> Path:
     """Write config.json and weights, in one file or in `shards` files with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
         save_file(weights, folder / SINGLE_NAME, metadata={"format": "pt"})
         return folder
-    where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(weights)}
+    where = {
+        name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+        for i, name in enumerate(weights)
+    }
     for shard in set(where.values()):
         part = {name: tensor for name, tensor in weights.items() if where[name] == shard}
         save_file(part, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": where}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in weights.values())},
+        "weight_map": where,
+    }
     (folder / INDEX_NAME).write_text(json.dumps(index))
     return folder
 
@@ -200,9 +220,13 @@ def save_side_files(folder: Path) -> None:
     backend.train_from_iterator(SENTENCES, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
-    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1,\n"odd": "spacing"}')
+    (folder / "generation_config.json").write_text(
+        '{"bos_token_id": 0, "eos_token_id": 1,\n"odd": "spacing"}'
+    )
     (folder / "LICENSE").write_text("Do what you like.\r\n")
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +239,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
     @functools.cache
     def make(model_type: str, shards: int = 1, **changes: Any) -> Path:
         config = config_of(model_type, **changes)
-        folder = save_model(tmp_path_factory.mktemp(model_type), config, random_weights(config), shards)
+        folder = save_model(
+            tmp_path_factory.mktemp(model_type), config, random_weights(config), shards
+        )
         save_side_files(folder)
         return folder
 
@@ -243,17 +269,23 @@ def request_for(model: Path, recipe: str, output: Path, text: Path, *changes: st
     Calibrated on 6 windows of 32 tokens, of which an expert would see too few.
     """
     nsamples = 48 if architecture_of(Checkpoint(model).config).experts else 6
-    chosen = with_stage_fields(load_recipe(recipe).with_overrides(str(text), nsamples=nsamples, seqlen=32), changes)
+    chosen = with_stage_fields(
+        load_recipe(recipe).with_overrides(str(text), nsamples=nsamples, seqlen=32), changes
+    )
     return Request(model, chosen, output, CPU, torch.float32, batch_tokens=96)
 
 
 @pytest.fixture(scope="session")
-def converted(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
+def converted(
+    tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ModelMaker:
     """Convert (once) a tiny model: converted("gptq", "llama", "bits=3"). Read the folder, never write into it."""
 
     @functools.cache
     def run(recipe: str, model_type: str, *changes: str, **model: Any) -> Path:
-        folder = common_folder(tmp_path_factory, "converted", recipe, model_type, changes, sorted(model.items()))
+        folder = common_folder(
+            tmp_path_factory, "converted", recipe, model_type, changes, sorted(model.items())
+        )
         output = folder / "out"
         with locked(folder):
             if not output.exists():
@@ -281,7 +313,11 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
     """
 
     def make(
-        model_type: str, index: int = 0, reference: bool = False, seed: int = 0, batches: int | None = None
+        model_type: str,
+        index: int = 0,
+        reference: bool = False,
+        seed: int = 0,
+        batches: int | None = None,
     ) -> Block:
         folder = tiny(model_type)
         source = Checkpoint(folder)
@@ -310,7 +346,9 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
 
 
 @pytest.fixture
-def pq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def pq(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Run the console entry point in this process → (exit code, stdout, stderr)."""
 
     from quantize.cli import main

@@ -21,8 +21,14 @@ Maker = Callable[..., Path]
 OWN = ["provenance", "files", "layout", "values", "packing"]
 WITH_PARENT = [*OWN, "source", "untouched", "recomputed", "outputs"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 5000) | st.floats(allow_nan=False) | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 5000)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -32,7 +38,9 @@ def sign(folder: Path, **changes: Any) -> None:
     """Write pq.json so that it is consistent with itself and with the files as they are now."""
     data = json.loads((folder / "pq.json").read_text(encoding="utf-8")) | changes
     names = [path.name for path in folder.iterdir() if path.name != "pq.json"]
-    data["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(names)}
+    data["files"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(names)
+    }
     data.pop("sha256", None)
     text = canonical_json(data | {"sha256": provenance_digest(data)})
     (folder / "pq.json").write_text(text, encoding="utf-8")

@@ -20,16 +20,31 @@ GOOD = "fireq:\n  kld_mean: {value: 0.02, tolerance: 30%}\n  perplexity: {recove
 
 def evaluation(**changes: Any) -> Evaluation:
     values = {f.name: None for f in dataclasses.fields(Evaluation)}
-    values |= {"model": "out", "baseline": "parent", "protocol": "strided-256", "data": "text", "numerics": "kernel"}
+    values |= {
+        "model": "out",
+        "baseline": "parent",
+        "protocol": "strided-256",
+        "data": "text",
+        "numerics": "kernel",
+    }
     values |= {"tokens": 100, "perplexity": 10.5, "baseline_perplexity": 10.0, "kld_mean": 0.02}
-    values |= {"top1_agreement": 0.9, "bits_per_weight": 4.125, "delta_nll": -0.01, "worst": [], "by_position": {}}
+    values |= {
+        "top1_agreement": 0.9,
+        "bits_per_weight": 4.125,
+        "delta_nll": -0.01,
+        "worst": [],
+        "by_position": {},
+    }
     return Evaluation(**(values | changes))  # type: ignore[arg-type]
 
 
 def write_gate(path: Path, model: Path, entries: str, *top: str) -> Path:
     """Write a gate file: write_gate(path, folder, "fireq: {...}", "tasks: [...]")."""
     lines = [f"model: {json.dumps(str(model))}", *top, "recipes:"]
-    path.write_text("\n".join([*lines, *("  " + line for line in entries.splitlines())]) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join([*lines, *("  " + line for line in entries.splitlines())]) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 

@@ -32,7 +32,10 @@ def edit_config(folder: Path, **fields: Any) -> None:
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of everything below a folder."""
     found = {path: path.lstat() for path in folder.rglob("*")}
-    return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+    return {
+        str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns)
+        for path, stat in found.items()
+    }
 
 
 def refused(pq: Call, code: int, says: str, model: Path, output: Path, *more: object) -> None:

@@ -24,7 +24,9 @@ TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-21
 OF_TERMS = {"cpu": 2**-18, "cuda": 2**-18, "cuda E4M3": 2**-10}
 
 
-def random_weight(N: int, K: int, group_size: int = 128, spread: float = 0.02, seed: int = 0) -> PackedInt:
+def random_weight(
+    N: int, K: int, group_size: int = 128, spread: float = 0.02, seed: int = 0
+) -> PackedInt:
     """Codes of all sizes; scales that differ by up to 2⁸ within a row."""
     generator = torch.Generator().manual_seed(N + K + group_size + seed)
     codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=generator)
@@ -58,6 +60,8 @@ def check_gated(y: Tensor, x: Tensor, gate: PackedInt, up: PackedInt, kind: str)
     expected = F.silu(gates) * ups
     assert (y.dtype, y.shape) == (x.dtype, expected.shape)
     of_terms = OF_TERMS[f"{y.device.type} E4M3" if y.is_cuda and kind != "W4A16" else y.device.type]
-    size = 1.1 * gate_size * ups.abs() + F.silu(gates).abs() * up_size  # the slope of SiLU is 1.1 at most
+    size = (
+        1.1 * gate_size * ups.abs() + F.silu(gates).abs() * up_size
+    )  # the slope of SiLU is 1.1 at most
     limit = (TOLERANCE[x.dtype] + 2**-18) * expected.abs() + of_terms * size + 1e-6
     assert bool(((y.double().cpu() - expected).abs() <= limit).all())

@@ -24,7 +24,9 @@ takes_tokens_back = pytest.mark.skipif(
 UNEVEN = KvScheme(group_size=32, symmetric=False, scale_dtype="e4m3")
 
 
-def kv_model(tiny: ModelMaker, model_type: str, scheme: KvScheme | None = None, seed: int = 0, **changes: Any) -> Any:
+def kv_model(
+    tiny: ModelMaker, model_type: str, scheme: KvScheme | None = None, seed: int = 0, **changes: Any
+) -> Any:
     """A tiny model with an uneven S in every attention module, working on the 4-bit cache.
 
     In float64: the last bit of a float32 product depends on how many tokens are multiplied at once, and now and then
@@ -32,7 +34,9 @@ def kv_model(tiny: ModelMaker, model_type: str, scheme: KvScheme | None = None, 
     """
     # Stacked products of experts have no kernel for float64.
     kwargs = {"experts_implementation": "eager"} if ARCHITECTURES[model_type].experts else {}
-    model = AutoModelForCausalLM.from_pretrained(tiny(model_type, **changes), dtype=torch.float64, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny(model_type, **changes), dtype=torch.float64, **kwargs
+    )
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         shape = (model.config.num_key_value_heads, model.config.head_dim)
@@ -64,7 +68,9 @@ def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
     return model(ids, **kwargs).logits
 
 
-def in_pieces(model: Any, ids: Tensor, sizes: list[int], cache: Cache, mask: Tensor | None = None) -> Tensor:
+def in_pieces(
+    model: Any, ids: Tensor, sizes: list[int], cache: Cache, mask: Tensor | None = None
+) -> Tensor:
     """Logits [B, T, vocabulary] of `ids` given piece by piece."""
     out, done = [], cache.get_seq_length()
     for piece in ids.split(sizes, dim=1):
@@ -72,7 +78,10 @@ def in_pieces(model: Any, ids: Tensor, sizes: list[int], cache: Cache, mask: Ten
         kwargs = given(model, cache)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)
-            kwargs |= {"attention_mask": mask[:, :done], "position_ids": positions[:, done - piece.shape[1] : done]}
+            kwargs |= {
+                "attention_mask": mask[:, :done],
+                "position_ids": positions[:, done - piece.shape[1] : done],
+            }
         out.append(logits(model, piece, **kwargs))
     return torch.cat(out, dim=1)
 

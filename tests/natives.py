@@ -34,7 +34,11 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    return {
+        name: t
+        for shard in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(shard).items()
+    }
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -45,7 +49,9 @@ def edited(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
         save_file(tensors, shard, metadata={"format": "pt"})
     held = {shard.name: load_file(shard) for shard in sorted(folder.glob("*.safetensors"))}
     where = {name: shard for shard, tensors in held.items() for name in tensors}
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": where})
+    )
     return folder
 
 
@@ -63,7 +69,10 @@ def native(folder: Path, source: Path, attention: Mapping[str, Any] | None = Non
         return folder
     shape = Shape.of(json.loads((folder / "config.json").read_text()))
     generator = torch.Generator().manual_seed(3)
-    sizes = {f"model.layers.{i}.self_attn.kv.scale": (shape.n_kv_heads, shape.head_dim) for i in range(shape.n_blocks)}
+    sizes = {
+        f"model.layers.{i}.self_attn.kv.scale": (shape.n_kv_heads, shape.head_dim)
+        for i in range(shape.n_blocks)
+    }
     scales = {name: torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
     save_file(scales, folder / KV_SHARD, metadata={"format": "pt"})
     return edited(folder, lambda tensors: None)

@@ -85,7 +85,9 @@ def launch(size: int, work: Callable[[int], None], folder: Path) -> Launch:
         if not number:
             try:
                 several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-                os.environ.update({name: str(value) for name, value in several.items()} if size > 1 else {})
+                os.environ.update(
+                    {name: str(value) for name, value in several.items()} if size > 1 else {}
+                )
                 os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
                 handle = os.open(said[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, 2)
@@ -134,7 +136,12 @@ def same(asked: Request, tmp_path: Path, sizes: tuple[int, ...] = (2, 3)) -> Non
     assert written == {"whole"} | {f"{kind}{size}" for size in sizes for kind in ("out", "said")}
 
 
-def pq(size: int, arguments: Sequence[object], folder: Path, before: Callable[[int], None] | None = None) -> Launch:
+def pq(
+    size: int,
+    arguments: Sequence[object],
+    folder: Path,
+    before: Callable[[int], None] | None = None,
+) -> Launch:
     """Start `pq` with several ranks; before: called in each of them first."""
 
     def work(rank: int) -> None:

@@ -30,7 +30,12 @@ def provenance(blocks: int, recipe: str = "fireq") -> dict[str, Any]:
         for edge in LLAMA.edges:
             layers[f"model.layers.{i}.{edge.name}"] = {"search_ratio": rng.uniform(0.1, 1.0)}
         for name in LINEARS:
-            error = 0.003 * math.exp(rng.gauss(0, 0.5)) * (1 + i / blocks) * (3 if "down" in name else 1)
+            error = (
+                0.003
+                * math.exp(rng.gauss(0, 0.5))
+                * (1 + i / blocks)
+                * (3 if "down" in name else 1)
+            )
             layers[f"model.layers.{i}.{name}"] = {
                 "damping": 0.1,
                 "dead_inputs": 0,
@@ -43,7 +48,13 @@ def provenance(blocks: int, recipe: str = "fireq") -> dict[str, Any]:
         "machine": {"device": "cpu", "dtype": "float32"},
         "recipe": {"name": recipe, "resolved": resolved_yaml(load_recipe(recipe))},
         "source": {"config.json": "c1" * 32, "model.safetensors": "68" * 32},
-        "calibration": {"sha256": "94" * 32, "dataset": "builtin", "nsamples": 128, "seqlen": 512, "seed": 0},
+        "calibration": {
+            "sha256": "94" * 32,
+            "dataset": "builtin",
+            "nsamples": 128,
+            "seqlen": 512,
+            "seed": 0,
+        },
         "bits_per_weight": 4.125,
         "dropped_sequences": 0,
         "layers": layers,
@@ -68,12 +79,18 @@ def statistics(blocks: int) -> dict[str, Any]:
             group[0]: {"before": inputs(rng.uniform(20, 90)), "after": inputs(rng.uniform(3, 9))}
             for group in LLAMA.calibration_order
         }
-        linears = {n: {"before": weights(rng.uniform(5, 9)), "after": weights(rng.uniform(6, 14))} for n in LINEARS}
+        linears = {
+            n: {"before": weights(rng.uniform(5, 9)), "after": weights(rng.uniform(6, 14))}
+            for n in LINEARS
+        }
         out.append({"index": i, "inputs": groups, "weights": linears})
     edges = [-12 + 24 * k / 96 for k in range(97)]
     counts = [int(1e6 * math.exp(-(((edges[k] + 0.125) / 3.1) ** 2) / 2)) for k in range(96)]
     roles = LLAMA.roles.values()
-    histograms = {f"{r}/4": {"role": r, "bits": 4, "group_size": 128, "edges": edges, "counts": counts} for r in roles}
+    histograms = {
+        f"{r}/4": {"role": r, "bits": 4, "group_size": 128, "edges": edges, "counts": counts}
+        for r in roles
+    }
     return {"blocks": out, "histograms": histograms}
 
 
@@ -144,8 +161,20 @@ def rolling(**changes: Any) -> dict[str, Any]:
 
 
 def task_run() -> dict[str, Any]:
-    score = {"value": 0.412, "stderr": 0.021, "baseline": 0.418, "baseline_stderr": 0.021, "difference": -0.006}
-    score |= {"difference_stderr": 0.009, "recovery": 0.986, "recovery_stderr": 0.021, "n": 500, "paired": True}
+    score = {
+        "value": 0.412,
+        "stderr": 0.021,
+        "baseline": 0.418,
+        "baseline_stderr": 0.021,
+        "difference": -0.006,
+    }
+    score |= {
+        "difference_stderr": 0.009,
+        "recovery": 0.986,
+        "recovery_stderr": 0.021,
+        "n": 500,
+        "paired": True,
+    }
     return {
         "kind": "tasks",
         "model": "demo",
@@ -157,7 +186,11 @@ def task_run() -> dict[str, Any]:
         "versions": {"lm_eval": "0.4.13"},
         "tasks": {"arc_easy": {"acc": {"value": 0.412, "stderr": 0.021, "higher_is_better": True}}},
         "n_samples": {"arc_easy": 500},
-        "scores": [{"task": t, "metric": m, **score} for t in ("arc_easy", "piqa") for m in ("acc", "acc_norm")],
+        "scores": [
+            {"task": t, "metric": m, **score}
+            for t in ("arc_easy", "piqa")
+            for m in ("acc", "acc_norm")
+        ],
     }
 
 
@@ -172,8 +205,17 @@ def write_checkpoint(folder: Path, blocks: int, **changes: Any) -> Path:
         tensors[f"{name}.weight_scale"] = torch.ones(2, 1, dtype=torch.bfloat16)
         tensors[f"{name}.weight_shape"] = torch.tensor([2, 128])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": blocks, "vocab_size": 32}
-    config = {"model_type": "llama", **sizes, "quantization_config": quantization_config(schemes, ["lm_head"])}
+    sizes = {
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "num_hidden_layers": blocks,
+        "vocab_size": 32,
+    }
+    config = {
+        "model_type": "llama",
+        **sizes,
+        "quantization_config": quantization_config(schemes, ["lm_head"]),
+    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "pq.json").write_text(json.dumps(provenance(blocks) | changes), encoding="utf-8")
     return folder
@@ -184,7 +226,11 @@ def add_everything(folder: Path, blocks: int) -> Path:
     (folder / "pq-statistics.json").write_text(json.dumps(statistics(blocks)), encoding="utf-8")
     results = folder.with_name(folder.name + ".eval")
     results.mkdir()
-    saved = {"strided-512-wikitext": evaluation(folder.name), "rolling-512-wikitext": rolling(), "tasks-a": task_run()}
+    saved = {
+        "strided-512-wikitext": evaluation(folder.name),
+        "rolling-512-wikitext": rolling(),
+        "tasks-a": task_run(),
+    }
     for name, data in saved.items():
         (results / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
     summary = json.dumps({"seconds": 88.7, "source_bytes": 10, "output_bytes": 5})

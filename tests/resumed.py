@@ -33,7 +33,9 @@ def request(recipe: str, model: Path, text: Path, output: Path, **changes: Any) 
     body = RECIPES.get(recipe, recipe)
     calibration = f"calibration: {{dataset: {text}, nsamples: 6, seqlen: 32}}"
     parsed = parse_recipe(f"{{description: d, {calibration}, {body}}}", "r.yaml")
-    return dataclasses.replace(Request(model, parsed, output, CPU, torch.float32, batch_tokens=96), **changes)
+    return dataclasses.replace(
+        Request(model, parsed, output, CPU, torch.float32, batch_tokens=96), **changes
+    )
 
 
 def model_of(tiny: ModelMaker, recipe: str) -> Path:
@@ -60,7 +62,9 @@ def stopped_after(asked: Request, blocks: int) -> None:
         convert(asked, stop=lambda: next(calls) == blocks)
 
 
-def kept(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str = "rtn", **changes: Any) -> Request:
+def kept(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str = "rtn", **changes: Any
+) -> Request:
     """A conversion that keeps its blocks."""
     changes = {"work": tmp_path / "work", "resume": "auto"} | changes
     return request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", **changes)

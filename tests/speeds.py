@@ -41,4 +41,16 @@ def wrong(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
 
 def figure(what: str, M: int, size: int, ratio: float, bandwidth: float = 0.5) -> Row:
     spread = Spread(1.0, 1.0, 1.0)
-    return Row(what, "", M, size, spread, 1, 1, "fp8", bandwidth, None, {"bf16": Spread(ratio, ratio, ratio)})
+    return Row(
+        what,
+        "",
+        M,
+        size,
+        spread,
+        1,
+        1,
+        "fp8",
+        bandwidth,
+        None,
+        {"bf16": Spread(ratio, ratio, ratio)},
+    )

@@ -16,7 +16,9 @@ from quantize.formats.registry import FORMATS
 
 ROOT = Path(quantize.__file__).parent
 FILES = {
-    ".".join(("quantize", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    ".".join(("quantize", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
@@ -111,7 +113,11 @@ def below(module: str, packages: tuple[str, ...]) -> bool:
 
 def type_only(tree: ast.AST) -> set[ast.AST]:
     """Return the nodes that only a type checker runs."""
-    tests = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    tests = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
     return {inner for test in tests for statement in test.body for inner in ast.walk(statement)}
 
 
@@ -127,7 +133,9 @@ def imports(module: str, types: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
             base = str(node.module)
-            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names)
+            yield from (
+                f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names
+            )
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from (ast.literal_eval(arg) for arg in node.args if isinstance(arg, ast.Constant))
 
@@ -166,7 +174,12 @@ def test_rooms_import_only_what_lies_below_them(room: str):
 
 def test_every_row_is_needed():
     for room, row in ROOMS.items():
-        used = {room_of(name) for module in FILES if room_of(module) == room for name in ours(module, types=True)}
+        used = {
+            room_of(name)
+            for module in FILES
+            if room_of(module) == room
+            for name in ours(module, types=True)
+        }
         assert set(row.split()) <= used, room
 
 
@@ -190,12 +203,16 @@ def test_methods_see_blocks_and_tensors_and_no_other_method(module: str):
     own = ".".join(module.split(".")[:3])
     for name in ours(module):
         assert not below(name, METHODS_NEVER), f"{module} imports {name}"
-        assert not below(name, ("quantize.methods",)) or below(name, (own, *METHODS_SHARE)), f"{module} imports {name}"
+        assert not below(name, ("quantize.methods",)) or below(name, (own, *METHODS_SHARE)), (
+            f"{module} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_third_parties_have_one_home(package: str):
-    users = [module for module, names in GRAPH.items() if any(below(name, (package,)) for name in names)]
+    users = [
+        module for module, names in GRAPH.items() if any(below(name, (package,)) for name in names)
+    ]
     assert not [module for module in users if not below(module, OWNERS[package])]
 
 
@@ -243,7 +260,11 @@ def test_nobody_but_formats_asks_which_format_it_is():
         if not below(module, ("quantize.formats",)):
             wrong = [f"{module}:{line}: {text}" for line, text in compared(tree) if text in FORMATS]
             assert not wrong
-            names = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and "NATIVE" in ast.unparse(node)]
+            names = [
+                node
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Compare) and "NATIVE" in ast.unparse(node)
+            ]
             # transformers' own registry is asked whether it knows pq's format already.
             assert not names or below(module, ("quantize.serving",))
 
@@ -274,22 +295,37 @@ def test_library_code_never_prints():
     for module, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("print", "breakpoint", "input"), f"{module}:{node.lineno}"
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+                assert node.func.id not in ("print", "breakpoint", "input"), (
+                    f"{module}:{node.lineno}"
+                )
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "sys.stdout",
+                "sys.stderr",
+            ):
                 assert below(module, ("quantize.cli",)), f"{module}:{node.lineno}"
 
 
 def test_only_the_command_line_exits():
     for module, tree in TREES.items():
         if not below(module, ("quantize.cli",)):
-            source = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+            source = {
+                ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)
+            }
             assert not source & {"sys.exit", "exit", "quit", "os._exit"}, module
 
 
 def test_no_code_is_run_from_data():
     for module, tree in TREES.items():
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        wrong = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "os.system"}
+        wrong = {
+            "eval",
+            "exec",
+            "torch.load",
+            "pickle.load",
+            "pickle.loads",
+            "yaml.load",
+            "os.system",
+        }
         assert not calls & wrong, module
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
@@ -315,12 +351,18 @@ PEERS = {"gemlite"}
 def declared() -> set[str]:
     text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
     listed = text[text.index("\ndependencies = [") :].partition("\n]")[0]
-    return {re.split("[<>=!~]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)}
+    return {
+        re.split("[<>=!~]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)
+    }
 
 
 def test_every_third_party_import_is_declared_and_every_declared_one_imported():
     roots = {name.partition(".")[0] for names in GRAPH.values() for name in names}
-    foreign = {r for r in roots if r not in sys.stdlib_module_names and r not in {"quantize"} | INHERITED | PEERS}
+    foreign = {
+        r
+        for r in roots
+        if r not in sys.stdlib_module_names and r not in {"quantize"} | INHERITED | PEERS
+    }
     imported = {DISTRIBUTIONS.get(root, root) for root in foreign}
     assert imported - declared() == set()
     assert declared() - imported <= NEVER_IMPORTED

@@ -65,7 +65,9 @@ def lock(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_each_python_gets_one_release_of_all_that_is_declared(python: str, wanted: list[Requirement]):
+def test_each_python_gets_one_release_of_all_that_is_declared(
+    python: str, wanted: list[Requirement]
+):
     parts = [pinned(part, python) for part in LOCKS]
     everything = {name: versions for part in parts for name, versions in part.items()}
     assert sum(map(len, parts)) == len(everything), "a package stands in two parts"
@@ -84,7 +86,9 @@ def test_every_release_has_its_hashes(part: str):
     assert blocks
     for block in blocks:
         assert re.match(r"[\w.\[\],-]+==\S+", block), block.splitlines()[0]
-        assert re.search(r"^    --hash=sha256:[0-9a-f]{64}\b", block, re.MULTILINE), block.splitlines()[0]
+        assert re.search(r"^    --hash=sha256:[0-9a-f]{64}\b", block, re.MULTILINE), (
+            block.splitlines()[0]
+        )
 
 
 def test_only_torch_and_its_cuda_libraries_are_left_to_machines_with_a_gpu():
@@ -107,7 +111,9 @@ def dry_run(*arguments: str, path: str | None = None) -> str:
     """What `make setup` would run."""
     command = ["make", "--dry-run", "--always-make", "setup", *arguments]
     environment = {"PATH": path} if path else None
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 

@@ -58,8 +58,12 @@ def test_the_wheel_takes_every_folder_that_the_code_asks_for(project: dict[str, 
 
 
 def test_data_stays_out_of_the_package_in_the_repository():
-    assert not (ROOT / "quantize" / "_data").exists(), "a copy there would hide the folders beside the package"
-    assert not list((ROOT / "eval").glob("__init__.py")), "a package called eval would hide the builtin"
+    assert not (ROOT / "quantize" / "_data").exists(), (
+        "a copy there would hide the folders beside the package"
+    )
+    assert not list((ROOT / "eval").glob("__init__.py")), (
+        "a package called eval would hide the builtin"
+    )
 
 
 def test_the_command_is_declared(project: dict[str, Any]):
@@ -72,7 +76,11 @@ def test_the_command_is_declared(project: dict[str, Any]):
 
 def test_extras_that_messages_name_are_declared(project: dict[str, Any]):
     declared = set(project["project"]["optional-dependencies"])
-    sources = [*(ROOT / "quantize").rglob("*.py"), *(ROOT / "eval").rglob("*.py"), ROOT / "README.md"]
+    sources = [
+        *(ROOT / "quantize").rglob("*.py"),
+        *(ROOT / "eval").rglob("*.py"),
+        ROOT / "README.md",
+    ]
     for path in sources:
         named = re.findall(r"pq-quantize\[(\w+)\]", path.read_text(encoding="utf-8"))
         assert set(named) <= declared, path
@@ -150,8 +158,12 @@ def test_the_version_is_one():
     assert str(Version(quantize.__version__)) == quantize.__version__
 
 
-def test_the_command_prints_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    commands = [c for c in importlib.metadata.entry_points(group="console_scripts") if c.name == "pq"]
+def test_the_command_prints_the_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    commands = [
+        c for c in importlib.metadata.entry_points(group="console_scripts") if c.name == "pq"
+    ]
     assert commands, "pq is not installed; pip install -e ."
     monkeypatch.setattr(sys, "argv", ["pq", "--version"])
     with pytest.raises(SystemExit) as left:

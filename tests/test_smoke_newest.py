@@ -34,7 +34,12 @@ def test_the_lock_files_are_read_for_this_interpreter(script: ModuleType, tmp_pa
 
 
 def test_what_is_newer_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    installed = {"torch": "2.13.0+cpu", "transformers": "5.100.0", "numpy": "2.4.5", "triton": "3.9.0"}
+    installed = {
+        "torch": "2.13.0+cpu",
+        "transformers": "5.100.0",
+        "numpy": "2.4.5",
+        "triton": "3.9.0",
+    }
     monkeypatch.setattr(importlib.metadata, "version", installed.__getitem__)
     locked = {"triton": "3.7.1", "torch": "2.13.0", "transformers": "5.24.0", "numpy": "2.4.6"}
     assert script.newer(locked) == ["transformers 5.24.0 -> 5.100.0", "triton 3.7.1 -> 3.9.0"]
@@ -93,7 +98,9 @@ def test_a_step_that_fails_ends_the_smoke(script: ModuleType, tmp_path: Path):
         script.pq("eval", tmp_path / "absent")
 
 
-def test_an_endless_step_is_a_failure(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_an_endless_step_is_a_failure(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     endless = tmp_path / "endless"
     endless.write_text("#!/bin/sh\nexec sleep 60\n")
     endless.chmod(0o755)

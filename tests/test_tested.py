@@ -14,7 +14,11 @@ import pytest
 
 from quantize import tested
 
-RANGES = {"torch": ["2.11", "2.13.0"], "transformers": ["5.17", "5.24.0"], "triton": ["3.6", "3.7.1"]}
+RANGES = {
+    "torch": ["2.11", "2.13.0"],
+    "transformers": ["5.17", "5.24.0"],
+    "triton": ["3.6", "3.7.1"],
+}
 INSTALLED = {"torch": "2.13.0+cpu", "transformers": "5.24.0"}
 
 
@@ -66,13 +70,17 @@ def test_all_of_them_stand_in_one_line(installed: dict[str, str]):
 
 
 @pytest.mark.parametrize(("value", "said"), [("1", False), ("yes", False), ("0", True), ("", True)])
-def test_it_can_be_silenced(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, value: str, said: bool):
+def test_it_can_be_silenced(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, value: str, said: bool
+):
     installed["torch"] = "3.0"
     monkeypatch.setenv(tested.SILENCE, value)
     assert (tested.untested() is not None) == said
 
 
-def test_the_first_process_of_a_launch_alone_says_it(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_the_first_process_of_a_launch_alone_says_it(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
     installed["torch"] = "3.0"
     monkeypatch.setenv("RANK", "1")
     assert tested.untested() is None
@@ -99,7 +107,9 @@ def later(tmp_path: Path) -> dict[str, str]:
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.1.0\n")
     root = Path(tested.__file__).parents[1]
-    kept = {name: value for name, value in os.environ.items() if name not in (tested.SILENCE, "RANK")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in (tested.SILENCE, "RANK")
+    }
     return {**kept, "PYTHONPATH": f"{folder.parent}{os.pathsep}{root}"}
 
 
@@ -113,14 +123,21 @@ def test_a_command_that_computes_says_it_on_stderr(later: dict[str, str], comman
     done = run(later, "-m", "quantize", command, "/no/such/model", "/nor/this")
     said = [line for line in done.stderr.splitlines() if "not tested with" in line]
     assert len(said) == 1
-    assert said[0].startswith("pq: note: not tested with torch 9.1.0 (tested: ") or ", torch 9.1.0" in said[0]
+    assert (
+        said[0].startswith("pq: note: not tested with torch 9.1.0 (tested: ")
+        or ", torch 9.1.0" in said[0]
+    )
     assert "not tested" not in done.stdout
-    silent = run(later | {tested.SILENCE: "1"}, "-m", "quantize", command, "/no/such/model", "/nor/this")
+    silent = run(
+        later | {tested.SILENCE: "1"}, "-m", "quantize", command, "/no/such/model", "/nor/this"
+    )
     assert silent.returncode == done.returncode
     assert "not tested" not in silent.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"], ["--version"], ["recipe", "ls"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["verify", "--help"], ["--version"], ["recipe", "ls"]]
+)
 def test_help_and_recipes_say_nothing(later: dict[str, str], arguments: list[str]):
     done = run(later, "-m", "quantize", *arguments)
     assert done.returncode == 0

@@ -96,7 +96,9 @@ def tested(project: dict[str, list[str]], packages: dict[str, list[str]]) -> dic
         requirement = Requirement(text)
         lowest = [s.version for s in requirement.specifier if s.operator == ">="]
         bounds[requirement.name] = lowest[0]
-    highest = {name: max((version(block) for block in packages[name]), key=Version) for name in WATCHED}
+    highest = {
+        name: max((version(block) for block in packages[name]), key=Version) for name in WATCHED
+    }
     return {name: [bounds[name], highest[name]] for name in WATCHED}
 
 
@@ -131,14 +133,18 @@ def write(part: str, names: Iterable[str], packages: dict[str, list[str]]) -> No
 
 def main() -> None:
     """Resolve, split, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--uv", default="uv", help="the command")
     parser.add_argument("--torch", required=True, help="the release of torch to lock")
     args = parser.parse_args()
     pinned = [f"torch=={args.torch}"]
     sources = ROOT / "pyproject.toml", LOCKS / "build.in"
     everything = entries(resolve(args.uv, pinned, *sources, extras=True))
-    same = [block.splitlines()[0].rstrip(" \\") for blocks in everything.values() for block in blocks]
+    same = [
+        block.splitlines()[0].rstrip(" \\") for blocks in everything.values() for block in blocks
+    ]
     building = set(entries(resolve(args.uv, same, LOCKS / "build.in")))
     cuda = cuda_part(everything)
     write("build", building, everything)

@@ -37,8 +37,12 @@ OUTLIER_LOG2 = (4, 6)
 
 def main() -> None:
     """Build the model and report its held-out bits per byte as written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder of the checkpoint"
+    )
     output: Path = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -51,7 +55,9 @@ def main() -> None:
     heldout = torch.tensor(tokenizer.encode(pydocs.text("heldout"), verbose=False))
     token_bytes = bytes_per_token(tokenizer)
     size = token_bytes[heldout].float().mean()
-    print(f"{len(train)} training and {len(heldout)} held-out tokens of {size:.2f} bytes on average")
+    print(
+        f"{len(train)} training and {len(heldout)} held-out tokens of {size:.2f} bytes on average"
+    )
 
     model = LlamaForCausalLM(config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
@@ -109,7 +115,9 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def fit(model: LlamaForCausalLM, tokens: Tensor, bos: int, evaluate: Callable[[], float]) -> None:
     """Train in fp32 with linear warm-up and cosine decay to zero; print progress."""
     optimizers = make_optimizers(model)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate) for optimizer in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate) for optimizer in optimizers
+    ]
     start = time.monotonic()
     model.train()
     for step, batch in zip(range(1, STEPS + 1), batches(tokens, bos), strict=False):
@@ -122,7 +130,10 @@ def fit(model: LlamaForCausalLM, tokens: Tensor, bos: int, evaluate: Callable[[]
         for schedule in schedules:
             schedule.step()
         if step % 50 == 0:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {time.monotonic() - start:5.0f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.3f}  {time.monotonic() - start:5.0f} s",
+                flush=True,
+            )
         if step % 200 == 0:
             print(f"step {step:5d}  held-out bits per byte {evaluate():.4f}", flush=True)
 
@@ -132,7 +143,9 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
     return [
-        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -151,7 +164,11 @@ def batches(tokens: Tensor, bos: int) -> Iterator[Tensor]:
     while True:
         while len(pool) < BATCH:
             offset = int(torch.randint(WINDOW, (), generator=generator))
-            windows = tokens[offset : len(tokens) - (len(tokens) - offset) % WINDOW].view(-1, WINDOW).clone()
+            windows = (
+                tokens[offset : len(tokens) - (len(tokens) - offset) % WINDOW]
+                .view(-1, WINDOW)
+                .clone()
+            )
             windows[torch.rand(len(windows), generator=generator) < BOS_SHARE, 0] = bos
             pool += windows[torch.randperm(len(windows), generator=generator)].unbind()
         yield torch.stack([pool.pop() for _ in range(BATCH)])
@@ -168,7 +185,9 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, token_bytes: Tensor) 
     """Return the bits per UTF-8 byte of the predicted tokens of `tokens` [N] in windows that do not overlap."""
     model.eval()
     windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
-    nats = sum(losses(model, windows[i : i + BATCH]).sum().item() for i in range(0, len(windows), BATCH))
+    nats = sum(
+        losses(model, windows[i : i + BATCH]).sum().item() for i in range(0, len(windows), BATCH)
+    )
     model.train()
     return nats / math.log(2) / int(token_bytes[windows[:, 1:]].sum())
 

@@ -18,7 +18,11 @@ Factors = dict[int, float]
 
 
 def add_outliers(
-    state_dict: Mapping[str, Tensor], config: Any, seed: int, channels: int, log2_range: tuple[int, int]
+    state_dict: Mapping[str, Tensor],
+    config: Any,
+    seed: int,
+    channels: int,
+    log2_range: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Return a copy of a Llama's state dict with `channels` outlier channels per place, factors 2^lo..2^hi.
 
@@ -61,7 +65,9 @@ def _scale_values(weights: dict[str, Tensor], block: str, config: Any, rows: Fac
     for row, factor in rows.items():
         weights[f"{block}self_attn.v_proj.weight"][row] *= factor
         kv_head, channel = divmod(row, config.head_dim)
-        weights[f"{block}self_attn.o_proj.weight"][:, _query_channels(config, kv_head, channel)] /= factor
+        weights[f"{block}self_attn.o_proj.weight"][
+            :, _query_channels(config, kv_head, channel)
+        ] /= factor
 
 
 def _scale_mlp(weights: dict[str, Tensor], block: str, rows: Factors) -> None:
@@ -70,16 +76,24 @@ def _scale_mlp(weights: dict[str, Tensor], block: str, rows: Factors) -> None:
         weights[f"{block}mlp.down_proj.weight"][:, row] /= factor
 
 
-def _scale_keys(weights: dict[str, Tensor], block: str, config: Any, kv_head: int, pairs: Factors) -> None:
+def _scale_keys(
+    weights: dict[str, Tensor], block: str, config: Any, kv_head: int, pairs: Factors
+) -> None:
     half = config.head_dim // 2
     for first, factor in pairs.items():
         # RoPE mixes the two members of a pair, so that only a common factor passes through it.
         for channel in (first, first + half):
-            weights[f"{block}self_attn.k_proj.weight"][kv_head * config.head_dim + channel] *= factor
-            weights[f"{block}self_attn.q_proj.weight"][_query_channels(config, kv_head, channel)] /= factor
+            weights[f"{block}self_attn.k_proj.weight"][kv_head * config.head_dim + channel] *= (
+                factor
+            )
+            weights[f"{block}self_attn.q_proj.weight"][
+                _query_channels(config, kv_head, channel)
+            ] /= factor
 
 
 def _query_channels(config: Any, kv_head: int, channel: int) -> list[int]:
     """Return the indices of `channel` in all query heads that read `kv_head`."""
     group = config.num_attention_heads // config.num_key_value_heads
-    return [head * config.head_dim + channel for head in range(kv_head * group, (kv_head + 1) * group)]
+    return [
+        head * config.head_dim + channel for head in range(kv_head * group, (kv_head + 1) * group)
+    ]

@@ -40,7 +40,8 @@ class Form:
     size: int
     """Hidden neurons of each of them."""
     k: float
-    """Routed experts that a token visits in the mean; a whole number is top-k, else scores above a threshold."""
+    """Routed experts that a token visits in the mean; a whole number is top-k, else
+    scores above a threshold."""
 
     def __str__(self) -> str:
         return f"{self.shared}+{self.n}x{self.size}@{self.k:g}"
@@ -48,7 +49,8 @@ class Form:
 
 @dataclass(frozen=True)
 class FfnTiming(Compared):
-    """One form at one batch: seconds of an FFN, medians over rounds. `plain_seconds` are the dense FFN's."""
+    """One form at one batch: seconds of an FFN, medians over rounds.
+    `plain_seconds` are the dense FFN's."""
 
     form: Form
     M: int
@@ -88,7 +90,9 @@ class FfnBench:
     def as_json(self) -> dict[str, Any]:
         """All figures, the ratio among them."""
         facts: dict[str, Any] = dataclasses.asdict(self)
-        facts["timings"] = [dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.timings]
+        facts["timings"] = [
+            dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.timings
+        ]
         return facts
 
 
@@ -101,7 +105,8 @@ def bench_forms(
     dtype: torch.dtype,
     rounds: int = 20,
 ) -> FfnBench:
-    """Time forms with random weights at every batch; QualityError as `time_mixture`, ValueError for absurd forms."""
+    """Time forms with random weights at every batch; QualityError as `time_mixture`,
+    ValueError for absurd forms."""
     makers = {form: partial(random_mixture, hidden, form, device, dtype) for form in forms}
     return _bench(hidden, intermediate, makers, batches, device, dtype, rounds)
 
@@ -109,10 +114,11 @@ def bench_forms(
 def bench_model(
     folder: Path, batches: Sequence[int], device: torch.device, dtype: torch.dtype, rounds: int = 20
 ) -> FfnBench:
-    """Time the first Mixture of Experts of an unpacked checkpoint against a random dense FFN of as many neurons.
+    """Time the first Mixture of Experts of an unpacked checkpoint against a random
+    dense FFN of as many neurons.
 
-    Copies of the mixture take turns; activations are random. QualityError as `time_mixture`, ModelError for a model
-    without experts.
+    Copies of the mixture take turns; activations are random. QualityError as `time_mixture`,
+    ModelError for a model without experts.
     """
     source = Checkpoint(folder)
     arch = architecture_of(source.config)
@@ -122,7 +128,9 @@ def bench_model(
     index = min(set(range(shape.n_blocks)) - sizes.dense_blocks, default=None)
     if index is None:
         raise ModelError(f"{folder}: config.json says that every block is dense")
-    block = Skeleton(folder, arch, device, dtype).layer(index, source.tensors(f"{arch.blocks}.{index}."))
+    block = Skeleton(folder, arch, device, dtype).layer(
+        index, source.tensors(f"{arch.blocks}.{index}.")
+    )
     mixture = block.get_submodule(arch.experts.ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)
     intermediate = form.shared + form.n * form.size
@@ -152,10 +160,11 @@ def _bench(
 def time_mixture(
     form: Form, mixtures: Sequence[MoeFfn], dense: Sequence[Expert], M: int, rounds: int = 20
 ) -> FfnTiming:
-    """Time mixtures, their loops over experts and dense FFNs in turns, for the same M rows of random activations.
+    """Time mixtures, their loops over experts and dense FFNs in turns, for the same
+    M rows of random activations.
 
-    QualityError when a mixture is not what float64 computes: then nothing is timed. On CUDA all but the loops are
-    replayed as graphs.
+    QualityError when a mixture is not what float64 computes: then nothing is timed. On CUDA all but
+    the loops are replayed as graphs.
     """
     weight = dense[0].up_proj.weight
     x = torch.randn(M, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -166,7 +175,10 @@ def time_mixture(
     plain = watch([partial(ffn, x) for ffn in dense], x.device)
     by_loop = watch([partial(loop, x) for loop in loops], x.device, as_graph=False)
     seconds, plain_seconds, loop_seconds = take_turns([ours, plain, by_loop], rounds)
-    seconds, plain_seconds = [s / len(mixtures) for s in seconds], [s / len(dense) for s in plain_seconds]
+    seconds, plain_seconds = (
+        [s / len(mixtures) for s in seconds],
+        [s / len(dense) for s in plain_seconds],
+    )
     visits = [_visits(mixture, x) for mixture in mixtures]
     k, moved = statistics.fmean(float(v.sum()) / M for v in visits), 2 * x.nbytes
     return FfnTiming(
@@ -180,7 +192,9 @@ def time_mixture(
         plain_slowest=max(plain_seconds),
         loop_seconds=statistics.median(loop_seconds) / len(loops),
         experts_per_token=k,
-        bytes_read=moved + weight.itemsize * _met(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
+        bytes_read=moved
+        + weight.itemsize
+        * _met(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
         plain_bytes_read=moved + weight.itemsize * _parameters(dense[0]),
         activated=_met(mixtures[0], k) / _parameters(dense[0]),
         layers=len(mixtures),
@@ -188,7 +202,8 @@ def time_mixture(
 
 
 def require_right(mixture: MoeFfn, x: Tensor) -> None:
-    """QualityError unless the mixture of x [M, D] is what float64 computes with the same routing weights."""
+    """QualityError unless the mixture of x [M, D] is what float64 computes with
+    the same routing weights."""
     with torch.no_grad():
         expected, y = _exact(mixture, x), mixture(x).double()
     difference = float((y - expected).abs().max() / expected.abs().max())
@@ -213,11 +228,14 @@ def _exact(mixture: MoeFfn, x: Tensor) -> Tensor:
 
 
 def random_mixture(hidden: int, form: Form, device: torch.device, dtype: torch.dtype) -> MoeFfn:
-    """A stacked mixture with weights as torch starts linears, that routes normal activations as the form says."""
+    """A stacked mixture with weights as torch starts linears, that routes normal
+    activations as the form says."""
     if not 0 < form.k <= form.n:
         raise ValueError(f"form {form}: {form.k:g} of {form.n} experts a token")
     k = math.ceil(form.k)
-    sizes = ExpertSizes(form.n, form.size, form.shared, k, renormalize=False, dense_blocks=frozenset())
+    sizes = ExpertSizes(
+        form.n, form.size, form.shared, k, renormalize=False, dense_blocks=frozenset()
+    )
     with torch.device(device), torch.no_grad():
         mixture = MoeFfn(hidden, sizes, nn.SiLU(), TopK(k)).to(dtype)
         if form.k != k:
@@ -233,7 +251,9 @@ def _stacked(mixture: nn.Module) -> MoeFfn:
     return mixture
 
 
-def _random_dense(hidden: int, intermediate: int, device: torch.device, dtype: torch.dtype) -> Expert:
+def _random_dense(
+    hidden: int, intermediate: int, device: torch.device, dtype: torch.dtype
+) -> Expert:
     with torch.device(device):
         return Expert(hidden, intermediate, nn.SiLU()).to(dtype).requires_grad_(False)
 
@@ -241,7 +261,10 @@ def _random_dense(hidden: int, intermediate: int, device: torch.device, dtype: t
 def _fill(make: Callable[[], _Module]) -> list[_Module]:
     # Two at least: routes differ.
     out = [make(), make()]
-    return out + [make() for _ in range(_CACHES // (_parameters(out[0]) * next(out[0].parameters()).itemsize) - 1)]
+    return out + [
+        make()
+        for _ in range(_CACHES // (_parameters(out[0]) * next(out[0].parameters()).itemsize) - 1)
+    ]
 
 
 def _visits(mixture: MoeFfn, x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class FitSettings:
     """What is fitted, and how. `bias`, `lines` and `codebook` are sbvr's."""
 
     method: str
-    """`sbvr`, or round to nearest: the largest weight ends the grid (`rtn`), or the scale errs least (`rtn-mse`)."""
+    """`sbvr`, or round to nearest: the largest weight ends the grid (`rtn`), or the
+    scale errs least (`rtn-mse`)."""
     bits: int
     shape: tuple[int, int]
     """[N, K] of the weight."""
@@ -51,7 +52,9 @@ class FitSettings:
             if chosen not in known:
                 raise UsageError(f"--{name} {chosen}: choose one of {', '.join(known)}")
         if min(self.shape) < 1:
-            raise UsageError(f"--shape {self.shape[0]}x{self.shape[1]}: both numbers must be at least 1")
+            raise UsageError(
+                f"--shape {self.shape[0]}x{self.shape[1]}: both numbers must be at least 1"
+            )
         if self.method == "sbvr":
             self._check_sbvr()
         else:
@@ -71,7 +74,9 @@ class FitSettings:
         if self.bias:
             raise UsageError(f"--bias: {self.method} has none, only sbvr")
         if self.group_size < 1 or self.shape[1] % self.group_size:
-            raise UsageError(f"--group-size {self.group_size}: must divide the {self.shape[1]} inputs of --shape")
+            raise UsageError(
+                f"--group-size {self.group_size}: must divide the {self.shape[1]} inputs of --shape"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class FitBench:
     """Median over the repeats: training, assignment and codes; packing not counted."""
     weights_per_second: float
     peak_rss_bytes: int
-    """Largest resident size of the process up to the end of the last fit, the weight and libraries included."""
+    """Largest resident size of the process up to the end of the last fit, the
+    weight and libraries included."""
     peak_device_bytes: int | None
     """Largest memory in tensors on the CUDA device, the weight included; None elsewhere."""
     shapes: int | None
@@ -114,7 +120,9 @@ def bench_fit(settings: FitSettings, device: torch.device, repeat: int = 3) -> F
     peak, median = _peak_rss(), statistics.median(seconds)
     return FitBench(
         settings=settings,
-        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_device_bytes=torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else None,
         relative_mse=relative_mse(w, _packed_and_unpacked(packed)),
         bits_per_weight=packed.bits_per_weight,
         seconds=median,
@@ -130,7 +138,8 @@ def bench_fit(settings: FitSettings, device: torch.device, repeat: int = 3) -> F
 
 
 def random_weight(shape: tuple[int, int], distribution: str, seed: int) -> Tensor:
-    """Independent weights [N, K] of variance 1 in float32 on the CPU, the same for a seed wherever they are used."""
+    """Independent weights [N, K] of variance 1 in float32 on the CPU, the same for a
+    seed wherever they are used."""
     generator = torch.Generator().manual_seed(seed)
     if distribution == "laplace":
         halves = (torch.empty(shape).exponential_(generator=generator) for _ in range(2))
@@ -167,7 +176,9 @@ def _fit(settings: FitSettings, w: Tensor) -> BitVec | PackedInt:
             seed=settings.seed,
         )
     grid = Grid(settings.bits, settings.group_size)
-    find: Callable[[Tensor], tuple[Tensor, Tensor]] = grid.absmax_scale if settings.method == "rtn" else grid.fit_scale
+    find: Callable[[Tensor], tuple[Tensor, Tensor]] = (
+        grid.absmax_scale if settings.method == "rtn" else grid.fit_scale
+    )
     scale, factor = find(w)
     return grid.pack(grid.round(w, scale, factor)[0], scale)
 

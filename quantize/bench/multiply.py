@@ -1,4 +1,5 @@
-"""Time of products with `bitvec` weights against torch's own linear, shape by shape and for all linears of a model."""
+"""Time of products with `bitvec` weights against torch's own linear, shape by shape and
+for all linears of a model."""
 
 from __future__ import annotations
 
@@ -25,10 +26,12 @@ _PAIRS: tuple[Shape, ...] = ((4096, 4096), (1024, 4096), (14336, 4096))
 LLAMA_3_8B_BLOCK: tuple[Shape, ...] = (*_PAIRS, *_PAIRS, (4096, 14336))
 """Linears of one of its 32 blocks: q and o, k and v, gate and up, down."""
 
-_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of the largest output; bfloat16 tiles round the weights, too
+# of the largest output; bfloat16 tiles round the weights, too
+_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 _COPIED = {"cuda": 1 << 30}  # bytes moved to measure the memory: far more than the caches hold
 _COPIED_ELSEWHERE = 1 << 26
-_CACHES = 1 << 27  # bytes; weights beside each other fill more, so that none is read from a cache (an H100's: 50 MiB)
+# bytes; weights beside each other fill more, so that none is read from a cache (an H100's: 50 MiB)
+_CACHES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Timing(Compared):
     plain_seconds: float
     """F.linear with a weight in the activations' dtype: bfloat16 on CUDA, else float32."""
     bandwidth: float
-    """Bytes of weight, activations and outputs in a second, as a part of what a copy of memory moves."""
+    """Bytes of weight, activations and outputs in a second, as a part of
+    what a copy of memory moves."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,12 @@ class MultiplyBench:
     def as_json(self) -> dict[str, Any]:
         """All figures, the ratios among them."""
         facts: dict[str, Any] = dataclasses.asdict(self)
-        facts["shapes"] = [dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.shapes]
-        facts["tokens"] = [dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.tokens]
+        facts["shapes"] = [
+            dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.shapes
+        ]
+        facts["tokens"] = [
+            dataclasses.asdict(timing) | {"speedup": timing.speedup} for timing in self.tokens
+        ]
         return facts
 
 
@@ -89,8 +97,11 @@ def bench(
     rounds: int = 20,
     blocks: int = 0,
 ) -> MultiplyBench:
-    """`bench_multiply`, and `bench_token` over so many blocks of Llama-3-8B where `blocks` is not 0."""
-    tokens = [bench_token(LLAMA_3_8B_BLOCK, blocks, M, scheme, device, rounds) for M in batches if blocks]
+    """`bench_multiply`, and `bench_token` over so many blocks of
+    Llama-3-8B where `blocks` is not 0."""
+    tokens = [
+        bench_token(LLAMA_3_8B_BLOCK, blocks, M, scheme, device, rounds) for M in batches if blocks
+    ]
     return MultiplyBench(
         scheme=scheme,
         device=device_name(device),
@@ -112,9 +123,9 @@ def bench_multiply(
 ) -> list[Timing]:
     """Time every shape [N, K] at every batch M with random weights.
 
-    QualityError when a product is not what the reference computes: then nothing is timed. On CUDA the calls of a round
-    are replayed as one graph between two events. Copies of the weight that are together larger than `cache_bytes` take
-    turns, so that none is found in a cache.
+    QualityError when a product is not what the reference computes: then nothing is timed. On CUDA
+    the calls of a round are replayed as one graph between two events. Copies of the weight that are
+    together larger than `cache_bytes` take turns, so that none is found in a cache.
     """
     copied, out = copy_rate(device, rounds), []
     for N, K in shapes:
@@ -128,17 +139,30 @@ def bench_multiply(
             ours = [seconds / len(layers) for seconds in ours]
             seconds = statistics.median(ours)
             moved = scheme.stored_bits(N, K) * N * K / 8 + M * (N + K) * x.element_size()
-            figures = seconds, min(ours), max(ours), statistics.median(torchs) / len(plain), moved / seconds / copied
+            figures = (
+                seconds,
+                min(ours),
+                max(ours),
+                statistics.median(torchs) / len(plain),
+                moved / seconds / copied,
+            )
             out.append(Timing(N, K, M, scheme.bits, *figures))
     return out
 
 
 def bench_token(
-    block: Sequence[Shape], blocks: int, M: int, scheme: BitVecScheme, device: torch.device, rounds: int = 20
+    block: Sequence[Shape],
+    blocks: int,
+    M: int,
+    scheme: BitVecScheme,
+    device: torch.device,
+    rounds: int = 20,
 ) -> TokenTiming:
-    """Time all linears of a model, `blocks` times those of one `block`, for M rows; QualityError as `bench_multiply`.
+    """Time all linears of a model, `blocks` times those of one `block`, for M rows;
+    QualityError as `bench_multiply`.
 
-    Weights of all blocks are made, in `bitvec` and then in full: Llama-3-8B's take 3.6 GB at 4 bits, and 14 GB.
+    Weights of all blocks are made, in `bitvec` and then in full: Llama-3-8B's take
+    3.6 GB at 4 bits, and 14 GB.
     """
     shapes = list(block) * blocks
     x = {K: _activations(M, K, device) for K in {K for _, K in shapes}}
@@ -147,8 +171,12 @@ def bench_token(
         require_correct(layer, x[layer.in_features])
     ours = _round_seconds([_call(layer, x[layer.in_features]) for layer in layers], device, rounds)
     del layers
-    plain = _round_seconds([_call_plain(w, x[w.shape[1]]) for w in _weights(shapes, device)], device, rounds)
-    return TokenTiming(M, scheme.bits, len(shapes), statistics.median(ours), statistics.median(plain))
+    plain = _round_seconds(
+        [_call_plain(w, x[w.shape[1]]) for w in _weights(shapes, device)], device, rounds
+    )
+    return TokenTiming(
+        M, scheme.bits, len(shapes), statistics.median(ours), statistics.median(plain)
+    )
 
 
 def copy_rate(device: torch.device, rounds: int = 20) -> float:
@@ -156,7 +184,9 @@ def copy_rate(device: torch.device, rounds: int = 20) -> float:
     size = _COPIED.get(device.type, _COPIED_ELSEWHERE)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / statistics.median(_round_seconds([lambda: target.copy_(source)], device, rounds))
+    return (
+        2 * size / statistics.median(_round_seconds([lambda: target.copy_(source)], device, rounds))
+    )
 
 
 def require_correct(layer: BitVecLinear, x: Tensor) -> None:
@@ -169,16 +199,21 @@ def require_correct(layer: BitVecLinear, x: Tensor) -> None:
     if not float(difference) <= _LIMITS[x.dtype]:
         shape = f"{layer.out_features} × {layer.in_features}"
         raise QualityError(
-            f"bitvec product {shape}, {len(x)} rows: off by {float(difference):.1e} of the largest output (limit "
-            f"{_LIMITS[x.dtype]:.0e}), so it is not timed; run tests/test_bitvec_kernels.py"
+            f"bitvec product {shape}, {len(x)} rows: off by {float(difference):.1e} of the "
+            f"largest output (limit {_LIMITS[x.dtype]:.0e}), so it is not timed; run "
+            "tests/test_bitvec_kernels.py"
         )
 
 
-def _round_seconds(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
+def _round_seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int
+) -> list[float]:
     return take_turns([watch(calls, device)], rounds)[0]
 
 
-def _layers(shapes: Sequence[Shape], scheme: BitVecScheme, device: torch.device, least: int = 0) -> list[BitVecLinear]:
+def _layers(
+    shapes: Sequence[Shape], scheme: BitVecScheme, device: torch.device, least: int = 0
+) -> list[BitVecLinear]:
     # Random layers: all shapes in turn, until they hold `least` bytes.
     out: list[BitVecLinear] = []
     held = 0
@@ -194,7 +229,9 @@ def _random_layer(N: int, K: int, scheme: BitVecScheme, device: torch.device) ->
         layer = BitVecLinear(K, N, False, scheme)
         index = torch.randint(0, scheme.lines * scheme.scales, layer.weight_index.shape)
         tensors = {
-            "weight_planes": torch.randint(-(1 << 31), 1 << 31, layer.weight_planes.shape, dtype=torch.int32),
+            "weight_planes": torch.randint(
+                -(1 << 31), 1 << 31, layer.weight_planes.shape, dtype=torch.int32
+            ),
             "weight_index": index.to(layer.weight_index.dtype),
             "weight_lines": torch.randn(layer.weight_lines.shape).half() * 0.02,
             "weight_scales": torch.rand(layer.weight_scales.shape) + 0.5,
@@ -214,7 +251,9 @@ def _weights(shapes: Sequence[Shape], device: torch.device, least: int = 0) -> l
 
 
 def _activations(M: int, K: int, device: torch.device) -> Tensor:
-    return torch.randn(M, K, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return torch.randn(
+        M, K, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
 
 
 def _call(layer: BitVecLinear, x: Tensor) -> Callable[[], Tensor]:

@@ -1,1 +1,2 @@
-"""One decoder block while it is converted: inputs, moments, smoothing, and what streams through it."""
+"""One decoder block while it is converted: inputs, moments, smoothing,
+and what streams through it."""

@@ -1,6 +1,8 @@
-"""One decoder block during conversion: its weights, its calibration inputs, and how they may be changed.
+"""One decoder block during conversion: its weights, its calibration inputs,
+and how they may be changed.
 
-What is measured on a block stands in `capture` and `measure`, what it learns from in `teacher`, trials in `standin`.
+What is measured on a block stands in `capture` and `measure`, what it learns from in
+`teacher`, trials in `standin`.
 """
 
 from __future__ import annotations
@@ -21,21 +23,29 @@ from quantize.files.memo import Memo
 from quantize.files.offload import Parking
 from quantize.formats.scheme import Packed
 from quantize.model.arch import Architecture, Edge, Shape
-from quantize.model.hadamard import apply_hadamard, keep_rotation, let_rotate_inputs, rotates_inputs, widened
+from quantize.model.hadamard import (
+    apply_hadamard,
+    keep_rotation,
+    let_rotate_inputs,
+    rotates_inputs,
+    widened,
+)
 from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
 from quantize.parallel.ranks import ALONE, Ranks
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
-"""Runs one decoder layer on hidden states [B, T, D] with the masks and rotary tables of that batch shape."""
+"""Runs one decoder layer on hidden states [B, T, D] with the masks and rotary
+tables of that batch shape."""
 
 
 @dataclass
 class Block:
     """A decoder layer whose linears are being transformed in place.
 
-    `inputs` holds the hidden states [B, T, D] that reach this block through the already quantized blocks,
-    `reference_inputs` those of the parent model (None when no stage of the recipe needs them).
+    `inputs` holds the hidden states [B, T, D] that reach this block through the
+    already quantized blocks, `reference_inputs` those of the parent model (None when
+    no stage of the recipe needs them).
     """
 
     index: int
@@ -63,14 +73,16 @@ class Block:
     parent_arch: Architecture | None = None
     """The parent's row: of a dense block, where experts took the place of its FFN."""
     parking: Parking | None = None
-    """Puts the block's matrices away while a linear is being fitted; None: all stay on the device."""
+    """Puts the block's matrices away while a linear is being fitted;
+    None: all stay on the device."""
     memo: Memo = field(default_factory=lambda: Memo(None))
     ranks: Ranks = ALONE
     """The processes that convert the block together."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
     waiting: dict[str, Moments] = field(default_factory=dict)
-    """Moments of routed experts that were measured along with another's, until they are used (`moments_of`)."""
+    """Moments of routed experts that were measured along with another's, until
+    they are used (`moments_of`)."""
     waiting_fp8: bool = False
     """Whether these are of inputs rounded to E4M3."""
 
@@ -78,7 +90,10 @@ class Block:
         """The not yet encoded linear `name` (relative to the block)."""
         module = self.module.get_submodule(name)
         if not isinstance(module, nn.Linear):
-            raise ModelError(f"block {self.index}: {name} was encoded twice; give every layer to one encode stage")
+            raise ModelError(
+                f"block {self.index}: {name} was encoded twice; give every layer to one encode "
+                "stage"
+            )
         if self.parking:
             self.parking.back(module)
         return module
@@ -103,7 +118,9 @@ class Block:
         assert arch.experts is not None
         place = arch.experts.ffn
         stored = self.storage[f"{self.arch.of_role('down')}.weight"]
-        self.storage = {name: dtype for name, dtype in self.storage.items() if not name.startswith(f"{place}.")}
+        self.storage = {
+            name: dtype for name, dtype in self.storage.items() if not name.startswith(f"{place}.")
+        }
         self.storage |= {f"{place}.{name}": stored for name in ffn.state_dict()}
         self.module.set_submodule(place, ffn)
         self.arch = arch
@@ -122,7 +139,8 @@ class Block:
 
     @property
     def versions(self) -> Iterator[tuple[nn.Module, Architecture]]:
-        """The layer with its row, and the parent's where one is kept: what a change of basis must reach."""
+        """The layer with its row, and the parent's where one is kept: what a
+        change of basis must reach."""
         yield self.module, self.arch
         if self.parent is not None and self.parent_arch is not None:
             yield self.parent, self.parent_arch
@@ -133,15 +151,21 @@ class Block:
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """Edges over which a diagonal may still move: none leads into inputs that are rotated on the way."""
-        return tuple(edge for edge in self.arch.edges if not any(self.rotates_inputs(sink) for sink in edge.sinks))
+        """Edges over which a diagonal may still move: none leads into inputs
+        that are rotated on the way."""
+        return tuple(
+            edge
+            for edge in self.arch.edges
+            if not any(self.rotates_inputs(sink) for sink in edge.sinks)
+        )
 
     def rotates_inputs(self, name: str) -> bool:
         """Whether the linear rotates its inputs at run time."""
         return rotates_inputs(self.module.get_submodule(name))
 
     def rotate_inputs(self, name: str) -> None:
-        """Let a not yet encoded linear rotate its inputs at run time, by the Hadamard matrix of their number K.
+        """Let a not yet encoded linear rotate its inputs at run time, by the
+        Hadamard matrix of their number K.
 
         Its columns are rotated to match. ModelError where there is no such matrix.
         """
@@ -161,7 +185,8 @@ class Block:
         self.forget_moments()
 
     def attend_with(self, kv: nn.Module) -> None:
-        """Let the block attend through `kv` (a KvAttention) from now on; the checkpoint stores it with the block."""
+        """Let the block attend through `kv` (a KvAttention) from now on; the checkpoint
+        stores it with the block."""
         self.forget_moments()
         self.module.get_submodule(self.arch.attention).kv = kv.to(self.device)
 
@@ -180,18 +205,23 @@ class Block:
         What changes within an expert reaches that expert alone.
         """
         changed = {self.arch.expert_of(name) for name in names} or {None}
-        self.waiting = {n: m for n, m in self.waiting.items() if not {None, self.arch.expert_of(n)} & changed}
+        self.waiting = {
+            n: m for n, m in self.waiting.items() if not {None, self.arch.expert_of(n)} & changed
+        }
 
     def fold(self, edge: Edge, scale: Tensor) -> None:
         """Move λ over `edge` (`fold_edge`). scale: λ [channels of the source], float32."""
         stored = self.storage[f"{edge.source}.weight"]
         if self.parking:
             self.parking.back(self.module)
-        fold_edge(self.module, edge, scale.to(self.device, torch.float32), stored, self.sink_columns)
+        fold_edge(
+            self.module, edge, scale.to(self.device, torch.float32), stored, self.sink_columns
+        )
         self.forget_moments(edge.source, *edge.sinks)
 
     def sink_columns(self, edge: Edge, scale: Tensor) -> Tensor:
-        """λ per source channel → λ per sink input column (repeats kv heads over their query group)."""
+        """λ per source channel → λ per sink input column (repeats kv
+        heads over their query group)."""
         if not edge.kv_group:
             return scale
         heads = scale.view(self.shape.n_kv_heads, self.shape.head_dim)

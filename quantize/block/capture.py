@@ -15,7 +15,9 @@ class _AttentionInputs(nn.Module):
 
     seen: tuple[Tensor, Tensor, Tensor, Tensor | None, float]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         self.seen = (query, key, value, mask, scaling)
         raise _Stop
 
@@ -48,7 +50,9 @@ def inputs_of(
 
         return record
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names
+    ]
     try:
         for hidden in block.inputs if stream is None else stream:
             with suppress(_Stop):
@@ -60,7 +64,9 @@ def inputs_of(
             handle.remove()
 
 
-def attention_inputs(block: Block, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
+def attention_inputs(
+    block: Block, tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
     """Yield (queries, keys, values, mask, scaling) as they reach attention, batch by batch until
     `tokens` are seen.
 

@@ -16,10 +16,11 @@ def share_out(
     groups: Sequence[tuple[Sequence[str], Moments | None]],
     encode: Callable[[Block, Sequence[str], Moments | None], None],
 ) -> None:
-    """Let `encode` encode groups of linears with the moments of their inputs, each linear on one rank.
+    """Let `encode` encode groups of linears with the moments of their
+    inputs, each linear on one rank.
 
-    encode: encodes all linears it is given, may note facts about them alone, and must meet no other rank. Several
-    groups go to one rank each, a single one is divided by the linears' sizes.
+    encode: encodes all linears it is given, may note facts about them alone, and must meet no other
+    rank. Several groups go to one rank each, a single one is divided by the linears' sizes.
     """
     names = [name for group, _ in groups for name in group]
     noted = list(block.report)
@@ -45,7 +46,8 @@ def _owners(block: Block, groups: Sequence[Sequence[str]]) -> dict[str, int]:
 
 
 def _pass_on(block: Block, name: str, owner: int) -> None:
-    """Give all ranks what the owner made of a linear: its packed form, and what was noted about it."""
+    """Give all ranks what the owner made of a linear: its packed form,
+    and what was noted about it."""
     told: dict[str, Any] = {}
     tensors = None
     if block.ranks.rank == owner:

@@ -22,6 +22,8 @@ def code_histogram(weight: Tensor, packed: Packed) -> Tensor:
     edge = SPAN * 2 ** (packed.bits - 1)
     step = packed.unit()
     # A group whose step is zero holds zeros.
-    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[:, : weight.shape[1]]
+    step = torch.where(step == 0, 1, step).repeat_interleave(packed.group_size, dim=1)[
+        :, : weight.shape[1]
+    ]
     position = weight.float() / step
     return torch.histc(position.clamp_(-edge, edge), bins=BINS, min=-edge, max=edge).long().cpu()

@@ -14,7 +14,9 @@ from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
 
 
-def moments_of(block: Block, name: str, fp8_activations: bool, with_reference: bool = False) -> Moments:
+def moments_of(
+    block: Block, name: str, fp8_activations: bool, with_reference: bool = False
+) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
 

@@ -54,7 +54,9 @@ class Sums:
     """Tokens left out because something about them was not finite."""
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
 
-    def add(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None, present: int = 1) -> None:
+    def add(
+        self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None, present: int = 1
+    ) -> None:
         """Add tokens. ours: the linear's inputs [M, K], before them the residual stream [M, N]
         where it is wanted.
 
@@ -83,7 +85,9 @@ class Sums:
 
     def complete(self, tokens: int, dropped: int) -> None:
         """Put the totals of all ranks together. tokens, dropped: those of all ranks."""
-        self.totals = {key: self.ranks.whole(total, self._shapes[key]) for key, total in self.totals.items()}
+        self.totals = {
+            key: self.ranks.whole(total, self._shapes[key]) for key, total in self.totals.items()
+        }
         self.tokens, self.dropped = tokens, dropped
 
     def mean(self) -> Moments:
@@ -91,7 +95,9 @@ class Sums:
         gigabytes."""
         mean = {key: total.div_(max(1, self.tokens)) for key, total in self.totals.items()}
         self.totals = {}
-        return Moments(mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens)
+        return Moments(
+            mean["hessian"], mean["absmean"], mean.get("cross"), mean.get("residual"), self.tokens
+        )
 
 
 def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:

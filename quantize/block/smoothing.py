@@ -26,7 +26,8 @@ def column_absmean(block: Block, edge: Edge) -> Tensor:
 
 
 def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
-    """Average a statistic of sink input columns [K] over the columns that read the same source channel."""
+    """Average a statistic of sink input columns [K] over the columns that
+    read the same source channel."""
     if not edge.kv_group:
         return columns
     return columns.view(block.shape.n_kv_heads, -1, block.shape.head_dim).mean(dim=1).flatten()
@@ -38,11 +39,13 @@ def balanced(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def rounding_error(weights: Sequence[Tensor], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool) -> float:
+def rounding_error(
+    weights: Sequence[Tensor], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool
+) -> float:
     """Relative output error, summed over sinks [N, K], of rounding W·diag(columns) to nearest.
 
-    hessian: E[x xᵀ] of the sinks' input before λ moves into it. Exactly the mean squared output error that a
-    forward pass would measure, without the pass.
+    hessian: E[x xᵀ] of the sinks' input before λ moves into it. Exactly the mean squared output
+    error that a forward pass would measure, without the pass.
     """
     total = 0.0
     for weight in weights:
@@ -56,13 +59,20 @@ def rounding_error(weights: Sequence[Tensor], columns: Tensor, hessian: Tensor, 
 
 
 def search(
-    block: Block, edge: Edge, candidates: Iterable[Tensor], hessian: Tensor, grid: Grid, clip: bool = False
+    block: Block,
+    edge: Edge,
+    candidates: Iterable[Tensor],
+    hessian: Tensor,
+    grid: Grid,
+    clip: bool = False,
 ) -> tuple[Tensor | None, float]:
-    """Best λ among `candidates` (per source channel) by `rounding_error`, and its error relative to λ = 1.
+    """Best λ among `candidates` (per source channel) by `rounding_error`, and
+    its error relative to λ = 1.
 
     λ is None, and the ratio 1, when nothing beats leaving the edge alone.
     """
-    # Rows are quantized alike: a sample of them ranks the candidates as well as all would, at a fraction of the cost.
+    # Rows are quantized alike: a sample of them ranks the candidates as well as all
+    # would, at a fraction of the cost.
     weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
     most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
     weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]

@@ -1,4 +1,5 @@
-"""What a conversion saw, for the report: outliers before and after smoothing, and weights against their code points."""
+"""What a conversion saw, for the report: outliers before and after smoothing, and weights
+against their code points."""
 
 from __future__ import annotations
 
@@ -18,17 +19,23 @@ STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
 
 PROFILED_TOKENS = 8192
-"""Calibration tokens that the input profiles are taken from: more hardly change a channel's largest value."""
+"""Calibration tokens that the input profiles are taken from: more hardly change
+a channel's largest value."""
 _TOP = 8
 
 
 def profile(block: Block) -> dict[str, dict[str, Any]]:
     """Outliers of a block as it is now.
 
-    inputs: for each group of linears with one input, named by its first: absmax, p99 and median over channels of
-    max |x|, and the largest channels (absent without calibration text). weights: absmax, rms and kurtosis of each.
+    inputs: for each group of linears with one input, named by its first: absmax, p99 and median
+    over channels of max |x|, and the largest channels (absent without calibration text). weights:
+    absmax, rms and kurtosis of each.
     """
-    weights = {name: _weight(block.linear(name).weight) for group in block.arch.calibration_order for name in group}
+    weights = {
+        name: _weight(block.linear(name).weight)
+        for group in block.arch.calibration_order
+        for name in group
+    }
     return {"inputs": _inputs(block), "weights": weights} if block.inputs else {"weights": weights}
 
 
@@ -37,7 +44,11 @@ def _weight(weight: Tensor) -> dict[str, float]:
     square = w.square()
     rms = float(square.mean().sqrt())
     fourth = float(square.square().mean())
-    return {"absmax": _short(w.abs().max()), "rms": _short(rms), "kurtosis": _short(fourth / rms**4 if rms else 0.0)}
+    return {
+        "absmax": _short(w.abs().max()),
+        "rms": _short(rms),
+        "kurtosis": _short(fourth / rms**4 if rms else 0.0),
+    }
 
 
 def _short(value: Tensor | float) -> float:
@@ -52,7 +63,11 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
     for inputs in inputs_of(block, names):
         for name, x in zip(names, inputs, strict=True):
             # A routed expert may see no token.
-            largest = torch.where(x.isfinite(), x, 0).abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
+            largest = (
+                torch.where(x.isfinite(), x, 0).abs().amax(dim=0)
+                if len(x)
+                else x.new_zeros(x.shape[1])
+            )
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
             tokens[name] += len(x)
         del inputs, x  # before the next pass, which takes most
@@ -63,7 +78,9 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
 
 def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
     ordered = largest.sort()
-    top = zip(ordered.indices.flip(0)[:_TOP].tolist(), ordered.values.flip(0)[:_TOP].tolist(), strict=True)
+    top = zip(
+        ordered.indices.flip(0)[:_TOP].tolist(), ordered.values.flip(0)[:_TOP].tolist(), strict=True
+    )
     at = (len(largest) - 1) * 99 // 100
     return {
         "absmax": _short(ordered.values[-1]),
@@ -76,7 +93,8 @@ def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
 
 @dataclass
 class Collected:
-    """Statistics of a whole run. Histograms and points are those of linears of one role, bits and group size."""
+    """Statistics of a whole run. Histograms and points are those of linears of one
+    role, bits and group size."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     histograms: dict[tuple[Role, int, int], Tensor] = field(default_factory=dict)
@@ -85,16 +103,22 @@ class Collected:
     """Values of the codes [2^bits], of each linear."""
 
     def add(self, block: Block, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Take what is known about a finished block: profiles before and after its smooth stages, and histograms."""
+        """Take what is known about a finished block: profiles before and after its
+        smooth stages, and histograms."""
         pairs = {
-            kind: {name: {"before": facts, "after": after[kind][name]} for name, facts in before[kind].items()}
+            kind: {
+                name: {"before": facts, "after": after[kind][name]}
+                for name, facts in before[kind].items()
+            }
             for kind in before
         }
         self.blocks.append({"index": block.index, **pairs})
         for name, counts in block.histograms.items():
             packed = block.packed[name]
             key = (block.arch.roles[name], packed.bits, packed.group_size)
-            self.histograms[key] = self.histograms[key] + counts if key in self.histograms else counts
+            self.histograms[key] = (
+                self.histograms[key] + counts if key in self.histograms else counts
+            )
             self.points.setdefault(key, []).append(packed.points().cpu())
 
     def as_json(self) -> dict[str, Any]:
@@ -108,6 +132,8 @@ class Collected:
                 "group_size": group_size,
                 "edges": [edge * (2 * i / BINS - 1) for i in range(BINS + 1)],
                 "counts": counts.tolist(),
-                "points": [_short(p) for p in torch.stack(self.points[role, bits, group_size]).mean(dim=0)],
+                "points": [
+                    _short(p) for p in torch.stack(self.points[role, bits, group_size]).mean(dim=0)
+                ],
             }
         return {"blocks": self.blocks, "histograms": histograms}

@@ -1,8 +1,10 @@
-"""English text that comes with every Python: CPython's language reference and the standard library's docstrings.
+"""English text that comes with every Python: CPython's language reference and the
+standard library's docstrings.
 
-It is the calibration set ("train") and the evaluation set ("heldout") that need no download. The standard library is
-parsed, never imported. Passages that several entries share (a chapter of the reference repeats its sections) are
-kept once, so that the held-out text holds no long paragraph of the training text.
+It is the calibration set ("train") and the evaluation set ("heldout") that need no download.
+The standard library is parsed, never imported. Passages that several entries share (a chapter
+of the reference repeats its sections) are kept once, so that the held-out text holds no long
+paragraph of the training text.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ Split = Literal["train", "heldout"]
 MIN_CHARS = 80
 """Shorter entries mostly restate a name; shorter paragraphs may recur without being copies."""
 
-_SKIPPED_DIRS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"})
-# Generated character tables and the topics' own module: a fifth of the library's bytes and hardly a docstring.
+_SKIPPED_DIRS = frozenset(
+    {"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"}
+)
+# Generated character tables and the topics' own module: a fifth of the library's
+# bytes and hardly a docstring.
 _SKIPPED_DIRS |= {"encodings", "pydoc_data"}
 # These differ between builds of one Python version, and the text should not.
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
@@ -38,9 +43,11 @@ _HELDOUT_BYTES = 26
 
 @cache
 def entries() -> tuple[tuple[str, str], ...]:
-    """Return all (name, text) pairs in the order of their names' hashes; names are "topic:NAME" or "module.qualname".
+    """Return all (name, text) pairs in the order of their names' hashes; names are
+    "topic:NAME" or "module.qualname".
 
-    Raises DataError when this Python came without pydoc's topics or without the docstrings of its library.
+    Raises DataError when this Python came without pydoc's topics or without
+    the docstrings of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     topics = _topics()
@@ -52,15 +59,19 @@ def entries() -> tuple[tuple[str, str], ...]:
 
 @cache
 def text(split: Split) -> str:
-    """Return the entries of one split joined by blank lines; any prefix of it is a representative mix.
+    """Return the entries of one split joined by blank lines; any prefix
+    of it is a representative mix.
 
     Raises DataError like `entries`.
     """
-    return "\n\n".join(body for name, body in entries() if _is_heldout(name) == (split == "heldout"))
+    return "\n\n".join(
+        body for name, body in entries() if _is_heldout(name) == (split == "heldout")
+    )
 
 
 def split(name: str) -> Split:
-    """Return the split of an entry. It hangs on the name alone, so that it is the same in every Python version."""
+    """Return the split of an entry. It hangs on the name alone, so that it is the
+    same in every Python version."""
     return "heldout" if _is_heldout(name) else "train"
 
 
@@ -83,7 +94,8 @@ def _topics() -> dict[str, str]:
 
 
 def _docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, cleaned docstring) of every module, class and function below `root`."""
+    """Yield (qualified name, cleaned docstring) of every module, class
+    and function below `root`."""
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
         try:
@@ -91,8 +103,11 @@ def _docstrings(root: Path) -> Iterator[tuple[str, str]]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
-            continue  # an unreadable file or a template that is no Python only makes the text shorter
-        yield from _node_docstrings(tree, ".".join(parts[:-1] if path.stem == "__init__" else parts))
+            # an unreadable file or a template that is no Python only makes the text shorter
+            continue
+        yield from _node_docstrings(
+            tree, ".".join(parts[:-1] if path.stem == "__init__" else parts)
+        )
 
 
 def _sources(root: Path) -> list[Path]:
@@ -100,9 +115,15 @@ def _sources(root: Path) -> list[Path]:
     for folder, subfolders, files in os.walk(root):
         # Pruned in place: site-packages is often many times the library's size.
         subfolders[:] = [
-            sub for sub in subfolders if sub not in _SKIPPED_DIRS and not sub.startswith(_SKIPPED_PREFIXES)
+            sub
+            for sub in subfolders
+            if sub not in _SKIPPED_DIRS and not sub.startswith(_SKIPPED_PREFIXES)
         ]
-        found += [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith(_SKIPPED_PREFIXES)]
+        found += [
+            Path(folder, f)
+            for f in files
+            if f.endswith(".py") and not f.startswith(_SKIPPED_PREFIXES)
+        ]
     return sorted(found)
 
 
@@ -118,11 +139,16 @@ def _node_docstrings(
 
 
 def _without_copies(bodies: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the entries in name order without the long paragraphs of earlier ones, as far as enough text is left."""
+    """Yield the entries in name order without the long paragraphs of earlier ones, as
+    far as enough text is left."""
     paragraphs: set[str] = set()
     texts: set[str] = set()
     for name, body in sorted(bodies.items()):
-        new = [p for p in re.split(r"\n\s*\n", body) if len(p) < MIN_CHARS or p.strip() not in paragraphs]
+        new = [
+            p
+            for p in re.split(r"\n\s*\n", body)
+            if len(p) < MIN_CHARS or p.strip() not in paragraphs
+        ]
         paragraphs.update(p.strip() for p in new)
         kept = "\n\n".join(new).strip()
         if len(kept) >= MIN_CHARS and kept not in texts:

@@ -54,7 +54,8 @@ def _version(wanted: bool) -> None:
 
 
 _COMPUTING = {"convert", "estimate", "eval", "compare", "verify", "bench"}
-"""Commands that compute with the libraries whose releases may be untested; the others only read files."""
+"""Commands that compute with the libraries whose releases may be untested;
+the others only read files."""
 
 
 @app.callback()

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries, stop_on_signals
+from quantize.cli.common import (
+    local_model,
+    pick_device,
+    pick_dtype,
+    progress_bar,
+    quiet_libraries,
+    stop_on_signals,
+)
 from quantize.cli.figures import print_restructured
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
@@ -29,25 +36,37 @@ if TYPE_CHECKING:
 
 def convert(
     model: Annotated[str, typer.Option("--model", "-m", help="Model folder, or Hub id org/name.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be absent or empty.")],
-    dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; must be absent or empty.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
+    ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
     chat_template: Annotated[
-        bool | None, typer.Option("--chat-template", help="Render rows with the tokenizer's chat template.")
+        bool | None,
+        typer.Option("--chat-template", help="Render rows with the tokenizer's chat template."),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")
+    ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."),
+        typer.Option(
+            "--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."
+        ),
     ] = None,
     target_bpw: Annotated[
         float | None,
         typer.Option(
             help="Mean bits per weight of the quantized linears, scales counted, e.g. 4.5: those that suffer most from "
-            "rounding, measured on calibration text, get 8 bits (activations: none) instead of the recipe's own."
+            "rounding, measured on calibration text, get 8 bits (activations: none) instead of "
+            "the recipe's own."
         ),
     ] = None,
     work: Annotated[
@@ -61,23 +80,34 @@ def convert(
         str,
         typer.Option(
             help="auto: go on after the last block that a stopped run of the same model, recipe, text and versions "
-            "finished, else start anew; required: refuse to start anew; never: start anew and keep no blocks. "
-            "Several processes (accelerate launch, torchrun) may go on from what any number of them kept."
+            "finished, else start anew; required: refuse to start anew; never: start anew and "
+            "keep no blocks. Several processes (accelerate launch, torchrun) may go on from what "
+            "any number of them kept."
         ),
     ] = "auto",
     max_ram: Annotated[
         str | None,
         typer.Option(
             help="Most memory of the process, e.g. 6GB. Hidden states go to the disk, blocks are split by linear and "
-            "passes get smaller, as far as that needs; where nothing suffices, exit code 8 and what would."
+            "passes get smaller, as far as that needs; where nothing suffices, exit code 8 and "
+            "what would."
         ),
     ] = None,
-    max_vram: Annotated[str | None, typer.Option(help="The same for the accelerator's memory.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+    max_vram: Annotated[
+        str | None, typer.Option(help="The same for the accelerator's memory.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")
+    ] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
+    ] = False,
 ) -> None:
-    """Quantize a model; the output appears whole or not at all. Beside it: OUTPUT.log and OUTPUT.report.html."""
+    """Quantize a model; the output appears whole or not at all. Beside it:
+    OUTPUT.log and OUTPUT.report.html."""
     from quantize.convert.estimate import within
     from quantize.convert.loop import Request
     from quantize.cost.peak import keep_little
@@ -88,8 +118,9 @@ def convert(
 
     require_name(output)
     keep_little()
-    # In a launch signals ask to stop from the moment on in which another process may go ahead of this one: a launcher
-    # that loses a process sends SIGTERM to those that are left, which then say whom they miss.
+    # In a launch signals ask to stop from the moment on in which another process may go
+    # ahead of this one: a launcher that loses a process sends SIGTERM to those that are
+    # left, which then say whom they miss.
     signals = _Signals(keeps=resume != "never")
     with signals, joining(signals.keeps, signals.catch) as (ranks, local_rank):
         mode = _resume_mode(resume)
@@ -144,7 +175,9 @@ class _Signals(ExitStack):
     def catch(self) -> None:
         """Take the signals from now on; the first process of a launch says so when one comes."""
         if self.keeps and self._asked is None:
-            self._asked = self.enter_context(stop_on_signals(aloud=os.environ.get("RANK", "0") == "0"))
+            self._asked = self.enter_context(
+                stop_on_signals(aloud=os.environ.get("RANK", "0") == "0")
+            )
 
     def asked(self) -> bool:
         """Whether one has come."""
@@ -184,7 +217,10 @@ def _write_report(output: Path) -> None:
         page = write(output)
     except Exception as err:  # the conversion is done and worth more than its page
         logging.getLogger("quantize").exception("no report")
-        typer.echo(f"pq: warning: the report was not written ({err}); pq report {output} tries again", err=True)
+        typer.echo(
+            f"pq: warning: the report was not written ({err}); pq report {output} tries again",
+            err=True,
+        )
     else:
         typer.echo(f"report: {page}", err=True)
 
@@ -200,7 +236,8 @@ def _resume_mode(asked: str) -> Resume:
 
 @contextmanager
 def _logged(output: Path, work: Path) -> Iterator[None]:
-    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on stderr what becomes of that."""
+    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on
+    stderr what becomes of that."""
     from quantize.files.disk import reported
     from quantize.files.resume import blocks_kept, in_use
 
@@ -220,7 +257,10 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
     except BaseException as err:
         logger.error("stopped: %s", str(err) or type(err).__name__)
         if not isinstance(err, PqError) and (done := blocks_kept(work)):
-            typer.echo(f"pq: {done} blocks are kept in {work}; the same command goes on from there", err=True)
+            typer.echo(
+                f"pq: {done} blocks are kept in {work}; the same command goes on from there",
+                err=True,
+            )
         raise
     finally:
         file.close()
@@ -238,7 +278,8 @@ def _worth_a_line(record: logging.LogRecord) -> bool:
 
 
 class _Log(logging.FileHandler):
-    """A log whose disk may be full: what cannot be written is left out, since the conversion's own error tells more."""
+    """A log whose disk may be full: what cannot be written is left out, since the
+    conversion's own error tells more."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Do nothing, where logging would print a traceback."""
@@ -270,7 +311,11 @@ def _print(summary: Summary) -> None:
 
     console = Console(stderr=True)
     ratio = summary.source_bytes / summary.output_bytes
-    size = f"{summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)" if ratio >= 1.005 else _megabytes(summary)
+    size = (
+        f"{summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)"
+        if ratio >= 1.005
+        else _megabytes(summary)
+    )
     bits = f"{summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per weight, "
     done = bits if summary.quantized_linears else ""
     memory = f", peak memory {gigabytes(summary.peak_bytes)}" if summary.peak_bytes else ""
@@ -282,12 +327,16 @@ def _print(summary: Summary) -> None:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:
         console.print(
-            f"the head no longer shares the embedding's weight: {summary.untied_head_bytes / 1e6:.1f} MB more"
+            "the head no longer shares the embedding's weight: "
+            f"{summary.untied_head_bytes / 1e6:.1f} MB more"
         )
     if summary.promoted:
-        console.print(f"{len(summary.promoted)} linears got more bits to spend the target: {_named(summary.promoted)}")
+        console.print(
+            f"{len(summary.promoted)} linears got more bits to spend the target: "
+            f"{_named(summary.promoted)}"
+        )
     if summary.fallbacks:
         console.print(
-            f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] (pq.json says why): "
-            f"{_named(summary.fallbacks)}"
+            f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] "
+            f"(pq.json says why): {_named(summary.fallbacks)}"
         )

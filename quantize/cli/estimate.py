@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 def estimate(
     model: Annotated[str, typer.Option("--model", "-m", help="Model folder, or Hub id org/name.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")],
-    dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
+    ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."),
+        typer.Option(
+            "--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."
+        ),
     ] = None,
     max_ram: Annotated[
         str | None, typer.Option(help="As for convert: what it would do to stay below, e.g. 6GB.")
     ] = None,
-    max_vram: Annotated[str | None, typer.Option(help="The same for the accelerator's memory.")] = None,
+    max_vram: Annotated[
+        str | None, typer.Option(help="The same for the accelerator's memory.")
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     timed: Annotated[
@@ -76,7 +84,12 @@ def estimate(
 
     from quantize.convert.estimate import shown
 
-    table = Table("", "at most", title=f"{chosen.name} on {Path(model).name}, {place.type}", title_justify="left")
+    table = Table(
+        "",
+        "at most",
+        title=f"{chosen.name} on {Path(model).name}, {place.type}",
+        title_justify="left",
+    )
     for row in shown(found).items():
         table.add_row(*row)
     console = Console()
@@ -85,7 +98,9 @@ def estimate(
         _print_time(console, found.time)
     spared = [f"hidden states on the {found.states_on}"] if found.states_on != "device" else []
     spared += ["blocks split by linear"] if found.split else []
-    spared += [f"{found.batch_tokens} tokens a pass"] if found.batch_tokens < request.batch_tokens else []
+    spared += (
+        [f"{found.batch_tokens} tokens a pass"] if found.batch_tokens < request.batch_tokens else []
+    )
     if spared and (max_ram or max_vram):
         console.print(f"to stay below the limit: {', '.join(spared)}")
 
@@ -95,11 +110,20 @@ def _print_time(console: Console, time: Timing) -> None:
     from quantize.cost.units import duration
 
     between = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
-    console.print(f"time: about {duration(time.seconds)} ({between}), {duration(time.seconds_per_block)} a block")
+    console.print(
+        f"time: about {duration(time.seconds)} ({between}), {duration(time.seconds_per_block)} a "
+        "block"
+    )
     longest = sorted(time.seconds_by_part.items(), key=lambda part: -part[1])
-    shown = [f"{part} {duration(seconds)}" for part, seconds in longest[:4] if seconds >= time.seconds / 20]
+    shown = [
+        f"{part} {duration(seconds)}"
+        for part, seconds in longest[:4]
+        if seconds >= time.seconds / 20
+    ]
     console.print(f"most of it: {', '.join(shown)}")
     reduced = f", on {' and '.join(time.reduced)}" if time.reduced else ""
-    console.print(f"measured on this machine now, in a trial of {duration(time.trial_seconds)}{reduced}")
+    console.print(
+        f"measured on this machine now, in a trial of {duration(time.trial_seconds)}{reduced}"
+    )
     if time.not_counted:
         console.print(f"not counted: {'; '.join(time.not_counted)}")

@@ -1,8 +1,10 @@
-"""Mixed precision under a budget: which linears get 8 bits, by the error that rounding each one alone causes.
+"""Mixed precision under a budget: which linears get 8 bits, by the error that
+rounding each one alone causes.
 
-Every linear is rounded alone, at each number of bits that it may get, and the error is measured where its block ends,
-on the parent's hidden states. The choice with the least total error within the budget is then written into the recipe
-as layer patterns, so that whatever reads a recipe needs to know nothing of budgets.
+Every linear is rounded alone, at each number of bits that it may get, and the error is measured
+where its block ends, on the parent's hidden states. The choice with the least total error within
+the budget is then written into the recipe as layer patterns, so that whatever reads a recipe
+needs to know nothing of budgets.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from quantize.model.arch import Architecture
 
 SAMPLE_TOKENS = 4096
-"""Calibration tokens that sensitivities are measured on: means over tokens settle long before Hessians do."""
+"""Calibration tokens that sensitivities are measured on: means over tokens
+settle long before Hessians do."""
 
 _SMOOTHED = "smoothed"
 """The stream through the parent's blocks, after the stages that move scales."""
@@ -46,7 +49,8 @@ class Allocation:
     recipe: Recipe
     target: float
     bits_per_weight: float
-    """Mean stored bits over the linears of integer encode stages, scales counted; at most the target."""
+    """Mean stored bits over the linears of integer encode stages, scales
+    counted; at most the target."""
     error: float
     """Sum of the measured errors at the chosen bits."""
     bits: Mapping[str, int]
@@ -98,28 +102,46 @@ class Space:
     ) -> Space:
         """Read the linears (full name → [N, K]) that `recipe` encodes to integers.
 
-        tie_inputs: linears that share an input get the same bits, for kernels that fuse them into one matrix.
-        Raises UsageError where there is nothing to choose or no choice comes to `target` bits per weight.
+        tie_inputs: linears that share an input get the same bits, for kernels
+        that fuse them into one matrix.
+        Raises UsageError where there is nothing to choose or no choice comes
+        to `target` bits per weight.
         """
         stages = {
-            name: next((i for i, s in enumerate(recipe.stages) if isinstance(s, IntEncode) and s.selects(name)), None)
+            name: next(
+                (
+                    i
+                    for i, s in enumerate(recipe.stages)
+                    if isinstance(s, IntEncode) and s.selects(name)
+                ),
+                None,
+            )
             for name in shapes
         }
         taken = {name: index for name, index in stages.items() if index is not None}
         if not taken:
             raise UsageError(
-                f"target_bpw {target:g}: recipe '{recipe.name}' has no integer encode stage whose bits could be "
-                "chosen; add one (rtn, gptq, fireq) or leave the target out"
+                f"target_bpw {target:g}: recipe '{recipe.name}' has no integer encode stage whose "
+                "bits could be chosen; add one (rtn, gptq, fireq) or leave the target out"
             )
         groups = tuple(_groups(arch, taken, tie_inputs))
-        space = cls(recipe, target, {n: shapes[n] for n in taken}, taken, groups, candidates, _experts(arch, shapes))
+        space = cls(
+            recipe,
+            target,
+            {n: shapes[n] for n in taken},
+            taken,
+            groups,
+            candidates,
+            _experts(arch, shapes),
+        )
         lowest, highest = (space.bits_per_weight([pick] * len(groups)) for pick in (0, -1))
         if not lowest <= target <= highest:
             # Rounded inwards, so that both ends can be given as they are shown.
             low, high = math.ceil(lowest * 1000) / 1000, math.floor(highest * 1000) / 1000
             raise UsageError(
-                f"target_bpw {target:g} is out of reach: recipe '{recipe.name}' on this model takes "
-                f"{low:g} to {high:g} bits per weight, scales counted; give a target in this range"
+                f"target_bpw {target:g} is out of reach: recipe '{recipe.name}' on this model "
+                f"takes {low:g} to {high:g} bits per weight, scales counted; give a target in "
+                "this range"
             )
         return space
 
@@ -137,12 +159,15 @@ class Space:
 
     def bits_per_weight(self, picks: Sequence[int]) -> float:
         """Mean stored bits where group i gets its schemes[picks[i]]."""
-        return sum(costs[pick] for costs, pick in zip(self.costs(), picks, strict=True)) / self.weights
+        return (
+            sum(costs[pick] for costs, pick in zip(self.costs(), picks, strict=True)) / self.weights
+        )
 
     def costs(self) -> list[list[int]]:
         """Stored bits of every group under each of its schemes."""
         return [
-            [sum(costs) for costs in zip(*(self._costs(name) for name in group), strict=True)] for group in self.groups
+            [sum(costs) for costs in zip(*(self._costs(name) for name in group), strict=True)]
+            for group in self.groups
         ]
 
     def measure(
@@ -153,7 +178,8 @@ class Space:
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
         ranks: Ranks = ALONE,
     ) -> dict[str, dict[int, float]]:
-        """Full name → bits → `sensitivities`, with the hidden states [B, T, D] that enter block 0 of the parent."""
+        """Full name → bits → `sensitivities`, with the hidden states [B, T, D] that
+        enter block 0 of the parent."""
         out: dict[str, dict[int, float]] = {}
         streams = Streams({_SMOOTHED: list(hidden)}, ranks)
 
@@ -163,7 +189,8 @@ class Space:
 
         def visit(block: Block) -> Mapping[str, Route[str]] | None:
             for stage in self.recipe.stages:
-                if stage.kind in ("restructure", "smooth"):  # what makes linears easier to round, never the cache
+                # what makes linears easier to round, never the cache
+                if stage.kind in ("restructure", "smooth"):
                     stage.apply(block)
             out.update(self._sensitivities(block))
             if block.index + 1 == blocks:
@@ -176,22 +203,35 @@ class Space:
     def _sensitivities(self, block: Block) -> dict[str, dict[int, float]]:
         """Full name → bits → error, of the linears of one block whose bits may be chosen."""
         names = [name for group in block.arch.calibration_order for name in group]
-        schemes = {name: self.schemes(full) for name in names if (full := block.full_name(name)) in self.shapes}
-        return {block.full_name(name): errors for name, errors in sensitivities(block, schemes).items()}
+        schemes = {
+            name: self.schemes(full)
+            for name in names
+            if (full := block.full_name(name)) in self.shapes
+        }
+        return {
+            block.full_name(name): errors for name, errors in sensitivities(block, schemes).items()
+        }
 
     def choose(self, errors: Mapping[str, Mapping[int, float]]) -> Allocation:
-        """Spend the budget where it lowers the total error most. errors: as `measure` gives them."""
+        """Spend the budget where it lowers the total error most.
+        errors: as `measure` gives them."""
         costs = self.costs()
         by_group = [
             [
-                math.fsum(errors[name][scheme.bits] for name, scheme in zip(group, row, strict=True))
+                math.fsum(
+                    errors[name][scheme.bits] for name, scheme in zip(group, row, strict=True)
+                )
                 for row in zip(*(self.schemes(name) for name in group), strict=True)
             ]
             for group in self.groups
         ]
         # A target like 4.2 has no exact float; the budget is a whole number of bits.
         picks = knapsack(costs, by_group, math.floor(self.target * self.weights + 1e-6))
-        bits = {n: self.schemes(n)[pick].bits for group, pick in zip(self.groups, picks, strict=True) for n in group}
+        bits = {
+            n: self.schemes(n)[pick].bits
+            for group, pick in zip(self.groups, picks, strict=True)
+            for n in group
+        }
         stages = itertools.chain.from_iterable(
             self._split(index, {n: bits[n] for n, at in self.stages.items() if at == index})
             for index in range(len(self.recipe.stages))
@@ -213,12 +253,17 @@ class Space:
 
     def _costs(self, name: str) -> list[int]:
         N, K = self.shapes[name]
-        return [round(stored_bits(scheme.bits, scheme.group_size) * N * K) for scheme in self.schemes(name)]
+        return [
+            round(stored_bits(scheme.bits, scheme.group_size) * N * K)
+            for scheme in self.schemes(name)
+        ]
 
     def _split(self, index: int, bits: Mapping[str, int]) -> Iterator[Any]:
-        """A stage as it is for the linears that keep its bits, then a copy for each number of bits that others got.
+        """A stage as it is for the linears that keep its bits, then a copy for each
+        number of bits that others got.
 
-        The copies come last: hardly anything changes for the linears before them, and they repair their errors.
+        The copies come last: hardly anything changes for the linears before them,
+        and they repair their errors.
         """
         stage = self.recipe.stages[index]
         moved = [name for name in bits if bits[name] != self._stage(name).bits]
@@ -233,15 +278,24 @@ class Space:
             yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
 
     def _patterns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The names, but one pattern for all experts of a block where all are among them: a model has thousands."""
-        whole = {name: pattern for pattern, inside in self.experts.items() if inside <= set(names) for name in inside}
+        """The names, but one pattern for all experts of a block where all are among
+        them: a model has thousands."""
+        whole = {
+            name: pattern
+            for pattern, inside in self.experts.items()
+            if inside <= set(names)
+            for name in inside
+        }
         return tuple(dict.fromkeys(whole.get(name, name) for name in names))
 
 
-def _groups(arch: Architecture, stages: Mapping[str, int], tie_inputs: bool) -> Iterator[tuple[str, ...]]:
+def _groups(
+    arch: Architecture, stages: Mapping[str, int], tie_inputs: bool
+) -> Iterator[tuple[str, ...]]:
     """Linears that must get the same bits: those of one input and one stage, or each one alone.
 
-    All linears of a block's routed experts go together: vLLM refuses experts that are not all of one scheme.
+    All linears of a block's routed experts go together: vLLM refuses experts
+    that are not all of one scheme.
     """
     if not tie_inputs:
         yield from ((name,) for name in stages)
@@ -251,7 +305,9 @@ def _groups(arch: Architecture, stages: Mapping[str, int], tie_inputs: bool) -> 
     for name, stage in stages.items():
         block, inside = _place(arch, name)
         routed = arch.is_routed(inside)
-        where = ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
+        where = (
+            ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
+        )
         groups.setdefault((block, *where, stage), []).append(name)
     yield from map(tuple, groups.values())
 
@@ -263,7 +319,8 @@ def _place(arch: Architecture, name: str) -> tuple[str, str]:
 
 
 def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
-    """Layer pattern of the routed experts of a block → the linears that it matches, for every block that has any."""
+    """Layer pattern of the routed experts of a block → the linears that it matches, for
+    every block that has any."""
     out: dict[str, set[str]] = {}
     for name in names:
         block, inside = _place(arch, name)
@@ -273,4 +330,6 @@ def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _changed(stage: Any, **fields: Any) -> Any:
-    return type(stage).model_validate({key: getattr(stage, key) for key in type(stage).model_fields} | fields)
+    return type(stage).model_validate(
+        {key: getattr(stage, key) for key in type(stage).model_fields} | fields
+    )

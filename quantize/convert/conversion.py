@@ -75,7 +75,9 @@ class Conversion:
 
         def visit(block: Block) -> Mapping[str, Route[str]] | None:
             for name, dtype in block.storage.items():
-                self.state.source_bytes += math.prod(plan.source.shapes[prefix + name]) * dtype.itemsize
+                self.state.source_bytes += (
+                    math.prod(plan.source.shapes[prefix + name]) * dtype.itemsize
+                )
             self._apply_stages(block)
             return _onward(block, batches) if index + 1 < plan.shape.n_blocks else None
 

@@ -1,4 +1,5 @@
-"""What a conversion knows before it loads weights: the source's headers, the model's sizes, the calibration text."""
+"""What a conversion knows before it loads weights: the source's headers, the model's
+sizes, the calibration text."""
 
 from __future__ import annotations
 
@@ -18,20 +19,25 @@ from quantize.recipe.recipe import Recipe, format_problems
 
 
 def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
-    """The plan so far, what a target of bits per weight lets choose, and calibration text where any is needed.
+    """The plan so far, what a target of bits per weight lets choose, and
+    calibration text where any is needed.
 
     Raises what `convert` raises before it loads weights.
     """
     source = Checkpoint(request.model)
     if source.config.get("quantization_config"):
         raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give its parent"
+            f"{source.folder}: is quantized already (config.json has quantization_config); give "
+            "its parent"
         )
     arch = architecture_of(source.config)
     shape = Shape.of(source.config)
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
-        raise ModelError(f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
+        raise ModelError(
+            f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
+            f"{last}*"
+        )
     skeleton = Skeleton(request.model, arch, request.device, request.dtype)
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
@@ -41,20 +47,32 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
     return Plan(request, source, arch, shape, skeleton, Decisions(request.recipe)), space, tokens
 
 
-def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe) -> None:
+def _check(
+    source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
+) -> None:
     """Everything that can be refused before the first block is computed."""
     skeleton.check(source.shapes, shape.tied)
     require_tied(source, arch, shape)
     source.side_files()
     unknown = [
-        n for i in range(shape.n_blocks) for n in skeleton.linear_shapes(i) if n not in skeleton.block_arch(i).roles
+        n
+        for i in range(shape.n_blocks)
+        for n in skeleton.linear_shapes(i)
+        if n not in skeleton.block_arch(i).roles
     ]
     if unknown:
-        raise ModelError(f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/model/arch.py")
+        raise ModelError(
+            f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/model/arch.py"
+        )
     if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):
-        raise ModelError(f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits")
+        raise ModelError(
+            f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"
+        )
     if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
-        raise ModelError(f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group {HEAD_GROUP}")
+        raise ModelError(
+            f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group "
+            f"{HEAD_GROUP}"
+        )
     for index, field, problem in format_problems(recipe):
         raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")
     config = source.config
@@ -64,7 +82,9 @@ def _check(source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skele
         check_linears(recipe, arch, shape, skeleton.linears())
 
 
-def check_linears(recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]) -> None:
+def check_linears(
+    recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]
+) -> None:
     """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
     for stage in recipe.stages:
         stage.check_model(arch, shape, linears)
@@ -72,13 +92,15 @@ def check_linears(recipe: Recipe, arch: Architecture, shape: Shape, linears: dic
         linears = stage.linears(linears)
 
 
-def _space(request: Request, arch: Architecture, linears: dict[str, tuple[int, int]]) -> Space | None:
+def _space(
+    request: Request, arch: Architecture, linears: dict[str, tuple[int, int]]
+) -> Space | None:
     """What a target of bits per weight lets choose; None without a target."""
     target = request.recipe.target_bpw if request.target_bpw is None else request.target_bpw
     if target is not None and any(stage.kind == "restructure" for stage in request.recipe.stages):
         raise UsageError(
-            f"target_bpw {target:g}: a recipe that restructures has none; convert with the restructure stage alone, "
-            "then its output with the others and a target"
+            f"target_bpw {target:g}: a recipe that restructures has none; convert with the "
+            "restructure stage alone, then its output with the others and a target"
         )
     return None if target is None else Space.of(request.recipe, arch, linears, target)
 

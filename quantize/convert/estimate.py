@@ -1,7 +1,9 @@
 """Memory, disk and time of a conversion before it starts, and how to keep it below a limit.
 
-Memory is counted from the sizes of tensors that are alive at once; what the process takes without any is measured. Time
-is measured: a trial runs the conversion's own steps on a block of every kind (`quantize.convert.trial`).
+Memory is counted from the sizes of tensors that are alive at once; what the process takes
+without any is measured. Time
+is measured: a trial runs the conversion's own steps on a block of every
+kind (`quantize.convert.trial`).
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Estimate:
 def estimate(request: Request, timed: bool = True) -> Estimate:
     """What `convert` will take. timed: whether to run a trial, which loads weights.
 
-    Raises what `convert` raises before it loads weights, and with a trial what it raises on the blocks tried.
+    Raises what `convert` raises before it loads weights, and with a trial what
+    it raises on the blocks tried.
     """
     started = time.monotonic()
     plan, space, tokens = draft(request)
@@ -70,13 +73,18 @@ def estimate(request: Request, timed: bool = True) -> Estimate:
     found = _estimate(plan, request, tokens)  # before the trial, whose leavings would be counted
     if not timed:
         return found
-    return replace(found, time=timing(plan, space, tokens, opening, found.output, _state(plan, request, tokens)))
+    return replace(
+        found,
+        time=timing(plan, space, tokens, opening, found.output, _state(plan, request, tokens)),
+    )
 
 
 def within(request: Request) -> Request:
-    """The request, changed as far as it must be to stay below its limits; what costs most time is done last.
+    """The request, changed as far as it must be to stay below its limits; what
+    costs most time is done last.
 
-    All ranks get what suits the first. RoomError with the least that would do where nothing suffices.
+    All ranks get what suits the first. RoomError with the least that
+    would do where nothing suffices.
     """
     if request.max_ram is None and request.max_vram is None:
         return request
@@ -85,16 +93,20 @@ def within(request: Request) -> Request:
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
-        fitting = (i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1])
+        fitting = (
+            i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1]
+        )
         chosen = request.ranks.tell(next(fitting, None))
     taken = peak_resident() or 0
     if chosen is None or (request.max_ram is not None and taken > request.max_ram):
         least = min(found, key=lambda one: (one.vram, one.ram))
-        needed = [f"--max-ram {gigabytes(max(least.ram, taken))}"] if request.max_ram is not None else []
+        needed = (
+            [f"--max-ram {gigabytes(max(least.ram, taken))}"] if request.max_ram is not None else []
+        )
         needed += [f"--max-vram {gigabytes(least.vram)}"] if request.max_vram is not None else []
         raise RoomError(
-            f"recipe {request.recipe.name} on {request.model} needs {' and '.join(needed)} at least; "
-            f"most of it is {max(least.parts, key=lambda part: least.parts[part])}"
+            f"recipe {request.recipe.name} on {request.model} needs {' and '.join(needed)} at "
+            f"least; most of it is {max(least.parts, key=lambda part: least.parts[part])}"
         )
     return choices[int(chosen)]
 
@@ -166,9 +178,11 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
     state = _state(plan, request, tokens)
     return Estimate(
-        ram=base + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
+        ram=base
+        + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
         vram=0 if cpu else computed + on_device,
-        # Two states are there while one replaces the other; the finished shards move, the source's are not touched.
+        # Two states are there while one replaces the other; the finished shards move,
+        # the source's are not touched.
         disk=output + spilled + files + 2 * state,
         output=output,
         parts={"the program": base} | parts if cpu else parts,
@@ -205,11 +219,16 @@ def _kept_weights(request: Request, sizes: BlockSizes) -> int:
 
 
 def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
-    """Bytes of codes, and where the parent's weights are still needed, of the weights that took their place."""
+    """Bytes of codes, and where the parent's weights are still needed, of the
+    weights that took their place."""
     encodes = any(isinstance(stage, Encode) for stage in request.recipe.stages)
     again = request.dtype.itemsize if reference and not request.split else 0
     restructured = any(stage.kind == "restructure" for stage in request.recipe.stages)
-    return (encodes + again * (1 + restructured)) * (sizes.weights - sizes.largest) if encodes or restructured else 0
+    return (
+        (encodes + again * (1 + restructured)) * (sizes.weights - sizes.largest)
+        if encodes or restructured
+        else 0
+    )
 
 
 def _packed(plan: Plan, sizes: BlockSizes) -> int:
@@ -219,7 +238,9 @@ def _packed(plan: Plan, sizes: BlockSizes) -> int:
 def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
     """Bytes of a linear in the output."""
     full = f"{plan.arch.blocks}.{index}.{name}"
-    encoder = next((s for s in plan.recipe.stages if isinstance(s, Encode) and s.selects(full)), None)
+    encoder = next(
+        (s for s in plan.recipe.stages if isinstance(s, Encode) and s.selects(full)), None
+    )
     bits = 16.0 if encoder is None else encoder.stored_bits(*shape)
     return shape[0] * shape[1] * bits / 8
 
@@ -231,7 +252,9 @@ def _output(plan: Plan) -> int:
         for index in range(plan.shape.n_blocks)
         for name, shape in plan.skeleton.linear_shapes(index).items()
     )
-    return int(blocks) + sum(_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head))
+    return int(blocks) + sum(
+        _bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)
+    )
 
 
 def _bytes(plan: Plan, module: str) -> int:

@@ -72,7 +72,9 @@ class _Writer:
         if origin in _MAPPINGS:
             of_key, of_value = get_args(hint)
             keys = [self.write(of_key, key, path) for key in value]
-            values = [self.write(of_value, one, f"{path}.{i}") for i, one in enumerate(value.values())]
+            values = [
+                self.write(of_value, one, f"{path}.{i}") for i, one in enumerate(value.values())
+            ]
             pairs = zip(keys, values, strict=True)
             # JSON has names alone for keys.
             return dict(pairs) if of_key is str else [list(pair) for pair in pairs]
@@ -85,7 +87,10 @@ class _Writer:
             hints = get_type_hints(hint)
             names = [field.name for field in dataclasses.fields(hint)]
             below = f"{path}." if path else ""
-            return {name: self.write(hints[name], getattr(value, name), f"{below}{name}") for name in names}
+            return {
+                name: self.write(hints[name], getattr(value, name), f"{below}{name}")
+                for name in names
+            }
         raise TypeError(f"{path}: there is no way to store {hint}")
 
     def _tensor(self, value: Tensor, path: str) -> str:
@@ -94,7 +99,9 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, special: Mapping[Any, Codec], shared: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, special: Mapping[Any, Codec], shared: Sequence[Any], tensors: Mapping[str, Tensor]
+    ) -> None:
         self._special, self._shared, self._tensors = special, shared, tensors
         self._known: dict[int, Any] = {}
 

@@ -1,4 +1,5 @@
-"""What the ranks of one conversion share outside the blocks: the text and the state of a stopped run."""
+"""What the ranks of one conversion share outside the blocks: the text and
+the state of a stopped run."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def require_same_block(ranks: Ranks, index: int, tensors: Mapping[str, Tensor]) 
     first, *others = ranks.gathered(digest(list(tensors), tensors.values()))
     for rank, other in enumerate(others, 1):
         if other != first:
-            raise VerifyError(f"block {index}: rank {rank} computed other tensors than rank 0; use equal machines")
+            raise VerifyError(
+                f"block {index}: rank {rank} computed other tensors than rank 0; use equal machines"
+            )
 
 
 class NoWriter:
@@ -53,7 +56,9 @@ class NoWriter:
     def __enter__(self) -> NoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
         """Leave nothing."""
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:

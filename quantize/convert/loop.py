@@ -1,4 +1,5 @@
-"""The conversion loop: one decoder block at a time is loaded, measured, transformed, written and freed."""
+"""The conversion loop: one decoder block at a time is loaded, measured,
+transformed, written and freed."""
 
 from __future__ import annotations
 
@@ -49,17 +50,21 @@ def convert(
 ) -> Summary:
     """Run a recipe over a checkpoint and write the packed result to `request.output`.
 
-    Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its Hessians, the embedding
-    matrix and the calibration activations; never the whole model. Equal inputs, seed and versions give equal bytes,
-    taken up or not, with any number of ranks, of which the first alone writes. stop: asked after each block where
-    `request.resume` keeps blocks; StoppedError on all ranks once it is true on one.
+    Peak memory holds one decoder block (two where a stage aims at the parent's outputs), its
+    Hessians, the embedding matrix and the calibration activations; never the whole model. Equal
+    inputs, seed and versions give equal bytes, taken up or not, with any number of ranks, of which
+    the first alone writes. stop: asked after each block where `request.resume` keeps blocks;
+    StoppedError on all ranks once it is true on one.
     Raises PqError subclasses; on any error nothing is left at the output.
     """
     started, ranks = time.monotonic(), request.ranks
     if ranks.first:
         require_free(request.output)
         require_apart(request.model, request.output, request.work)
-    with ranks.explained(), StateFolder(request.work, request.resume if ranks.first else None) as state:
+    with (
+        ranks.explained(),
+        StateFolder(request.work, request.resume if ranks.first else None) as state,
+    ):
         plan, space, tokens = draft(request)
         blocks = plan.shape.n_blocks
         progress("hashing source", 0, blocks)
@@ -103,7 +108,9 @@ class _Keeper:
     blocks: int
     stop: Callable[[], bool]
 
-    def keep(self, run: Conversion, done: int, streams: Streams[str] | None, written: dict[str, Any]) -> None:
+    def keep(
+        self, run: Conversion, done: int, streams: Streams[str] | None, written: dict[str, Any]
+    ) -> None:
         """Commit the state after `done` blocks. StoppedError when it is time to stop."""
         if self.request.work is None or self.request.resume in (None, "never"):
             return
@@ -159,7 +166,9 @@ def _finish(
     writer.commit()
 
 
-def _writer(request: Request, parts: int, kept: Path | None, written: Mapping[str, Any]) -> CheckpointWriter | NoWriter:
+def _writer(
+    request: Request, parts: int, kept: Path | None, written: Mapping[str, Any]
+) -> CheckpointWriter | NoWriter:
     if not request.ranks.first:
         return NoWriter()
     encoding = FORMATS[request.recipe.format].encoding(parts)
@@ -188,7 +197,8 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
 
 
 def _told(recipe: Recipe) -> Recipe:
-    """The recipe without the folder of its text: equal texts give equal bytes, and are known by their hash."""
+    """The recipe without the folder of its text: equal texts give equal bytes,
+    and are known by their hash."""
     return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
 
 
@@ -199,7 +209,10 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
     return {
         "pq": quantize.__version__,
         "versions": {"python": platform.python_version(), **versions},
-        "machine": {"device": request.device.type, "dtype": str(request.dtype).removeprefix("torch.")},
+        "machine": {
+            "device": request.device.type,
+            "dtype": str(request.dtype).removeprefix("torch."),
+        },
         "recipe": {"name": recipe.name, "resolved": resolved_yaml(_told(recipe))},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},

@@ -1,4 +1,5 @@
-"""How fast a conversion goes, what is left of it and what memory it takes, told after every block."""
+"""How fast a conversion goes, what is left of it and what memory it
+takes, told after every block."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ SLOW = 5.0
 class Pace:
     """Counts the blocks of one run, and tells from those done how long the others will take.
 
-    Blocks of as many weights take alike; where none was seen yet (experts behind dense blocks), time is taken to grow
-    with the weights.
+    Blocks of as many weights take alike; where none was seen yet (experts behind dense blocks),
+    time is taken to grow with the weights.
     """
 
     def __init__(self, request: Request, done: int, weights: Sequence[int]) -> None:
@@ -42,7 +43,9 @@ class Pace:
         seen = sum(weights * len(took) for weights, took in self._took.items())
         each_weight = self._last / seen
         means = {weights: sum(took) / len(took) for weights, took in self._took.items()}
-        return sum(means.get(weights, weights * each_weight) for weights in self._weights[self.done :])
+        return sum(
+            means.get(weights, weights * each_weight) for weights in self._weights[self.done :]
+        )
 
     def finished(self) -> None:
         """Tell about one more block."""

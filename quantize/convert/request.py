@@ -32,11 +32,14 @@ class Request:
     states_on: Place = "device"
     """Where hidden states wait between two blocks."""
     split: bool = False
-    """Whether the weights of a block are put away, all but those of the linear that is worked on."""
+    """Whether the weights of a block are put away, all but those of the
+    linear that is worked on."""
     work: Path | None = None
-    """Folder that keeps what took long, so that a stopped run need not do it again; None: nothing is kept."""
+    """Folder that keeps what took long, so that a stopped run need not do it
+    again; None: nothing is kept."""
     resume: Resume | None = None
-    """Whether to go on from the last block that a stopped run kept in `work`, and to keep every block that is done;
+    """Whether to go on from the last block that a stopped run kept in `work`, and to
+    keep every block that is done;
     None: no block is kept, and what another run kept is left alone."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
@@ -48,5 +51,6 @@ class Request:
     """The processes that do it together; the first alone reads the text and writes."""
 
     def require_room(self) -> None:
-        """RoomError where more memory was taken than the limit of the device that computes allows."""
+        """RoomError where more memory was taken than the limit of the
+        device that computes allows."""
         require_below(self.max_vram if self.device.type == "cuda" else self.max_ram, self.device)

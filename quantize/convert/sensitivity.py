@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
 
 
-def sensitivities(block: Block, schemes: Mapping[str, Sequence[IntScheme]]) -> dict[str, dict[int, float]]:
-    """Error at the block's output from rounding one linear alone, by linear (relative name) and bits.
+def sensitivities(
+    block: Block, schemes: Mapping[str, Sequence[IntScheme]]
+) -> dict[str, dict[int, float]]:
+    """Error at the block's output from rounding one linear alone, by
+    linear (relative name) and bits.
 
-    It is the mean over tokens of ‖y' − y‖² / ‖y‖² with y the output of the block as it is: relative to each token,
-    because norms further on take a token's length away. The block is left as it was.
+    It is the mean over tokens of ‖y' − y‖² / ‖y‖² with y the output of the block as it is: relative
+    to each token, because norms further on take a token's length away. The block is left as it was.
     ModelError where no token has a finite output.
     """
     outputs = [block.forward(block.module, hidden) for hidden in block.inputs]
@@ -50,7 +53,8 @@ def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme
 
 
 def round_linear(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
-    """The linear with its weight rounded to nearest under clipped scales, which needs no calibration."""
+    """The linear with its weight rounded to nearest under clipped scales,
+    which needs no calibration."""
     fp8 = scheme.fp8_activations
     weight = linear.weight.float()
     grid = Grid(scheme.bits, scheme.group_size, product=fp8, fp8_scales=fp8)
@@ -61,7 +65,8 @@ def round_linear(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
 
 
 def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """‖found − wanted‖² / ‖wanted‖² of every token with a finite target; a token that overflowed counts as lost: 1."""
+    """‖found − wanted‖² / ‖wanted‖² of every token with a finite target; a token that
+    overflowed counts as lost: 1."""
     found, wanted = found.flatten(0, -2).float(), wanted.flatten(0, -2).float()
     usable = wanted.isfinite().all(dim=1)
     size = wanted[usable].square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -47,7 +47,9 @@ def state_layout() -> dict[str, dict[str, str]]:
     return {cls.__name__: layout(cls) for cls in (Decisions, State)}
 
 
-def pack_run(run: Conversion, streams: Streams[str] | None) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+def pack_run(
+    run: Conversion, streams: Streams[str] | None
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """Facts (JSON data) and named tensors from which `unpack_run` makes an equal conversion.
 
     streams: what enters the next block; None where no stage needs it, and before block 0, where it
@@ -73,7 +75,9 @@ def _hidden(streams: Streams[str] | None) -> Iterator[tuple[str, Tensor]]:
             yield f"hidden.{name}.{i:06d}", hidden
 
 
-def _streams(plan: Plan, facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Streams[str] | None:
+def _streams(
+    plan: Plan, facts: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> Streams[str] | None:
     if facts is None:
         return None
     batches = {}

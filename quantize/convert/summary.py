@@ -56,7 +56,9 @@ class Summary:
     data-free recipes."""
 
 
-def summary_of(plan: Plan, state: State, seconds: float, seconds_per_block: float, output_bytes: int) -> Summary:
+def summary_of(
+    plan: Plan, state: State, seconds: float, seconds_per_block: float, output_bytes: int
+) -> Summary:
     """Totals of a finished run."""
     errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
     allocation = plan.decisions.allocation

@@ -1,9 +1,12 @@
-"""Time of a conversion, from a trial of its own steps on this machine: a block of every kind, with little text.
+"""Time of a conversion, from a trial of its own steps on this machine: a block of
+every kind, with little text.
 
-What reads text (forward passes, sums of products, searches) takes a + b·tokens: two amounts of text give the line.
-What fits weights does not depend on the text. It is measured on whole linears where the time allows that; else on
-pieces of them, from which N rows of K inputs follow as A·K³ + B·N·K²: the factorization of a Hessian, then work on
-every row. The steps are those of a conversion, with clocks around them; nothing is known here about any method.
+What reads text (forward passes, sums of products, searches) takes a + b·tokens: two
+amounts of text give the line.
+What fits weights does not depend on the text. It is measured on whole linears where the time allows
+that; else on pieces of them, from which N rows of K inputs follow as A·K³ + B·N·K²: the
+factorization of a Hessian, then work on every row. The steps are those of a conversion, with clocks
+around them; nothing is known here about any method.
 """
 
 from __future__ import annotations
@@ -31,13 +34,16 @@ from quantize.errors import OutputError
 from quantize.files.writer import CheckpointWriter
 
 CAP = 20.0
-"""Seconds that a trial aims to stay below: what is told before a run of minutes or hours may take no longer.
+"""Seconds that a trial aims to stay below: what is told before a run of minutes
+or hours may take no longer.
 
-A single step is not cut short, so that a trial of a huge model on a slow machine may take some more.
+A single step is not cut short, so that a trial of a huge model on a
+slow machine may take some more.
 """
 _SPREAD_WHOLE, _SPREAD_REDUCED = 1.6, 2.5
-"""Factors of the range told. Where all steps were run in full size, estimates of the reference model lay within 1.6 of
-what conversions took on two busy cores; what follows from pieces has the error of the scaling laws on top."""
+"""Factors of the range told. Where all steps were run in full size, estimates of the reference
+model lay within 1.6 of what conversions took on two busy cores; what follows from pieces has the
+error of the scaling laws on top."""
 _WARM = 1.0
 """Seconds below which a run is repeated, since the first one of a process takes longer."""
 _PROBED = 64
@@ -99,14 +105,17 @@ def _scratch() -> Iterator[str]:
     try:
         folder = tempfile.TemporaryDirectory(prefix="pq-trial-")
     except OSError as err:
-        raise OutputError(f"no temporary folder ({err.strerror}); set TMPDIR, or use --no-time") from None
+        raise OutputError(
+            f"no temporary folder ({err.strerror}); set TMPDIR, or use --no-time"
+        ) from None
     with folder as name:
         yield name
 
 
 @dataclass
 class _Trial:
-    """One trial. All of it keeps within the conversion's own limits of memory, of which it needs less."""
+    """One trial. All of it keeps within the conversion's own limits of
+    memory, of which it needs less."""
 
     plan: Plan
     space: Space | None
@@ -151,7 +160,9 @@ class _Trial:
         """(index of the first, number) of the blocks of every kind."""
         found: dict[Hashable, list[int]] = {}
         for index in range(self.plan.shape.n_blocks):
-            found.setdefault(tuple(self.plan.skeleton.linear_shapes(index).items()), []).append(index)
+            found.setdefault(tuple(self.plan.skeleton.linear_shapes(index).items()), []).append(
+                index
+            )
         return [(indices[0], len(indices)) for indices in found.values()]
 
     def _block(self, index: int, until: float) -> dict[str, float]:
@@ -159,7 +170,11 @@ class _Trial:
         clock = Clock(self.plan.request.device)
         fits, text = Fits(clock, until), self._text()
         timed = TimedRun.of(self.plan, clock, fits)
-        parts = self._without_text(timed, index) if text is None else self._with_text(timed, index, text)
+        parts = (
+            self._without_text(timed, index)
+            if text is None
+            else self._with_text(timed, index, text)
+        )
         if fits.pieces:
             self.reduced.append("pieces of linears")
         return parts | fits.seconds()
@@ -169,7 +184,8 @@ class _Trial:
         return self._once(timed, index, None) if sum(parts.values()) < _WARM else parts
 
     def _with_text(self, timed: TimedRun, index: int, text: Text) -> dict[str, float]:
-        """Two runs with different amounts of text, drawn out to all of it; fits are measured in the first."""
+        """Two runs with different amounts of text, drawn out to all of it; fits
+        are measured in the first."""
         fits, until = timed.fits, timed.fits.until
         first = text.portion(self._first_tokens(timed, index, text, until))
         timed = TimedRun.of(self.plan, timed.clock, fits, first.numel())
@@ -182,15 +198,21 @@ class _Trial:
         if first.numel() < text.tokens.numel():
             affordable = (until - time.monotonic()) / max(sum(parts.values()), 1e-6)
             # Where more would take too long, less tells the line as well.
-            second = text.portion(int(first.numel() * (min(affordable, 8.0) if affordable > 2 else 0.5)))
-            runs = sorted([*runs, (second, self._once(timed, index, second))], key=lambda one: one[0].numel())
+            second = text.portion(
+                int(first.numel() * (min(affordable, 8.0) if affordable > 2 else 0.5))
+            )
+            runs = sorted(
+                [*runs, (second, self._once(timed, index, second))], key=lambda one: one[0].numel()
+            )
         longest, wanted = runs[-1][0].shape[1], text.tokens.shape[1]
         if longest < wanted:
             self.reduced.append(f"windows of {longest} tokens instead of {wanted}")
         out = {}
         for part in parts:
             reads, quadratic = timed.reads.get(part, (None, False))
-            points = [(text.amount(windows, reads, quadratic), found[part]) for windows, found in runs]
+            points = [
+                (text.amount(windows, reads, quadratic), found[part]) for windows, found in runs
+            ]
             out[part] = on_the_line(points, text.amount(text.tokens, reads, quadratic))
         return out
 
@@ -200,7 +222,8 @@ class _Trial:
         return Text(self.tokens.tokens) if needed and self.tokens is not None else None
 
     def _first_tokens(self, timed: TimedRun, index: int, text: Text, until: float) -> int:
-        """Tokens of a first run, of which all passes should take a tenth of the time: searches come on top."""
+        """Tokens of a first run, of which all passes should take a tenth of the
+        time: searches come on top."""
         hidden = timed.hidden(text.portion(_PROBED))
         block = timed.open(index, hidden)
         seconds = []
@@ -210,12 +233,14 @@ class _Trial:
                 block.forward(block.module, hidden[0])
                 seconds.append(timed.clock.now() - started)
         streams = 2 if timed.needs_reference else 1
-        passes = 5 * streams * (1 + len(timed.plan.recipe.stages))  # roughly: it decides the amount of text alone
+        # roughly: it decides the amount of text alone
+        passes = 5 * streams * (1 + len(timed.plan.recipe.stages))
         affordable = (until - time.monotonic()) / 10 / (passes * min(seconds))
         return int(max(_PROBED, affordable * hidden[0].shape[0] * hidden[0].shape[1], 1))
 
     def _once(self, timed: TimedRun, index: int, windows: Tensor | None) -> dict[str, float]:
-        """Convert and write one block with some windows [B, T]; seconds by part, fits of weights left out."""
+        """Convert and write one block with some windows [B, T]; seconds by part,
+        fits of weights left out."""
         clock = timed.clock
         clock.parts = {}
         streams = None if windows is None else timed.streams(windows)
@@ -239,9 +264,12 @@ class _Trial:
         started = time.monotonic()
         hashlib.sha256(bytes(_HASHED)).digest()
         hashed = _HASHED / (time.monotonic() - started)
-        # The source is hashed, then all of it is checked; the output is hashed once more before it appears.
+        # The source is hashed, then all of it is checked; the output is hashed
+        # once more before it appears.
         matrices = (f"{name}.weight" for name in (self.plan.arch.embedding, self.plan.arch.head))
-        outside = 2 * sum(int(torch.Size(source.shapes.get(name, (0,))).numel()) for name in matrices)
+        outside = 2 * sum(
+            int(torch.Size(source.shapes.get(name, (0,))).numel()) for name in matrices
+        )
         return (read + output) / hashed + read / self.loaded + outside / self.written
 
     def _planning(self, parts: dict[str, float]) -> None:
@@ -257,7 +285,9 @@ class _Trial:
         left = self.started + CAP - time.monotonic()
         mean = sum(N * K for N, K in self.space.shapes.values()) / self.plan.shape.n_blocks
         if mean > _PLANNED_WEIGHTS or left < CAP / 4:
-            self.not_counted.append("measuring what rounding costs, for the target of bits per weight")
+            self.not_counted.append(
+                "measuring what rounding costs, for the target of bits per weight"
+            )
             return
         text, points = Text(self.tokens.tokens), []
         for windows in (self.tokens.tokens[:1], self.tokens.tokens[:2]):
@@ -283,8 +313,8 @@ class Text:
     def amount(self, windows: Tensor, reads: int | None, quadratic: bool) -> float:
         """What the time of a part grows with, where it has these windows.
 
-        reads: tokens that it reads at most; 0 for a part that reads none and always takes the same. quadratic: every
-        token meets all of its window.
+        reads: tokens that it reads at most; 0 for a part that reads none and always takes the same.
+        quadratic: every token meets all of its window.
         """
         B, T = windows.shape
         if reads == 0:
@@ -294,7 +324,8 @@ class Text:
 
 
 def on_the_line(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Seconds at x by one or two measured points (x, seconds) in the order of x, which never fall as x grows."""
+    """Seconds at x by one or two measured points (x, seconds) in the order of x,
+    which never fall as x grows."""
     (first, low), (second, high) = points[0], points[-1]
     if second <= first:
         return high * (x / first if first else 1.0)

@@ -1,7 +1,8 @@
-"""Seconds that fits of weights take in a trial, measured on whole linears where the time allows that, else on pieces.
+"""Seconds that fits of weights take in a trial, measured on whole linears where the time
+allows that, else on pieces.
 
-From pieces N rows of K inputs follow as A·K³ + B·N·K²: the factorization of a Hessian, then work on every row. Without
-moments of inputs both grow with K.
+From pieces N rows of K inputs follow as A·K³ + B·N·K²: the factorization of a Hessian, then work on
+every row. Without moments of inputs both grow with K.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from quantize.methods.encode import Encode
 from quantize.model.linear import PackedLinear
 
 _ROWS = 128
-"""Rows of the smallest piece: far fewer would measure the solvers' loops over columns and not their products."""
+"""Rows of the smallest piece: far fewer would measure the solvers' loops over
+columns and not their products."""
 _GROUPS = 4
 """Groups of inputs in the smallest piece."""
 _SHARE = 0.35
-"""Of the time that is left, what one group of linears may take: three fit, and text still gets its share."""
+"""Of the time that is left, what one group of linears may take: three fit, and
+text still gets its share."""
 
 
 class Clock:
@@ -76,7 +79,13 @@ class Fit:
         linear = nn.Linear(inputs, len(weight), bias=False, device="meta").requires_grad_(False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         block = replace(
-            self.block, module=_alone(name, linear), packed={}, histograms={}, report={}, reference=None, parking=None
+            self.block,
+            module=_alone(name, linear),
+            packed={},
+            histograms={},
+            report={},
+            reference=None,
+            parking=None,
         )
         if moments is not None:
             cross, residual = moments.cross, moments.residual
@@ -122,7 +131,8 @@ class Law:
 
 @dataclass
 class Fits:
-    """Seconds of the fits of one block's weights. What was fitted in whole is put in again when text is added."""
+    """Seconds of the fits of one block's weights. What was fitted in whole is put in
+    again when text is added."""
 
     clock: Clock
     until: float
@@ -147,7 +157,8 @@ class Fits:
         return out
 
     def take(self, fit: Fit, part: str) -> None:
-        """Measure a fit, or put in what came of it. Of experts, which are alike, one is measured."""
+        """Measure a fit, or put in what came of it. Of experts, which
+        are alike, one is measured."""
         started = self.clock.now()
         if not self.done:
             key = (part, fit.shapes)
@@ -170,7 +181,10 @@ class Fits:
         allowed = _SHARE * (self.until - time.monotonic())
         if allowed <= 0 and part in self._laws:
             return self._laws[part].seconds(rows, K)
-        few, inputs = min(_ROWS, fit.shapes[0][0]), min(K, _GROUPS * getattr(fit.stage, "group_size", K))
+        few, inputs = (
+            min(_ROWS, fit.shapes[0][0]),
+            min(K, _GROUPS * getattr(fit.stage, "group_size", K)),
+        )
         seconds = self._clocked(fit.piece(few, inputs))
         while True:
             if seconds * rows / few * (K / inputs) ** by_inputs[0] <= allowed:

@@ -34,12 +34,18 @@ class TimedRun(Conversion):
     @classmethod
     def of(cls, plan: Plan, clock: Clock, fits: Fits, tokens: int = 0) -> TimedRun:
         """A timed conversion, with stages as a first run of so many tokens needs them."""
-        named = {f"{place + 1}. {stage.method}": stage for place, stage in enumerate(plan.recipe.stages)}
-        stages = tuple(_timed(stage.for_trial(tokens), part, clock, fits) for part, stage in named.items())
+        named = {
+            f"{place + 1}. {stage.method}": stage for place, stage in enumerate(plan.recipe.stages)
+        }
+        stages = tuple(
+            _timed(stage.for_trial(tokens), part, clock, fits) for part, stage in named.items()
+        )
         out = cls(plan.decide(recipe=plan.recipe.model_copy(update={"stages": stages})))
         out.clock, out.fits = clock, fits
         # The search for the cache's scales computes attention alone.
-        out.reads = {part: (stage.tokens_read, stage.kind == "cache") for part, stage in named.items()}
+        out.reads = {
+            part: (stage.tokens_read, stage.kind == "cache") for part, stage in named.items()
+        }
         out.reads["profiles"] = (PROFILED_TOKENS, False)
         out.reads |= dict.fromkeys(("reading", "writing", AROUND), (0, False))
         return out
@@ -96,12 +102,18 @@ def _timed(stage: Stage, part: str, clock: Clock, fits: Fits) -> Stage:
             plain.apply(self, block)
         clock.parts[part] -= fits.spent - spent
 
-    def encode_group(self: Encode, block: Block, names: Sequence[str], moments: Moments | None) -> None:
+    def encode_group(
+        self: Encode, block: Block, names: Sequence[str], moments: Moments | None
+    ) -> None:
         fits.take(Fit(self, plain, block, tuple(names), moments), part)
 
     body: dict[str, Any] = {"apply": apply}
     if isinstance(stage, Encode):
         body["encode_group"] = encode_group
-    kind: Any = types.new_class(plain.__name__, (plain,), {}, lambda namespace: namespace.update(body))
-    timed: Stage = kind.model_construct(**{name: getattr(stage, name) for name in plain.model_fields})
+    kind: Any = types.new_class(
+        plain.__name__, (plain,), {}, lambda namespace: namespace.update(body)
+    )
+    timed: Stage = kind.model_construct(
+        **{name: getattr(stage, name) for name in plain.model_fields}
+    )
     return timed

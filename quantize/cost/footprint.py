@@ -1,6 +1,7 @@
 """How much memory the steps of a conversion take, from sizes alone.
 
-Formulas count the tensors that are alive at once; tests/test_footprint.py holds them against what is allocated.
+Formulas count the tensors that are alive at once; tests/test_footprint.py holds
+them against what is allocated.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 FLOAT = 4
 """Bytes of what statistics and solvers compute in."""
 SOLVER_ROWS = 1024
-"""Rows or columns of a large matrix that solvers work on at once, where all would take too much room."""
+"""Rows or columns of a large matrix that solvers work on at once, where all
+would take too much room."""
 
 
 _VISITS = 4
@@ -55,7 +57,9 @@ class BlockSizes:
     @property
     def together(self) -> int:
         """Weights of the largest linears that share an input."""
-        return max(sum(N * K for N, K in (self.linears[name] for name in group)) for group in self.groups)
+        return max(
+            sum(N * K for N, K in (self.linears[name] for name in group)) for group in self.groups
+        )
 
     def folding(self) -> int:
         """Bytes of the linears that share an input when all their columns are scaled."""
@@ -75,18 +79,24 @@ class BlockSizes:
         return FLOAT * (2 * K * K + (N * K if name in self.residual else 0))
 
     def measuring(self, name: str, with_reference: bool, fp8: bool) -> int:
-        """Bytes at most while the moments of a linear's inputs are measured, themselves included."""
+        """Bytes at most while the moments of a linear's inputs are
+        measured, themselves included."""
         N, K = self.linears[name]
         held = self.held(name, with_reference)
         if name in self.routed:  # several experts in one pass
-            alike = sum(1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2])
+            alike = sum(
+                1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2]
+            )
             held = max(held, min(alike * held, ROUTED_BYTES))
         streams = 2 if with_reference else 1
         inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
-        return held + max(self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs))
+        return held + max(
+            self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)
+        )
 
     def profiling(self) -> int:
-        """Bytes at most while a pass records the inputs of all groups of linears at once, for the report.
+        """Bytes at most while a pass records the inputs of all groups of
+        linears at once, for the report.
 
         Routed experts that share a role see each token a few times between them.
         """

@@ -15,7 +15,8 @@ from quantize.cost.units import gigabytes
 from quantize.errors import RoomError
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
-_FROM_THE_SYSTEM = 8 << 20  # bytes of a tensor that is taken from the system alone, and given back; less costs time
+# bytes of a tensor that is taken from the system alone, and given back; less costs time
+_FROM_THE_SYSTEM = 8 << 20
 
 
 _before = [0]
@@ -28,7 +29,8 @@ class Cost:
 
     seconds: float = 0.0
     peak_bytes: int | None = None
-    """Most memory of the process meanwhile (of the GPU, where the work runs on one); None where it cannot be told."""
+    """Most memory of the process meanwhile (of the GPU, where the work runs on one);
+    None where it cannot be told."""
 
 
 @contextmanager
@@ -43,11 +45,14 @@ def measured(device: torch.device) -> Iterator[Cost]:
             Path("/proc/self/clear_refs").write_text("5")
     yield cost
     cost.seconds = time.monotonic() - started
-    cost.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    cost.peak_bytes = (
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    )
 
 
 def peak_of(device: torch.device) -> int | None:
-    """Most bytes so far of a GPU's memory, or of the process where that computes; None where it cannot be told."""
+    """Most bytes so far of a GPU's memory, or of the process where that computes;
+    None where it cannot be told."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
 
 
@@ -63,14 +68,15 @@ def peak_resident() -> int | None:
 
 
 def require_below(limit: int | None, device: torch.device) -> None:
-    """RoomError with what would have sufficed where the device's peak (`peak_of`) is above the limit."""
+    """RoomError with what would have sufficed where the device's peak
+    (`peak_of`) is above the limit."""
     peak = peak_of(device)
     if limit is None or peak is None or peak <= limit:
         return
     option = "--max-vram" if device.type == "cuda" else "--max-ram"
     raise RoomError(
-        f"the conversion took {gigabytes(peak)}, more than the limit of {gigabytes(limit)} and than was estimated; "
-        f"give {option} {gigabytes(peak + peak // 16)}"
+        f"the conversion took {gigabytes(peak)}, more than the limit of {gigabytes(limit)} and "
+        f"than was estimated; give {option} {gigabytes(peak + peak // 16)}"
     )
 
 
@@ -83,15 +89,18 @@ def _status(key: str) -> int | None:
 
 
 def give_back() -> None:
-    """Return free memory to the system, where the C library can: it keeps what lies between pieces in use."""
+    """Return free memory to the system, where the C library can: it keeps what
+    lies between pieces in use."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_little() -> None:
-    """Let the C library (glibc) keep less free memory from now on: its own limits rise with what a program frees."""
+    """Let the C library (glibc) keep less free memory from now on: its own limits rise
+    with what a program frees."""
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _FROM_THE_SYSTEM)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _FROM_THE_SYSTEM)
-        libc.mallopt(_ARENA_MAX, 2)  # each further one, of up to eight a core, keeps free memory of its own
+        # each further one, of up to eight a core, keeps free memory of its own
+        libc.mallopt(_ARENA_MAX, 2)

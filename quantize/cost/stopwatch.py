@@ -26,11 +26,13 @@ class Compared:
         return self.plain_seconds / self.seconds
 
 
-def watch(calls: Sequence[Callable[[], object]], device: torch.device, as_graph: bool = True) -> Watch:
+def watch(
+    calls: Sequence[Callable[[], object]], device: torch.device, as_graph: bool = True
+) -> Watch:
     """Make all calls once, to warm up, and return what times them together, without gradients.
 
-    On CUDA they are replayed as one graph between two events, or, where they wait for the host (not `as_graph`), made
-    anew between two synchronizations.
+    On CUDA they are replayed as one graph between two events, or, where they wait for the host (not
+    `as_graph`), made anew between two synchronizations.
     """
     if device.type == "cuda" and as_graph:
         return _graph_watch(calls, device)
@@ -51,7 +53,8 @@ def watch(calls: Sequence[Callable[[], object]], device: torch.device, as_graph:
 
 
 def take_turns(watches: Sequence[Watch], rounds: int) -> list[list[float]]:
-    """Seconds of each watch in each round. One follows the other, so that what else the machine does meets all."""
+    """Seconds of each watch in each round. One follows the other, so that what else
+    the machine does meets all."""
     found = [[seconds() for seconds in watches] for _ in range(rounds)]
     return [list(of_one) for of_one in zip(*found, strict=True)]
 
@@ -61,7 +64,8 @@ def _graph_watch(calls: Sequence[Callable[[], object]], device: torch.device) ->
     with torch.cuda.device(device):
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compilation and libraries' workspaces must not fall into the graph
+        # compilation and libraries' workspaces must not fall into the graph
+        with torch.cuda.stream(side):
             for call in calls:
                 call()
         torch.cuda.current_stream().wait_stream(side)

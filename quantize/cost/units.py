@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
 def parse_bytes(text: str) -> int:
-    """`6GB` or `6G` (10⁹), `6GiB` (2³⁰), `900MB`, or a number of bytes; ValueError for anything else."""
+    """`6GB` or `6G` (10⁹), `6GiB` (2³⁰), `900MB`, or a number of bytes;
+    ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is no size; write 6GB, 5.5GiB or 900MB")

@@ -20,7 +20,8 @@ _BEFORE, _AFTER = 32, 8  # tokens of context shown around one of the worst token
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one comparison; field names are the keys of `pq eval --json`. Log-likelihoods in nats per token."""
+    """Figures of one comparison; field names are the keys of `pq eval --json`.
+    Log-likelihoods in nats per token."""
 
     model: str
     baseline: str | None
@@ -68,7 +69,8 @@ class Evaluation:
     """Parameters that a token is multiplied with, on average; the embedding table's are not."""
     baseline_activated_parameters: float | None = None
     experts_visited: dict[str, float] | None = None
-    """Block with experts → mean number of routed ones that a token visits; None where there are none."""
+    """Block with experts → mean number of routed ones that a token visits;
+    None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Run:
     windows: Windows
     tokenizer: Any
 
-    def figures(self, folder: Path, records: Records, model: Model, parent: Model | None) -> Evaluation:
+    def figures(
+        self, folder: Path, records: Records, model: Model, parent: Model | None
+    ) -> Evaluation:
         """Figures of one model; ModelError when its logits, or the baseline's, were not finite."""
         baseline, windows = self.baseline, self.windows
         nll = records.mean(records["nll"])
@@ -95,7 +99,11 @@ class Run:
         nothing = Estimate(math.nan, None)
         delta = records.mean(records["nll"] - records["baseline_nll"]) if against else nothing
         kld = records.mean(records["kld"]) if against else nothing
-        top1 = records.mean((records["top1"] == records["baseline_top1"]).double()) if against else nothing
+        top1 = (
+            records.mean((records["top1"] == records["baseline_top1"]).double())
+            if against
+            else nothing
+        )
 
         def quantile(q: float) -> float | None:
             return records.quantile("kld", q) if against else None
@@ -129,7 +137,9 @@ class Run:
             **_by_text("", nll.mean * len(records), windows),
             **_by_text("baseline_", theirs.mean * len(records) if theirs else None, windows),
             by_position=records.by_position(),
-            worst=[_in_context(records, row, windows, self.tokenizer) for row in records.worst(_WORST)],
+            worst=[
+                _in_context(records, row, windows, self.tokenizer) for row in records.worst(_WORST)
+            ],
             activated_parameters=model.activated_parameters,
             baseline_activated_parameters=parent.activated_parameters if parent else None,
             experts_visited=dict(model.experts_visited) or None,
@@ -152,7 +162,8 @@ def _in_context(records: Records, row: int, windows: Windows, tokenizer: Any) ->
     """One token with the text around it and what both models would have said."""
     window, position = int(records["window"][row]), int(records["position"][row])
     read, wanted = windows.inputs[window], windows.targets[window]
-    # Targets beyond the window's last input are not part of it; inputs beyond its last target are padding.
+    # Targets beyond the window's last input are not part of it; inputs beyond
+    # its last target are padding.
     after = wanted[position : position + _AFTER]
 
     def text(ids: Tensor) -> str:

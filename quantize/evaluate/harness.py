@@ -1,4 +1,5 @@
-"""Tasks of lm-eval on a plain or packed model, whose packed layers compute as the serving kernel does."""
+"""Tasks of lm-eval on a plain or packed model, whose packed layers compute
+as the serving kernel does."""
 
 from __future__ import annotations
 
@@ -51,14 +52,19 @@ def run_tasks(
 ) -> TaskRun:
     """Score a model folder on tasks of lm-eval.
 
-    tasks: names of lm-eval's library (only these may need the network), task files (.yaml; Python functions that such a
-    file names are run), or TEMPLATE:FILE with a template of eval/tasks/ and a local .jsonl or .txt file.
-    num_fewshot: examples before each question; None: as the task says. limit: first documents of each task, or a
+    tasks: names of lm-eval's library (only these may need the network), task files (.yaml; Python
+    functions that such a file names are run), or TEMPLATE:FILE with a template of eval/tasks/ and
+    a local .jsonl or .txt file.
+    num_fewshot: examples before each question; None: as the task says. limit: first
+    documents of each task, or a
     fraction below 1. batch_size: requests at once, or `auto` for as many as memory holds.
     log_samples: folder for samples_TASK.jsonl, what lm-eval knows of each document.
-    model_args: arguments of lm-eval's HFLM; `dtype` and `numerics` override the parameters of that name.
-    ranks: divide the batches among themselves; all of them return what one process would, the first writes samples.
-    Logits are taken to float32 before the softmax. Seeds are set as lm-eval sets them. Raises PqError subclasses.
+    model_args: arguments of lm-eval's HFLM; `dtype` and `numerics` override
+    the parameters of that name.
+    ranks: divide the batches among themselves; all of them return what one process
+    would, the first writes samples.
+    Logits are taken to float32 before the softmax. Seeds are set as lm-eval sets
+    them. Raises PqError subclasses.
     """
     with _quiet(), ranks.explained():
         task_model = _task_model_module()
@@ -68,9 +74,21 @@ def run_tasks(
         place = device or torch.device("cpu")
         _seed()
         sources = resolve(tasks)
-        told: dict[str, Any] = {"dtype": str(dtype), "numerics": numerics, "attention": str(attention)}
-        told |= {"tasks": [[s.wanted, s.sha256] for s in sources], "few-shot examples": num_fewshot, "limit": limit}
-        told |= {"batch size": batch_size, "chat template": apply_chat_template, "model arguments": rest}
+        told: dict[str, Any] = {
+            "dtype": str(dtype),
+            "numerics": numerics,
+            "attention": str(attention),
+        }
+        told |= {
+            "tasks": [[s.wanted, s.sha256] for s in sources],
+            "few-shot examples": num_fewshot,
+            "limit": limit,
+        }
+        told |= {
+            "batch size": batch_size,
+            "chat template": apply_chat_template,
+            "model arguments": rest,
+        }
         require_alike(ranks, place, [folder], told, "lm_eval")
         loaded = load_tasks(sources)
         _prepare(loaded, sources, num_fewshot)
@@ -83,7 +101,11 @@ def run_tasks(
         if log_samples is not None and ranks.first:
             write_samples(log_samples, results["samples"])
     if lm.truncated:
-        log.warning("%d requests were longer than %d tokens and were cut from the left", lm.truncated, lm.max_length)
+        log.warning(
+            "%d requests were longer than %d tokens and were cut from the left",
+            lm.truncated,
+            lm.max_length,
+        )
     return TaskRun(
         model=folder.name,
         limit=limit,
@@ -93,8 +115,12 @@ def run_tasks(
         truncated=lm.truncated,
         numerics=numerics,
         dtype=str(dtype).removeprefix("torch."),
-        versions={name: importlib.metadata.version(name) for name in ("lm_eval", "torch", "transformers")},
-        files={s.name: {"task": s.wanted, "sha256": s.sha256} for s in sources if s.sha256 is not None},
+        versions={
+            name: importlib.metadata.version(name) for name in ("lm_eval", "torch", "transformers")
+        },
+        files={
+            s.name: {"task": s.wanted, "sha256": s.sha256} for s in sources if s.sha256 is not None
+        },
         **figures_of(results),
     )
 
@@ -151,7 +177,8 @@ def _quiet() -> Iterator[None]:
 def _overrides(
     arguments: dict[str, str], dtype: torch.dtype, numerics: Numerics
 ) -> tuple[dict[str, str], torch.dtype, Numerics]:
-    """Take `dtype` and `numerics` out of the model arguments: (the other arguments, dtype, numerics)."""
+    """Take `dtype` and `numerics` out of the model arguments: (the other
+    arguments, dtype, numerics)."""
     name = arguments.pop("dtype", None)
     if name is not None and name not in _DTYPES:
         raise UsageError(f"model argument dtype={name}: choose among {', '.join(_DTYPES)}")
@@ -164,13 +191,16 @@ def _overrides(
 def _checked(
     batch_size: str, num_fewshot: int | None, limit: int | float | None
 ) -> tuple[int | None, int | float | None]:
-    """Return (requests at once or None for auto, limit); UsageError for numbers that mean nothing."""
+    """Return (requests at once or None for auto, limit); UsageError for
+    numbers that mean nothing."""
     if batch_size != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,6}", batch_size):
         raise UsageError(f"batch size {batch_size}: give auto or a positive whole number")
     if num_fewshot is not None and num_fewshot < 0:
         raise UsageError(f"few-shot examples {num_fewshot}: give zero or more")
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
-        raise UsageError(f"limit {limit}: give a positive whole number of documents or a fraction below 1")
+        raise UsageError(
+            f"limit {limit}: give a positive whole number of documents or a fraction below 1"
+        )
     limit = int(limit) if limit is not None and limit >= 1 else limit
     return None if batch_size == "auto" else int(batch_size), limit
 
@@ -190,7 +220,8 @@ def _seed() -> None:
 
 
 def _prepare(loaded: Mapping[str, Any], sources: Sequence[Source], num_fewshot: int | None) -> None:
-    """Set the number of examples, as lm-eval does: a task that fixes it to 0 in its file keeps that."""
+    """Set the number of examples, as lm-eval does: a task that fixes it to
+    0 in its file keeps that."""
     rows = {source.name: len(source.rows) for source in sources if source.rows is not None}
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -200,7 +231,8 @@ def _prepare(loaded: Mapping[str, Any], sources: Sequence[Source], num_fewshot: 
         name, shots = task.config.task, task.get_config("num_fewshot")
         if shots and name in rows and shots >= rows[name]:
             raise UsageError(
-                f"task {name}: {shots} few-shot examples and one question need more than {rows[name]} lines"
+                f"task {name}: {shots} few-shot examples and one question need more than "
+                f"{rows[name]} lines"
             )
 
 
@@ -221,13 +253,16 @@ def _evaluate(
             confirm_run_unsafe_code=False,
         )
     except OverflowError:
-        raise ModelError(f"{folder}: its perplexity is too large for a float; the model is damaged") from None
+        raise ModelError(
+            f"{folder}: its perplexity is too large for a float; the model is damaged"
+        ) from None
     except ModelError as err:
         raise ModelError(f"{folder}: {err}") from None
     except ValueError as err:
         if "unsafe" in str(err):
             raise UsageError(
-                f"{str(err).split('.')[0]}; it runs code that the model writes, which is not done here"
+                f"{str(err).split('.')[0]}; it runs code that the model writes, which is not done "
+                "here"
             ) from None
         raise
     return results

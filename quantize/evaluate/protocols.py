@@ -1,15 +1,17 @@
 """Perplexity protocols: which tokens a model reads, and which of them it must predict.
 
-`strided-N` (the GPTQ literature's): all text is one token stream without special tokens, cut into windows of N tokens
-that do not overlap; each predicts its tokens 2 … N. The remainder is dropped.
+`strided-N` (the GPTQ literature's): all text is one token stream without special tokens, cut into
+windows of N tokens that do not overlap; each predicts its tokens 2 … N. The remainder is dropped.
 
-`strided-N-context-C`: windows of N tokens that overlap by C; each predicts all but its first C tokens (the first
-window all but its first token), so every token but the first is predicted once, with C … N − 1 tokens before it.
+`strided-N-context-C`: windows of N tokens that overlap by C; each predicts all but its first C
+tokens (the first window all but its first token), so every token but the first is predicted once,
+with C … N − 1 tokens before it.
 
-`rolling-N` (lm-eval's `loglikelihood_rolling`): each document is encoded with the tokenizer's own special tokens and
-preceded by its BOS (else EOS) token; the model reads N tokens at a time and predicts every token of the document once.
-The last window of a document reaches back so that it is full. Log-likelihoods are also given per word (separated by
-white space) and per UTF-8 byte.
+`rolling-N` (lm-eval's `loglikelihood_rolling`): each document is encoded with the tokenizer's own
+special tokens and preceded by its BOS (else EOS) token; the model reads N tokens at a time and
+predicts every token of the document once.
+The last window of a document reaches back so that it is full. Log-likelihoods are also given per
+word (separated by white space) and per UTF-8 byte.
 """
 
 from __future__ import annotations
@@ -49,13 +51,18 @@ class Protocol:
         if self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen}: a window needs at least 2 tokens")
         if self.context and self.kind != "strided":
-            raise UsageError("context belongs to the strided protocol; rolling windows carry their own")
+            raise UsageError(
+                "context belongs to the strided protocol; rolling windows carry their own"
+            )
         if not 0 <= self.context < self.seqlen:
-            raise UsageError(f"context {self.context} must be at least 0 and below seqlen {self.seqlen}")
+            raise UsageError(
+                f"context {self.context} must be at least 0 and below seqlen {self.seqlen}"
+            )
 
     @property
     def name(self) -> str:
-        """What every printed perplexity carries: strided-2048, strided-2048-context-1024, rolling-2048."""
+        """What every printed perplexity carries: strided-2048,
+        strided-2048-context-1024, rolling-2048."""
         return f"{self.kind}-{self.seqlen}" + (f"-context-{self.context}" if self.context else "")
 
 
@@ -66,7 +73,8 @@ class Windows:
     inputs: Tensor
     """[B, T] int64; short windows are padded at the end, which a causal model cannot see."""
     targets: Tensor
-    """[B, T] int64: the token that follows each input, or UNSCORED. Scored positions of a window are consecutive."""
+    """[B, T] int64: the token that follows each input, or UNSCORED. Scored positions of
+    a window are consecutive."""
     source: str
     sha256: str
     words: int | None = None
@@ -77,7 +85,11 @@ class Windows:
         """(window, first, end) of the scored positions of every window."""
         scored = self.targets != UNSCORED
         first = scored.int().argmax(dim=1).tolist()
-        return [(w, f, f + n) for w, (f, n) in enumerate(zip(first, scored.sum(dim=1).tolist(), strict=True)) if n]
+        return [
+            (w, f, f + n)
+            for w, (f, n) in enumerate(zip(first, scored.sum(dim=1).tolist(), strict=True))
+            if n
+        ]
 
 
 def windows_of(
@@ -88,7 +100,8 @@ def windows_of(
     vocab: int,
     text_field: str | None = None,
 ) -> Windows:
-    """Read `dataset` and cut it as the protocol says; DataError when the text cannot be read or does not fit."""
+    """Read `dataset` and cut it as the protocol says; DataError when the text
+    cannot be read or does not fit."""
     if protocol.kind == "strided":
         windows = _strided(protocol, tokenizer, dataset, max_windows, text_field)
     else:
@@ -127,9 +140,14 @@ def _rolling(
     max_windows: int | None,
     text_field: str | None,
 ) -> Windows:
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prefix = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     if prefix is None:
-        raise DataError("the rolling protocol needs a tokenizer with a BOS or EOS token; use the strided protocol")
+        raise DataError(
+            "the rolling protocol needs a tokenizer with a BOS or EOS token; use the strided "
+            "protocol"
+        )
     limit = None if max_windows is None else max_windows * protocol.seqlen
     text = evaluation_documents(tokenizer, dataset=dataset, max_tokens=limit, text_field=text_field)
     rows: list[tuple[list[int], list[int]]] = []
@@ -149,9 +167,11 @@ def _rolling(
 
 
 def rolling_windows(ids: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
-    """(tokens read, tokens predicted after the last of them) so that every token of a document is predicted once.
+    """(tokens read, tokens predicted after the last of them) so that every token of
+    a document is predicted once.
 
-    Every window reads at most `length` tokens; the last one is filled up with tokens that were predicted before.
+    Every window reads at most `length` tokens; the last one is filled up with
+    tokens that were predicted before.
     """
     stream = [prefix, *ids]
     out = []

@@ -32,8 +32,11 @@ class Records:
 
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, window: int, first: int, logits: Tensor, parent: Tensor | None, targets: Tensor) -> None:
-        """Measure logits [P, V], and a parent's, against the tokens [P] that follow positions first, first + 1, …"""
+    def add(
+        self, window: int, first: int, logits: Tensor, parent: Tensor | None, targets: Tensor
+    ) -> None:
+        """Measure logits [P, V], and a parent's, against the tokens [P] that follow
+        positions first, first + 1, …"""
         P = len(targets)
         targets = targets.to(logits.device)
         found: dict[str, Tensor] = {
@@ -76,8 +79,8 @@ class Records:
         return Records(columns)
 
     def mean(self, values: Tensor) -> Estimate:
-        """Mean of a column [P]; its error from the spread of the windows' sums (tokens of one window are not
-        independent): SE² = W / (W − 1) · Σ_w (Σ_{i∈w} x_i − x̄·n_w)² / n².
+        """Mean of a column [P]; its error from the spread of the windows' sums (tokens of one
+        window are not independent): SE² = W / (W − 1) · Σ_w (Σ_{i∈w} x_i − x̄·n_w)² / n².
         """
         windows = self["window"].long()
         n_windows = int(windows.max()) + 1
@@ -106,11 +109,18 @@ class Records:
         def curve(name: str) -> list[float] | None:
             if name not in self:
                 return None
-            sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, bins, self[name].double())
+            sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(
+                0, bins, self[name].double()
+            )
             return [float(v) for v in sums[used] / counts[used]]
 
         starts = [int(b) * width + 1 for b in used.nonzero().flatten()]
-        return {"start": starts, "nll": curve("nll"), "baseline_nll": curve("baseline_nll"), "kld": curve("kld")}
+        return {
+            "start": starts,
+            "nll": curve("nll"),
+            "baseline_nll": curve("baseline_nll"),
+            "kld": curve("kld"),
+        }
 
     def worst(self, count: int) -> list[int]:
         """Rows of the largest KL divergences, the largest first."""
@@ -119,6 +129,8 @@ class Records:
     def save(self, path: Path) -> None:
         """Write the columns as parquet."""
         # importlib, since pyarrow's types are not checked; lazily, since it is slow to import.
-        pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+        pyarrow, parquet = (
+            importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet")
+        )
         table: Any = pyarrow.table({name: self[name].numpy() for name in self.columns})
         parquet.write_table(table, path, compression="zstd")

@@ -1,7 +1,8 @@
 """A packed model against its parent: perplexity, KL divergence and agreement on the same windows.
 
-Nothing is held whole: models are run one decoder block at a time over as many windows as a budget of hidden states
-allows, and logits exist for a few positions at a time, so size of model, text and vocabulary do not bound the run.
+Nothing is held whole: models are run one decoder block at a time over as many windows as a budget
+of hidden states allows, and logits exist for a few positions at a time, so size of model, text and
+vocabulary do not bound the run.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def evaluate(
     progress: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Perplexity of one model, and its divergence from `baseline` where one is given. Raises PqError subclasses."""
+    """Perplexity of one model, and its divergence from `baseline` where one is given.
+    Raises PqError subclasses."""
     measured = measure(
         [model],
         baseline,
@@ -92,16 +94,23 @@ def measure(
 ) -> list[Measured]:
     """Measure several models against one baseline on the same windows in one run.
 
-    dataset: "builtin", a file, a name of calib_data/ or a Hub set; the first model's tokenizer cuts it.
+    dataset: "builtin", a file, a name of calib_data/ or a Hub set; the
+    first model's tokenizer cuts it.
     attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
-    ranks: divide the windows among themselves; all of them return what one process would, bit for bit.
+    ranks: divide the windows among themselves; all of them return what
+    one process would, bit for bit.
     Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
     with ranks.explained():
         vocab = _vocabulary(models, baseline)
-        told = {"protocol": protocol.name, "numerics": numerics, "dtype": str(dtype), "attention": str(attention)}
+        told = {
+            "protocol": protocol.name,
+            "numerics": numerics,
+            "dtype": str(dtype),
+            "attention": str(attention),
+        }
         require_alike(ranks, device, [*models, *([baseline] if baseline else [])], told)
         tokenizer = load_tokenizer(models[0])
         windows = shared_windows(
@@ -112,7 +121,9 @@ def measure(
         everyone = [*opened, *([parent] if parent else [])]
         window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
         groups = list(_groups(windows, vocab, window_bytes, ranks))
-        records = [record.gathered(ranks) for record in _records(opened, parent, windows, groups, progress)]
+        records = [
+            record.gathered(ranks) for record in _records(opened, parent, windows, groups, progress)
+        ]
         for model in everyone:
             model.count_together(ranks)
     name = None if baseline is None else baseline.name
@@ -124,7 +135,11 @@ def measure(
 
 
 def _records(
-    models: Sequence[Model], parent: Model | None, windows: Windows, groups: Sequence[_Group], progress: Progress
+    models: Sequence[Model],
+    parent: Model | None,
+    windows: Windows,
+    groups: Sequence[_Group],
+    progress: Progress,
 ) -> list[Records]:
     """Records of each model on the windows of all groups."""
     records = [Records() for _ in models]
@@ -155,26 +170,33 @@ def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
         parents = _vocabulary_of(baseline)
         if first != parents:
             raise DataError(
-                f"{models[0]} has {first} tokens and {baseline} {parents}; --baseline must be the model's parent"
+                f"{models[0]} has {first} tokens and {baseline} {parents}; --baseline must be the "
+                "model's parent"
             )
     if any(size != first for size in others):
-        raise DataError("the models have vocabularies of different sizes; compare conversions of one parent")
+        raise DataError(
+            "the models have vocabularies of different sizes; compare conversions of one parent"
+        )
     return first
 
 
 def _vocabulary_of(folder: Path) -> int:
     source = Checkpoint(folder)
-    require_readable(source)  # before the tokenizer, which stumbles over a broken config.json in words of its own
+    # before the tokenizer, which stumbles over a broken config.json in words of its own
+    require_readable(source)
     size = source.config.get("vocab_size")
     if not isinstance(size, int) or size < 1:
-        raise ModelError(f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer")
+        raise ModelError(
+            f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer"
+        )
     return size
 
 
 def _groups(windows: Windows, vocab: int, window_bytes: int, ranks: Ranks) -> Iterator[_Group]:
     """Yield the groups of this rank's windows: so many at once that their hidden states fit.
 
-    Ranks have whole passes, as one process makes them: products of other shapes may differ in the last bit.
+    Ranks have whole passes, as one process makes them: products of other
+    shapes may differ in the last bit.
     """
     affordable = max(1, _HIDDEN_BYTES // max(1, window_bytes))
     together = min(affordable, windows_of_a_pass(windows.inputs.shape[1]))
@@ -186,4 +208,8 @@ def _groups(windows: Windows, vocab: int, window_bytes: int, ranks: Ranks) -> It
     for start in mine[::at_once]:
         end = min(start + at_once, mine.stop)
         inside = [(w - start, f, e) for w, f, e in spans if start <= w < end]
-        yield start, end, [(w, i, min(i + length, e)) for w, f, e in inside for i in range(f, e, length)]
+        yield (
+            start,
+            end,
+            [(w, i, min(i + length, e)) for w, f, e in inside for i in range(f, e, length)],
+        )

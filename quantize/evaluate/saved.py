@@ -36,24 +36,36 @@ def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
             part.replace(folder / f"{name}.parquet")
         finally:
             part.unlink(missing_ok=True)
-    return _write_json(folder / f"{name}.json", {"kind": "perplexity", **dataclasses.asdict(figures)})
+    return _write_json(
+        folder / f"{name}.json", {"kind": "perplexity", **dataclasses.asdict(figures)}
+    )
 
 
-def save_tasks(run: TaskRun, baseline: str | None, scores: Sequence[TaskScore], folder: Path) -> Path:
+def save_tasks(
+    run: TaskRun, baseline: str | None, scores: Sequence[TaskScore], folder: Path
+) -> Path:
     """Write tasks-NAMES.json: the run, and its comparison with the parent."""
     return _write_json(
-        folder / f"tasks-{_slug('+'.join(run.tasks))}-{run.numerics}.json", tasks_json(run, baseline, scores)
+        folder / f"tasks-{_slug('+'.join(run.tasks))}-{run.numerics}.json",
+        tasks_json(run, baseline, scores),
     )
 
 
 def tasks_json(run: TaskRun, baseline: str | None, scores: Sequence[TaskScore]) -> dict[str, Any]:
     """What is saved about tasks; per-document values are left to `--log_samples`."""
     facts = {name: value for name, value in dataclasses.asdict(run).items() if name != "samples"}
-    return {"kind": "tasks", **facts, "baseline": baseline, "scores": [dataclasses.asdict(score) for score in scores]}
+    return {
+        "kind": "tasks",
+        **facts,
+        "baseline": baseline,
+        "scores": [dataclasses.asdict(score) for score in scores],
+    }
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", Path(text).name if Path(text).exists() else text).strip("-")[:80]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", Path(text).name if Path(text).exists() else text).strip(
+        "-"
+    )[:80]
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> Path:

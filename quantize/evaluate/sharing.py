@@ -19,15 +19,24 @@ from quantize.parallel.ranks import Ranks
 def shared_windows(ranks: Ranks, load: Callable[[], Windows]) -> Windows:
     """The text, which the first rank reads and cuts."""
     mine = load() if ranks.first else None
-    facts = ranks.tell(None if mine is None else [mine.source, mine.sha256, mine.words, mine.utf8_bytes])
-    tensors = ranks.tensors(None if mine is None else {"inputs": mine.inputs, "targets": mine.targets})
+    facts = ranks.tell(
+        None if mine is None else [mine.source, mine.sha256, mine.words, mine.utf8_bytes]
+    )
+    tensors = ranks.tensors(
+        None if mine is None else {"inputs": mine.inputs, "targets": mine.targets}
+    )
     return mine or Windows(tensors["inputs"], tensors["targets"], *facts)
 
 
 def require_alike(
-    ranks: Ranks, device: torch.device, folders: Sequence[Path], settings: dict[str, Any], *more: str
+    ranks: Ranks,
+    device: torch.device,
+    folders: Sequence[Path],
+    settings: dict[str, Any],
+    *more: str,
 ) -> None:
-    """UsageError unless all ranks measure equal models, in the same way and with equal software and machines.
+    """UsageError unless all ranks measure equal models, in the same way and with
+    equal software and machines.
 
     settings: JSON data by name. more: libraries beside torch and transformers.
     """
@@ -35,7 +44,9 @@ def require_alike(
         return
     facts = {
         "pq": quantize.__version__,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", *more)},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", *more)
+        },
         "device": device.type,
         "processor": processor(device),
         "threads": torch.get_num_threads(),
@@ -46,4 +57,6 @@ def require_alike(
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for name in ("config.json", *Checkpoint(folder).shards)}
+    return {
+        name: (folder / name).stat().st_size for name in ("config.json", *Checkpoint(folder).shards)
+    }

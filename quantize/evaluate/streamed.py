@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import ARCHITECTURES, ExpertSizes, Shape, architecture_of, parameters_of_a_token
+from quantize.model.arch import (
+    ARCHITECTURES,
+    ExpertSizes,
+    Shape,
+    architecture_of,
+    parameters_of_a_token,
+)
 from quantize.model.attention import KvNumerics
 from quantize.model.linear import Numerics
 from quantize.model.load import (
@@ -41,7 +47,8 @@ if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
 
 Span = tuple[int, int, int]
-"""(window, first position, end): predictions wanted of one window, as half-open positions of its inputs."""
+"""(window, first position, end): predictions wanted of one window, as
+half-open positions of its inputs."""
 
 Logits = Callable[[Sequence[Span]], Iterator[Tensor]]
 """Yields logits [end − first, V] of every span, in order."""
@@ -64,7 +71,8 @@ class Model(Protocol):
     """`16-bit`, or how keys and values are rounded."""
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
-        """Run over inputs [B, T] int64; what it returns gives the logits of spans, more than once if need be."""
+        """Run over inputs [B, T] int64; what it returns gives the logits of spans,
+        more than once if need be."""
         ...
 
     def hidden_bytes(self, tokens: int) -> int:
@@ -82,7 +90,8 @@ class Model(Protocol):
 
     @property
     def activated_parameters(self) -> float | None:
-        """Parameters that a token is multiplied with, on average over what was read; the embedding table's are not."""
+        """Parameters that a token is multiplied with, on average over what was read; the
+        embedding table's are not."""
         ...
 
     @property
@@ -98,7 +107,8 @@ def open_model(
     numerics: Numerics,
     attention: KvNumerics | None = None,
 ) -> Model:
-    """A checkpoint ready to be evaluated: streamed where the architecture is known, else whole in memory.
+    """A checkpoint ready to be evaluated: streamed where the architecture is
+    known, else whole in memory.
 
     attention: how to attend where the checkpoint does not say, None: in full precision.
     """
@@ -106,7 +116,9 @@ def open_model(
     if config.get("quantization_config") or config.get("model_type") in ARCHITECTURES:
         return StreamedModel(folder, device, dtype, numerics, attention)
     if attention is not None:
-        raise ModelError(f"{folder}: attention of {config.get('model_type')!r} on an INT4 cache is not emulated")
+        raise ModelError(
+            f"{folder}: attention of {config.get('model_type')!r} on an INT4 cache is not emulated"
+        )
     return WholeModel(folder, device, dtype)
 
 
@@ -116,7 +128,8 @@ def windows_of_a_pass(tokens: int) -> int:
 
 
 class StreamedModel:
-    """Runs a checkpoint one decoder block at a time: memory holds one block, the hidden states and the head."""
+    """Runs a checkpoint one decoder block at a time: memory holds one block, the
+    hidden states and the head."""
 
     def __init__(
         self,
@@ -139,17 +152,23 @@ class StreamedModel:
         self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()
         self.attention = attention_numerics(self.source) or attention
-        self.kv_cache = "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
+        self.kv_cache = (
+            "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
+        )
         self.units = self.shape.n_blocks
         self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens
         self._norm, self._head = self._tail()
 
     def _check(self) -> None:
-        """Refuse what does not fit before any block is run; block by block, a fault would show late."""
+        """Refuse what does not fit before any block is run; block by
+        block, a fault would show late."""
         for name, scheme in self.schemes.items():
             for suffix in scheme.suffixes:
                 if f"{name}.{suffix}" not in self.source:
-                    raise ModelError(f"{self.source.folder}: tensor {name}.{suffix} is missing from the checkpoint")
+                    raise ModelError(
+                        f"{self.source.folder}: tensor {name}.{suffix} is missing from the "
+                        "checkpoint"
+                    )
         try:
             self.skeleton.check(self._sizes(), self.shape.tied)
         except ModelError as err:
@@ -157,7 +176,11 @@ class StreamedModel:
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors as they would be without packing."""
-        sizes = {n: s for n, s in self.source.shapes.items() if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))}
+        sizes = {
+            n: s
+            for n, s in self.source.shapes.items()
+            if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))
+        }
         return sizes | {f"{name}.weight": self.linears[name] for name in self.schemes}
 
     def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -165,9 +188,13 @@ class StreamedModel:
         norm = self.skeleton.final_norm(self.source.tensors(f"{self.arch.final_norm}."))
         head = self.arch.head
         if head in self.schemes:
-            packed = packed_linear(self.source, head, self.schemes[head], self.device, self.dtype, self.numerics)
+            packed = packed_linear(
+                self.source, head, self.schemes[head], self.device, self.dtype, self.numerics
+            )
             return norm, packed
-        name = f"{head}.weight" if f"{head}.weight" in self.source else f"{self.arch.embedding}.weight"
+        name = (
+            f"{head}.weight" if f"{head}.weight" in self.source else f"{self.arch.embedding}.weight"
+        )
         weight = self.source.tensor(name).to(self.device, self.dtype)
         return norm, lambda hidden: F.linear(hidden, weight)
 
@@ -179,17 +206,22 @@ class StreamedModel:
     def bits_per_weight(self) -> float | None:
         """Mean stored bits of quantized weights, scales counted; None without any."""
         sizes = {name: math.prod(self.linears[name]) for name in self.schemes}
-        total = sum(s.stored_bits(*self.linears[name]) * sizes[name] for name, s in self.schemes.items())
+        total = sum(
+            s.stored_bits(*self.linears[name]) * sizes[name] for name, s in self.schemes.items()
+        )
         return total / sum(sizes.values()) if sizes else None
 
     @property
     def experts_visited(self) -> Mapping[str, float]:
         """Block with experts → mean number of routed ones that a token visited in what was read."""
-        return {str(index): visits / tokens for index, (visits, tokens) in sorted(self._visits.items())}
+        return {
+            str(index): visits / tokens for index, (visits, tokens) in sorted(self._visits.items())
+        }
 
     @property
     def activated_parameters(self) -> float:
-        """Parameters that a token is multiplied with, on average over what was read; the embedding table's are not."""
+        """Parameters that a token is multiplied with, on average over what was read; the
+        embedding table's are not."""
         sizes = self._sizes()
         total = float(parameters_of_a_token(self.arch, self.shape, sizes))
         for block, visited in self.experts_visited.items():
@@ -200,7 +232,8 @@ class StreamedModel:
         return total
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
-        """Run all blocks over inputs [B, T] int64; the head is applied when logits are asked for."""
+        """Run all blocks over inputs [B, T] int64; the head is applied
+        when logits are asked for."""
         batch = windows_of_a_pass(inputs.shape[1])
         hidden = self._hidden(inputs, batch, tick)
 
@@ -213,7 +246,8 @@ class StreamedModel:
         return logits
 
     def _hidden(self, inputs: Tensor, batch: int, tick: Tick) -> MutableSequence[Tensor]:
-        """inputs [B, T] → hidden states [B, T, D] that leave the last block, `batch` windows each."""
+        """inputs [B, T] → hidden states [B, T, D] that leave the last
+        block, `batch` windows each."""
         embedding = self.source.tensor(f"{self.arch.embedding}.weight")
         embedded = [self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)]
         del embedding
@@ -230,15 +264,22 @@ class StreamedModel:
         return streams.batches[_ONLY]
 
     def _open(self, index: int) -> tuple[int, nn.Module]:
-        return index, load_block(self.source, self.skeleton, self.schemes, index, self.numerics, self.attention)
+        return index, load_block(
+            self.source, self.skeleton, self.schemes, index, self.numerics, self.attention
+        )
 
     def _count_visits(self, index: int, layer: nn.Module) -> None:
         """Let a block that is about to run count who visits its experts."""
         for ffn in (module for module in layer.modules() if isinstance(module, MoeFfn)):
 
-            def count(router: nn.Module, args: tuple[Tensor, ...], scores: Tensor, ffn: MoeFfn = ffn) -> None:
+            def count(
+                router: nn.Module, args: tuple[Tensor, ...], scores: Tensor, ffn: MoeFfn = ffn
+            ) -> None:
                 visits, tokens = self._visits.get(index, (0, 0))
-                self._visits[index] = visits + int(ffn.policy.select(scores).sum()), tokens + len(scores)
+                self._visits[index] = (
+                    visits + int(ffn.policy.select(scores).sum()),
+                    tokens + len(scores),
+                )
 
             ffn.gate.register_forward_hook(count)
 

@@ -54,7 +54,10 @@ def compare_tasks(ours: TaskRun, parents: TaskRun) -> list[TaskScore]:
     the same prompts.
     """
     if missing := sorted(set(ours.tasks) ^ set(parents.tasks)):
-        raise DataError(f"task {missing[0]} was run on one of {ours.model} and {parents.model} only; run both on it")
+        raise DataError(
+            f"task {missing[0]} was run on one of {ours.model} and {parents.model} only; run both "
+            "on it"
+        )
     scores = []
     for task, metrics in ours.tasks.items():
         if ours.task_hashes.get(task) != parents.task_hashes.get(task):
@@ -64,9 +67,15 @@ def compare_tasks(ours: TaskRun, parents: TaskRun) -> list[TaskScore]:
             )
         for metric, figures in metrics.items():
             if metric not in parents.tasks[task]:
-                raise DataError(f"task {task}: {parents.model} has no {metric}; run both with the same lm-eval")
+                raise DataError(
+                    f"task {task}: {parents.model} has no {metric}; run both with the same lm-eval"
+                )
             a, b = (run.samples.get(task, {}).get(metric, {}) for run in (ours, parents))
-            scores.append(_compare(task, metric, figures, parents.tasks[task][metric], a, b, ours.n_samples[task]))
+            scores.append(
+                _compare(
+                    task, metric, figures, parents.tasks[task][metric], a, b, ours.n_samples[task]
+                )
+            )
     return scores
 
 
@@ -89,7 +98,9 @@ def _compare(
     if a:
         difference_error = standard_error([x - y for x, y in zip(a, b, strict=True)])
         if recovery is not None:
-            recovery_error = standard_error([(x - recovery * y) / bad for x, y in zip(good_i, bad_i, strict=True)])
+            recovery_error = standard_error(
+                [(x - recovery * y) / bad for x, y in zip(good_i, bad_i, strict=True)]
+            )
     return TaskScore(
         task=task,
         metric=metric,
@@ -116,7 +127,9 @@ def _influences(
     """Influences of the same documents in the same order; two empty lists where they cannot be
     paired."""
     kinds = [ours.get("aggregation"), parents.get("aggregation")]
-    kind: Aggregation | None = next((name for name in (*PLAIN, *WEIGHTED) if kinds == [name, name]), None)
+    kind: Aggregation | None = next(
+        (name for name in (*PLAIN, *WEIGHTED) if kinds == [name, name]), None
+    )
     if kind is None or not our_values or our_values.keys() != parent_values.keys():
         return [], []
     a, b = (influence(kind, [run[i] for i in our_values]) for run in (our_values, parent_values))

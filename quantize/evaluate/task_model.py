@@ -1,4 +1,5 @@
-"""A loaded model as lm-eval sees it: its HFLM, with batches chosen by tokens and nothing printed."""
+"""A loaded model as lm-eval sees it: its HFLM, with batches chosen by
+tokens and nothing printed."""
 
 from __future__ import annotations
 
@@ -30,10 +31,11 @@ _Request = tuple[Any, list[int], list[int]]
 
 
 class TaskModel(HFLM):  # type: ignore[misc]
-    """HFLM around a model in memory. `batch_size` None: as many requests as the memory for logits holds.
+    """HFLM around a model in memory. `batch_size` None: as many requests as
+    the memory for logits holds.
 
-    Ranks divide the batches, not the documents, so that each batch is that of one process: every rank is to be given
-    all requests and gets all answers.
+    Ranks divide the batches, not the documents, so that each batch is that of one process: every
+    rank is to be given all requests and gets all answers.
     """
 
     def __init__(
@@ -46,7 +48,13 @@ class TaskModel(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.vocab: int = model.get_input_embeddings().weight.shape[0]
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=_ANY_NUMBER, **options)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=_ANY_NUMBER,
+            **options,
+        )
         self.fixed_batch = batch_size
         self.progress = progress
         self.ranks = ranks
@@ -68,12 +76,17 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 "name one with the model argument prefix_token_id=ID"
             )
         if not 0 <= token < self.vocab:
-            raise UsageError(f"prefix_token_id={token} is outside the model's vocabulary of {self.vocab}")
+            raise UsageError(
+                f"prefix_token_id={token} is outside the model's vocabulary of {self.vocab}"
+            )
         return token
 
     @torch.no_grad()
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """inps [B, T] → logits [B, T, V] in float32, so that no difference is lost in a rounded softmax."""
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """inps [B, T] → logits [B, T, V] in float32, so that no difference is
+        lost in a rounded softmax."""
         return logits_of(self.model, inps).float()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
@@ -93,14 +106,20 @@ class TaskModel(HFLM):  # type: ignore[misc]
         try:
             texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         except AssertionError as err:
-            raise UsageError(f"{' '.join(str(err).split())}; these tasks need a longer max_length") from None
+            raise UsageError(
+                f"{' '.join(str(err).split())}; these tasks need a longer max_length"
+            ) from None
         finally:
             self.batch_size_per_gpu = _ANY_NUMBER
-        texts = [next(filter(None, found), "") for found in zip(*self.ranks.gathered(texts), strict=True)]
+        texts = [
+            next(filter(None, found), "") for found in zip(*self.ranks.gathered(texts), strict=True)
+        ]
         self.progress("generating", len(requests), len(requests))
         return texts
 
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
         """context [B, T] → tokens [B, T + …]; nothing is added to a batch of another rank."""
         batch, self._generated = self._generated, self._generated + 1
         # What is drawn at random hangs on all that was drawn before: every rank makes it.
@@ -113,15 +132,23 @@ class TaskModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = True, override_bs: Any = None
     ) -> list[Scored]:
-        """Score (_, context, continuation) token lists, longest first, in batches that fit the memory."""
+        """Score (_, context, continuation) token lists, longest first, in
+        batches that fit the memory."""
         self._check(requests)
-        order = sorted(range(len(requests)), key=lambda i: (-_length(requests[i]), requests[i][1] + requests[i][2]))
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (-_length(requests[i]), requests[i][1] + requests[i][2]),
+        )
         scores: list[Scored] = [(0.0, False)] * len(requests)
         at = 0
         while at < len(order):
             self.progress("scoring", at, len(order))
             batches = self._batches(requests, order, at)
-            mine = [requests[i] for i in batches[self.ranks.rank]] if self.ranks.rank < len(batches) else []
+            mine = (
+                [requests[i] for i in batches[self.ranks.rank]]
+                if self.ranks.rank < len(batches)
+                else []
+            )
             for batch, found in zip(batches, self.ranks.gathered(self._scored(mine)), strict=False):
                 if found is None:
                     self._shrink(len(batch), _length(requests[batch[0]]))
@@ -131,10 +158,15 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 at += len(batch)
         self.progress("scoring", len(order), len(order))
         if not all(math.isfinite(score) for score, _ in scores):
-            raise ModelError("the model's logits are not finite; its weights are damaged or the dtype is too narrow")
+            raise ModelError(
+                "the model's logits are not finite; its weights are damaged or the dtype is too "
+                "narrow"
+            )
         return scores
 
-    def _batches(self, requests: Sequence[_Request], order: Sequence[int], at: int) -> list[list[int]]:
+    def _batches(
+        self, requests: Sequence[_Request], order: Sequence[int], at: int
+    ) -> list[list[int]]:
         """The next batch of each rank, as indices, from order[at] on; fewer batches at the end."""
         batches: list[list[int]] = []
         while at < len(order) and len(batches) < self.ranks.size:
@@ -152,7 +184,8 @@ class TaskModel(HFLM):  # type: ignore[misc]
         return [(float(score), bool(greedy)) for score, greedy in found]
 
     def _shrink(self, count: int, length: int) -> None:
-        """Make batches half of one of `count` requests of at most `length` tokens; UsageError for a single one."""
+        """Make batches half of one of `count` requests of at most `length` tokens;
+        UsageError for a single one."""
         if count == 1:
             raise self._too_long(length)
         self._tokens_at_once = max(1, length * count // 2)
@@ -179,7 +212,8 @@ class TaskModel(HFLM):  # type: ignore[misc]
             check_vocab(torch.tensor([context + continuation]), self.vocab)
             if not 0 < len(continuation) <= self.max_length:
                 raise DataError(
-                    f"a text to score has {len(continuation)} tokens; 1 to {self.max_length} (max_length) can be scored"
+                    f"a text to score has {len(continuation)} tokens; 1 to {self.max_length} "
+                    "(max_length) can be scored"
                 )
         longest = min(self.max_length, max(map(_length, requests), default=1))
         if self.device.type == "cpu" and longest * self.vocab * 4 * _COPIES > _physical_memory():
@@ -189,8 +223,10 @@ class TaskModel(HFLM):  # type: ignore[misc]
     def _too_long(self, tokens: int) -> UsageError:
         tokens = min(tokens, self.max_length)
         return UsageError(
-            f"the logits of a window of {tokens} tokens ({tokens * self.vocab * 4 * _COPIES / 1e9:.0f} GB) do not fit "
-            f"the memory of {self.device}; lower it with the model argument max_length={max(1, min(2048, tokens // 4))}"
+            f"the logits of a window of {tokens} tokens "
+            f"({tokens * self.vocab * 4 * _COPIES / 1e9:.0f} GB) do not fit the memory of "
+            f"{self.device}; lower it with the model argument "
+            f"max_length={max(1, min(2048, tokens // 4))}"
         )
 
 
@@ -252,14 +288,17 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
 def model_options(arguments: Mapping[str, str], others: Sequence[str] = ()) -> dict[str, Any]:
     """Turn `k=v` model arguments into HFLM's keyword arguments.
 
-    others: further keys, for the message alone. UsageError for a key that this lm-eval lacks and for a bad value.
+    others: further keys, for the message alone. UsageError for a key that this
+    lm-eval lacks and for a bad value.
     """
     accepted = set(inspect.signature(HFLM.__init__).parameters)
     known = [key for key in _ARGUMENTS if key in accepted]
     options: dict[str, Any] = {}
     for key, text in arguments.items():
         if key not in known:
-            raise UsageError(f"model argument {key}={text}: unknown; choose among {', '.join([*others, *known])}")
+            raise UsageError(
+                f"model argument {key}={text}: unknown; choose among {', '.join([*others, *known])}"
+            )
         says, parse = _ARGUMENTS[key]
         try:
             options[key] = parse(text)

@@ -16,12 +16,14 @@ from quantize.evaluate.task_scores import Value, aggregation_of, influence, stan
 
 @dataclass(frozen=True)
 class TaskRun:
-    """Scores of one model; plain data, so `dataclasses.asdict` is its JSON form and `TaskRun(**json)` reads it."""
+    """Scores of one model; plain data, so `dataclasses.asdict` is its JSON form and
+    `TaskRun(**json)` reads it."""
 
     model: str
     tasks: dict[str, dict[str, dict[str, Any]]]
-    """task → metric → {"value", "stderr", "higher_is_better", "aggregation"}, groups included; a filter of lm-eval's
-    other than `none` follows the metric's name after a comma. stderr and aggregation are None where not known."""
+    """task → metric → {"value", "stderr", "higher_is_better", "aggregation"}, groups included; a
+    filter of lm-eval's other than `none` follows the metric's name after a comma. stderr and
+    aggregation are None where not known."""
     n_samples: dict[str, int]
     """Documents scored."""
     num_fewshot: dict[str, int]
@@ -49,25 +51,43 @@ def figures_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of TaskRun that come from lm-eval's results."""
     samples = {task: _values(records) for task, records in results["samples"].items()}
     hashes = {task: _hash(records) for task, records in results["samples"].items()}
-    counts = {task: len({record["doc_id"] for record in records}) for task, records in results["samples"].items()}
+    counts = {
+        task: len({record["doc_id"] for record in records})
+        for task, records in results["samples"].items()
+    }
     reported = {**results["results"], **results.get("groups", {})}
     groups = {name: _members(name, results["group_subtasks"]) for name in results.get("groups", {})}
     for name, members in groups.items():
         samples[name] = _pooled([(member, samples[member]) for member in members])
-        hashes[name] = hashlib.sha256("".join(hashes[member] for member in members).encode()).hexdigest()
+        hashes[name] = hashlib.sha256(
+            "".join(hashes[member] for member in members).encode()
+        ).hexdigest()
         counts[name] = sum(counts[member] for member in members)
     tasks: dict[str, dict[str, dict[str, Any]]] = {}
     for name in (n for n in reported if n in samples):
-        tasks[name] = _metrics(reported[name], results["higher_is_better"].get(name, {}), samples[name])
-        # Values that no standard error can be made of, or that are not this metric's, are of no use to a reader.
-        samples[name] = {m: v for m, v in samples[name].items() if m in tasks[name] and tasks[name][m]["aggregation"]}
+        tasks[name] = _metrics(
+            reported[name], results["higher_is_better"].get(name, {}), samples[name]
+        )
+        # Values that no standard error can be made of, or that are not this
+        # metric's, are of no use to a reader.
+        samples[name] = {
+            m: v
+            for m, v in samples[name].items()
+            if m in tasks[name] and tasks[name][m]["aggregation"]
+        }
     return {
         "tasks": tasks,
         "samples": {name: samples[name] for name in tasks},
         "n_samples": {name: counts[name] for name in tasks},
-        "num_fewshot": {name: int(n) for name, n in results["n-shot"].items() if name in tasks and isinstance(n, int)},
+        "num_fewshot": {
+            name: int(n)
+            for name, n in results["n-shot"].items()
+            if name in tasks and isinstance(n, int)
+        },
         "groups": groups,
-        "task_versions": {name: str(version) for name, version in results["versions"].items() if name in tasks},
+        "task_versions": {
+            name: str(version) for name, version in results["versions"].items() if name in tasks
+        },
         "task_hashes": {name: hashes[name] for name in tasks},
     }
 
@@ -85,7 +105,9 @@ def _values(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Value]]
                 continue
             if len(numbers) == 2 or not isinstance(value, (tuple, list)):
                 name = _metric_name(metric, str(record.get("filter", "none")))
-                found.setdefault(name, {})[str(record["doc_id"])] = numbers if len(numbers) == 2 else numbers[0]
+                found.setdefault(name, {})[str(record["doc_id"])] = (
+                    numbers if len(numbers) == 2 else numbers[0]
+                )
     return found
 
 
@@ -95,17 +117,31 @@ def _metric_name(metric: str, chosen_filter: str) -> str:
 
 def _members(group: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
     """Tasks of a group, those of groups inside it included."""
-    return [leaf for name in subtasks.get(group, ()) for leaf in (_members(name, subtasks) or [name])]
+    return [
+        leaf for name in subtasks.get(group, ()) for leaf in (_members(name, subtasks) or [name])
+    ]
 
 
-def _pooled(members: Sequence[tuple[str, Mapping[str, Mapping[str, Value]]]]) -> dict[str, dict[str, Value]]:
-    """Documents of all members as one task; a group that is no mean over them fails to be recognized as one later."""
-    shared = [metric for metric in members[0][1] if all(metric in values for _, values in members)] if members else []
-    return {m: {f"{task}/{i}": v for task, values in members for i, v in values[m].items()} for m in shared}
+def _pooled(
+    members: Sequence[tuple[str, Mapping[str, Mapping[str, Value]]]],
+) -> dict[str, dict[str, Value]]:
+    """Documents of all members as one task; a group that is no mean over them fails to
+    be recognized as one later."""
+    shared = (
+        [metric for metric in members[0][1] if all(metric in values for _, values in members)]
+        if members
+        else []
+    )
+    return {
+        m: {f"{task}/{i}": v for task, values in members for i, v in values[m].items()}
+        for m in shared
+    }
 
 
 def _metrics(
-    reported: Mapping[str, Any], directions: Mapping[str, Any], values: Mapping[str, Mapping[str, Value]]
+    reported: Mapping[str, Any],
+    directions: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Value]],
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for key, value in reported.items():
@@ -117,7 +153,9 @@ def _metrics(
         aggregation = aggregation_of(documents, float(value))
         figures[name] = {
             "value": float(value),
-            "stderr": None if aggregation is None else standard_error(influence(aggregation, documents)),
+            "stderr": None
+            if aggregation is None
+            else standard_error(influence(aggregation, documents)),
             "higher_is_better": bool(directions.get(metric, True)),
             "aggregation": aggregation,
         }
@@ -126,7 +164,9 @@ def _metrics(
 
 def _hash(records: Sequence[Mapping[str, Any]]) -> str:
     keys = ("doc_id", "filter", "doc_hash", "prompt_hash", "target_hash")
-    return hashlib.sha256(json.dumps([[str(r.get(key)) for key in keys] for r in records]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([[str(r.get(key)) for key in keys] for r in records]).encode()
+    ).hexdigest()
 
 
 def make_folder(folder: Path) -> None:
@@ -134,11 +174,14 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise OutputError(f"{folder}: cannot be made ({err.strerror}); give another folder for the samples") from None
+        raise OutputError(
+            f"{folder}: cannot be made ({err.strerror}); give another folder for the samples"
+        ) from None
 
 
 def write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write folder/samples_TASK.jsonl, one document a line (and filter), with the keys of lm-eval's own files."""
+    """Write folder/samples_TASK.jsonl, one document a line (and filter), with the
+    keys of lm-eval's own files."""
     for task, records in samples.items():
         path = folder / f"samples_{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.jsonl"
         try:

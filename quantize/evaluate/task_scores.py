@@ -1,9 +1,10 @@
 """Statistics of task scores: standard errors of every metric that is understood.
 
-Every metric that is understood here is a smooth function of means over documents. `influence` linearizes it: the value
-moves by influence/n when one document's weight rises by one part in n. Standard errors are those of the mean of the
-influences (the delta method). For two models on the same documents the influences of a difference or a ratio are formed
-per document first, so what both models share (hard documents) cancels.
+Every metric that is understood here is a smooth function of means over documents. `influence`
+linearizes it: the value moves by influence/n when one document's weight rises by one part in n.
+Standard errors are those of the mean of the influences (the delta method). For two models on the
+same documents the influences of a difference or a ratio are formed per document first, so what both
+models share (hard documents) cancels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 Aggregation = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
-"""Names as in lm-eval. perplexity: exp(−mean). weighted_perplexity: exp(−Σx/Σw). bits_per_byte: −Σx/Σw/ln 2."""
+"""Names as in lm-eval. perplexity: exp(−mean). weighted_perplexity: exp(−Σx/Σw).
+bits_per_byte: −Σx/Σw/ln 2."""
 
 Value = float | Sequence[float]
 """What one document gives: a number, or (log-likelihood, its number of words or bytes)."""
@@ -45,8 +47,9 @@ def aggregate(aggregation: Aggregation, values: Sequence[Value]) -> float:
 def influence(aggregation: Aggregation, values: Sequence[Value]) -> list[float]:
     """n × the derivative of the metric by each document's weight; sums to zero.
 
-    With documents (x, w), mean ratio r = Σx/Σw (w = 1 for plain numbers): (x − r w) / mean(w), times the derivative of
-    the metric by r, which is 1, −metric for perplexities and −1/ln 2 for bits per byte.
+    With documents (x, w), mean ratio r = Σx/Σw (w = 1 for plain numbers): (x − r w) /
+    mean(w), times the derivative of the metric by r, which is 1, −metric for perplexities
+    and −1/ln 2 for bits per byte.
     """
     pairs = _pairs(values)
     ratio = _ratio(values)
@@ -58,7 +61,8 @@ def influence(aggregation: Aggregation, values: Sequence[Value]) -> list[float]:
 
 
 def standard_error(influences: Sequence[float]) -> float | None:
-    """Standard error of a metric from its influences: sqrt(Σ² / (n (n − 1))); None below two documents."""
+    """Standard error of a metric from its influences: sqrt(Σ² / (n (n − 1)));
+    None below two documents."""
     n = len(influences)
     if n < 2:
         return None
@@ -66,7 +70,9 @@ def standard_error(influences: Sequence[float]) -> float | None:
 
 
 def _pairs(values: Sequence[Value]) -> list[tuple[float, float]]:
-    return [(value[0], value[1]) if isinstance(value, Sequence) else (value, 1.0) for value in values]
+    return [
+        (value[0], value[1]) if isinstance(value, Sequence) else (value, 1.0) for value in values
+    ]
 
 
 def _ratio(values: Sequence[Value]) -> float:

@@ -1,4 +1,5 @@
-"""What `--tasks` names: offline templates filled with a local file, task files, tasks of lm-eval's library."""
+"""What `--tasks` names: offline templates filled with a local file, task files,
+tasks of lm-eval's library."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _HOW = (
 
 
 class Rows(list[dict[str, Any]]):
-    """Documents of one file in the form lm-eval expects of a data set: a list that knows its columns."""
+    """Documents of one file in the form lm-eval expects of a data set: a
+    list that knows its columns."""
 
     @property
     def features(self) -> dict[str, str]:
@@ -38,7 +40,8 @@ class Source:
     wanted: str
     """As the user wrote it."""
     name: str
-    """Of its results; for a task file or a name of the library lm-eval may report several, other names."""
+    """Of its results; for a task file or a name of the library lm-eval may
+    report several, other names."""
     config: dict[str, Any] | None = None
     """lm-eval's configuration of an offline task."""
     rows: Rows | None = None
@@ -48,9 +51,11 @@ class Source:
 
 
 def resolve(tasks: Sequence[str]) -> list[Source]:
-    """Read every local file that `tasks` names, before any model is loaded; nothing here touches the network.
+    """Read every local file that `tasks` names, before any model is loaded;
+    nothing here touches the network.
 
-    UsageError for unknown names and for two results of one name, DataError (with the line) for files that do not fit.
+    UsageError for unknown names and for two results of one name, DataError (with the
+    line) for files that do not fit.
     """
     if not tasks:
         raise UsageError(f"no task given; {_how()}")
@@ -59,8 +64,8 @@ def resolve(tasks: Sequence[str]) -> list[Source]:
     for source in sources:
         if source.name in first:
             raise UsageError(
-                f"tasks {first[source.name]} and {source.wanted} would both report as {source.name!r}; "
-                "run them one at a time or rename a file"
+                f"tasks {first[source.name]} and {source.wanted} would both report as "
+                f"{source.name!r}; run them one at a time or rename a file"
             )
         first[source.name] = source.wanted
     return sources
@@ -83,7 +88,9 @@ def _source(task: str) -> Source:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise DataError(f"{task}: no such task file; {_how()}")
-        return Source(task, path.stem, path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        return Source(
+            task, path.stem, path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
     if colon or path.suffix in (".jsonl", ".txt") or "/" in task:
         close = difflib.get_close_matches(template, templates(), n=1) if colon else []
         hint = f"did you mean {close[0]}:{file}? " if close else ""
@@ -107,7 +114,9 @@ def _offline(task: str, template: str, path: Path) -> Source:
     try:
         data = path.read_bytes()
     except OSError as err:
-        raise DataError(f"task {task}: {path} cannot be read ({err.strerror}); check the path") from None
+        raise DataError(
+            f"task {task}: {path} cannot be read ({err.strerror}); check the path"
+        ) from None
     config = strict_yaml.load(templates()[template].read_bytes(), template).data
     fields: dict[str, str] = config["metadata"].pop("fields")
     rows = Rows(_rows(path, data, fields))
@@ -122,7 +131,9 @@ def _rows(path: Path, data: bytes, fields: Mapping[str, str]) -> Iterator[dict[s
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         bad = data.count(b"\n", 0, err.start) + 1
-        raise DataError(f"{path} line {bad}: not UTF-8 ({err.reason}); convert the file to UTF-8") from None
+        raise DataError(
+            f"{path} line {bad}: not UTF-8 ({err.reason}); convert the file to UTF-8"
+        ) from None
     if path.suffix == ".txt" and fields == {"text": "text"}:
         yield {"text": _text(text, str(path))}
         return
@@ -139,7 +150,10 @@ def _rows(path: Path, data: bytes, fields: Mapping[str, str]) -> Iterator[dict[s
         if missing := [name for name in fields if name not in row]:
             raise DataError(f"{where}: no field {missing[0]!r}; each line is {_example(fields)}")
         # Other fields are left out: they are of no use, and results need not repeat them.
-        yield {name: _CHECKS[kind](row[name], f"{where}, field {name!r}", row) for name, kind in fields.items()}
+        yield {
+            name: _CHECKS[kind](row[name], f"{where}, field {name!r}", row)
+            for name, kind in fields.items()
+        }
 
 
 def _example(fields: Mapping[str, str]) -> str:
@@ -158,9 +172,12 @@ def _text(value: object, where: str, row: Mapping[str, Any] | None = None) -> st
 
 
 def _words(value: object, where: str, row: Mapping[str, Any] | None = None) -> str:
-    text = _text(value, where).rstrip()  # else the last word, which is the one to predict, would be empty
+    # else the last word, which is the one to predict, would be empty
+    text = _text(value, where).rstrip()
     if " " not in text.strip():
-        raise DataError(f"{where}: the last word is predicted from those before it, so give at least two words")
+        raise DataError(
+            f"{where}: the last word is predicted from those before it, so give at least two words"
+        )
     return text
 
 
@@ -189,13 +206,16 @@ _CHECKS: dict[str, Callable[[Any, str, Mapping[str, Any]], Any]] = {
 def load_tasks(sources: Sequence[Source]) -> dict[str, Any]:
     """Build lm-eval's tasks: {"tasks": …, "groups": …}, as its `evaluate` takes them.
 
-    Only names of its library may need the network. DataError names the task that cannot be loaded and says why.
+    Only names of its library may need the network. DataError names the task that
+    cannot be loaded and says why.
     """
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     for source in sources:
         for kind, found in _load(source).items():
             if doubled := set(found) & set(loaded[kind]):
-                raise UsageError(f"task {source.wanted} holds {min(doubled)}, which another task holds too")
+                raise UsageError(
+                    f"task {source.wanted} holds {min(doubled)}, which another task holds too"
+                )
             loaded[kind].update(found)
     return loaded
 
@@ -214,7 +234,8 @@ def _load(source: Source) -> dict[str, Any]:
             raise DataError(f"task file {source.path}: lm-eval cannot load it ({reason})") from err
         raise DataError(
             f"task {source.name}: its data cannot be loaded from the Hugging Face Hub ({reason}). "
-            f"Check the network, or use a local file as TEMPLATE:FILE with TEMPLATE among {', '.join(templates())}"
+            "Check the network, or use a local file as TEMPLATE:FILE with TEMPLATE among "
+            f"{', '.join(templates())}"
         ) from err
 
 
@@ -228,7 +249,9 @@ def _from_lm_eval(source: Source) -> dict[str, Any]:
         spec = str(source.path)
         manager = TaskManager(include_defaults=False)
         if re.search(r"^group\s*:", source.path.read_text(encoding="utf-8"), re.MULTILINE):
-            raise DataError(f"task file {source.path} holds a group; give the files of its tasks instead")
+            raise DataError(
+                f"task file {source.path} holds a group; give the files of its tasks instead"
+            )
     found: dict[str, Any] = manager.load([spec])
     return {key: found[key] for key in ("tasks", "groups") if key in found}
 
@@ -237,7 +260,8 @@ def _offline_task(source: Source) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     class OfflineTask(ConfigurableTask):  # type: ignore[misc]
-        """A task whose documents are already read; the data sets library, its cache and the Hub stay out of it."""
+        """A task whose documents are already read; the data sets library, its cache
+        and the Hub stay out of it."""
 
         def download(self, *args: Any, **kwargs: Any) -> None:
             self.dataset = {"test": source.rows}

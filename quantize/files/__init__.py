@@ -1,1 +1,2 @@
-"""Reading and writing files: checkpoints, provenance, the state of a stopped run, strict JSON and YAML."""
+"""Reading and writing files: checkpoints, provenance, the state of a stopped
+run, strict JSON and YAML."""

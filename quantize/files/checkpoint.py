@@ -18,7 +18,8 @@ from quantize.files import strict_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_COMPUTED = (".rotary_emb.inv_freq",)  # buffers that early Llama checkpoints store and models compute anew
+# buffers that early Llama checkpoints store and models compute anew
+_COMPUTED = (".rotary_emb.inv_freq",)
 _MAX_JSON = 64 << 20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,13 +28,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object; ModelError names the file and what is wrong with it."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{path}: larger than {_MAX_JSON >> 20} MiB, not a model's {path.name}")
+            raise ModelError(
+                f"{path}: larger than {_MAX_JSON >> 20} MiB, not a model's {path.name}"
+            )
         if not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path}: is no plain file; put the model's own {path.name} there")
         data = strict_json.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: not found; give a folder that holds a Hugging Face model") from None
-    except (OSError, ValueError, RecursionError) as err:  # ValueError: no UTF-8, no JSON, or a number of 4300 digits
+        raise ModelError(
+            f"{path}: not found; give a folder that holds a Hugging Face model"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as err:  # ValueError: no UTF-8, no JSON, or a number of 4300 digits
         raise ModelError(f"{path}: cannot be read as JSON ({err})") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path}: expected a JSON object")
@@ -43,7 +52,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:
@@ -57,17 +70,22 @@ def _digest(file: Any) -> str:
 class Checkpoint:
     """A folder with config.json and safetensors weights. Opens shards only while tensors are read.
 
-    Raises ModelError for pickles, missing, truncated or escaping shards, and tensors that are listed but not there.
+    Raises ModelError for pickles, missing, truncated or escaping shards, and tensors
+    that are listed but not there.
     Links are followed within the folder and to the Hub cache's blobs, nowhere else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise ModelError(f"{folder}: no such folder; give a local model folder or a Hub id (org/name)")
+            raise ModelError(
+                f"{folder}: no such folder; give a local model folder or a Hub id (org/name)"
+            )
         self.config = read_json(self._inside(folder / "config.json"))
         if place := strict_json.not_finite(self.config):
-            raise ModelError(f"{folder}/config.json: {place} is not a finite number; give the original file")
+            raise ModelError(
+                f"{folder}/config.json: {place} is not a finite number; give the original file"
+            )
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of every tensor by name, from the headers alone."""
         self._where = self._read_index()
@@ -77,7 +95,9 @@ class Checkpoint:
         index = self.folder / INDEX_NAME
         if index.exists():
             weight_map = read_json(self._inside(index)).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(v, str) for v in weight_map.values()
+            ):
                 raise ModelError(f"{index}: weight_map must map tensor names to shard files")
             where = dict(weight_map)
         elif (self.folder / SINGLE_NAME).exists():
@@ -88,44 +108,60 @@ class Checkpoint:
         for shard, shapes in held.items():
             listed, present = {name for name, s in where.items() if s == shard}, set(shapes)
             if missing := sorted(listed - present):
-                raise ModelError(f"{self.folder / shard}: tensor {missing[0]} is in the index but not in the shard")
+                raise ModelError(
+                    f"{self.folder / shard}: tensor {missing[0]} is in the index but not in the "
+                    "shard"
+                )
             if extra := sorted(present - listed):
                 raise ModelError(
-                    f"{self.folder / shard}: tensor {extra[0]} is in the shard but the index places it "
-                    f"in {where.get(extra[0], 'no file')}; the checkpoint is inconsistent, download it again"
+                    f"{self.folder / shard}: tensor {extra[0]} is in the shard but the index "
+                    f"places it in {where.get(extra[0], 'no file')}; the checkpoint is "
+                    "inconsistent, download it again"
                 )
         if not where:
             raise ModelError(f"{self.folder}: the checkpoint holds no tensors")
-        self.shapes = {n: s for shapes in held.values() for n, s in shapes.items() if not n.endswith(_COMPUTED)}
+        self.shapes = {
+            n: s for shapes in held.values() for n, s in shapes.items() if not n.endswith(_COMPUTED)
+        }
         return {name: shard for name, shard in where.items() if name in self.shapes}
 
     def _no_weights(self) -> str:
         pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
         if pickles:
             return (
-                f"{self.folder / pickles[0]}: pickle weights can run code and are not read; convert them first "
-                "(load in transformers and save_pretrained with safe_serialization=True)"
+                f"{self.folder / pickles[0]}: pickle weights can run code and are not read; "
+                "convert them first (load in transformers and save_pretrained with "
+                "safe_serialization=True)"
             )
         return f"{self.folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}"
 
     def _shard_path(self, shard: str) -> Path:
         path = self.folder / shard
-        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or not _is_file_name(shard):
+        if (
+            Path(shard).name != shard
+            or shard in ("", ".", "..")
+            or "\\" in shard
+            or not _is_file_name(shard)
+        ):
             raise ModelError(
-                f"{self.folder / INDEX_NAME}: shard {shard[:80]!r} is not a plain file name; refusing to follow it"
+                f"{self.folder / INDEX_NAME}: shard {shard[:80]!r} is not a plain file name; "
+                "refusing to follow it"
             )
         if not path.is_file():
             raise ModelError(f"{path}: shard is missing; download the checkpoint again")
         return self._inside(path)
 
     def _inside(self, path: Path) -> Path:
-        # The Hub cache links files to blobs beside the snapshot; anything else that leaves the folder is refused.
+        # The Hub cache links files to blobs beside the snapshot; anything else that
+        # leaves the folder is refused.
         try:
             target, root = path.resolve(), self.folder.resolve()
         except (OSError, RuntimeError):
             raise ModelError(f"{path}: is a link to itself; download it again") from None
         if not target.is_relative_to(root) and target.parent != (root.parent.parent / "blobs"):
-            raise ModelError(f"{path}: links to {target}, outside the model folder; copy the file there instead")
+            raise ModelError(
+                f"{path}: links to {target}, outside the model folder; copy the file there instead"
+            )
         return path
 
     def _shapes_in(self, shard: str) -> dict[str, tuple[int, ...]]:
@@ -134,7 +170,9 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as err:
-            raise ModelError(f"{path}: not a readable safetensors file ({err}); download it again") from None
+            raise ModelError(
+                f"{path}: not a readable safetensors file ({err}); download it again"
+            ) from None
         header_entries(path)  # the library takes the last of two tensors of one name
         return shapes
 
@@ -151,7 +189,9 @@ class Checkpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose names start with `prefix`, keyed by the rest of their names."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self._read(self.names(prefix))}
+        return {
+            name.removeprefix(prefix): tensor for name, tensor in self._read(self.names(prefix))
+        }
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         by_shard: dict[str, list[str]] = {}
@@ -162,7 +202,8 @@ class Checkpoint:
         for shard, wanted in by_shard.items():
             path = self._shard_path(shard)
             try:
-                # The map is closed after each read: resident memory stays bounded by what is asked for.
+                # The map is closed after each read: resident memory stays
+                # bounded by what is asked for.
                 with safe_open(path, framework="pt") as file:
                     for name in wanted:
                         yield name, file.get_tensor(name).clone()
@@ -170,21 +211,31 @@ class Checkpoint:
                 raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
 
     def require_finite(self) -> None:
-        """ModelError for a tensor that cannot be quantized (`require_finite_floats`); memory holds one at a time."""
+        """ModelError for a tensor that cannot be quantized (`require_finite_floats`);
+        memory holds one at a time."""
         for name, tensor in self._read(self.names()):
             require_finite_floats({name: tensor}, "")
 
     def side_files(self) -> list[Path]:
-        """Every file that is not a weight, its index or config.json: tokenizer, templates, licence, …
+        """Every file that is not a weight, its index or config.json:
+        tokenizer, templates, licence, …
 
-        ModelError for one that may not be read, and for a link that leaves the folder: a copy would hold its target.
+        ModelError for one that may not be read, and for a link that leaves the folder:
+        a copy would hold its target.
         """
         skip = {INDEX_NAME, "config.json", "pq.json", "pq-statistics.json", *self.shards}
-        weights = {p for pattern in ("*.safetensors", "*.gguf", *_PICKLES) for p in self.folder.glob(pattern)}
+        weights = {
+            p
+            for pattern in ("*.safetensors", "*.gguf", *_PICKLES)
+            for p in self.folder.glob(pattern)
+        }
         found = sorted(
             self._inside(p)
             for p in self.folder.iterdir()
-            if p.is_file() and p not in weights and p.name not in skip and not p.name.startswith(".")
+            if p.is_file()
+            and p not in weights
+            and p.name not in skip
+            and not p.name.startswith(".")
         )
         if closed := [path for path in found if not os.access(path, os.R_OK)]:
             raise ModelError(f"{closed[0]}: may not be read; change its permissions, or remove it")
@@ -196,10 +247,13 @@ class Checkpoint:
 
 
 def header_entries(path: Path) -> dict[str, Any]:
-    """The JSON header of a shard that the safetensors library accepts; ModelError where a name stands twice."""
+    """The JSON header of a shard that the safetensors library accepts; ModelError
+    where a name stands twice."""
     try:
         with path.open("rb") as file:
-            entries: dict[str, Any] = strict_json.parse(file.read(int.from_bytes(file.read(8), "little")).decode())
+            entries: dict[str, Any] = strict_json.parse(
+                file.read(int.from_bytes(file.read(8), "little")).decode()
+            )
     except (OSError, ValueError, RecursionError) as err:
         raise ModelError(f"{path}: its header cannot be read ({err}); download it again") from None
     return entries
@@ -214,12 +268,13 @@ def _is_file_name(name: str) -> bool:
 
 
 def require_finite_floats(tensors: dict[str, Tensor], where: str) -> None:
-    """ModelError for a tensor that holds NaN or Inf, or is not a float the pipeline can quantize."""
+    """ModelError for a tensor that holds NaN or Inf, or is not a float
+    the pipeline can quantize."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
             raise ModelError(
-                f"{where}{name}: dtype {str(tensor.dtype).removeprefix('torch.')} is not a plain float; "
-                "the source seems to be quantized already, give the original model"
+                f"{where}{name}: dtype {str(tensor.dtype).removeprefix('torch.')} is not a plain "
+                "float; the source seems to be quantized already, give the original model"
             )
         # In pieces: the work space of isfinite is larger than the tensor, and embeddings are large.
         if not all(torch.isfinite(piece).all() for piece in torch.split(tensor.flatten(), 1 << 24)):

@@ -20,16 +20,23 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: no space left on the disk; free some or give another --output") from None
+            raise OutputError(
+                f"{path}: no space left on the disk; free some or give another --output"
+            ) from None
         raise OutputError(f"{path}: cannot be written ({err.strerror or err})") from None
     except SafetensorError as err:
         full = "No space left" in str(err)
-        reason = "no space left on the disk; free some or give another --output" if full else f"not written ({err})"
+        reason = (
+            "no space left on the disk; free some or give another --output"
+            if full
+            else f"not written ({err})"
+        )
         raise OutputError(f"{path}: {reason}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it appears whole or not at all; folders are made. OutputError when it cannot be."""
+    """Write a small file so that it appears whole or not at all; folders are made.
+    OutputError when it cannot be."""
     with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
@@ -41,7 +48,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to a file, or the names in a folder, would survive a power cut."""
+    """Return when what was written to a file, or the names in a folder,
+    would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -19,8 +19,10 @@ class Header:
 
 
 def tensor_headers(source: Checkpoint) -> dict[str, Header]:
-    """Header of every tensor of a checkpoint by full name; ModelError for a shard that cannot be read."""
-    # `Checkpoint` had the safetensors library check every header; the library does not tell byte ranges.
+    """Header of every tensor of a checkpoint by full name; ModelError for a
+    shard that cannot be read."""
+    # `Checkpoint` had the safetensors library check every header; the
+    # library does not tell byte ranges.
     out: dict[str, Header] = {}
     for shard in source.shards:
         for name, entry in header_entries(source.folder / shard).items():
@@ -31,8 +33,11 @@ def tensor_headers(source: Checkpoint) -> dict[str, Header]:
 
 
 def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
-    """[N, K] of the linears whose planes alone do not tell it, by full name, from the note beside them."""
-    planes = [name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")]
+    """[N, K] of the linears whose planes alone do not tell it, by full name,
+    from the note beside them."""
+    planes = [
+        name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")
+    ]
     notes = {name: headers.get(f"{name}.weight_shape") for name in planes}
     found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
     sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}

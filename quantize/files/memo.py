@@ -1,4 +1,5 @@
-"""Costly results kept on the disk under the hash of what they follow from, so that a stopped run can pick them up."""
+"""Costly results kept on the disk under the hash of what they follow from, so that a
+stopped run can pick them up."""
 
 from __future__ import annotations
 
@@ -32,13 +33,15 @@ def digest(facts: Any, tensors: Iterable[Tensor]) -> str:
 
 
 class Memo:
-    """A folder of results, one file each; without a folder it remembers nothing. Of several ranks the first has it."""
+    """A folder of results, one file each; without a folder it remembers nothing. Of
+    several ranks the first has it."""
 
     def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
         self.folder, self.ranks = folder, ranks
 
     def recall(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts kept under a key; None where there are none, or none that can be read."""
+        """Tensors and facts kept under a key; None where there are none,
+        or none that can be read."""
         if self.folder is None:
             return None
         tensors, facts = (self._read(key) if self.ranks.first else None) or ({}, None)
@@ -54,7 +57,8 @@ class Memo:
             return None
 
     def keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keep tensors and facts; the file appears whole or not at all. OutputError where the disk refuses."""
+        """Keep tensors and facts; the file appears whole or not at all.
+        OutputError where the disk refuses."""
         if self.folder is None or not self.ranks.first:
             return
         path = self._path(key)

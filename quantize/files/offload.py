@@ -1,4 +1,5 @@
-"""Where tensors wait that nothing is being computed with: hidden states in a file, weights in files or on the host.
+"""Where tensors wait that nothing is being computed with: hidden states in a file,
+weights in files or on the host.
 
 Files have no name: they are gone with the process, however it ends.
 """
@@ -28,7 +29,8 @@ _AT_ONCE = 1 << 30  # bytes of one write; Linux takes no more than 2 GiB
 
 
 class Spilled(MutableSequence[Tensor]):
-    """Hidden states in a file; each is mapped into memory when it is asked for, and for as long as it is held.
+    """Hidden states in a file; each is mapped into memory when it is asked for,
+    and for as long as it is held.
 
     A batch that takes the place of another must not be larger.
     OutputError where the disk is full.
@@ -56,7 +58,9 @@ class Spilled(MutableSequence[Tensor]):
         if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         size = shape.numel() * dtype.itemsize
-        view = mmap.mmap(self._file.fileno(), size, offset=self._slots[index][0], access=mmap.ACCESS_COPY)
+        view = mmap.mmap(
+            self._file.fileno(), size, offset=self._slots[index][0], access=mmap.ACCESS_COPY
+        )
         return torch.frombuffer(view, dtype=dtype).view(shape)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -97,7 +101,9 @@ class OnHost(list[Tensor]):
         super().__setitem__(index, value.cpu())
 
 
-def place_states(batches: Iterable[Tensor], place: Place, folder: Path | None) -> MutableSequence[Tensor]:
+def place_states(
+    batches: Iterable[Tensor], place: Place, folder: Path | None
+) -> MutableSequence[Tensor]:
     """Hidden states [B, T, D] of all batches, kept at `place`; folder: where files go."""
     if place == "disk":
         assert folder is not None
@@ -106,11 +112,11 @@ def place_states(batches: Iterable[Tensor], place: Place, folder: Path | None) -
 
 
 class Parking:
-    """Puts the matrices of a block away while they are not needed: from a CPU's memory into files, from another device
-    into host memory.
+    """Puts the matrices of a block away while they are not needed: from a CPU's memory into files,
+    from another device into host memory.
 
-    Weights in files are mapped, so that they stay what they were to all that reads them; what a linear read of them
-    leaves the memory when it has been called.
+    Weights in files are mapped, so that they stay what they were to all that reads them; what a
+    linear read of them leaves the memory when it has been called.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
@@ -118,7 +124,8 @@ class Parking:
         self._new: dict[int, _Home] = {}
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A matrix that is to be part of a block, put away before the next one is read; other tensors are placed."""
+        """A matrix that is to be part of a block, put away before the next one is read;
+        other tensors are placed."""
         if tensor.dim() != 2 or tensor.numel() < _LEAST:
             return tensor.to(self.device)
         home = _Home(tensor, self._folder)
@@ -128,7 +135,9 @@ class Parking:
 
     def away(self, *modules: nn.Module | None) -> None:
         """Put all matrices of the modules away."""
-        for module in (inner for outer in modules if outer is not None for inner in outer.modules()):
+        for module in (
+            inner for outer in modules if outer is not None for inner in outer.modules()
+        ):
             weight = _matrix(module)
             if weight is None:
                 continue
@@ -162,7 +171,10 @@ class _Home:
     def has(self, weight: Tensor) -> bool:
         """Whether these are the weights that wait here, and not others that took their place."""
         known = [self.tensor] if self.placed is None else [self.tensor, self.placed]
-        return any(weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype for tensor in known)
+        return any(
+            weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype
+            for tensor in known
+        )
 
     def leave(self) -> None:
         """Free the memory that is not the home's own."""
@@ -175,7 +187,8 @@ class _Home:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose matrices share their memory with those of the module, until either gets another."""
+    """A deep copy whose matrices share their memory with those of the module,
+    until either gets another."""
     memo: dict[int, Any] = {}
     for inner in module.modules():
         weight = _matrix(inner)
@@ -206,7 +219,8 @@ def _in_file(weight: Tensor, folder: Path) -> Tensor:
     with reported(folder):
         handle, name = tempfile.mkstemp(dir=folder)
         try:
-            os.posix_fallocate(handle, 0, size)  # a write to a mapping that the disk has no room for would kill us
+            # a write to a mapping that the disk has no room for would kill us
+            os.posix_fallocate(handle, 0, size)
             mapped = torch.from_file(name, shared=True, size=weight.numel(), dtype=weight.dtype)
         finally:
             os.close(handle)

@@ -30,7 +30,8 @@ def provenance_digest(data: Mapping[str, Any]) -> str:
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """pq.json of a checkpoint, None where there is none.
 
-    ModelError when it is no JSON object or a part that other code relies on is missing or of another type.
+    ModelError when it is no JSON object or a part that other code relies on
+    is missing or of another type.
     """
     path = folder / PROVENANCE
     if not path.exists():
@@ -76,6 +77,8 @@ _PARTS: Mapping[str, Callable[[Any], bool]] = {
     "calibration": lambda value: value is None or isinstance(value, dict),
     "bits_per_weight": _number,
     "dropped_sequences": _number,
-    "layers": lambda value: isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values()),
+    "layers": lambda value: (
+        isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values())
+    ),
     "files": _texts,
 }

@@ -1,4 +1,5 @@
-"""Where shipped data lies: inside the installed package, else beside it (editable install, checkout)."""
+"""Where shipped data lies: inside the installed package, else beside it
+(editable install, checkout)."""
 
 from __future__ import annotations
 
@@ -15,4 +16,6 @@ def data_dir(name: str) -> Path:
     for root in (_PACKAGE / "_data", _PACKAGE.parent):
         if (root / name).is_dir():
             return root / name
-    raise FileNotFoundError(f"{name}/ is neither in {_PACKAGE / '_data'} nor beside the package; reinstall pq")
+    raise FileNotFoundError(
+        f"{name}/ is neither in {_PACKAGE / '_data'} nor beside the package; reinstall pq"
+    )

@@ -1,9 +1,12 @@
-"""What a conversion keeps on the disk from block to block, so that a stopped or killed one goes on where it was.
+"""What a conversion keeps on the disk from block to block, so that a stopped or
+killed one goes on where it was.
 
-A folder holds the finished shards, files of tensors and one JSON file that names all of them with their hashes. The
-JSON file is replaced last, in one step, so that whatever the moment of a kill, it speaks of files that are whole.
+A folder holds the finished shards, files of tensors and one JSON file that names all of them with
+their hashes. The JSON file is replaced last, in one step, so that whatever the moment of a kill, it
+speaks of files that are whole.
 
-No random state is among it: every draw in a conversion comes from a generator that is seeded where it is used.
+No random state is among it: every draw in a conversion comes from a generator
+that is seeded where it is used.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, proven
 log = logging.getLogger(__name__)
 
 Resume = Literal["auto", "required", "never"]
-"""`auto`: go on where the state fits, else start anew; `required`: refuse to start anew; `never`: start anew, keep no
-state and remove that of an earlier run."""
+"""`auto`: go on where the state fits, else start anew; `required`: refuse to start anew; `never`:
+start anew, keep no state and remove that of an earlier run."""
 
 _FILE_BYTES = 1 << 28
 _LOCK, _STATE, _PARTIAL, _TENSORS = "lock", "state.json", "partial", "state-*.safetensors"
@@ -57,13 +60,18 @@ class _DamagedError(Exception):
 class StateFolder:
     """The state of one conversion. As a context manager it keeps other processes out.
 
-    Without a folder or a mode it does nothing, and leaves alone what others keep. Raises OutputError where another
-    process is at work in the folder, UsageError where state is required and there is none.
+    Without a folder or a mode it does nothing, and leaves alone what others keep.
+    Raises OutputError where another process is at work in the folder, UsageError where
+    state is required and there is none.
     """
 
     def __init__(self, folder: Path | None, mode: Resume | None) -> None:
         if mode == "required" and (folder is None or not (folder / _STATE).exists()):
-            where = f"no state is kept in {folder}" if folder else "without a work folder no state is kept"
+            where = (
+                f"no state is kept in {folder}"
+                if folder
+                else "without a work folder no state is kept"
+            )
             raise UsageError(f"--resume required: {where}; --resume auto starts anew")
         self.folder = folder if mode else None
         self.mode = mode
@@ -91,7 +99,9 @@ class StateFolder:
                 self.clear()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.folder is None or self._handle is None:
             return
         if not (self.folder / _STATE).exists():
@@ -101,7 +111,8 @@ class StateFolder:
         _remove_if_empty(self.folder)
 
     def take_up(self, fingerprint: Mapping[str, Any]) -> Kept | None:
-        """The state of an earlier run that `fingerprint` (JSON data) fits; None where the conversion starts anew.
+        """The state of an earlier run that `fingerprint` (JSON data) fits; None
+        where the conversion starts anew.
 
         UsageError names what does not fit where state is required.
         """
@@ -131,7 +142,8 @@ class StateFolder:
         tensors: Iterable[tuple[str, Tensor]],
         written: Mapping[str, Any],
     ) -> None:
-        """Replace the state by that after `blocks` blocks, in one step; OutputError where the disk refuses.
+        """Replace the state by that after `blocks` blocks, in one step;
+        OutputError where the disk refuses.
 
         tensors: taken and written a few at a time.
         """
@@ -156,7 +168,9 @@ class StateFolder:
         }
         with reported(self.folder / _STATE):
             part = self.folder / f"{_STATE}.part"
-            part.write_text(canonical_json(record | {DIGEST: provenance_digest(record)}), encoding="utf-8")
+            part.write_text(
+                canonical_json(record | {DIGEST: provenance_digest(record)}), encoding="utf-8"
+            )
             sync(part)
             part.replace(self.folder / _STATE)
             sync(self.folder)
@@ -170,7 +184,11 @@ class StateFolder:
             return
         shutil.rmtree(self.folder / _PARTIAL, ignore_errors=True)
         # The JSON file last: `forget_finished` looks for it.
-        for path in (*self.folder.glob(_TENSORS), self.folder / f"{_STATE}.part", self.folder / _STATE):
+        for path in (
+            *self.folder.glob(_TENSORS),
+            self.folder / f"{_STATE}.part",
+            self.folder / _STATE,
+        ):
             path.unlink(missing_ok=True)
 
 
@@ -188,10 +206,11 @@ def blocks_kept(folder: Path) -> int | None:
 
 
 def forget_finished(folder: Path, output: Path, own: bool) -> None:
-    """Remove what a run left that was killed after its output had appeared: its state speaks of shards that have moved.
+    """Remove what a run left that was killed after its output had appeared: its state
+    speaks of shards that have moved.
 
-    own: whether the folder belongs to this output alone, and goes as a whole. OutputError where another process is at
-    work in it.
+    own: whether the folder belongs to this output alone, and goes as a whole. OutputError where
+    another process is at work in it.
     """
     if not output.is_dir() or not any(output.iterdir()):
         return
@@ -211,10 +230,13 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def difference(kept: Any, now: Any, path: str = "") -> str | None:
-    """What differs first between two pieces of JSON data, by name and with both values; None where nothing does."""
+    """What differs first between two pieces of JSON data, by name and with both
+    values; None where nothing does."""
     if isinstance(kept, dict) and isinstance(now, dict):
         names = dict.fromkeys([*now, *kept])
-        pairs = [(f"{path}.{name}" if path else name, kept.get(name), now.get(name)) for name in names]
+        pairs = [
+            (f"{path}.{name}" if path else name, kept.get(name), now.get(name)) for name in names
+        ]
     elif isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
         pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(kept, now, strict=True))]
     else:
@@ -228,7 +250,8 @@ def _shown(value: Any) -> str:
 
 
 def _locked(folder: Path) -> int:
-    """Take the folder for this process → handle that holds it until it is closed, or the process dies."""
+    """Take the folder for this process → handle that holds it until it is
+    closed, or the process dies."""
     path = folder / _LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,9 +261,13 @@ def _locked(folder: Path) -> int:
         except BlockingIOError:
             owner = os.read(handle, 32).decode(errors="replace")
             os.close(handle)
-            raise OutputError(f"{folder}: process {owner or '?'} is at work there; wait until it is done") from None
+            raise OutputError(
+                f"{folder}: process {owner or '?'} is at work there; wait until it is done"
+            ) from None
         except OSError as err:  # file systems without locks
-            log.warning("%s: cannot be locked (%s); start no second process on it", folder, err.strerror)
+            log.warning(
+                "%s: cannot be locked (%s); start no second process on it", folder, err.strerror
+            )
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             try:
                 os.ftruncate(handle, 0)
@@ -301,7 +328,10 @@ class _Tensors(Mapping[str, Tensor]):
 def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
     """The state, after all files were compared with their hashes."""
     files = {folder / name: digest for name, digest in record["tensors"].items()}
-    files |= {folder / _PARTIAL / name: digest for name, digest in record["written"].get("hashes", {}).items()}
+    files |= {
+        folder / _PARTIAL / name: digest
+        for name, digest in record["written"].get("hashes", {}).items()
+    }
     try:
         for path, digest in files.items():
             if sha256_file(path) != digest:

@@ -47,7 +47,9 @@ class Shards:
         number = len({*self._weight_map.values()}) + 1
         name = f"model-{number:05d}-of-{self._n_shards:05d}.safetensors"
         if doubled := sorted(set(tensors) & set(self._weight_map)):
-            raise VerifyError(f"{doubled[0]} would be written twice; this is a bug in pq, please report it")
+            raise VerifyError(
+                f"{doubled[0]} would be written twice; this is a bug in pq, please report it"
+            )
         plain = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
         files.write(
             name,
@@ -61,7 +63,9 @@ class Shards:
         """Write the index; VerifyError when fewer shards were written than announced."""
         written = set(self._weight_map.values())
         if len(written) != self._n_shards:
-            raise VerifyError(f"{len(written)} of {self._n_shards} shards were written; this is a bug in pq")
+            raise VerifyError(
+                f"{len(written)} of {self._n_shards} shards were written; this is a bug in pq"
+            )
         weight_map = dict(sorted(self._weight_map.items()))
         index = {"metadata": {"total_size": self._total_size}, "weight_map": weight_map}
         files.write_json(INDEX_NAME, index)
@@ -76,4 +80,6 @@ def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
             back = file.get_tensor(name)
             same = back.dtype == tensor.dtype and back.shape == tensor.shape
             if not same or not torch.equal(back.view(torch.uint8), tensor.view(torch.uint8)):
-                raise VerifyError(f"{path}: {name} reads back differently from what was written; check the disk")
+                raise VerifyError(
+                    f"{path}: {name} reads back differently from what was written; check the disk"
+                )

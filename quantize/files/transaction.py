@@ -23,15 +23,23 @@ _LONGEST = 224
 
 
 def require_name(output: Path) -> None:
-    """OutputError unless `output` ends in a name that it and the files beside it can have, and is no link."""
+    """OutputError unless `output` ends in a name that it and the files beside it
+    can have, and is no link."""
     if output.name in ("", ".."):
-        raise OutputError(f"--output {str(output)!r}: has no name of its own; give the path of a new folder")
+        raise OutputError(
+            f"--output {str(output)!r}: has no name of its own; give the path of a new folder"
+        )
     try:
         long = len(output.name.encode()) > _LONGEST
     except UnicodeEncodeError:
-        raise OutputError(f"--output {str(output)!r}: its name is no UTF-8; give another one") from None
+        raise OutputError(
+            f"--output {str(output)!r}: its name is no UTF-8; give another one"
+        ) from None
     if long:
-        raise OutputError(f"--output {output.name[:40]}…: its name is too long; give one of at most {_LONGEST} bytes")
+        raise OutputError(
+            f"--output {output.name[:40]}…: its name is too long; give one of at most {_LONGEST} "
+            "bytes"
+        )
     with reported(output):
         if output.is_symlink():
             raise OutputError(f"{output}: is a link; give the folder itself as --output")
@@ -42,7 +50,9 @@ def require_free(output: Path) -> None:
     require_name(output)
     with reported(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise OutputError(f"{output}: exists and is not an empty folder; give another --output or remove it")
+            raise OutputError(
+                f"{output}: exists and is not an empty folder; give another --output or remove it"
+            )
         parent = output.absolute().parent
         while not parent.exists():
             parent = parent.parent
@@ -51,11 +61,14 @@ def require_free(output: Path) -> None:
 
 
 def require_apart(model: Path, output: Path, work: Path | None) -> None:
-    """UsageError where a conversion would write into the model that it reads, or keep its state in its output."""
+    """UsageError where a conversion would write into the model that it reads, or
+    keep its state in its output."""
     source, target = model.resolve(), output.resolve()
     for option, path in (("--output", output), ("--work", work)):
         if path is not None and path.resolve().is_relative_to(source):
-            raise UsageError(f"{option} {path}: lies in the model's folder {model}; give a place outside of it")
+            raise UsageError(
+                f"{option} {path}: lies in the model's folder {model}; give a place outside of it"
+            )
     if work is not None and work.resolve().is_relative_to(target):
         raise UsageError(f"--work {work}: lies in --output {output}; give a place outside of it")
 
@@ -94,7 +107,9 @@ class Transaction:
                         path.unlink()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.folder != self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -135,10 +150,14 @@ class Transaction:
         self.write(name, lambda path: path.write_text(canonical_json(data), encoding="utf-8"))
 
     def commit(self) -> None:
-        """Check that every file still is what was written, then let the folder appear under its final name."""
+        """Check that every file still is what was written, then let the folder
+        appear under its final name."""
         for name, digest in self._hashes.items():
             if sha256_file(self.folder / name) != digest:
-                raise VerifyError(f"{self.folder / name}: reads back differently from what was written; check the disk")
+                raise VerifyError(
+                    f"{self.folder / name}: reads back differently from what was written; check "
+                    "the disk"
+                )
         with reported(self.output):
             sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
@@ -160,7 +179,10 @@ class Transaction:
                 shutil.copy(self.folder / name, copy / name)
                 sync(copy / name)
                 if sha256_file(copy / name) != digest:
-                    raise VerifyError(f"{copy / name}: reads back differently from what was written; check the disk")
+                    raise VerifyError(
+                        f"{copy / name}: reads back differently from what was written; check the "
+                        "disk"
+                    )
             copy.chmod(0o777 & ~_umask())
             sync(copy)
             copy.rename(self.output)
@@ -169,7 +191,9 @@ class Transaction:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _temporary(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
+        return Path(
+            tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent)
+        )
 
 
 def _umask() -> int:

@@ -1,13 +1,16 @@
-"""`bitvec`: weights as sums of bit vectors (SBVR, arXiv 2509.18172), the sums taken from a codebook of coefficients.
+"""`bitvec`: weights as sums of bit vectors (SBVR, arXiv 2509.18172), the sums taken
+from a codebook of coefficients.
 
-A group of `group_size` consecutive inputs of one output row uses one line of coefficients c: weight = Σ_k c_k · b_k,
-plus one constant c_bits where lines carry a bias. Line i of a matrix is lines[i // Z] · scales[i % Z], Z the number of
+A group of `group_size` consecutive inputs of one output row uses one line of coefficients c: weight
+= Σ_k c_k · b_k, plus one constant c_bits where lines carry a bias. Line i of a matrix is
+lines[i // Z] · scales[i % Z], Z the number of
 scales: one scale gives free lines, several give shapes × scales.
 
-Worked bits, 4-bit: word 4·w + k of a row holds bit k of the codes of inputs 32·w … 32·w + 31, input 32·w + i at bit i.
-Codes [1, 2, 3, 8] start a row with plane words 0x…5, 0x…6, 0x0, 0x…8: bit 0 of the codes is 1, 0, 1, 0 from the low
-end. The four words of 32 inputs lie side by side, so one 16-byte load brings all planes of them. Bits beyond the last
-input are 0; a last group that is not full is only shorter.
+Worked bits, 4-bit: word 4·w + k of a row holds bit k of the codes of inputs 32·w … 32·w +
+31, input 32·w + i at bit i.
+Codes [1, 2, 3, 8] start a row with plane words 0x…5, 0x…6, 0x0, 0x…8: bit 0 of the codes is 1, 0,
+1, 0 from the low end. The four words of 32 inputs lie side by side, so one 16-byte load brings all
+planes of them. Bits beyond the last input are 0; a last group that is not full is only shorter.
 """
 
 from __future__ import annotations
@@ -43,19 +46,24 @@ def groups_per_row(columns: int, group_size: int) -> int:
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [N, K] (any integer dtype, 0 … 2^bits − 1) into int32 words [N, ceil(K / 32)·bits]."""
+    """Pack codes [N, K] (any integer dtype, 0 … 2^bits − 1) into int32
+    words [N, ceil(K / 32)·bits]."""
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"codes outside the {bits}-bit range [0, {(1 << bits) - 1}]")
     N, K = codes.shape
     runs = math.ceil(K / _WORD)
-    weights = torch.tensor([1 << i if i < 31 else -(1 << 31) for i in range(_WORD)], device=codes.device)
+    weights = torch.tensor(
+        [1 << i if i < 31 else -(1 << 31) for i in range(_WORD)], device=codes.device
+    )
     out = torch.empty(N, runs, bits, dtype=torch.int32, device=codes.device)
     for first, rows in _row_pieces(codes):
         padded = torch.zeros(len(rows), runs * _WORD, dtype=torch.int64, device=codes.device)
         padded[:, :K] = rows
         run = padded.view(-1, runs, _WORD)
         for k in range(bits):
-            out[first : first + len(rows), :, k] = ((run >> k & 1) * weights).sum(dim=2).to(torch.int32)
+            out[first : first + len(rows), :, k] = (
+                ((run >> k & 1) * weights).sum(dim=2).to(torch.int32)
+            )
     return out.view(N, runs * bits)
 
 
@@ -84,7 +92,8 @@ def coefficients(lines: Tensor, scales: Tensor) -> Tensor:
 
 
 def levels(coefficients: Tensor, bits: int) -> Tensor:
-    """Values of all codes, [L, 2^bits], of coefficients [L, bits] or, with a bias in the last place, [L, bits + 1].
+    """Values of all codes, [L, 2^bits], of coefficients [L, bits] or, with a bias in
+    the last place, [L, bits + 1].
 
     Added in the order bias, c_0, c_1 …: float32 sums are the same wherever they are computed so.
     """
@@ -119,7 +128,9 @@ class BitVecScheme:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"{self.bits} bit planes, expected {MIN_BITS} … {MAX_BITS}")
         if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group size {self.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
+            raise ValueError(
+                f"group size {self.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}"
+            )
         if self.lines < 1 or self.scales < 1 or self.lines * self.scales > MAX_LINES:
             raise ValueError(f"{self.lines} × {self.scales} lines, expected 1 … {MAX_LINES}")
 
@@ -132,7 +143,10 @@ class BitVecScheme:
         """Dtype and shape of every tensor of a linear [N, K], by suffix."""
         return {
             "weight_planes": (torch.int32, (N, plane_words(K, self.bits))),
-            "weight_index": (index_dtype(self.lines * self.scales), (N, groups_per_row(K, self.group_size))),
+            "weight_index": (
+                index_dtype(self.lines * self.scales),
+                (N, groups_per_row(K, self.group_size)),
+            ),
             "weight_lines": (torch.float16, (self.lines, self.coefficients)),
             "weight_scales": (torch.float32, (self.scales,)),
             "weight_shape": (torch.int64, (2,)),
@@ -152,25 +166,41 @@ class BitVecScheme:
         """One entry of config_groups."""
         weights = {"num_bits": self.bits, "type": "bitvec", "group_size": self.group_size}
         codebook = {"bias": self.bias, "lines": self.lines, "scales": self.scales}
-        return {"targets": list(targets), "format": "bitvec", "weights": weights | codebook, "input_activations": None}
+        return {
+            "targets": list(targets),
+            "format": "bitvec",
+            "weights": weights | codebook,
+            "input_activations": None,
+        }
 
     @classmethod
     def from_json(cls, group: Mapping[str, Any]) -> BitVecScheme:
         """Undo `as_json`; ValueError for what is no such scheme."""
         weights = group["weights"]
         wanted = {"num_bits", "type", "group_size", "bias", "lines", "scales"}
-        if set(weights) != wanted or weights["type"] != "bitvec" or group.get("input_activations") is not None:
-            raise ValueError("weights of format bitvec have num_bits, group_size, bias, lines and scales alone")
+        if (
+            set(weights) != wanted
+            or weights["type"] != "bitvec"
+            or group.get("input_activations") is not None
+        ):
+            raise ValueError(
+                "weights of format bitvec have num_bits, group_size, bias, lines and scales alone"
+            )
         numbers = [weights[key] for key in ("num_bits", "group_size", "lines", "scales")]
-        if any(not isinstance(n, int) or isinstance(n, bool) for n in numbers) or not isinstance(weights["bias"], bool):
-            raise ValueError("weights of format bitvec: sizes must be whole numbers, bias true or false")
+        if any(not isinstance(n, int) or isinstance(n, bool) for n in numbers) or not isinstance(
+            weights["bias"], bool
+        ):
+            raise ValueError(
+                "weights of format bitvec: sizes must be whole numbers, bias true or false"
+            )
         bits, group_size, lines, scales = numbers
         return cls(bits, group_size, weights["bias"], lines, scales)
 
 
 @dataclass(frozen=True)
 class BitVec:
-    """A linear's weight [N, K]: codes, a line of coefficients for each group, and the codebook of the lines."""
+    """A linear's weight [N, K]: codes, a line of coefficients for each group, and
+    the codebook of the lines."""
 
     codes: Tensor  # uint8 [N, K]; bit k: whether coefficient k is added
     index: Tensor  # int32 [N, G]; the group's line
@@ -186,12 +216,20 @@ class BitVec:
         if (self.lines.dtype, self.scales.dtype) != (torch.float16, torch.float32):
             raise ValueError("lines must be float16 and scales float32")
         if tuple(self.index.shape) != (N, groups_per_row(K, self.group_size)):
-            raise ValueError(f"index is {tuple(self.index.shape)} for a weight {(N, K)} in groups of {self.group_size}")
+            raise ValueError(
+                f"index is {tuple(self.index.shape)} for a weight {(N, K)} in groups of "
+                f"{self.group_size}"
+            )
         if self.lines.shape[1] not in (self.bits, self.bits + 1):
-            raise ValueError(f"lines have {self.lines.shape[1]} coefficients, expected {self.bits} or {self.bits + 1}")
+            raise ValueError(
+                f"lines have {self.lines.shape[1]} coefficients, expected {self.bits} or "
+                f"{self.bits + 1}"
+            )
         count = self.lines.shape[0] * self.scales.shape[0]
         if self.index.numel() and (int(self.index.min()) < 0 or int(self.index.max()) >= count):
-            raise ValueError(f"index {int(self.index.max())} is outside a codebook of {count} lines")
+            raise ValueError(
+                f"index {int(self.index.max())} is outside a codebook of {count} lines"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -203,7 +241,9 @@ class BitVec:
         if fp8_activations:
             raise ValueError("bit vectors are multiplied with 16-bit activations only")
         bias = self.lines.shape[1] > self.bits
-        return BitVecScheme(self.bits, self.group_size, bias, self.lines.shape[0], self.scales.shape[0])
+        return BitVecScheme(
+            self.bits, self.group_size, bias, self.lines.shape[0], self.scales.shape[0]
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -215,7 +255,8 @@ class BitVec:
         return _steps(self._levels())[self.index.long()]
 
     def points(self) -> Tensor:
-        """Values of all codes in units of the step, rising, float32 [2^bits]: the mean over groups."""
+        """Values of all codes in units of the step, rising, float32
+        [2^bits]: the mean over groups."""
         table = self._levels()
         counts = torch.bincount(self.index.flatten(), minlength=len(table)).float()
         steps = _steps(table)
@@ -243,15 +284,26 @@ class BitVec:
         for suffix, (dtype, shape) in scheme.layout(N, K).items():
             found = tensors[suffix]
             if (found.dtype, tuple(found.shape)) != (dtype, shape):
-                raise ValueError(f"{suffix} is {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}")
+                raise ValueError(
+                    f"{suffix} is {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}"
+                )
         codes = unpack_planes(tensors["weight_planes"], scheme.bits, K)
         index = tensors["weight_index"].to(torch.int32)
-        return cls(codes, index, tensors["weight_lines"], tensors["weight_scales"], scheme.bits, scheme.group_size)
+        return cls(
+            codes,
+            index,
+            tensors["weight_lines"],
+            tensors["weight_scales"],
+            scheme.bits,
+            scheme.group_size,
+        )
 
     def unpack(self) -> Tensor:
         """Weight [N, K] in float32."""
         lines = self.index.long() << self.bits
-        places = lines.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]].add_(self.codes)
+        places = lines.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]].add_(
+            self.codes
+        )
         return self._levels().flatten()[places]
 
     def kernel_weight(self) -> Tensor:

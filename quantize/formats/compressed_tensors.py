@@ -35,8 +35,8 @@ class CompressedTensors(OutputFormat):
             ]
         if len(experts) > 1 or None in experts:
             lines.append(
-                "transformers reads experts only where all are packed alike, which they are not here "
-                "(format: pq loads them in transformers)"
+                "transformers reads experts only where all are packed alike, which they are not "
+                "here (format: pq loads them in transformers)"
             )
         elif any(scheme and scheme.fp8_activations for scheme in experts):
             lines.append("transformers runs routed experts with 16-bit activations, not FP8 ones")
@@ -70,8 +70,11 @@ class CompressedTensors(OutputFormat):
         return dict(read_groups(section, linears, IntScheme.from_json))
 
 
-def quantization_config(schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]) -> dict[str, Any]:
-    """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit."""
+def quantization_config(
+    schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]
+) -> dict[str, Any]:
+    """quantization_config for linears by full module name → scheme; `left_alone` are
+    linears that stay 16-bit."""
     return {
         "quant_method": CompressedTensors.name,
         "format": "pack-quantized",

@@ -1,8 +1,9 @@
 """E4M3 numerics of the INT4×FP8 tensor-core path, in plain torch.
 
-A Hopper kernel cannot multiply INT4 by FP8: it expands each group scale into the eight products -8s … -1s rounded to
-E4M3 and looks the weight up, so the weight it multiplies is E4M3(q·s) (FireQ, arXiv 2505.20839; vLLM's w4a8 scheme
-does the same with a per-row factor). Everything here computes in float32.
+A Hopper kernel cannot multiply INT4 by FP8: it expands each group scale into the eight
+products -8s … -1s rounded to E4M3 and looks the weight up, so the weight it multiplies is
+E4M3(q·s) (FireQ, arXiv 2505.20839; vLLM's w4a8 scheme does the same with a per-row factor).
+Everything here computes in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ _LUT_SPAN = 8.0  # the largest |q| of an INT4 code: products q·s8 with s8 <= 44
 def e4m3(x: Tensor) -> Tensor:
     """Round float32 to the nearest E4M3 value (saturating at ±448), as float32."""
     x = x.clamp(-E4M3_MAX, E4M3_MAX)
-    # A float32's exponent bits alone are its power of two; three mantissa bits leave steps of an eighth of it, and
-    # subnormals keep the steps of 2⁻⁶. On a CPU this is several times faster than a cast to float8 and back.
-    step = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=_MIN_NORMAL).mul_(0.125)
+    # A float32's exponent bits alone are its power of two; three mantissa bits leave steps of an
+    # eighth of it, and subnormals keep the steps of 2⁻⁶. On a CPU this is several times faster
+    # than a cast to float8 and back.
+    step = (
+        (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=_MIN_NORMAL).mul_(0.125)
+    )
     return x.div_(step).round_().mul_(step)
 
 
@@ -36,9 +40,11 @@ def quantize_activations(x: Tensor) -> Tensor:
 
 
 def quantize_activations_in_dtype(x: Tensor) -> Tensor:
-    """Fake-quantize x [..., K] as compressed-tensors does it in Python: scale and division in x's own dtype.
+    """Fake-quantize x [..., K] as compressed-tensors does it in Python: scale
+    and division in x's own dtype.
 
-    Equal to `quantize_activations` for float32; in bfloat16 the rounded scale moves some values across an E4M3 border.
+    Equal to `quantize_activations` for float32; in bfloat16 the rounded scale moves some
+    values across an E4M3 border.
     """
     scale = x.abs().amax(dim=-1, keepdim=True) / E4M3_MAX
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
@@ -46,24 +52,29 @@ def quantize_activations_in_dtype(x: Tensor) -> Tensor:
 
 
 def row_factor(scale: Tensor) -> Tensor:
-    """Per-row factor [N, 1] that vLLM's Hopper scheme derives from group scales [N, G]: rowmax(s) / 448, floored."""
+    """Per-row factor [N, 1] that vLLM's Hopper scheme derives from group scales [N, G]:
+    rowmax(s) / 448, floored."""
     return (scale.float().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(_MIN_SCALE)
 
 
 def product_weight(codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Weight that the tensor core multiplies: E4M3(q·s8)·8·factor with s8 = E4M3(E4M3(scale / factor) / 8).
+    """Weight that the tensor core multiplies: E4M3(q·s8)·8·factor with s8 =
+    E4M3(E4M3(scale / factor) / 8).
 
-    codes: integer or float, broadcastable with scale; factor: per-row factor of `row_factor`. Returns float32.
+    codes: integer or float, broadcastable with scale; factor: per-row factor of
+    `row_factor`. Returns float32.
     """
     s8 = e4m3(e4m3(scale.float() / factor) / _LUT_SPAN)
     return e4m3(codes.float() * s8) * (_LUT_SPAN * factor)
 
 
 def representable_scale(scale: Tensor, factor: Tensor) -> Tensor:
-    """Round group scales [N, G] to bfloat16 values that survive a reload: E4M3(scale / factor)·factor.
+    """Round group scales [N, G] to bfloat16 values that survive a reload:
+    E4M3(scale / factor)·factor.
 
-    The bfloat16 rounding moves s / factor by at most 2⁻⁹, less than half an E4M3 step, so the loader finds the same
-    E4M3 code again, provided that the row's largest scale is 448·factor exactly. Smallest value: one E4M3 subnormal.
+    The bfloat16 rounding moves s / factor by at most 2⁻⁹, less than half an E4M3 step, so the
+    loader finds the same E4M3 code again, provided that the row's largest scale is 448·factor
+    exactly. Smallest value: one E4M3 subnormal.
     """
     code = e4m3(scale.float() / factor).clamp_min(2.0**-9)
     return (code * factor).to(torch.bfloat16)

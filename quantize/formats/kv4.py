@@ -1,15 +1,19 @@
-"""INT4 keys and values of an attention cache: two codes a byte, a dynamic scale per token, head and group of channels.
+"""INT4 keys and values of an attention cache: two codes a byte, a dynamic scale per
+token, head and group of channels.
 
-Worked bits, a head of 4 channels in one group, symmetric: [0.5, -3.5, 7, -0.4] has the scale s = 7 / 7 = 1 and codes
-round(x / s) = [0, -4, 7, 0] (ties to even). Every code is stored as code + 8 = [8, 4, 15, 8], the even channel in the
-low nibble, so the token takes the bytes 0x48, 0x8F and the bfloat16 scale 0x3F80. Its value is (nibble − 8)·s.
+Worked bits, a head of 4 channels in one group, symmetric: [0.5, -3.5, 7, -0.4] has the scale s = 7
+/ 7 = 1 and codes round(x / s) = [0, -4, 7, 0] (ties to even). Every code is stored as code + 8 =
+[8, 4, 15, 8], the even channel in the low nibble, so the token takes the bytes 0x48, 0x8F and the
+bfloat16 scale 0x3F80. Its value is (nibble − 8)·s.
 
-Asymmetric: s = (max − min) / 15 over a range that always holds 0, zero point z = round(−min / s) in 0 … 15, nibble =
-round(x / s) + z, value (nibble − z)·s.
+Asymmetric: s = (max − min) / 15 over a range that always holds 0, zero point z = round(−min / s) in
+0 … 15, nibble = round(x / s) + z, value (nibble − z)·s.
 
-Scales are rounded to their stored type first and codes are found against the rounded scale; all arithmetic is float32.
-A scale is never below the smallest one stored (bfloat16: 2⁻¹²⁶, E4M3: 2⁻⁹), so zeros stay zeros; an E4M3 scale
-saturates at 448. A group with a NaN or an infinity has the scale NaN and decodes to NaN throughout.
+Scales are rounded to their stored type first and codes are found against the rounded
+scale; all arithmetic is float32.
+A scale is never below the smallest one stored (bfloat16: 2⁻¹²⁶, E4M3: 2⁻⁹), so zeros stay
+zeros; an E4M3 scale saturates at 448. A group with a NaN or an infinity has the scale NaN
+and decodes to NaN throughout.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ _FIELDS = {"bits": int, "group_size": int, "symmetric": bool, "scale_dtype": str
 
 @dataclass(frozen=True)
 class KvScheme:
-    """How keys and values are rounded; ValueError for a group or a scale type that does not exist."""
+    """How keys and values are rounded; ValueError for a group or a scale
+    type that does not exist."""
 
     group_size: int = 128
     """Channels that share a scale; a smaller head is one group."""
@@ -43,7 +48,10 @@ class KvScheme:
         if self.group_size < 1:
             raise ValueError(f"KV cache: group_size {self.group_size} is not positive")
         if self.scale_dtype not in get_args(ScaleDtype):
-            raise ValueError(f"KV cache: scale_dtype {self.scale_dtype!r} is none of {', '.join(get_args(ScaleDtype))}")
+            raise ValueError(
+                f"KV cache: scale_dtype {self.scale_dtype!r} is none of "
+                f"{', '.join(get_args(ScaleDtype))}"
+            )
 
     def group(self, head_dim: int) -> int:
         """Channels in a group of a head; ValueError when head_dim is odd or no multiple of them."""
@@ -51,7 +59,9 @@ class KvScheme:
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"KV cache: head_dim {head_dim} is odd, but a byte holds two channels")
         if head_dim % group:
-            raise ValueError(f"KV cache: head_dim {head_dim} is no multiple of group_size {self.group_size}")
+            raise ValueError(
+                f"KV cache: head_dim {head_dim} is no multiple of group_size {self.group_size}"
+            )
         return group
 
     def bits_per_value(self, head_dim: int) -> float:
@@ -70,14 +80,23 @@ class KvScheme:
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in config.json; `from_json` reads it back."""
-        return {"bits": 4, "group_size": self.group_size, "symmetric": self.symmetric, "scale_dtype": self.scale_dtype}
+        return {
+            "bits": 4,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "scale_dtype": self.scale_dtype,
+        }
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> KvScheme:
-        """Read `as_json()`; ValueError for a missing, unknown or mistyped field or anything but 4 bits."""
+        """Read `as_json()`; ValueError for a missing, unknown or mistyped
+        field or anything but 4 bits."""
         if set(facts) != set(_FIELDS):
             odd = ", ".join(sorted(set(facts) ^ set(_FIELDS)))
-            raise ValueError(f"KV cache: exactly the fields {', '.join(_FIELDS)} are known; missing or too many: {odd}")
+            raise ValueError(
+                f"KV cache: exactly the fields {', '.join(_FIELDS)} are known; missing or too "
+                f"many: {odd}"
+            )
         for name, kind in _FIELDS.items():
             if type(facts[name]) is not kind:
                 raise ValueError(f"KV cache: {name} is {facts[name]!r}, expected {kind.__name__}")
@@ -95,7 +114,8 @@ class KvCodes:
     zero: Tensor | None  # uint8 [..., G]; None where symmetric
 
     def records(self) -> Tensor:
-        """Everything of a token side by side, uint8 [..., R]: packed codes, bytes of the scales, zero points."""
+        """Everything of a token side by side, uint8 [..., R]: packed codes, bytes
+        of the scales, zero points."""
         parts = [self.packed, self.scale.contiguous().view(torch.uint8)]
         return torch.cat(parts if self.zero is None else [*parts, self.zero], dim=-1)
 
@@ -112,15 +132,28 @@ class KvCodes:
         sizes = [head_dim // 2, groups * dtype.itemsize, 0 if scheme.symmetric else groups]
         packed, scale, zero = torch.split(records, sizes, dim=-1)
         # A view as another type needs aligned memory, which a slice of the records is not.
-        return cls(packed, scale.clone(memory_format=torch.contiguous_format).view(dtype), zero if sizes[2] else None)
+        return cls(
+            packed,
+            scale.clone(memory_format=torch.contiguous_format).view(dtype),
+            zero if sizes[2] else None,
+        )
 
 
 def quantize(x: Tensor, scheme: KvScheme) -> KvCodes:
-    """Round floating-point x [..., d] to the nearest codes. ValueError for a d that the scheme cannot divide."""
+    """Round floating-point x [..., d] to the nearest codes. ValueError for a d that
+    the scheme cannot divide."""
     groups = _groups(x, scheme)
     scale, zero = _scale_and_zero(groups, scheme)
     shift: Tensor | float = 8.0 if zero is None else zero
-    codes = (groups / scale).round_().add_(shift).clamp_(0, 15).nan_to_num_(nan=0.0).to(torch.uint8).flatten(-2)
+    codes = (
+        (groups / scale)
+        .round_()
+        .add_(shift)
+        .clamp_(0, 15)
+        .nan_to_num_(nan=0.0)
+        .to(torch.uint8)
+        .flatten(-2)
+    )
     packed = codes[..., 0::2] | codes[..., 1::2] << 4
     zeros = None if zero is None else zero.squeeze(-1).nan_to_num(nan=0.0).to(torch.uint8)
     return KvCodes(packed, scale.squeeze(-1).to(_TORCH[scheme.scale_dtype]), zeros)
@@ -135,7 +168,8 @@ def dequantize(codes: KvCodes, scheme: KvScheme, dtype: torch.dtype = torch.floa
 
 
 def fake_quantize(x: Tensor, scheme: KvScheme) -> Tensor:
-    """What x [..., d] is after `quantize` and `dequantize`, bit for bit, without packing; float32 [..., d]."""
+    """What x [..., d] is after `quantize` and `dequantize`, bit for bit, without
+    packing; float32 [..., d]."""
     groups = _groups(x, scheme)
     scale, zero = _scale_and_zero(groups, scheme)
     values = (groups / scale).round_()
@@ -159,10 +193,14 @@ def _split(x: Tensor, scheme: KvScheme) -> Tensor:
 
 
 def _scale_and_zero(groups: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor | None]:
-    """Stored scale [..., G, 1] and zero point (None where symmetric) of x [..., G, g], both float32."""
+    """Stored scale [..., G, 1] and zero point (None where symmetric) of x
+    [..., G, g], both float32."""
     if scheme.symmetric:
         return _stored(groups.abs().amax(dim=-1, keepdim=True) / 7, scheme), None
-    low, high = groups.amin(dim=-1, keepdim=True).clamp_max(0), groups.amax(dim=-1, keepdim=True).clamp_min(0)
+    low, high = (
+        groups.amin(dim=-1, keepdim=True).clamp_max(0),
+        groups.amax(dim=-1, keepdim=True).clamp_min(0),
+    )
     scale = _stored(high / 15 - low / 15, scheme)  # divided first: the difference may overflow
     return scale, (-low / scale).round_().clamp_(0, 15)
 
@@ -170,4 +208,6 @@ def _scale_and_zero(groups: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor | 
 def _stored(scale: Tensor, scheme: KvScheme) -> Tensor:
     """Float32 scale as its stored type holds it."""
     rounded = e4m3(scale) if scheme.scale_dtype == "e4m3" else scale.to(torch.bfloat16).float()
-    return torch.where(scale.isfinite(), rounded.clamp_min(_SMALLEST[scheme.scale_dtype]), torch.nan)
+    return torch.where(
+        scale.isfinite(), rounded.clamp_min(_SMALLEST[scheme.scale_dtype]), torch.nan
+    )

@@ -1,17 +1,20 @@
-"""config.json of pq's own format: packed linears as in `compressed_tensors`, and attention on an INT4 KV cache.
+"""config.json of pq's own format: packed linears as in `compressed_tensors`, and
+attention on an INT4 KV cache.
 
     {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
-     "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null, "probabilities": "fp8" | null},
+     "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null,
+     "probabilities": "fp8" | null},
      "rotated_inputs": ["model.layers.0.mlp.down_proj", …],
      "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …}}
 
-`rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before anything else is
-done with them; `quantize.model.hadamard` says which matrix H_K is. `routing` (absent: none) are Mixtures of Experts
-that do not route as the model's own fields say; `quantize.formats.routing` has the policies.
+`rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before
+anything else is done with them; `quantize.model.hadamard` says which matrix H_K is. `routing`
+(absent: none) are Mixtures of Experts that do not route as the model's own fields say;
+`quantize.formats.routing` has the policies.
 
-Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format bitvec). With
-attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]: the post-RoPE scale S (stored
-keys are K·S, queries Q/S).
+Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format
+bitvec). With attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]:
+the post-RoPE scale S (stored keys are K·S, queries Q/S).
 """
 
 from __future__ import annotations
@@ -93,11 +96,12 @@ def native_config(
     rotated_inputs: Sequence[str] = (),
     routing: Mapping[str, Policy] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """quantization_config for linears by full module name → scheme; `left_alone` are linears that stay 16-bit.
+    """quantization_config for linears by full module name → scheme; `left_alone`
+    are linears that stay 16-bit.
 
-    attention: None, or the keys kv_cache, query and probabilities as config.json holds them. rotated_inputs: full names
-    of linears that rotate their inputs. routing: full name of an FFN with experts → how it routes, where that is not as
-    the model's own fields say.
+    attention: None, or the keys kv_cache, query and probabilities as config.json holds them.
+    rotated_inputs: full names of linears that rotate their inputs. routing: full name of an FFN
+    with experts → how it routes, where that is not as the model's own fields say.
     """
     optional = {
         "rotated_inputs": list(rotated_inputs),
@@ -118,7 +122,10 @@ def require_understood(config: Mapping[str, Any]) -> None:
         raise ValueError(f"quant_method is {config.get('quant_method')!r}, expected '{NATIVE}'")
     version = config.get("version")
     if version != VERSION or isinstance(version, bool):
-        raise ValueError(f"format version {version!r} is not known (known: {VERSION}); install a newer pq-quantize")
+        raise ValueError(
+            f"format version {version!r} is not known (known: {VERSION}); install a newer "
+            "pq-quantize"
+        )
     if unknown := sorted(set(config) - _KEYS - _OPTIONAL):
         raise ValueError(f"unknown field '{unknown[0]}'; install a newer pq-quantize")
     if missing := sorted(_KEYS - set(config)):
@@ -128,7 +135,9 @@ def require_understood(config: Mapping[str, Any]) -> None:
     routing_of(config)
 
 
-def rotated_inputs_of(config: Mapping[str, Any], linears: Collection[str] | None = None) -> tuple[str, ...]:
+def rotated_inputs_of(
+    config: Mapping[str, Any], linears: Collection[str] | None = None
+) -> tuple[str, ...]:
     """The checked `rotated_inputs` part: full names of the linears that rotate their inputs.
 
     linears: full names of those that may; None: not checked. ValueError for what is not understood.
@@ -144,7 +153,8 @@ def rotated_inputs_of(config: Mapping[str, Any], linears: Collection[str] | None
 
 
 def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
-    """The checked `routing` part: full names of FFNs with experts → how they route; the model says which may be named.
+    """The checked `routing` part: full names of FFNs with experts → how they route; the
+    model says which may be named.
 
     ValueError for what is not understood.
     """
@@ -163,14 +173,17 @@ def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
 
 
 def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The checked `attention` part, None where attention is left alone; ValueError for what is not understood."""
+    """The checked `attention` part, None where attention is left alone; ValueError
+    for what is not understood."""
     from quantize.formats.kv4 import KvScheme
 
     found = config.get("attention")
     if found is None:
         return None
     if not isinstance(found, Mapping) or set(found) != _ATTENTION_KEYS:
-        raise ValueError(f"attention must be null or have the fields {', '.join(sorted(_ATTENTION_KEYS))}")
+        raise ValueError(
+            f"attention must be null or have the fields {', '.join(sorted(_ATTENTION_KEYS))}"
+        )
     for key in ("query", "probabilities"):
         if found[key] not in ("fp8", None):
             raise ValueError(f"attention.{key} is {found[key]!r}, expected 'fp8' or null")
@@ -186,24 +199,33 @@ def scheme_from_json(group: Mapping[str, Any]) -> AnyScheme:
     from quantize.formats.bitvec import BitVecScheme
     from quantize.formats.packed_int import IntScheme
 
-    return BitVecScheme.from_json(group) if group.get("format") == "bitvec" else IntScheme.from_json(group)
+    return (
+        BitVecScheme.from_json(group)
+        if group.get("format") == "bitvec"
+        else IntScheme.from_json(group)
+    )
 
 
 def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, AnyScheme]:
-    """Scheme of every packed linear by full name; linears: full names of the model's linears that may be packed.
+    """Scheme of every packed linear by full name; linears: full names of the
+    model's linears that may be packed.
 
     ValueError for a scheme that pq does not write and for targets that are none of them.
     """
     try:
         schemes = read_groups(config, linears, scheme_from_json)
-        targets = {target for group in config["config_groups"].values() for target in group["targets"]} - {"Linear"}
+        targets = {
+            target for group in config["config_groups"].values() for target in group["targets"]
+        } - {"Linear"}
     except (KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"config_groups cannot be read ({type(err).__name__}: {err})") from None
     if strangers := sorted(targets - set(linears), key=str):
         raise ValueError(f"config_groups targets {strangers[0]}, which is no linear of the model")
     for scheme in schemes.values():
         if not _whole(scheme.bits, 2, 8) or not _whole(scheme.group_size, 1, 1 << 20):
-            raise ValueError(f"{scheme.bits!r} bits in groups of {scheme.group_size!r} cannot be read")
+            raise ValueError(
+                f"{scheme.bits!r} bits in groups of {scheme.group_size!r} cannot be read"
+            )
     return schemes
 
 

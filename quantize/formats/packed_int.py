@@ -1,8 +1,10 @@
-"""`pack-quantized`: dense little-endian integer codes in int32 words, one scale per group of inputs.
+"""`pack-quantized`: dense little-endian integer codes in int32 words,
+one scale per group of inputs.
 
-Worked bits, 4-bit: element i of a row lies in word i // 8 at bits 4·(i % 8) … +3 and holds q + 8, so codes
-[-8, 7, 0, 1] start a row with word 0x...98F0: nibbles 0x0, 0xF, 0x8, 0x9 from the low end. At 3 bits element i starts
-at bit 3·i of the row's bit string and may cross a word border; a row always starts a new word.
+Worked bits, 4-bit: element i of a row lies in word i // 8 at bits 4·(i % 8) … +3 and holds q + 8,
+so codes [-8, 7, 0, 1] start a row with word 0x...98F0: nibbles 0x0, 0xF, 0x8, 0x9 from the low
+end. At 3 bits element i starts at bit 3·i of the row's bit string and may cross a word border; a
+row always starts a new word.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ def stored_bits(bits: int, group_size: int) -> float:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack signed codes [N, K] (any integer dtype, -2^(bits-1) … 2^(bits-1)-1) into int32 [N, ceil(K·bits/32)]."""
+    """Pack signed codes [N, K] (any integer dtype, -2^(bits-1) … 2^(bits-1)-1) into
+    int32 [N, ceil(K·bits/32)]."""
     half = 1 << (bits - 1)
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise ValueError(f"codes outside the {bits}-bit range [{-half}, {half - 1}]")
-    return torch.cat([_pack_rows(rows, bits) for rows in torch.split(codes, _rows_at_once(codes.shape[1]))])
+    return torch.cat(
+        [_pack_rows(rows, bits) for rows in torch.split(codes, _rows_at_once(codes.shape[1]))]
+    )
 
 
 def _rows_at_once(columns: int) -> int:
@@ -97,7 +102,8 @@ class IntScheme:
     suffixes = SUFFIXES
 
     def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where groups do not divide K."""
+        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError
+        where groups do not divide K."""
         if K % self.group_size:
             raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
         return {
@@ -116,10 +122,17 @@ class IntScheme:
 
     def as_json(self, targets: Sequence[str]) -> dict[str, Any]:
         """One entry of config_groups."""
-        activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        activations = {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
         return {
             "targets": list(targets),
-            # Without it compressed-tensors >= 0.18 infers an 8-bit layout for INT4 weights with FP8 activations.
+            # Without it compressed-tensors >= 0.18 infers an 8-bit layout for INT4
+            # weights with FP8 activations.
             "format": "pack-quantized",
             "weights": {
                 "num_bits": self.bits,
@@ -148,10 +161,11 @@ class IntScheme:
 
 @dataclass(frozen=True)
 class PackedInt:
-    """A linear's weight [N, K] as signed integer codes with one bfloat16 scale per group of `group_size` inputs.
+    """A linear's weight [N, K] as signed integer codes with one bfloat16 scale per
+    group of `group_size` inputs.
 
-    Value = code · scale of its group (`unpack`). Scales may be negative where 16-bit activations are used: a flipped
-    sign puts the extra code -2^(bits-1) on the other side.
+    Value = code · scale of its group (`unpack`). Scales may be negative where 16-bit activations
+    are used: a flipped sign puts the extra code -2^(bits-1) on the other side.
     """
 
     codes: Tensor  # int8 [N, K]
@@ -166,7 +180,9 @@ class PackedInt:
         if self.codes.dtype != torch.int8 or self.scale.dtype != torch.bfloat16:
             raise ValueError("codes must be int8 and scale bfloat16")
         if tuple(self.scale.shape) != (N, K // self.group_size):
-            raise ValueError(f"scale is {tuple(self.scale.shape)}, expected {(N, K // self.group_size)}")
+            raise ValueError(
+                f"scale is {tuple(self.scale.shape)}, expected {(N, K // self.group_size)}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -205,7 +221,10 @@ class PackedInt:
         N, K = noted_shape(tensors, SUFFIXES)
         packed = tensors["weight_packed"]
         if tuple(packed.shape) != (N, words_per_row(K, bits)) or packed.dtype != torch.int32:
-            raise ValueError(f"weight_packed is {packed.dtype} {tuple(packed.shape)}, expected int32 for {(N, K)}")
+            raise ValueError(
+                f"weight_packed is {packed.dtype} {tuple(packed.shape)}, expected int32 for "
+                f"{(N, K)}"
+            )
         return cls(unpack_codes(packed, bits, K), tensors["weight_scale"], bits, group_size)
 
     def unpack(self) -> Tensor:
@@ -214,7 +233,8 @@ class PackedInt:
         return self.codes.float() * scale
 
     def kernel_weight(self) -> Tensor:
-        """Weight [N, K] in float32 that an INT4×FP8 tensor-core kernel multiplies (see `product_weight`)."""
+        """Weight [N, K] in float32 that an INT4×FP8 tensor-core kernel
+        multiplies (see `product_weight`)."""
         factor = row_factor(self.scale)
         scale = self.scale.repeat_interleave(self.group_size, dim=1)
         return product_weight(self.codes, scale, factor)

@@ -21,12 +21,15 @@ STORED_AS: Mapping[torch.dtype, str] = {
 
 
 def noted_shape(tensors: Mapping[str, Tensor], suffixes: Sequence[str]) -> tuple[int, int]:
-    """[N, K] of the linear whose tensors these are, by suffix; ValueError unless all are there and the note is one."""
+    """[N, K] of the linear whose tensors these are, by suffix; ValueError unless all are
+    there and the note is one."""
     if missing := [suffix for suffix in suffixes if suffix not in tensors]:
         raise ValueError(f"{missing[0]} is missing")
     note = tensors["weight_shape"]
     if (note.dtype, tuple(note.shape)) != (torch.int64, (2,)):
-        raise ValueError(f"weight_shape is {note.dtype} {tuple(note.shape)}, expected torch.int64 (2,)")
+        raise ValueError(
+            f"weight_shape is {note.dtype} {tuple(note.shape)}, expected torch.int64 (2,)"
+        )
     N, K = note.tolist()
     return N, K
 
@@ -51,7 +54,8 @@ class Packed(Protocol):
         """Stored bits per weight, all that the code book takes counted."""
 
     def scheme(self, fp8_activations: bool) -> AnyScheme:
-        """How it is stored and run; ValueError for FP8 activations where there is no such kernel."""
+        """How it is stored and run; ValueError for FP8 activations
+        where there is no such kernel."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint tensors by suffix."""
@@ -63,10 +67,12 @@ class Packed(Protocol):
         """Weight [N, K] in float32 that the serving kernel multiplies where activations are FP8."""
 
     def unit(self) -> Tensor:
-        """Mean step between neighbouring codes of every group, float32 [N, G]; 0 in a group of zeros."""
+        """Mean step between neighbouring codes of every group, float32
+        [N, G]; 0 in a group of zeros."""
 
     def points(self) -> Tensor:
-        """Values of all codes in units of the step, rising, float32 [2^bits]; their mean where groups differ."""
+        """Values of all codes in units of the step, rising, float32 [2^bits]; their
+        mean where groups differ."""
 
 
 class AnyScheme(Protocol):
@@ -89,7 +95,8 @@ class AnyScheme(Protocol):
         """Names of a linear's tensors in the checkpoint, after the linear's own."""
 
     def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError where it cannot be stored so."""
+        """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError
+        where it cannot be stored so."""
 
     def stored_bits(self, N: int, K: int) -> float:
         """Bits that one weight of a linear [N, K] takes, all that its code book takes counted."""

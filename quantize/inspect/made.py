@@ -41,7 +41,8 @@ class Made:
 
 
 def read_made(folder: Path) -> tuple[Made | None, str | None]:
-    """What pq.json of a checkpoint says, and why it cannot be used; None and None where there is none."""
+    """What pq.json of a checkpoint says, and why it cannot be used; None and
+    None where there is none."""
     try:
         data = read_provenance(folder)
     except ModelError as err:
@@ -71,4 +72,8 @@ def _worst(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Worst, ...]:
         if isinstance(error, int | float):
             found.append(Worst(name, float(error), kind))
     # NaN is the worst of all.
-    return tuple(sorted(found, key=lambda w: math.inf if math.isnan(w.error) else w.error, reverse=True)[:_WORST])
+    return tuple(
+        sorted(found, key=lambda w: math.inf if math.isnan(w.error) else w.error, reverse=True)[
+            :_WORST
+        ]
+    )

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from quantize.block.measure import moments_of
 from quantize.block.moments import too_few
-from quantize.block.smoothing import SAMPLED_ROWS, balanced, column_absmean, per_source_channel, search
+from quantize.block.smoothing import (
+    SAMPLED_ROWS,
+    balanced,
+    column_absmean,
+    per_source_channel,
+    search,
+)
 from quantize.cost.footprint import BlockSizes
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
@@ -22,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class Awq(Stage):
-    """Search λ = x̄^a / w̄^b per edge by the output error of the rounded sinks; never worse than λ = 1.
+    """Search λ = x̄^a / w̄^b per edge by the output error of the rounded
+    sinks; never worse than λ = 1.
 
     x̄ and w̄ are the mean magnitudes of the sinks' inputs and weight columns.
     """
@@ -32,14 +39,16 @@ class Awq(Stage):
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
     group_size: int = Field(default=128, ge=16, le=1024)
-    """Group of that rounding; where it does not divide the inputs, their largest divisor below it."""
+    """Group of that rounding; where it does not divide the inputs, their
+    largest divisor below it."""
     grid: int = Field(default=20, ge=2, le=100)
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)
     """Exponents b tried, as factors of (1 − a): 0 is the paper's activation-only search."""
 
     def room(self, sizes: BlockSizes) -> int:
-        """The moments of an edge's inputs, a sample of rows in all the forms that a trial has, then new weights."""
+        """The moments of an edge's inputs, a sample of rows in all the forms that a
+        trial has, then new weights."""
         taken = [sizes.folding()]
         for group in sizes.groups:
             K = sizes.linears[group[0]][1]
@@ -67,8 +76,8 @@ class Awq(Stage):
             facts(layers, "search_ratio"),
             title="Gain of the scale search",
             caption="Output error of an edge's linears, rounded to nearest, with the scales found over that with none: "
-            "less is better, 1 means that no scale helped and the edge was left alone. Measured on the calibration "
-            "text while searching, before the encode stages.",
+            "less is better, 1 means that no scale helped and the edge was left alone. Measured "
+            "on the calibration text while searching, before the encode stages.",
             unit="error after / before",
         )
         return () if gained is None else (gained,)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from quantize.pictures import Picture
 
 Kind = Literal["restructure", "smooth", "cache", "encode"]
-"""Order in a recipe: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
+"""Order in a recipe: restructure* smooth* cache? encode*, with a restructure, a
+cache or an encode stage."""
 
 
 class Stage(BaseModel):
@@ -43,26 +44,31 @@ class Stage(BaseModel):
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether the stage measures calibration activations; without any such stage no text is read."""
+        """Whether the stage measures calibration activations; without any
+        such stage no text is read."""
         return True
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the stage aims at the parent's own outputs, whose activations are then carried along."""
+        """Whether the stage aims at the parent's own outputs, whose
+        activations are then carried along."""
         return False
 
     @property
     def native_field(self) -> str | None:
-        """The field that asks for what only `format: pq` can hold; None where every format will do."""
+        """The field that asks for what only `format: pq` can hold; None
+        where every format will do."""
         return None
 
     @property
     def changes_basis(self) -> bool:
-        """Whether the residual stream leaves the parent's basis: then a head cannot share the embedding's weight."""
+        """Whether the residual stream leaves the parent's basis: then a head cannot
+        share the embedding's weight."""
         return False
 
     def to_basis(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] of the residual stream → the same in the basis in which the stage leaves it."""
+        """Hidden states [..., D] of the residual stream → the same in the basis in
+        which the stage leaves it."""
         return hidden
 
     def from_basis(self, hidden: Tensor) -> Tensor:
@@ -72,31 +78,39 @@ class Stage(BaseModel):
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
         """Tensors outside the blocks, by full name, as the stage leaves them; may work in place.
 
-        The embedding comes alone, the final norm and the head (its own, where it was tied) together.
+        The embedding comes alone, the final norm and the head (its own,
+        where it was tied) together.
         """
         return tensors
 
     def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
-        """The stage with all settled that depends on the whole model, and facts about that for the provenance."""
+        """The stage with all settled that depends on the whole model, and facts
+        about that for the provenance."""
         return self, {}
 
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json of the output, given that of the model that the stage gets; ModelError where there is none."""
+        """config.json of the output, given that of the model that the stage gets;
+        ModelError where there is none."""
         return dict(parent)
 
     def rewrites(self, index: int, name: str) -> bool:
-        """Whether the tensor `name` of block `index` is new, or other than a change of basis or scale makes it."""
+        """Whether the tensor `name` of block `index` is new, or other than a change
+        of basis or scale makes it."""
         return False
 
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Linears of the blocks after the stage: full name → [N, K], given those before it."""
         return dict(linears)
 
-    def check_model(self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]) -> None:
-        """Refuse (ModelError) a model that the stage cannot handle, before any work; linears as for `check`."""
+    def check_model(
+        self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Refuse (ModelError) a model that the stage cannot handle, before any
+        work; linears as for `check`."""
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """Refuse (ModelError) shapes [N, K] of full linear names that the stage cannot handle, before any work."""
+        """Refuse (ModelError) shapes [N, K] of full linear names that the stage
+        cannot handle, before any work."""
 
     def apply(self, block: Block) -> None:
         """Transform `block` in place."""
@@ -112,14 +126,16 @@ class Stage(BaseModel):
         return None
 
     def for_trial(self, tokens: int) -> Stage:
-        """The stage as a trial with only so many tokens runs it, whose time grows with the tokens as its own does.
+        """The stage as a trial with only so many tokens runs it, whose time grows
+        with the tokens as its own does.
 
         Nothing is searched in it that would need the whole model.
         """
         return self
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
-        """What the method adds to the report, drawn from the facts noted in `apply`: full layer or edge name → facts.
+        """What the method adds to the report, drawn from the facts noted in `apply`:
+        full layer or edge name → facts.
 
         Facts of other versions may lack any key; a picture without its facts is left out.
         """

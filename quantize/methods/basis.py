@@ -1,4 +1,5 @@
-"""The basis that a recipe leaves the residual stream in, and what follows for tensors outside the blocks."""
+"""The basis that a recipe leaves the residual stream in, and what follows for
+tensors outside the blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Channel-wise absmean scaling (FireQ, arXiv 2505.20839): λ_j = c / mean_n |W[n, j]| over an edge's sinks."""
+"""Channel-wise absmean scaling (FireQ, arXiv 2505.20839): λ_j = c / mean_n
+|W[n, j]| over an edge's sinks."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ _CONSTANTS: Mapping[str, str] = {"attn_norm": "qkv", "mlp_norm": "up_gate", "up_
 
 
 class Cas(Stage):
-    """Give every input column of an edge's sinks the same mean magnitude; the inverse goes into the edge's source.
+    """Give every input column of an edge's sinks the same mean magnitude; the inverse
+    goes into the edge's source.
 
-    A constant only shifts the common factor of an edge; 0 leaves the edge alone. The defaults are the constants that
-    the authors ship for Llama-3-8B.
+    A constant only shifts the common factor of an edge; 0 leaves the edge alone. The defaults are
+    the constants that the authors ship for Llama-3-8B.
     """
 
     kind: ClassVar[Kind] = "smooth"
@@ -36,7 +38,8 @@ class Cas(Stage):
     qkv: float = Field(default=0.0, ge=0, le=1e4)
     """Target absmean of q_proj, k_proj and v_proj columns; off in the paper's script."""
     v_mul: float = Field(default=0.9, gt=0, le=1e4)
-    """Scalar that v_proj is multiplied by, its inverse going to o_proj (Λ1); 1 leaves the edge alone."""
+    """Scalar that v_proj is multiplied by, its inverse going to o_proj
+    (Λ1); 1 leaves the edge alone."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -62,4 +65,8 @@ class Cas(Stage):
         if not constant:
             return None
         mean = per_source_channel(block, edge, column_absmean(block, edge))
-        return torch.where(mean > 0, constant / mean.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(mean))
+        return torch.where(
+            mean > 0,
+            constant / mean.clamp_min(torch.finfo(torch.float32).tiny),
+            torch.ones_like(mean),
+        )

@@ -35,7 +35,8 @@ class Encode(Stage):
     kind: ClassVar[Kind] = "encode"
 
     layers: tuple[str, ...] = ("*",)
-    """Shell patterns of the linears to encode, matched against full names such as model.layers.0.mlp.down_proj."""
+    """Shell patterns of the linears to encode, matched against full names such as
+    model.layers.0.mlp.down_proj."""
     ignore: tuple[str, ...] = ()
     """Shell patterns of linears that stay 16-bit although `layers` matches them."""
 
@@ -48,12 +49,13 @@ class Encode(Stage):
         for pattern in (*self.layers, *self.ignore):
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise ModelError(
-                    f"recipe stage {self.method}: pattern '{pattern}' matches no linear of this model "
-                    f"(names look like {next(iter(linears))})"
+                    f"recipe stage {self.method}: pattern '{pattern}' matches no linear of this "
+                    f"model (names look like {next(iter(linears))})"
                 )
 
     def selected(self, block: Block) -> list[str]:
-        """Linears of the block that the stage encodes, in the order in which the block computes them."""
+        """Linears of the block that the stage encodes, in the order in
+        which the block computes them."""
         names = [name for group in block.arch.calibration_order for name in group]
         return [name for name in names if self.selects(block.full_name(name))]
 
@@ -62,7 +64,11 @@ class Encode(Stage):
         if self.needs_reference:
             freeze_reference(block)
         for groups in self._waves(block):
-            share_out(block, [(names, self.measured(block, names[0])) for names in groups], self.encode_group)
+            share_out(
+                block,
+                [(names, self.measured(block, names[0])) for names in groups],
+                self.encode_group,
+            )
             give_back()
 
     def room(self, sizes: BlockSizes) -> int:
@@ -77,12 +83,14 @@ class Encode(Stage):
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether the layers will round their inputs to E4M3, and so must those that are measured."""
+        """Whether the layers will round their inputs to E4M3, and so
+        must those that are measured."""
         return False
 
     @abstractmethod
     def fitting(self, N: int, K: int) -> int:
-        """Bytes that one linear's fit takes at most beside its weight and the moments of its inputs."""
+        """Bytes that one linear's fit takes at most beside its weight and
+        the moments of its inputs."""
 
     @abstractmethod
     def stored_bits(self, N: int, K: int) -> float:
@@ -91,7 +99,8 @@ class Encode(Stage):
     def _waves(self, block: Block) -> Iterator[list[list[str]]]:
         """Groups of linears that share an input, in the order in which the block computes them.
 
-        Where several ranks work, as many routed experts come together: none changes what another one sees.
+        Where several ranks work, as many routed experts come together: none
+        changes what another one sees.
         """
         wave: list[list[str]] = []
         for group in block.arch.calibration_order:
@@ -106,7 +115,8 @@ class Encode(Stage):
             yield wave
 
     def measured(self, block: Block, name: str) -> Moments | None:
-        """What must be known about the input of `name`; None where that is nothing. All ranks measure together."""
+        """What must be known about the input of `name`; None where that is nothing.
+        All ranks measure together."""
         return None
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
@@ -130,7 +140,10 @@ class IntEncode(Encode):
     @model_validator(mode="after")
     def _kernel_exists(self) -> Self:
         if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
-            raise ValueError("activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels there are")
+            raise ValueError(
+                "activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels "
+                "there are"
+            )
         return self
 
     @property
@@ -148,7 +161,8 @@ class IntEncode(Encode):
         return stored_bits(self.bits, self.group_size)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for a shape the packed layout or its kernels cannot hold, or patterns that match nothing."""
+        """ModelError for a shape the packed layout or its kernels cannot hold, or
+        patterns that match nothing."""
         super().check(linears)
         for name, (N, K) in linears.items():
             if not self.selects(name):
@@ -160,8 +174,8 @@ class IntEncode(Encode):
                 )
             if self.fp8 and N % _FP8_TILE:
                 raise ModelError(
-                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels need; "
-                    "use activations: none or add the layer to ignore"
+                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels "
+                    "need; use activations: none or add the layer to ignore"
                 )
 
 
@@ -176,25 +190,33 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
-    """Squared error of a quantized weight [N, K] relative to the weight, in the Hessian's metric if one is given.
+    """Squared error of a quantized weight [N, K] relative to the weight, in the
+    Hessian's metric if one is given.
 
-    With H = E[x xᵀ] this is the mean squared output error of the layer over its mean squared output.
+    With H = E[x xᵀ] this is the mean squared output error of the layer
+    over its mean squared output.
     """
     delta = quantized - original
     if hessian is None:
-        return float(delta.square().sum() / original.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+        return float(
+            delta.square().sum()
+            / original.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        )
     size = ((original @ hessian) * original).sum().clamp_min(torch.finfo(torch.float32).tiny)
     return float(((delta @ hessian) * delta).sum() / size)
 
 
 def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
-    """What a fit aims at, [N, K]: the weight itself, or where the parent is known what repairs the drift from it."""
+    """What a fit aims at, [N, K]: the weight itself, or where the parent is known what
+    repairs the drift from it."""
     if moments.cross is None:
         return weight
     return corrected_target(weight, moments.hessian, moments.cross, moments.residual, usable)
 
 
-def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> None:
+def note_errors(
+    block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None
+) -> None:
     """Record the weight error, and the output error where the inputs are known."""
     block.note(name, weight_error=relative_error(original, quantized))
     if hessian is not None:
@@ -202,7 +224,11 @@ def note_errors(block: Block, name: str, original: Tensor, quantized: Tensor, he
 
 
 def factored(
-    block: Block, name: str, moments: Moments, damping: float, order: Literal["natural", "activation"] = "activation"
+    block: Block,
+    name: str,
+    moments: Moments,
+    damping: float,
+    order: Literal["natural", "activation"] = "activation",
 ) -> Damped | str:
     """The Hessian of `name`, safe to factor, or why the linear cannot be fitted to its inputs."""
     if too_little := too_few(block.arch, name, moments):

@@ -23,11 +23,14 @@ class Gptq(IntEncode):
 
     method: Literal["gptq"] = "gptq"
     damping: float = Field(default=0.01, gt=0, le=1)
-    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular."""
+    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while
+    the Hessian stays singular."""
     order: Literal["natural", "activation"] = "activation"
-    """`activation`: columns with the largest inputs first; groups and their scales stay in natural order."""
+    """`activation`: columns with the largest inputs first; groups and their
+    scales stay in natural order."""
     clip: Literal["absmax", "mse"] = "mse"
-    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers the group's squared error."""
+    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
+    the group's squared error."""
 
     def measured(self, block: Block, name: str) -> Moments:
         """Second moments of the inputs."""
@@ -38,7 +41,8 @@ class Gptq(IntEncode):
         return max(factoring(K), 4 * K * K + 25 * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
-        """Encode linears that share one Hessian; falls back to rounding (noted by layer) where it is unusable."""
+        """Encode linears that share one Hessian; falls back to rounding (noted by
+        layer) where it is unusable."""
         grid = Grid(self.bits, self.group_size)
         assert moments is not None
         usable = factored(block, names[0], moments, self.damping, self.order)
@@ -47,7 +51,9 @@ class Gptq(IntEncode):
                 fall_back(block, name, grid, self.fp8, usable)
                 continue
             weight = block.linear(name).weight.float()
-            scale, factor = grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
+            scale, factor = (
+                grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
+            )
             rounded = error_feedback(weight, usable, grid, scale, factor)
             block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
             block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))

@@ -1,8 +1,10 @@
-"""Hadamard rotations that spread outliers over all channels (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+"""Hadamard rotations that spread outliers over all channels (QuaRot, arXiv 2404.00456;
+SpinQuant, arXiv 2405.16406).
 
-R1 turns the residual stream, h → hQ: RMSNorm without weights commutes with a rotation, so the norms' weights move into
-the linears that read them, W → W·diag(γ)·Q; what writes the stream becomes QᵀW. R2 turns the values of each kv head. R4
-turns the inputs of down_proj while the model runs, as nothing before them commutes with a rotation.
+R1 turns the residual stream, h → hQ: RMSNorm without weights commutes with a rotation, so the
+norms' weights move into the linears that read them, W → W·diag(γ)·Q; what writes the stream becomes
+QᵀW. R2 turns the values of each kv head. R4 turns the inputs of down_proj while the model runs, as
+nothing before them commutes with a rotation.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _WEIGHTS = 1 << 22  # of a matrix outside the blocks rotated at once
 class Rotate(Stage):
     """Rotate the residual stream, the values of every head, and the inputs of down_proj.
 
-    With `residual`, a head that was tied to the embedding gets a weight of its own: the final norm moves into it alone.
+    With `residual`, a head that was tied to the embedding gets a weight of its own: the
+    final norm moves into it alone.
     """
 
     kind: ClassVar[Kind] = "smooth"
@@ -39,7 +42,8 @@ class Rotate(Stage):
     residual: bool = True
     """Rotate the residual stream by a randomized Hadamard matrix and fold the norms (R1)."""
     values: bool = True
-    """Rotate the values of every kv head by the Hadamard matrix of head_dim (R2); balance their channels before."""
+    """Rotate the values of every kv head by the Hadamard matrix of head_dim (R2);
+    balance their channels before."""
     down: bool = False
     """Rotate the inputs of down_proj at run time (R4); only `format: pq` can hold it."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -48,7 +52,9 @@ class Rotate(Stage):
     @model_validator(mode="after")
     def _rotates_something(self) -> Self:
         if not (self.residual or self.values or self.down):
-            raise ValueError("residual, values and down are all off; turn one on or remove the stage")
+            raise ValueError(
+                "residual, values and down are all off; turn one on or remove the stage"
+            )
         return self
 
     @property
@@ -78,13 +84,17 @@ class Rotate(Stage):
     def _rotation(self) -> Rotation:
         return Rotation(self.seed)
 
-    def check_model(self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]) -> None:
+    def check_model(
+        self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]
+    ) -> None:
         """ModelError names a size without a known Hadamard matrix and the field to turn off."""
         for field, what, size in self._rotated_sizes(arch, shape, linears):
             try:
                 hadamard_factors(size)
             except ValueError as err:
-                raise ModelError(f"recipe stage rotate: {what} {size}: {err}; set {field}: false") from None
+                raise ModelError(
+                    f"recipe stage rotate: {what} {size}: {err}; set {field}: false"
+                ) from None
 
     def _rotated_sizes(
         self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]
@@ -95,15 +105,22 @@ class Rotate(Stage):
             yield "values", "head size", shape.head_dim
         if self.down:
             down = arch.of_role("down")
-            within = {name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears}
-            for size in sorted({K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}):
+            within = {
+                name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears
+            }
+            for size in sorted(
+                {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
+            ):
                 yield "down", f"inputs of {down}", size
 
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
-        """Rotate the embedding's rows; fold the final norm into the head and rotate its columns. In place."""
+        """Rotate the embedding's rows; fold the final norm into the head and
+        rotate its columns. In place."""
         if not self.residual:
             return tensors
-        embedding, norm, head = (f"{name}.weight" for name in (arch.embedding, arch.final_norm, arch.head))
+        embedding, norm, head = (
+            f"{name}.weight" for name in (arch.embedding, arch.final_norm, arch.head)
+        )
         if embedding in tensors:
             self._rotate_rows(tensors[embedding])
         if head in tensors:
@@ -139,7 +156,9 @@ class Rotate(Stage):
             if edge.source_kind != "norm":
                 continue
             gamma = module.get_submodule(edge.source).get_parameter("weight")
-            for weight in (module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks):
+            for weight in (
+                module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks
+            ):
                 weight.data = rotation.apply(widened(weight) * widened(gamma)).to(weight.dtype)
             gamma.data = torch.ones_like(gamma)
         for name in arch.residual:
@@ -157,7 +176,8 @@ def _rotate_values(block: Block) -> None:
 
 
 def _change_outputs(linear: nn.Module, rotate: Callable[[Tensor], Tensor]) -> None:
-    """Make a linear's outputs [..., N] those that `rotate` makes of them: its weight's columns and its bias."""
+    """Make a linear's outputs [..., N] those that `rotate` makes of them: its
+    weight's columns and its bias."""
     weight, bias = linear.get_parameter("weight"), dict(linear.named_parameters()).get("bias")
     weight.data = rotate(widened(weight).T).T.to(weight.dtype).contiguous()
     if bias is not None:

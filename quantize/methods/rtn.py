@@ -18,7 +18,8 @@ class Rtn(IntEncode):
 
     method: Literal["rtn"] = "rtn"
     clip: Literal["absmax", "mse"] = "absmax"
-    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers the group's squared error."""
+    """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
+    the group's squared error."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -34,4 +35,6 @@ class Rtn(IntEncode):
         grid = Grid(self.bits, self.group_size)
         for name in names:
             weight = block.linear(name).weight.float()
-            note_errors(block, name, weight, encode_nearest(block, name, grid, self.clip == "mse", self.fp8))
+            note_errors(
+                block, name, weight, encode_nearest(block, name, grid, self.clip == "mse", self.fp8)
+            )

@@ -1,1 +1,2 @@
-"""What a decoder is: its row, its blocks on the device, its linears, experts, RoPE and attention."""
+"""What a decoder is: its row, its blocks on the device, its linears,
+experts, RoPE and attention."""

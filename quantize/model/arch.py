@@ -1,4 +1,5 @@
-"""Architectures as data: a new decoder is one row of ARCHITECTURES and one tiny config in tests/conftest.py.
+"""Architectures as data: a new decoder is one row of ARCHITECTURES and one tiny
+config in tests/conftest.py.
 
 Module names are relative to a decoder block (`self_attn.q_proj`) unless a field says otherwise.
 """
@@ -22,7 +23,8 @@ Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 class Edge:
     """A place where a diagonal scale may move without changing the function.
 
-    Output channel c of `source` is divided by λ_c, the matching input columns of every sink are multiplied by it.
+    Output channel c of `source` is divided by λ_c, the matching input columns of
+    every sink are multiplied by it.
     """
 
     name: str
@@ -30,7 +32,8 @@ class Edge:
     sinks: tuple[str, ...]
     source_kind: Literal["norm", "linear"]
     kv_group: bool = False
-    """Sink column q·d+c reads source channel (q // (H/KV))·d+c: v_proj → o_proj under grouped-query attention."""
+    """Sink column q·d+c reads source channel (q // (H/KV))·d+c: v_proj → o_proj
+    under grouped-query attention."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Experts:
     shared: str = "mlp.shared_expert"
     """Expert that every token visits."""
     shared_gate: str = "mlp.shared_expert_gate"
-    """Linear of one output without bias; the shared expert's output is multiplied by its sigmoid."""
+    """Linear of one output without bias; the shared expert's output is
+    multiplied by its sigmoid."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,16 @@ class Architecture:
     """Groups of linears that share one input, in the order in which the block computes them."""
     edges: tuple[Edge, ...]
     residual: Mapping[str, str]
-    """Linear whose output is added to the residual stream → the norm that reads the stream just before."""
+    """Linear whose output is added to the residual stream → the norm that
+    reads the stream just before."""
     rope: RopeLayout = "half-split"
     qk_norm: tuple[str, str] | None = None
     """RMSNorms over head_dim that follow q_proj and k_proj."""
     attention: str = "self_attn"
     """The module that projects, rotates and attends."""
     experts: Experts | None = None
-    """Its Mixture of Experts; None where every FFN is dense. Of a model, not of each block: see `with_experts`."""
+    """Its Mixture of Experts; None where every FFN is dense. Of a model, not of each
+    block: see `with_experts`."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -76,7 +82,8 @@ class Architecture:
         return next(name for name, found in self.roles.items() if found == role)
 
     def expert_of(self, name: str) -> str | None:
-        """The expert that a module of a block lies in, `mlp.experts.3` or `mlp.shared_expert`; None outside of all."""
+        """The expert that a module of a block lies in, `mlp.experts.3` or
+        `mlp.shared_expert`; None outside of all."""
         parts = self.experts
         if parts is not None and name.startswith(f"{parts.shared}."):
             return parts.shared
@@ -91,13 +98,18 @@ class Architecture:
     def dense_name(self, name: str) -> str:
         """The name that a linear of an expert has in a dense FFN; other names are their own."""
         expert = self.expert_of(name)
-        return name if self.experts is None or expert is None else self.experts.ffn + name.removeprefix(expert)
+        return (
+            name
+            if self.experts is None or expert is None
+            else self.experts.ffn + name.removeprefix(expert)
+        )
 
     def with_experts(self, n: int) -> Architecture:
-        """The same decoder for a block whose FFN has n routed experts: the FFN's linears stand once in every expert.
+        """The same decoder for a block whose FFN has n routed experts: the FFN's
+        linears stand once in every expert.
 
-        Roles, groups and edges then name linears such as `mlp.experts.3.up_proj`; the norm before the FFN also feeds
-        the router and the gate of the shared expert, which are never quantized.
+        Roles, groups and edges then name linears such as `mlp.experts.3.up_proj`; the norm before
+        the FFN also feeds the router and the gate of the shared expert, which are never quantized.
         """
         parts = self.experts
         assert parts is not None, self.model_type
@@ -109,27 +121,40 @@ class Architecture:
         def in_ffn(name: str) -> bool:
             return name.startswith(f"{parts.ffn}.")
 
-        roles: dict[str, Role] = {name: role for name, role in self.roles.items() if not in_ffn(name)}
+        roles: dict[str, Role] = {
+            name: role for name, role in self.roles.items() if not in_ffn(name)
+        }
         order = [group for group in self.calibration_order if not in_ffn(group[0])]
         edges = [edge for edge in self.edges if not any(map(in_ffn, edge.sinks))]
         residual = {name: norm for name, norm in self.residual.items() if not in_ffn(name)}
         for home in homes.values():
             roles |= {inside(name, home): role for name, role in self.roles.items() if in_ffn(name)}
-            residual |= {inside(name, home): norm for name, norm in self.residual.items() if in_ffn(name)}
+            residual |= {
+                inside(name, home): norm for name, norm in self.residual.items() if in_ffn(name)
+            }
         for group in self.calibration_order:
             if in_ffn(group[0]):
                 order += [tuple(inside(name, home) for name in group) for home in homes.values()]
         for edge in (edge for edge in self.edges if any(map(in_ffn, edge.sinks))):
-            sinks = {key: tuple(inside(sink, home) for sink in edge.sinks) for key, home in homes.items()}
+            sinks = {
+                key: tuple(inside(sink, home) for sink in edge.sinks) for key, home in homes.items()
+            }
             if in_ffn(edge.source):
                 edges += [
-                    replace(edge, name=f"{edge.name}.{key}", source=inside(edge.source, home), sinks=sinks[key])
+                    replace(
+                        edge,
+                        name=f"{edge.name}.{key}",
+                        source=inside(edge.source, home),
+                        sinks=sinks[key],
+                    )
                     for key, home in homes.items()
                 ]
             else:
                 everywhere = tuple(sink for group in sinks.values() for sink in group)
                 edges.append(replace(edge, sinks=(*everywhere, parts.router, parts.shared_gate)))
-        return replace(self, roles=roles, calibration_order=tuple(order), edges=tuple(edges), residual=residual)
+        return replace(
+            self, roles=roles, calibration_order=tuple(order), edges=tuple(edges), residual=residual
+        )
 
     def edge(self, name: str) -> Edge:
         """Return the edge called `name`; ModelError lists the edges there are."""
@@ -137,7 +162,8 @@ class Architecture:
             if edge.name == name:
                 return edge
         raise ModelError(
-            f"{self.model_type} has no scale edge '{name}'; it has {', '.join(e.name for e in self.edges)}"
+            f"{self.model_type} has no scale edge '{name}'; it has "
+            f"{', '.join(e.name for e in self.edges)}"
         )
 
 
@@ -163,11 +189,21 @@ _PRE_NORM_EDGES = (
     Edge("up_down", "mlp.up_proj", _GATED_MLP_ORDER[3], "linear"),
 )
 
-_PRE_NORM_RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+_PRE_NORM_RESIDUAL = {
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+}
 
 
 def _llama_like(model_type: str, **special: Any) -> Architecture:
-    return Architecture(model_type, _GATED_MLP_ROLES, _GATED_MLP_ORDER, _PRE_NORM_EDGES, _PRE_NORM_RESIDUAL, **special)
+    return Architecture(
+        model_type,
+        _GATED_MLP_ROLES,
+        _GATED_MLP_ORDER,
+        _PRE_NORM_EDGES,
+        _PRE_NORM_RESIDUAL,
+        **special,
+    )
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -188,8 +224,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ModelError(
-            f"config.json: model_type {model_type!r} is not supported (supported: {', '.join(ARCHITECTURES)}); "
-            "to add it, write one row in ARCHITECTURES of quantize/model/arch.py (see CONTRIBUTING.md)"
+            f"config.json: model_type {model_type!r} is not supported (supported: "
+            f"{', '.join(ARCHITECTURES)}); to add it, write one row in ARCHITECTURES of "
+            "quantize/model/arch.py (see CONTRIBUTING.md)"
         )
     return ARCHITECTURES[model_type]
 
@@ -241,7 +278,8 @@ ROUTERS = ("gate", "shared_expert_gate")
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Sizes of the Mixture of Experts of a `qwen2_moe` config.json; the same in every block that has one."""
+    """Sizes of the Mixture of Experts of a `qwen2_moe` config.json; the same in
+    every block that has one."""
 
     n: int
     """Routed experts."""
@@ -267,9 +305,13 @@ class ExpertSizes:
 
         dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
         if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
-            raise ModelError(f"config.json: mlp_only_layers is {dense!r}, expected a list of block numbers")
+            raise ModelError(
+                f"config.json: mlp_only_layers is {dense!r}, expected a list of block numbers"
+            )
         if not isinstance(step, int) or step < 1:
-            raise ModelError(f"config.json: decoder_sparse_step is {step!r}, expected a positive integer")
+            raise ModelError(
+                f"config.json: decoder_sparse_step is {step!r}, expected a positive integer"
+            )
         blocks = size("num_hidden_layers")
         found = cls(
             n=size("num_experts"),
@@ -277,10 +319,13 @@ class ExpertSizes:
             shared=size("shared_expert_intermediate_size"),
             top_k=size("num_experts_per_tok"),
             renormalize=bool(config.get("norm_topk_prob", False)),
-            dense_blocks=frozenset(dense) | {index for index in range(blocks) if (index + 1) % step},
+            dense_blocks=frozenset(dense)
+            | {index for index in range(blocks) if (index + 1) % step},
         )
         if found.top_k > found.n:
-            raise ModelError(f"config.json: num_experts_per_tok {found.top_k} is above num_experts {found.n}")
+            raise ModelError(
+                f"config.json: num_experts_per_tok {found.top_k} is above num_experts {found.n}"
+            )
         return found
 
 
@@ -292,10 +337,16 @@ def block_architecture(arch: Architecture, config: Mapping[str, Any], index: int
     return arch if index in sizes.dense_blocks else arch.with_experts(sizes.n)
 
 
-def parameters_of_a_token(arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int, ...]]) -> int:
-    """Parameters that a token would be multiplied with if it visited all experts: all but the embedding table's.
+def parameters_of_a_token(
+    arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Parameters that a token would be multiplied with if it visited all experts:
+    all but the embedding table's.
 
-    sizes: full name → shape of every tensor, none packed; a head that shares the embedding's weight counts.
+    sizes: full name → shape of every tensor, none packed; a head that shares
+    the embedding's weight counts.
     """
     tied = shape.vocab * shape.hidden if shape.tied else 0
-    return tied + sum(math.prod(size) for name, size in sizes.items() if not name.startswith(f"{arch.embedding}."))
+    return tied + sum(
+        math.prod(size) for name, size in sizes.items() if not name.startswith(f"{arch.embedding}.")
+    )

@@ -1,8 +1,9 @@
-"""Attention over an INT4 KV cache with FP8 queries and probabilities: by a kernel, or emulated in plain torch.
+"""Attention over an INT4 KV cache with FP8 queries and probabilities: by a
+kernel, or emulated in plain torch.
 
-FireQ (arXiv 2505.20839): keys and values are rounded to INT4 per token and head as they enter the cache, queries and
-probabilities to E4M3, products accumulate in float32. Keys are stored as K·S and queries multiplied as Q/S, with the
-post-RoPE scale S of the checkpoint.
+FireQ (arXiv 2505.20839): keys and values are rounded to INT4 per token and head as they enter the
+cache, queries and probabilities to E4M3, products accumulate in float32. Keys are stored as K·S and
+queries multiplied as Q/S, with the post-RoPE scale S of the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from quantize.kernels.attention.reference import attend, over_scale, read_refere
 from quantize.model.transformers_api import register_attention
 
 ATTENTION = "pq"
-"""Name of the attention implementation: SDPA, except in modules that carry a `KvAttention` named `kv`."""
+"""Name of the attention implementation: SDPA, except in modules that carry a
+`KvAttention` named `kv`."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,17 @@ class KvNumerics:
     def from_json(cls, facts: Mapping[str, Any]) -> KvNumerics:
         """Undo `as_json`; ValueError or KeyError for what pq does not write."""
         if not {facts["query"], facts["probabilities"]} <= {None, "fp8"}:
-            raise ValueError(f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or null")
+            raise ValueError(
+                f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or "
+                "null"
+            )
         scheme = KvScheme.from_json(facts["kv_cache"])
         return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8")
 
 
 class KvAttention(nn.Module):
-    """What an attention module needs to work on an INT4 KV cache; attached to it as its submodule `kv`."""
+    """What an attention module needs to work on an INT4 KV cache; attached to
+    it as its submodule `kv`."""
 
     scale: Tensor
     """[Hkv, d] float32: S. Stored keys are K·S, queries Q/S; ones where no channel is treated."""
@@ -63,29 +69,41 @@ class KvAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KvAttention:
         moved = fn(self.scale)
-        # A cast of the model must not round S: keys that were stored with it would no longer fit the queries.
+        # A cast of the model must not round S: keys that were stored with it
+        # would no longer fit the queries.
         self.scale = moved if moved.dtype == torch.float32 else self.scale.to(moved.device)
         return self
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """query [B, H, T, d], key and value [B, Hkv, S, d], mask bool or additive → [B, H, T, d] in query's dtype.
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """query [B, H, T, d], key and value [B, Hkv, S, d], mask bool or additive →
+        [B, H, T, d] in query's dtype.
 
-        A key with the attribute `pq_stored` comes out of the INT4 cache: it and its value are rounded already. So do
-        keys and values that are records, uint8 [B, Hkv, S, R], which is what kernels read.
+        A key with the attribute `pq_stored` comes out of the INT4 cache: it and its
+        value are rounded already. So do keys and values that are records, uint8
+        [B, Hkv, S, R], which is what kernels read.
         """
         S = self.scale.float()
         if self._has_kernel(query, mask):
             if key.dtype != torch.uint8 and not getattr(key, "pq_stored", False):
                 key, value = quantize_records(key, value, S, self.scheme)
             if key.dtype == torch.uint8:
-                return attend_records(query, key, value, S, self.scheme, scaling, causal=mask is None, mask=mask)
+                return attend_records(
+                    query, key, value, S, self.scheme, scaling, causal=mask is None, mask=mask
+                )
         q = self.rounded_query(query, S)
         if key.dtype == torch.uint8:
-            k, v = (read_reference(records, self.scheme, query.shape[3]) for records in (key, value))
+            k, v = (
+                read_reference(records, self.scheme, query.shape[3]) for records in (key, value)
+            )
         elif getattr(key, "pq_stored", False):
             k, v = key.float(), value.float()
         else:
-            k, v = fake_quantize(key.float() * S[:, None], self.scheme), fake_quantize(value.float(), self.scheme)
+            k, v = (
+                fake_quantize(key.float() * S[:, None], self.scheme),
+                fake_quantize(value.float(), self.scheme),
+            )
         return attend(q, k, v, mask, scaling, self.numerics.fp8_probabilities).to(query.dtype)
 
     def _has_kernel(self, query: Tensor, mask: Tensor | None) -> bool:

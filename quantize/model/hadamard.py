@@ -1,7 +1,8 @@
 """Orthonormal Hadamard matrices as products of small factors, and what is rotated with them.
 
-H_n = H_P ⊗ H_Q, n = P·Q, with P a power of two (Sylvester's matrix) and Q = 4·odd one of N. J. A. Sloane's library,
-which compressed-tensors ships. Both are in normalized form, first row and column all ones, so that there is one H_n.
+H_n = H_P ⊗ H_Q, n = P·Q, with P a power of two (Sylvester's matrix) and Q = 4·odd one of N. J. A.
+Sloane's library, which compressed-tensors ships. Both are in normalized form, first row and column
+all ones, so that there is one H_n.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ _SYLVESTER_BITS = 6  # a power of two is split into factors of at most 2^6
 
 
 def hadamard_factors(n: int) -> tuple[int, int]:
-    """Split n into (P, Q), a power of two and the size of a known matrix (1 for powers of two); ValueError names n."""
+    """Split n into (P, Q), a power of two and the size of a known matrix (1 for powers of
+    two); ValueError names n."""
     power = n & -n if n > 0 else 0
     odd = n // power if power else 0
     if odd == 1:
         return n, 1
     if power < 4 or 4 * odd > _LARGEST_KNOWN:
         raise ValueError(
-            f"no Hadamard matrix of size {n} is known: sizes are powers of two, or these times 12, 20, 28, … 252"
+            f"no Hadamard matrix of size {n} is known: sizes are powers of two, or these times "
+            "12, 20, 28, … 252"
         )
     return power // 4, 4 * odd
 
@@ -40,7 +43,8 @@ def hadamard_matrix(n: int) -> Tensor:
 def apply_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     """x [..., n] → x @ H_n (transpose: x @ H_nᵀ), in x's dtype, computed at least in float32.
 
-    Kronecker factors are applied one after the other; nothing of size n × n is made. ValueError names an n without H_n.
+    Kronecker factors are applied one after the other; nothing of size n × n is made.
+    ValueError names an n without H_n.
     """
     n = x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -49,8 +53,11 @@ def apply_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
         left //= size
         factor = _signs(size, wide, x.device)
         factor = factor.T if transpose else factor
-        # The factor acts on the middle axis of [.., size, left]; on the last one, one large product does it.
-        out = out.reshape(-1, size) @ factor if left == 1 else factor.T @ out.reshape(-1, size, left)
+        # The factor acts on the middle axis of [.., size, left]; on the last
+        # one, one large product does it.
+        out = (
+            out.reshape(-1, size) @ factor if left == 1 else factor.T @ out.reshape(-1, size, left)
+        )
     return (out / math.sqrt(n)).to(x.dtype).view(x.shape)
 
 
@@ -75,21 +82,27 @@ def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _normalized(size: int) -> Tensor:
     # Imported late: it imports transformers, which imports pq's own format.
-    from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix, random_hadamard_matrix
+    from compressed_tensors.transform.utils.hadamard import (
+        deterministic_hadamard_matrix,
+        random_hadamard_matrix,
+    )
 
     cpu = torch.device("cpu")
     if size & (size - 1) == 0:
         sylvester: Tensor = deterministic_hadamard_matrix(size, torch.float64, cpu)
         return sylvester
     # The library has no function without random signs; normalizing takes them away again.
-    signed: Tensor = random_hadamard_matrix(size, torch.float64, cpu, torch.Generator().manual_seed(0))
+    signed: Tensor = random_hadamard_matrix(
+        size, torch.float64, cpu, torch.Generator().manual_seed(0)
+    )
     rows = signed * signed[:, :1]
     return rows * rows[:1]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """The randomized Hadamard rotation x → (x·s) @ H_n, s ∈ {±1}ⁿ drawn from `seed` (QuaRot, arXiv 2404.00456).
+    """The randomized Hadamard rotation x → (x·s) @ H_n, s ∈ {±1}ⁿ drawn from
+    `seed` (QuaRot, arXiv 2404.00456).
 
     The signs come first: H alone would gather what all channels have in common in one of them.
     """
@@ -102,11 +115,14 @@ class Rotation:
 
     def undo(self, x: Tensor) -> Tensor:
         """Rotate x [..., n] back."""
-        return apply_hadamard(x, transpose=True) * _random_signs(self.seed, x.shape[-1]).to(x.device, x.dtype)
+        return apply_hadamard(x, transpose=True) * _random_signs(self.seed, x.shape[-1]).to(
+            x.device, x.dtype
+        )
 
 
 def widened(weight: Tensor) -> Tensor:
-    """A weight in float64 where its device has it: sums of its few-digit numbers then do not depend on their order."""
+    """A weight in float64 where its device has it: sums of its few-digit numbers then do
+    not depend on their order."""
     return weight.float() if weight.device.type == "mps" else weight.double()
 
 
@@ -128,7 +144,8 @@ def rotates_inputs(module: nn.Module) -> bool:
 
 
 def let_rotate_inputs(linear: nn.Module) -> None:
-    """Make a linear, packed or not, rotate its inputs from now on; ValueError for a size without a Hadamard matrix."""
+    """Make a linear, packed or not, rotate its inputs from now on; ValueError for a size
+    without a Hadamard matrix."""
     hadamard_factors(int(linear.in_features))  # type: ignore[arg-type]  # every linear has it
     linear.register_forward_pre_hook(rotate_inputs)
 

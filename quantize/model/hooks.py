@@ -6,5 +6,6 @@ from torch import nn
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's `forward`: hooks, or one put in its place by a loader."""
+    """Whether calling the module does more than its class's `forward`: hooks, or one put
+    in its place by a loader."""
     return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))

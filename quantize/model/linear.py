@@ -12,15 +12,23 @@ from quantize.formats.fp8 import quantize_activations, quantize_activations_in_d
 from quantize.formats.scheme import Packed
 
 Numerics = Literal["kernel", "stock"]
-"""`kernel`: E4M3 weight products, as an INT4×FP8 tensor-core kernel. `stock`: code × scale, as transformers loads it.
-Activations are rounded per token to E4M3 in both, by `stock` in the computing dtype. Equal for 16-bit activations."""
+"""`kernel`: E4M3 weight products, as an INT4×FP8 tensor-core kernel. `stock`: code ×
+scale, as transformers loads it.
+Activations are rounded per token to E4M3 in both, by `stock` in the computing dtype.
+Equal for 16-bit activations."""
 
 
 class PackedLinear(nn.Module):
-    """y = x̂ Ŵᵀ + b with x̂ the (optionally FP8) activations and Ŵ [N, K] decoded once from its packed form."""
+    """y = x̂ Ŵᵀ + b with x̂ the (optionally FP8) activations and Ŵ [N, K] decoded
+    once from its packed form."""
 
     def __init__(
-        self, packed: Packed, bias: Tensor | None, fp8_activations: bool, dtype: torch.dtype, numerics: Numerics
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        fp8_activations: bool,
+        dtype: torch.dtype,
+        numerics: Numerics,
     ) -> None:
         super().__init__()
         self.packed = packed

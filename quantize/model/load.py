@@ -51,12 +51,18 @@ def load_model(
         return _load_plain(folder, device, dtype)
     model, arch = meta_model(folder, dtype), architecture_of(source.config)
     place_experts(model, arch, model.config.to_dict(), routing(source))
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Router)]
+    linears = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not isinstance(m, Router)
+    ]
     schemes = packed_schemes(source, linears)
     kv_numerics = attention_numerics(source) or attention
     if kv_numerics is not None:
         for layer in model.get_submodule(arch.blocks):
-            layer.get_submodule(arch.attention).kv = kv_attention(kv_numerics, Shape.of(source.config))
+            layer.get_submodule(arch.attention).kv = kv_attention(
+                kv_numerics, Shape.of(source.config)
+            )
     _materialize(model, source, arch, schemes, device, dtype, numerics)
     rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
     _rotate_inputs(model, source)
@@ -64,19 +70,22 @@ def load_model(
 
 
 def require_readable(source: Checkpoint) -> None:
-    """ModelError for a packing that pq does not read, and for packed tensors without a word in config.json."""
+    """ModelError for a packing that pq does not read, and for packed tensors
+    without a word in config.json."""
     quantization = source.config.get("quantization_config")
     if quantization is None:
         for name, header in tensor_headers(source).items():
             if header.dtype not in DTYPES:
                 raise ModelError(
-                    f"{source.folder}: {name} is {header.dtype}, but config.json has no quantization_config that says "
-                    "what it means; give the original model"
+                    f"{source.folder}: {name} is {header.dtype}, but config.json has no "
+                    "quantization_config that says what it means; give the original model"
                 )
         return
     form = format_in(quantization)
     if form is None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         raise ModelError(f"{source.folder}: quant_method {method!r} is not one that pq reads")
     try:
         form.require_understood(quantization)
@@ -85,10 +94,15 @@ def require_readable(source: Checkpoint) -> None:
 
 
 def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
-    """ModelError for a head that config.json ties to the embedding, and that the checkpoint holds with other values."""
+    """ModelError for a head that config.json ties to the embedding, and that the
+    checkpoint holds with other values."""
     # transformers leaves such a head untied, with a warning: what ties them would be another model.
     head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
-    if shape.tied and head in source and not torch.equal(source.tensor(head), source.tensor(embedding)):
+    if (
+        shape.tied
+        and head in source
+        and not torch.equal(source.tensor(head), source.tensor(embedding))
+    ):
         raise ModelError(
             f"{source.folder}: {head} differs from {embedding}, though config.json ties them; "
             "set tie_word_embeddings to false there"
@@ -96,22 +110,27 @@ def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
 
 
 def _format(source: Checkpoint) -> tuple[OutputFormat, Mapping[str, Any]] | None:
-    """The format of a checkpoint and its quantization_config; None for a plain model and for what pq does not know."""
+    """The format of a checkpoint and its quantization_config; None for a plain model and
+    for what pq does not know."""
     section: Any = source.config.get("quantization_config")
     form = format_in(section)
     return None if form is None else (form, section)
 
 
 def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyScheme]:
-    """Scheme of every packed linear by full name, empty for a plain model; ModelError for schemes pq does not read."""
+    """Scheme of every packed linear by full name, empty for a plain model; ModelError for
+    schemes pq does not read."""
     try:
         return schemes_in(source.config.get("quantization_config") or {}, linears)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ModelError(f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})") from None
+        raise ModelError(
+            f"{source.folder}/config.json: quantization_config is not one that pq reads ({err})"
+        ) from None
 
 
 def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
-    """A module for attention on the cache, all its scales 1; ModelError where the head does not fit the groups."""
+    """A module for attention on the cache, all its scales 1; ModelError where the
+    head does not fit the groups."""
     try:
         return KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
     except ValueError as err:
@@ -119,7 +138,8 @@ def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
 
 
 def attention_numerics(source: Checkpoint) -> KvNumerics | None:
-    """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError for what pq does not read."""
+    """How the checkpoint attends on an INT4 cache; None for one that has none. ModelError
+    for what pq does not read."""
     found = _format(source)
     if found is None:
         return None
@@ -128,7 +148,9 @@ def attention_numerics(source: Checkpoint) -> KvNumerics | None:
         facts = form.attention(section)
         return None if facts is None else KvNumerics.from_json(facts)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ModelError(f"{source.folder}/config.json: attention is not one that pq reads ({err})") from None
+        raise ModelError(
+            f"{source.folder}/config.json: attention is not one that pq reads ({err})"
+        ) from None
 
 
 def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -> tuple[str, ...]:
@@ -147,7 +169,8 @@ def rotated_inputs(source: Checkpoint, linears: Collection[str] | None = None) -
 
 
 def routing(source: Checkpoint) -> Mapping[str, Policy]:
-    """How FFNs with experts route, by full name, where not as config.json's own fields say; ModelError as above."""
+    """How FFNs with experts route, by full name, where not as config.json's own fields
+    say; ModelError as above."""
     found = _format(source)
     if found is None:
         return {}
@@ -159,7 +182,8 @@ def routing(source: Checkpoint) -> Mapping[str, Policy]:
 
 
 def _rotate_inputs(module: nn.Module, source: Checkpoint, prefix: str = "") -> None:
-    """Let the linears below `module`, whose names begin with `prefix` in the checkpoint, rotate inputs as it says."""
+    """Let the linears below `module`, whose names begin with `prefix` in the checkpoint,
+    rotate inputs as it says."""
     for name in rotated_inputs(source):
         if name.startswith(prefix):
             try:
@@ -169,9 +193,15 @@ def _rotate_inputs(module: nn.Module, source: Checkpoint, prefix: str = "") -> N
 
 
 def packed_linear(
-    source: Checkpoint, name: str, scheme: AnyScheme, device: torch.device, dtype: torch.dtype, numerics: Numerics
+    source: Checkpoint,
+    name: str,
+    scheme: AnyScheme,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics,
 ) -> PackedLinear:
-    """Read the packed linear with this full name; ModelError when its tensors do not fit the scheme."""
+    """Read the packed linear with this full name; ModelError when its
+    tensors do not fit the scheme."""
     parts = {suffix: source.tensor(f"{name}.{suffix}").to(device) for suffix in scheme.suffixes}
     try:
         packed = scheme.read(parts)
@@ -191,17 +221,24 @@ def load_block(
 ) -> nn.Module:
     """Materialize block `index` of a plain or packed checkpoint.
 
-    schemes: those of its packed linears by full name. attention: how it works on its cache (`attention_numerics`).
+    schemes: those of its packed linears by full name. attention: how it works on its
+    cache (`attention_numerics`).
     """
     prefix = f"{skeleton.arch.blocks}.{index}."
     packed = {
-        name.removeprefix(prefix): packed_linear(source, name, scheme, skeleton.device, skeleton.dtype, numerics)
+        name.removeprefix(prefix): packed_linear(
+            source, name, scheme, skeleton.device, skeleton.dtype, numerics
+        )
         for name, scheme in schemes.items()
         if name.startswith(prefix)
     }
     inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
     scale = f"{prefix}{skeleton.arch.attention}.{KV_SCALE}"
-    weights = {n.removeprefix(prefix): source.tensor(n) for n in source.names(prefix) if n not in inside | {scale}}
+    weights = {
+        n.removeprefix(prefix): source.tensor(n)
+        for n in source.names(prefix)
+        if n not in inside | {scale}
+    }
     layer = skeleton.layer(index, weights, packed)
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
@@ -238,14 +275,17 @@ def _materialize(
         model.set_submodule(name, packed_linear(source, name, scheme, device, dtype, numerics))
     packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*PACKED_SUFFIXES, "bias")}
     plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
-    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}  # stays float32
+    # stays float32
+    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}
     try:
         result = model.load_state_dict(plain, assign=True, strict=False)
     except RuntimeError as err:
         raise ModelError(f"{source.folder}: {' '.join(str(err).split())[:300]}") from None
     model.tie_weights()  # type: ignore[operator]  # every transformers model has it
     if result.unexpected_keys:
-        raise ModelError(f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model")
+        raise ModelError(
+            f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model"
+        )
     root, _, _ = arch.blocks.rpartition(".")
     place_rotary_tables(model.get_submodule(root), model.config, device)
     if missing := [n for n, p in model.named_parameters() if p.is_meta]:
@@ -262,4 +302,6 @@ def bits_per_weight(model: nn.Module) -> float | None:
     """Mean stored bits of quantized weights, scales counted; None for a model without any."""
     packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
     weights = sum(math.prod(p.shape) for p in packed)
-    return sum(p.bits_per_weight * math.prod(p.shape) for p in packed) / weights if weights else None
+    return (
+        sum(p.bits_per_weight * math.prod(p.shape) for p in packed) / weights if weights else None
+    )

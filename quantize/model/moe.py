@@ -1,8 +1,10 @@
-"""A Mixture of Experts as pq computes it: one linear an expert and role, named as checkpoints name them.
+"""A Mixture of Experts as pq computes it: one linear an expert and role,
+named as checkpoints name them.
 
-transformers keeps the experts of a block in two stacked tensors, which no linear of pq's could stand in for; the
-function is the same: y = Σ_e w_e(x)·E_e(x) + σ(g·x)·S(x), with w the softmax of the router's scores where the policy
-selects expert e, else 0.
+transformers keeps the experts of a block in two stacked tensors, which no linear of
+pq's could stand in for; the
+function is the same: y = Σ_e w_e(x)·E_e(x) + σ(g·x)·S(x), with w the softmax of the router's scores
+where the policy selects expert e, else 0.
 """
 
 from __future__ import annotations
@@ -23,11 +25,21 @@ from quantize.model.arch import Architecture, ExpertSizes
 from quantize.model.hooks import is_hooked
 from quantize.model.transformers_api import activation, is_silu
 
-__all__ = ["Expert", "MoeFfn", "Policy", "Router", "Threshold", "TopK", "place_experts", "policy_from_json"]
+__all__ = [
+    "Expert",
+    "MoeFfn",
+    "Policy",
+    "Router",
+    "Threshold",
+    "TopK",
+    "place_experts",
+    "policy_from_json",
+]
 
 
 class Router(nn.Linear):
-    """A linear that decides how much of an expert a token gets; never quantized, and no linear to recipes."""
+    """A linear that decides how much of an expert a token gets; never quantized,
+    and no linear to recipes."""
 
 
 class Expert(nn.Module):
@@ -47,23 +59,30 @@ class Expert(nn.Module):
 
 
 class MoeFfn(nn.Module):
-    """Routed experts beside a shared one. Tensor names are those of a `qwen2_moe` checkpoint below `mlp`.
+    """Routed experts beside a shared one. Tensor names are those of a
+    `qwen2_moe` checkpoint below `mlp`.
 
-    Experts are linears that may be packed, hooked or replaced, and run one after the other; those that `stack` bound
-    together for inference run at once, as long as nothing of that befell them since.
+    Experts are linears that may be packed, hooked or replaced, and run one after the
+    other; those that `stack` bound together for inference run at once, as long as
+    nothing of that befell them since.
     """
 
-    def __init__(self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None) -> None:
+    def __init__(
+        self, hidden: int, sizes: ExpertSizes, activation: nn.Module, policy: Policy | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy or TopK(sizes.top_k, sizes.renormalize)
         self.gate = Router(hidden, sizes.n, bias=False)
-        self.experts = nn.ModuleList([Expert(hidden, sizes.size, activation) for _ in range(sizes.n)])
+        self.experts = nn.ModuleList(
+            [Expert(hidden, sizes.size, activation) for _ in range(sizes.n)]
+        )
         self.shared_expert = Expert(hidden, sizes.shared, activation)
         self.shared_expert_gate = Router(hidden, 1, bias=False)
         self._stacked: _Stacked | None = None
 
     def weights(self, x: Tensor) -> Tensor:
-        """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token does not visit an expert."""
+        """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token
+        does not visit an expert."""
         scores = self.gate(x)
         weights = torch.softmax(scores, dim=1, dtype=torch.float32) * self.policy.select(scores)
         if self.policy.renormalize:
@@ -81,24 +100,34 @@ class MoeFfn(nn.Module):
         else:
             most = self.policy.k if isinstance(self.policy, TopK) else None
             act = self._activation()
-            y = y + routed_experts(flat, weights, together.gate_up, together.down, act=act, most=most)
+            y = y + routed_experts(
+                flat, weights, together.gate_up, together.down, act=act, most=most
+            )
         out: Tensor = y.view(x.shape)
         return out
 
     def _add_one_by_one(self, y: Tensor, x: Tensor, weights: Tensor) -> None:
         for index, expert in enumerate(self.experts):
-            # Experts that no token visits run on no rows, so that whoever records inputs sees every expert.
+            # Experts that no token visits run on no rows, so that whoever
+            # records inputs sees every expert.
             rows = weights[:, index].nonzero()[:, 0]
             y.index_add_(0, rows, expert(x[rows]) * weights[rows, index, None])
 
     def _linears(self) -> list[nn.Module] | None:
-        """Gate, up and down projection of every routed expert; None where an expert does more than to call them."""
+        """Gate, up and down projection of every routed expert; None where an expert
+        does more than to call them."""
         if any(type(expert) is not Expert or is_hooked(expert) for expert in self.experts):
             return None
-        return [linear for expert in self.experts for linear in expert.children() if linear is not expert.act]
+        return [
+            linear
+            for expert in self.experts
+            for linear in expert.children()
+            if linear is not expert.act
+        ]
 
     def _together(self) -> _Stacked | None:
-        """What computes all experts at once; None where one of them got hooks or weights of its own.
+        """What computes all experts at once; None where one of them got
+        hooks or weights of its own.
 
         Stacked weights that others took the place of are let go.
         """
@@ -121,11 +150,13 @@ class MoeFfn(nn.Module):
         return self._stacked is not None
 
     def stack(self) -> bool:
-        """Compute all routed experts at once from now on, where they are plain linears of one dtype → whether they are.
+        """Compute all routed experts at once from now on, where they are plain linears of
+        one dtype → whether they are.
 
-        Their weights become views of two stacked tensors: names, values and memory stay what they were. From then on
-        they learn nothing. Experts with hooks, packed or not in memory are left as they are, and so are those that get
-        hooks or other weights later. A copy of the module is not stacked.
+        Their weights become views of two stacked tensors: names, values and memory stay what
+        they were. From then on they learn nothing. Experts with hooks, packed or not in
+        memory are left as they are, and so are those that get hooks or other weights later. A
+        copy of the module is not stacked.
         """
         self._stacked = None
         linears = self._linears()
@@ -134,7 +165,10 @@ class MoeFfn(nn.Module):
         if len({(linear.weight.dtype, linear.weight.device) for linear in linears}) != 1:
             return False
         with torch.no_grad():
-            gate_up, down = _bind(self.experts, "gate_proj", "up_proj"), _bind(self.experts, "down_proj")
+            gate_up, down = (
+                _bind(self.experts, "gate_proj", "up_proj"),
+                _bind(self.experts, "down_proj"),
+            )
         self._stacked = _Stacked(gate_up, down, [linear.weight for linear in linears])
         return True
 
@@ -165,22 +199,28 @@ class _Stacked:
         """Whether these are still the views: not others, nor moved or cast one by one."""
         place = (self.down.dtype, self.down.device)
         pairs = zip(weights, self.views, strict=True)
-        return all(weight is view and (weight.dtype, weight.device) == place for weight, view in pairs)
+        return all(
+            weight is view and (weight.dtype, weight.device) == place for weight, view in pairs
+        )
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    # Only what a product with `weight` says whole: loaders that keep weights elsewhere replace `forward`.
+    # Only what a product with `weight` says whole: loaders that keep weights
+    # elsewhere replace `forward`.
     if type(linear) is not nn.Linear or is_hooked(linear):
         return False
     return linear.bias is None and not linear.weight.is_meta
 
 
 def _bind(experts: nn.ModuleList, *names: str) -> Tensor:
-    # Weights of each expert's linears, one below the other: [N, rows, columns]; the linears become views of it.
+    # Weights of each expert's linears, one below the other: [N, rows, columns];
+    # the linears become views of it.
     linears = [[getattr(expert, name) for name in names] for expert in experts]
     first: Tensor = linears[0][0].weight
     rows, columns = first.shape
-    stack = torch.empty(len(experts), len(names) * rows, columns, dtype=first.dtype, device=first.device)
+    stack = torch.empty(
+        len(experts), len(names) * rows, columns, dtype=first.dtype, device=first.device
+    )
     for of_expert, held in zip(linears, stack, strict=True):
         for linear, view in zip(of_expert, held.split(rows), strict=True):
             linear.weight = nn.Parameter(view.copy_(linear.weight), requires_grad=False)
@@ -188,7 +228,8 @@ def _bind(experts: nn.ModuleList, *names: str) -> Tensor:
 
 
 def stack_experts(model: nn.Module) -> int:
-    """Let every Mixture of Experts in a loaded model compute its routed experts at once → how many do."""
+    """Let every Mixture of Experts in a loaded model compute its routed
+    experts at once → how many do."""
     return sum(ffn.stack() for ffn in model.modules() if isinstance(ffn, MoeFfn))
 
 
@@ -198,10 +239,12 @@ def place_experts(
     config: Mapping[str, Any],
     policies: Mapping[str, Policy] = MappingProxyType({}),
 ) -> None:
-    """Let the blocks of a transformers model compute their experts by `MoeFfn`, without weights on the meta device.
+    """Let the blocks of a transformers model compute their experts by `MoeFfn`,
+    without weights on the meta device.
 
-    config: parsed config.json; policies: full name of an FFN → how it routes, where not as config.json says. ModelError
-    for sizes that config.json lacks and policies that do not fit. A model whose FFNs are dense is left alone.
+    config: parsed config.json; policies: full name of an FFN → how it routes, where not as
+    config.json says. ModelError for sizes that config.json lacks and policies that do not fit. A
+    model whose FFNs are dense is left alone.
     """
     ffns: dict[str, nn.Module] = {}
     if arch.experts is not None:
@@ -211,12 +254,17 @@ def place_experts(
                 name = f"{arch.blocks}.{index}.{arch.experts.ffn}"
                 policy = policies.get(name)
                 if isinstance(policy, TopK) and policy.k > sizes.n:
-                    raise ModelError(f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} experts")
+                    raise ModelError(
+                        f"config.json: routing sends tokens of {name} to {policy.k} of {sizes.n} "
+                        "experts"
+                    )
                 with torch.device("meta"):
                     act = activation(config.get("hidden_act", "silu"))
                     made = MoeFfn(config["hidden_size"], sizes, act, policy)
                 ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
     if strangers := sorted(set(policies) - set(ffns)):
-        raise ModelError(f"config.json: routing names {strangers[0]}, which has no experts in this model")
+        raise ModelError(
+            f"config.json: routing names {strangers[0]}, which has no experts in this model"
+        )
     for name, ffn in ffns.items():
         model.set_submodule(name, ffn)

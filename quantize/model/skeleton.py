@@ -26,7 +26,8 @@ from quantize.model.transformers_api import (
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The full-precision model that config.json describes, without memory; ModelError for what transformers refuses."""
+    """The full-precision model that config.json describes, without memory; ModelError for
+    what transformers refuses."""
     try:
         config = read_config(folder)
         _require_known_rope(folder, config)
@@ -35,9 +36,12 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
     except ModelError:
         raise
     except Exception as err:
-        # A bad field gives KeyError, AttributeError, RuntimeError, AssertionError or a validator's own class.
+        # A bad field gives KeyError, AttributeError, RuntimeError,
+        # AssertionError or a validator's own class.
         reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]
-        raise ModelError(f"{folder}/config.json: transformers cannot build this model ({reason})") from None
+        raise ModelError(
+            f"{folder}/config.json: transformers cannot build this model ({reason})"
+        ) from None
     return model.eval().requires_grad_(False)
 
 
@@ -47,7 +51,9 @@ def _require_known_rope(folder: Path, config: Any) -> None:
     kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
     known = rope_types()
     if kind not in known:
-        raise ModelError(f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})")
+        raise ModelError(
+            f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -55,15 +61,19 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return read_tokenizer(folder)
     except Exception as err:
-        # The tokenizers library raises plain Exception for a broken file, transformers half a dozen classes.
+        # The tokenizers library raises plain Exception for a broken file,
+        # transformers half a dozen classes.
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise DataError(f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside the weights") from None
+        raise DataError(
+            f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside the weights"
+        ) from None
 
 
 class Skeleton:
     """Builds decoder layers on demand and replays the arguments the full model would give them.
 
-    routing: full names of FFNs with experts → how they route, where that is not as config.json says.
+    routing: full names of FFNs with experts → how they route, where
+    that is not as config.json says.
     """
 
     def __init__(
@@ -83,22 +93,25 @@ class Skeleton:
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
-        """ModelError unless a checkpoint's tensors (full name → shape) are those that config.json implies.
+        """ModelError unless a checkpoint's tensors (full name → shape) are
+        those that config.json implies.
 
         tied: the head may be absent.
         """
         expected = {name: tuple(p.shape) for name, p in self.model.state_dict().items()}
         if surplus := sorted(set(shapes) - set(expected)):
             raise ModelError(
-                f"tensor {surplus[0]} has no place in a {self.arch.model_type} model of {len(self._layers)} layers; "
-                "config.json and weights disagree"
+                f"tensor {surplus[0]} has no place in a {self.arch.model_type} model of "
+                f"{len(self._layers)} layers; config.json and weights disagree"
             )
         for name, shape in expected.items():
             found = shapes.get(name)
             if found is None and not (tied and name.startswith(f"{self.arch.head}.")):
                 raise ModelError(f"tensor {name} is missing from the checkpoint; download it again")
             if found not in (None, shape):
-                raise ModelError(f"tensor {name} is {list(found or ())}, config.json implies {list(shape)}")
+                raise ModelError(
+                    f"tensor {name} is {list(found or ())}, config.json implies {list(shape)}"
+                )
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [N, K] of every nn.Linear of all blocks, by full name."""
@@ -109,12 +122,18 @@ class Skeleton:
         }
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """Shapes [N, K] of every linear of block `index` but its routers, by name relative to the block."""
+        """Shapes [N, K] of every linear of block `index` but its routers, by
+        name relative to the block."""
         linears = {n: m for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear)}
-        return {n: (m.out_features, m.in_features) for n, m in linears.items() if not isinstance(m, Router)}
+        return {
+            n: (m.out_features, m.in_features)
+            for n, m in linears.items()
+            if not isinstance(m, Router)
+        }
 
     def routers(self) -> list[str]:
-        """Full names of the linears that decide how much of an expert a token gets, which are never quantized."""
+        """Full names of the linears that decide how much of an expert a token gets,
+        which are never quantized."""
         return [name for name, module in self.model.named_modules() if isinstance(module, Router)]
 
     def block_arch(self, index: int) -> Architecture:
@@ -128,10 +147,11 @@ class Skeleton:
         packed: Mapping[str, nn.Module] | None = None,
         placed: bool = False,
     ) -> nn.Module:
-        """Materialize block `index` from tensors named relative to it; ModelError names what does not fit.
+        """Materialize block `index` from tensors named relative to it;
+        ModelError names what does not fit.
 
-        packed: modules that stand in for linears of the block. placed: the tensors have their dtype and stay where they
-        are.
+        packed: modules that stand in for linears of the block. placed: the tensors have their
+        dtype and stay where they are.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
         for name in packed or {}:
@@ -142,11 +162,17 @@ class Skeleton:
                 raise ModelError(f"block {index}: tensor {name} is missing from the checkpoint")
             if tuple(weights[name].shape) != shape:
                 raise ModelError(
-                    f"block {index}: {name} is {list(weights[name].shape)}, config.json implies {list(shape)}"
+                    f"block {index}: {name} is {list(weights[name].shape)}, config.json implies "
+                    f"{list(shape)}"
                 )
         if surplus := sorted(set(weights) - set(expected)):
-            raise ModelError(f"block {index}: tensor {surplus[0]} is in the checkpoint but not in the architecture")
-        moved = weights if placed else {n: w.to(self.device, self.dtype) for n, w in weights.items()}
+            raise ModelError(
+                f"block {index}: tensor {surplus[0]} is in the checkpoint but not in the "
+                "architecture"
+            )
+        moved = (
+            weights if placed else {n: w.to(self.device, self.dtype) for n, w in weights.items()}
+        )
         layer.load_state_dict(moved, assign=True)
         for name, module in (packed or {}).items():
             layer.set_submodule(name, module)
@@ -156,21 +182,28 @@ class Skeleton:
     def final_norm(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The norm behind the last block, with these weights."""
         norm: nn.Module = copy.deepcopy(self.model.get_submodule(self.arch.final_norm))
-        norm.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
+        norm.load_state_dict(
+            {name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True
+        )
         return norm
 
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden [B, T, D], with the masks and rotary tables of that batch shape."""
+        """Run block `index` on hidden [B, T, D], with the masks and rotary
+        tables of that batch shape."""
         return self._call(hidden.shape[0], hidden.shape[1])[index].run(layer, hidden)
 
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
         """tokens [B, T] → the hidden states [B, T, D] that enter block 0."""
-        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device)).to(self.dtype)
+        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device)).to(
+            self.dtype
+        )
         return self._replay(hidden)[0]
 
     def _call(self, batch: int, length: int) -> list[LayerCall]:
         if (batch, length) not in self._calls:
-            hidden = torch.zeros(batch, length, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            hidden = torch.zeros(
+                batch, length, self.config.hidden_size, dtype=self.dtype, device=self.device
+            )
             self._calls[batch, length] = self._replay(hidden)[1]
         return self._calls[batch, length]
 

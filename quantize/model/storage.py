@@ -1,4 +1,5 @@
-"""How other tools and pq store a linear's weight, recognised by tensor names and dtypes in headers."""
+"""How other tools and pq store a linear's weight, recognised by tensor
+names and dtypes in headers."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from quantize.files.headers import Header
 from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.packed_int import stored_bits
 
-DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+DTYPES: Mapping[str, str] = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
 """Safetensors names of plain floats → torch names."""
 _PARTS = (
     "weight",
@@ -62,9 +68,12 @@ class Storage:
 
 
 def storage_of(
-    headers: Mapping[str, Header], quantization: Any, shapes: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    headers: Mapping[str, Header],
+    quantization: Any,
+    shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, Storage]:
-    """Every weight matrix by full module name. quantization: config.json's quantization_config, whatever it is.
+    """Every weight matrix by full module name. quantization: config.json's
+    quantization_config, whatever it is.
 
     shapes: [N, K] of bit vectors by module; those that are missing are taken to fill their words.
     """
@@ -83,7 +92,9 @@ def storage_of(
             expected = _expected_bits(module, facts, quantization)
             sizes = {part: header.bytes for part, header in parts.items()}
             code_bytes = sum(size for part, size in sizes.items() if part not in _NOT_CODES)
-            out[module] = Storage(tuple(names.values()), *facts, sum(sizes.values()), code_bytes, expected)
+            out[module] = Storage(
+                tuple(names.values()), *facts, sum(sizes.values()), code_bytes, expected
+            )
     return out
 
 
@@ -92,7 +103,10 @@ _Facts = tuple["tuple[int, int] | None", "int | None", str, "int | None", "int |
 
 
 def _facts(
-    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any], shape: tuple[int, int] | None
+    module: str,
+    parts: Mapping[str, Header],
+    quantization: Mapping[str, Any],
+    shape: tuple[int, int] | None,
 ) -> _Facts | None:
     if "weight_planes" in parts:
         return _bitvec(module, parts, quantization, shape)
@@ -102,16 +116,36 @@ def _facts(
         return _gptq_or_awq(parts, quantization)
     weight = parts.get("weight")
     if weight is None or len(weight.shape) < 2:
-        return _bitsandbytes(parts, quantization) if any(p.startswith("absmax") for p in parts) else None
+        return (
+            _bitsandbytes(parts, quantization)
+            if any(p.startswith("absmax") for p in parts)
+            else None
+        )
     shape = (weight.shape[0], weight.shape[1]) if len(weight.shape) == 2 else None
     weights = math.prod(weight.shape)
     if weight.dtype in DTYPES:
-        return shape, weights, DTYPES[weight.dtype], 8 * weight.bytes // max(1, weights), None, "none", False
+        return (
+            shape,
+            weights,
+            DTYPES[weight.dtype],
+            8 * weight.bytes // max(1, weights),
+            None,
+            "none",
+            False,
+        )
     if any(part.startswith(("absmax", "quant_")) for part in parts):
         return _bitsandbytes(parts, quantization)
     _, _, activations = _scheme(module, quantization)
     label = _label(quantization, _group(module, quantization))
-    return shape, weights, label or weight.dtype.lower(), 8 * weight.bytes // max(1, weights), None, activations, True
+    return (
+        shape,
+        weights,
+        label or weight.dtype.lower(),
+        8 * weight.bytes // max(1, weights),
+        None,
+        activations,
+        True,
+    )
 
 
 def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
@@ -131,7 +165,10 @@ def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str,
 
 
 def _bitvec(
-    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any], shape: tuple[int, int] | None
+    module: str,
+    parts: Mapping[str, Header],
+    quantization: Mapping[str, Any],
+    shape: tuple[int, int] | None,
 ) -> _Facts:
     """Bit planes [N, ceil(K / 32)·bits]; without its shape a row is taken to fill its words."""
     bits, group_size, activations = _scheme(module, quantization)
@@ -156,9 +193,14 @@ def _expected_bits(module: str, facts: _Facts, quantization: Mapping[str, Any]) 
 
 
 def _gptq_or_awq(parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
-    """GPTQ packs along the inputs, qweight [K·bits/32, N]; AWQ along the outputs, [K, N·bits/32]."""
+    """GPTQ packs along the inputs, qweight [K·bits/32, N]; AWQ along
+    the outputs, [K, N·bits/32]."""
     method = str(quantization.get("quant_method", "qweight"))
-    bits, scales, qweight = _positive(quantization.get("bits")), parts.get("scales"), parts["qweight"]
+    bits, scales, qweight = (
+        _positive(quantization.get("bits")),
+        parts.get("scales"),
+        parts["qweight"],
+    )
     shape = group_size = None
     if bits and scales is not None and len(scales.shape) == len(qweight.shape) == 2:
         K = qweight.shape[0] if "awq" in method else qweight.shape[0] * 32 // bits
@@ -170,7 +212,15 @@ def _bitsandbytes(parts: Mapping[str, Header], quantization: Mapping[str, Any]) 
     if "weight" not in parts:
         return None
     # Four bits: two codes in a byte, stored as a column; the shape is in a table that is data.
-    return None, 2 * parts["weight"].bytes, str(quantization.get("quant_method", "bitsandbytes")), 4, None, "none", True
+    return (
+        None,
+        2 * parts["weight"].bytes,
+        str(quantization.get("quant_method", "bitsandbytes")),
+        4,
+        None,
+        "none",
+        True,
+    )
 
 
 def _scheme(module: str, quantization: Mapping[str, Any]) -> tuple[int | None, int | None, str]:
@@ -185,7 +235,8 @@ def _scheme(module: str, quantization: Mapping[str, Any]) -> tuple[int | None, i
 
 
 def _group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of config_groups for a linear: one that names it, else one for all linears; empty without any."""
+    """The entry of config_groups for a linear: one that names it, else one for all
+    linears; empty without any."""
     groups = quantization.get("config_groups")
     found = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
     named = (g for g in found if any(_names(t, module) for t in _list(g.get("targets"))))

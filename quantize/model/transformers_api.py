@@ -4,8 +4,9 @@ transformers renames arguments: in 5.24 the `past_key_values` of models and laye
 Names are therefore read off signatures, never concluded from a version, and what no signature names
 is an error, so that nothing is lost in silence.
 
-This module is imported while transformers is still importing itself (`quantize.serving.register`): what leads to
-models is imported where it is used. Methods of quantization are in `transformers_quantizer`.
+This module is imported while transformers is still importing itself
+(`quantize.serving.register`): what leads to models is imported where it is used. Methods of
+quantization are in `transformers_quantizer`.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a call is given by position and by name."""
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
-"""(attention module, query [B, H, T, d], key and value [B, Hkv, S, d], mask, scaling) → mixed values
-[B, H, T, d]; None leaves them to SDPA."""
+"""(attention module, query [B, H, T, d], key and value [B, Hkv, S, d], mask, scaling) → mixed
+values [B, H, T, d]; None leaves them to SDPA."""
 
 
 # Models
@@ -48,7 +49,9 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Ten
 
 def read_config(folder: Path) -> Any:
     """Parse config.json by transformers, without what it says of quantization."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -63,11 +66,14 @@ def rope_types() -> list[str]:
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """The causal language model of a config, its weights not initialized by any checkpoint."""
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention
+    )
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Load a causal language model by transformers → (model, names of tensors that were missing)."""
+    """Load a causal language model by transformers → (model, names of
+    tensors that were missing)."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -80,7 +86,9 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; a broken one raises plain Exception or any other class."""
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
 
 
 def silence() -> None:
@@ -98,8 +106,11 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 
 def place_rotary_tables(decoder: nn.Module, config: Any, device: torch.device) -> None:
-    """Compute a decoder's rotary tables: buffers absent from checkpoints and from the meta device."""
-    decoder._modules["rotary_emb"] = type(decoder.get_submodule("rotary_emb"))(config=config).to(device)
+    """Compute a decoder's rotary tables: buffers absent from checkpoints
+    and from the meta device."""
+    decoder._modules["rotary_emb"] = type(decoder.get_submodule("rotary_emb"))(config=config).to(
+        device
+    )
 
 
 def activation(name: str) -> nn.Module:
@@ -124,7 +135,8 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call a layer on hidden states [B, T, D], which releases return alone or first of a tuple."""
+        """Call a layer on hidden states [B, T, D], which releases return
+        alone or first of a tuple."""
         out = layer(hidden, *self.args, **self.kwargs)
         states: Tensor = out[0] if isinstance(out, tuple) else out
         return states
@@ -144,8 +156,8 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ModelError(
-                f"{_release()} gives layers a cache where none was asked for, which pq cannot replay; "
-                "install an earlier release"
+                f"{_release()} gives layers a cache where none was asked for, which pq cannot "
+                "replay; install an earlier release"
             )
         self.call = LayerCall(args, kwargs)
         return hidden_states
@@ -160,8 +172,8 @@ def layer_calls(
 ) -> tuple[Tensor, list[LayerCall]]:
     """Run a decoder's own forward without its layers → (input of the first one, calls of all).
 
-    layers, final_norm: names of these children. hidden: embedded tokens [B, T, D]. The decoder, which
-    may be on the meta device, stays as it is.
+    layers, final_norm: names of these children. hidden: embedded tokens [B, T, D]. The decoder,
+    which may be on the meta device, stays as it is.
     """
     shell = copy.copy(decoder)
     shell._modules = dict(shell._modules)
@@ -194,7 +206,9 @@ def register_attention(name: str, attend: Attend) -> None:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mixed = attend(module, query, key, value, attention_mask, scaling)
         if mixed is None:
-            out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            out: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **kwargs
+            )
             return out
         return mixed.transpose(1, 2).contiguous(), None
 
@@ -248,7 +262,9 @@ class DecoderArguments:
             return (*args[:place], cache, *args[place + 1 :]), others
         return args, others | {self.cache: cache}
 
-    def makes_cache(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def makes_cache(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
         """Whether the decoder makes a cache of its own in a call that gives it none."""
         asked = self._by_name(args, kwargs).get("use_cache")
         return bool(_settled_use_cache(decoder, asked))

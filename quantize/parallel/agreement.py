@@ -18,14 +18,19 @@ def require_equal(ranks: Ranks, facts: Mapping[str, Any]) -> None:
         for name, value in first.items():
             if other.get(name) != value:
                 raise UsageError(
-                    f"rank {rank} differs from rank 0 in {name}: {_short(other.get(name))} instead of {_short(value)}; "
-                    "start equal commands with equal software on equal machines"
+                    f"rank {rank} differs from rank 0 in {name}: {_short(other.get(name))} "
+                    f"instead of {_short(value)}; start equal commands with equal software on "
+                    "equal machines"
                 )
 
 
 def processor(device: torch.device) -> str:
     """What products are computed on: those of different ones may differ in the last bit."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Processes of one launch (accelerate, torchrun, or RANK and WORLD_SIZE by hand) that meet by torch.distributed.
+"""Processes of one launch (accelerate, torchrun, or RANK and WORLD_SIZE by hand)
+that meet by torch.distributed.
 
 Tensors on a CPU travel by gloo, those on CUDA devices by NCCL.
 """
@@ -23,7 +24,8 @@ from quantize.parallel.ranks import ALONE, Ranks
 from quantize.parallel.watch import Watch
 
 _TO_JOIN = timedelta(minutes=30)
-_TO_WAIT = timedelta(days=60)  # while another rank works: `Watch`, not a time limit, says that it is gone
+# while another rank works: `Watch`, not a time limit, says that it is gone
+_TO_WAIT = timedelta(days=60)
 
 
 def launched() -> bool:
@@ -42,9 +44,10 @@ def joined(
 ) -> Iterator[Ranks]:
     """Join the other processes of the launch; for a process that works alone this does nothing.
 
-    An error that leaves the context is told to the others, for whom it becomes a LostError wherever they are; so does
-    the death of a process, with `remedy` behind it. `abandon` ends a process that could not unwind (it runs in another
-    thread, and must not return). `met` is called once all processes are there, before any of them goes on.
+    An error that leaves the context is told to the others, for whom it becomes a LostError wherever
+    they are; so does the death of a process, with `remedy` behind it. `abandon` ends a process that
+    could not unwind (it runs in another thread, and must not return). `met` is called once all
+    processes are there, before any of them goes on.
     """
     if not launched():
         yield ALONE
@@ -55,13 +58,19 @@ def joined(
         met()
         ranks = _Launch(remedy, abandon)
     except (KeyError, OSError, RuntimeError, ValueError) as err:
-        place = ":".join(os.environ.get(name, f"${name}") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        place = ":".join(
+            os.environ.get(name, f"${name}") for name in ("MASTER_ADDR", "MASTER_PORT")
+        )
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise UsageError(f"the other processes of the launch were not met at {place} ({reason})") from None
+        raise UsageError(
+            f"the other processes of the launch were not met at {place} ({reason})"
+        ) from None
     with ranks.watch:
         try:
             yield ranks
-        except StoppedError:  # where the first died before it could stop with the others, they say so
+        except (
+            StoppedError
+        ):  # where the first died before it could stop with the others, they say so
             _leave(ranks)
             raise
         _leave(ranks)
@@ -89,17 +98,26 @@ class _Launch(Ranks):
         text = bytearray(json.dumps(data).encode())
         size = int(self.copied(torch.tensor([len(text)]), source))
         buffer = text if self.rank == source else bytearray(size)
-        return json.loads(bytes(self.copied(torch.frombuffer(buffer, dtype=torch.uint8), source).numpy()))
+        return json.loads(
+            bytes(self.copied(torch.frombuffer(buffer, dtype=torch.uint8), source).numpy())
+        )
 
     def gathered(self, data: Any) -> list[Any]:
         return [self.tell(data, source) for source in range(self.size)]
 
     def tensors(self, named: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
         mine = named if self.rank == source and named is not None else {}
-        known = {n: [str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type] for n, t in mine.items()}
+        known = {
+            n: [str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
+            for n, t in mine.items()
+        }
         out: dict[str, Tensor] = {}
         for name, (dtype, shape, device) in self.tell(known, source).items():
-            tensor = mine[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            tensor = (
+                mine[name]
+                if mine
+                else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            )
             out[name] = self.copied(tensor, source)
         return out
 

@@ -1,9 +1,9 @@
 """Processes that convert or measure one model together, and the one that works alone.
 
-In a conversion every process ("rank") holds all hidden states and every block. Where work is divided, each computes its
-share and receives the others', so that all of them hold the same bits afterwards, those that one process alone would
-hold. Every method of `Ranks` but the plain sums is a meeting: all ranks must call it, in the same order and with
-arguments of the same shapes.
+In a conversion every process ("rank") holds all hidden states and every block. Where work is
+divided, each computes its share and receives the others', so that all of them hold the same bits
+afterwards, those that one process alone would hold. Every method of `Ranks` but the plain sums is a
+meeting: all ranks must call it, in the same order and with arguments of the same shapes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class Ranks:
     def rounds(self, batches: int) -> Iterator[tuple[int, int]]:
         """Yield (batch to compute here, how many ranks have one of their own), round by round.
 
-        In a round rank r has the batch that follows rank r − 1's. Ranks for which none is left compute the last one,
-        so that they know its shapes; what they find is not used.
+        In a round rank r has the batch that follows rank r − 1's. Ranks for which none is left
+        compute the last one, so that they know its shapes; what they find is not used.
         """
         for start in range(0, batches, self.size):
             yield min(start + self.rank, batches - 1), min(self.size, batches - start)
 
     def owners(self, sizes: Sequence[int]) -> list[int]:
-        """A rank for each piece of work, given their sizes: the largest first, each to who has least to do."""
+        """A rank for each piece of work, given their sizes: the largest first,
+        each to who has least to do."""
         loads, out = [0] * self.size, [0] * len(sizes)
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             out[i] = loads.index(min(loads))
@@ -57,7 +58,8 @@ class Ranks:
         return dict(named or {})
 
     def copied(self, tensor: Tensor, source: int) -> Tensor:
-        """The tensor of one rank, for all; the others give one of the same shape and dtype, which is overwritten."""
+        """The tensor of one rank, for all; the others give one of the same shape and
+        dtype, which is overwritten."""
         return tensor
 
     def numbers(self, tasks: Sequence[Callable[[], float]]) -> list[float]:
@@ -65,7 +67,8 @@ class Ranks:
         return [task() for task in tasks]
 
     def added(self, total: Tensor | None, part: Tensor, present: int) -> Tensor:
-        """Add a round's parts, float32 [...], to a total: those of the first `present` ranks, in the order of ranks.
+        """Add a round's parts, float32 [...], to a total: those of the first `present`
+        ranks, in the order of ranks.
 
         Between rounds every rank holds a piece of the total; `whole` puts the pieces together.
         """
@@ -80,7 +83,8 @@ class Ranks:
         return any(self.gathered(flag))
 
     def release(self) -> None:
-        """Say that all shared work is done: the first rank finishes alone, and no longer minds what befalls others."""
+        """Say that all shared work is done: the first rank finishes alone, and no longer
+        minds what befalls others."""
 
     def explained(self) -> AbstractContextManager[None]:
         """Turn errors of communication into what is known about the rank that failed."""

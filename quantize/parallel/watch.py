@@ -1,7 +1,8 @@
 """Notices that another process of a launch failed or died, whatever this one is doing.
 
-Rank 0 holds a connection to every other rank. Who fails says so; of who dies the system closes the connection. Rank 0
-passes the news on. Collectives alone would not do: NCCL's wait for the dead until a time limit.
+Rank 0 holds a connection to every other rank. Who fails says so; of who dies the system
+closes the connection. Rank 0 passes the news on. Collectives alone would not do: NCCL's wait
+for the dead until a time limit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch.distributed as dist
 
 from quantize.errors import LostError, PqError, StoppedError
 
-_SETTLE = 3.0  # seconds in which a rank may fail by itself, from the same cause as the one that told of it
-_TO_EXPLAIN = 60.0  # seconds to learn whom an error of communication is about; a busy machine takes some
+# seconds in which a rank may fail by itself, from the same cause as the one that told of it
+_SETTLE = 3.0
+# seconds to learn whom an error of communication is about; a busy machine takes some
+_TO_EXPLAIN = 60.0
 _UNWIND = 10.0  # seconds to leave by an exception before the process is abandoned
 _TO_CONNECT = 300.0
 _FAILED, _OUT_OF_MEMORY, _INTERRUPTED = 1, 8, 130
@@ -44,10 +47,19 @@ class _News:
 
 
 class Watch:
-    """Connections between rank 0 and the others. As a context manager it tells the others how this rank ended."""
+    """Connections between rank 0 and the others. As a context manager it tells the
+    others how this rank ended."""
 
-    def __init__(self, rank: int, size: int, token: str, remedy: str, abandon: Callable[[LostError], None]) -> None:
-        self._rank, self._size, self._token, self._remedy, self._abandon = rank, size, token, remedy, abandon
+    def __init__(
+        self, rank: int, size: int, token: str, remedy: str, abandon: Callable[[LostError], None]
+    ) -> None:
+        self._rank, self._size, self._token, self._remedy, self._abandon = (
+            rank,
+            size,
+            token,
+            remedy,
+            abandon,
+        )
         self._peers: dict[int, socket.socket] = {}
         self._server: socket.socket | None = None
         self._news: _News | None = None
@@ -57,7 +69,9 @@ class Watch:
         """Let the others connect (rank 0) → the port."""
         family, address = _resolved(host, 0)
         local = address.startswith("127.") or address == "::1"
-        self._server = socket.create_server((address if local else "", 0), family=family, backlog=self._size)
+        self._server = socket.create_server(
+            (address if local else "", 0), family=family, backlog=self._size
+        )
         return int(self._server.getsockname()[1])
 
     def connect(self, host: str, port: int) -> None:
@@ -90,7 +104,9 @@ class Watch:
             signal.signal(signal.SIGUSR1, self._raise)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._left.set()
         if isinstance(err, LostError):
             return
@@ -107,11 +123,15 @@ class Watch:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn what torch.distributed raises where another rank is gone into the LostError that names it."""
+        """Turn what torch.distributed raises where another rank is gone into
+        the LostError that names it."""
         try:
             yield
         except RuntimeError as err:
-            if self._known.wait(_TO_EXPLAIN if _of_communication(err) else _SETTLE) and self._news is not None:
+            if (
+                self._known.wait(_TO_EXPLAIN if _of_communication(err) else _SETTLE)
+                and self._news is not None
+            ):
                 raise self._news.error(self._remedy) from err
             raise
 
@@ -164,7 +184,8 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _of_communication(err: RuntimeError) -> bool:
-    """Whether the error says that another rank was not reached; gloo has no class of its own for that."""
+    """Whether the error says that another rank was not reached; gloo has no
+    class of its own for that."""
     return isinstance(err, dist.DistError) or "gloo" in str(err).lower()
 
 
@@ -175,7 +196,9 @@ def _exit_code(err: BaseException) -> int:
         return err.code if isinstance(err.code, int) else _FAILED
     if isinstance(err, KeyboardInterrupt):
         return _INTERRUPTED
-    return _OUT_OF_MEMORY if isinstance(err, MemoryError) or "out of memory" in str(err) else _FAILED
+    return (
+        _OUT_OF_MEMORY if isinstance(err, MemoryError) or "out of memory" in str(err) else _FAILED
+    )
 
 
 def _line(err: BaseException) -> str:

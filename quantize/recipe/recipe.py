@@ -1,7 +1,8 @@
 """Recipes: one strict YAML file that says what becomes of a model, read into frozen types.
 
-Law: a recipe is restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage. Every
-problem of a file is reported at once, one line each, with file, line, path, value and remedy.
+Law: a recipe is restructure* smooth* cache? encode*, with a restructure, a cache or an
+encode stage. Every problem of a file is reported at once, one line each, with file,
+line, path, value and remedy.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def _formats(schema: dict[str, Any]) -> None:
     """Tell an editor of all formats; called whenever a schema is made."""
     schema["enum"] = list(FORMATS)
     schema["description"] = schema["description"].removesuffix(".") + ": "
-    schema["description"] += ", ".join(f"`{form.name}` {form.about}" for form in FORMATS.values()) + "."
+    schema["description"] += (
+        ", ".join(f"`{form.name}` {form.about}" for form in FORMATS.values()) + "."
+    )
 
 
 class Recipe(BaseModel):
@@ -85,13 +88,16 @@ class Recipe(BaseModel):
     from rounding get 8 bits instead of their stage's own until it is spent
     (`pq convert --target-bpw`); null: every stage's own bits."""
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    """Methods in order: restructure* smooth* cache? encode*, with a restructure, a cache or an encode stage."""
+    """Methods in order: restructure* smooth* cache? encode*, with a restructure, a
+    cache or an encode stage."""
 
     @field_validator("format")
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in FORMATS:
-            raise PydanticCustomError("format", "must be one of {names}", {"names": ", ".join(FORMATS)})
+            raise PydanticCustomError(
+                "format", "must be one of {names}", {"names": ", ".join(FORMATS)}
+            )
         return name
 
     @field_validator("stages")

@@ -1,4 +1,5 @@
-"""A linear layer whose weight stays sums of bit vectors: a kernel, lookup or decoding by rows multiplies with it."""
+"""A linear layer whose weight stays sums of bit vectors: a kernel, lookup or decoding
+by rows multiplies with it."""
 
 from __future__ import annotations
 
@@ -34,29 +35,37 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
             return self._by_rows(x)  # the only way that knows its gradient
         if has_kernel(x):
             weight = (self.weight_planes, self.weight_index, self.weight_lines, self.weight_scales)
-            return multiply(x, *weight, self.bias, bits=self.scheme.bits, group_size=self.scheme.group_size)
+            return multiply(
+                x, *weight, self.bias, bits=self.scheme.bits, group_size=self.scheme.group_size
+            )
         M = x.shape[:-1].numel()
         return self._by_lookup(x) if x.device.type == "cpu" and 0 < M <= _FEW else self._by_rows(x)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Decoded weight [last − first, K] of these output rows; in float32 the very values of `BitVec.unpack`."""
+        """Decoded weight [last − first, K] of these output rows; in float32 the very
+        values of `BitVec.unpack`."""
         lines = self._lines(first, last)  # [R, G, C]
         octets, bits = self._octets(first, last), self.scheme.bits
         place = torch.arange(8, device=octets.device)
         spread = (torch.arange(256, device=octets.device)[:, None] >> place & 1).float()
         weight = lines[:, :, bits:] if self.scheme.bias else lines.new_zeros(())
         for k in range(bits):
-            plane = spread.index_select(0, octets[:, :, k].flatten().int()).view(*lines.shape[:2], -1)
+            plane = spread.index_select(0, octets[:, :, k].flatten().int()).view(
+                *lines.shape[:2], -1
+            )
             weight = plane.mul_(lines[:, :, k, None]).add_(weight)
         return weight.flatten(1)[:, : self.in_features].to(dtype)
 
     def _by_rows(self, x: Tensor) -> Tensor:
         exact = x.to(_sums_in(x))
-        parts = [F.linear(exact, self.rows(p.start, p.stop, exact.dtype)) for p in self.pieces(x.device)]
+        parts = [
+            F.linear(exact, self.rows(p.start, p.stop, exact.dtype)) for p in self.pieces(x.device)
+        ]
         return self._finished(torch.cat(parts, dim=-1), x.dtype)
 
     def _by_lookup(self, x: Tensor) -> Tensor:
-        # Every 8 inputs have 256 sums; bytes of the planes choose among them, coefficients weight a group's choices.
+        # Every 8 inputs have 256 sums; bytes of the planes choose among them,
+        # coefficients weight a group's choices.
         bits, group_size = self.scheme.bits, self.scheme.group_size
         G, M = groups_per_row(self.in_features, group_size), x.shape[:-1].numel()
         inputs = F.pad(x.reshape(M, -1).to(_sums_in(x)), (0, G * group_size - self.in_features)).T
@@ -97,7 +106,9 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
         # A pickle cannot hold unsigned 16-bit integers.
         index = self.weight_index.detach()
         signed = index.view(torch.int16) if index.dtype == torch.uint16 else index
-        return self.__dict__ | {"_parameters": self._parameters | {"weight_index": constant(signed)}}
+        return self.__dict__ | {
+            "_parameters": self._parameters | {"weight_index": constant(signed)}
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -1,4 +1,5 @@
-"""A gated FFN whose gate and up projections are packed INT4: one kernel reads the inputs once for both."""
+"""A gated FFN whose gate and up projections are packed INT4: one kernel reads
+the inputs once for both."""
 
 from __future__ import annotations
 
@@ -27,10 +28,16 @@ class GatedFfn(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] → [..., D] in x's dtype; by one kernel, what gate and up give is not rounded in between."""
+        """x [..., D] → [..., D] in x's dtype; by one kernel, what gate and up give
+        is not rounded in between."""
         gate, up = self.gate_proj, self.up_proj
         if self._fits(x):
-            h = gated(x, gate.kernel_weight(), up.kernel_weight(), fp8_activations=gate.scheme.fp8_activations)
+            h = gated(
+                x,
+                gate.kernel_weight(),
+                up.kernel_weight(),
+                fp8_activations=gate.scheme.fp8_activations,
+            )
         else:
             h = self.act_fn(gate(x)) * up(x)
         y: Tensor = self.down_proj(h)
@@ -55,4 +62,5 @@ def place_gated_ffns(model: nn.Module) -> None:
 
 
 def _is_plain(linear: IntLinear) -> bool:
-    return linear.bias is None and not is_hooked(linear)  # loaders that keep weights elsewhere hook it
+    # loaders that keep weights elsewhere hook it
+    return linear.bias is None and not is_hooked(linear)

@@ -1,7 +1,7 @@
 """A transformers cache that stores keys and values in 4 bits.
 
-Each token of each head is one record of bytes (`KvCodes.records`), so that the layers grow, crop, slide, reorder and
-repeat records by the very code that transformers uses for plain keys and values.
+Each token of each head is one record of bytes (`KvCodes.records`), so that the layers grow, crop,
+slide, reorder and repeat records by the very code that transformers uses for plain keys and values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _REMEDY = "pass an empty cache, or none"
 class _Records:
     """Stores records of K·S and V where the layer class it precedes stores keys and values."""
 
-    _layer_type = None  # transformers would take a subclass that names one for every model's layers of that type
+    # transformers would take a subclass that names one for every model's layers of that type
+    _layer_type = None
     keys: Tensor | None
     values: Tensor | None
     is_initialized: bool
@@ -53,12 +54,15 @@ class _Records:
         """Called with the first states or records: whatever their type, bytes are stored."""
         super().lazy_initialization(*(state[..., :0].to(torch.uint8) for state in states))  # type: ignore[misc]
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store key and value [B, Hkv, T, d]; return those of all tokens that the new ones may see, [B, Hkv, S, d].
+    def update(
+        self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store key and value [B, Hkv, T, d]; return those of all tokens that the new
+        ones may see, [B, Hkv, S, d].
 
-        Both are float32 as they read back, keys times S and marked `pq_stored`; or the records themselves, uint8, where
-        a kernel can read them. UsageError, before anything is stored, where shapes are not those of the model or batch
-        that the cache holds.
+        Both are float32 as they read back, keys times S and marked `pq_stored`; or the records
+        themselves, uint8, where a kernel can read them. UsageError, before anything is stored,
+        where shapes are not those of the model or batch that the cache holds.
         """
         self._check(key, value)
         self.awaits_tokens = False
@@ -68,7 +72,9 @@ class _Records:
         keys, values = super().update(*stored, *args, **kwargs)  # type: ignore[misc]
         if packed:
             return keys, values
-        keys, values = (read_reference(records, self.scheme, key.shape[-1]) for records in (keys, values))
+        keys, values = (
+            read_reference(records, self.scheme, key.shape[-1]) for records in (keys, values)
+        )
         keys.pq_stored = True  # type: ignore[attr-defined]  # read by KvAttention
         return keys, values
 
@@ -89,7 +95,12 @@ class _Records:
                     f"the cache is another model's: it holds {H} heads of {d} channels, "
                     f"the {name} have {states.shape[1]} of {states.shape[3]}; {_REMEDY}"
                 )
-        if self.is_initialized and self.keys is not None and self.keys.numel() and len(self.keys) != len(key):
+        if (
+            self.is_initialized
+            and self.keys is not None
+            and self.keys.numel()
+            and len(self.keys) != len(key)
+        ):
             raise UsageError(
                 f"the cache holds a batch of {len(self.keys)}, the input is a batch of {len(key)}; "
                 "give both the same size (batch_repeat_interleave), or pass an empty cache"
@@ -121,9 +132,11 @@ _PACKED: Mapping[type, type[Int4Layer] | type[Int4SlidingLayer]] = {
 
 
 def int4_cache(model: PreTrainedModel) -> Cache:
-    """Return an empty cache for `model`, whose attention modules carry `kv`; ModelError where none does.
+    """Return an empty cache for `model`, whose attention modules carry
+    `kv`; ModelError where none does.
 
-    UsageError when the model's attention is not "pq": no other one knows that stored keys are multiplied by S.
+    UsageError when the model's attention is not "pq": no other one knows that
+    stored keys are multiplied by S.
     """
     decoder = model.get_decoder()
     kv = _kv_modules(decoder)
@@ -135,9 +148,11 @@ def int4_cache(model: PreTrainedModel) -> Cache:
 
 
 def use_int4_cache(model: PreTrainedModel) -> None:
-    """Make `model` store keys and values in 4 bits wherever it would make, or is given empty, a plain `DynamicCache`.
+    """Make `model` store keys and values in 4 bits wherever it would make, or is given
+    empty, a plain `DynamicCache`.
 
-    This holds while its attention is "pq"; with another one nothing is rounded. Calling it again changes nothing.
+    This holds while its attention is "pq"; with another one nothing is rounded.
+    Calling it again changes nothing.
     ModelError when no attention module carries `kv`, and for a release of transformers that takes
     its cache in a way that pq does not know. The model then raises UsageError for a cache that is
     not its own, and ModelError where a forward pass did not use the cache that it was given.
@@ -152,7 +167,8 @@ def use_int4_cache(model: PreTrainedModel) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of memory that the tokens in `cache` occupy, in 4 bits or plain; shared memory counts once."""
+    """Bytes of memory that the tokens in `cache` occupy, in 4 bits or plain;
+    shared memory counts once."""
     states = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in states}
     return sum(storages.values())
@@ -186,8 +202,11 @@ class _Hooks:
             layer.awaits_tokens = True
         return self.arguments.with_cache(args, kwargs, cache)
 
-    def require_use(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Raise ModelError unless the decoder stored its tokens in the cache of `provide`, and in no other."""
+    def require_use(
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Raise ModelError unless the decoder stored its tokens in the cache of
+        `provide`, and in no other."""
         if not _understands(decoder):
             return
         given, returned = self.arguments.given_cache(args, kwargs), returned_cache(output)
@@ -202,24 +221,31 @@ def _packed_layers(cache: Cache) -> list[_Records]:
 
 
 def _fit(cache: Cache, decoder: PreTrainedModel, modules: Mapping[int, KvAttention]) -> None:
-    """Replace the empty layers of `cache` in place by packed ones; UsageError, before any change, where one cannot."""
+    """Replace the empty layers of `cache` in place by packed ones; UsageError, before any
+    change, where one cannot."""
     layers = cache.layers
     expected = decoder.config.num_hidden_layers
     if not layers and cache.layer_class_to_replicate is DynamicLayer:
         layers = [DynamicLayer() for _ in range(expected)]
     if len(layers) != expected:
-        raise UsageError(f"the cache is another model's: it has {len(layers)} layers, the model {expected}; {_REMEDY}")
-    fitted = [_fitted(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)]
+        raise UsageError(
+            f"the cache is another model's: it has {len(layers)} layers, the model {expected}; "
+            f"{_REMEDY}"
+        )
+    fitted = [
+        _fitted(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)
+    ]
     cache.layers[:] = fitted
 
 
 def _fitted(layer: Any, kv: KvAttention) -> Any:
-    """Return `layer` if it holds records of `kv`, a packed one in its place if it is empty, else raise UsageError."""
+    """Return `layer` if it holds records of `kv`, a packed one in its place if it is
+    empty, else raise UsageError."""
     packed = _PACKED.get(type(layer))
     if packed is None:
         raise UsageError(
-            f"the cache has layers of type {type(layer).__name__}, which cannot hold 4-bit keys and values; "
-            "pass a DynamicCache or none, and generate() no cache_implementation"
+            f"the cache has layers of type {type(layer).__name__}, which cannot hold 4-bit keys "
+            "and values; pass a DynamicCache or none, and generate() no cache_implementation"
         )
     if not layer.get_seq_length():
         window = {"sliding_window": layer.sliding_window} if packed is Int4SlidingLayer else {}
@@ -229,8 +255,8 @@ def _fitted(layer: Any, kv: KvAttention) -> Any:
         return made
     if not isinstance(layer, _Records):
         raise UsageError(
-            f"the cache holds {layer.get_seq_length()} tokens that are not in 4 bits, as the model stores them; "
-            f"{_REMEDY}"
+            f"the cache holds {layer.get_seq_length()} tokens that are not in 4 bits, as the "
+            f"model stores them; {_REMEDY}"
         )
     if not layer.belongs_to(kv):
         raise UsageError(f"the cache is another model's: its key scales differ; {_REMEDY}")
@@ -247,7 +273,14 @@ def _found(decoder: PreTrainedModel) -> str:
 
 def _kv_modules(decoder: PreTrainedModel) -> dict[int, KvAttention]:
     """Index of the layer → `kv` of its attention; ModelError when there is none."""
-    found = {m.layer_idx: m.kv for m in decoder.modules() if isinstance(m._modules.get("kv"), KvAttention)}
+    found = {
+        m.layer_idx: m.kv
+        for m in decoder.modules()
+        if isinstance(m._modules.get("kv"), KvAttention)
+    }
     if not found:
-        raise ModelError("no attention module of the model carries `kv`: nothing says how to store keys in 4 bits")
+        raise ModelError(
+            "no attention module of the model carries `kv`: nothing says how to store keys in 4 "
+            "bits"
+        )
     return found

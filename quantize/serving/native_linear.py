@@ -22,14 +22,16 @@ S = TypeVar("S", bound=AnyScheme)
 class NativeLinear(nn.Module, Generic[S]):
     """y = x Ŵᵀ + b with Ŵ [N, K] stored as `scheme.layout` says.
 
-    Tensors are those of the checkpoint, in their own dtypes whatever the model is cast to, and bias [N] or None.
+    Tensors are those of the checkpoint, in their own dtypes whatever the model is
+    cast to, and bias [N] or None.
     """
 
     weight_shape: Tensor
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: S) -> None:
-        """Make an empty layer on the default device; ValueError for sizes that the scheme cannot hold."""
+        """Make an empty layer on the default device; ValueError for sizes
+        that the scheme cannot hold."""
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         for suffix, (dtype, shape) in scheme.layout(out_features, in_features).items():
@@ -47,7 +49,8 @@ class NativeLinear(nn.Module, Generic[S]):
         return [slice(first, min(first + step, N)) for first in range(0, N, step)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A cast of the model must not round what codes are made of: integers are moved and never cast.
+        # A cast of the model must not round what codes are made of:
+        # integers are moved and never cast.
         ours = {id(self._parameters[suffix]) for suffix in self.scheme.suffixes}
 
         def move(tensor: Tensor) -> Tensor:
@@ -65,5 +68,6 @@ class NativeLinear(nn.Module, Generic[S]):
 
 
 def constant(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is never trained; not a buffer, because loaders place and offload parameters like any weight."""
+    """A parameter that is never trained; not a buffer, because loaders place and offload
+    parameters like any weight."""
     return nn.Parameter(tensor, requires_grad=False)

@@ -1,6 +1,8 @@
-"""pq's own format as a quantization method of transformers: `from_pretrained` and `save_pretrained` of packed models.
+"""pq's own format as a quantization method of transformers: `from_pretrained` and
+`save_pretrained` of packed models.
 
-`register` runs while transformers is still importing itself: modules that need its models are imported later.
+`register` runs while transformers is still importing itself: modules that need
+its models are imported later.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
 from quantize.serving.native_linear import NativeLinear
-from quantize.serving.transformers_quantizer import QuantizationConfigMixin, Quantizer, register_quantizer
+from quantize.serving.transformers_quantizer import (
+    QuantizationConfigMixin,
+    Quantizer,
+    register_quantizer,
+)
 from quantize.tested import warn_untested
 
 LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
@@ -52,7 +58,8 @@ _HEAD = "lm_head"
 
 
 class PqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """quantization_config of a native checkpoint, kept as it was read; ModelError for one that is not understood."""
+    """quantization_config of a native checkpoint, kept as it was read; ModelError for
+    one that is not understood."""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -63,10 +70,12 @@ class PqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers h
 
 
 class PqQuantizer(Quantizer):
-    """Puts packed linears and attention on the INT4 KV cache into a model before its weights are loaded.
+    """Puts packed linears and attention on the INT4 KV cache into a model
+    before its weights are loaded.
 
-    The attention implementation is always `pq` where the checkpoint asks for the cache: others would read keys and
-    values that are not scaled back. Raises ModelError for tensors that are missing or do not fit, before any is read.
+    The attention implementation is always `pq` where the checkpoint asks for the cache: others
+    would read keys and values that are not scaled back. Raises ModelError for tensors that are
+    missing or do not fit, before any is read.
     """
 
     def prepare(self, model: Any, files: Sequence[str]) -> None:
@@ -96,7 +105,9 @@ class PqQuantizer(Quantizer):
         for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
             name, old = linears[full]
             try:
-                new = LINEARS[type(scheme)](old.in_features, old.out_features, old.bias is not None, scheme)
+                new = LINEARS[type(scheme)](
+                    old.in_features, old.out_features, old.bias is not None, scheme
+                )
             except ValueError as err:
                 raise ValueError(f"{full}: {err}") from None
             model.set_submodule(name, new)
@@ -121,12 +132,14 @@ class PqQuantizer(Quantizer):
 
 
 def _full_name(model: Any, name: str) -> str:
-    """Name that a module or tensor of `model` has in the causal language model, and so in the checkpoint."""
+    """Name that a module or tensor of `model` has in the causal language model,
+    and so in the checkpoint."""
     return name if _inner_prefix(model) else f"{model.base_model_prefix}.{name}"
 
 
 def _inner_prefix(model: Any) -> str:
-    """What the names of the decoder start with inside `model`: empty where the model is the decoder alone."""
+    """What the names of the decoder start with inside `model`: empty where the
+    model is the decoder alone."""
     return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
 
 
@@ -134,7 +147,10 @@ def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
     arch = ARCHITECTURES.get(model.config.model_type)
     if arch is None:
         if policies:
-            raise ValueError(f"pq knows no experts of model_type {model.config.model_type!r}, which routing is for")
+            raise ValueError(
+                f"pq knows no experts of model_type {model.config.model_type!r}, which routing is "
+                "for"
+            )
         return
     # A decoder alone has shorter names.
     whole = nn.ModuleDict({model.base_model_prefix: model.base_model})
@@ -149,7 +165,8 @@ def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:
     blocks = model.base_model.get_submodule(arch.blocks.removeprefix(f"{model.base_model_prefix}."))
     for block in blocks:
         kv = KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
-        # The loader gives a tensor the dtype of its place, and here the default is that of the model.
+        # The loader gives a tensor the dtype of its place, and here the
+        # default is that of the model.
         kv.scale = torch.ones(shape.n_kv_heads, shape.head_dim, dtype=torch.float32)
         block.get_submodule(arch.attention).kv = kv
     model.set_attn_implementation(ATTENTION)
@@ -167,11 +184,14 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
                 part = opened.get_slice(name)
                 yield name, (part.get_dtype(), tuple(part.get_shape()))
     except (SafetensorError, OSError) as err:
-        raise ValueError(f"{file.name} is no readable safetensors file ({err}); download it again") from None
+        raise ValueError(
+            f"{file.name} is no readable safetensors file ({err}); download it again"
+        ) from None
 
 
 def _require_tensors(model: Any, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """ValueError unless every tensor of the decoder and its head is there; transformers would invent what is not."""
+    """ValueError unless every tensor of the decoder and its head is there; transformers
+    would invent what is not."""
     inner, tied = _inner_prefix(model), getattr(model, "all_tied_weights_keys", {})
     head = {id(t) for t in _tensors_of(model.get_output_embeddings())}
     expected = {
@@ -186,10 +206,13 @@ def _require_tensors(model: Any, found: Mapping[str, tuple[str, tuple[int, ...]]
         wanted = STORED_AS[tensor.dtype] if name.rpartition(".")[2] in _PACKED else dtype
         if (dtype, shape) != (wanted, tuple(tensor.shape)):
             raise ValueError(
-                f"tensor {name} is {dtype} {list(shape)}, config.json implies {wanted} {list(tensor.shape)}"
+                f"tensor {name} is {dtype} {list(shape)}, config.json implies {wanted} "
+                f"{list(tensor.shape)}"
             )
     if surplus := sorted(name for name in set(found) - set(expected) if name.endswith(_OURS)):
-        raise ValueError(f"tensor {surplus[0]} has no place in the model; config.json and weights disagree")
+        raise ValueError(
+            f"tensor {surplus[0]} has no place in the model; config.json and weights disagree"
+        )
 
 
 def _tensors_of(module: nn.Module | None) -> list[Tensor]:
@@ -199,9 +222,15 @@ def _tensors_of(module: nn.Module | None) -> list[Tensor]:
 def _require_index(name: str, module: NativeLinear[Any]) -> None:
     """ModelError for lines outside the cache, where a kernel would read what is not its own."""
     if isinstance(module, BitVecLinear):
-        lines, largest = module.scheme.lines * module.scheme.scales, int(module.weight_index.int().max())
+        lines, largest = (
+            module.scheme.lines * module.scheme.scales,
+            int(module.weight_index.int().max()),
+        )
         if largest >= lines:
-            raise ModelError(f"{name}.weight_index names line {largest} of a codebook of {lines}; download it again")
+            raise ModelError(
+                f"{name}.weight_index names line {largest} of a codebook of {lines}; download it "
+                "again"
+            )
 
 
 def _require_loaded(name: str, module: NativeLinear[Any]) -> None:
@@ -209,13 +238,17 @@ def _require_loaded(name: str, module: NativeLinear[Any]) -> None:
     wanted = [module.out_features, module.in_features]
     if not module.weight_shape.is_meta:
         if module.weight_shape.tolist() != wanted:
-            raise ModelError(f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json implies {wanted}")
+            raise ModelError(
+                f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json implies "
+                f"{wanted}"
+            )
         _require_index(name, module)
         return
-    # Early releases of transformers 5 read what stays on the disk as floats, and packed integers come out as others.
+    # Early releases of transformers 5 read what stays on the disk as floats, and packed
+    # integers come out as others.
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if offloaded is not None and offloaded["weight_shape"].dtype != torch.int64:
         raise ModelError(
-            f"{name} cannot be left on the disk by this release of transformers; install a newer one or load the "
-            "model with a device_map without 'disk'"
+            f"{name} cannot be left on the disk by this release of transformers; install a newer "
+            "one or load the model with a device_map without 'disk'"
         )

@@ -1,6 +1,7 @@
 """Rounding in the Hessian's metric: GPTQ error feedback, then monotone coordinate descent.
 
-All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) over codes and scales of one linear, W [N, K], H = E[x xᵀ] [K, K].
+All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) over codes and scales of one linear,
+W [N, K], H = E[x xᵀ] [K, K].
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _MIN_GAIN = 0.005
 def _few_threads(work: Tensor) -> Iterator[None]:
     """Run a loop of tiny operations on one CPU thread.
 
-    Waiting for a second thread costs more than it brings, and on a machine that others use tens of times more.
+    Waiting for a second thread costs more than it brings, and on a machine that
+    others use tens of times more.
     """
     threads = torch.get_num_threads()
     if work.is_cuda or work.numel() > _SMALL or threads == 1:
@@ -41,7 +43,8 @@ def _few_threads(work: Tensor) -> Iterator[None]:
 
 @dataclass
 class Rounded:
-    """Codes [N, K] (float32 whole numbers), scales [N, G] and per-row factor [N, 1] of one linear."""
+    """Codes [N, K] (float32 whole numbers), scales [N, G] and per-row
+    factor [N, 1] of one linear."""
 
     codes: Tensor
     scale: Tensor
@@ -65,7 +68,8 @@ class Damped:
     delta: float
     """Added to every diagonal element: `damping` times the mean of those of live inputs.
 
-    As float32 has it, in which metrics are damped; the factor was damped by the same in double precision.
+    As float32 has it, in which metrics are damped; the factor was damped by
+    the same in double precision.
     """
     dead: Tensor
     """bool [K], natural order: inputs that were always zero."""
@@ -74,7 +78,8 @@ class Damped:
     def metric(self, hessian: Tensor) -> Iterator[Tensor]:
         """The Hessian [K, K] that this was made of, damped: in it a fit errs least.
 
-        It is the caller's own, changed in place until the context ends: another takes too much room.
+        It is the caller's own, changed in place until the context ends:
+        another takes too much room.
         """
         diagonal = hessian.diagonal()
         plain = diagonal.clone()
@@ -98,10 +103,13 @@ def _finite(matrix: Tensor) -> bool:
 
 
 def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
-    """Damp H by `damping`·mean(diag) and factor its inverse; raises the damping tenfold until that works.
+    """Damp H by `damping`·mean(diag) and factor its inverse; raises the
+    damping tenfold until that works.
 
-    The mean is that of live inputs: those that are always zero tell nothing about the size of others.
-    Returns None when H is not finite, is zero or stays singular: the caller falls back to data-free rounding.
+    The mean is that of live inputs: those that are always zero tell
+    nothing about the size of others.
+    Returns None when H is not finite, is zero or stays singular: the caller
+    falls back to data-free rounding.
     """
     if not _finite(hessian) or not bool((hessian.diagonal() > 0).any()):
         return None
@@ -112,7 +120,9 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     work = torch.empty_like(hessian, dtype=torch.float64)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
-        for rows, picked in zip(torch.split(work, SOLVER_ROWS), torch.split(order, SOLVER_ROWS), strict=True):
+        for rows, picked in zip(
+            torch.split(work, SOLVER_ROWS), torch.split(order, SOLVER_ROWS), strict=True
+        ):
             rows.copy_(hessian[picked][:, order])
         work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean))
         if _inverse_factor(work):
@@ -124,7 +134,8 @@ def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
 
 
 def _inverse_factor(work: Tensor) -> bool:
-    """Symmetric H [K, K] → U with H⁻¹ = Uᵀ U, transposed and in place; false where H is not positive definite."""
+    """Symmetric H [K, K] → U with H⁻¹ = Uᵀ U, transposed and in place; false where H
+    is not positive definite."""
     columns = work.mT  # which is what LAPACK reads and writes without a copy
     info = torch.empty((), dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(columns, out=(columns, info))
@@ -155,9 +166,11 @@ def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tens
 
 
 def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> Tensor:
-    """GPTQ (arXiv 2210.17323, algorithm 1): codes [N, K] of w [N, K], each group's book fixed beforehand.
+    """GPTQ (arXiv 2210.17323, algorithm 1): codes [N, K] of w [N, K], each
+    group's book fixed beforehand.
 
-    Books stay with their natural groups whatever the column order, so the checkpoint needs no g_idx.
+    Books stay with their natural groups whatever the column order, so
+    the checkpoint needs no g_idx.
     """
     order, U = d.order, d.inverse_factor
     w = w.masked_fill(d.dead, 0)[:, order]
@@ -191,8 +204,8 @@ def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
 def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
     """Coordinate descent from `rounded`: every sweep moves group scales, then codes.
 
-    Each move is the exact minimiser of its coordinate, so the loss never grows; ends early once a sweep gains less than
-    half a percent.
+    Each move is the exact minimiser of its coordinate, so the loss never grows; ends early once a
+    sweep gains less than half a percent.
     """
     state = _Descent.start(w, rounded, hessian, grid)
     before = state.loss(w)
@@ -209,7 +222,8 @@ def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: in
 
 @dataclass
 class _Descent:
-    """Codes, scales, values [N, K] and half the loss's gradient (Ŵ − W) H, kept consistent by every move."""
+    """Codes, scales, values [N, K] and half the loss's gradient (Ŵ − W) H, kept
+    consistent by every move."""
 
     codes: Tensor
     scale: Tensor
@@ -226,8 +240,11 @@ class _Descent:
         return float(((self.value - w) * self.gradient).sum())
 
 
-def move_codes(codes: Tensor, value: Tensor, gradient: Tensor, H: Tensor, books: Books, group_size: int) -> None:
-    """One sweep of coordinate descent over the columns of codes, values and gradient (Ŵ − W) H, [N, K], in place.
+def move_codes(
+    codes: Tensor, value: Tensor, gradient: Tensor, H: Tensor, books: Books, group_size: int
+) -> None:
+    """One sweep of coordinate descent over the columns of codes, values and gradient
+    (Ŵ − W) H, [N, K], in place.
 
     The gradient is updated in blocks (QuantEase, arXiv 2309.01885).
     """
@@ -248,7 +265,8 @@ def move_codes(codes: Tensor, value: Tensor, gradient: Tensor, H: Tensor, books:
 
 
 def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
-    """Try neighbouring scales group by group, with the codes kept and with the codes rounded again."""
+    """Try neighbouring scales group by group, with the codes kept and
+    with the codes rounded again."""
     G = grid.group_size
     candidates = grid.scale_moves(state.scale, state.factor, sweep)
     for g in range(state.scale.shape[1]):
@@ -271,17 +289,25 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
                 best_codes = torch.where(better[:, None], q, best_codes)
                 best_scale = torch.where(better, s[:, 0], best_scale)
         state.gradient.addmm_(best_value - here, H[span])
-        state.value[:, span], state.codes[:, span], state.scale[:, g] = best_value, best_codes, best_scale
+        state.value[:, span], state.codes[:, span], state.scale[:, g] = (
+            best_value,
+            best_codes,
+            best_scale,
+        )
 
 
-def corrected_target(w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, d: Damped) -> Tensor:
-    """Weight that reproduces the parent from the inputs the quantized model really has, by least squares.
+def corrected_target(
+    w: Tensor, hessian: Tensor, cross: Tensor, residual: Tensor | None, d: Damped
+) -> Tensor:
+    """Weight that reproduces the parent from the inputs the quantized model
+    really has, by least squares.
 
-    hessian = E[x̂ x̂ᵀ], cross = E[x x̂ᵀ] with the parent's input x, residual = E[(r − r̂) x̂ᵀ] with the residual stream r
-    that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹, δ and the inverse those of
-    `d`. Rounding W* in the metric of `hessian` then minimises the error against the parent's output (the asymmetric
-    objective of GPTAQ, arXiv 2504.02692, in closed form), and the residual term lets o_proj and down_proj absorb what
-    earlier layers got wrong.
+    hessian = E[x̂ x̂ᵀ], cross = E[x x̂ᵀ] with the parent's input x, residual =
+    E[(r − r̂) x̂ᵀ] with the residual stream r
+    that the output is added to: W* = W + (W (cross − hessian) + residual)(hessian + δI)⁻¹, δ and
+    the inverse those of `d`. Rounding W* in the metric of `hessian` then minimises the error
+    against the parent's output (the asymmetric objective of GPTAQ, arXiv 2504.02692, in closed
+    form), and the residual term lets o_proj and down_proj absorb what earlier layers got wrong.
     """
     drift = torch.empty_like(w)
     for start in range(0, len(hessian), SOLVER_ROWS):

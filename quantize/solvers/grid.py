@@ -1,4 +1,5 @@
-"""The code book an encoder rounds to: integers times a group scale, as stored or as the FP8 tensor core sees them."""
+"""The code book an encoder rounds to: integers times a group scale, as stored or as the
+FP8 tensor core sees them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from quantize.formats.packed_int import PackedInt
 
 _CLIPS = 24  # clip ratios tried per group, evenly spaced
 _MIN_CLIP = 0.45
-_MOVES = (0.06, 0.03, 0.015)  # relative changes of a scale tried in the first, second and later sweeps
+# relative changes of a scale tried in the first, second and later sweeps
+_MOVES = (0.06, 0.03, 0.015)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Grid:
     """Signed integers of `bits` bits times a scale per group of `group_size` inputs.
 
     `product`: codes are fitted to E4M3(q·s8), what an INT4×FP8 kernel multiplies, instead of q·s.
-    `fp8_scales`: group scales are kept to E4M3 multiples of a per-row factor, so vLLM re-derives the same codes.
+    `fp8_scales`: group scales are kept to E4M3 multiples of a per-row factor, so
+    vLLM re-derives the same codes.
     `signed`: scales may be negative, which gives the code -2^(bits-1) to the side that needs it.
     """
 
@@ -59,7 +62,8 @@ class Grid:
         return [self.book(scale[:, g], factor[:, 0]) for g in range(scale.shape[1])]
 
     def round(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] → (codes, values), float32 [N, K]."""
+        """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] →
+        (codes, values), float32 [N, K]."""
         codes, values = torch.empty_like(w), torch.empty_like(w)
         for g in range(scale.shape[1]):
             span = slice(g * self.group_size, (g + 1) * self.group_size)
@@ -76,7 +80,8 @@ class Grid:
         return PackedInt(codes.to(torch.int8), scale.to(torch.bfloat16), self.bits, self.group_size)
 
     def _representable(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Round scales to what the checkpoint can hold; return them with the per-row factor [N, 1]."""
+        """Round scales to what the checkpoint can hold; return them with
+        the per-row factor [N, 1]."""
         scale = scale.to(torch.bfloat16).float()
         factor = row_factor(scale.abs())
         if self.fp8_scales:
@@ -88,7 +93,8 @@ class Grid:
         return self._representable(_nonzero(group_absmax(w, self.group_size) / self.qmax))
 
     def fit_scale(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scales of w [N, K] that minimise Σ importance_k·(w_k − ŵ_k)² over clip ratios (importance [K] or None).
+        """Scales of w [N, K] that minimise Σ importance_k·(w_k − ŵ_k)² over clip
+        ratios (importance [K] or None).
 
         Returns (scale [N, G], factor [N, 1]).
         """
@@ -106,10 +112,15 @@ class Grid:
                 best = torch.where(better, scale, best)
                 best_error = torch.where(better, error, best_error)
         scale, factor = self._representable(best)
-        return (self._fit_fp8(w, scale, factor, weight), factor) if self.fp8_scales else (scale, factor)
+        return (
+            (self._fit_fp8(w, scale, factor, weight), factor)
+            if self.fp8_scales
+            else (scale, factor)
+        )
 
     def _fit_fp8(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-        """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a row's largest scale stays."""
+        """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a
+        row's largest scale stays."""
         best, best_error = scale, self.group_error(w, scale, factor, weight)
         for steps in (-1, 1, -2, 2):
             candidate = _e4m3_neighbour(scale, factor, steps)
@@ -119,11 +130,14 @@ class Grid:
         return best
 
     def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
-        """Smaller and larger alternatives to group scales [N, G] that the checkpoint can hold; finer every sweep."""
+        """Smaller and larger alternatives to group scales [N, G] that the checkpoint
+        can hold; finer every sweep."""
         if self.fp8_scales:
             return _e4m3_neighbour(scale, factor, -1), _e4m3_neighbour(scale, factor, 1)
         step = _MOVES[min(sweep, len(_MOVES) - 1)]
-        return (scale * (1 - step)).to(torch.bfloat16).float(), (scale * (1 + step)).to(torch.bfloat16).float()
+        return (scale * (1 - step)).to(torch.bfloat16).float(), (scale * (1 + step)).to(
+            torch.bfloat16
+        ).float()
 
     def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Σ weight·(w − ŵ)² of every group → [N, G]."""
@@ -147,7 +161,8 @@ class Book:
         if self.levels is None or self.middles is None:
             codes = (w / self.scale).round_().clamp_(self.grid.qmin, self.grid.qmax)
             return codes, codes * self.scale
-        # E4M3 products are not evenly spaced, so a rounded quotient can miss the nearest one: count borders below w.
+        # E4M3 products are not evenly spaced, so a rounded quotient can miss the
+        # nearest one: count borders below w.
         index = torch.zeros_like(w, dtype=torch.int8)
         if w.shape[0] == 1:
             index = (w > self.middles).sum(dim=0, keepdim=True, dtype=torch.int8)
@@ -158,7 +173,8 @@ class Book:
 
 
 def _e4m3_neighbour(scale: Tensor, factor: Tensor, steps: int) -> Tensor:
-    """Scales [N, G] some E4M3 codes further; a row's largest one stays: the row factor [N, 1] is derived from it."""
+    """Scales [N, G] some E4M3 codes further; a row's largest one stays: the row factor
+    [N, 1] is derived from it."""
     code = e4m3(scale / factor)
     size = 2.0 ** (torch.floor(torch.log2(code)) - 3)
     moved = e4m3((code + steps * size).clamp(2.0**-9, E4M3_MAX))
@@ -171,7 +187,8 @@ def group_absmax(w: Tensor, group_size: int) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """Give a group of zeros its row's largest scale (1 in a row of zeros), so that it changes no row factor."""
+    """Give a group of zeros its row's largest scale (1 in a row of zeros), so that
+    it changes no row factor."""
     largest = scale.amax(dim=1, keepdim=True)
     fallback = torch.where(largest > 0, largest, torch.ones_like(largest))
     return torch.where(scale > 0, scale, fallback)

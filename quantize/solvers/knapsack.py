@@ -1,4 +1,5 @@
-"""One option an item, least total error within a budget: the exact multiple-choice knapsack by dynamic programming."""
+"""One option an item, least total error within a budget: the exact multiple-choice
+knapsack by dynamic programming."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ from torch import Tensor
 _CELLS = 1 << 16  # budgets that the search tells apart
 
 
-def knapsack(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Choose one option an item so that costs stay within the budget and the sum of errors is least.
+def knapsack(
+    costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int
+) -> list[int]:
+    """Choose one option an item so that costs stay within the budget
+    and the sum of errors is least.
 
-    The first option of every item is its cheapest. Exact where the costs' greatest common divisor leaves at most 65536
-    distinct budgets; else costs above the cheapest are rounded up to 1/65536 of their whole range. Either way a larger
-    budget never gives a larger error. Raises ValueError where the cheapest options exceed the budget.
+    The first option of every item is its cheapest. Exact where the costs' greatest common divisor
+    leaves at most 65536 distinct budgets; else costs above the cheapest are rounded up to 1/65536
+    of their whole range. Either way a larger budget never gives a larger error. Raises ValueError
+    where the cheapest options exceed the budget.
     """
     spare = budget - sum(options[0] for options in costs)
     if spare < 0:

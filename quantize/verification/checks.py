@@ -38,7 +38,11 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
     except PqError as err:
         return Check(name, False, " ".join(str(err).split()))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as err:
-        return Check(name, False, f"could not be finished ({type(err).__name__}: {' '.join(str(err).split())[:300]})")
+        return Check(
+            name,
+            False,
+            f"could not be finished ({type(err).__name__}: {' '.join(str(err).split())[:300]})",
+        )
 
 
 def counted(problems: list[str]) -> str:

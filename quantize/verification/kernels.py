@@ -34,24 +34,33 @@ _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
 
 
 @torch.no_grad()
-def check_kernels(layout: Layout, blocks: Sequence[int], seed: int, device: torch.device, tick: Tick) -> str:
-    """Every packed linear, and attention on the cache, computes what its twin computes from the same tensors.
+def check_kernels(
+    layout: Layout, blocks: Sequence[int], seed: int, device: torch.device, tick: Tick
+) -> str:
+    """Every packed linear, and attention on the cache, computes what its twin
+    computes from the same tensors.
 
-    Inputs are random, with some channels much larger than others, bfloat16 on a GPU. In Triton's interpreter (a device
-    without kernels of its own) only `blocks` are run, and of linears some outputs. VerifyError names what differs;
-    Skipped where no kernel runs or takes any of the tensors.
+    Inputs are random, with some channels much larger than others, bfloat16 on a GPU. In
+    Triton's interpreter (a device without kernels of its own) only `blocks` are run, and
+    of linears some outputs. VerifyError names what differs; Skipped where no kernel runs
+    or takes any of the tensors.
     """
     if not runs_on(device):
         raise Skipped(f"no kernel runs on {device.type}; set TRITON_INTERPRET=1, or --device cuda")
     interpreted = device.type != "cuda"
     dtype = torch.float32 if interpreted else torch.bfloat16
-    prefixes = [f"{layout.arch.blocks}.{index}." for index in (blocks if interpreted else range(layout.shape.n_blocks))]
+    prefixes = [
+        f"{layout.arch.blocks}.{index}."
+        for index in (blocks if interpreted else range(layout.shape.n_blocks))
+    ]
     names = [name for name in layout.schemes if not interpreted or name.startswith(tuple(prefixes))]
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, float] = {}
     for done, name in enumerate(names):
         tick(done, len(names))
-        found = _linear_error(layout, name, layout.schemes[name], device, dtype, interpreted, generator)
+        found = _linear_error(
+            layout, name, layout.schemes[name], device, dtype, interpreted, generator
+        )
         errors |= {} if found is None else {name: found}
     for prefix in prefixes if layout.attention is not None else ():
         found = _attention_error(layout, prefix, device, dtype, generator)
@@ -74,7 +83,8 @@ def _linear_error(
     interpreted: bool,
     generator: torch.Generator,
 ) -> float | None:
-    """The largest relative difference over numbers of rows; None where no kernel takes the layer."""
+    """The largest relative difference over numbers of rows; None where
+    no kernel takes the layer."""
     N, K = layout.linears.get(name) or (layout.shape.vocab, layout.shape.hidden)
     kept = min(N, _FEW_OUTPUTS) if interpreted else N
     layer = _native(layout, name, scheme, K, kept).to(device)
@@ -88,14 +98,18 @@ def _linear_error(
     return worst
 
 
-def _native(layout: Layout, name: str, scheme: AnyScheme, K: int, kept: int) -> NativeLinear[AnyScheme]:
+def _native(
+    layout: Layout, name: str, scheme: AnyScheme, K: int, kept: int
+) -> NativeLinear[AnyScheme]:
     """The layer as the native loader makes it, with its first outputs alone."""
     bias = f"{name}.bias" in layout.source
     layer: NativeLinear[AnyScheme] = LINEARS[type(scheme)](K, kept, bias, scheme)
     tensors = {}
     for suffix, (_, wanted) in scheme.layout(kept, K).items():
         tensor = layout.source.tensor(f"{name}.{suffix}")
-        tensors[suffix] = torch.tensor([kept, K]) if suffix == "weight_shape" else tensor[: wanted[0]]
+        tensors[suffix] = (
+            torch.tensor([kept, K]) if suffix == "weight_shape" else tensor[: wanted[0]]
+        )
     if bias:
         tensors["bias"] = layout.source.tensor(f"{name}.bias")[:kept].float()
     layer.load_state_dict({suffix: tensor.contiguous() for suffix, tensor in tensors.items()})
@@ -110,7 +124,11 @@ def _taken(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
 
 
 def _attention_error(
-    layout: Layout, prefix: str, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    layout: Layout,
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> float | None:
     assert layout.attention is not None
     kv, shape = kv_attention(layout.attention, layout.shape), layout.shape
@@ -121,18 +139,37 @@ def _attention_error(
     worst = 0.0
     for T, L in _TOKENS:
         query = _uneven(generator, shape.n_heads, T, shape.head_dim)[None].to(device, dtype)
-        key, value = (_uneven(generator, shape.n_kv_heads, L, shape.head_dim)[None].to(device, dtype) for _ in range(2))
+        key, value = (
+            _uneven(generator, shape.n_kv_heads, L, shape.head_dim)[None].to(device, dtype)
+            for _ in range(2)
+        )
         if not takes(query, kv.scheme):
             return None
         scaling = shape.head_dim**-0.5
-        worst = max(worst, _difference(kv(query, key, value, None, scaling), _twin(kv, query, key, value, scaling)))
+        worst = max(
+            worst,
+            _difference(
+                kv(query, key, value, None, scaling), _twin(kv, query, key, value, scaling)
+            ),
+        )
     return worst
 
 
 def _twin(kv: KvAttention, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     S = kv.scale.float()
-    k, v = fake_quantize(key.float() * S[:, None], kv.scheme), fake_quantize(value.float(), kv.scheme)
-    return attend(kv.rounded_query(query, S), k, v, None, scaling, kv.numerics.fp8_probabilities, whole_top=True)
+    k, v = (
+        fake_quantize(key.float() * S[:, None], kv.scheme),
+        fake_quantize(value.float(), kv.scheme),
+    )
+    return attend(
+        kv.rounded_query(query, S),
+        k,
+        v,
+        None,
+        scaling,
+        kv.numerics.fp8_probabilities,
+        whole_top=True,
+    )
 
 
 def _uneven(generator: torch.Generator, *shape: int) -> Tensor:

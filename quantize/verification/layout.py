@@ -48,9 +48,11 @@ class Layout:
 
 
 def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
-    """Open a checkpoint and check every tensor's name, dtype and shape, the index and quantization_config.
+    """Open a checkpoint and check every tensor's name, dtype and shape, the
+    index and quantization_config.
 
-    by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is Skipped. PqError for any misfit.
+    by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is
+    Skipped. PqError for any misfit.
     """
     source = Checkpoint(folder)
     if not by_pq:
@@ -59,14 +61,25 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     arch, shape = architecture_of(source.config), Shape.of(source.config)
     last = f"{arch.blocks}.{shape.n_blocks - 1}."
     if not source.names(last):  # before a skeleton of an absurd number of layers is built
-        raise ModelError(f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*")
+        raise ModelError(
+            f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*"
+        )
     skeleton = Skeleton(folder, arch, device, torch.float32, routing(source))
     linears = skeleton.linears()
     rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])
     if arch.head in schemes and not shape.tied:
         linears[arch.head] = (shape.vocab, shape.hidden)
-    layout = Layout(source, arch, shape, skeleton, linears, schemes, tensor_headers(source), attention_numerics(source))
+    layout = Layout(
+        source,
+        arch,
+        shape,
+        skeleton,
+        linears,
+        schemes,
+        tensor_headers(source),
+        attention_numerics(source),
+    )
     _check_coverage(layout)
     _check_packed(layout)
     _check_plain(layout)
@@ -101,21 +114,40 @@ def _check_coverage(layout: Layout) -> None:
     """quantization_config and the tensors agree on which linears are packed."""
     for name, scheme in layout.schemes.items():
         numbers = (scheme.bits, scheme.group_size)
-        if not all(type(n) is int for n in numbers) or not 2 <= scheme.bits <= 8 or scheme.group_size < 1:
-            raise VerifyError(f"config.json gives {name} {scheme.bits} bits in groups of {scheme.group_size}")
+        if (
+            not all(type(n) is int for n in numbers)
+            or not 2 <= scheme.bits <= 8
+            or scheme.group_size < 1
+        ):
+            raise VerifyError(
+                f"config.json gives {name} {scheme.bits} bits in groups of {scheme.group_size}"
+            )
         if name not in layout.linears:
             raise VerifyError(f"config.json says that {name} is packed, which pq never does")
     stored = {n.rpartition(".")[0] for n in layout.headers if n.endswith(PACKED_SUFFIXES)}
     if wrong := sorted(stored - set(layout.schemes)):
-        raise VerifyError(counted([f"{n} is packed but config.json does not say how" for n in wrong]))
+        raise VerifyError(
+            counted([f"{n} is packed but config.json does not say how" for n in wrong])
+        )
     if wrong := sorted(set(layout.schemes) - stored):
-        raise VerifyError(counted([f"config.json says that {n} is packed but it is not" for n in wrong]))
+        raise VerifyError(
+            counted([f"config.json says that {n} is packed but it is not" for n in wrong])
+        )
     quantization = layout.source.config.get("quantization_config") or {}
     named = list(quantization.get("ignore", ()))
-    named += [t for g in quantization.get("config_groups", {}).values() for t in g["targets"] if t != "Linear"]
+    named += [
+        t
+        for g in quantization.get("config_groups", {}).values()
+        for t in g["targets"]
+        if t != "Linear"
+    ]
     known = {*layout.linears, layout.arch.head, *layout.skeleton.routers()}
     if wrong := sorted(str(n) for n in named if n not in known):
-        raise VerifyError(counted([f"config.json's quantization_config names {n}, which is no linear" for n in wrong]))
+        raise VerifyError(
+            counted(
+                [f"config.json's quantization_config names {n}, which is no linear" for n in wrong]
+            )
+        )
 
 
 def _check_packed(layout: Layout) -> None:
@@ -123,7 +155,8 @@ def _check_packed(layout: Layout) -> None:
         N, K = layout.linears[name]
         if scheme.fp8_activations and (scheme.bits, scheme.group_size, N % 128) != (4, 128, 0):
             raise VerifyError(
-                f"{name}: FP8 activations with {scheme.bits} bits, group {scheme.group_size}, {N} outputs"
+                f"{name}: FP8 activations with {scheme.bits} bits, group {scheme.group_size}, {N} "
+                "outputs"
             )
         try:
             expected = scheme.layout(N, K)
@@ -137,7 +170,8 @@ def _check_packed(layout: Layout) -> None:
             if (found.dtype, found.shape) != (dtype, shape):
                 raise VerifyError(
                     f"{name}.{suffix} is {found.dtype} {list(found.shape)}, "
-                    f"config.json implies {dtype} {list(shape)} ({scheme.bits} bits, group {scheme.group_size})"
+                    f"config.json implies {dtype} {list(shape)} ({scheme.bits} bits, group "
+                    f"{scheme.group_size})"
                 )
         if (stored := layout.source.tensor(f"{name}.weight_shape").tolist()) != [N, K]:
             raise VerifyError(f"{name}.weight_shape says {stored}, config.json implies {[N, K]}")
@@ -153,9 +187,13 @@ def _check_plain(layout: Layout) -> None:
     for name, shape in _post_scales(layout).items():
         found = plain.get(name)
         if found is None:
-            raise VerifyError(f"tensor {name} is missing, config.json says that attention has an INT4 cache")
+            raise VerifyError(
+                f"tensor {name} is missing, config.json says that attention has an INT4 cache"
+            )
         if (found.dtype, found.shape) != ("F32", shape):
-            raise VerifyError(f"{name} is {found.dtype} {list(found.shape)}, expected F32 {list(shape)}")
+            raise VerifyError(
+                f"{name} is {found.dtype} {list(found.shape)}, expected F32 {list(shape)}"
+            )
         del shapes[name]
     layout.skeleton.check(shapes, layout.shape.tied)
     for name, header in plain.items():

@@ -45,16 +45,20 @@ def check_outputs(
     seed: int,
     tick: Tick,
 ) -> str:
-    """Linears of the sampled blocks give about the parent's outputs, with the serving kernel's numerics in float32.
+    """Linears of the sampled blocks give about the parent's outputs, with the serving
+    kernel's numerics in float32.
 
-    Both blocks get the hidden states that enter the parent's block, each in its own basis of the residual stream, which
-    recipe tells (None: the parent's). Compared is every linear whose output no scale edge rescales, its bias left out,
-    and of a Mixture of Experts the routers; then tokens visit the experts that the parent's scores choose.
+    Both blocks get the hidden states that enter the parent's block, each in its own basis of the
+    residual stream, which recipe tells (None: the parent's). Compared is every linear whose output
+    no scale edge rescales, its bias left out, and of a Mixture of Experts the routers; then tokens
+    visit the experts that the parent's scores choose.
     layers: facts of pq.json, whose output errors set the limit; None: unknown.
     VerifyError when a relative squared error is above its limit or not finite.
     """
     policies = routing(layout.source) if parent.arch.experts else {}
-    skeleton = Skeleton(parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, policies)
+    skeleton = Skeleton(
+        parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, policies
+    )
     basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
     hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
@@ -76,7 +80,9 @@ def check_outputs(
             found.append(line)
             if not all(error <= limit for error in errors.values()):  # NaN is above every limit
                 problems.append(line)
-        return {_PARENT: (_PARENT, partial(Pass(skeleton, index), teacher))} if index < last else None
+        return (
+            {_PARENT: (_PARENT, partial(Pass(skeleton, index), teacher))} if index < last else None
+        )
 
     walk(streams, range(last + 1), open_parent, visit)
     if problems:
@@ -85,7 +91,8 @@ def check_outputs(
 
 
 def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
-    """Windows [B, T] of the built-in text, or of random tokens for want of a tokenizer; their name, their slack."""
+    """Windows [B, T] of the built-in text, or of random tokens for want of a
+    tokenizer; their name, their slack."""
     vocab = parent.shape.vocab
     longest = parent.source.config.get("max_position_embeddings")
     seqlen = min(_SEQLEN, longest) if type(longest) is int and longest > 0 else _SEQLEN
@@ -95,7 +102,9 @@ def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
         check_vocab(text.tokens, vocab)
         return text.tokens, f"{text.tokens.numel()} tokens of text", 1.0
     except DataError:
-        tokens = torch.randint(vocab, (_WINDOWS, seqlen), generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(
+            vocab, (_WINDOWS, seqlen), generator=torch.Generator().manual_seed(seed)
+        )
         return tokens, f"{tokens.numel()} random tokens", _RANDOM
 
 
@@ -106,23 +115,30 @@ def _figures(errors: Mapping[str, float], arch: Architecture) -> str:
         role = "experts" if name in _ffn(arch) else arch.roles.get(name, "router")
         by_role.setdefault(role, []).append(error)
     # NaN is the largest of all.
-    worst = {role: max(found, key=lambda e: math.inf if math.isnan(e) else e) for role, found in by_role.items()}
+    worst = {
+        role: max(found, key=lambda e: math.inf if math.isnan(e) else e)
+        for role, found in by_role.items()
+    }
     return " ".join(f"{role} {error:.2g}" for role, error in worst.items())
 
 
 def _errors(
     layout: Layout, skeleton: Skeleton, basis: Basis, teacher: nn.Module, index: int, hidden: Tensor
 ) -> dict[str, float]:
-    """Relative squared output error of each compared linear of block `index`, by name within the block."""
+    """Relative squared output error of each compared linear of block `index`,
+    by name within the block."""
     arch = layout.skeleton.block_arch(index)
     before = skeleton.block_arch(index)
     routers = [name for name, module in teacher.named_modules() if isinstance(module, Router)]
     names = [*_comparable(arch, layout.attention is not None), *routers]
     if arch != before:  # experts took the place of a dense FFN: they are compared as a whole
         names = [*(name for name in names if name in before.roles), *_ffn(arch)]
-    student = load_block(layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention)
+    student = load_block(
+        layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention
+    )
     wanted = _outputs(teacher, names, Pass(skeleton, index), hidden)
-    # A token at the edge of an expert may visit it in one block and not in the other, and there is no row to compare.
+    # A token at the edge of an expert may visit it in one block and not in the other,
+    # and there is no row to compare.
     instead = {name: wanted[name] for name in routers}
     given = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
     for name in {*arch.residual, *_ffn(arch)} & set(given):
@@ -136,7 +152,8 @@ def _ffn(arch: Architecture) -> list[str]:
 
 
 def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
-    """Linears of a block whose outputs no stage rescales. rounds_keys: whether it attends on an INT4 cache."""
+    """Linears of a block whose outputs no stage rescales. rounds_keys: whether it
+    attends on an INT4 cache."""
     rescaled = {edge.source for edge in arch.edges}
     if rounds_keys and arch.qk_norm is None:
         rescaled |= {arch.of_role("q"), arch.of_role("k")}  # by the pre-RoPE scale
@@ -150,7 +167,8 @@ def _outputs(
     hidden: Tensor,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Outputs [..., N] of the named linears without their biases, as hidden states [B, T, D] go through the layer.
+    """Outputs [..., N] of the named linears without their biases, as hidden states
+    [B, T, D] go through the layer.
 
     instead: outputs that the layer goes on with in place of those.
     """
@@ -180,10 +198,18 @@ def _limit(layout: Layout, layers: Mapping[str, Any] | None, index: int) -> floa
     if layers is None:
         return _USELESS
     arch = layout.skeleton.block_arch(index)
-    facts = [layers.get(f"{arch.blocks}.{index}.{name}", {}) for name in (*arch.roles, arch.attention, *_ffn(arch))]
+    facts = [
+        layers.get(f"{arch.blocks}.{index}.{name}", {})
+        for name in (*arch.roles, arch.attention, *_ffn(arch))
+    ]
     if not any(_MEASURED & f.keys() for f in facts):
-        # A data-free recipe: what the errors of its weights do to outputs depends on the outliers of the text.
+        # A data-free recipe: what the errors of its weights do to outputs depends
+        # on the outliers of the text.
         return _USELESS
     recorded = [next((f[key] for key in _ERRORS if key in f), 0.0) for f in facts]
-    numbers = [float(error) for error in recorded if isinstance(error, int | float) and math.isfinite(error)]
+    numbers = [
+        float(error)
+        for error in recorded
+        if isinstance(error, int | float) and math.isfinite(error)
+    ]
     return max(_FLOOR, _SLACK * max(numbers, default=0.0))

@@ -41,15 +41,20 @@ def open_parent(folder: Path) -> Parent:
     """Open the checkpoint given as parent; ModelError when it cannot be one."""
     source = Checkpoint(folder)
     if source.config.get("quantization_config"):
-        raise ModelError(f"{folder}: is quantized itself; give the model that was converted as the parent")
+        raise ModelError(
+            f"{folder}: is quantized itself; give the model that was converted as the parent"
+        )
     return Parent(source, architecture_of(source.config), Shape.of(source.config))
 
 
 def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
-    """pq.json's hashes of the source (file name → SHA-256) are those of the parent; VerifyError names what differs."""
+    """pq.json's hashes of the source (file name → SHA-256) are those of the parent;
+    VerifyError names what differs."""
     tick(0, 1)
     hashes = parent.source.hashes()
-    changed = sorted(name for name in {*hashes, *recorded} if hashes.get(name) != recorded.get(name))
+    changed = sorted(
+        name for name in {*hashes, *recorded} if hashes.get(name) != recorded.get(name)
+    )
     if changed:
         raise VerifyError(f"differ from those of {parent.source.folder}: {', '.join(changed)}")
     return f"{len(hashes)} files of the parent are those that were converted"
@@ -70,7 +75,8 @@ def implied_config(parent: Parent, recipe: Recipe | None) -> dict[str, Any]:
 
 
 def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick: Tick) -> str:
-    """config.json and every tensor that no stage may change equal the parent's; VerifyError names what differs."""
+    """config.json and every tensor that no stage may change equal the parent's;
+    VerifyError names what differs."""
     ours = {k: v for k, v in layout.source.config.items() if k != "quantization_config"}
     theirs = implied_config(parent, recipe)
     problems = [
@@ -83,7 +89,11 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
         tick(done, len(names))
         if name not in parent.source:
             # A container may have biases where its source has none.
-            if not (name.endswith(".bias") and restructured(recipe) and not layout.source.tensor(name).any()):
+            if not (
+                name.endswith(".bias")
+                and restructured(recipe)
+                and not layout.source.tensor(name).any()
+            ):
                 problems.append(f"{name} is not in the parent")
         elif not same_bytes(layout.source.tensor(name), parent.source.tensor(name)):
             problems.append(f"{name} differs from the parent's")
@@ -93,7 +103,8 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
 
 
 def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
-    """Whether a stage may have changed the tensor `name`: packed, or at a scale edge that smoothing moves over."""
+    """Whether a stage may have changed the tensor `name`: packed, or at a scale edge
+    that smoothing moves over."""
     prefix = f"{layout.arch.blocks}."
     if name.rpartition(".")[0] in layout.schemes and not name.endswith(".bias"):
         return True
@@ -103,7 +114,9 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     index, _, local = name.removeprefix(prefix).partition(".")
     if recipe is not None and any(stage.rewrites(int(index), local) for stage in recipe.stages):
         return True
-    if recipe is not None and all(stage.kind in ("restructure", "encode") for stage in recipe.stages):
+    if recipe is not None and all(
+        stage.kind in ("restructure", "encode") for stage in recipe.stages
+    ):
         return False
     arch = layout.skeleton.block_arch(int(index))
     scaled = {f"{edge.source}.{part}" for edge in arch.edges for part in ("weight", "bias")}
@@ -127,31 +140,41 @@ def check_recomputed(
 ) -> str:
     """What needs no text, converted again from the parent, is bit for bit what is stored.
 
-    That are blocks of a data-free recipe, and tensors outside the blocks that stages change. VerifyError names the
-    tensors that differ. Skipped where there is neither, and where tensors differ but were converted with another torch
-    or device, whose sums may round otherwise.
+    That are blocks of a data-free recipe, and tensors outside the blocks that stages change.
+    VerifyError names the tensors that differ. Skipped where there is neither, and where tensors
+    differ but were converted with another torch or device, whose sums may round otherwise.
     """
     reads_text = any(stage.needs_inputs for stage in recipe.stages)
     turned = Basis(recipe.stages).changed
     if reads_text and not turned:
-        raise Skipped(f"recipe {recipe.name} reads calibration text; only data-free recipes are computed again")
+        raise Skipped(
+            f"recipe {recipe.name} reads calibration text; only data-free recipes are computed "
+            "again"
+        )
     device = layout.skeleton.device
     dtype = getattr(torch, str(provenance["machine"].get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
-        raise VerifyError(f"pq.json's machine.dtype is {provenance['machine'].get('dtype')!r}, no dtype")
+        raise VerifyError(
+            f"pq.json's machine.dtype is {provenance['machine'].get('dtype')!r}, no dtype"
+        )
     request = Request(parent.source.folder, recipe, layout.source.folder, device, dtype)
     skeleton = Skeleton(parent.source.folder, parent.arch, device, dtype)
     plan = Plan(request, parent.source, parent.arch, parent.shape, skeleton, Decisions(recipe))
     conversion = Conversion(plan)
     outside = _outside(conversion) if turned else []
-    parts = [*outside, *(_Part.block(conversion, index) for index in ([] if reads_text else blocks))]
+    parts = [
+        *outside,
+        *(_Part.block(conversion, index) for index in ([] if reads_text else blocks)),
+    ]
     problems = []
     for done, part in enumerate(parts):
         tick(done, len(parts))
         if wrong := part.different(layout.source):
             problems.append(f"{part.name} converted again differs in {counted(wrong)}")
     if problems and (elsewhere := _elsewhere(provenance, device)):
-        raise Skipped(f"{counted(problems)}, but it was converted {elsewhere}, which may round otherwise")
+        raise Skipped(
+            f"{counted(problems)}, but it was converted {elsewhere}, which may round otherwise"
+        )
     if problems:
         raise VerifyError("; ".join(problems))
     return f"{', '.join(part.name for part in parts)} converted again from the parent: equal bit for bit"
@@ -178,7 +201,9 @@ class _Part:
         return sorted(
             name
             for name in names
-            if name not in again or name not in stored or not same_bytes(stored.tensor(name), again[name].cpu())
+            if name not in again
+            or name not in stored
+            or not same_bytes(stored.tensor(name), again[name].cpu())
         )
 
 
@@ -186,7 +211,11 @@ def _outside(conversion: Conversion) -> list[_Part]:
     arch = conversion.plan.arch
     groups = ((arch.embedding,), (arch.final_norm, arch.head))
     return [
-        _Part(names[-1], tuple(f"{name}." for name in names), lambda names=names: conversion.tensors_outside(*names))  # type: ignore[misc]
+        _Part(
+            names[-1],
+            tuple(f"{name}." for name in names),
+            lambda names=names: conversion.tensors_outside(*names),
+        )  # type: ignore[misc]
         for names in groups
     ]
 

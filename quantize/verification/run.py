@@ -64,9 +64,14 @@ class Verification:
 
     @property
     def first_failure(self) -> str | None:
-        """The first check that failed, what it found and the remedy, in one line; None when none did."""
+        """The first check that failed, what it found and the remedy, in one
+        line; None when none did."""
         failed = next((check for check in self.checks if check.ok is False), None)
-        return None if failed is None else f"{self.folder}: {failed.name}: {failed.detail}; {REMEDIES[failed.name]}"
+        return (
+            None
+            if failed is None
+            else f"{self.folder}: {failed.name}: {failed.detail}; {REMEDIES[failed.name]}"
+        )
 
 
 def verify(
@@ -78,17 +83,25 @@ def verify(
     kernels: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
-    """Check a checkpoint's files, layout and numbers, and with `parent` that it stands for the parent.
+    """Check a checkpoint's files, layout and numbers, and with `parent`
+    that it stands for the parent.
 
-    blocks: how many, drawn by `seed`, are computed again or run beside the parent's (at least 1). Memory holds one
-    tensor, or one block of each. kernels: also run Triton's kernels on its tensors, on `device`. A checkpoint that pq
-    did not write is checked as far as its config.json and tensors allow. Damage gives a failed check; ModelError only
-    for a `folder` that is none, or a `parent` that cannot be one.
+    blocks: how many, drawn by `seed`, are computed again or run beside the parent's
+    (at least 1). Memory holds one
+    tensor, or one block of each. kernels: also run Triton's kernels on its tensors, on
+    `device`. A checkpoint that pq did not write is checked as far as its config.json and
+    tensors allow. Damage gives a failed check; ModelError only for a `folder` that is none, or
+    a `parent` that cannot be one.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give a folder that holds a converted model")
     run = _Run(
-        folder, None if parent is None else open_parent(parent), blocks, seed, device or torch.device("cpu"), kernels
+        folder,
+        None if parent is None else open_parent(parent),
+        blocks,
+        seed,
+        device or torch.device("cpu"),
+        kernels,
     )
     checks: list[Check] = []
     for name, check in run.checks().items():
@@ -102,9 +115,21 @@ class _Run:
     """What earlier checks found out for later ones."""
 
     def __init__(
-        self, folder: Path, parent: Parent | None, blocks: int, seed: int, device: torch.device, kernels: bool
+        self,
+        folder: Path,
+        parent: Parent | None,
+        blocks: int,
+        seed: int,
+        device: torch.device,
+        kernels: bool,
     ) -> None:
-        self.folder, self.parent, self.blocks, self.seed, self.device = folder, parent, max(1, blocks), seed, device
+        self.folder, self.parent, self.blocks, self.seed, self.device = (
+            folder,
+            parent,
+            max(1, blocks),
+            seed,
+            device,
+        )
         self.kernels = kernels
         self.by_pq = (folder / PROVENANCE).exists()
         self.provenance: dict[str, Any] | None = None
@@ -126,7 +151,9 @@ class _Run:
             return own
         return own | {
             "source": self._source,
-            "untouched": lambda tick: check_untouched(self._fitting(), self._parent(), self.recipe, tick),
+            "untouched": lambda tick: check_untouched(
+                self._fitting(), self._parent(), self.recipe, tick
+            ),
             "recomputed": self._recomputed,
             "outputs": self._outputs,
         }
@@ -141,7 +168,9 @@ class _Run:
         try:
             self.recipe = parse_recipe(made_by["resolved"], f"{made_by['name']}.yaml")
         except RecipeError as err:
-            raise VerifyError(f"{self.folder / PROVENANCE}: its recipe cannot be read ({err})") from None
+            raise VerifyError(
+                f"{self.folder / PROVENANCE}: its recipe cannot be read ({err})"
+            ) from None
         return f"{PROVENANCE} is as pq {self.provenance['pq']} wrote it, recipe {made_by['name']}"
 
     def _recorded(self) -> dict[str, Any]:
@@ -165,7 +194,9 @@ class _Run:
                 size += path.stat().st_size
         # Hidden files are what file managers and download tools leave; no loader reads them.
         there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        problems += [f"{name} does not belong here" for name in sorted(there - {PROVENANCE, *recorded})]
+        problems += [
+            f"{name} does not belong here" for name in sorted(there - {PROVENANCE, *recorded})
+        ]
         if problems:
             raise VerifyError(counted(problems))
         return f"{len(recorded)} files, {size / 1e6:.1f} MB, are those that were written"
@@ -176,11 +207,15 @@ class _Run:
 
     def _fitting(self) -> Layout:
         if self.layout is None:
-            raise Skipped("config.json and tensors do not fit each other, or are of a kind that pq does not know")
+            raise Skipped(
+                "config.json and tensors do not fit each other, or are of a kind that pq does not "
+                "know"
+            )
         return self.layout
 
     def _parent(self) -> Parent:
-        """The parent, whose tensors must fit the child's architecture, or one that the recipe makes that of."""
+        """The parent, whose tensors must fit the child's architecture, or one that
+        the recipe makes that of."""
         assert self.parent is not None
         parent, layout, skeleton = self.parent, self._fitting(), self._fitting().skeleton
         shape = replace(parent.shape, tied=layout.shape.tied)  # a stage may untie the head
@@ -201,12 +236,16 @@ class _Run:
         layout, recorded = self._fitting(), self._recorded()
         if self.recipe is None:
             raise Skipped(f"the recipe in {PROVENANCE} cannot be used")
-        return check_recomputed(layout, self._parent(), self.recipe, recorded, self._sample(layout), tick)
+        return check_recomputed(
+            layout, self._parent(), self.recipe, recorded, self._sample(layout), tick
+        )
 
     def _outputs(self, tick: Tick) -> str:
         layout = self._fitting()
         layers = None if self.provenance is None else self.provenance["layers"]
-        return check_outputs(layout, self._parent(), self.recipe, layers, self._sample(layout), self.seed, tick)
+        return check_outputs(
+            layout, self._parent(), self.recipe, layers, self._sample(layout), self.seed, tick
+        )
 
     def _kernels(self, tick: Tick) -> str:
         layout = self._fitting()

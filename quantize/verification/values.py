@@ -20,8 +20,8 @@ Tick = Callable[[int, int], None]
 def check_values(layout: Layout, recipe: Recipe | None, tick: Tick) -> str:
     """All floats are finite and group scales usable; VerifyError names the tensors that are not.
 
-    Scales: nonzero; positive under FP8 activations; and, where the recipe keeps them to E4M3 multiples of a per-row
-    factor, such that a reload finds the same E4M3 codes again.
+    Scales: nonzero; positive under FP8 activations; and, where the recipe keeps them to E4M3
+    multiples of a per-row factor, such that a reload finds the same E4M3 codes again.
     """
     names = [n for n, header in layout.headers.items() if header.dtype in FLOATS]
     problems = []
@@ -32,16 +32,21 @@ def check_values(layout: Layout, recipe: Recipe | None, tick: Tick) -> str:
             problems.append(f"{name} holds NaN or Inf")
         elif name.endswith(".weight_scale"):
             linear = name.removesuffix(".weight_scale")
-            problem = _scale_problem(tensor, layout.schemes[linear].fp8_activations, _reloads(recipe, linear))
+            problem = _scale_problem(
+                tensor, layout.schemes[linear].fp8_activations, _reloads(recipe, linear)
+            )
             problems += [f"{name} {problem}"] if problem else []
     if problems:
         raise VerifyError(counted(problems))
     scales = sum(name.endswith(".weight_scale") for name in names)
-    return f"{len(names)} float tensors are finite" + (f", {scales} of them usable scales" if scales else "")
+    return f"{len(names)} float tensors are finite" + (
+        f", {scales} of them usable scales" if scales else ""
+    )
 
 
 def _reloads(recipe: Recipe | None, linear: str) -> bool:
-    """Whether the recipe keeps the scales of the linear with this full name to E4M3 multiples of a row factor."""
+    """Whether the recipe keeps the scales of the linear with this full name to E4M3
+    multiples of a row factor."""
     stages = [stage for stage in recipe.stages if stage.kind == "encode"] if recipe else []
     return any(
         getattr(stage, "fp8", False)
@@ -63,7 +68,8 @@ def _scale_problem(scale: Tensor, fp8: bool, reloads: bool) -> str | None:
 
 
 def check_packing(layout: Layout, tick: Tick) -> str:
-    """Codes unpack and pack to the same bytes, so padding bits are zero; VerifyError names the tensors that do not."""
+    """Codes unpack and pack to the same bytes, so padding bits are zero; VerifyError
+    names the tensors that do not."""
     if not layout.schemes:
         raise Skipped("there are no packed linears")
     problems = []

@@ -46,7 +46,11 @@ def test_figures_are_those_of_the_sizes():
     assert [(t["form"]["n"], t["M"]) for t in found["timings"]] == [(3, 1), (3, 9), (4, 1), (4, 9)]
     for t in found["timings"]:
         form, moved = t["form"], 2 * t["M"] * 32 * 4
-        fixed, expert, dense = 3 * 32 * form["shared"] + 32 * (form["n"] + 1), 3 * 32 * form["size"], 3 * 32 * 96
+        fixed, expert, dense = (
+            3 * 32 * form["shared"] + 32 * (form["n"] + 1),
+            3 * 32 * form["size"],
+            3 * 32 * 96,
+        )
         assert t["experts_per_token"] == form["k"]
         assert t["activated"] == pytest.approx((fixed + form["k"] * expert) / dense)
         assert t["plain_bytes_read"] == moved + 4 * dense
@@ -90,7 +94,10 @@ def test_what_is_wrong_is_not_timed(stacked: bool, monkeypatch: pytest.MonkeyPat
         return y
 
     monkeypatch.setattr(MoeFfn, "forward", wrong)
-    with pytest.raises(QualityError, match=rf"{'stacked' if stacked else 'looped'} experts, 3 rows: off by 1\.0e-02"):
+    with pytest.raises(
+        QualityError,
+        match=rf"{'stacked' if stacked else 'looped'} experts, 3 rows: off by 1\.0e-02",
+    ):
         bench_forms(32, 96, [Form(48, 3, 16, 1)], [3], CPU, torch.float32, rounds=1)
 
 
@@ -108,16 +115,26 @@ def test_a_model_brings_its_own_experts(tiny: ModelMaker):
     found = facts("--model", str(tiny("qwen2_moe")), "--batch", "2")
     sizes = ExpertSizes.of(json.loads((tiny("qwen2_moe") / "config.json").read_text()))
     (timing,) = found["timings"]
-    assert timing["form"] == {"shared": sizes.shared, "n": sizes.n, "size": sizes.size, "k": sizes.top_k}
+    assert timing["form"] == {
+        "shared": sizes.shared,
+        "n": sizes.n,
+        "size": sizes.size,
+        "k": sizes.top_k,
+    }
     assert (found["hidden"], found["intermediate"]) == (128, sizes.shared + sizes.n * sizes.size)
     assert timing["experts_per_token"] == sizes.top_k
 
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "named"),
-    [("llama", {}, "llama model has no experts"), ("qwen2_moe", {"decoder_sparse_step": 3}, "every block is dense")],
+    [
+        ("llama", {}, "llama model has no experts"),
+        ("qwen2_moe", {"decoder_sparse_step": 3}, "every block is dense"),
+    ],
 )
-def test_models_without_experts_are_refused(model_type: str, changes: dict[str, Any], named: str, tiny: ModelMaker):
+def test_models_without_experts_are_refused(
+    model_type: str, changes: dict[str, Any], named: str, tiny: ModelMaker
+):
     result = call("--model", str(tiny(model_type, **changes)))
     assert isinstance(result.exception, ModelError)
     assert named in str(result.exception)

@@ -55,7 +55,9 @@ def test_every_kind_meets_every_batch(here: Stand):
     for row in rows:
         assert 0 < row.time.fastest <= row.time.seconds <= row.time.slowest
         assert row.bandwidth == pytest.approx(row.bytes / row.time.seconds / here.ceilings.copy)
-        assert all(row.ratios[name] == row.peers[name].seconds / row.time.seconds > 0 for name in row.peers)
+        assert all(
+            row.ratios[name] == row.peers[name].seconds / row.time.seconds > 0 for name in row.peers
+        )
     assert set(rows[0].peers) == {"float32", "torch fp8"}
     rate = rows[2].flops / rows[2].time.seconds
     assert rows[2].compute == pytest.approx(rate / here.ceilings.matmul["float32"])
@@ -87,7 +89,9 @@ def test_llama_is_as_large_as_it_is():
     assert {(N, K) for N, K in sizes.shapes} <= set(run.SHAPES) | {(4096, 4096)}
 
 
-def test_operands_take_turns_until_no_cache_holds_them(here: Stand, monkeypatch: pytest.MonkeyPatch):
+def test_operands_take_turns_until_no_cache_holds_them(
+    here: Stand, monkeypatch: pytest.MonkeyPatch
+):
     assert Stand(CPU, 1, 1000).copies(300) == 4
     assert Stand(CPU, 1, 1 << 40).copies(1) == 64
     assert here.copies(300) == 1
@@ -95,10 +99,14 @@ def test_operands_take_turns_until_no_cache_holds_them(here: Stand, monkeypatch:
     monkeypatch.setattr(here, "_cache_bytes", 3 * 128 * 128 // 2)
     clock = here.clock
     monkeypatch.setattr(
-        here, "clock", lambda calls: (seen.append({n: len(c) for n, c in calls.items()}), clock(calls))[1]
+        here,
+        "clock",
+        lambda calls: (seen.append({n: len(c) for n, c in calls.items()}), clock(calls))[1],
     )
     list(linears.time_linears(here, [(128, 128)], [1]))
-    assert seen == [{"folded": 4, "exact": 4, "W4A16": 4, "folded from x": 4, "float32": 1, "torch fp8": 2}]
+    assert seen == [
+        {"folded": 4, "exact": 4, "W4A16": 4, "folded from x": 4, "float32": 1, "torch fp8": 2}
+    ]
 
 
 @pytest.mark.parametrize("factor", [3.0, float("nan")])
@@ -108,8 +116,18 @@ def test_operands_take_turns_until_no_cache_holds_them(here: Stand, monkeypatch:
         (int4, "multiply_codes", "kernels", "INT4 product folded 256x128, 1 rows: off by"),
         (int4, "gated_codes", "kernels", "INT4 FFN front gated folded 2x256x128, 1 rows: off by"),
         (int4, "gated_codes", "prefill", "INT4 FFN 256 x 128, 7 rows: off by"),
-        (attention_kernels, "attend_records", "decode", "decode attention, 20 tokens, batch 1: off by"),
-        (attention_kernels, "attend_records", "prefill", "prefill attention INT4 KV, 70 tokens: off by"),
+        (
+            attention_kernels,
+            "attend_records",
+            "decode",
+            "decode attention, 20 tokens, batch 1: off by",
+        ),
+        (
+            attention_kernels,
+            "attend_records",
+            "prefill",
+            "prefill attention INT4 KV, 70 tokens: off by",
+        ),
         (attention_kernels, "attend_fp8", "prefill", "prefill attention FP8 KV, 70 tokens: off by"),
     ],
 )
@@ -161,7 +179,10 @@ def test_peers_that_fail_or_are_wrong_are_left_out(here: Stand):
     makers = {"right": lambda: [lambda: x], "wrong": lambda: [lambda: 2 * x], "fails": fails}
     for _ in range(2):
         assert list(here.working(makers, x.double())) == ["right"]
-    assert here.notes == ["wrong: left out (off by 1.0e+00 of the result)", "fails: left out (no such machine)"]
+    assert here.notes == [
+        "wrong: left out (off by 1.0e+00 of the result)",
+        "fails: left out (no such machine)",
+    ]
 
 
 def test_targets_are_of_the_lowest_figure(here: Stand, capsys: pytest.CaptureFixture[str]):
@@ -178,7 +199,11 @@ def test_targets_are_of_the_lowest_figure(here: Stand, capsys: pytest.CaptureFix
             figure("attention", 1, 1024, 0.1),
             figure("model", 1, 1024, 2.4),
         ],
-        "prefill": [figure("attention INT4 KV", 1, 64, 1.0), figure("FFN", 16384, 9, 1.23), figure("FFN", 7, 9, 0.1)],
+        "prefill": [
+            figure("attention INT4 KV", 1, 64, 1.0),
+            figure("FFN", 16384, 9, 1.23),
+            figure("FFN", 7, 9, 0.1),
+        ],
     }
     record.sections["kernels"] += [figure("exact", 1, 999, 0.1), figure("folded", 2048, 99, 1.5)]
     assert [(t.wanted, t.found, t.met) for t in record.targets()] == [
@@ -193,7 +218,10 @@ def test_targets_are_of_the_lowest_figure(here: Stand, capsys: pytest.CaptureFix
     ]
     show(record)
     missed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missed")]
-    assert missed[0] == "missed: decode linears, largest shapes, of the copy's bandwidth: 0.70, wanted 0.75"
+    assert (
+        missed[0]
+        == "missed: decode linears, largest shapes, of the copy's bandwidth: 0.70, wanted 0.75"
+    )
     assert len(missed) == 3
     assert len(record.as_json()["targets"]) == 8
 
@@ -204,7 +232,17 @@ def pq(*arguments: str) -> Result:
 
 COMMANDS = {
     "kernels": ("kernels", "--shape", "128x256", "--batch", "2", "--ffn-rows", "3"),
-    "decode": ("decode", "--context", "20", "--batch", "2", "--layers", "1", "--model-context", "9"),
+    "decode": (
+        "decode",
+        "--context",
+        "20",
+        "--batch",
+        "2",
+        "--layers",
+        "1",
+        "--model-context",
+        "9",
+    ),
     "prefill": ("prefill", "--tokens", "20", "--ffn", "256x128", "--ffn-rows", "3"),
 }
 
@@ -222,8 +260,12 @@ def test_commands_print_and_write(name: str, tmp_path: Path):
     assert set(written["ceilings"]["matmul"]) == {"float32", "fp8"}
     assert "fp8 ceiling" in picture.read_text()
     printed = json.loads(pq(*COMMANDS[name], "--json").stdout)
-    keys = [(row["what"], row["shape"], row["M"], row["bytes"]) for row in printed["sections"][name]]
-    assert keys == [(row["what"], row["shape"], row["M"], row["bytes"]) for row in written["sections"][name]]
+    keys = [
+        (row["what"], row["shape"], row["M"], row["bytes"]) for row in printed["sections"][name]
+    ]
+    assert keys == [
+        (row["what"], row["shape"], row["M"], row["bytes"]) for row in written["sections"][name]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -233,11 +275,21 @@ def test_commands_print_and_write(name: str, tmp_path: Path):
         (("kernels", "--shape", "128x100"), UsageError, "multiples of 128"),
         (("prefill", "--ffn", "100x128"), UsageError, "100x128"),
         (("decode", "--picture", "roof.jpeg"), UsageError, "--picture roof.jpeg"),
-        ((*COMMANDS["prefill"], "--output", "{}/a/b.json"), OutputError, "b.json: cannot be written"),
-        ((*COMMANDS["prefill"], "--picture", "{}/a/b.svg"), OutputError, "b.svg: cannot be written"),
+        (
+            (*COMMANDS["prefill"], "--output", "{}/a/b.json"),
+            OutputError,
+            "b.json: cannot be written",
+        ),
+        (
+            (*COMMANDS["prefill"], "--picture", "{}/a/b.svg"),
+            OutputError,
+            "b.svg: cannot be written",
+        ),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], kind: type[PqError], named: str, tmp_path: Path):
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], kind: type[PqError], named: str, tmp_path: Path
+):
     (tmp_path / "a").touch()
     result = pq(*(argument.format(tmp_path) for argument in arguments))
     assert isinstance(result.exception, kind)
@@ -259,7 +311,9 @@ rows += llama.time_model(here, llama.Sizes(128, 128, 100, Heads(2, 1, 64)), 1, [
 print(len(rows))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "6"
 

@@ -32,7 +32,12 @@ def small_copy(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_shape_meets_every_batch():
     timings = bench([(8, 64), (16, 96)], (1, 3), SCHEME, CPU, rounds=3, cache_bytes=0)
-    assert [(t.N, t.K, t.M, t.bits) for t in timings] == [(8, 64, 1, 3), (8, 64, 3, 3), (16, 96, 1, 3), (16, 96, 3, 3)]
+    assert [(t.N, t.K, t.M, t.bits) for t in timings] == [
+        (8, 64, 1, 3),
+        (8, 64, 3, 3),
+        (16, 96, 1, 3),
+        (16, 96, 3, 3),
+    ]
     for timing in timings:
         assert 0 < timing.fastest <= timing.seconds <= timing.slowest
         assert timing.plain_seconds > 0
@@ -51,7 +56,9 @@ def test_figures_follow_from_times(monkeypatch: pytest.MonkeyPatch):
     held = int(SCHEME.stored_bits(8, 64) * 8 * 64 / 8) + 16
     (timing,) = bench([(8, 64)], [2], SCHEME, CPU, cache_bytes=3 * held)
     stored = held - 16
-    assert timing == Timing(8, 64, 2, 3, 2.0, 1.0, 6.0, 2.0, (stored + 2 * (8 + 64) * 4) / 2.0 / 100)
+    assert timing == Timing(
+        8, 64, 2, 3, 2.0, 1.0, 6.0, 2.0, (stored + 2 * (8 + 64) * 4) / 2.0 / 100
+    )
     assert timing.speedup == 1
     assert calls == [3, 1]  # copies of the weight that fill the cache; one plain weight does
 
@@ -74,7 +81,9 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
         return y
 
     monkeypatch.setattr(BitVecLinear, "forward", wrong)
-    with pytest.raises(QualityError, match=r"bitvec product 8 × 64, 2 rows: off by 1.0e-02 of the largest output"):
+    with pytest.raises(
+        QualityError, match=r"bitvec product 8 × 64, 2 rows: off by 1.0e-02 of the largest output"
+    ):
         bench([(8, 64)], [2], SCHEME, CPU, rounds=1, cache_bytes=0)
     with pytest.raises(QualityError, match="not timed"):
         bench_token([(8, 64)], 1, 2, SCHEME, CPU, rounds=1)
@@ -88,6 +97,13 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
 def test_rounds_are_replayed_on_a_gpu():
     device = torch.device("cuda")
     assert copy_rate(device, 3) > 1e10
-    timings = bench([(1024, 4096)], (1, 16, 40), BitVecScheme(4, 128, False, 256, 1), device, rounds=3)
+    timings = bench(
+        [(1024, 4096)], (1, 16, 40), BitVecScheme(4, 128, False, 256, 1), device, rounds=3
+    )
     assert all(0 < t.bandwidth < 2 for t in timings)
-    assert bench_token([(1024, 4096)], 2, 1, BitVecScheme(4, 128, False, 256, 1), device, rounds=3).seconds > 0
+    assert (
+        bench_token(
+            [(1024, 4096)], 2, 1, BitVecScheme(4, 128, False, 256, 1), device, rounds=3
+        ).seconds
+        > 0
+    )

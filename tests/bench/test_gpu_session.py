@@ -28,7 +28,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def shell(script: ModuleType, name: str, text: str, limit: float = 60, kind: str = "correctness") -> Any:
+def shell(
+    script: ModuleType, name: str, text: str, limit: float = 60, kind: str = "correctness"
+) -> Any:
     return script.Step(name, ("sh", "-c", text), limit, kind)
 
 
@@ -49,7 +51,9 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_steps_run_in_order_and_leave_logs(script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_steps_run_in_order_and_leave_logs(
+    script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     journal = tmp_path / "journal"
     steps = [shell(script, name, f"echo {name} >> {journal}; echo says {name}") for name in "abc"]
     assert script.Session(tmp_path / "out", 60).run(steps)
@@ -58,7 +62,9 @@ def test_steps_run_in_order_and_leave_logs(script: ModuleType, tmp_path: Path, c
     assert (tmp_path / "out" / "02-b.log").read_text() == "says b\n"
     assert facts(tmp_path / "out")[1]["tail"] == "says b\n"
     assert not list((tmp_path / "out").glob("*.part"))
-    assert [row.split()[:2] for row in capfd.readouterr().out.splitlines()] == [[n, "ok"] for n in "abc"]
+    assert [row.split()[:2] for row in capfd.readouterr().out.splitlines()] == [
+        [n, "ok"] for n in "abc"
+    ]
 
 
 def test_the_limit_ends_a_step_with_all_that_it_started(script: ModuleType, tmp_path: Path):
@@ -138,7 +144,9 @@ def test_a_session_that_is_cut_short_keeps_what_it_has(tmp_path: Path, number: s
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(0.5)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         process.send_signal(number)
         code = process.wait(60)
         statuses = [step["status"] for step in facts(tmp_path / "out")]
@@ -159,7 +167,10 @@ def test_the_steps_are_what_they_are_said_to_be(script: ModuleType, tmp_path: Pa
     steps = script.session_steps(tmp_path, tmp_path / "work")
     assert sum(step.limit for step in steps) <= 540
     kinds = [step.kind for step in steps]
-    assert kinds == sorted(kinds, key=["correctness", "preparation", "speed"].index) or kinds.index("speed") == 3
+    assert (
+        kinds == sorted(kinds, key=["correctness", "preparation", "speed"].index)
+        or kinds.index("speed") == 3
+    )
     assert all(kind == "speed" for kind in kinds[kinds.index("speed") :])
     assert steps[-1].name == "decode-model"
     assert len({step.name for step in steps}) == len(steps)
@@ -170,7 +181,17 @@ def test_the_steps_are_what_they_are_said_to_be(script: ModuleType, tmp_path: Pa
 
 
 def test_all_tests_for_a_gpu_are_among_them(script: ModuleType):
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run([*command, *script.gpu_tests()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "::" in done.stdout
@@ -229,7 +250,10 @@ def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3
-    assert done.stderr == "gpu-session: there is no GPU that torch can use on this machine; nothing was run\n"
+    assert (
+        done.stderr
+        == "gpu-session: there is no GPU that torch can use on this machine; nothing was run\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

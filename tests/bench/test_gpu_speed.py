@@ -34,19 +34,29 @@ def stops(data: dict[str, Any]) -> list[str]:
     return [note.split(":")[0] for note in data["notes"] if " stopped: " in note]
 
 
-def test_a_stopped_section_leaves_the_others(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_stopped_section_leaves_the_others(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     right = int4.gated_codes
     monkeypatch.setattr(int4, "gated_codes", wrong(right, 3.0))
     path, good = script.measure(CPU, None, 1, tmp_path)
     data = json.loads(path.read_text())
     assert not good
-    assert {name: len(rows) for name, rows in data["sections"].items()} == {"kernels": 8, "decode": 4, "prefill": 3}
+    assert {name: len(rows) for name, rows in data["sections"].items()} == {
+        "kernels": 8,
+        "decode": 4,
+        "prefill": 3,
+    }
     assert stops(data) == [f"{name} stopped" for name in MEASURES]
     monkeypatch.setattr(int4, "gated_codes", right)
     again, good = script.measure(CPU, "decode", 1, tmp_path)
     data = json.loads(path.read_text())
     assert (again, good) == (path, True)
-    assert {name: len(rows) for name, rows in data["sections"].items()} == {"kernels": 8, "decode": 6, "prefill": 3}
+    assert {name: len(rows) for name, rows in data["sections"].items()} == {
+        "kernels": 8,
+        "decode": 6,
+        "prefill": 3,
+    }
     assert stops(data) == ["kernels stopped", "prefill stopped"]
     text = script.table(data)
     assert "| folded | 256x128 |" in text
@@ -59,7 +69,10 @@ def test_a_stopped_section_leaves_the_others(script: ModuleType, monkeypatch: py
 
 def test_tables_go_into_the_readme(script: ModuleType, tmp_path: Path):
     record = Stand(CPU, rounds=2).record()
-    record.sections = {"kernels": [figure("folded", 1, 10, 2.5)], "prefill": [figure("FFN", 16384, 9, 1.2)]}
+    record.sections = {
+        "kernels": [figure("folded", 1, 10, 2.5)],
+        "prefill": [figure("FFN", 16384, 9, 1.2)],
+    }
     record.write(tmp_path / "kernels-x.json")
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nb\n")

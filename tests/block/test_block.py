@@ -58,7 +58,9 @@ def walk(folder: Path, tokens: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("length", [24, 5])
-def test_walking_the_blocks_is_running_the_model(tiny: Callable[..., Path], model_type: str, length: int):
+def test_walking_the_blocks_is_running_the_model(
+    tiny: Callable[..., Path], model_type: str, length: int
+):
     tokens = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(tiny(model_type), dtype=torch.float32).eval()
     seen: list[Tensor] = []
@@ -75,7 +77,10 @@ def test_walking_the_blocks_is_running_the_model(tiny: Callable[..., Path], mode
 
 def test_the_sliding_window_is_replayed(tiny: Callable[..., Path]):
     tokens = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(0))
-    windowed, full = walk(tiny("mistral"), tokens), walk(tiny("mistral", sliding_window=None), tokens)
+    windowed, full = (
+        walk(tiny("mistral"), tokens),
+        walk(tiny("mistral", sliding_window=None), tokens),
+    )
     assert torch.equal(windowed[0], full[0])
     assert difference(windowed[1][:, :8], full[1][:, :8]) < 1e-6
     assert difference(windowed[1][:, 8:], full[1][:, 8:]) > 1e-3
@@ -112,13 +117,17 @@ def test_batches_do_not_mix(make_block: BlockMaker, model_type: str):
 
 @pytest.mark.parametrize(("model_type", "edge_name"), EDGES)
 @pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_folding_leaves_the_function_alone(make_block: BlockMaker, model_type: str, edge_name: str, spread: float):
+def test_folding_leaves_the_function_alone(
+    make_block: BlockMaker, model_type: str, edge_name: str, spread: float
+):
     block = make_block(model_type)
     before = outputs(block)
     edge = block.arch.edge(edge_name)
     source = block.module.get_submodule(edge.source)
     old_source, old_sink = source.weight.clone(), block.linear(edge.sinks[0]).weight.clone()
-    scale = torch.exp(spread * torch.randn(len(source.weight), generator=torch.Generator().manual_seed(1)))
+    scale = torch.exp(
+        spread * torch.randn(len(source.weight), generator=torch.Generator().manual_seed(1))
+    )
     block.fold(edge, scale)
     assert difference(outputs(block), before) < 5e-6
     assert difference(source.weight, old_source) > 0.1
@@ -132,7 +141,9 @@ def test_folding_every_edge_one_after_the_other(make_block: BlockMaker, model_ty
     before = outputs(block)
     for edge in block.arch.edges:
         channels = len(block.module.get_submodule(edge.source).weight)
-        block.fold(edge, torch.exp(torch.randn(channels, generator=torch.Generator().manual_seed(2))))
+        block.fold(
+            edge, torch.exp(torch.randn(channels, generator=torch.Generator().manual_seed(2)))
+        )
     assert difference(outputs(block), before) < 1e-5
 
 
@@ -157,7 +168,9 @@ def test_kv_scales_reach_every_query_head_of_their_group(make_block: BlockMaker)
 
 
 def test_an_unknown_edge_lists_the_edges():
-    with pytest.raises(ModelError, match=r"llama has no scale edge 'x'; it has attn_norm, v_o, mlp_norm, up_down"):
+    with pytest.raises(
+        ModelError, match=r"llama has no scale edge 'x'; it has attn_norm, v_o, mlp_norm, up_down"
+    ):
         ARCHITECTURES["llama"].edge("x")
 
 
@@ -167,7 +180,9 @@ def test_an_unknown_edge_lists_the_edges():
 def captured(block: Block, module: nn.Module, stream: list[Tensor], name: str) -> Tensor:
     """Inputs [tokens, K] of one submodule, from whole passes, in float64."""
     seen: list[Tensor] = []
-    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = module.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     with torch.no_grad():
         for x in stream:
             block.forward(module, x)
@@ -177,7 +192,9 @@ def captured(block: Block, module: nn.Module, stream: list[Tensor], name: str) -
 
 @pytest.mark.parametrize(("model_type", "name"), GROUPED)
 @pytest.mark.parametrize("fp8", [False, True])
-def test_moments_are_those_of_the_inputs(make_block: BlockMaker, model_type: str, name: str, fp8: bool):
+def test_moments_are_those_of_the_inputs(
+    make_block: BlockMaker, model_type: str, name: str, fp8: bool
+):
     block = make_block(model_type)
     x = captured(block, block.module, block.inputs, name)
     x = quantize_activations(x.float()).double() if fp8 else x
@@ -204,7 +221,10 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
             encode_nearest(block, earlier, bits=2)
     x, parents = (
         captured(block, module, stream, name)
-        for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
+        for module, stream in (
+            (block.module, block.inputs),
+            (block.reference, block.reference_inputs),
+        )
     )
     moments = moments_of(block, name, False, with_reference=True)
     if block.arch.expert_of(name) is not None:  # the parent's tokens may go elsewhere
@@ -215,13 +235,19 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
     assert difference(moments.cross.double(), parents.T @ x / len(x)) < 1e-5
     assert difference(moments.hessian.double(), x.T @ x / len(x)) < 1e-5
 
-    before = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}.get(name)
+    before = {
+        "self_attn.o_proj": "input_layernorm",
+        "mlp.down_proj": "post_attention_layernorm",
+    }.get(name)
     if before is None:
         assert moments.residual is None
         return
     r, parents_r = (
         captured(block, module, stream, before)
-        for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
+        for module, stream in (
+            (block.module, block.inputs),
+            (block.reference, block.reference_inputs),
+        )
     )
     assert moments.residual is not None
     assert difference(moments.residual.double(), (parents_r - r).T @ x / len(x)) < 1e-5
@@ -245,7 +271,9 @@ def test_measuring_leaves_no_hooks(make_block: BlockMaker):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_encoded_linears_compute_with_their_codes(make_block: BlockMaker, model_type: str, fp8: bool):
+def test_encoded_linears_compute_with_their_codes(
+    make_block: BlockMaker, model_type: str, fp8: bool
+):
     block = make_block(model_type)
     name = "self_attn.v_proj"  # the one with a bias in qwen2 and qwen2_moe
     bias = block.linear(name).bias

@@ -104,7 +104,9 @@ def routed_inputs(block: Block) -> dict[str, Tensor]:
         seen = x[(best == e).any(dim=1)].double()
         expert = moe.experts[e]
         out[GATES[e]] = seen
-        out[DOWNS[e]] = F.silu(seen @ expert.gate_proj.weight.T.double()) * (seen @ expert.up_proj.weight.T.double())
+        out[DOWNS[e]] = F.silu(seen @ expert.gate_proj.weight.T.double()) * (
+            seen @ expert.up_proj.weight.T.double()
+        )
     return out
 
 
@@ -128,7 +130,12 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
 
 
 def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
-    together = {n: m for b in [make_block("qwen2_moe")] for n in (*GATES, *DOWNS) for m in [moments_of(b, n, False)]}
+    together = {
+        n: m
+        for b in [make_block("qwen2_moe")]
+        for n in (*GATES, *DOWNS)
+        for m in [moments_of(b, n, False)]
+    }
     for at_once, passes in ((1, 4), (2, 2), (3, 2)):
         monkeypatch.setattr(measure_module, "ROUTED_BYTES", at_once * 4 * 128**2)
         block = make_block("qwen2_moe")
@@ -139,7 +146,9 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
                 assert torch.equal(moments_of(block, name, False).hessian, together[name].hessian)
             assert len(runs) == passes * len(block.inputs)
     monkeypatch.setattr(measure_module, "ROUTED_BYTES", 1)  # one at a time, however large
-    assert torch.equal(moments_of(make_block("qwen2_moe"), DOWNS[3], False).hessian, together[DOWNS[3]].hessian)
+    assert torch.equal(
+        moments_of(make_block("qwen2_moe"), DOWNS[3], False).hessian, together[DOWNS[3]].hessian
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,13 +166,20 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
         lambda b: moments_of(b, DOWNS[0], True),
     ],
 )
-def test_what_is_kept_is_dropped_when_it_no_longer_holds(make_block: BlockMaker, change: Callable[[Block], Any]):
+def test_what_is_kept_is_dropped_when_it_no_longer_holds(
+    make_block: BlockMaker, change: Callable[[Block], Any]
+):
     block, fresh = make_block("qwen2_moe"), make_block("qwen2_moe")
     with torch.no_grad():
         moments_of(block, DOWNS[1], False)  # measures those of experts 2 and 3, too
         change(block)
         change(fresh)
-    assert difference(moments_of(block, DOWNS[2], False).hessian, moments_of(fresh, DOWNS[2], False).hessian) < 1e-6
+    assert (
+        difference(
+            moments_of(block, DOWNS[2], False).hessian, moments_of(fresh, DOWNS[2], False).hessian
+        )
+        < 1e-6
+    )
 
 
 def test_siblings_leave_what_is_kept_alone(make_block: BlockMaker):
@@ -182,10 +198,19 @@ def test_siblings_leave_what_is_kept_alone(make_block: BlockMaker):
 
 @pytest.mark.parametrize(
     ("stage", "passes"),
-    [(Gptq(), 6), (Fireq(aim="layer"), 6), (Sbvr(**SBVR, aim="layer"), 6), (Awq(grid=2), 5), (Cas(), 0), (Rtn(), 0)],
+    [
+        (Gptq(), 6),
+        (Fireq(aim="layer"), 6),
+        (Sbvr(**SBVR, aim="layer"), 6),
+        (Awq(grid=2), 5),
+        (Cas(), 0),
+        (Rtn(), 0),
+    ],
     ids=lambda v: getattr(v, "method", str(v)),
 )
-def test_stages_run_a_block_as_often_as_they_must(make_block: BlockMaker, stage: Stage, passes: int):
+def test_stages_run_a_block_as_often_as_they_must(
+    make_block: BlockMaker, stage: Stage, passes: int
+):
     """Inputs of attention, o_proj, both FFN steps of the shared expert and both of all others; a norm has but one."""
     block = make_block("qwen2_moe")
     runs = count_forwards(block)
@@ -203,7 +228,9 @@ def test_tokens_that_overflow_are_dropped_by_expert(make_block: BlockMaker):
     found = {name: moments_of(block, name, False) for name in DOWNS}
     assert found[DOWNS[1]].tokens == clean[DOWNS[1]].tokens - len(block.inputs)
     assert torch.isfinite(found[DOWNS[1]].hessian).all()
-    assert {name: facts["dropped_tokens"] for name, facts in block.report.items()} == {DOWNS[1]: len(block.inputs)}
+    assert {name: facts["dropped_tokens"] for name, facts in block.report.items()} == {
+        DOWNS[1]: len(block.inputs)
+    }
 
 
 # Too few tokens
@@ -213,8 +240,14 @@ def test_an_expert_without_tokens_has_moments_of_zero(make_block: BlockMaker):
     block = starved(make_block("qwen2_moe"))
     for name in (*GATES, *DOWNS):
         moments = moments_of(block, name, True)
-        assert moments.tokens == {"0": 14 * 48, "1": 14 * 48, "2": 14 * 2, "3": 0}[name.split(".")[2]]
-        assert bool((moments.hessian != 0).any()) == bool((moments.absmean != 0).any()) == bool(moments.tokens)
+        assert (
+            moments.tokens == {"0": 14 * 48, "1": 14 * 48, "2": 14 * 2, "3": 0}[name.split(".")[2]]
+        )
+        assert (
+            bool((moments.hessian != 0).any())
+            == bool((moments.absmean != 0).any())
+            == bool(moments.tokens)
+        )
     block.inputs = []
     with pytest.raises(ModelError, match=r"experts\.0\.gate_proj: no finite calibration inputs"):
         moments_of(block, GATES[0], False)
@@ -243,7 +276,9 @@ def test_experts_that_saw_too_little_are_fitted_without_data(
             assert "fallback" not in facts
             assert facts["output_error"] < facts["weight_error"]
             continue
-        assert facts["fallback"] == f"saw {28 if expert == '2' else 0} tokens for 128 inputs: {what}"
+        assert (
+            facts["fallback"] == f"saw {28 if expert == '2' else 0} tokens for 128 inputs: {what}"
+        )
         assert not {"damping", "output_error", "loss_share"} & set(facts)
         if expected is not None:
             assert torch.equal(block.packed[name].unpack(), expected.packed[name].unpack())
@@ -251,7 +286,9 @@ def test_experts_that_saw_too_little_are_fitted_without_data(
 
 def test_as_many_tokens_as_inputs_are_enough(make_block: BlockMaker):
     for batches, enough in ((64, True), (63, False)):  # two tokens of each batch visit expert 2
-        block = run(Gptq(layers=(f"*.{GATES[2]}",)), starved(make_block("qwen2_moe", batches=batches)))
+        block = run(
+            Gptq(layers=(f"*.{GATES[2]}",)), starved(make_block("qwen2_moe", batches=batches))
+        )
         assert ("fallback" not in block.report[GATES[2]]) == enough
 
 
@@ -261,7 +298,11 @@ def test_awq_leaves_edges_alone_that_saw_too_little(make_block: BlockMaker):
     assert difference(outputs(block), outputs(plain)) < 1e-5
     for name, parameter in block.module.named_parameters():
         assert torch.isfinite(parameter).all(), name
-    noted = {name: facts.get("left_alone") for name, facts in block.report.items() if name.startswith("up_down")}
+    noted = {
+        name: facts.get("left_alone")
+        for name, facts in block.report.items()
+        if name.startswith("up_down")
+    }
     assert noted == {
         "up_down.shared": None,
         "up_down.0": None,
@@ -301,7 +342,9 @@ def test_profiles_count_the_tokens_of_each_expert(make_block: BlockMaker):
     tokens = {name: facts["tokens"] for name, facts in found.items()}
     everything = 14 * 48
     assert tokens == dict.fromkeys(found, everything) | {
-        name: count for names in (GATES, DOWNS) for name, count in zip(names[2:], (28, 0), strict=True)
+        name: count
+        for names in (GATES, DOWNS)
+        for name, count in zip(names[2:], (28, 0), strict=True)
     }
     assert found[DOWNS[3]]["absmax"] == 0
     largest = max(float(x.abs().max()) for (x,) in inputs_of(block, (DOWNS[2],)))
@@ -315,7 +358,9 @@ def with_experts(block: Block) -> Block:
     """Put experts where the block had a dense FFN, as a restructure stage does."""
     keep_parent(block)
     torch.manual_seed(4)
-    ffn = MoeFfn(128, ExpertSizes.of(config_of("qwen2_moe")), nn.SiLU()).requires_grad_(False).eval()
+    ffn = (
+        MoeFfn(128, ExpertSizes.of(config_of("qwen2_moe")), nn.SiLU()).requires_grad_(False).eval()
+    )
     for parameter in ffn.parameters():
         parameter.data.normal_(std=128**-0.5)
     block.replace_ffn(ffn, ROW)
@@ -341,8 +386,14 @@ def test_the_parent_may_have_a_dense_ffn(make_block: BlockMaker, smooth: tuple[S
     run(Fireq(layers=("*.q_proj", "*.k_proj", "*.v_proj")), block)
     names = ("input_layernorm", "self_attn.o_proj")
     (r, x), (parents_r, parents) = (
-        [torch.cat(seen).double() for seen in zip(*inputs_of(block, names, module, stream), strict=True)]
-        for module, stream in ((block.module, block.inputs), (block.reference, block.reference_inputs))
+        [
+            torch.cat(seen).double()
+            for seen in zip(*inputs_of(block, names, module, stream), strict=True)
+        ]
+        for module, stream in (
+            (block.module, block.inputs),
+            (block.reference, block.reference_inputs),
+        )
     )
     moments = moments_of(block, names[1], False, with_reference=True)
     assert moments.cross is not None

@@ -38,7 +38,10 @@ def spoil(hidden: Tensor) -> Tensor:
 
 
 def means(streams: Streams[Any]) -> dict[Any, list[float]]:
-    return {name: [float(hidden.mean()) for hidden in batches] for name, batches in streams.batches.items()}
+    return {
+        name: [float(hidden.mean()) for hidden in batches]
+        for name, batches in streams.batches.items()
+    }
 
 
 def test_every_stream_goes_on_through_its_own_layer():
@@ -61,7 +64,9 @@ def test_the_teacher_is_the_oldest_copy(make_block: BlockMaker, kept: tuple[str,
 
 def test_streams_part_and_end():
     streams = Streams({"root": [torch.ones(2, 3, 4)], "other": [torch.ones(2, 3, 4) * 5]})
-    streams.advance(0, {"left": ("root", times(2)), "right": ("root", times(3)), "root": ("other", times(1))})
+    streams.advance(
+        0, {"left": ("root", times(2)), "right": ("root", times(3)), "root": ("other", times(1))}
+    )
     assert means(streams) == {"left": [2], "right": [3], "root": [5]}
     streams.advance(1, {"left": ("right", times(10))})
     assert means(streams) == {"left": [30]}
@@ -74,7 +79,9 @@ def test_a_window_that_overflows_leaves_all_streams(spoiled: str, caplog: pytest
     streams = Streams(
         {name: [first.clone(), torch.full((1, 2, 4), 7.0)] for name in ("ours", "parent's")},
     )
-    streams.advance(3, {name: (name, spoil if name == spoiled else times(1)) for name in streams.batches})
+    streams.advance(
+        3, {name: (name, spoil if name == spoiled else times(1)) for name in streams.batches}
+    )
     assert streams.dropped == 2
     # The batch that lost its only window is gone.
     assert {name: [h.shape[0] for h in hidden] for name, hidden in streams.batches.items()} == {
@@ -158,7 +165,11 @@ def test_only_a_pass_sends_hidden_states_through_a_layer():
     root = Path(quantize.__file__).parent
     users = []
     for path in sorted(root.rglob("*.py")):
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            node.func
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        ]
         if any(ast.unparse(call).endswith("skeleton.forward") for call in calls):
             users.append(path.relative_to(root).as_posix())
     assert users == ["block/walk.py"]
@@ -212,7 +223,10 @@ def test_tokens_that_overflow_are_left_out_of_the_moments(make_block: BlockMaker
     assert torch.isfinite(hessian).all()
     assert spoiled.report[name]["dropped_tokens"] == sum(h.shape[0] for h in clean.inputs)
     kept = torch.cat(
-        [x.view(h.shape)[:, 1:].flatten(0, 1) for (x,), h in zip(inputs_of(clean, (name,)), clean.inputs, strict=True)]
+        [
+            x.view(h.shape)[:, 1:].flatten(0, 1)
+            for (x,), h in zip(inputs_of(clean, (name,)), clean.inputs, strict=True)
+        ]
     )
     assert len(kept) < tokens
     torch.testing.assert_close(hessian, kept.T @ kept / len(kept), rtol=1e-4, atol=1e-6)

@@ -25,12 +25,18 @@ CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 ALPHABET = [chr(code) for code in range(32, 127)] + ["\n", "é"]
 
 
-def byte_tokenizer(*, bos: bool = True, eos: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    *, bos: bool = True, eos: bool = True, chat: bool = False
+) -> PreTrainedTokenizerFast:
     """One token a byte; 0 is BOS, 1 is EOS; a call with special tokens would put BOS in front."""
-    vocab = {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab = {"<s>": 0, "</s>": 1} | {
+        c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     backend = Tokenizer(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     special = ({"bos_token": "<s>"} if bos else {}) | ({"eos_token": "</s>"} if eos else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=8, **special)
     if chat:
@@ -45,9 +51,13 @@ def ids(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def calibrate(dataset: object, nsamples: int = 2, seqlen: int = 4, seed: int = 0, **more: object) -> TokenSet:
+def calibrate(
+    dataset: object, nsamples: int = 2, seqlen: int = 4, seed: int = 0, **more: object
+) -> TokenSet:
     tokenizer = more.pop("tokenizer", TOKENIZER)
-    return calibration_tokens(tokenizer, dataset=str(dataset), nsamples=nsamples, seqlen=seqlen, seed=seed, **more)
+    return calibration_tokens(
+        tokenizer, dataset=str(dataset), nsamples=nsamples, seqlen=seqlen, seed=seed, **more
+    )
 
 
 def write_jsonl(path: Path, rows: list[object], field: str = "text") -> Path:
@@ -76,21 +86,30 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(ALPHABET, min_size=1).filter(str.strip), seqlen=st.integers(1, 9), data=st.data())
-def test_windows_reproduce_the_stream(tmp_path: Path, text: str, seqlen: int, data: st.DataObject) -> None:
+@given(
+    text=st.text(ALPHABET, min_size=1).filter(str.strip), seqlen=st.integers(1, 9), data=st.data()
+)
+def test_windows_reproduce_the_stream(
+    tmp_path: Path, text: str, seqlen: int, data: st.DataObject
+) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(text.encode())
     stream = ids(text)
     whole = len(stream) // seqlen
     if not whole:
-        assert "lower seqlen" in message(lambda: evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=seqlen))
+        assert "lower seqlen" in message(
+            lambda: evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=seqlen)
+        )
         return
     evaluated = evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=seqlen)
     assert evaluated.tokens.shape == (whole, seqlen)
     assert evaluated.tokens.dtype == torch.int64
     assert evaluated.tokens.flatten().tolist() == stream[: whole * seqlen]
     count = data.draw(st.integers(1, whole))
-    assert calibrate(file, count, seqlen, seed=count).tokens.flatten().tolist() == stream[: count * seqlen]
+    assert (
+        calibrate(file, count, seqlen, seed=count).tokens.flatten().tolist()
+        == stream[: count * seqlen]
+    )
     limited = evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=seqlen, max_windows=count)
     assert torch.equal(limited.tokens, evaluated.tokens[:count])
 
@@ -139,7 +158,9 @@ def test_truncation_stored_in_the_tokenizer_is_ignored(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     (tmp_path / "a.txt").write_text("0123456789")
-    assert evaluation_tokens(tokenizer, dataset=str(tmp_path / "a.txt"), seqlen=10).tokens.shape == (1, 10)
+    assert evaluation_tokens(
+        tokenizer, dataset=str(tmp_path / "a.txt"), seqlen=10
+    ).tokens.shape == (1, 10)
 
 
 def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
@@ -153,7 +174,10 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.text("abc ", min_size=1, max_size=6), min_size=1, max_size=8), seed=st.integers(0, 9))
+@given(
+    rows=st.lists(st.text("abc ", min_size=1, max_size=6), min_size=1, max_size=8),
+    seed=st.integers(0, 9),
+)
 def test_packing_keeps_every_document_once(tmp_path: Path, rows: list[str], seed: int) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     total = sum(len(row) + 1 for row in rows)
@@ -186,7 +210,9 @@ def test_parquet_and_jsonl_agree_and_take_a_text_field(tmp_path: Path) -> None:
     rows = ["first row", "second", "", "third and last"]
     jsonl = write_jsonl(tmp_path / "a.jsonl", rows, field="body")
     parquet.write_table(pa.table({"id": [1, 2, 3, 4], "body": rows}), tmp_path / "a.parquet")
-    first, second = (calibrate(file, 3, 8, text_field="body") for file in (jsonl, tmp_path / "a.parquet"))
+    first, second = (
+        calibrate(file, 3, 8, text_field="body") for file in (jsonl, tmp_path / "a.parquet")
+    )
     assert torch.equal(first.tokens, second.tokens)
     joined = evaluation_tokens(TOKENIZER, dataset=str(jsonl), seqlen=5, text_field="body")
     stream = ids("\n\n".join(rows))
@@ -201,18 +227,25 @@ def test_chat_rows_are_rendered_and_plain_rows_become_a_user_turn(tmp_path: Path
     length = sum(len(ids(text)) for text in rendered)
     result = calibrate(file, 1, length, tokenizer=byte_tokenizer(chat=True), chat_template=True)
     # The template ends each turn with EOS; packing adds no second one.
-    assert result.tokens[0].tolist() in (ids(rendered[0] + rendered[1]), ids(rendered[1] + rendered[0]))
+    assert result.tokens[0].tolist() in (
+        ids(rendered[0] + rendered[1]),
+        ids(rendered[1] + rendered[0]),
+    )
     assert result.origin["chat_template"] is True
     assert "chat_template off" in message(lambda: calibrate(file, chat_template=True))
     assert "turn chat_template on" in message(lambda: calibrate(file))
-    assert "chat messages" in message(lambda: evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=2))
+    assert "chat messages" in message(
+        lambda: evaluation_tokens(TOKENIZER, dataset=str(file), seqlen=2)
+    )
 
 
 def test_refusal_of_a_chat_template_names_the_row(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     text = message(
-        lambda: calibrate(write_jsonl(tmp_path / "a.jsonl", ["hello"]), tokenizer=tokenizer, chat_template=True)
+        lambda: calibrate(
+            write_jsonl(tmp_path / "a.jsonl", ["hello"]), tokenizer=tokenizer, chat_template=True
+        )
     )
     assert "'hello'" in text
     assert "roles must alternate" in text
@@ -221,7 +254,9 @@ def test_refusal_of_a_chat_template_names_the_row(tmp_path: Path) -> None:
 # ---- limits ----
 
 
-@pytest.mark.parametrize(("nsamples", "seqlen"), [(0, 4), (1, 0), (-1, 4), (1, 2**20 + 1), (2**12, 2**20)])
+@pytest.mark.parametrize(
+    ("nsamples", "seqlen"), [(0, 4), (1, 0), (-1, 4), (1, 2**20 + 1), (2**12, 2**20)]
+)
 def test_absurd_sizes(nsamples: int, seqlen: int) -> None:
     assert "seqlen" in message(lambda: calibrate("builtin", nsamples, seqlen))
     assert "seqlen" in message(
@@ -267,7 +302,9 @@ def test_wikitext2_is_one_text(hub: list[str]) -> None:
     assert calibration.origin["packing"] == "stream"
 
 
-def test_streamed_sets_are_read_as_far_as_needed(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_sets_are_read_as_far_as_needed(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("quantize.calibration.tokens._POOL_CHARACTERS", 100)
     hub += [f"{i:05d}" * 2 for i in range(1000)]
     first, second = (calibrate("c4", 2, 8, seed=seed) for seed in (0, 1))
@@ -276,7 +313,9 @@ def test_streamed_sets_are_read_as_far_as_needed(hub: list[str], monkeypatch: py
     assert (first.origin["rows"], second.origin["rows"]) == (26, 26)
     limited = evaluation_tokens(TOKENIZER, dataset="c4", seqlen=4, max_windows=1)
     assert limited.tokens.tolist() == [ids("0000")]
-    assert "limit the number of windows" in message(lambda: evaluation_tokens(TOKENIZER, dataset="c4", seqlen=4))
+    assert "limit the number of windows" in message(
+        lambda: evaluation_tokens(TOKENIZER, dataset="c4", seqlen=4)
+    )
 
 
 # ---- the yardstick ----
@@ -306,7 +345,9 @@ def test_the_first_windows_are_those_of_the_whole_text(tiny: Callable[..., Path]
     tokenizer = load_tokenizer(tiny("llama"))
     whole = evaluation_tokens(tokenizer, dataset=str(path), seqlen=32).tokens
     for count, overlap in ((1, 0), (3, 0), (40, 0), (7, 20)):
-        part = evaluation_tokens(tokenizer, dataset=str(path), seqlen=32, max_windows=count, overlap=overlap).tokens
+        part = evaluation_tokens(
+            tokenizer, dataset=str(path), seqlen=32, max_windows=count, overlap=overlap
+        ).tokens
         stream = whole.flatten()
         expected = torch.stack([stream[i * (32 - overlap) :][:32] for i in range(count)])
         assert torch.equal(part, expected)

@@ -26,8 +26,12 @@ def uncached() -> Iterator[None]:
 
 
 def test_split_of_a_name_never_moves() -> None:
-    assert [pydocs.split(name) for name in ("json", "collections", "topic:del", "tkinter")] == ["heldout"] * 4
-    assert [pydocs.split(name) for name in ("argparse", "heapq", "topic:lambda", "json.dumps")] == ["train"] * 4
+    assert [pydocs.split(name) for name in ("json", "collections", "topic:del", "tkinter")] == [
+        "heldout"
+    ] * 4
+    assert [pydocs.split(name) for name in ("argparse", "heapq", "topic:lambda", "json.dumps")] == [
+        "train"
+    ] * 4
 
 
 @given(st.text(max_size=40))
@@ -54,7 +58,8 @@ def test_splits_partition_the_entries() -> None:
 
 def test_no_long_paragraph_is_in_both_splits() -> None:
     train, heldout = (
-        {p.strip() for p in pydocs.text(s).split("\n\n") if len(p) >= pydocs.MIN_CHARS} for s in ("train", "heldout")
+        {p.strip() for p in pydocs.text(s).split("\n\n") if len(p) >= pydocs.MIN_CHARS}
+        for s in ("train", "heldout")
     )
     assert len(heldout) > 200
     assert not train & heldout
@@ -78,7 +83,9 @@ def test_a_prefix_mixes_topics_and_modules() -> None:
 
 
 @pytest.mark.usefixtures("uncached")
-def test_a_library_is_parsed_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_parsed_and_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     doc = "Say something about {} that is long enough to be kept, and that no other entry says."
     files = {
         "package/__init__.py": f'"""{doc.format("package")}"""\nraise SystemExit',

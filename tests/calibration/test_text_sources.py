@@ -18,12 +18,20 @@ from quantize.errors import DataError
 from quantize.files.resources import data_dir
 
 
-def read(dataset: object, purpose: Purpose = "calibration", field: str | None = None, limit: int | None = 128) -> Text:
+def read(
+    dataset: object,
+    purpose: Purpose = "calibration",
+    field: str | None = None,
+    limit: int | None = 128,
+) -> Text:
     return text_sources.load(str(dataset), purpose, field, limit)
 
 
 def refusal(
-    dataset: object, purpose: Purpose = "calibration", field: str | None = None, limit: int | None = 128
+    dataset: object,
+    purpose: Purpose = "calibration",
+    field: str | None = None,
+    limit: int | None = 128,
 ) -> str:
     with pytest.raises(DataError) as caught:
         read(dataset, purpose, field, limit)
@@ -80,7 +88,9 @@ def test_text_file_keeps_line_ends_and_drops_the_byte_order_mark(tmp_path: Path)
 def test_jsonl_lines_end_only_at_line_feeds(tmp_path: Path) -> None:
     rows = ["one\u2028two", "", "three\u0085"]
     file = tmp_path / "a.jsonl"
-    file.write_text("\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows), encoding="utf-8")
+    file.write_text(
+        "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     assert (read(file).rows, read(file).packing) == (rows, "packed")
 
 
@@ -113,7 +123,9 @@ def test_parquet_gives_chat_messages(tmp_path: Path) -> None:
         ("a.parquet", b"", ["empty"]),
     ],
 )
-def test_broken_files_are_one_line_errors(tmp_path: Path, name: str, data: bytes, words: list[str]) -> None:
+def test_broken_files_are_one_line_errors(
+    tmp_path: Path, name: str, data: bytes, words: list[str]
+) -> None:
     (tmp_path / name).write_bytes(data)
     text = refusal(tmp_path / name)
     assert not [word for word in words if word not in text], text
@@ -183,10 +195,14 @@ def test_wikitext2_is_read_whole(hub: SimpleNamespace) -> None:
         ("evaluation", "validation", "en/c4-validation.00000-of-00008.json.gz"),
     ],
 )
-def test_c4_asks_for_one_file_and_stops_reading(hub: SimpleNamespace, purpose: Purpose, split: str, file: str) -> None:
+def test_c4_asks_for_one_file_and_stops_reading(
+    hub: SimpleNamespace, purpose: Purpose, split: str, file: str
+) -> None:
     hub.rows = [{"text": f"{i:010d}", "url": "u"} for i in range(1000)]
     text = read("c4", purpose, limit=128)
-    assert hub.calls == [("allenai/c4", None, {"split": split, "data_files": {split: file}, "streaming": True})]
+    assert hub.calls == [
+        ("allenai/c4", None, {"split": split, "data_files": {split: file}, "streaming": True})
+    ]
     assert hub.taken == len(text.rows) == 13
     assert (text.origin["data_file"], text.origin["rows"]) == (file, 13)
     assert "limit the number of windows" in refusal("c4", purpose, limit=None)
@@ -212,7 +228,8 @@ def test_any_hub_name(hub: SimpleNamespace, dataset: str, config: str | None, sp
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach it\nlong story"), ValueError("Unknown split"), RuntimeError()]
+    "error",
+    [ConnectionError("Couldn't reach it\nlong story"), ValueError("Unknown split"), RuntimeError()],
 )
 def test_hub_out_of_reach_points_to_local_files(hub: SimpleNamespace, error: Exception) -> None:
     hub.rows, hub.error = [{"text": "first"}], error

@@ -28,30 +28,68 @@ def facts(*args: str) -> dict[str, Any]:
 
 
 def test_sbvr_reports_what_the_fit_reaches():
-    found = facts("--method", "sbvr", "--bits", "3", "--bias", "--lines", "16", "--shape", "32x300", "--seed", "7")
+    found = facts(
+        "--method",
+        "sbvr",
+        "--bits",
+        "3",
+        "--bias",
+        "--lines",
+        "16",
+        "--shape",
+        "32x300",
+        "--seed",
+        "7",
+    )
     w = random_weight((32, 300), "gaussian", 7)
     weight = fit(w, 3, 128, bias=True, lines=16, seed=7)
-    assert found["relative_mse"] == pytest.approx(float((weight.unpack() - w).square().sum() / w.square().sum()))
+    assert found["relative_mse"] == pytest.approx(
+        float((weight.unpack() - w).square().sum() / w.square().sum())
+    )
     assert found["bits_per_weight"] == weight.bits_per_weight
     assert (found["shapes"], found["scales"]) == (len(weight.lines), len(weight.scales))
     assert found["weights_per_second"] == pytest.approx(w.numel() / found["seconds"])
     assert found["peak_rss_bytes"] > 50e6
     assert found["peak_device_bytes"] is None
-    wanted = {"method": "sbvr", "bits": 3, "bias": True, "lines": 16, "codebook": "auto", "shape": [32, 300]}
-    wanted |= {"group_size": 128, "distribution": "gaussian", "seed": 7, "device": "cpu", "repeat": 1}
+    wanted = {
+        "method": "sbvr",
+        "bits": 3,
+        "bias": True,
+        "lines": 16,
+        "codebook": "auto",
+        "shape": [32, 300],
+    }
+    wanted |= {
+        "group_size": 128,
+        "distribution": "gaussian",
+        "seed": 7,
+        "device": "cpu",
+        "repeat": 1,
+    }
     assert {key: found[key] for key in wanted} == wanted
     assert (found["torch"], found["threads"]) == (torch.__version__, torch.get_num_threads())
 
 
 def test_rounding_to_nearest_is_the_baseline():
-    absmax, best = (facts("--method", m, "--shape", "64x256", "--group-size", "64") for m in ("rtn", "rtn-mse"))
+    absmax, best = (
+        facts("--method", m, "--shape", "64x256", "--group-size", "64") for m in ("rtn", "rtn-mse")
+    )
     w, grid = random_weight((64, 256), "gaussian", 0), Grid(4, 64)
-    assert absmax["relative_mse"] == pytest.approx(relative_mse(w, grid.round(w, *grid.absmax_scale(w))[1]))
+    assert absmax["relative_mse"] == pytest.approx(
+        relative_mse(w, grid.round(w, *grid.absmax_scale(w))[1])
+    )
     assert best["relative_mse"] < absmax["relative_mse"]
-    assert (absmax["bits_per_weight"], absmax["lines"], absmax["bias"], absmax["scales"]) == (4.25, None, None, None)
+    assert (absmax["bits_per_weight"], absmax["lines"], absmax["bias"], absmax["scales"]) == (
+        4.25,
+        None,
+        None,
+        None,
+    )
 
 
-@pytest.mark.parametrize(("name", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("student", 9.0)])
+@pytest.mark.parametrize(
+    ("name", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("student", 9.0)]
+)
 def test_random_weights_have_the_moments_of_their_distribution(name: str, kurtosis: float):
     w = random_weight((1024, 1024), name, 0)
     assert torch.equal(w, random_weight((1024, 1024), name, 0))
@@ -62,7 +100,14 @@ def test_random_weights_have_the_moments_of_their_distribution(name: str, kurtos
 
 def test_the_table_names_what_was_measured():
     shown = call("--method", "sbvr", "--bits", "2", "--shape", "8x128", "--repeat", "2").stdout
-    for part in ("sbvr 2 bits", "8x128 gaussian", "relative MSE", "weights per second", "bits per weight", "cpu"):
+    for part in (
+        "sbvr 2 bits",
+        "8x128 gaussian",
+        "relative MSE",
+        "weights per second",
+        "bits per weight",
+        "cpu",
+    ):
         assert part in shown
 
 
@@ -130,7 +175,9 @@ def test_products_are_timed_and_printed():
     assert "copy" in shown
 
 
-@pytest.mark.parametrize(("args", "named"), [(("--shape", "9"), "--shape 9"), (("--bits", "1"), "1 bit planes")])
+@pytest.mark.parametrize(
+    ("args", "named"), [(("--shape", "9"), "--shape 9"), (("--bits", "1"), "1 bit planes")]
+)
 def test_mistakes_about_products_are_one_line(args: tuple[str, ...], named: str):
     result = CliRunner().invoke(app, ["bench", "multiply", *args])
     assert isinstance(result.exception, UsageError)

@@ -42,7 +42,9 @@ def convert_args(tiny: Maker, text_file: Path, tmp_path: Path) -> list[object]:
 # Converting
 
 
-def test_convert_prints_json_on_stdout_and_nothing_else(pq: Call, convert_args: list[object], tmp_path: Path):
+def test_convert_prints_json_on_stdout_and_nothing_else(
+    pq: Call, convert_args: list[object], tmp_path: Path
+):
     code, out, err = pq(*convert_args, "--recipe", "gptq", "--set", "bits=3", "--json")
     assert code == 0
     summary = json.loads(out)
@@ -71,7 +73,9 @@ def test_the_command_writes_what_the_function_writes(
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_set_takes_several_fields_and_a_method(pq: Call, convert_args: list[object], tmp_path: Path):
+def test_set_takes_several_fields_and_a_method(
+    pq: Call, convert_args: list[object], tmp_path: Path
+):
     changes = ["--set", "rtn.bits=5", "--set", "group_size=32", "--set", "clip=absmax"]
     code, out, _ = pq(*convert_args, "--recipe", "rtn", *changes, "--json")
     assert code == 0
@@ -83,7 +87,9 @@ def test_set_takes_several_fields_and_a_method(pq: Call, convert_args: list[obje
     assert "bits: 5" in resolved
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq"])  # one reads no text, and tells which it would have read
+@pytest.mark.parametrize(
+    "recipe", ["rtn", "gptq"]
+)  # one reads no text, and tells which it would have read
 def test_where_the_text_lies_is_no_part_of_the_output(
     pq: Call, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str
 ):
@@ -94,19 +100,36 @@ def test_where_the_text_lies_is_no_part_of_the_output(
         own = folder / f"{recipe}.yaml"
         told = f"{{dataset: {text}, nsamples: 6, seqlen: 32}}"
         own.write_text(f"description: d\ncalibration: {told}\nstages: [{{method: {recipe}}}]\n")
-        arguments = ["--model", tiny("llama"), "--recipe", own, "--output", folder / "out", "--device", "cpu"]
+        arguments = [
+            "--model",
+            tiny("llama"),
+            "--recipe",
+            own,
+            "--output",
+            folder / "out",
+            "--device",
+            "cpu",
+        ]
         assert pq("convert", *arguments)[0] == 0
-        for written in (*(folder / "out").iterdir(), folder / "out.report.html", folder / "out.report.json"):
+        for written in (
+            *(folder / "out").iterdir(),
+            folder / "out.report.html",
+            folder / "out.report.json",
+        ):
             assert b"secluded" not in written.read_bytes(), written
     first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / place / "out").iterdir()} for place in ("here", "there")
+        {path.name: path.read_bytes() for path in (tmp_path / place / "out").iterdir()}
+        for place in ("here", "there")
     )
     assert first == second
     facts = json.loads(first["pq.json"])
     assert "dataset: text.txt" in facts["recipe"]["resolved"]
     if recipe == "gptq":
         assert facts["calibration"]["dataset"] == "text.txt"
-        assert facts["calibration"]["text_sha256"] == hashlib.sha256(text_file.read_bytes()).hexdigest()
+        assert (
+            facts["calibration"]["text_sha256"]
+            == hashlib.sha256(text_file.read_bytes()).hexdigest()
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +148,9 @@ def test_where_the_text_lies_is_no_part_of_the_output(
 def test_set_refuses_what_no_stage_takes(
     pq: Call, convert_args: list[object], tmp_path: Path, assignment: str, says: str
 ):
-    changes = ["--set", assignment] + (["--set", "bits=3"] if assignment == "activations=fp8" else [])
+    changes = ["--set", assignment] + (
+        ["--set", "bits=3"] if assignment == "activations=fp8" else []
+    )
     code, out, err = pq(*convert_args, "--recipe", "rtn", *changes)
     assert (code, out) == (UsageError.exit_code, "")
     assert says in err
@@ -144,11 +169,17 @@ def test_eval_prints_json(pq: Call, converted: Maker, tiny: Maker, text_file: Pa
     figures = json.loads(out)
     wanted = "protocol tokens perplexity baseline_perplexity kld_mean kld_p99 top1_agreement bits_per_weight"
     assert set(wanted.split()) <= set(figures)
-    assert (figures["protocol"], figures["tokens"], figures["bits_per_weight"]) == ("strided-32", 93, 4.125)
+    assert (figures["protocol"], figures["tokens"], figures["bits_per_weight"]) == (
+        "strided-32",
+        93,
+        4.125,
+    )
 
 
 def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
-    code, out, _ = pq("eval", tiny("llama"), "--dataset", text_file, "--seqlen", 32, "--max-windows", 1)
+    code, out, _ = pq(
+        "eval", tiny("llama"), "--dataset", text_file, "--seqlen", 32, "--max-windows", 1
+    )
     assert code == 0
     assert "perplexity" in out
 
@@ -158,7 +189,15 @@ def test_eval_prints_a_table(pq: Call, tiny: Maker, text_file: Path):
 
 def test_exit_codes_are_the_documented_ones():
     codes = {cls.exit_code: cls for cls in PqError.__subclasses__()}
-    documented = (UsageError, RecipeError, ModelError, DataError, OutputError, VerifyError, RoomError)
+    documented = (
+        UsageError,
+        RecipeError,
+        ModelError,
+        DataError,
+        OutputError,
+        VerifyError,
+        RoomError,
+    )
     assert codes == dict(enumerate(documented, start=2)) | {9: QualityError, 75: StoppedError}
 
 
@@ -169,7 +208,11 @@ def test_exit_codes_are_the_documented_ones():
         (["--recipe", "rtn", "--nsamples", "0"], 2, "nsamples: must be an integer >= 1"),
         (["--recipe", "rtn", "--device", "tpu9"], 2, "--device tpu9: not usable here"),
         (["--recipe", "rtn", "--dtype", "int4"], 2, "--dtype int4: choose one of auto, float32"),
-        (["--recipe", "rtn", "--model", "./not/there"], 4, "no such folder; give a local model folder or a Hub id"),
+        (
+            ["--recipe", "rtn", "--model", "./not/there"],
+            4,
+            "no such folder; give a local model folder or a Hub id",
+        ),
         (["--recipe", "rtn", "--set", "group_size=96"], 4, "no multiple of the group 96"),
         (["--recipe", "gptq", "--dataset", "none.txt"], 5, "none.txt: no such file"),
         (["--recipe", "gptq", "--seqlen", "100000"], 5, "lower"),
@@ -208,13 +251,26 @@ def raising(error: BaseException) -> Callable[..., None]:
     [
         (VerifyError("a reads back differently"), 7, "pq: error: a reads back differently"),
         (MemoryError(), 8, "pq: error: out of memory; lower --nsamples"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 8, "pq: error: out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 8, "pq: error: out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            8,
+            "pq: error: out of memory",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            8,
+            "pq: error: out of memory",
+        ),
         (KeyboardInterrupt(), 130, "pq: interrupted; no output was written"),
     ],
 )
 def test_what_may_happen_on_the_way(
-    pq: Call, convert_args: list[object], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+    pq: Call,
+    convert_args: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    says: str,
 ):
     monkeypatch.setattr(convert_module, "convert", raising(error))
     got, out, err = pq(*convert_args, "--recipe", "rtn")
@@ -222,7 +278,9 @@ def test_what_may_happen_on_the_way(
     assert says in err
 
 
-def test_bugs_are_not_hidden(convert_args: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_bugs_are_not_hidden(
+    convert_args: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setattr(convert_module, "convert", raising(RuntimeError("a bug")))
     monkeypatch.setattr(sys, "argv", ["pq", *map(str, convert_args), "--recipe", "rtn"])
     with pytest.raises(RuntimeError, match="a bug"):
@@ -253,8 +311,12 @@ def test_paths_are_not_taken_for_hub_names(name: str):
 
 
 def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(ConnectionError("no network\nat all")))
-    with pytest.raises(ModelError, match=r"^org/name: neither a local folder nor .* \(no network\)$"):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", raising(ConnectionError("no network\nat all"))
+    )
+    with pytest.raises(
+        ModelError, match=r"^org/name: neither a local folder nor .* \(no network\)$"
+    ):
         common.local_model("org/name")
 
 
@@ -263,7 +325,11 @@ def test_the_installed_command(tiny: Maker, tmp_path: Path):
     args = ["convert", "-m", str(tiny("llama")), "-r", "rtn.yaml", "-o", "out", "--json"]
     code = "from quantize.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == "out"

@@ -39,7 +39,9 @@ def test_results_are_saved_beside_the_model(pq: Call, packed: Path, tiny: Maker,
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_nothing_is_written_beside_models_that_pq_did_not_make(pq: Call, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_nothing_is_written_beside_models_that_pq_did_not_make(
+    pq: Call, tiny: Maker, text_file: Path, tmp_path: Path
+):
     model = shutil.copytree(tiny("llama"), tmp_path / "model")
     args = ("eval", model, "--dataset", text_file, "--seqlen", 24, "--max-windows", 2)
     assert pq(*args)[0] == 0
@@ -52,16 +54,28 @@ def test_protocol_and_context_reach_the_figures(pq: Call, packed: Path, text_fil
     text = ("--dataset", text_file, "--seqlen", 24)
     strided = json.loads(pq("eval", packed, *text, "--max-windows", 3, "--context", 8, "--json")[1])
     assert strided["protocol"] == "strided-24-context-8"
-    rolling = json.loads(pq("eval", packed, *text, "--max_windows", 3, "--protocol", "rolling", "--json")[1])
+    rolling = json.loads(
+        pq("eval", packed, *text, "--max_windows", 3, "--protocol", "rolling", "--json")[1]
+    )
     assert rolling["protocol"] == "rolling-24"
     assert rolling["tokens"] == 72
     assert rolling["byte_perplexity"] > 1
 
 
-def test_the_table_names_protocol_data_tokens_and_numerics(pq: Call, packed: Path, tiny: Maker, text_file: Path):
+def test_the_table_names_protocol_data_tokens_and_numerics(
+    pq: Call, packed: Path, tiny: Maker, text_file: Path
+):
     args = ("--baseline", tiny("llama"), "--dataset", text_file, "--seqlen", 24, "--max-windows", 3)
     _, out, err = pq("eval", packed, *args)
-    for part in ("strided-24", "text.txt", "69 predictions", "kernel numerics", "KLD p99.9", "same top-1", "4.125"):
+    for part in (
+        "strided-24",
+        "text.txt",
+        "69 predictions",
+        "kernel numerics",
+        "KLD p99.9",
+        "same top-1",
+        "4.125",
+    ):
         assert part in out, part
     assert max(map(len, out.splitlines())) <= 80
     assert "packed.eval" in err
@@ -69,16 +83,25 @@ def test_the_table_names_protocol_data_tokens_and_numerics(pq: Call, packed: Pat
 
 def questions(path: Path, n: int = 12) -> Path:
     rows = [
-        {"id": i, "query": f"What is {i}?", "choices": [f"It is {i}.", "A fox.", "Bits"], "gold": i % 3}
+        {
+            "id": i,
+            "query": f"What is {i}?",
+            "choices": [f"It is {i}.", "A fox.", "Bits"],
+            "gold": i % 3,
+        }
         for i in range(n)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def test_tasks_alone_and_with_perplexity(pq: Call, packed: Path, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_tasks_alone_and_with_perplexity(
+    pq: Call, packed: Path, tiny: Maker, text_file: Path, tmp_path: Path
+):
     task = f"multiple_choice:{questions(tmp_path / 'quiz.jsonl')}"
-    code, out, err = pq("eval", packed, "--baseline", tiny("llama"), "--tasks", task, "--limit", 10, "--json")
+    code, out, err = pq(
+        "eval", packed, "--baseline", tiny("llama"), "--tasks", task, "--limit", 10, "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
     assert set(found) == {"tasks"}
@@ -86,7 +109,9 @@ def test_tasks_alone_and_with_perplexity(pq: Call, packed: Path, tiny: Maker, te
     assert scores["quiz", "acc"]["n"] == 10
     assert {"value", "baseline", "difference_stderr", "recovery"} <= set(scores["quiz", "acc"])
     assert "samples" not in found["tasks"]
-    both = json.loads(pq("eval", packed, "--tasks", task, "--dataset", text_file, "--seqlen", 24, "--json")[1])
+    both = json.loads(
+        pq("eval", packed, "--tasks", task, "--dataset", text_file, "--seqlen", 24, "--json")[1]
+    )
     assert both["protocol"] == "strided-24"
     assert both["tasks"]["scores"] == []
     names = {p.name for p in packed.with_name("packed.eval").iterdir()}
@@ -140,10 +165,15 @@ def test_both_spellings_of_lm_evals_options(pq: Call, packed: Path, tmp_path: Pa
         (["eval", "MODEL", "--tasks", "perplexity:TEXT", "--model_args", "dtype"], "key=value"),
         (["eval", "PLAIN", "--tasks", "perplexity:TEXT", "--log_samples"], "--output-path"),
         (["eval", "--gate", "GATE", "--update-baselines"], "--reason"),
-        (["compare", "MODEL", "--baseline", "PLAIN", "--numerics", "exact"], "choose kernel or stock"),
+        (
+            ["compare", "MODEL", "--baseline", "PLAIN", "--numerics", "exact"],
+            "choose kernel or stock",
+        ),
     ],
 )
-def test_mistakes(pq: Call, packed: Path, tiny: Maker, text_file: Path, arguments: list[str], says: str):
+def test_mistakes(
+    pq: Call, packed: Path, tiny: Maker, text_file: Path, arguments: list[str], says: str
+):
     names = {"MODEL": str(packed), "PLAIN": str(tiny("llama")), "GATE": "gate.yaml"}
     given = [names.get(a, a.replace("TEXT", str(text_file))) for a in arguments]
     code, out, err = pq(*given)
@@ -154,7 +184,10 @@ def test_mistakes(pq: Call, packed: Path, tiny: Maker, text_file: Path, argument
 
 
 def test_compare(pq: Call, converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path):
-    models = [shutil.copytree(converted("rtn", "llama", f"bits={b}"), tmp_path / f"w{b}") for b in (2, 3, 4)]
+    models = [
+        shutil.copytree(converted("rtn", "llama", f"bits={b}"), tmp_path / f"w{b}")
+        for b in (2, 3, 4)
+    ]
     args = ("--baseline", tiny("llama"), "--dataset", text_file, "--seqlen", 24, "--max-windows", 4)
     code, out, err = pq("compare", *models, *args, "--json", "--output", tmp_path / "page.html")
     assert code == 0, err

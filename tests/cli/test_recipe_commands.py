@@ -26,7 +26,9 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     cwd.mkdir()
     (folder / "plain.yaml").write_text(GOOD)
-    (folder / "second.yaml").write_text("# why\ndescription: '[b]two[/b]'\nstages:\n- method: awq\n- method: gptq\n")
+    (folder / "second.yaml").write_text(
+        "# why\ndescription: '[b]two[/b]'\nstages:\n- method: awq\n- method: gptq\n"
+    )
     monkeypatch.setattr(recipe_files, "data_dir", lambda name: folder.parent / name)
     monkeypatch.chdir(cwd)
     return folder
@@ -36,7 +38,11 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_existing_path_wins_over_a_shipped_name(shelf: Path):
-    assert recipe_files.find_recipe("plain") == recipe_files.find_recipe("plain.yaml") == shelf / "plain.yaml"
+    assert (
+        recipe_files.find_recipe("plain")
+        == recipe_files.find_recipe("plain.yaml")
+        == shelf / "plain.yaml"
+    )
     Path("plain").mkdir()
     assert recipe_files.find_recipe("plain") == shelf / "plain.yaml"
     Path("plain.yaml").write_text(GOOD.replace("plain", "mine"))
@@ -45,7 +51,9 @@ def test_an_existing_path_wins_over_a_shipped_name(shelf: Path):
     assert [path.name for path in recipe_files.shipped_recipes()] == ["plain.yaml", "second.yaml"]
 
 
-@pytest.mark.parametrize("name", ["plian", "plian.yaml", "", "../plain.yaml", "a\0b", "x" * 5000, "."])
+@pytest.mark.parametrize(
+    "name", ["plian", "plian.yaml", "", "../plain.yaml", "a\0b", "x" * 5000, "."]
+)
 def test_an_unknown_recipe_lists_the_names(shelf: Path, name: str):
     with pytest.raises(RecipeError) as caught:
         recipe_files.find_recipe(name)
@@ -57,7 +65,11 @@ def test_an_unknown_recipe_lists_the_names(shelf: Path, name: str):
 def test_errors_name_the_file_as_it_was_given(shelf: Path):
     (shelf / "bad.yaml").write_text("description: 1\nstages: [{method: rtn}]")
     Path("own.yaml").write_text("description: 1\nstages: [{method: rtn}]")
-    for given_name, shown in (("bad", "bad.yaml"), ("./own.yaml", "own.yaml"), (str(shelf / "bad.yaml"),) * 2):
+    for given_name, shown in (
+        ("bad", "bad.yaml"),
+        ("./own.yaml", "own.yaml"),
+        (str(shelf / "bad.yaml"),) * 2,
+    ):
         with pytest.raises(RecipeError, match=f"^{re.escape(shown)}:1: description"):
             recipes.load_recipe(given_name)
 
@@ -101,7 +113,10 @@ def test_ls_reads_in_each_shipped_recipe_what_its_stages_will_do(path: Path):
     [
         ("- a\n", "is no recipe; `pq recipe validate broken` says why"),
         ("description: d\nstages: [rtn]\n", "is no recipe; `pq recipe validate broken` says why"),
-        ("description: d\nstages: &s [{method: rtn}]\n", "broken.yaml:2: stages: anchor '&s' is refused"),
+        (
+            "description: d\nstages: &s [{method: rtn}]\n",
+            "broken.yaml:2: stages: anchor '&s' is refused",
+        ),
     ],
 )
 def test_ls_names_a_file_that_is_no_recipe(shelf: Path, text: str, says: str):
@@ -126,7 +141,11 @@ def test_validate(shelf: Path):
     assert result.exit_code == RecipeError.exit_code
     assert result.stdout.split("\n") == ["plain: ok", "second: ok", ""]
     lines = result.stderr.strip().split("\n")
-    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:4", "bad.yaml:5", "recipe 'none.yaml'"]
+    assert [line.split(": ")[0] for line in lines] == [
+        "bad.yaml:4",
+        "bad.yaml:5",
+        "recipe 'none.yaml'",
+    ]
     assert call("validate", "plain").exit_code == 0
 
 

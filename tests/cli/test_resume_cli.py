@@ -33,13 +33,26 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture
 def command(tiny: ModelMaker, text_file: Path, tmp_path: Path) -> list[object]:
-    model = ["--model", model_of(tiny, "gptq"), "--output", tmp_path / "out", "--device", "cpu", "--recipe", "gptq"]
+    model = [
+        "--model",
+        model_of(tiny, "gptq"),
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--recipe",
+        "gptq",
+    ]
     return ["convert", *model, "--dataset", text_file, "--nsamples", 6, "--seqlen", 32]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_block(
-    pq: Call, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    pq: Call,
+    command: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ):
     usual = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
@@ -59,8 +72,14 @@ def test_a_signal_stops_after_the_block(
     assert code == 0
     assert "pq: goes on after block 1, from what" in err
     log = (tmp_path / "out.log").read_text()
-    assert log.index("stopped: stopped after block 1") < log.index("goes on after block 1") < log.index("summary")
-    assert pq("convert", *command[1:4], tmp_path / "other", *command[5:], "--resume", "never")[0] == 0
+    assert (
+        log.index("stopped: stopped after block 1")
+        < log.index("goes on after block 1")
+        < log.index("summary")
+    )
+    assert (
+        pq("convert", *command[1:4], tmp_path / "other", *command[5:], "--resume", "never")[0] == 0
+    )
     assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
     assert not list(tmp_path.glob("*.work"))
 
@@ -81,7 +100,9 @@ def test_a_second_signal_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupt_says_what_is_kept(pq: Call, command: list[object], monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupt_says_what_is_kept(
+    pq: Call, command: list[object], monkeypatch: pytest.MonkeyPatch
+):
     real = convert_module.Conversion.block
 
     def block(self: Any, index: int, streams: Any) -> Any:
@@ -95,7 +116,9 @@ def test_an_interrupt_says_what_is_kept(pq: Call, command: list[object], monkeyp
     assert "pq: 2 blocks are kept in" in err
 
 
-def test_refusals_of_the_command(pq: Call, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_refusals_of_the_command(
+    pq: Call, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert pq(*command, "--resume", "maybe")[::2] == (
         2,
         "pq: error: --resume maybe: choose auto, required, never\n",
@@ -108,7 +131,9 @@ def test_refusals_of_the_command(pq: Call, command: list[object], tmp_path: Path
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = pq(*command)
     assert code == 2
-    assert err.startswith("pq: error: the other processes of the launch were not met at $MASTER_ADDR:$MASTER_PORT (")
+    assert err.startswith(
+        "pq: error: the other processes of the launch were not met at $MASTER_ADDR:$MASTER_PORT ("
+    )
 
 
 def test_the_command_survives_signals(pq: Call, tiny: ModelMaker, text_file: Path, tmp_path: Path):
@@ -129,7 +154,10 @@ def test_the_command_survives_signals(pq: Call, tiny: ModelMaker, text_file: Pat
     (tmp_path / "go").touch()
     _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 75, said
-    assert f"pq: stopped after block 1 of {BLOCKS}; the same command goes on from there" in said.decode()
+    assert (
+        f"pq: stopped after block 1 of {BLOCKS}; the same command goes on from there"
+        in said.decode()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"out.log", "out.work", "go", "held.py"}
     (tmp_path / "out.work" / "lock").unlink(missing_ok=True)
     process = started(tmp_path / "never")

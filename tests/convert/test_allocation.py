@@ -62,14 +62,18 @@ def spent(costs: list[list[int]], picks: list[int]) -> int:
 
 
 @given(items(), st.integers(0, 60))
-def test_the_choice_is_the_best_of_all(drawn: tuple[list[list[int]], list[list[float]]], budget: int):
+def test_the_choice_is_the_best_of_all(
+    drawn: tuple[list[list[int]], list[list[float]]], budget: int
+):
     costs, errors = drawn
     everything = itertools.product(*(range(len(options)) for options in costs))
     within = [list(picks) for picks in everything if spent(costs, list(picks)) <= budget]
     assume(within)
     picks = knapsack(costs, errors, budget)
     assert spent(costs, picks) <= budget
-    assert total(errors, picks) == pytest.approx(min(total(errors, other) for other in within), abs=1e-12)
+    assert total(errors, picks) == pytest.approx(
+        min(total(errors, other) for other in within), abs=1e-12
+    )
 
 
 @given(items(), st.integers(0, 60), st.integers(0, 20), st.sampled_from([3, 8, 1 << 16]))
@@ -140,7 +144,9 @@ def test_the_error_is_that_of_the_blocks_output(make_block: BlockMaker):
 def test_fp8_activations_cost_something(make_block: BlockMaker):
     block = make_block("qwen2")
     schemes = [IntScheme(4, 128, fp8) for fp8 in (False, True)]
-    plain, fp8 = (sensitivities(block, {"mlp.up_proj": [scheme]})["mlp.up_proj"][4] for scheme in schemes)
+    plain, fp8 = (
+        sensitivities(block, {"mlp.up_proj": [scheme]})["mlp.up_proj"][4] for scheme in schemes
+    )
     assert 1.05 * plain < fp8 < 2 * plain
 
 
@@ -181,7 +187,11 @@ def test_the_budget_is_kept_and_used(tiny: Maker, text_file: Path, tmp_path: Pat
     weights = sum(N * K for N, K in shapes.values())
     bits = {name: linear["bits"] for name, linear in found["linears"].items()}
     assert len(bits) == 14
-    groups = [[f"model.layers.{i}.{n}" for n in group] for i in range(2) for group in ARCH.calibration_order]
+    groups = [
+        [f"model.layers.{i}.{n}" for n in group]
+        for i in range(2)
+        for group in ARCH.calibration_order
+    ]
     assert all(len({bits[name] for name in group}) == 1 for group in groups)
     kept = [group for group in groups if bits[group[0]] == 4]
     steps = [4 * sum(shapes[n].numel() for n in group) / weights for group in kept]
@@ -194,22 +204,32 @@ def test_the_budget_is_kept_and_used(tiny: Maker, text_file: Path, tmp_path: Pat
 
 def test_more_bits_less_error(tiny: Maker, text_file: Path, tmp_path: Path):
     targets = (4.2, 5, 5.5, 7)
-    found = [run_to(t, tiny("qwen3"), "rtn", tmp_path / str(t), text_file)["allocation"] for t in targets]
+    found = [
+        run_to(t, tiny("qwen3"), "rtn", tmp_path / str(t), text_file)["allocation"] for t in targets
+    ]
     errors = [allocation["error"] for allocation in found]
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) == len(errors)
 
 
 def test_the_same_input_gives_the_same_choice(tiny: Maker, text_file: Path, tmp_path: Path):
-    one, two = (run_to(5, tiny("llama"), "gptq", tmp_path / name, text_file) for name in ("one", "two"))
+    one, two = (
+        run_to(5, tiny("llama"), "gptq", tmp_path / name, text_file) for name in ("one", "two")
+    )
     assert one == two
 
 
-def test_the_recipe_on_record_does_the_same_without_a_target(tiny: Maker, text_file: Path, tmp_path: Path):
+def test_the_recipe_on_record_does_the_same_without_a_target(
+    tiny: Maker, text_file: Path, tmp_path: Path
+):
     facts = run_to(5, tiny("llama"), "gptq", tmp_path / "one", text_file)
     again = parse_recipe(facts["recipe"]["resolved"], "gptq.yaml")
     assert again.target_bpw is None
-    convert(dataclasses.replace(request_for(tiny("llama"), "gptq", tmp_path / "two", text_file), recipe=again))
+    convert(
+        dataclasses.replace(
+            request_for(tiny("llama"), "gptq", tmp_path / "two", text_file), recipe=again
+        )
+    )
     assert facts_of(tmp_path / "two")["files"] == facts["files"]
     assert facts_of(tmp_path / "two")["allocation"] is None
     assert facts["calibration"] == facts_of(tmp_path / "two")["calibration"]
@@ -221,9 +241,14 @@ def test_data_free_recipes_have_their_text_on_record(tiny: Maker, text_file: Pat
     assert "output_error" not in facts["layers"][DOWN]
 
 
-@pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+@pytest.mark.parametrize(
+    "name", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+)
 def test_a_sensitive_linear_comes_first(text_file: Path, tmp_path: Path, name: str):
-    full, config = f"model.layers.1.{name}", config_of("llama", num_key_value_heads=4)  # k_proj as large as the rest
+    full, config = (
+        f"model.layers.1.{name}",
+        config_of("llama", num_key_value_heads=4),
+    )  # k_proj as large as the rest
     weights = random_weights(config)
     weights[f"{full}.weight"][:, 5::64] *= 16  # one outlier in every group drowns the other weights
     save_side_files(save_model(tmp_path / "model", config, weights))
@@ -232,7 +257,9 @@ def test_a_sensitive_linear_comes_first(text_file: Path, tmp_path: Path, name: s
     step = weights[f"{full}.weight"].numel() * 4 / sum(N * K for N, K in shapes.values())
     space = Space.of(recipe, ARCH, shapes, 4.125 + step, tie_inputs=False)
     # All linears are of one size, so the budget buys any one of them.
-    facts = run_to(8, tmp_path / "model", "rtn", tmp_path / "out", text_file)["allocation"]["linears"]
+    facts = run_to(8, tmp_path / "model", "rtn", tmp_path / "out", text_file)["allocation"][
+        "linears"
+    ]
     chosen = space.choose({n: {int(b): e for b, e in facts[n]["errors"].items()} for n in shapes})
     assert chosen.promoted == (full,)
     assert chosen.bits_per_weight == pytest.approx(4.125 + step)
@@ -244,7 +271,9 @@ def _linears(blocks: int) -> list[str]:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        out: Tensor = model(torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(7))).logits
+        out: Tensor = model(
+            torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(7))
+        ).logits
     return out
 
 
@@ -254,18 +283,26 @@ def test_stock_transformers_loads_what_the_command_line_makes(
 ):
     out = tmp_path / "out"
     options = ["--dataset", text_file, "--nsamples", 6, "--seqlen", 32, "--device", "cpu", "--json"]
-    code, printed, _ = pq("convert", "-m", tiny("llama"), "-r", recipe, "-o", out, "--target-bpw", 5, *options)
+    code, printed, _ = pq(
+        "convert", "-m", tiny("llama"), "-r", recipe, "-o", out, "--target-bpw", 5, *options
+    )
     assert code == 0
     summary, facts = json.loads(printed), facts_of(out)
     assert 4.5 < summary["bits_per_weight"] <= 5
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     schemes = schemes_in(config, _linears(2))
-    assert {name for name, scheme in schemes.items() if scheme.bits == 8} == set(summary["promoted"]) != set()
+    assert (
+        {name for name, scheme in schemes.items() if scheme.bits == 8}
+        == set(summary["promoted"])
+        != set()
+    )
     assert {name: scheme.bits for name, scheme in schemes.items()} == {
         name: linear["bits"] for name, linear in facts["allocation"]["linears"].items()
     }
     assert {scheme.fp8_activations for scheme in schemes.values() if scheme.bits == 8} == {False}
-    assert {scheme.fp8_activations for scheme in schemes.values() if scheme.bits == 4} == {recipe == "fireq-linear"}
+    assert {scheme.fp8_activations for scheme in schemes.values() if scheme.bits == 4} == {
+        recipe == "fireq-linear"
+    }
     ours = logits(load_model(out, CPU, torch.float32, "stock"))
     theirs = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
@@ -274,16 +311,35 @@ def test_stock_transformers_loads_what_the_command_line_makes(
 def test_recipes_with_a_cache_stage_have_targets_too(tiny: Maker, text_file: Path, tmp_path: Path):
     facts = run_to(5, tiny("llama"), "fireq", tmp_path / "out", text_file)
     assert 4.5 < facts["bits_per_weight"] <= 5
-    linears = run_to(5, tiny("llama"), "fireq-linear", tmp_path / "linear", text_file)["allocation"]["linears"]
+    linears = run_to(5, tiny("llama"), "fireq-linear", tmp_path / "linear", text_file)[
+        "allocation"
+    ]["linears"]
     assert facts["allocation"]["linears"] == linears  # measured without the cache
     assert torch.isfinite(logits(load_model(tmp_path / "out", CPU, torch.float32))).all()
 
 
-def test_the_command_line_names_what_it_promoted(pq: Call, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_the_command_line_names_what_it_promoted(
+    pq: Call, tiny: Maker, text_file: Path, tmp_path: Path
+):
     options = ["--dataset", text_file, "--nsamples", 6, "--seqlen", 32, "--device", "cpu"]
-    code, _, err = pq("convert", "-m", tiny("llama"), "-r", "rtn", "-o", tmp_path / "o", "--target-bpw", 7.7, *options)
+    code, _, err = pq(
+        "convert",
+        "-m",
+        tiny("llama"),
+        "-r",
+        "rtn",
+        "-o",
+        tmp_path / "o",
+        "--target-bpw",
+        7.7,
+        *options,
+    )
     assert code == 0
-    promoted = [n for n, linear in facts_of(tmp_path / "o")["allocation"]["linears"].items() if linear["bits"] == 8]
+    promoted = [
+        n
+        for n, linear in facts_of(tmp_path / "o")["allocation"]["linears"].items()
+        if linear["bits"] == 8
+    ]
     said = " ".join(err.split())
     assert f"{len(promoted)} linears got more bits" in said
     assert f"and {len(promoted) - 7} more, all in pq.json" in said
@@ -295,11 +351,15 @@ def test_a_recipe_may_name_its_target(tiny: Maker, text_file: Path, tmp_path: Pa
     convert(request_for(tiny("llama"), recipe, tmp_path / "out", text_file))
     found = facts_of(tmp_path / "out")["allocation"]
     assert found == run_to(5, tiny("llama"), "rtn", tmp_path / "flag", text_file)["allocation"]
-    assert run_to(6, tiny("llama"), recipe, tmp_path / "other", text_file)["allocation"]["target_bpw"] == 6
+    assert (
+        run_to(6, tiny("llama"), recipe, tmp_path / "other", text_file)["allocation"]["target_bpw"]
+        == 6
+    )
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [("'5'", "remove the quotes"), ("1", ">= 2"), ("17", "<= 16"), ("a", "a number")]
+    ("value", "says"),
+    [("'5'", "remove the quotes"), ("1", ">= 2"), ("17", "<= 16"), ("a", "a number")],
 )
 def test_targets_in_recipes_are_strict(value: str, says: str):
     with pytest.raises(RecipeError, match=rf"r.yaml:2: target_bpw: .*{says}"):
@@ -310,15 +370,17 @@ def test_first_and_last_blocks_at_8_bits(tiny: Maker, text_file: Path, tmp_path:
     ends = "['*.layers.0.*', '*.layers.2.*']"
     stages = f"[{{method: rtn, ignore: {ends}}}, {{method: rtn, bits: 8, layers: {ends}}}]"
     model = tiny("llama", num_hidden_layers=3)
-    convert(request_for(model, recipe_file(tmp_path, f"stages: {stages}"), tmp_path / "out", text_file))
+    convert(
+        request_for(model, recipe_file(tmp_path, f"stages: {stages}"), tmp_path / "out", text_file)
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     bits = {name: scheme.bits for name, scheme in schemes_in(config, _linears(3)).items()}
     assert bits == {name: 4 if ".layers.1." in name else 8 for name in _linears(3)}
     facts = run_to(7.4, model, str(tmp_path / "r.yaml"), tmp_path / "more", text_file)
     linears = facts["allocation"]["linears"]
-    assert {n: list(linear["errors"]) for n, linear in linears.items() if ".layers.1." not in n} == {
-        n: ["8"] for n in _linears(3) if ".layers.1." not in n
-    }
+    assert {
+        n: list(linear["errors"]) for n, linear in linears.items() if ".layers.1." not in n
+    } == {n: ["8"] for n in _linears(3) if ".layers.1." not in n}
     assert {linear["bits"] for n, linear in linears.items() if ".layers.1." in n} == {4, 8}
     assert facts["bits_per_weight"] <= 7.4
 
@@ -331,7 +393,11 @@ def test_each_stage_of_several_is_split():
     recipe = parse_recipe(f"description: d\nstages:{stages}", "r.yaml")
     shapes = dict.fromkeys(_linears(2), (128, 128))
     errors = {name: {3: 0.01, 4: 0.01, 8: 0.001} for name in shapes}
-    costly = ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"]
+    costly = [
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.self_attn.o_proj",
+    ]
     errors |= {name: {3: 1.0, 4: 1.0, 8: 0.1} for name in costly}
     lowest = 3 + (6 + 1) / 14 + 1 / 8
     space = Space.of(recipe, ARCH, shapes, lowest + (5 * 3 + 4 + 4) / 14)
@@ -363,7 +429,19 @@ def test_each_stage_of_several_is_split():
 @pytest.mark.parametrize("target", [4.1, 8.2, float("nan"), float("inf")])
 def test_a_target_out_of_reach(pq: Call, tiny: Maker, tmp_path: Path, target: float):
     out = tmp_path / "out"
-    code, _, err = pq("convert", "-m", tiny("llama"), "-r", "rtn", "-o", out, "--target-bpw", target, "--device", "cpu")
+    code, _, err = pq(
+        "convert",
+        "-m",
+        tiny("llama"),
+        "-r",
+        "rtn",
+        "-o",
+        out,
+        "--target-bpw",
+        target,
+        "--device",
+        "cpu",
+    )
     assert code == UsageError.exit_code
     assert "takes 4.125 to 8.125 bits per weight" in err
     assert len(err.strip().splitlines()) == 1

@@ -56,11 +56,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_stock_transformers_computes_what_we_compute(converted: Maker, tiny: Maker, recipe: str, model_type: str):
+def test_stock_transformers_computes_what_we_compute(
+    converted: Maker, tiny: Maker, recipe: str, model_type: str
+):
     out = converted(recipe, model_type)
     ours = our_logits(out)
     limit = 1e-5
-    if ARCHITECTURES[model_type].experts:  # there they are run in bfloat16, and what enters them is not rounded to FP8
+    if ARCHITECTURES[
+        model_type
+    ].experts:  # there they are run in bfloat16, and what enters them is not rounded to FP8
         limit = 0.1 if recipe == "fireq-paper-linear" else 0.01
     assert difference(ours, stock_logits(out)) < limit
     assert 1e-3 < difference(ours, our_logits(tiny(model_type))) < 0.6
@@ -95,11 +99,15 @@ def test_stock_transformers_computes_the_same_in_bfloat16(converted: Maker, reci
 
 def test_layers_that_are_left_out_stay_as_they_were(tiny: Maker, text_file: Path, tmp_path: Path):
     out, recipe = tmp_path / "out", tmp_path / "part.yaml"
-    recipe.write_text("description: d\nstages: [{method: rtn, ignore: ['*.v_proj', '*.layers.1.mlp.*']}]")
+    recipe.write_text(
+        "description: d\nstages: [{method: rtn, ignore: ['*.v_proj', '*.layers.1.mlp.*']}]"
+    )
     convert(request_for(tiny("qwen2"), str(recipe), out, text_file))
     source, written = Checkpoint(tiny("qwen2")), Checkpoint(out)
     for name in source.names():
-        quantized = name.endswith("proj.weight") and "v_proj" not in name and "layers.1.mlp" not in name
+        quantized = (
+            name.endswith("proj.weight") and "v_proj" not in name and "layers.1.mlp" not in name
+        )
         assert (name in written) != quantized
         if not quantized:
             assert written.tensor(name).dtype == source.tensor(name).dtype == torch.bfloat16
@@ -109,7 +117,13 @@ def test_layers_that_are_left_out_stay_as_they_were(tiny: Maker, text_file: Path
 
 def test_side_files_are_copied_byte_for_byte(converted: Maker, tiny: Maker, model_type: str):
     source, out = tiny(model_type), converted("rtn", model_type)
-    names = ["LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    names = [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     for name in names:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     made = {p.name for p in out.iterdir()} - set(names)
@@ -139,20 +153,27 @@ def test_a_tied_head_that_was_stored_twice_is_stored_once(tmp_path: Path, text_f
     config = config_of("llama", tie_word_embeddings=True)
     weights = random_weights(config)
     model = save_model(
-        tmp_path / "model", config, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        tmp_path / "model",
+        config,
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
     )
     convert(request_for(model, "rtn", tmp_path / "out", text_file))
     assert not Checkpoint(tmp_path / "out").names("lm_head")
 
 
 @pytest.mark.parametrize("recipe", ["gptq", "fireq-paper-linear"])
-def test_a_second_run_gives_the_same_bytes(converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str):
+def test_a_second_run_gives_the_same_bytes(
+    converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str
+):
     convert(request_for(tiny("llama"), recipe, tmp_path / "again", text_file))
     assert files_of(tmp_path / "again") == files_of(converted(recipe, "llama"))
 
 
 def test_a_sharded_source_gives_the_same_weights(converted: Maker):
-    whole, parts = files_of(converted("gptq", "qwen2")), files_of(converted("gptq", "qwen2", shards=2))
+    whole, parts = (
+        files_of(converted("gptq", "qwen2")),
+        files_of(converted("gptq", "qwen2", shards=2)),
+    )
     one, two = (json.loads(files.pop("pq.json")) for files in (whole, parts))
     assert whole == parts
     for key in ("source", "sha256"):
@@ -180,12 +201,17 @@ def test_each_block_is_calibrated_on_what_reaches_it(
     request = request_for(tiny("mistral"), str(tmp_path / "r.yaml"), tmp_path / "out", text_file)
     convert(request)
     written, stage = Checkpoint(tmp_path / "out"), request.recipe.stages[0]
-    windows = calibration_tokens(load_tokenizer(tiny("mistral")), dataset=str(text_file), nsamples=6, seqlen=32, seed=0)
+    windows = calibration_tokens(
+        load_tokenizer(tiny("mistral")), dataset=str(text_file), nsamples=6, seqlen=32, seed=0
+    )
     parents = parents_states(tiny("mistral"), windows.tokens)
     inputs = parents[0]
     for index in range(2):
         block = make_block("mistral", index=index)
-        block.inputs, block.reference_inputs = inputs, parents[index] if stage.needs_reference else None
+        block.inputs, block.reference_inputs = (
+            inputs,
+            parents[index] if stage.needs_reference else None,
+        )
         with torch.no_grad():
             stage.apply(block)
             inputs = [block.forward(block.module, x) for x in inputs]
@@ -195,26 +221,40 @@ def test_each_block_is_calibrated_on_what_reaches_it(
             assert float((codes == packed.codes).float().mean()) > 0.999, name
 
 
-def test_calibration_matters_where_it_should(converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_calibration_matters_where_it_should(
+    converted: Maker, tiny: Maker, text_file: Path, tmp_path: Path
+):
     other = tmp_path / "other.txt"
     other.write_text("0123456789 " * 400)
     for recipe, same in (("rtn", True), ("gptq", False)):
         convert(request_for(tiny("llama"), recipe, tmp_path / recipe, other))
         name = "model-00002-of-00004.safetensors"
-        equal = (tmp_path / recipe / name).read_bytes() == (converted(recipe, "llama") / name).read_bytes()
+        equal = (tmp_path / recipe / name).read_bytes() == (
+            converted(recipe, "llama") / name
+        ).read_bytes()
         assert equal == same
 
 
 def test_provenance(converted: Maker, tiny: Maker, text_file: Path):
     out, source = converted("gptq", "llama", "bits=3"), tiny("llama")
     record = json.loads((out / "pq.json").read_text())
-    assert parse_recipe(record["recipe"]["resolved"], "gptq.yaml").stages[0].model_dump()["bits"] == 3
+    assert (
+        parse_recipe(record["recipe"]["resolved"], "gptq.yaml").stages[0].model_dump()["bits"] == 3
+    )
     assert record["recipe"]["name"] == "gptq"
-    assert record["source"] == {n: sha256_file(source / n) for n in ("config.json", "model.safetensors")}
+    assert record["source"] == {
+        n: sha256_file(source / n) for n in ("config.json", "model.safetensors")
+    }
     assert record["calibration"]["text_sha256"] == sha256_file(text_file)
     assert (record["calibration"]["nsamples"], record["calibration"]["seqlen"]) == (6, 32)
     assert len(record["calibration"]["sha256"]) == 64
-    assert set(record["versions"]) == {"python", "torch", "transformers", "compressed-tensors", "safetensors"}
+    assert set(record["versions"]) == {
+        "python",
+        "torch",
+        "transformers",
+        "compressed-tensors",
+        "safetensors",
+    }
     assert record["bits_per_weight"] == 3.125
     assert len(record["layers"]) == 14
     assert 0 < record["layers"]["model.layers.1.mlp.down_proj"]["output_error"] < 1
@@ -242,7 +282,9 @@ def test_summary_and_progress(tiny: Maker, text_file: Path, tmp_path: Path):
 def test_two_encode_stages_share_the_layers(tiny: Maker, text_file: Path, tmp_path: Path):
     out, recipe = tmp_path / "out", tmp_path / "mixed.yaml"
     first = "{method: rtn, bits: 8, group_size: 32, layers: ['*.down_proj']}"
-    recipe.write_text(f"description: d\nstages: [{first}, {{method: gptq, bits: 3, ignore: ['*.down_proj']}}]")
+    recipe.write_text(
+        f"description: d\nstages: [{first}, {{method: gptq, bits: 3, ignore: ['*.down_proj']}}]"
+    )
     convert(request_for(tiny("llama"), str(recipe), out, text_file))
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(len(group["targets"]) for group in groups.values()) == [2, 12]
@@ -250,7 +292,9 @@ def test_two_encode_stages_share_the_layers(tiny: Maker, text_file: Path, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", ["awq", "gptq", "fireq", "fireq-paper", "sbvr"])
-def test_computing_in_bfloat16_loses_little(recipe: str, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_computing_in_bfloat16_loses_little(
+    recipe: str, tiny: Maker, text_file: Path, tmp_path: Path
+):
     """The default on a GPU."""
     request = request_for(tiny("llama"), recipe, tmp_path / "out", text_file)
     errors = {}

@@ -20,7 +20,9 @@ from quantize.verification import verify
 Maker = Callable[..., Path]
 
 
-def refused(folder: Path, text: Path, where: Path, says: str, *changes: str, recipe: str = "rtn") -> None:
+def refused(
+    folder: Path, text: Path, where: Path, says: str, *changes: str, recipe: str = "rtn"
+) -> None:
     before = sorted(where.iterdir())
     with pytest.raises(PqError, match=says) as caught:
         convert(request_for(folder, recipe, where / "out", text, *changes))
@@ -43,8 +45,12 @@ def broken(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_weights_that_are_not_finite(broken: Maker, text_file: Path, tmp_path: Path, name: str, value: float):
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"]
+)
+def test_weights_that_are_not_finite(
+    broken: Maker, text_file: Path, tmp_path: Path, name: str, value: float
+):
     model = broken(lambda w: w[name].view(-1)[5:6].fill_(value))
     refused(model, text_file, tmp_path / "work", f"{name}: holds NaN or Inf")
 
@@ -78,31 +84,52 @@ def put(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
     ],
 )  # fmt: skip
 def test_checkpoints_that_do_not_fit(
-    broken: Maker, text_file: Path, tmp_path: Path, change: Callable[..., Any], fields: dict[str, Any], says: str
+    broken: Maker,
+    text_file: Path,
+    tmp_path: Path,
+    change: Callable[..., Any],
+    fields: dict[str, Any],
+    says: str,
 ):
     refused(broken(change, **fields), text_file, tmp_path / "work", says)
 
 
 def test_our_own_output_is_refused_as_input(converted: Maker, text_file: Path, tmp_path: Path):
-    refused(converted("rtn", "llama"), text_file, tmp_path, "is quantized already .* give its parent")
+    refused(
+        converted("rtn", "llama"), text_file, tmp_path, "is quantized already .* give its parent"
+    )
 
 
 @pytest.mark.parametrize(
     ("stage", "says"),
     [
-        ("group_size: 96", r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128"),
-        ("layers: ['*.qproj']", r"pattern '\*\.qproj' matches no linear .*model\.layers\.0\.self_attn\.q_proj"),
+        (
+            "group_size: 96",
+            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128",
+        ),
+        (
+            "layers: ['*.qproj']",
+            r"pattern '\*\.qproj' matches no linear .*model\.layers\.0\.self_attn\.q_proj",
+        ),
         ("ignore: ['lm_head']", r"pattern 'lm_head' matches no linear"),
     ],
 )
-def test_recipes_that_do_not_fit(tiny: Maker, text_file: Path, tmp_path: Path, stage: str, says: str):
+def test_recipes_that_do_not_fit(
+    tiny: Maker, text_file: Path, tmp_path: Path, stage: str, says: str
+):
     (tmp_path / "r.yaml").write_text(f"description: d\nstages: [{{method: rtn, {stage}}}]")
     refused(tiny("llama"), text_file, tmp_path, says, recipe=str(tmp_path / "r.yaml"))
 
 
 def test_fp8_kernels_need_whole_tiles(tiny: Maker, text_file: Path, tmp_path: Path):
     model = tiny("llama", head_dim=32)
-    refused(model, text_file, tmp_path, r"k_proj: 64 outputs are no multiple of 128, which", "activations=fp8")
+    refused(
+        model,
+        text_file,
+        tmp_path,
+        r"k_proj: 64 outputs are no multiple of 128, which",
+        "activations=fp8",
+    )
     (tmp_path / "r.yaml").write_text(
         "description: d\nstages: [{method: rtn, activations: fp8, ignore: ['*.k_proj', '*.v_proj']}]"
     )
@@ -110,24 +137,40 @@ def test_fp8_kernels_need_whole_tiles(tiny: Maker, text_file: Path, tmp_path: Pa
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_tokenizers_that_are_absent_or_foreign(tiny: Maker, broken: Maker, text_file: Path, tmp_path: Path):
-    refused(broken(), text_file, tmp_path / "work", "no usable tokenizer .*put tokenizer.json", recipe="gptq")
+def test_tokenizers_that_are_absent_or_foreign(
+    tiny: Maker, broken: Maker, text_file: Path, tmp_path: Path
+):
     refused(
-        tiny("llama", vocab_size=128), text_file, tmp_path / "work", "outside the model's vocabulary", recipe="gptq"
+        broken(),
+        text_file,
+        tmp_path / "work",
+        "no usable tokenizer .*put tokenizer.json",
+        recipe="gptq",
+    )
+    refused(
+        tiny("llama", vocab_size=128),
+        text_file,
+        tmp_path / "work",
+        "outside the model's vocabulary",
+        recipe="gptq",
     )
 
 
 def test_an_output_in_use_is_refused_first(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    request = Request(tmp_path / "no model at all", load_recipe("rtn"), tmp_path / "out", CPU, torch.float32)
+    request = Request(
+        tmp_path / "no model at all", load_recipe("rtn"), tmp_path / "out", CPU, torch.float32
+    )
     with pytest.raises(PqError, match="exists and is not an empty folder"):
         convert(request)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_leaves_nothing(tiny: Maker, text_file: Path, tmp_path: Path, error: type[BaseException]):
+def test_an_interrupt_leaves_nothing(
+    tiny: Maker, text_file: Path, tmp_path: Path, error: type[BaseException]
+):
     def interrupt(what: str, done: int, total: int) -> None:
         if what == "quantizing" and done == 1:
             raise error

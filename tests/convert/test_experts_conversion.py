@@ -29,7 +29,17 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-RECIPES = ("rtn", "gptq", "awq", "fireq-paper-linear", "fireq-linear", "fireq", "fireq-kv", "fireq-paper", "sbvr")
+RECIPES = (
+    "rtn",
+    "gptq",
+    "awq",
+    "fireq-paper-linear",
+    "fireq-linear",
+    "fireq",
+    "fireq-kv",
+    "fireq-paper",
+    "sbvr",
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -37,15 +47,27 @@ def test_every_recipe_converts_experts(tiny: Maker, converted: Maker, recipe: st
     changes = ("sbvr.lines=8", "sbvr.sweeps=1") if recipe.startswith("sbvr") else ()
     out = converted(recipe, "qwen2_moe", *changes)
     facts, source, written = facts_of(out), Checkpoint(tiny("qwen2_moe")), Checkpoint(out)
-    linears = {f"model.layers.{i}.{name}" for i in range(2) for name in row_of("qwen2_moe", i).roles}
-    packed = {name.removesuffix(".weight_packed") for name in written.names() if name.endswith(".weight_packed")}
+    linears = {
+        f"model.layers.{i}.{name}" for i in range(2) for name in row_of("qwen2_moe", i).roles
+    }
+    packed = {
+        name.removesuffix(".weight_packed")
+        for name in written.names()
+        if name.endswith(".weight_packed")
+    }
     if recipe.startswith("sbvr"):
-        packed = {name.rpartition(".")[0] for name in written.names() if name.endswith(".weight_lines")}
+        packed = {
+            name.rpartition(".")[0] for name in written.names() if name.endswith(".weight_lines")
+        }
     assert packed == (set() if recipe == "fireq-kv" else linears)
     for name in packed:
         assert 0 < facts["layers"][name]["weight_error"] < 0.1, name
         assert "fallback" not in facts["layers"][name], name
-    routers = [name for name in source.names() if name.endswith((".gate.weight", ".shared_expert_gate.weight"))]
+    routers = [
+        name
+        for name in source.names()
+        if name.endswith((".gate.weight", ".shared_expert_gate.weight"))
+    ]
     assert len(routers) == 2
     smoothed = recipe not in ("rtn", "gptq", "fireq-kv")
     for name in routers:
@@ -53,15 +75,24 @@ def test_every_recipe_converts_experts(tiny: Maker, converted: Maker, recipe: st
         assert torch.equal(written.tensor(name), source.tensor(name)) != smoothed
 
 
-def test_the_summary_and_the_command_line_name_fallbacks(pq: Call, tiny: Maker, text_file: Path, tmp_path: Path):
+def test_the_summary_and_the_command_line_name_fallbacks(
+    pq: Call, tiny: Maker, text_file: Path, tmp_path: Path
+):
     options = ["--dataset", text_file, "--nsamples", 2, "--seqlen", 32, "--device", "cpu"]
-    code, _, err = pq("convert", "-m", tiny("qwen2_moe"), "-r", "gptq", "-o", tmp_path / "o", *options)
+    code, _, err = pq(
+        "convert", "-m", tiny("qwen2_moe"), "-r", "gptq", "-o", tmp_path / "o", *options
+    )
     assert code == 0
-    fallen = {n: f["fallback"] for n, f in facts_of(tmp_path / "o")["layers"].items() if "fallback" in f}
+    fallen = {
+        n: f["fallback"] for n, f in facts_of(tmp_path / "o")["layers"].items() if "fallback" in f
+    }
     assert set(fallen) == {f"model.layers.0.{name}" for name in ROW.roles if ROW.is_routed(name)}
     assert all("tokens for 128 inputs: rounded to nearest" in reason for reason in fallen.values())
     said = " ".join(err.split())
-    assert "12 linears were not fitted to their inputs (pq.json says why): model.layers.0.mlp.experts.0." in said
+    assert (
+        "12 linears were not fitted to their inputs (pq.json says why): model.layers.0.mlp.experts.0."
+        in said
+    )
     assert "and 5 more, all in pq.json" in said
 
 
@@ -75,11 +106,19 @@ def test_the_head_is_packed_beside_experts(tiny: Maker, text_file: Path, tmp_pat
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ("rtn", r"mlp\.experts\.0\.down_proj: 96 inputs are no multiple of the group 128; set group_size to a divisor"),
-        ("fireq-linear", r"mlp\.experts\.0\.gate_proj: 96 outputs are no multiple of 128, which INT4×FP8 kernels"),
+        (
+            "rtn",
+            r"mlp\.experts\.0\.down_proj: 96 inputs are no multiple of the group 128; set group_size to a divisor",
+        ),
+        (
+            "fireq-linear",
+            r"mlp\.experts\.0\.gate_proj: 96 outputs are no multiple of 128, which INT4×FP8 kernels",
+        ),
     ],
 )
-def test_sizes_of_experts_that_do_not_fit(tiny: Maker, text_file: Path, tmp_path: Path, recipe: str, says: str):
+def test_sizes_of_experts_that_do_not_fit(
+    tiny: Maker, text_file: Path, tmp_path: Path, recipe: str, says: str
+):
     model = tiny("qwen2_moe", moe_intermediate_size=96)
     with pytest.raises(ModelError, match=rf"^model\.layers\.0\.{says}[^\n]*$"):
         convert(request_for(model, recipe, tmp_path / "out", text_file))
@@ -87,8 +126,14 @@ def test_sizes_of_experts_that_do_not_fit(tiny: Maker, text_file: Path, tmp_path
 
 def test_rotations_need_a_matrix_for_every_expert():
     arch, stage = ARCHITECTURES["qwen2_moe"], Rotate(residual=False, values=False, down=True)
-    shapes = {"model.layers.0.mlp.experts.7.down_proj": (128, 130), "model.layers.0.mlp.experts.7.up_proj": (134, 128)}
-    with pytest.raises(ModelError, match=r"inputs of mlp\.down_proj 130: no Hadamard matrix [^\n]+; set down: false$"):
+    shapes = {
+        "model.layers.0.mlp.experts.7.down_proj": (128, 130),
+        "model.layers.0.mlp.experts.7.up_proj": (134, 128),
+    }
+    with pytest.raises(
+        ModelError,
+        match=r"inputs of mlp\.down_proj 130: no Hadamard matrix [^\n]+; set down: false$",
+    ):
         stage.check_model(arch, None, shapes)  # type: ignore[arg-type]
     stage.check_model(arch, None, {"model.layers.0.mlp.shared_expert.down_proj": (128, 256)})  # type: ignore[arg-type]
 
@@ -101,12 +146,16 @@ def space_of(target: float, **fields: Any) -> Space:
     weights = random_weights(config)
     names = [f"model.layers.{i}.{name}" for i in range(2) for name in row_of("qwen2_moe", i).roles]
     shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in names}
-    recipe = parse_recipe(f"description: d\nstages: {fields.pop('stages', '[{method: rtn}]')}", "r.yaml")
+    recipe = parse_recipe(
+        f"description: d\nstages: {fields.pop('stages', '[{method: rtn}]')}", "r.yaml"
+    )
     return Space.of(recipe, ARCHITECTURES["qwen2_moe"], shapes, target, **fields)
 
 
 def test_experts_of_a_block_get_the_same_bits():
-    groups = {frozenset(n.removeprefix("model.layers.") for n in group) for group in space_of(5).groups}
+    groups = {
+        frozenset(n.removeprefix("model.layers.") for n in group) for group in space_of(5).groups
+    }
     routed = {f"0.{name}" for name in ROW.roles if ROW.is_routed(name)}
     shared = {f"0.mlp.shared_expert.{name}_proj" for name in ("gate", "up")}
     assert {len(group) for group in groups} == {1, 2, 3, 12}
@@ -144,7 +193,10 @@ def test_a_conversion_to_a_target(tiny: Maker, text_file: Path, tmp_path: Path, 
     found = facts["allocation"]
     assert 5.5 < found["bits_per_weight"] == facts["bits_per_weight"] <= 6
     assert len(found["linears"]) == 19 + 7
-    assert len({linear["bits"] for name, linear in found["linears"].items() if ".experts." in name}) == 1
+    assert (
+        len({linear["bits"] for name, linear in found["linears"].items() if ".experts." in name})
+        == 1
+    )
     for linear in found["linears"].values():
         assert 0 < linear["errors"]["8"] < linear["errors"]["4"] < 1
     assert not any("fallback" in layer for layer in facts["layers"].values())
@@ -161,5 +213,8 @@ def test_an_expert_that_no_token_visits_costs_nothing(text_file: Path, tmp_path:
     request.recipe.__dict__["target_bpw"] = 5
     convert(request)
     facts = facts_of(tmp_path / "out")
-    assert facts["allocation"]["linears"]["model.layers.0.mlp.experts.3.up_proj"]["errors"] == {"4": 0, "8": 0}
+    assert facts["allocation"]["linears"]["model.layers.0.mlp.experts.3.up_proj"]["errors"] == {
+        "4": 0,
+        "8": 0,
+    }
     assert "saw 0 tokens" in facts["layers"]["model.layers.0.mlp.experts.3.up_proj"]["fallback"]

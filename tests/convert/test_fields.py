@@ -66,7 +66,9 @@ def test_all_comes_back_in_its_order():
     assert list(found.by_pair) == [("q", 4), ("k", 2)]
     assert all(map(torch.equal, found.by_pair["q", 4], tensors))
     assert found.one.dtype == torch.bfloat16
-    assert torch.equal(found.one.view(torch.int16), value.one.view(torch.int16))  # NaN equals nothing
+    assert torch.equal(
+        found.one.view(torch.int16), value.one.view(torch.int16)
+    )  # NaN equals nothing
     assert back(Outer()) == Outer()
 
 
@@ -113,14 +115,18 @@ def filled() -> State:
 
 
 def test_every_field_of_the_state_comes_back():
-    assert {f.name for f in dataclasses.fields(State)} == {*VALUES, "statistics"}, "give the new field a value above"
+    assert {f.name for f in dataclasses.fields(State)} == {*VALUES, "statistics"}, (
+        "give the new field a value above"
+    )
     state = filled()
     found = back(state, _FIELDS)
     for name, value in VALUES.items():
         assert getattr(found, name) == value, name
     assert found.schemes["a"] is found.schemes["c"]
     assert found.statistics.as_json() == state.statistics.as_json()
-    found.statistics.points["q", 4, 128].append(torch.arange(16.0))  # a list as before, to which blocks add
+    found.statistics.points["q", 4, 128].append(
+        torch.arange(16.0)
+    )  # a list as before, to which blocks add
 
 
 def test_a_field_that_is_added_is_kept_without_a_word_about_it():

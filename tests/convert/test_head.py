@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 Maker = Callable[..., Path]
 
 
-def request(model: Path, output: Path, text: Path, bits: int, recipe: str = "rtn", **changes: object) -> Request:
+def request(
+    model: Path, output: Path, text: Path, bits: int, recipe: str = "rtn", **changes: object
+) -> Request:
     made = request_for(model, recipe, output, text)
     return replace(made, recipe=made.recipe.model_copy(update={"head_bits": bits, **changes}))
 

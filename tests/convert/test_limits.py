@@ -25,21 +25,32 @@ calibration: {{dataset: {text}, nsamples: 512, seqlen: 64}}
 format: compressed-tensors
 stages: [{{method: gptq, layers: ["*.q_proj"]}}]
 """
-SIZES = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 
 
 def run(*arguments: str) -> dict[str, Any]:
     """What `pq` prints as JSON. Its peak is VmHWM: ru_maxrss also counts the process that it was forked from."""
     command = [sys.executable, "-c", "from quantize.cli import main; main()", *arguments]
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "ladimo-gptq"])
-def test_a_limit_that_was_broken_ends_the_run(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+def test_a_limit_that_was_broken_ends_the_run(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str
+):
     """However it came about: here nothing was planned to keep below it."""
     asked = request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", max_ram=10**8)
     says = r"took .*GB, more than the limit of 0\.10GB .*; give --max-ram .*GB$"
@@ -71,7 +82,9 @@ def test_the_peak_stays_below_the_limit(tiny: ModelMaker, tmp_path: Path):
     plain = run("estimate", *common)
     assert plain["parts"]["hidden states"] == 512 * 64 * 1024 * 4
     limit = plain["ram"] - 100_000_000
-    peak = run("convert", *common, "-o", str(tmp_path / "out"), "--max-ram", str(limit))["peak_bytes"]
+    peak = run("convert", *common, "-o", str(tmp_path / "out"), "--max-ram", str(limit))[
+        "peak_bytes"
+    ]
     assert peak < limit
     unlimited = run("convert", *common, "-o", str(tmp_path / "plain"))["peak_bytes"]
     assert unlimited > peak + 50_000_000  # there was something to spare

@@ -44,10 +44,16 @@ with open("met.json", "w") as file:
 def run(commands: list[list[str]], folder: Path) -> tuple[list[int], list[list[str]]]:
     """Run `pq` commands in one new process → exit codes, attempts at the network."""
     # Without the variables that let the Hub's libraries stay at home of their own accord, and with an empty cache.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
     environment |= {"HOME": str(folder), "HF_HOME": str(folder / "cache")}
     command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     codes, met = json.loads((folder / "met.json").read_text())
     return codes, met
@@ -59,16 +65,44 @@ def test_local_models_never_touch_the_network(tiny: ModelMaker, tmp_path: Path):
     greedy = str(_sends_for_code(shutil.copytree(tiny("llama"), tmp_path / "greedy")))
     cpu, few = ["--device", "cpu"], ["--max-windows", "2", "--seqlen", "32"]
     commands = [
-        ["convert", "-m", model, "-r", "gptq", "-o", "out", "--nsamples", "2", "--seqlen", "32", *cpu],
+        [
+            "convert",
+            "-m",
+            model,
+            "-r",
+            "gptq",
+            "-o",
+            "out",
+            "--nsamples",
+            "2",
+            "--seqlen",
+            "32",
+            *cpu,
+        ],
         ["eval", "out", "--baseline", model, *few, *cpu],
         ["eval", "out", "--tasks", "multiple_choice:quiz.jsonl", "--limit", "1", *cpu],
         ["verify", "out", "--parent", model],
         ["inspect", "out"],
         ["report", "out"],
-        ["convert", "-m", greedy, "-r", "gptq", "-o", "again", "--nsamples", "2", "--seqlen", "32", *cpu],
+        [
+            "convert",
+            "-m",
+            greedy,
+            "-r",
+            "gptq",
+            "-o",
+            "again",
+            "--nsamples",
+            "2",
+            "--seqlen",
+            "32",
+            *cpu,
+        ],
         ["eval", greedy, *few, *cpu],
     ]
-    (tmp_path / "quiz.jsonl").write_text(json.dumps({"id": 0, "query": "One?", "choices": ["a", "b"], "gold": 0}))
+    (tmp_path / "quiz.jsonl").write_text(
+        json.dumps({"id": 0, "query": "One?", "choices": ["a", "b"], "gold": 0})
+    )
     codes, met = run(commands, tmp_path)
     assert met == []
     assert codes == [0] * len(commands)
@@ -77,7 +111,13 @@ def test_local_models_never_touch_the_network(tiny: ModelMaker, tmp_path: Path):
 def _sends_for_code(model: Path) -> Path:
     """Fields by which transformers may be led to the Hub."""
     other = "someone/code"
-    edit_config(model, attn_implementation=other, _attn_implementation=other, use_kernels=True, name_or_path=other)
+    edit_config(
+        model,
+        attn_implementation=other,
+        _attn_implementation=other,
+        use_kernels=True,
+        name_or_path=other,
+    )
     edit_config(model, _name_or_path=other, kernel_config={"RMSNorm": f"{other}:Norm"})
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": other}))
@@ -113,7 +153,10 @@ TOKENIZER_MAP = {"AutoTokenizer": ["modeling_x.Tokenizer", "modeling_x.Tokenizer
 
 # Who would run it is settled by the type and by each of these places; all of them meet in the one of every type.
 PLACES = ["config", "tokenizer", "tokenizer and its class"]
-PLACED = [*(("llama", [place]) for place in PLACES), *((each, PLACES[:2]) for each in ARCHITECTURES)]
+PLACED = [
+    *(("llama", [place]) for place in PLACES),
+    *((each, PLACES[:2]) for each in ARCHITECTURES),
+]
 
 
 @pytest.mark.parametrize(("model_type", "places"), PLACED)

@@ -54,8 +54,15 @@ def test_spilled_states_read_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from(["set", "del"]), st.integers(0, 9), st.integers(0, 4)), max_size=12))
-def test_spilled_states_behave_like_a_list(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]):
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["set", "del"]), st.integers(0, 9), st.integers(0, 4)),
+        max_size=12,
+    )
+)
+def test_spilled_states_behave_like_a_list(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
+):
     given = batches()
     spilled = Spilled(tmp_path_factory.mktemp("spill"), given)
     for number, (step, index, size) in enumerate(steps):
@@ -97,7 +104,9 @@ def test_every_place_gives_the_same_states(tmp_path: Path):
 
 def layer(width: int = 512) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3)).requires_grad_(False)
+    return nn.Sequential(
+        nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3)
+    ).requires_grad_(False)
 
 
 def test_weights_in_files_are_what_they_were_and_leave_the_memory(tmp_path: Path):
@@ -153,7 +162,9 @@ def test_a_block_computes_the_same_with_its_weights_put_away(
     for block in (plain, split):
         freeze_reference(block)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
-        ours, theirs = (moments_of(block, name, False, with_reference=True) for block in (plain, split))
+        ours, theirs = (
+            moments_of(block, name, False, with_reference=True) for block in (plain, split)
+        )
         assert torch.equal(ours.hessian, theirs.hessian)
 
 
@@ -169,7 +180,9 @@ STACKS = {
 
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("model", ["llama", "qwen2_moe"])
-def test_places_change_no_byte_of_the_output(tiny: ModelMaker, text_file: Path, tmp_path: Path, stack: str, model: str):
+def test_places_change_no_byte_of_the_output(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, stack: str, model: str
+):
     if stack == "ladimo" and model != "llama":
         pytest.skip("experts stay what they are")
     recipe = tmp_path / "r.yaml"
@@ -177,13 +190,22 @@ def test_places_change_no_byte_of_the_output(tiny: ModelMaker, text_file: Path, 
         f"description: d\nformat: pq\ncalibration: {{dataset: {text_file}, nsamples: 5, seqlen: 48}}\n"
         f"stages: [{STACKS[stack]}]\n"
     )
-    request = Request(tiny(model), load_recipe(str(recipe)), tmp_path / "plain", CPU, torch.float32, batch_tokens=96)
+    request = Request(
+        tiny(model),
+        load_recipe(str(recipe)),
+        tmp_path / "plain",
+        CPU,
+        torch.float32,
+        batch_tokens=96,
+    )
     convert(request)
     convert(replace(request, output=tmp_path / "away", states_on="disk", split=True))
     files = {path.name for path in (tmp_path / "plain").iterdir()}
     assert files == {path.name for path in (tmp_path / "away").iterdir()}
     for name in files:
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "away" / name).read_bytes(), name
+        assert (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "away" / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("first", ["disk", "device"])
@@ -202,7 +224,11 @@ def test_a_stopped_run_goes_on_in_another_place(
         split=first == "disk",
     )
     resumed.stopped_after(asked, 2)
-    assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} == {"state.json", "state", "partial"}
+    assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} == {
+        "state.json",
+        "state",
+        "partial",
+    }
     other: Place = "device" if first == "disk" else "disk"
     convert(replace(asked, states_on=other, split=other == "disk", resume="required"))
     assert resumed.files_of(tmp_path / "out") == resumed.whole(asked)

@@ -69,7 +69,12 @@ def tiny_llama(kv_heads: int, tied: bool, seed: int) -> LlamaForCausalLM:
 
 
 @settings(max_examples=10, deadline=None)
-@given(kv_heads=st.sampled_from([1, 2, 4]), tied=st.booleans(), seed=st.integers(0, 2**31), channels=st.integers(1, 5))
+@given(
+    kv_heads=st.sampled_from([1, 2, 4]),
+    tied=st.booleans(),
+    seed=st.integers(0, 2**31),
+    channels=st.integers(1, 5),
+)
 def test_outliers_keep_the_function(kv_heads: int, tied: bool, seed: int, channels: int) -> None:
     model = tiny_llama(kv_heads, tied, seed)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -96,7 +101,9 @@ def test_outliers_touch_every_place_by_powers_of_two() -> None:
     assert all(len(channels) == 3 and channels == hot[0] for channels in hot)
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.k_proj.weight"
-        rows = ((after[name].abs().sum(1) / before[name].abs().sum(1)) > 4).view(2, 2, 8)  # [head, half, pair]
+        rows = ((after[name].abs().sum(1) / before[name].abs().sum(1)) > 4).view(
+            2, 2, 8
+        )  # [head, half, pair]
         assert int(rows.sum()) == 2 * 2 * 3
         assert torch.equal(rows[:, 0], rows[:, 1])
 
@@ -105,9 +112,17 @@ def test_the_checkpoint_is_small_tied_and_of_packable_widths(weights: dict[str, 
     config = LlamaConfig.from_pretrained(FOLDER)
     assert sum(file.stat().st_size for file in FOLDER.iterdir() if file.is_file()) <= 4_000_000
     assert config.num_key_value_heads < config.num_attention_heads
-    for width in (config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim):
+    for width in (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_key_value_heads * config.head_dim,
+    ):
         assert width % 128 == 0
-    assert (config.head_dim, config.max_position_embeddings, str(config.dtype)) == (64, 1024, "torch.bfloat16")
+    assert (config.head_dim, config.max_position_embeddings, str(config.dtype)) == (
+        64,
+        1024,
+        "torch.bfloat16",
+    )
     assert config.tie_word_embeddings
     assert "lm_head.weight" not in weights
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
@@ -139,7 +154,11 @@ def test_heldout_text_costs_few_bits(model: Any, tokenizer: Any) -> None:
         logits = model(windows).logits[:, :-1].float()
     nats = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
     # Byte-level tokens write each byte as one character, so that this holds where a window cuts a character.
-    size = sum(len(token) for row in windows[:, 1:].tolist() for token in tokenizer.convert_ids_to_tokens(row))
+    size = sum(
+        len(token)
+        for row in windows[:, 1:].tolist()
+        for token in tokenizer.convert_ids_to_tokens(row)
+    )
     assert 1.0 < nats / math.log(2) / size <= 2.3
 
 
@@ -157,7 +176,9 @@ def test_the_outliers_are_there(weights: dict[str, Tensor]) -> None:
     assert all(channels == hot[0] for channels in hot)
 
 
-def test_build_measures_bytes_like_the_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_measures_bytes_like_the_text(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))  # build.py imports its neighbour as a script does
     build = load_script("build")
     text = pydocs.text("heldout")[:20_000] + "naïve ☃"

@@ -39,22 +39,32 @@ def to_the_end(asked: Request) -> tuple[list[str], Summary]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_it_goes_on_after_every_block(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
+def test_it_goes_on_after_every_block(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str
+):
     dtype = torch.bfloat16 if recipe == "gptq" else torch.float32
     asked = kept(tiny, text_file, tmp_path, recipe, dtype=dtype)
     said, summary = to_the_end(asked)
     planned = recipe in ("ladimo-gptq", "ladimo-searched", "target")
-    places = (["planning"] if planned else []) + [f"block {i} of {BLOCKS}" for i in range(1, BLOCKS + 1)]
-    assert said == [f"stopped after {place}; the same command goes on from there" for place in places]
+    places = (["planning"] if planned else []) + [
+        f"block {i} of {BLOCKS}" for i in range(1, BLOCKS + 1)
+    ]
+    assert said == [
+        f"stopped after {place}; the same command goes on from there" for place in places
+    ]
     once = convert(dataclasses.replace(asked, output=tmp_path / "once", work=None, resume=None))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "once")
     varying = {"output", "seconds", "seconds_per_block", "peak_bytes", "restructured"}
     for name in {field.name for field in dataclasses.fields(Summary)} - varying:
         assert getattr(summary, name) == getattr(once, name), name
-    assert [sorted(facts) for facts in summary.restructured] == [sorted(facts) for facts in once.restructured]
+    assert [sorted(facts) for facts in summary.restructured] == [
+        sorted(facts) for facts in once.restructured
+    ]
     left = {path.name for path in tmp_path.iterdir()} - {"work"}
     assert left == {"out", "once"}
-    assert all(len(path.stem) == 64 for path in (tmp_path / "work").glob("*"))  # layers that were taught
+    assert all(
+        len(path.stem) == 64 for path in (tmp_path / "work").glob("*")
+    )  # layers that were taught
 
 
 def test_a_text_that_was_moved_is_the_same_text(tiny: ModelMaker, text_file: Path, tmp_path: Path):
@@ -71,7 +81,9 @@ def test_nothing_that_a_conversion_knows_is_left_out(
     tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[Any] = []
-    monkeypatch.setattr(convert_module, "pack_run", lambda *state: seen.append(state) or pack_run(*state))
+    monkeypatch.setattr(
+        convert_module, "pack_run", lambda *state: seen.append(state) or pack_run(*state)
+    )
     convert(kept(tiny, text_file, tmp_path, "ladimo-gptq"))
     run, streams = seen[-2]
     # A run has a plan, which follows from the request and what was decided on, and a state.
@@ -113,7 +125,11 @@ def test_sequences_that_left_the_calibration_stay_out(
 def test_only_the_last_state_lies_in_the_folder(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     asked = kept(tiny, text_file, tmp_path, "gptq")
     stopped_after(asked, 2)
-    assert {path.name for path in asked.work.iterdir()} == {"state.json", "state-00002-00000.safetensors", "partial"}
+    assert {path.name for path in asked.work.iterdir()} == {
+        "state.json",
+        "state-00002-00000.safetensors",
+        "partial",
+    }
     assert len(list((asked.work / "partial").iterdir())) == 3
     assert not asked.output.exists()
 
@@ -134,13 +150,19 @@ def test_modes_that_keep_nothing(tiny: ModelMaker, text_file: Path, tmp_path: Pa
     stopped_after(asked, 2)
     starts: list[int] = []
     other = dataclasses.replace(asked, resume=mode)
-    convert(other, lambda what, done, total: starts.append(done) if what == "quantizing" else None, lambda: True)
+    convert(
+        other,
+        lambda what, done, total: starts.append(done) if what == "quantizing" else None,
+        lambda: True,
+    )
     assert starts == [0, 1, 2]
     assert asked.work.exists() == (mode is None)  # which leaves alone what others keep
     assert files_of(asked.output) == whole(asked)
 
 
-def test_a_folder_on_another_disk(tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_on_another_disk(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked = kept(tiny, text_file, tmp_path)
     expected, real = whole(asked), Path.rename
 
@@ -160,14 +182,19 @@ def test_a_folder_on_another_disk(tiny: ModelMaker, text_file: Path, tmp_path: P
 
 def test_a_second_process_is_refused(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     asked = kept(tiny, text_file, tmp_path)
-    with StateFolder(asked.work, "auto"), pytest.raises(OutputError, match=rf"process {os.getpid()} is at work there"):
+    with (
+        StateFolder(asked.work, "auto"),
+        pytest.raises(OutputError, match=rf"process {os.getpid()} is at work there"),
+    ):
         convert(asked)
     assert not asked.work.exists()
     convert(asked)
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_what_a_finished_run_left_is_removed(tiny: ModelMaker, text_file: Path, tmp_path: Path, own: bool):
+def test_what_a_finished_run_left_is_removed(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, own: bool
+):
     asked = kept(tiny, text_file, tmp_path)
     stopped_after(asked, BLOCKS)
     (asked.work / "taught").write_text("")
@@ -181,7 +208,11 @@ def test_what_a_finished_run_left_is_removed(tiny: ModelMaker, text_file: Path, 
 
 
 def test_a_file_system_without_locks(
-    tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     def refuse(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

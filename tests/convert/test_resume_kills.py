@@ -62,7 +62,9 @@ def finish(asked: Request, expected: dict[str, bytes]) -> None:
     assert files_of(asked.output) == expected
     beside = {path.name for path in asked.output.parent.iterdir()} - {"whole"}
     if asked.work.exists():
-        assert all(len(path.stem) == 64 for path in asked.work.iterdir())  # layers that LaDiMo taught
+        assert all(
+            len(path.stem) == 64 for path in asked.work.iterdir()
+        )  # layers that LaDiMo taught
         beside.remove("work")
     assert beside == {"out"}
 
@@ -74,7 +76,9 @@ def killed_at(tiny: ModelMaker, text_file: Path, tmp_path: Path, steps: range) -
     expected = whole(request("rtn", model, text_file, tmp_path / "out"))
     for step in steps:
         folder = tmp_path / str(step)
-        asked = request("rtn", model, text_file, folder / "out", work=folder / "work", resume="auto")
+        asked = request(
+            "rtn", model, text_file, folder / "out", work=folder / "work", resume="auto"
+        )
         _, status = os.waitpid(child(asked, lambda step=step: die_at(step)), 0)
         if os.WIFSIGNALED(status):
             assert os.WTERMSIG(status) == signal.SIGKILL
@@ -112,12 +116,28 @@ def killed_again_and_again(asked: Request, kills: int, seed: int) -> None:
 
 @pytest.mark.parametrize("recipe", ["fireq", "sbvr", "ladimo-gptq"])
 def test_kills_at_random_moments(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
-    asked = request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", work=tmp_path / "work", resume="auto")
+    asked = request(
+        recipe,
+        model_of(tiny, recipe),
+        text_file,
+        tmp_path / "out",
+        work=tmp_path / "work",
+        resume="auto",
+    )
     killed_again_and_again(asked, 4, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_many_kills_at_random_moments(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
-    asked = request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", work=tmp_path / "work", resume="auto")
+def test_many_kills_at_random_moments(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str
+):
+    asked = request(
+        recipe,
+        model_of(tiny, recipe),
+        text_file,
+        tmp_path / "out",
+        work=tmp_path / "work",
+        resume="auto",
+    )
     killed_again_and_again(asked, 8, seed=1)

@@ -46,12 +46,26 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("changes", [{}, {"states_on": "disk", "split": True}], ids=["plain", "spared"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"states_on": "disk", "split": True}], ids=["plain", "spared"]
+)
 def test_every_recipe_is_timed(
-    tiny: ModelMaker, text_file: Path, tmp_path: Path, scratch: Path, recipe: str, changes: dict[str, object]
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    scratch: Path,
+    recipe: str,
+    changes: dict[str, object],
 ):
     before = torch.random.get_rng_state()
-    asked = request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", work=tmp_path / "work", **changes)
+    asked = request(
+        recipe,
+        model_of(tiny, recipe),
+        text_file,
+        tmp_path / "out",
+        work=tmp_path / "work",
+        **changes,
+    )
     time = estimate(asked).time
     assert time is not None
     assert time.seconds_low < time.seconds < time.seconds_high
@@ -80,12 +94,16 @@ def test_without_time_to_spare_pieces_are_measured(
     assert time.seconds_by_part["1. gptq: fits"] > 0
 
 
-def test_a_trial_takes_the_steps_of_the_conversion(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+def test_a_trial_takes_the_steps_of_the_conversion(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path
+):
     plan, _, tokens = draft(request("fireq", model_of(tiny, "fireq"), text_file, tmp_path / "out"))
     assert tokens is not None
     run = Conversion(plan)
     wanted = run.block(0, run.embed(tokens))
-    timed = TimedRun.of(plan, clock := Clock(plan.request.device), fits := Fits(clock, until=float("inf")))
+    timed = TimedRun.of(
+        plan, clock := Clock(plan.request.device), fits := Fits(clock, until=float("inf"))
+    )
     for fitted_before in (False, True):
         fits.done = fitted_before
         clock.parts = {}
@@ -98,7 +116,11 @@ def test_a_trial_takes_the_steps_of_the_conversion(tiny: ModelMaker, text_file: 
 
 
 def test_a_broken_weight_is_refused_as_convert_does(
-    tiny: ModelMaker, text_file: Path, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     read = Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read(self, name) * float("nan"))
@@ -139,7 +161,12 @@ def test_the_command_tells_what_it_measured(
     arguments = ("-m", str(tiny("llama")), "-r", "rtn", "--set", "group_size=32", "--device", "cpu")
     code, out, _ = pq("estimate", *arguments)
     assert code == 0
-    for told in ("time: about ", " a block", "most of it: ", "measured on this machine now, in a trial of "):
+    for told in (
+        "time: about ",
+        " a block",
+        "most of it: ",
+        "measured on this machine now, in a trial of ",
+    ):
         assert told in out
     told = json.loads(pq("estimate", *arguments, "--json")[1])
     assert {field.name for field in dataclasses.fields(Timing)} < told.keys()

@@ -53,7 +53,9 @@ def one_linear(N: int, K: int) -> Block:
     module = nn.Module()
     module.l = nn.Linear(K, N, bias=False).requires_grad_(False)
     module.l.weight.data = torch.randn(N, K, generator=generator) * 0.02
-    arch = SimpleNamespace(is_routed=lambda _: False, roles={"l": "q"}, blocks="b", expert_of=lambda _: None)
+    arch = SimpleNamespace(
+        is_routed=lambda _: False, roles={"l": "q"}, blocks="b", expert_of=lambda _: None
+    )
     return Block(
         index=0,
         arch=cast(Architecture, arch),
@@ -85,7 +87,10 @@ def moments(N: int, K: int, with_reference: bool) -> Moments:
 def test_fits_take_what_they_say(method: str, N: int, K: int):
     stage, block = FITS[method], one_linear(N, K)
     held = [moments(N, K, stage.needs_reference) if stage.needs_inputs else None]
-    found, told = allocated(lambda: stage.encode_group(block, ["l"], held.pop())), stage.fitting(N, K)
+    found, told = (
+        allocated(lambda: stage.encode_group(block, ["l"], held.pop())),
+        stage.fitting(N, K),
+    )
     assert 0.75 < told / found < 1.35, (told, found)
 
 
@@ -93,7 +98,9 @@ def sizes(**changes: Any) -> BlockSizes:
     arch = ARCHITECTURES["llama"]
     wide, linears = 512, {}
     for name, role in arch.roles.items():
-        linears[name] = {"gate": (wide, 128), "up": (wide, 128), "down": (128, wide)}.get(role, (128, 128))
+        linears[name] = {"gate": (wide, 128), "up": (wide, 128), "down": (128, wide)}.get(
+            role, (128, 128)
+        )
     known: dict[str, Any] = {
         "linears": linears,
         "groups": arch.calibration_order,
@@ -113,13 +120,19 @@ def sizes(**changes: Any) -> BlockSizes:
 @pytest.mark.parametrize("with_reference", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("role", ["q", "down"])
-def test_measuring_takes_what_it_says(make_block: Callable[..., Block], with_reference: bool, fp8: bool, role: Any):
+def test_measuring_takes_what_it_says(
+    make_block: Callable[..., Block], with_reference: bool, fp8: bool, role: Any
+):
     block = make_block("llama", reference=True)
     arch, shape, name = block.arch, block.shape, block.arch.of_role(role)
     linears = {name: tuple(block.linear(name).weight.shape) for name in arch.roles}
     tokens = block.inputs[0].shape[0] * block.inputs[0].shape[1]
     told = sizes(
-        linears=linears, hidden=shape.hidden, heads=shape.n_heads, kv_heads=shape.n_kv_heads, batch=tokens
+        linears=linears,
+        hidden=shape.hidden,
+        heads=shape.n_heads,
+        kv_heads=shape.n_kv_heads,
+        batch=tokens,
     ).measuring(name, with_reference, fp8)
     freeze_reference(block)
     moments_of(block, name, fp8, with_reference)  # masks and rotary tables are made once
@@ -144,7 +157,9 @@ def test_profiling_takes_what_it_says(make_block: Callable[..., Block], batches:
 
 def test_every_method_says_what_it_takes():
     plain, more = sizes(), sizes(batch=1024, tokens=4096)
-    wider = sizes(linears={name: (2 * N, 2 * K) for name, (N, K) in sizes().linears.items()}, hidden=256)
+    wider = sizes(
+        linears={name: (2 * N, 2 * K) for name, (N, K) in sizes().linears.items()}, hidden=256
+    )
     for stage in (method(method=method.model_fields["method"].default) for method in STAGES):
         assert stage.room(plain) > 0, stage.method
         assert stage.room(wider) > stage.room(plain), stage.method

@@ -24,16 +24,23 @@ Maker = Callable[..., Path]
 
 
 def windows_of(folder: Path, text: Path, seqlen: int, count: int) -> torch.Tensor:
-    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(
+        text.read_text(encoding="utf-8"), add_special_tokens=False
+    )["input_ids"]
     return torch.tensor(ids[: seqlen * count]).view(count, seqlen)
 
 
-def plain_figures(ours: torch.nn.Module, parent: torch.nn.Module, windows: torch.Tensor) -> dict[str, float]:
+def plain_figures(
+    ours: torch.nn.Module, parent: torch.nn.Module, windows: torch.Tensor
+) -> dict[str, float]:
     """Every figure by its definition, one prediction at a time where that matters, in float64."""
     nll, parent_nll, kld, agree = [], [], [], []
     for window in windows:
         with torch.no_grad():
-            q, p = (model(window[None]).logits[0, :-1].double().log_softmax(-1) for model in (ours, parent))
+            q, p = (
+                model(window[None]).logits[0, :-1].double().log_softmax(-1)
+                for model in (ours, parent)
+            )
         nll += [-float(q[i, token]) for i, token in enumerate(window[1:])]
         parent_nll += [-float(p[i, token]) for i, token in enumerate(window[1:])]
         kld += (p.exp() * (p - q)).sum(-1).tolist()
@@ -52,7 +59,10 @@ def plain_figures(ours: torch.nn.Module, parent: torch.nn.Module, windows: torch
 def test_figures_follow_their_definitions(converted: Maker, tiny: Maker, text_file: Path):
     out, parent = converted("rtn", "qwen2", "bits=3"), tiny("qwen2")
     result = evaluate(out, parent, dataset=str(text_file), seqlen=32, max_windows=7)
-    models = [load_model(out, CPU, torch.float32), AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)]
+    models = [
+        load_model(out, CPU, torch.float32),
+        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32),
+    ]
     expected = plain_figures(models[0], models[1].eval(), windows_of(parent, text_file, 32, 7))
     assert expected["tokens"] == 7 * 31
     for name, value in expected.items():
@@ -66,7 +76,13 @@ def test_figures_follow_their_definitions(converted: Maker, tiny: Maker, text_fi
 def test_batching_does_not_change_the_figures(tiny: Maker, converted: Maker, text_file: Path):
     args = (converted("rtn", "mistral"), tiny("mistral"))
     short = evaluate(*args, dataset=str(text_file), seqlen=16, max_windows=20)
-    many = evaluate(*args, dataset=str(text_file), seqlen=16, max_windows=20, progress=lambda what, done, total: None)
+    many = evaluate(
+        *args,
+        dataset=str(text_file),
+        seqlen=16,
+        max_windows=20,
+        progress=lambda what, done, total: None,
+    )
     assert short == many
     windows = windows_of(tiny("mistral"), text_file, 16, 20)
     model = load_model(args[0], CPU, torch.float32)
@@ -76,7 +92,9 @@ def test_batching_does_not_change_the_figures(tiny: Maker, converted: Maker, tex
     assert short.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
 
 
-def test_a_model_does_not_diverge_from_itself(tiny: Maker, converted: Maker, text_file: Path, model_type: str):
+def test_a_model_does_not_diverge_from_itself(
+    tiny: Maker, converted: Maker, text_file: Path, model_type: str
+):
     for folder in (tiny(model_type), converted("rtn", model_type)):
         result = evaluate(folder, folder, dataset=str(text_file), seqlen=24, max_windows=4)
         assert result.kld_mean == result.kld_p99 == 0
@@ -86,7 +104,13 @@ def test_a_model_does_not_diverge_from_itself(tiny: Maker, converted: Maker, tex
 
 def test_without_a_baseline_there_is_nothing_to_compare(tiny: Maker, text_file: Path):
     result = evaluate(tiny("llama"), None, dataset=str(text_file), seqlen=24, max_windows=2)
-    assert result.baseline_perplexity is result.kld_mean is result.kld_p99 is result.top1_agreement is None
+    assert (
+        result.baseline_perplexity
+        is result.kld_mean
+        is result.kld_p99
+        is result.top1_agreement
+        is None
+    )
     assert result.bits_per_weight is None
     assert result.tokens == 46
 
@@ -102,7 +126,9 @@ def test_the_keys_are_documented():
 def test_numerics_differ_only_for_fp8_activations(converted: Maker, text_file: Path):
     def perplexity(folder: Path, numerics: str) -> float:
         choice = "kernel" if numerics == "kernel" else "stock"
-        return evaluate(folder, None, dataset=str(text_file), seqlen=32, max_windows=3, numerics=choice).perplexity
+        return evaluate(
+            folder, None, dataset=str(text_file), seqlen=32, max_windows=3, numerics=choice
+        ).perplexity
 
     plain, fp8 = converted("rtn", "llama"), converted("fireq-paper-linear", "llama")
     assert perplexity(plain, "kernel") == perplexity(plain, "stock")
@@ -112,7 +138,12 @@ def test_numerics_differ_only_for_fp8_activations(converted: Maker, text_file: P
 def test_progress_reaches_its_end(tiny: Maker, text_file: Path):
     calls: list[tuple[str, int, int]] = []
     evaluate(
-        tiny("llama"), None, dataset=str(text_file), seqlen=24, max_windows=2, progress=lambda *call: calls.append(call)
+        tiny("llama"),
+        None,
+        dataset=str(text_file),
+        seqlen=24,
+        max_windows=2,
+        progress=lambda *call: calls.append(call),
     )
     assert calls[0][1] == 0
     assert calls[-1][1] == calls[-1][2]
@@ -122,7 +153,9 @@ def test_progress_reaches_its_end(tiny: Maker, text_file: Path):
 
 
 def test_a_baseline_of_another_vocabulary(tiny: Maker, text_file: Path):
-    with pytest.raises(DataError, match=r"has 300 tokens and .* 400; --baseline must be the model's parent"):
+    with pytest.raises(
+        DataError, match=r"has 300 tokens and .* 400; --baseline must be the model's parent"
+    ):
         evaluate(tiny("llama"), tiny("llama", vocab_size=400), dataset=str(text_file), seqlen=16)
 
 
@@ -136,7 +169,9 @@ def test_a_model_without_a_tokenizer(tiny: Maker, text_file: Path, tmp_path: Pat
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(DataError, match=r"no usable tokenizer .*put tokenizer\.json beside the weights"):
+    with pytest.raises(
+        DataError, match=r"no usable tokenizer .*put tokenizer\.json beside the weights"
+    ):
         evaluate(folder, None, dataset=str(text_file), seqlen=16)
     for broken in ("", "{}", "[", '{"model": 3}'):
         (folder / "tokenizer.json").write_text(broken)
@@ -166,8 +201,14 @@ def packed(converted: Maker, tmp_path: Path) -> Path:
         ({"quant_method": "gptq"}, "quant_method 'gptq' is not one that pq reads"),
         ("gptq", "quant_method 'gptq' is not one that pq reads"),
         ({"quant_method": "compressed-tensors"}, "quantization_config is not one that pq reads"),
-        ({"quant_method": "compressed-tensors", "config_groups": {"a": 3}}, "quantization_config is not one"),
-        ({"quant_method": "compressed-tensors", "config_groups": []}, "quantization_config is not one"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
+            "quantization_config is not one",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": []},
+            "quantization_config is not one",
+        ),
     ],
 )
 def test_packings_that_are_not_ours(packed: Path, quantization: object, says: str):
@@ -185,7 +226,9 @@ def edit_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, shard)
     index = json.loads((folder / INDEX_NAME).read_text())
     where = {name: s for name, s in index["weight_map"].items() if s != shard.name}
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": where | dict.fromkeys(tensors, shard.name)}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": where | dict.fromkeys(tensors, shard.name)})
+    )
 
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -195,14 +238,31 @@ NAME = "model.layers.0.mlp.up_proj"
     ("change", "says"),
     [
         (lambda t: t.pop(f"{NAME}.weight_scale"), rf"tensor {NAME}\.weight_scale is missing"),
-        (lambda t: t.pop("model.layers.0.input_layernorm.weight"), r"tensor .*input_layernorm\.weight is missing"),
-        (lambda t: t.update({f"{NAME}.weight_packed": t[f"{NAME}.weight_packed"][:, :1].clone()}), f"{NAME}: weight_p"),
-        (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].float()}), f"{NAME}: .*scale bfloat16"),
+        (
+            lambda t: t.pop("model.layers.0.input_layernorm.weight"),
+            r"tensor .*input_layernorm\.weight is missing",
+        ),
+        (
+            lambda t: t.update(
+                {f"{NAME}.weight_packed": t[f"{NAME}.weight_packed"][:, :1].clone()}
+            ),
+            f"{NAME}: weight_p",
+        ),
+        (
+            lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].float()}),
+            f"{NAME}: .*scale bfloat16",
+        ),
         (lambda t: t.update({f"{NAME}.weight_shape": torch.tensor([8, 8])}), f"{NAME}: "),
         (lambda t: t.update({f"{NAME}.weight_shape": torch.tensor([8])}), f"{NAME}: "),
         (lambda t: t.update({f"{NAME}.weight_shape": torch.tensor([-8, 1 << 60])}), f"{NAME}: "),
-        (lambda t: t.update({f"{NAME}.extra": torch.ones(1)}), rf"tensor {NAME}\.extra has no place"),
-        (lambda t: t.update({"model.layers.0.input_layernorm.weight": torch.ones(7)}), r"input_layernorm\.weight"),
+        (
+            lambda t: t.update({f"{NAME}.extra": torch.ones(1)}),
+            rf"tensor {NAME}\.extra has no place",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.input_layernorm.weight": torch.ones(7)}),
+            r"input_layernorm\.weight",
+        ),
     ],
 )
 def test_packed_tensors_that_do_not_fit(packed: Path, change: Callable[..., object], says: str):
@@ -217,7 +277,9 @@ def test_a_plain_model_that_lacks_a_tensor_is_not_filled_up(tmp_path: Path):
     weights = random_weights(config)
     del weights["model.layers.1.mlp.up_proj.weight"]
     folder = save_model(tmp_path / "model", config, weights)
-    with pytest.raises(ModelError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+    with pytest.raises(
+        ModelError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"
+    ):
         load_model(folder, CPU, torch.float32)
     weights["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
     with pytest.raises(ModelError, match="transformers cannot load this model"):

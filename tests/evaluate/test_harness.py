@@ -36,7 +36,13 @@ CPU = torch.device("cpu")
 Maker = Callable[..., Path]
 
 QUESTIONS = [
-    {"id": f"q{i}", "query": f"What follows {i}, {word}?", "choices": choices, "gold": i % len(choices), "note": i}
+    {
+        "id": f"q{i}",
+        "query": f"What follows {i}, {word}?",
+        "choices": choices,
+        "gold": i % len(choices),
+        "note": i,
+    }
     for i, (word, choices) in enumerate(
         [
             ("fox", ["the dog", "a lazy dog jumps", "fewer bits"]),
@@ -108,10 +114,14 @@ def log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 def continuation(model: Any, tokenizer: Any, context: str, text: str) -> tuple[float, bool]:
     """Log-likelihood of `text` after `context`, and whether it is what greedy decoding gives."""
-    before, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (context, context + text))
+    before, ids = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (context, context + text)
+    )
     rows = log_probabilities(model, ids)[len(before) - 1 :]
     wanted = ids[len(before) :]
-    return sum(float(row[t]) for row, t in zip(rows, wanted, strict=True)), rows.argmax(-1).tolist() == wanted
+    return sum(float(row[t]) for row, t in zip(rows, wanted, strict=True)), rows.argmax(
+        -1
+    ).tolist() == wanted
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -124,8 +134,12 @@ def test_multiple_choice_by_its_definition(
     right, right_by_length = [], []
     for row in QUESTIONS:
         context = f"Question: {row['query']}\nAnswer:"
-        scores = [continuation(model, tokenizer, context, f" {choice}")[0] for choice in row["choices"]]
-        by_length = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        scores = [
+            continuation(model, tokenizer, context, f" {choice}")[0] for choice in row["choices"]
+        ]
+        by_length = [
+            score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)
+        ]
         right.append(float(scores.index(max(scores)) == row["gold"]))
         right_by_length.append(float(by_length.index(max(by_length)) == row["gold"]))
     assert 0 < sum(right) < len(right)
@@ -221,16 +235,22 @@ def test_auto_batches_are_bounded_by_tokens(tiny: Maker):
     plain = lm._model_call
     lm._model_call = lambda inps, **kwargs: (shapes.append(inps.shape), plain(inps, **kwargs))[1]
     generator = random.Random(0)
-    tokens = [[generator.randrange(300) for _ in range(generator.randrange(4, 40))] for _ in range(30)]
+    tokens = [
+        [generator.randrange(300) for _ in range(generator.randrange(4, 40))] for _ in range(30)
+    ]
     requests = [(None, ids[:-3], ids[-3:]) for ids in tokens]
-    requests += [(None, tokens[0], [last]) for last in range(50)]  # one sequence with 50 last tokens
+    requests += [
+        (None, tokens[0], [last]) for last in range(50)
+    ]  # one sequence with 50 last tokens
     scores = lm._loglikelihood_tokens(requests)
     assert all(rows * length <= 64 for rows, length in shapes)
     assert max(rows for rows, _ in shapes) > 2
     assert len(shapes) < 30
     for (_, context, wanted), (score, _) in zip(requests, scores, strict=True):
         rows = log_probabilities(model, context + wanted)[len(context) - 1 :]
-        assert score == pytest.approx(sum(float(r[t]) for r, t in zip(rows, wanted, strict=True)), rel=1e-4)
+        assert score == pytest.approx(
+            sum(float(r[t]) for r, t in zip(rows, wanted, strict=True)), rel=1e-4
+        )
 
 
 def test_memory_that_runs_out_halves_the_batch(tiny: Maker, monkeypatch: pytest.MonkeyPatch):
@@ -263,7 +283,10 @@ def test_few_shot_limit_and_chat(tiny: Maker, files: dict[str, str], tmp_path: P
     assert run.n_samples == {"quiz": 3, "book": 1}
     assert run.num_fewshot == {"quiz": 2, "book": 0}
     assert (run.limit, run.chat_template) == (3, True)
-    records = [json.loads(line) for line in (tmp_path / "samples" / "samples_quiz.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "samples" / "samples_quiz.jsonl").read_text().splitlines()
+    ]
     assert [record["doc_id"] for record in records] == [0, 1, 2]
     for record in records:
         prompt = record["arguments"][0][0]
@@ -290,9 +313,16 @@ def test_a_prefix_token_changes_rolling_scores(tiny: Maker, files: dict[str, str
     assert runs[0].samples == runs[1].samples != runs[2].samples
 
 
-def test_nothing_reaches_standard_output(tiny: Maker, files: dict[str, str], capfd: pytest.CaptureFixture[str]):
+def test_nothing_reaches_standard_output(
+    tiny: Maker, files: dict[str, str], capfd: pytest.CaptureFixture[str]
+):
     calls: list[tuple[str, int, int]] = []
-    run_tasks(tiny("llama"), list(files.values()), num_fewshot=1, progress=lambda *call: calls.append(call))
+    run_tasks(
+        tiny("llama"),
+        list(files.values()),
+        num_fewshot=1,
+        progress=lambda *call: calls.append(call),
+    )
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err == ""
@@ -322,7 +352,11 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 def task_file(folder: Path, quiz: str, **changes: str) -> Path:
     text = TASK_FILE
-    chosen = {"FILE": quiz.partition(":")[2], "CACHE": str(folder / "cache"), "OUTPUT": "multiple_choice"}
+    chosen = {
+        "FILE": quiz.partition(":")[2],
+        "CACHE": str(folder / "cache"),
+        "OUTPUT": "multiple_choice",
+    }
     for name, value in (chosen | {"OTHER": "gold\ndoc_to_choice: choices"} | changes).items():
         text = text.replace(name, value)
     path = folder / "mine.yaml"
@@ -330,7 +364,9 @@ def task_file(folder: Path, quiz: str, **changes: str) -> Path:
     return path
 
 
-def test_a_task_file(tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_task_file(
+    tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     path = task_file(tmp_path, files["quiz"])
     run = run_tasks(tiny("llama"), [str(path)])
     assert run.n_samples == {"mine": len(QUESTIONS)}
@@ -342,9 +378,13 @@ def test_a_task_file(tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: 
     refused(DataError, r"mine\.yaml: lm-eval cannot load it", tiny("llama"), [str(path)])
 
 
-def test_generation(tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_generation(
+    tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     extra = "\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4}"
-    path = task_file(tmp_path, files["quiz"], OUTPUT="generate_until", OTHER='"{{query[:1]}}"' + extra)
+    path = task_file(
+        tmp_path, files["quiz"], OUTPUT="generate_until", OTHER='"{{query[:1]}}"' + extra
+    )
     path.write_text(path.read_text().replace("metric: acc", "metric: exact_match"))
     calls: list[tuple[str, int, int]] = []
     run = run_tasks(tiny("llama"), [str(path)], limit=3, progress=lambda *call: calls.append(call))
@@ -358,7 +398,13 @@ def test_generation(tiny: Maker, files: dict[str, str], tmp_path: Path, capfd: p
 
 def test_a_group_is_pooled_over_its_documents():
     def record(document: int, value: float) -> dict[str, Any]:
-        return {"doc_id": document, "filter": "none", "metrics": ["acc"], "acc": value, "doc_hash": f"{document}"}
+        return {
+            "doc_id": document,
+            "filter": "none",
+            "metrics": ["acc"],
+            "acc": value,
+            "doc_hash": f"{document}",
+        }
 
     values = {"one": [0.0, 1.0, 1.0], "two": [1.0, 0.0, 0.0, 0.0, 1.0]}
     means = {task: sum(v) / len(v) for task, v in values.items()}
@@ -411,13 +457,17 @@ Q = '{"query": "a", "choices": ["b", "c"], "gold": 0}'
         ("perplexity", b'{"text": "a"}\n\xff', "line 2: not UTF-8"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_fit(template: str, text: str | bytes, says: str, tiny: Maker, tmp_path: Path):
+def test_files_that_do_not_fit(
+    template: str, text: str | bytes, says: str, tiny: Maker, tmp_path: Path
+):
     path = tmp_path / "file.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(DataError, says, tiny("llama"), [f"{template}:{path}"])
 
 
-def refused(kind: type[PqError], says: str, folder: Path, tasks: Sequence[str], **options: Any) -> None:
+def refused(
+    kind: type[PqError], says: str, folder: Path, tasks: Sequence[str], **options: Any
+) -> None:
     with pytest.raises(kind, match=says) as caught:
         run_tasks(folder, tasks, **options)
     assert "\n" not in str(caught.value)
@@ -442,7 +492,9 @@ def refused(kind: type[PqError], says: str, folder: Path, tasks: Sequence[str], 
         ({"limit": math.inf}, "limit inf"),
     ],
 )  # fmt: skip
-def test_options_that_mean_nothing(options: dict[str, Any], says: str, tiny: Maker, files: dict[str, str]):
+def test_options_that_mean_nothing(
+    options: dict[str, Any], says: str, tiny: Maker, files: dict[str, str]
+):
     refused(UsageError, says, tiny("llama"), [files["quiz"]], **options)
 
 
@@ -451,25 +503,41 @@ def test_without_lm_eval(tiny: Maker, files: dict[str, str], monkeypatch: pytest
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "quantize.evaluate.task_model")
     monkeypatch.delattr("quantize.evaluate.task_model")
-    refused(UsageError, r"tasks need lm-eval .* pip install -U 'lm-eval>=0.4.12'", tiny("llama"), [files["quiz"]])
+    refused(
+        UsageError,
+        r"tasks need lm-eval .* pip install -U 'lm-eval>=0.4.12'",
+        tiny("llama"),
+        [files["quiz"]],
+    )
 
 
-def test_names_that_mean_nothing(tiny: Maker, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_that_mean_nothing(
+    tiny: Maker, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tiny("llama")
     quiz = files["quiz"].partition(":")[2]
     refused(UsageError, "no task given", folder, [])
     refused(UsageError, "did you mean multiple_choice:", folder, [f"multiple_choise:{quiz}"])
-    refused(UsageError, r"TEMPLATE:FILE with TEMPLATE among lambada, multiple_choice, perplexity", folder, [quiz])
+    refused(
+        UsageError,
+        r"TEMPLATE:FILE with TEMPLATE among lambada, multiple_choice, perplexity",
+        folder,
+        [quiz],
+    )
     refused(DataError, r"no\.yaml: no such task file", folder, [str(tmp_path / "no.yaml")])
     refused(DataError, r"no\.jsonl cannot be read", folder, [f"lambada:{tmp_path / 'no.jsonl'}"])
     refused(DataError, "cannot be read", folder, [f"lambada:{tmp_path}"])
     refused(UsageError, "would both report as 'quiz'", folder, [files["quiz"], files["quiz"]])
-    monkeypatch.setattr(task_sources, "library", lambda: pytest.fail("offline tasks need no index of the library"))
+    monkeypatch.setattr(
+        task_sources, "library", lambda: pytest.fail("offline tasks need no index of the library")
+    )
     refused(UsageError, "batch size x", folder, [files["quiz"]], batch_size="x")
 
 
 def test_the_library(tiny: Maker, monkeypatch: pytest.MonkeyPatch):
-    refused(UsageError, "unknown task 'arc_esy'; did you mean .*arc_easy", tiny("llama"), ["arc_esy"])
+    refused(
+        UsageError, "unknown task 'arc_esy'; did you mean .*arc_easy", tiny("llama"), ["arc_esy"]
+    )
     calls = []
 
     def unreachable(*args: Any, **kwargs: Any) -> None:
@@ -486,17 +554,25 @@ def test_models_that_do_not_fit(tiny: Maker, files: dict[str, str], tmp_path: Pa
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
     refused(DataError, "no chat template", folder, [files["quiz"]], apply_chat_template=True)
-    refused(OutputError, "cannot be made", folder, [files["quiz"]], log_samples=folder / "config.json")
+    refused(
+        OutputError, "cannot be made", folder, [files["quiz"]], log_samples=folder / "config.json"
+    )
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] = {token: i + 100 for token, i in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"] = {
+        token: i + 100 for token, i in tokenizer["model"]["vocab"].items()
+    }
     for added in tokenizer["added_tokens"]:
         added["id"] += 100
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(DataError, "outside the model's vocabulary of 300", folder, [files["quiz"]])
 
 
-def test_a_model_that_computes_nan(tiny: Maker, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(TaskModel, "_model_call", lambda self, inps: torch.full((*inps.shape, 300), math.nan))
+def test_a_model_that_computes_nan(
+    tiny: Maker, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        TaskModel, "_model_call", lambda self, inps: torch.full((*inps.shape, 300), math.nan)
+    )
     refused(ModelError, "logits are not finite", tiny("llama"), [files["quiz"]])
 
 
@@ -511,7 +587,12 @@ def run_of(model: str, values: dict[str, list[Any]], **changes: Any) -> TaskRun:
         kind: Any = name
         value = aggregate(kind, documents)
         error = standard_error(influence(kind, documents))
-        tasks[name] = {"value": value, "stderr": error, "higher_is_better": name in higher, "aggregation": name}
+        tasks[name] = {
+            "value": value,
+            "stderr": error,
+            "higher_is_better": name in higher,
+            "aggregation": name,
+        }
         samples[name] = {str(i): document for i, document in enumerate(documents)}
     n = len(next(iter(values.values())))
     fields: dict[str, Any] = {
@@ -533,20 +614,33 @@ def made_up(n: int, seed: int) -> tuple[dict[str, list[Any]], dict[str, list[Any
         likelihood = [-4 + 0.8 * h - shift + g.gauss(0, 0.1) for h in hard]
         pairs = [[x * w, float(w)] for x, w in zip(likelihood, weights, strict=True)]
         right = [float(x > -4) for x in likelihood]
-        return {"mean": right, "perplexity": likelihood, "weighted_perplexity": pairs, "bits_per_byte": pairs}
+        return {
+            "mean": right,
+            "perplexity": likelihood,
+            "weighted_perplexity": pairs,
+            "bits_per_byte": pairs,
+        }
 
     return values(0.1), values(0.0)
 
 
 def test_errors_agree_with_the_bootstrap():
     ours, parents = made_up(400, seed=1)
-    scores = {score.metric: score for score in compare_tasks(run_of("a", ours), run_of("b", parents))}
+    scores = {
+        score.metric: score for score in compare_tasks(run_of("a", ours), run_of("b", parents))
+    }
     g = torch.Generator().manual_seed(0)
     draws = torch.randint(400, (600, 400), generator=g).tolist()
     for metric, score in scores.items():
         kind: Any = metric
-        a = torch.tensor([aggregate(kind, [ours[metric][i] for i in draw]) for draw in draws], dtype=torch.float64)
-        b = torch.tensor([aggregate(kind, [parents[metric][i] for i in draw]) for draw in draws], dtype=torch.float64)
+        a = torch.tensor(
+            [aggregate(kind, [ours[metric][i] for i in draw]) for draw in draws],
+            dtype=torch.float64,
+        )
+        b = torch.tensor(
+            [aggregate(kind, [parents[metric][i] for i in draw]) for draw in draws],
+            dtype=torch.float64,
+        )
         ratio = a / b if metric == "mean" else b / a
         assert score.stderr == pytest.approx(float(a.std()), rel=0.12)
         assert score.baseline_stderr == pytest.approx(float(b.std()), rel=0.12)
@@ -555,7 +649,9 @@ def test_errors_agree_with_the_bootstrap():
         assert score.recovery == pytest.approx(
             score.value / score.baseline if metric == "mean" else score.baseline / score.value
         )
-        assert score.difference_stderr < 0.6 * score.stderr  # pairing is what makes the comparison sharp
+        assert (
+            score.difference_stderr < 0.6 * score.stderr
+        )  # pairing is what makes the comparison sharp
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=30))
@@ -564,9 +660,13 @@ def test_accuracies_against_the_textbook(answers: list[tuple[bool, bool]]):
     ours, parents = ([float(pair[i]) for pair in answers] for i in (0, 1))
     (score,) = compare_tasks(run_of("a", {"mean": ours}), run_of("b", {"mean": parents}))
     n = len(answers)
-    differences = torch.tensor([a - b for a, b in zip(ours, parents, strict=True)], dtype=torch.float64)
+    differences = torch.tensor(
+        [a - b for a, b in zip(ours, parents, strict=True)], dtype=torch.float64
+    )
     assert score.difference == pytest.approx(float(differences.mean()))
-    assert score.difference_stderr == pytest.approx(float(differences.std()) / math.sqrt(n), abs=1e-12)
+    assert score.difference_stderr == pytest.approx(
+        float(differences.std()) / math.sqrt(n), abs=1e-12
+    )
     assert score.n == n
     assert (score.recovery is None) == (score.recovery_stderr is None) == (sum(parents) == 0)
     if sum(parents):
@@ -587,7 +687,9 @@ def test_influences_are_derivatives(values: list[float]):
         mean = (math.fsum(values) + epsilon * n * values[0]) / (n + epsilon * n)
         moved = mean if kind == "mean" else math.exp(-mean)
         change = (moved - aggregate(kind, values)) / epsilon
-        assert change == pytest.approx(found[0], rel=1e-3, abs=1e-4 * max(1, aggregate(kind, values)))
+        assert change == pytest.approx(
+            found[0], rel=1e-3, abs=1e-4 * max(1, aggregate(kind, values))
+        )
     assert standard_error(influence("mean", values[:1])) is None
 
 
@@ -606,17 +708,23 @@ def test_what_made_a_number():
 def test_comparing_a_quantized_model(quiz_runs: tuple[TaskRun, TaskRun]):
     ours, parents = quiz_runs
     scores = compare_tasks(ours, parents)
-    assert [(s.task, s.metric) for s in scores] == [(t, m) for t, metrics in ours.tasks.items() for m in metrics]
+    assert [(s.task, s.metric) for s in scores] == [
+        (t, m) for t, metrics in ours.tasks.items() for m in metrics
+    ]
     for score in scores:
         assert score.paired
         assert score.difference == score.value - score.baseline
-        better = score.value > score.baseline if score.higher_is_better else score.value < score.baseline
+        better = (
+            score.value > score.baseline if score.higher_is_better else score.value < score.baseline
+        )
         assert (score.recovery is not None and score.recovery > 1) == better
     json.dumps([dataclasses.asdict(score) for score in scores], allow_nan=False)
     again = TaskRun(**json.loads(json.dumps(dataclasses.asdict(parents))))
     assert compare_tasks(ours, again) == scores
     same = compare_tasks(parents, again)
-    assert all(s.difference == s.difference_stderr == 0 and s.recovery == 1 for s in same if s.baseline)
+    assert all(
+        s.difference == s.difference_stderr == 0 and s.recovery == 1 for s in same if s.baseline
+    )
 
 
 def test_scores_that_cannot_be_compared():
@@ -629,7 +737,10 @@ def test_scores_that_cannot_be_compared():
     ):
         with pytest.raises(DataError, match=says):
             compare_tasks(ours, parents)
-    for parents in (run_of("b", values, samples={}), run_of("b", values, samples={"t": {"mean": {"7": 1.0}}})):
+    for parents in (
+        run_of("b", values, samples={}),
+        run_of("b", values, samples={"t": {"mean": {"7": 1.0}}}),
+    ):
         (score,) = compare_tasks(ours, parents)
         assert not score.paired
         assert score.difference_stderr is score.recovery_stderr is None
@@ -642,10 +753,17 @@ def test_scores_that_cannot_be_compared():
 @pytest.mark.shared
 def test_arc_easy_on_the_reference_model(shared_dir: Path, offline: None):
     reference = Path(__file__).resolve().parents[2] / "eval" / "reference-model"
-    run = run_tasks(reference, [f"multiple_choice:{shared_dir / 'text' / 'arc_easy.jsonl'}"], limit=20)
+    run = run_tasks(
+        reference, [f"multiple_choice:{shared_dir / 'text' / 'arc_easy.jsonl'}"], limit=20
+    )
     assert run.n_samples == {"arc_easy": 20}
     first = json.loads((shared_dir / "text" / "arc_easy.jsonl").read_text().splitlines()[0])
-    model, tokenizer = load_model(reference, CPU, torch.float32), AutoTokenizer.from_pretrained(reference)
+    model, tokenizer = (
+        load_model(reference, CPU, torch.float32),
+        AutoTokenizer.from_pretrained(reference),
+    )
     context = f"Question: {first['query']}\nAnswer:"
-    scores = [continuation(model, tokenizer, context, f" {choice}")[0] for choice in first["choices"]]
+    scores = [
+        continuation(model, tokenizer, context, f" {choice}")[0] for choice in first["choices"]
+    ]
     assert run.samples["arc_easy"]["acc"]["0"] == float(scores.index(max(scores)) == first["gold"])

@@ -29,10 +29,16 @@ Maker = Callable[..., Path]
 
 
 def stream(folder: Path, text: Path) -> list[int]:
-    return list(AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False)["input_ids"])
+    return list(
+        AutoTokenizer.from_pretrained(folder)(text.read_text(), add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
 
 
-def overlapping_nll(model: torch.nn.Module, ids: list[int], N: int, C: int, count: int) -> list[float]:
+def overlapping_nll(
+    model: torch.nn.Module, ids: list[int], N: int, C: int, count: int
+) -> list[float]:
     """Each token's NLL, by the definition: token by token which window scores it and what it saw."""
     out = []
     for k in range(count):
@@ -47,7 +53,9 @@ def overlapping_nll(model: torch.nn.Module, ids: list[int], N: int, C: int, coun
 @pytest.mark.parametrize("context", [0, 1, 8, 31])
 def test_strided_perplexity_by_its_definition(tiny: Maker, text_file: Path, context: int):
     folder = tiny("llama")
-    figures = evaluate(folder, None, dataset=str(text_file), seqlen=32, context=context, max_windows=5)
+    figures = evaluate(
+        folder, None, dataset=str(text_file), seqlen=32, context=context, max_windows=5
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     nll = overlapping_nll(model, stream(folder, text_file), 32, context, 5)
     assert figures.tokens == len(nll)
@@ -67,7 +75,9 @@ def test_with_context_every_token_but_the_first_is_predicted_once(tiny: Maker, t
 def test_more_context_helps(tiny: Maker, text_file: Path, shared_dir: Path):
     folder = shared_dir / "models" / "yardstick"
     text = str(shared_dir / "text" / "wikitext2-test.txt")
-    plain, better = (evaluate(folder, None, dataset=text, seqlen=64, context=c, max_windows=12) for c in (0, 48))
+    plain, better = (
+        evaluate(folder, None, dataset=text, seqlen=64, context=c, max_windows=12) for c in (0, 48)
+    )
     assert better.perplexity < 0.9 * plain.perplexity
 
 
@@ -87,12 +97,16 @@ def documents_file(tmp_path: Path) -> tuple[Path, list[str]]:
 def harness(folder: Path, length: int) -> HFLM:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length, device="cpu")
+    return HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length, device="cpu"
+    )
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("length", [16, 24])
-def test_rolling_perplexity_is_that_of_lm_eval(tiny: Maker, tmp_path: Path, length: int, adds_bos: bool):
+def test_rolling_perplexity_is_that_of_lm_eval(
+    tiny: Maker, tmp_path: Path, length: int, adds_bos: bool
+):
     folder = tiny("llama")
     if adds_bos:
         folder = with_bos(folder, tmp_path)
@@ -134,7 +148,9 @@ def test_padding_does_not_change_rolling_figures(tiny: Maker, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total = 0.0
     for text in texts:
-        for read, wanted in rolling_windows(tokenizer(text)["input_ids"], tokenizer.bos_token_id, 16):
+        for read, wanted in rolling_windows(
+            tokenizer(text)["input_ids"], tokenizer.bos_token_id, 16
+        ):
             with torch.no_grad():
                 logits = model(torch.tensor([read])).logits[0, -len(wanted) :]
             total += float(F.cross_entropy(logits.double(), torch.tensor(wanted), reduction="sum"))

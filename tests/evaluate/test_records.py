@@ -15,13 +15,17 @@ from hypothesis import strategies as st
 from quantize.evaluate.records import Records
 
 
-def filled(windows: int = 6, P: int = 10, V: int = 50, seed: int = 0, baseline: bool = True) -> Records:
+def filled(
+    windows: int = 6, P: int = 10, V: int = 50, seed: int = 0, baseline: bool = True
+) -> Records:
     generator = torch.Generator().manual_seed(seed)
     records = Records()
     for window in range(windows):
         p = torch.randn(P, V, generator=generator) * 3
         q = p + 0.3 * torch.randn(P, V, generator=generator) * (1 + window)
-        records.add(window, 2, q, p if baseline else None, torch.randint(V, (P,), generator=generator))
+        records.add(
+            window, 2, q, p if baseline else None, torch.randint(V, (P,), generator=generator)
+        )
     return records
 
 
@@ -38,7 +42,9 @@ def test_columns_follow_their_definitions():
     assert records["token"].tolist() == targets.tolist()
     assert torch.allclose(records["nll"].double(), -log_q[rows, targets], rtol=1e-5)
     assert torch.allclose(records["baseline_nll"].double(), -log_p[rows, targets], rtol=1e-5)
-    assert torch.allclose(records["kld"].double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5)
+    assert torch.allclose(
+        records["kld"].double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5
+    )
     assert torch.equal(records["top1"].long(), q.argmax(-1))
     assert torch.equal(records["baseline_top1"].long(), p.argmax(-1))
 
@@ -66,7 +72,9 @@ def test_the_error_of_a_mean_counts_windows_not_tokens():
         records = Records()
         values = (rng.normal(size=(20, 1)) + 0.5 * rng.normal(size=(20, 30))).astype("float32")
         for window in range(20):
-            records.columns.setdefault("window", []).append(torch.full((30,), window, dtype=torch.int32))
+            records.columns.setdefault("window", []).append(
+                torch.full((30,), window, dtype=torch.int32)
+            )
             records.columns.setdefault("token", []).append(torch.zeros(30, dtype=torch.int32))
         estimate = records.mean(torch.from_numpy(values.flatten()))
         means.append(estimate.mean)

@@ -50,7 +50,11 @@ def kld(figures: Evaluation) -> float:
 
 def test_the_protocol(measured: Measure):
     figures = measured("rtn", "activations=fp8")
-    assert (figures.protocol, figures.numerics, figures.tokens) == ("strided-256", "kernel", 16 * 255)
+    assert (figures.protocol, figures.numerics, figures.tokens) == (
+        "strided-256",
+        "kernel",
+        16 * 255,
+    )
     assert figures.bits_per_weight == 4.125
     assert figures.baseline_perplexity is not None
     assert 12 < figures.baseline_perplexity < 32
@@ -73,7 +77,9 @@ def test_fireq_stays_below_its_ceiling(measured: Measure):
 
 
 def test_fireq_with_16_bit_activations_stays_below_its_own(measured: Measure):
-    assert kld(measured("fireq-linear", "activations=none")) < min(CEILING_W4A16, kld(measured("fireq-linear")))
+    assert kld(measured("fireq-linear", "activations=none")) < min(
+        CEILING_W4A16, kld(measured("fireq-linear"))
+    )
 
 
 def test_the_paper_is_finite_and_between(measured: Measure):

@@ -54,7 +54,9 @@ def test_tied_heads(tiny: Maker, converted: Maker, text_file: Path):
     assert 0 < figures.kld_mean < 1
 
 
-def test_small_budgets_change_nothing(tiny: Maker, converted: Maker, text_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_budgets_change_nothing(
+    tiny: Maker, converted: Maker, text_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     args = {"dataset": str(text_file), "seqlen": 24, "max_windows": 11}
     out, parent = converted("rtn", "llama"), tiny("llama")
     large = evaluate(out, parent, **args)
@@ -63,7 +65,9 @@ def test_small_budgets_change_nothing(tiny: Maker, converted: Maker, text_file: 
     monkeypatch.setattr(run, "_HIDDEN_BYTES", 3 * 24 * 256 * 4)
     add = Records.add
 
-    def watched(self: Records, window: int, first: int, logits: torch.Tensor, *rest: object) -> None:
+    def watched(
+        self: Records, window: int, first: int, logits: torch.Tensor, *rest: object
+    ) -> None:
         nonlocal largest
         largest = max(largest, logits.numel() * 4)
         add(self, window, first, logits, *rest)  # type: ignore[arg-type]
@@ -86,16 +90,22 @@ def test_several_models_share_one_pass_of_the_parent(
         passes.append(self.source.folder.name)
         return read(self, *args)  # type: ignore[arg-type]
 
-    alone = [evaluate(m, tiny("llama"), dataset=str(text_file), seqlen=32, max_windows=4) for m in models]
+    alone = [
+        evaluate(m, tiny("llama"), dataset=str(text_file), seqlen=32, max_windows=4) for m in models
+    ]
     monkeypatch.setattr(StreamedModel, "read", counted)
-    together = run.measure(models, tiny("llama"), Protocol("strided", 32), dataset=str(text_file), max_windows=4)
+    together = run.measure(
+        models, tiny("llama"), Protocol("strided", 32), dataset=str(text_file), max_windows=4
+    )
     assert [m.figures for m in together] == alone
     assert len(passes) == 3
     assert alone[1].kld_mean > 2 * alone[0].kld_mean
 
 
 def test_an_architecture_that_pq_does_not_know_is_loaded_whole(tmp_path: Path, text_file: Path):
-    config = AutoConfig.for_model("gpt2", vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     save_side_files(tmp_path)

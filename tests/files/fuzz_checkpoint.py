@@ -33,7 +33,13 @@ from quantize.files.headers import tensor_headers
 from quantize.files.provenance import read_provenance, require_unchanged
 from quantize.inspect.inspection import inspect
 from quantize.model.arch import Shape, architecture_of
-from quantize.model.load import attention_numerics, packed_schemes, require_readable, rotated_inputs, routing
+from quantize.model.load import (
+    attention_numerics,
+    packed_schemes,
+    require_readable,
+    rotated_inputs,
+    routing,
+)
 from quantize.recipe.recipe import parse_recipe
 from quantize.verification.checks import run_check
 from quantize.verification.layout import read_layout
@@ -42,19 +48,63 @@ SECONDS = 10
 """More than any small input may take."""
 SHARDS = {
     "model-00001-of-00002.safetensors": {"model.embed_tokens.weight": torch.arange(6.0).view(2, 3)},
-    "model-00002-of-00002.safetensors": {"lm_head.weight": torch.ones(2, 3, dtype=torch.bfloat16), "b": torch.ones(0)},
+    "model-00002-of-00002.safetensors": {
+        "lm_head.weight": torch.ones(2, 3, dtype=torch.bfloat16),
+        "b": torch.ones(0),
+    },
 }
-CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 2}
-CONFIG |= {"intermediate_size": 8, "num_key_value_heads": 1, "rope_scaling": None, "tie_word_embeddings": False}
-INDEX = {"metadata": {"total_size": 36}, "weight_map": {name: shard for shard, t in SHARDS.items() for name in t}}
-ODD: list[Any] = [None, True, -1, 0, 2**70, 1e400, "", "x" * 5000, "../x", "/etc/passwd", "\0", "é\u202e", [], {}]
-ODD += [[[[]]], {"a": {"a": {}}}, "model-00001-of-00002.safetensors", "con", "a/b", "\ud800", 1 << 40, float("nan")]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 2,
+}
+CONFIG |= {
+    "intermediate_size": 8,
+    "num_key_value_heads": 1,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+INDEX = {
+    "metadata": {"total_size": 36},
+    "weight_map": {name: shard for shard, t in SHARDS.items() for name in t},
+}
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    2**70,
+    1e400,
+    "",
+    "x" * 5000,
+    "../x",
+    "/etc/passwd",
+    "\0",
+    "é\u202e",
+    [],
+    {},
+]
+ODD += [
+    [[[]]],
+    {"a": {"a": {}}},
+    "model-00001-of-00002.safetensors",
+    "con",
+    "a/b",
+    "\ud800",
+    1 << 40,
+    float("nan"),
+]
 
 
 def clean() -> dict[str, bytes]:
     """Files of a sound checkpoint."""
     files = {name: save(tensors, {"format": "pt"}) for name, tensors in SHARDS.items()}
-    return files | {"config.json": json.dumps(CONFIG).encode(), INDEX_NAME: json.dumps(INDEX).encode()}
+    return files | {
+        "config.json": json.dumps(CONFIG).encode(),
+        INDEX_NAME: json.dumps(INDEX).encode(),
+    }
 
 
 def mutated(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
@@ -77,7 +127,9 @@ def _bytes(raw: bytes, name: str, rng: random.Random) -> bytes:
     work = bytearray(raw)
     for _ in range(rng.randint(1, 8)):
         if work:
-            work[rng.randrange(len(work))] = rng.choice((rng.randrange(256), 0, 0xFF, ord('"'), ord("{"), ord("9")))
+            work[rng.randrange(len(work))] = rng.choice(
+                (rng.randrange(256), 0, 0xFF, ord('"'), ord("{"), ord("9"))
+            )
     return bytes(work)
 
 
@@ -164,7 +216,11 @@ def converted() -> dict[str, bytes]:
         save_side_files(model)
         recipe = parse_recipe(RECIPE.replace("TEXT", str(text)), "r.yaml")
         convert(Request(model, recipe, folder / "out", CPU, torch.float32))
-        return {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.suffix != ".jinja"}
+        return {
+            path.name: path.read_bytes()
+            for path in (folder / "out").iterdir()
+            if path.suffix != ".jinja"
+        }
 
 
 def read_output(folder: Path) -> None:

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from quantize.errors import ModelError
-from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, require_finite_floats, sha256_file
+from quantize.files.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    read_json,
+    require_finite_floats,
+    sha256_file,
+)
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CPU = torch.device("cpu")
@@ -108,7 +115,9 @@ def test_hub_cache_links_are_followed(single: Path, tmp_path: Path):
         shutil.copy(file, cache / "blobs" / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     assert Checkpoint(snapshot).names() == Checkpoint(single).names()
-    assert [p.name for p in Checkpoint(snapshot).side_files()] == [p.name for p in Checkpoint(single).side_files()]
+    assert [p.name for p in Checkpoint(snapshot).side_files()] == [
+        p.name for p in Checkpoint(single).side_files()
+    ]
 
 
 # Hostile and broken folders
@@ -122,7 +131,9 @@ def test_no_folder_and_no_weights(tmp_path: Path, single: Path):
     refused(single, f"holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"]
+)
 def test_pickles_are_not_opened(single: Path, name: str):
     (single / SINGLE_NAME).unlink()
     (single / name).write_bytes(b"\x80\x04.")
@@ -169,7 +180,17 @@ def test_missing_shard(sharded: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "a/../../x.safetensors", "sub/x.safetensors", "/etc/passwd", "..", "", ".", "a\\b"]
+    "name",
+    [
+        "../x.safetensors",
+        "a/../../x.safetensors",
+        "sub/x.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        ".",
+        "a\\b",
+    ],
 )
 def test_shard_names_that_leave_the_folder(sharded: Path, name: str):
     shutil.copy(sharded / FIRST, sharded.parent / "x.safetensors")
@@ -192,7 +213,9 @@ def test_links_that_leave_the_folder(sharded: Path, tmp_path: Path):
 def test_index_and_shards_that_disagree(sharded: Path):
     edit_index(sharded, lambda where: where.update(phantom=FIRST))
     refused(sharded, FIRST, "tensor phantom is in the index but not in the shard")
-    edit_index(sharded, lambda where: [where.pop(name) for name in ("phantom", "model.norm.weight")])
+    edit_index(
+        sharded, lambda where: [where.pop(name) for name in ("phantom", "model.norm.weight")]
+    )
     refused(sharded, "tensor model.norm.weight is in the shard but the index places it in no file")
 
 
@@ -204,7 +227,9 @@ def test_a_tensor_in_two_shards(sharded: Path):
     }
     assert where["lm_head.weight"] == FIRST
     save_file(part, sharded / SECOND)
-    refused(sharded, SECOND, "tensor lm_head.weight is in the shard but the index places it in " + FIRST)
+    refused(
+        sharded, SECOND, "tensor lm_head.weight is in the shard but the index places it in " + FIRST
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,12 +272,17 @@ def test_weights_that_cannot_be_quantized():
 
 # Fuzzing
 
-SMALL = save({"a": torch.arange(6.0).view(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}, {"format": "pt"})
+SMALL = save(
+    {"a": torch.arange(6.0).view(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)},
+    {"format": "pt"},
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=6
+    ),
     st.integers(0, len(SMALL)) | st.just(len(SMALL)),
 )
 def test_random_bytes_give_tensors_or_a_model_error(

@@ -23,7 +23,9 @@ class Disk:
         self.folder = folder
 
     def resize(self, kib: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={kib}k", self.folder], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-o", f"remount,size={kib}k", self.folder], check=True, capture_output=True
+        )
 
     def names(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()}
@@ -34,7 +36,11 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no file system can be mounted here; run as root")
     yield Disk(folder)
@@ -54,7 +60,9 @@ def whole(pq: Call, told: list[object], tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "whole")
 
 
-def test_a_full_disk_at_every_stage(pq: Call, told: list[object], whole: dict[str, bytes], disk: Disk):
+def test_a_full_disk_at_every_stage(
+    pq: Call, told: list[object], whole: dict[str, bytes], disk: Disk
+):
     """The log takes the first page; each size ends the next attempt at another file."""
     met, output = [], disk.folder / "out"
     for kib in (4, 16, 128, 216, 272, 380, 464, 492, 540, 580):
@@ -80,14 +88,18 @@ def test_a_full_disk_at_every_stage(pq: Call, told: list[object], whole: dict[st
 
 
 @pytest.mark.parametrize("kib", [4, 64, 300, 500, 560])
-def test_a_full_disk_without_state_leaves_nothing(pq: Call, told: list[object], disk: Disk, kib: int):
+def test_a_full_disk_without_state_leaves_nothing(
+    pq: Call, told: list[object], disk: Disk, kib: int
+):
     disk.resize(kib)
     code, _, err = pq(*told, "-o", disk.folder / "out", "--resume", "never")
     assert (code, disk.names()) == (6, {"out.log"}), err
     assert "no space left on the disk" in err
 
 
-def test_a_full_disk_at_the_commit(pq: Call, told: list[object], whole: dict[str, bytes], disk: Disk, tmp_path: Path):
+def test_a_full_disk_at_the_commit(
+    pq: Call, told: list[object], whole: dict[str, bytes], disk: Disk, tmp_path: Path
+):
     """The state lies on another disk, so that the commit must copy what was collected there."""
     disk.resize(256)
     apart = ["-o", disk.folder / "out", "--work", tmp_path / "work"]
@@ -112,7 +124,18 @@ def test_a_report_that_does_not_fit_costs_no_conversion(
 
 
 def test_results_of_eval_that_do_not_fit(pq: Call, tiny: ModelMaker, text_file: Path, disk: Disk):
-    told = ["eval", tiny("llama"), "--dataset", text_file, "--seqlen", 32, "--max-windows", 2, "--device", "cpu"]
+    told = [
+        "eval",
+        tiny("llama"),
+        "--dataset",
+        text_file,
+        "--seqlen",
+        32,
+        "--max-windows",
+        2,
+        "--device",
+        "cpu",
+    ]
     code, _, err = pq(*told, "--output-path", disk.folder / "results")
     assert code == 6, err
     assert "no space left on the disk" in err

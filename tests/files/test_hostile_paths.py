@@ -32,12 +32,16 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["x" * 225, "ü" * 120, "x" * 300, "bad\udcff"])
-def test_names_that_no_file_beside_the_output_could_have(pq: Call, tiny: ModelMaker, here: Path, name: str):
+def test_names_that_no_file_beside_the_output_could_have(
+    pq: Call, tiny: ModelMaker, here: Path, name: str
+):
     refused(pq, 6, "give", tiny("llama"), here / name, "-r", "rtn")
 
 
 @pytest.mark.parametrize("output", [".", "", "/", "..", "x/.."])
-def test_outputs_without_a_name(pq: Call, tiny: ModelMaker, here: Path, monkeypatch: pytest.MonkeyPatch, output: str):
+def test_outputs_without_a_name(
+    pq: Call, tiny: ModelMaker, here: Path, monkeypatch: pytest.MonkeyPatch, output: str
+):
     (here / "x").mkdir()
     monkeypatch.chdir(here)
     code, _, err = pq("convert", "-m", tiny("llama"), "-r", "rtn", "-o", output, "--device", "cpu")
@@ -50,7 +54,9 @@ def test_paths_that_are_too_long(pq: Call, tiny: ModelMaker, here: Path):
     code, _, err = pq("convert", "-m", tiny("llama"), "-r", "rtn", "-o", deep, "--device", "cpu")
     assert (code, err.count("\n"), list(here.iterdir())) == (6, 1, [])
     for model in ("x" * 5000, "/" + "x" * 300, str(deep)):
-        code, _, err = pq("convert", "-m", model, "-r", "rtn", "-o", here / "out", "--device", "cpu")
+        code, _, err = pq(
+            "convert", "-m", model, "-r", "rtn", "-o", here / "out", "--device", "cpu"
+        )
         assert (code, err.count("\n"), list(here.iterdir())) == (4, 1, [])
         assert len(err) < 400 + len(str(here))
 
@@ -61,7 +67,9 @@ def test_an_output_that_is_a_link(pq: Call, tiny: ModelMaker, here: Path, target
     (here / "empty").mkdir()
     (here / "out").symlink_to(here / target)
     before = files_below(here)
-    code, _, err = pq("convert", "-m", tiny("llama"), "-r", "rtn", "-o", here / "out", "--device", "cpu")
+    code, _, err = pq(
+        "convert", "-m", tiny("llama"), "-r", "rtn", "-o", here / "out", "--device", "cpu"
+    )
     assert (code, files_below(here)) == (6, before)
     assert "is a link; give the folder itself" in err
 
@@ -80,18 +88,35 @@ def test_outputs_within_the_source(pq: Call, tiny: ModelMaker, tmp_path: Path, n
     (tmp_path / "link").symlink_to(model)
     before = files_below(tmp_path)
     for parent in (model, tmp_path / "link", model / ".." / "model"):
-        code, _, err = pq("convert", "-m", model, "-r", "rtn", "-o", parent / name, "--device", "cpu")
+        code, _, err = pq(
+            "convert", "-m", model, "-r", "rtn", "-o", parent / name, "--device", "cpu"
+        )
         assert (code, files_below(tmp_path)) == (2 if name else 6, before), err
         assert err.count("\n") == 1
     with pytest.raises(OutputError if not name else UsageError):
         convert(request_for(model, "rtn", model / name, tmp_path / "none.txt"))
 
 
-@pytest.mark.parametrize(("work", "says"), [("model/w", "lies in the model's folder"), ("out", "lies in --output")])
-def test_work_folders_that_are_in_the_way(pq: Call, tiny: ModelMaker, tmp_path: Path, work: str, says: str):
+@pytest.mark.parametrize(
+    ("work", "says"), [("model/w", "lies in the model's folder"), ("out", "lies in --output")]
+)
+def test_work_folders_that_are_in_the_way(
+    pq: Call, tiny: ModelMaker, tmp_path: Path, work: str, says: str
+):
     model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     before = files_below(tmp_path)
-    told = ["-m", model, "-r", "rtn", "-o", tmp_path / "out", "--work", tmp_path / work, "--device", "cpu"]
+    told = [
+        "-m",
+        model,
+        "-r",
+        "rtn",
+        "-o",
+        tmp_path / "out",
+        "--work",
+        tmp_path / work,
+        "--device",
+        "cpu",
+    ]
     code, _, err = pq("convert", *told)
     assert (code, files_below(tmp_path)) == (2, before)
     assert says in err
@@ -104,7 +129,15 @@ def test_line_feeds_and_escapes_in_paths(pq: Call, tiny: ModelMaker, tmp_path: P
     assert code == 0, err
     assert verify(output).ok
     (model / "config.json").write_text("{")
-    refused(pq, 4, "config.json: cannot be read as JSON", model, tmp_path / "line\nfeed" / "two" / "x", "-r", "rtn")
+    refused(
+        pq,
+        4,
+        "config.json: cannot be read as JSON",
+        model,
+        tmp_path / "line\nfeed" / "two" / "x",
+        "-r",
+        "rtn",
+    )
     code, _, err = pq("verify", model)
     assert (code, err.count("\n"), "\x1b" in err) == (7, 1, False)
 
@@ -135,7 +168,20 @@ def public(pq: Call, tiny: ModelMaker) -> Iterator[Path]:
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755)
     # What is imported on the way must be there before the user changes, who may not read the packages.
-    assert pq("convert", "-m", folder / "model", "-r", "rtn", "-o", folder / "first", "--device", "cpu")[0] == 0
+    assert (
+        pq(
+            "convert",
+            "-m",
+            folder / "model",
+            "-r",
+            "rtn",
+            "-o",
+            folder / "first",
+            "--device",
+            "cpu",
+        )[0]
+        == 0
+    )
     yield folder
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755)
@@ -149,7 +195,9 @@ def test_a_parent_that_may_not_be_written_to(pq: Call, public: Path):
         folder.chmod(0o555)
     for output in (closed / "new", closed / "out", closed / "deep" / "er"):
         with nobody():
-            code, _, err = pq("convert", "-m", public / "model", "-r", "rtn", "-o", output, "--device", "cpu")
+            code, _, err = pq(
+                "convert", "-m", public / "model", "-r", "rtn", "-o", output, "--device", "cpu"
+            )
         assert (code, err.count("\n")) == (6, 1), err
         assert "cannot be written to; give another --output" in err
     assert [path.name for path in closed.iterdir()] == ["out"]
@@ -187,16 +235,24 @@ def test_a_source_that_may_not_be_read(pq: Call, public: Path, name: str, says: 
         ("binary.yaml", bytes(range(128)), "is not allowed"),
         ("latin.yaml", b"description: \xe9", "is not UTF-8; save it as UTF-8"),
         ("bomb.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "anchor '&a' is refused"),
-        ("layer.yaml", b"description: d\nstages: [{method: rtn, layers: ['*.9.*']}]", "matches no linear"),
+        (
+            "layer.yaml",
+            b"description: d\nstages: [{method: rtn, layers: ['*.9.*']}]",
+            "matches no linear",
+        ),
     ],
 )
-def test_recipes_that_are_none(pq: Call, tiny: ModelMaker, here: Path, name: str, raw: bytes | None, says: str):
+def test_recipes_that_are_none(
+    pq: Call, tiny: ModelMaker, here: Path, name: str, raw: bytes | None, says: str
+):
     path = here.parent / name
     if raw is None:
         path.mkdir()
     else:
         path.write_bytes(raw)
-    code, _, err = pq("convert", "-m", tiny("llama"), "-r", path, "-o", here / "out", "--device", "cpu")
+    code, _, err = pq(
+        "convert", "-m", tiny("llama"), "-r", path, "-o", here / "out", "--device", "cpu"
+    )
     assert code == (4 if name == "layer.yaml" else 3), err
     assert says in err
     assert [path.name for path in here.iterdir()] in ([], ["out.log"])
@@ -205,9 +261,13 @@ def test_recipes_that_are_none(pq: Call, tiny: ModelMaker, here: Path, name: str
 def test_a_recipe_may_come_through_a_pipe(pq: Call, tiny: ModelMaker, here: Path):
     os.mkfifo(here.parent / "pipe.yaml")
     text = "description: d\nstages: [{method: rtn}]"
-    writer = threading.Thread(target=lambda: (here.parent / "pipe.yaml").write_text(text), daemon=True)
+    writer = threading.Thread(
+        target=lambda: (here.parent / "pipe.yaml").write_text(text), daemon=True
+    )
     writer.start()
-    code, _, err = pq("convert", "-m", tiny("llama"), "-r", here.parent / "pipe.yaml", "-o", here / "out")
+    code, _, err = pq(
+        "convert", "-m", tiny("llama"), "-r", here.parent / "pipe.yaml", "-o", here / "out"
+    )
     assert code == 0, err
     writer.join(timeout=10)
 

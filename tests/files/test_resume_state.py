@@ -25,9 +25,13 @@ from quantize.files.resume import difference
 
 
 @pytest.fixture(scope="module")
-def by_gptq(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def by_gptq(
+    tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """What a conversion by RECIPES["gptq"] writes when nothing comes between."""
-    return whole(request("gptq", model_of(tiny, "gptq"), text_file, tmp_path_factory.mktemp("gptq") / "out"))
+    return whole(
+        request("gptq", model_of(tiny, "gptq"), text_file, tmp_path_factory.mktemp("gptq") / "out")
+    )
 
 
 # What must be as it was
@@ -92,7 +96,9 @@ def test_what_differs_is_named(
     assert (asked.work / "state.json").exists()
     with caplog.at_level(logging.INFO, "quantize"):
         convert(other)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "quantize.files.resume"]
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == "quantize.files.resume"
+    ]
     assert f": {field} is " in line
     assert line.endswith("; starts anew")
     assert files_of(asked.output) == whole(other)
@@ -123,7 +129,8 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["state.json", "state-00002-00000.safetensors", "partial/model-00002-of-00005.safetensors"]
+    "name",
+    ["state.json", "state-00002-00000.safetensors", "partial/model-00002-of-00005.safetensors"],
 )
 def test_damage_is_no_state(
     tiny: ModelMaker,
@@ -143,10 +150,17 @@ def test_damage_is_no_state(
     assert files_of(asked.output) == by_gptq
 
 
-def test_files_of_a_killed_run_are_no_part_of_the_next(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+def test_files_of_a_killed_run_are_no_part_of_the_next(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path
+):
     asked = kept(tiny, text_file, tmp_path)
     stopped_after(asked, 1)
-    for name in ("partial/model-00003-of-00005.safetensors", "partial/stray", "state.json.part", "lock"):
+    for name in (
+        "partial/model-00003-of-00005.safetensors",
+        "partial/stray",
+        "state.json.part",
+        "lock",
+    ):
         (asked.work / name).write_text("half")
     (asked.work / "state-00002-00000.safetensors").write_text("half")
     convert(dataclasses.replace(asked, resume="required"))
@@ -172,7 +186,11 @@ def test_an_error_keeps_the_blocks_before_it(
 
 
 def test_a_full_disk_keeps_the_state_before_it(
-    tiny: ModelMaker, text_file: Path, tmp_path: Path, by_gptq: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    by_gptq: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     asked, real = kept(tiny, text_file, tmp_path, "gptq"), resume_module.save_file
 

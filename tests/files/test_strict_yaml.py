@@ -28,7 +28,11 @@ def errors(text: str | bytes, source: str = "r.yaml") -> list[str]:
 
 def test_defaults_are_filled_in_and_the_name_is_the_stem():
     recipe = parse_recipe(GOOD, "some/folder/plain.yaml")
-    assert (recipe.name, recipe.description, recipe.format) == ("plain", "plain", "compressed-tensors")
+    assert (recipe.name, recipe.description, recipe.format) == (
+        "plain",
+        "plain",
+        "compressed-tensors",
+    )
     assert recipe.calibration == Calibration(dataset="builtin", nsamples=128, seqlen=2048, seed=0)
     assert [type(stage) for stage in recipe.stages] == [METHODS["rtn"]]
     assert parse_recipe(GOOD.encode(), "plain.yaml") == recipe
@@ -63,7 +67,9 @@ def test_scalars_follow_the_core_schema(plain: str, value: object):
 
 def test_yaml_11_words_stay_text_in_string_fields():
     assert parse_recipe(GOOD.replace("plain", "off"), "r.yaml").description == "off"
-    assert parse_recipe(CALIBRATION.format("text_field: no"), "r.yaml").calibration.text_field == "no"
+    assert (
+        parse_recipe(CALIBRATION.format("text_field: no"), "r.yaml").calibration.text_field == "no"
+    )
 
 
 def test_marks_give_the_place_of_every_value():
@@ -110,14 +116,26 @@ def test_syntax_errors_name_line_column_and_text(text: str, where: str, says: st
 @pytest.mark.parametrize(
     ("yaml", "where", "says"),
     [
-        ("description: a\n", "2: description", "duplicate key, first on line 1; remove one of them"),
+        (
+            "description: a\n",
+            "2: description",
+            "duplicate key, first on line 1; remove one of them",
+        ),
         ("calibration: &c {}\n", "2: calibration", "anchor '&c' is refused"),
         ("calibration: *c\n", "2: calibration", "alias '*c' is refused; write the value out"),
-        ("calibration: !!python/object:os.system {}\n", "2: calibration", "tag '!!python/object:os.system' is refused"),
+        (
+            "calibration: !!python/object:os.system {}\n",
+            "2: calibration",
+            "tag '!!python/object:os.system' is refused",
+        ),
         ("format: !!str compressed-tensors\n", "2: format", "tag '!!str' is refused"),
         ("calibration: {seed: .nan}\n", "2: calibration.seed", ".nan is not a finite number"),
         ("calibration: {seed: 1e999}\n", "2: calibration.seed", "too large for a float"),
-        ("calibration: {seed: " + "9" * 5000 + "}\n", "2: calibration.seed", "number of 5000 characters"),
+        (
+            "calibration: {seed: " + "9" * 5000 + "}\n",
+            "2: calibration.seed",
+            "number of 5000 characters",
+        ),
         ('calibration: {dataset: "\\ud800"}\n', "2: calibration.dataset", "surrogate"),
         ('"\\ud800": 1\n', "2", r"key '\ud800' is not a plain string"),
         ("12: 1\n", "2", "key '12' is not a plain string; use a field name"),
@@ -150,14 +168,19 @@ def test_deep_nesting_stops_early(text: str):
 
 def test_size_and_encoding():
     assert "larger than 1 MiB" in errors("#" * (strict_yaml.MAX_BYTES + 1))[0]
-    assert errors(b"description: a\nstages: \xff")[0] == "r.yaml:2: byte 0xff is not UTF-8; save it as UTF-8"
+    assert (
+        errors(b"description: a\nstages: \xff")[0]
+        == "r.yaml:2: byte 0xff is not UTF-8; save it as UTF-8"
+    )
     assert "not UTF-8" in errors(GOOD.encode("utf-16"))[0]
     assert parse_recipe(b"\xef\xbb\xbf" + GOOD.encode(), "r.yaml").description == "plain"
     assert parse_recipe(GOOD.replace("\n", "\r\n"), "r.yaml").description == "plain"
     assert "mend the escape" in errors('a: "\\UFFFFFFFF"')[0]
 
 
-@given(st.one_of(st.text(), st.binary(), st.text(alphabet="amr: -\n[]{}\"'&*!?|>#%1.e\\\t,ﬀ\ud800")))
+@given(
+    st.one_of(st.text(), st.binary(), st.text(alphabet="amr: -\n[]{}\"'&*!?|>#%1.e\\\t,ﬀ\ud800"))
+)
 def test_any_input_gives_a_recipe_or_a_recipe_error(text: str | bytes):
     for candidate in (text, GOOD.encode() + text if isinstance(text, bytes) else GOOD + text):
         try:
@@ -166,7 +189,9 @@ def test_any_input_gives_a_recipe_or_a_recipe_error(text: str | bytes):
             message = str(err)
         else:
             continue
-        assert all(line.startswith("r.yaml:") and line.isprintable() for line in message.split("\n"))
+        assert all(
+            line.startswith("r.yaml:") and line.isprintable() for line in message.split("\n")
+        )
 
 
 # Writing back
@@ -175,7 +200,9 @@ def test_any_input_gives_a_recipe_or_a_recipe_error(text: str | bytes):
 def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Values that a field's JSON schema allows."""
     if "anyOf" in schema:
-        return st.one_of(*(values_of(part) for part in schema["anyOf"] if part.get("type") != "array"))
+        return st.one_of(
+            *(values_of(part) for part in schema["anyOf"] if part.get("type") != "array")
+        )
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum", [schema.get("const")]))
     low, high = schema.get("minimum"), schema.get("maximum")
@@ -190,7 +217,23 @@ def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     return {"boolean": st.booleans(), "null": st.none(), "string": TEXTS}[schema["type"]]
 
 
-TRAPS = ["", "null", "~", "1e-3", "0o17", "0x1f", "1", ".5", ".inf", "true", "off", "yes", "2020-01-01", "- a", "a: b"]
+TRAPS = [
+    "",
+    "null",
+    "~",
+    "1e-3",
+    "0o17",
+    "0x1f",
+    "1",
+    ".5",
+    ".inf",
+    "true",
+    "off",
+    "yes",
+    "2020-01-01",
+    "- a",
+    "a: b",
+]
 TRAPS += [
     "#x",
     "&a",
@@ -220,7 +263,9 @@ TEXTS = st.one_of(
 @st.composite
 def some_recipes(draw: st.DrawFn) -> Recipe:
     order = ("restructure", "smooth", "cache", "encode")
-    classes = sorted(draw(st.lists(st.sampled_from(STAGES), max_size=4)), key=lambda cls: order.index(cls.kind))
+    classes = sorted(
+        draw(st.lists(st.sampled_from(STAGES), max_size=4)), key=lambda cls: order.index(cls.kind)
+    )
     kinds = [cls.kind for cls in classes]
     assume("encode" in kinds and kinds.count("cache") < 2)
     assume(not any(cls.once and classes.count(cls) > 1 for cls in classes))
@@ -240,7 +285,9 @@ def some_recipes(draw: st.DrawFn) -> Recipe:
 def draw_fields(draw: st.DrawFn, cls: Any) -> dict[str, Any]:
     properties = cls.model_json_schema()["properties"]
     plain = {
-        key: schema for key, schema in properties.items() if "$ref" not in schema and schema.get("type") != "array"
+        key: schema
+        for key, schema in properties.items()
+        if "$ref" not in schema and schema.get("type") != "array"
     }
     return {key: draw(values_of(schema)) for key, schema in plain.items() if draw(st.booleans())}
 
@@ -261,7 +308,14 @@ def test_resolved_yaml_keeps_awkward_text(text: str):
 
 def test_resolved_yaml_is_complete_and_in_order():
     data = strict_yaml.load(resolved_yaml(parse_recipe(GOOD, "r.yaml")), "r.yaml").data
-    assert list(data) == ["description", "format", "head_bits", "calibration", "target_bpw", "stages"]
+    assert list(data) == [
+        "description",
+        "format",
+        "head_bits",
+        "calibration",
+        "target_bpw",
+        "stages",
+    ]
     assert list(data["calibration"]) == list(Calibration.model_fields)
     assert next(iter(data["stages"][0])) == "method"
     assert set(data["stages"][0]) == set(METHODS["rtn"].model_fields)

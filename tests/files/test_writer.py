@@ -24,7 +24,9 @@ ONE = {"b": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "a": torch.ones(3,
 TWO = {"c": torch.tensor([1.0, float("nan")])}
 
 
-def write(output: Path, before_commit: Callable[[CheckpointWriter], None] = lambda w: None) -> CheckpointWriter:
+def write(
+    output: Path, before_commit: Callable[[CheckpointWriter], None] = lambda w: None
+) -> CheckpointWriter:
     with CheckpointWriter(output, Shards(2)) as writer:
         writer.add(ONE)
         writer.add(TWO)
@@ -71,7 +73,9 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     wanted = {kind: stat.S_IMODE((tmp_path / kind).stat().st_mode) for kind in ("plain", "folder")}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == wanted["folder"]
-    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {wanted["plain"]}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {
+        wanted["plain"]
+    }
 
 
 @pytest.mark.parametrize("name", ["Größe 量子 🧮", "with space", "-dash", "a.b.c", "x" * 200])
@@ -87,7 +91,9 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path):
     assert INDEX_NAME in left_over(tmp_path / "out")
 
 
-def test_relative_outputs_stay_where_they_were_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_outputs_stay_where_they_were_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     write(Path("out"), lambda w: os.chdir(tmp_path / "other"))
@@ -102,7 +108,9 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, name: str):
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
-    with pytest.raises(OutputError, match="exists and is not an empty folder; give another --output"):
+    with pytest.raises(
+        OutputError, match="exists and is not an empty folder; give another --output"
+    ):
         write(out)
     assert (out / name).read_text() == "mine"
     assert left_over(tmp_path) == ["out"]
@@ -170,7 +178,9 @@ def test_leaving_without_commit_writes_nothing(tmp_path: Path):
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-DISK_FULL = SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })')
+DISK_FULL = SafetensorError(
+    'Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'
+)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +197,22 @@ DISK_FULL = SafetensorError('Error while serializing: IoError(Os { code: 28, mes
         ),
         (os, "fsync", FULL, "no space left"),
         (Path, "write_text", FULL, "no space left"),
-        (Path, "rename", OSError(errno.EXDEV, "Invalid cross-device link"), "cannot be written (Invalid cross-device"),
+        (
+            Path,
+            "rename",
+            OSError(errno.EXDEV, "Invalid cross-device link"),
+            "cannot be written (Invalid cross-device",
+        ),
         (transaction_module.tempfile, "mkdtemp", FULL, "no space left"),
     ],
 )
 def test_a_disk_that_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, error: Exception, says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: object,
+    name: str,
+    error: Exception,
+    says: str,
 ):
     def refuse(*args: object, **kwargs: object) -> None:
         raise error

@@ -53,7 +53,9 @@ def written_out(weight: BitVec) -> Tensor:
     """Σ_k c_k·b_k + bias of every weight in float64, summand by summand."""
     Z = len(weight.scales)
     line = weight.index.long().repeat_interleave(weight.group_size, dim=1)[:, : weight.shape[1]]
-    chosen = weight.lines.double()[line // Z] * weight.scales.double()[line % Z][..., None]  # [N, K, C]
+    chosen = (
+        weight.lines.double()[line // Z] * weight.scales.double()[line % Z][..., None]
+    )  # [N, K, C]
     on = torch.stack([weight.codes.long() >> k & 1 for k in range(weight.bits)], dim=-1)
     if chosen.shape[-1] > weight.bits:
         on = torch.cat([on, torch.ones_like(on[..., :1])], dim=-1)
@@ -82,7 +84,9 @@ def test_every_bit_lies_where_the_docstring_says(bits: int, size: tuple[int, int
         expected = [0] * plane_words(K, bits)
         for i, code in enumerate(codes[n]):
             for k in range(bits):
-                expected[bits * (i // 32) + k] |= (code >> k & 1) << i % 32  # nothing beyond the last input
+                expected[bits * (i // 32) + k] |= (
+                    code >> k & 1
+                ) << i % 32  # nothing beyond the last input
         assert [word & 0xFFFFFFFF for word in row] == expected
 
 
@@ -121,15 +125,23 @@ def test_tensors_read_back_and_weigh_what_they_claim(weight: BitVec):
         assert isinstance(back, BitVec)
         for field in dataclasses.fields(BitVec):
             ours, theirs = getattr(weight, field.name), getattr(back, field.name)
-            assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs, field.name
+            assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs, (
+                field.name
+            )
     stored = sum(t.nbytes for suffix, t in tensors.items() if suffix != "weight_shape")
-    assert weight.bits_per_weight == scheme.stored_bits(*weight.shape) == 8 * stored / weight.codes.numel()
+    assert (
+        weight.bits_per_weight
+        == scheme.stored_bits(*weight.shape)
+        == 8 * stored / weight.codes.numel()
+    )
 
 
 def test_an_index_takes_as_few_bytes_as_it_can():
     assert [index_dtype(n).itemsize for n in (1, 256, 257, MAX_LINES)] == [1, 1, 2, 2]
     weight = random_bitvec(2, 70, lines=MAX_LINES)
-    assert int(weight.tensors()["weight_index"].to(torch.int32).max()) == MAX_LINES - 1  # no sign is lost
+    assert (
+        int(weight.tensors()["weight_index"].to(torch.int32).max()) == MAX_LINES - 1
+    )  # no sign is lost
 
 
 @given(WEIGHTS)
@@ -156,8 +168,16 @@ def misfit(suffix: str, change: Callable[[Tensor], Tensor] | None) -> dict[str, 
         ("weight_scales", None, "weight_scales is missing"),
         ("weight_shape", None, "weight_shape is missing"),
         ("weight_planes", lambda t: t.long(), "weight_planes is torch.int64"),
-        ("weight_planes", lambda t: t[:, 4:], "weight_planes is torch.int32 (4, 24), expected torch.int32 (4, 28)"),
-        ("weight_index", lambda t: t.to(torch.int32), "weight_index is torch.int32 (4, 2), expected torch.uint8"),
+        (
+            "weight_planes",
+            lambda t: t[:, 4:],
+            "weight_planes is torch.int32 (4, 24), expected torch.int32 (4, 28)",
+        ),
+        (
+            "weight_index",
+            lambda t: t.to(torch.int32),
+            "weight_index is torch.int32 (4, 2), expected torch.uint8",
+        ),
         ("weight_index", lambda t: t[:, :1], "weight_index is torch.uint8 (4, 1)"),
         ("weight_index", lambda t: t + 7, "is outside a codebook of 7 lines"),
         ("weight_lines", lambda t: t.float(), "weight_lines is torch.float32"),
@@ -171,7 +191,9 @@ def misfit(suffix: str, change: Callable[[Tensor], Tensor] | None) -> dict[str, 
         ("weight_shape", lambda t: t.flip(0), "weight_planes is torch.int32 (4, 28), expected"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(suffix: str, change: Callable[[Tensor], Tensor] | None, says: str):
+def test_tensors_that_do_not_fit_are_refused(
+    suffix: str, change: Callable[[Tensor], Tensor] | None, says: str
+):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         BitVec.from_tensors(misfit(suffix, change), BitVecScheme(4, 128, False, 7, 1))
     assert says in str(caught.value)
@@ -182,8 +204,14 @@ def test_tensors_that_do_not_fit_are_refused(suffix: str, change: Callable[[Tens
     [
         ({"codes": torch.zeros(4, 200)}, "codes must be uint8"),
         ({"index": torch.zeros(4, 2, dtype=torch.uint8)}, "index int32"),
-        ({"index": torch.zeros(4, 1, dtype=torch.int32)}, r"index is \(4, 1\) for a weight \(4, 200\)"),
-        ({"index": torch.full((4, 2), 7, dtype=torch.int32)}, "index 7 is outside a codebook of 7 lines"),
+        (
+            {"index": torch.zeros(4, 1, dtype=torch.int32)},
+            r"index is \(4, 1\) for a weight \(4, 200\)",
+        ),
+        (
+            {"index": torch.full((4, 2), 7, dtype=torch.int32)},
+            "index 7 is outside a codebook of 7 lines",
+        ),
         ({"index": torch.full((4, 2), -1, dtype=torch.int32)}, "outside a codebook"),
         ({"lines": torch.zeros(7, 4)}, "lines must be float16"),
         ({"lines": torch.zeros(7, 6).half()}, "lines have 6 coefficients, expected 4 or 5"),
@@ -203,7 +231,10 @@ def test_a_weight_checks_what_it_holds(changes: dict[str, Any], says: str):
 def test_lines_that_count_evenly_have_their_step_as_unit(bias: bool):
     line = torch.tensor([[1.0, 2, 4, 8, -8][: 4 + bias]]).half()
     scales = torch.tensor([0.5, 0.125])
-    codes, index = torch.zeros(2, 256, dtype=torch.uint8), torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
+    codes, index = (
+        torch.zeros(2, 256, dtype=torch.uint8),
+        torch.tensor([[0, 1], [1, 1]], dtype=torch.int32),
+    )
     weight = BitVec(codes, index, line, scales, 4, 128)
     assert weight.unit().tolist() == [[0.5, 0.125], [0.125, 0.125]]
     first = -8.0 if bias else 0.0
@@ -220,7 +251,9 @@ def test_unit_and_points_describe_the_levels(weight: BitVec):
     assert points.shape == (1 << weight.bits,)
     assert (points.diff() >= 0).all()
     expected = (chosen / steps.clamp_min(1e-30)[:, None]).mean(dim=0)
-    assert torch.allclose(points.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert torch.allclose(
+        points.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
 
 
 def test_a_group_of_zeros_has_no_unit():
@@ -238,7 +271,12 @@ def test_there_are_no_fp8_activations():
 # config.json
 
 SCHEMES = st.builds(
-    BitVecScheme, BITS, st.sampled_from([64, 128, 256]), st.booleans(), st.integers(1, 256), st.integers(1, 256)
+    BitVecScheme,
+    BITS,
+    st.sampled_from([64, 128, 256]),
+    st.booleans(),
+    st.integers(1, 256),
+    st.integers(1, 256),
 )
 
 
@@ -273,7 +311,10 @@ def test_a_scheme_reads_back(scheme: BitVecScheme):
 def test_schemes_that_are_not_understood_are_refused(changes: dict[str, Any], says: str):
     config = native_config({"a": BitVecScheme(4, 128, True, 8, 2)}, [], None)
     config["config_groups"]["group_0"]["weights"] |= changes
-    for read in (lambda c: BitVecScheme.from_json(c["config_groups"]["group_0"]), lambda c: packed_linears(c, ["a"])):
+    for read in (
+        lambda c: BitVecScheme.from_json(c["config_groups"]["group_0"]),
+        lambda c: packed_linears(c, ["a"]),
+    ):
         with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
             read(config)
         assert says in str(caught.value)
@@ -310,7 +351,9 @@ def test_integers_and_bit_vectors_share_a_config():
 
 def test_compressed_tensors_holds_no_bit_vectors():
     config = quantization_config({"a": IntScheme(4, 128, False)}, [])
-    wrong = copy.deepcopy(config) | {"config_groups": {"group_0": BitVecScheme(4, 128, True, 8, 1).as_json(["Linear"])}}
+    wrong = copy.deepcopy(config) | {
+        "config_groups": {"group_0": BitVecScheme(4, 128, True, 8, 1).as_json(["Linear"])}
+    }
     assert schemes_in(config, ["a"])
     with pytest.raises((ValueError, KeyError)):
         schemes_in(wrong, ["a"])

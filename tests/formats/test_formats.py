@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
-from quantize.formats.packed_int import IntScheme, PackedInt, pack_codes, unpack_codes, words_per_row
+from quantize.formats.packed_int import (
+    IntScheme,
+    PackedInt,
+    pack_codes,
+    unpack_codes,
+    words_per_row,
+)
 from quantize.formats.registry import schemes_in
 from quantize.solvers.grid import Grid
 
@@ -21,11 +27,15 @@ SHAPES = st.tuples(st.integers(2, 8), st.integers(1, 4), st.integers(1, 131), st
 
 def random_codes(bits: int, N: int, K: int, seed: int = 0) -> torch.Tensor:
     half = 1 << (bits - 1)
-    return torch.randint(-half, half, (N, K), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        -half, half, (N, K), dtype=torch.int8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def random_packed(bits: int = 4, N: int = 3, K: int = 64, group_size: int = 32) -> PackedInt:
-    scale = (torch.rand(N, K // group_size, generator=torch.Generator().manual_seed(1)) + 0.1).to(torch.bfloat16)
+    scale = (torch.rand(N, K // group_size, generator=torch.Generator().manual_seed(1)) + 0.1).to(
+        torch.bfloat16
+    )
     return PackedInt(random_codes(bits, N, K), scale, bits, group_size)
 
 
@@ -112,10 +122,14 @@ def decode_e4m3(code: int) -> float:
     sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, code >> 3 & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return math.nan
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * (
+        mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
-VALUES = [decode_e4m3(code) for code in range(0x7F)]  # the non-negative ones, in order; index = code
+VALUES = [
+    decode_e4m3(code) for code in range(0x7F)
+]  # the non-negative ones, in order; index = code
 
 
 def nearest_even(x: float) -> float:
@@ -124,13 +138,19 @@ def nearest_even(x: float) -> float:
         code = above
     else:
         down, up = abs(x) - VALUES[above - 1], VALUES[above] - abs(x)
-        code = above if up < down or (up == down and above % 2 == 0) or abs(x) > E4M3_MAX else above - 1
+        code = (
+            above
+            if up < down or (up == down and above % 2 == 0) or abs(x) > E4M3_MAX
+            else above - 1
+        )
     return math.copysign(VALUES[code], x)
 
 
 def test_e4m3_decodes_like_the_standard():
     decoded = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    assert all(math.isnan(decode_e4m3(c)) or float(decoded[c]) == decode_e4m3(c) for c in range(256))
+    assert all(
+        math.isnan(decode_e4m3(c)) or float(decoded[c]) == decode_e4m3(c) for c in range(256)
+    )
     assert int(decoded.isnan().sum()) == 2
     assert decode_e4m3(0x7E) == E4M3_MAX
 
@@ -138,7 +158,9 @@ def test_e4m3_decodes_like_the_standard():
 def test_e4m3_rounds_to_nearest_even_everywhere():
     middles = [(a + b) / 2 for a, b in itertools.pairwise(VALUES)]
     points = torch.tensor([*VALUES, *middles, 449.0, 464.0, 480.0, 1e30], dtype=torch.float32)
-    points = torch.cat([points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(1e38))])
+    points = torch.cat(
+        [points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(1e38))]
+    )
     points = torch.cat([points, -points])
     expected = torch.tensor([nearest_even(float(p)) for p in points], dtype=torch.float32)
     assert torch.equal(e4m3(points), expected)
@@ -165,7 +187,9 @@ def test_activation_error_is_within_half_an_e4m3_step(seed: int, exponent: float
     error = (out - x.double()).abs()
     normal = x.double().abs() >= 2.0**-6 * scale
     slack = 1 + 1e-5  # the division and the product are rounded to float32 too
-    assert (error <= torch.where(normal, x.double().abs() * 2.0**-4, scale * 2.0**-10) * slack).all()
+    assert (
+        error <= torch.where(normal, x.double().abs() * 2.0**-4, scale * 2.0**-10) * slack
+    ).all()
 
 
 # The law that a serving engine relies on: it sees bfloat16 scales only and derives its own FP8 scales from them.
@@ -176,7 +200,9 @@ def test_activation_error_is_within_half_an_e4m3_step(seed: int, exponent: float
 def test_reloaded_scales_give_the_weight_that_was_fitted(fit: str, spread: float):
     generator = torch.Generator().manual_seed(3)
     rows = 10.0 ** (spread * torch.randn(48, 1, generator=generator))
-    groups = 10.0 ** (spread / 2 * torch.randn(48, 4, 1, generator=generator)).expand(48, 4, 128).flatten(1)
+    groups = 10.0 ** (spread / 2 * torch.randn(48, 4, 1, generator=generator)).expand(
+        48, 4, 128
+    ).flatten(1)
     w = torch.randn(48, 512, generator=generator) * rows * groups * 0.02
     w[5, 128:256] = 0
     w[6] = 0
@@ -203,7 +229,9 @@ def test_kernel_weights_stay_near_the_stock_weights():
 
 
 def test_schemes_read_back_from_the_config():
-    linears = [f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.up_proj")]
+    linears = [
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.up_proj")
+    ]
     everywhere = dict.fromkeys(linears, IntScheme(4, 128, True))
     config = quantization_config(everywhere, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
@@ -224,7 +252,9 @@ def test_schemes_read_back_from_the_config():
     [("weights", {"type": "float"}, "only symmetric int groups"), ("weights", {"symmetric": False}, "symmetric"),
      ("input_activations", {"strategy": "tensor"}, "per-token FP8"), ("weights", {"strategy": "channel"}, "channel")],
 )  # fmt: skip
-def test_schemes_that_pq_does_not_write_are_refused(field: str, change: dict[str, object], says: str):
+def test_schemes_that_pq_does_not_write_are_refused(
+    field: str, change: dict[str, object], says: str
+):
     config = quantization_config({"a": IntScheme(4, 128, True)}, [])
     config["config_groups"]["group_0"][field] |= change
     with pytest.raises(ValueError, match=says):

@@ -14,7 +14,10 @@ from torch import Tensor
 from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, fake_quantize, quantize
 
 SCHEMES = [
-    KvScheme(g, symmetric, dtype) for g in (128, 16) for symmetric in (True, False) for dtype in ("bfloat16", "e4m3")
+    KvScheme(g, symmetric, dtype)
+    for g in (128, 16)
+    for symmetric in (True, False)
+    for dtype in ("bfloat16", "e4m3")
 ]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 schemes = st.sampled_from(SCHEMES)
@@ -47,7 +50,9 @@ def test_worked_bits():
     assert codes.scale.tolist() == [1.0]
     assert codes.records().tolist() == [0x48, 0x8F, 0x80, 0x3F]
     assert dequantize(codes, scheme, torch.float32).tolist() == [0.0, -4.0, 7.0, 0.0]
-    uneven = quantize(torch.tensor([-5.0, 10.0, 0.0, 2.4]), KvScheme(symmetric=False, scale_dtype="e4m3"))
+    uneven = quantize(
+        torch.tensor([-5.0, 10.0, 0.0, 2.4]), KvScheme(symmetric=False, scale_dtype="e4m3")
+    )
     assert uneven.packed.tolist() == [0xF0, 0x75]
     assert uneven.zero is not None
     assert uneven.zero.tolist() == [5]
@@ -55,7 +60,9 @@ def test_worked_bits():
 
 
 @given(schemes, seeds, st.sampled_from(FLOATS))
-def test_fake_quantize_is_quantize_and_dequantize_bit_for_bit(scheme: KvScheme, seed: int, dtype: torch.dtype):
+def test_fake_quantize_is_quantize_and_dequantize_bit_for_bit(
+    scheme: KvScheme, seed: int, dtype: torch.dtype
+):
     x = some(seed, 2, 3, 32).to(dtype)
     fake, real = fake_quantize(x, scheme), dequantize(quantize(x, scheme), scheme, torch.float32)
     assert fake.dtype == torch.float32
@@ -63,7 +70,9 @@ def test_fake_quantize_is_quantize_and_dequantize_bit_for_bit(scheme: KvScheme, 
 
 
 @given(schemes, seeds, st.integers(-100, 100))
-def test_error_is_at_most_half_a_step_plus_what_the_scale_rounds_away(scheme: KvScheme, seed: int, exponent: int):
+def test_error_is_at_most_half_a_step_plus_what_the_scale_rounds_away(
+    scheme: KvScheme, seed: int, exponent: int
+):
     x = some(seed, 4, 32, size=2.0**exponent)
     codes = quantize(x, scheme)
     stored, ideal = spread(x, codes, scheme)
@@ -81,13 +90,17 @@ def test_a_float64_reference_finds_the_same_codes(scheme: KvScheme, seed: int):
     codes = quantize(x, scheme)
     stored, ideal = spread(x, codes, scheme)
     zero: Tensor | float = (
-        8.0 if codes.zero is None else codes.zero.double().repeat_interleave(32 // codes.zero.shape[-1], -1)
+        8.0
+        if codes.zero is None
+        else codes.zero.double().repeat_interleave(32 // codes.zero.shape[-1], -1)
     )
     nibbles = (torch.round(x.double() / stored) + zero).clamp(0, 15)
     expected = nibbles[..., 0::2] + 16 * nibbles[..., 1::2]
     assert codes.packed.tolist() == expected.tolist()
     assert dequantize(codes, scheme, torch.float32).double().equal((nibbles - zero) * stored)
-    assert (stored - ideal).abs().div(ideal).max() <= (2**-8 if scheme.scale_dtype == "bfloat16" else 2**-4)
+    assert (stored - ideal).abs().div(ideal).max() <= (
+        2**-8 if scheme.scale_dtype == "bfloat16" else 2**-4
+    )
 
 
 @given(seeds, st.sampled_from([128, 16]), st.integers(-110, 100))
@@ -204,7 +217,8 @@ def test_layout_in_memory_does_not_matter(scheme: KvScheme):
         wide = torch.cat([expected.records(), expected.records()], dim=-2).transpose(0, -2)
         there = KvCodes.from_records(wide, scheme, x.shape[-1])
         assert torch.equal(
-            dequantize(there, scheme, torch.float32).transpose(0, -2)[..., : x.shape[-2], :], fake_quantize(x, scheme)
+            dequantize(there, scheme, torch.float32).transpose(0, -2)[..., : x.shape[-2], :],
+            fake_quantize(x, scheme),
         )
 
 

@@ -41,7 +41,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("recipe", ["fireq-paper-linear", "rtn"])
-def test_transformers_computes_what_we_compute(converted: Maker, tmp_path: Path, recipe: str, model_type: str):
+def test_transformers_computes_what_we_compute(
+    converted: Maker, tmp_path: Path, recipe: str, model_type: str
+):
     source = converted(recipe, model_type)
     folder = native(tmp_path / "native", source)
     for dtype in (torch.float32, torch.bfloat16):
@@ -49,7 +51,9 @@ def test_transformers_computes_what_we_compute(converted: Maker, tmp_path: Path,
         layers = [m for m in model.modules() if isinstance(m, NativeLinear)]
         assert len(layers) == linears_of(folder)
         assert {m.scheme.fp8_activations for m in layers} == {recipe == "fireq-paper-linear"}
-        assert {t.dtype for m in layers for n, t in m.named_parameters() if n == "weight_scale"} == {torch.bfloat16}
+        assert {
+            t.dtype for m in layers for n, t in m.named_parameters() if n == "weight_scale"
+        } == {torch.bfloat16}
         assert difference(logits(model), logits(load_model(source, CPU, dtype))) < 1e-5
     assert not model.training
 
@@ -58,13 +62,19 @@ def test_mixed_schemes_load(converted: Maker, tmp_path: Path):
     source = converted("rtn", "qwen2")
 
     def mixed(quantization: dict[str, Any]) -> None:
-        packed = [n.removesuffix(".weight_shape") for n in tensors_of(source) if n.endswith("weight_shape")]
+        packed = [
+            n.removesuffix(".weight_shape")
+            for n in tensors_of(source)
+            if n.endswith("weight_shape")
+        ]
         schemes = dict.fromkeys(packed, IntScheme(4, 128, False)) | dict.fromkeys(packed[:2], W4A8)
         quantization.update(native_config(schemes, quantization["ignore"], None))
 
     folder = rewritten(native(tmp_path / "native", source), mixed)
     model = loaded(folder)
-    assert sum(m.scheme.fp8_activations for m in model.modules() if isinstance(m, NativeLinear)) == 2
+    assert (
+        sum(m.scheme.fp8_activations for m in model.modules() if isinstance(m, NativeLinear)) == 2
+    )
     assert difference(logits(model), logits(load_model(folder, CPU, torch.float32))) < 1e-5
     assert difference(logits(model), logits(load_model(source, CPU, torch.float32))) > 1e-3
 
@@ -72,7 +82,10 @@ def test_mixed_schemes_load(converted: Maker, tmp_path: Path):
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_a_device_map_changes_nothing(converted: Maker, tmp_path: Path, device_map: str):
     folder = native(tmp_path / "native", converted("fireq-paper-linear", "qwen2"), ATTENTION)
-    plain, mapped = loaded(folder, torch.bfloat16), loaded(folder, torch.bfloat16, device_map=device_map)
+    plain, mapped = (
+        loaded(folder, torch.bfloat16),
+        loaded(folder, torch.bfloat16, device_map=device_map),
+    )
     assert not [n for n, t in (*mapped.named_parameters(), *mapped.named_buffers()) if t.is_meta]
     assert torch.equal(logits(mapped), logits(plain))
 
@@ -82,7 +95,9 @@ def test_blocks_may_stay_on_the_disk(converted: Maker, tmp_path: Path):
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     try:
-        model = loaded(folder, torch.bfloat16, device_map=places, offload_folder=tmp_path / "offloaded")
+        model = loaded(
+            folder, torch.bfloat16, device_map=places, offload_folder=tmp_path / "offloaded"
+        )
     except ModelError as err:  # never other weights
         pytest.skip(str(err))
     assert model.model.layers[1].mlp.up_proj.weight_packed.is_meta
@@ -103,7 +118,10 @@ def test_packed_integers_that_an_offload_would_change_are_refused(converted: Mak
 
 def test_the_decoder_loads_alone(converted: Maker, tmp_path: Path):
     folder = native(tmp_path / "native", converted("rtn", "llama"), ATTENTION)
-    whole, alone = loaded(folder, torch.bfloat16), AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    whole, alone = (
+        loaded(folder, torch.bfloat16),
+        AutoModel.from_pretrained(folder, dtype=torch.bfloat16),
+    )
     with torch.no_grad():
         states = [model(tokens()).last_hidden_state for model in (whole.model, alone)]
     assert torch.equal(*states)
@@ -123,7 +141,11 @@ def test_attention_is_attached_with_its_scale(converted: Maker, tmp_path: Path, 
             assert isinstance(kv, KvAttention)
             assert kv.scale.dtype == torch.float32
             assert torch.equal(kv.scale, stored[f"model.layers.{i}.self_attn.kv.scale"])
-            assert (kv.numerics.scheme, kv.numerics.fp8_query, kv.numerics.fp8_probabilities) == (scheme, False, True)
+            assert (kv.numerics.scheme, kv.numerics.fp8_query, kv.numerics.fp8_probabilities) == (
+                scheme,
+                False,
+                True,
+            )
     assert torch.isfinite(logits(model)).all()
 
 
@@ -136,7 +158,10 @@ def test_what_a_conversion_writes_loads(converted: Maker, recipe: str, model_typ
             linears_of(folder) if recipe == "fireq-paper" else 0
         )
         assert difference(logits(model), logits(ours)) < 1e-5
-        scales = [[m.scale for m in each.modules() if isinstance(m, KvAttention)] for each in (model, ours)]
+        scales = [
+            [m.scale for m in each.modules() if isinstance(m, KvAttention)]
+            for each in (model, ours)
+        ]
         assert len(scales[0]) == 2
         assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
 
@@ -158,17 +183,26 @@ def test_it_generates_from_the_packed_cache(converted: Maker, tmp_path: Path):
 
     model = loaded(native(tmp_path / "native", converted("fireq-paper-linear", "qwen2"), ATTENTION))
     out = model.generate(
-        tokens(), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+        tokens(),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
     )
     assert out.sequences.shape == (2, 30)
-    cached = 2 * 2 * 2 * 29  # keys and values of two blocks and two sequences; the last token is never fed
+    cached = (
+        2 * 2 * 2 * 29
+    )  # keys and values of two blocks and two sequences; the last token is never fed
     plain = cached * 2 * 64 * 4
     assert cache_bytes(cache_of(out)) < plain / 4
 
 
 def test_a_plain_model_generates(converted: Maker, tmp_path: Path):
     model = loaded(native(tmp_path / "native", converted("rtn", "llama")), torch.bfloat16)
-    out = model.generate(tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+    )
     assert out.shape == (2, 28)
 
 
@@ -177,7 +211,11 @@ def test_a_plain_model_generates(converted: Maker, tmp_path: Path):
 def test_a_loaded_model_saves_what_it_was_loaded_from(
     converted: Maker, tmp_path: Path, tied: bool, attention: dict[str, Any] | None
 ):
-    folder = native(tmp_path / "native", converted("fireq-paper-linear", "qwen2", tie_word_embeddings=tied), attention)
+    folder = native(
+        tmp_path / "native",
+        converted("fireq-paper-linear", "qwen2", tie_word_embeddings=tied),
+        attention,
+    )
     model = loaded(folder, torch.bfloat16)
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     before, after = tensors_of(folder), tensors_of(tmp_path / "saved")
@@ -187,7 +225,10 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(
         assert after[name].dtype == tensor.dtype, name
         assert torch.equal(after[name], tensor), name
     Checkpoint(tmp_path / "saved")
-    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, tmp_path / "saved")]
+    configs = [
+        json.loads((f / "config.json").read_text())["quantization_config"]
+        for f in (folder, tmp_path / "saved")
+    ]
     assert configs[0] == configs[1]
     assert torch.equal(logits(loaded(tmp_path / "saved", torch.bfloat16)), logits(model))
 
@@ -203,4 +244,6 @@ def test_a_cast_model_saves_its_packed_tensors_unchanged(converted: Maker, tmp_p
     before, after = tensors_of(folder), tensors_of(tmp_path / "saved")
     packed = [name for name in before if "weight_" in name]
     assert len(packed) == 42
-    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in packed)
+    assert all(
+        torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in packed
+    )

@@ -53,10 +53,19 @@ def test_the_config_reads_back():
         ({"version": None}, "version None is not known"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"planes": 3}, "unknown field 'planes'"),
-        ({"attention": {"kv_cache": KvScheme().as_json()}}, "attention must be null or have the fields"),
+        (
+            {"attention": {"kv_cache": KvScheme().as_json()}},
+            "attention must be null or have the fields",
+        ),
         ({"attention": "fp8"}, "attention must be null"),
-        ({"attention": ATTENTION | {"query": "int8"}}, "attention.query is 'int8', expected 'fp8' or null"),
-        ({"attention": ATTENTION | {"kv_cache": KvScheme().as_json() | {"bits": 3}}}, "attention.kv_cache: "),
+        (
+            {"attention": ATTENTION | {"query": "int8"}},
+            "attention.query is 'int8', expected 'fp8' or null",
+        ),
+        (
+            {"attention": ATTENTION | {"kv_cache": KvScheme().as_json() | {"bits": 3}}},
+            "attention.kv_cache: ",
+        ),
         ({"attention": ATTENTION | {"kv_cache": None}}, "attention.kv_cache: "),
     ],
 )
@@ -72,7 +81,9 @@ def test_every_field_of_the_config_is_needed():
     for field in plain_config():
         config = plain_config()
         del config[field]
-        with pytest.raises(ValueError, match=r"version None|field '\w+' is missing|quant_method is None"):
+        with pytest.raises(
+            ValueError, match=r"version None|field '\w+' is missing|quant_method is None"
+        ):
             require_understood(config)
 
 
@@ -80,7 +91,13 @@ def test_schemes_that_are_not_understood_are_refused():
     config = native_config({"a": W4A16, "b": W4A8}, [], None)
     with pytest.raises(ValueError, match="targets b, which is no linear"):
         packed_linears(config, ["a"])
-    for part, value in (("num_bits", "4"), ("num_bits", 9), ("group_size", 0), ("type", "float"), ("strategy", None)):
+    for part, value in (
+        ("num_bits", "4"),
+        ("num_bits", 9),
+        ("group_size", 0),
+        ("type", "float"),
+        ("strategy", None),
+    ):
         wrong = copy.deepcopy(config)
         wrong["config_groups"]["group_0"]["weights"][part] = value
         with pytest.raises(ValueError, match="read"):
@@ -92,8 +109,14 @@ def test_schemes_that_are_not_understood_are_refused():
 
 # Whatever can be said, reads back
 
-NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), unique=True, max_size=8)
-INT_SCHEMES = st.builds(IntScheme, st.integers(2, 8), st.sampled_from([16, 32, 64, 128, 4096]), st.booleans())
+NAMES = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+    unique=True,
+    max_size=8,
+)
+INT_SCHEMES = st.builds(
+    IntScheme, st.integers(2, 8), st.sampled_from([16, 32, 64, 128, 4096]), st.booleans()
+)
 BITVEC_SCHEMES = st.builds(
     BitVecScheme,
     st.integers(2, 8),
@@ -114,7 +137,9 @@ def test_any_config_reads_back(names: list[str], left_alone: list[str], data: st
     schemes = {name: data.draw(INT_SCHEMES | BITVEC_SCHEMES) for name in linears}
     rotated = [name for name in (*linears, *alone) if data.draw(st.booleans())]
     routing = {name: data.draw(POLICIES) for name in alone}
-    config = native_config(schemes, alone, data.draw(st.sampled_from([None, ATTENTION])), rotated, routing)
+    config = native_config(
+        schemes, alone, data.draw(st.sampled_from([None, ATTENTION])), rotated, routing
+    )
     config = json.loads(json.dumps(config))
     require_understood(config)
     assert schemes_in(config, [*linears, *alone]) == schemes
@@ -123,7 +148,9 @@ def test_any_config_reads_back(names: list[str], left_alone: list[str], data: st
 
 
 @given(NAMES, NAMES, st.data())
-def test_any_compressed_tensors_config_reads_back(names: list[str], left_alone: list[str], data: st.DataObject):
+def test_any_compressed_tensors_config_reads_back(
+    names: list[str], left_alone: list[str], data: st.DataObject
+):
     schemes = {f"x.{name}": data.draw(INT_SCHEMES) for name in names}
     alone = [f"y.{name}" for name in left_alone]
     config = json.loads(json.dumps(quantization_config(schemes, alone)))

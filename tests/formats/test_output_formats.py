@@ -83,7 +83,9 @@ def test_a_format_of_one_file_loads_everywhere(
     assert torch.equal(stock(tokens).logits, ours(tokens).logits)
 
 
-def test_a_format_may_bring_its_own_encoding(tiny: ModelMaker, text_file: Path, tmp_path: Path, npz: OutputFormat):
+def test_a_format_may_bring_its_own_encoding(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, npz: OutputFormat
+):
     body = f"head_bits: 4, {GPTQ}"
     convert(made(tiny, text_file, tmp_path / "npz", f"format: npz, {body}"))
     convert(made(tiny, text_file, tmp_path / "packed", f"format: compressed-tensors, {body}"))
@@ -128,7 +130,9 @@ def test_what_such_a_format_cannot_hold_is_said_with_its_line(npz: OutputFormat)
         parse_recipe(text.replace("npz", "gguf"), "r.yaml")
 
 
-def test_what_such_a_format_loses_is_told(tiny: ModelMaker, text_file: Path, tmp_path: Path, npz: OutputFormat):
+def test_what_such_a_format_loses_is_told(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, npz: OutputFormat
+):
     summary = convert(made(tiny, text_file, tmp_path / "npz", f"format: npz, {KV}"))
     assert summary.lost == ["NumPy has no INT4 cache"]
 
@@ -160,7 +164,9 @@ def test_every_format_recognizes_what_it_says_itself(name: str):
     assert FORMATS[name].config_section(Finished({}, ["a", "lm_head"])) is None
 
 
-@pytest.mark.parametrize("section", [None, "pq", ["pq"], {}, {"quant_method": "gptq"}, {"quant_method": ["pq"]}])
+@pytest.mark.parametrize(
+    "section", [None, "pq", ["pq"], {}, {"quant_method": "gptq"}, {"quant_method": ["pq"]}]
+)
 def test_what_none_of_them_wrote_belongs_to_none(section: Any):
     assert format_in(section) is None
 

@@ -57,7 +57,9 @@ def test_a_run_converts_evaluates_and_checks(
     gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]], tiny: Maker
 ):
     asked = stubbed()
-    path = gate_file(GOOD + "\nrtn: {kld_mean: {value: 0.01, tolerance: 5%}}", "evaluation: {seqlen: 64}")
+    path = gate_file(
+        GOOD + "\nrtn: {kld_mean: {value: 0.01, tolerance: 5%}}", "evaluation: {seqlen: 64}"
+    )
     result = run_gate(path)
     assert [(v.recipe, v.metric, v.status) for v in result.verdicts] == [
         ("fireq", "kld_mean", "pass"),
@@ -65,7 +67,12 @@ def test_a_run_converts_evaluates_and_checks(
         ("rtn", "kld_mean", "FAIL"),
     ]
     (request, (model, baseline, settings)), rest = asked[:2], asked[2:]
-    assert (request.recipe.name, request.model, model, baseline) == ("fireq", tiny("llama"), request.output, baseline)
+    assert (request.recipe.name, request.model, model, baseline) == (
+        "fireq",
+        tiny("llama"),
+        request.output,
+        baseline,
+    )
     assert settings["seqlen"] == 64
     assert rest[0].recipe.name == "rtn"
     assert not request.output.exists()
@@ -80,14 +87,26 @@ def test_a_run_converts_evaluates_and_checks(
     run_gate(path, only=["fireq"]).raise_if_failed()
 
 
-def test_nan_fails_and_the_result_is_json(gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]]):
+def test_nan_fails_and_the_result_is_json(
+    gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]]
+):
     stubbed(kld_mean=math.nan, perplexity=math.inf)
     result = run_gate(gate_file(GOOD))
-    assert [(v.status, v.detail) for v in result.verdicts] == [("FAIL", "is nan"), ("FAIL", "is inf")]
-    assert json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))["figures"]["fireq"]["kld_mean"] is None
+    assert [(v.status, v.detail) for v in result.verdicts] == [
+        ("FAIL", "is nan"),
+        ("FAIL", "is inf"),
+    ]
+    assert (
+        json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))["figures"]["fireq"][
+            "kld_mean"
+        ]
+        is None
+    )
 
 
-def test_a_figure_that_is_missing_fails(gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]]):
+def test_a_figure_that_is_missing_fails(
+    gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]]
+):
     stubbed(bits_per_weight=None, baseline_perplexity=None)
     entries = "fireq: {bits_per_weight: {value: 4, tolerance: 9}, perplexity: {recovery: 0.1}}"
     details = [v.detail for v in run_gate(gate_file(entries)).verdicts if not v.ok]
@@ -153,7 +172,10 @@ def test_arguments_that_make_no_sense(
 
 
 def test_tasks_are_compared_with_the_parents(
-    gate_file: Callable[..., Path], stubbed: Callable[..., list[Any]], tiny: Maker, monkeypatch: pytest.MonkeyPatch
+    gate_file: Callable[..., Path],
+    stubbed: Callable[..., list[Any]],
+    tiny: Maker,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     stubbed()
     calls: list[tuple[Path, Any]] = []
@@ -187,7 +209,11 @@ rtn: {arc/acc: {recovery: 0.91}}"""
         ("arc/acc", "recovery", "FAIL"),
     ]
     assert "did you mean 'arc/acc'?" in result.verdicts[3].detail
-    assert [folder == tiny("llama") for folder, _ in calls] == [True, False, False]  # the parent once
+    assert [folder == tiny("llama") for folder, _ in calls] == [
+        True,
+        False,
+        False,
+    ]  # the parent once
     assert all(options["limit"] == 7 and options["numerics"] == "kernel" for _, options in calls)
     assert result.tasks["fireq"]["arc"]["acc"]["baseline"] == 0.5
 
@@ -199,10 +225,14 @@ def test_a_broken_recipe_fails_the_shipped_gate(tmp_path: Path):
     )
     text = text.replace("nsamples: 32", "nsamples: 8")
     path = tmp_path / "broken.yaml"
-    path.write_text(text.replace("model: reference-model", f"model: {data_dir('eval') / 'reference-model'}"))
+    path.write_text(
+        text.replace("model: reference-model", f"model: {data_dir('eval') / 'reference-model'}")
+    )
     result = run_gate(path, only=["fireq-linear", "fireq-paper-linear"])
     status = {(v.recipe, v.metric): v.status for v in result.verdicts}
-    assert {status["fireq-linear", m] for m in ("kld_mean", "perplexity", "top1_agreement")} == {"FAIL"}
+    assert {status["fireq-linear", m] for m in ("kld_mean", "perplexity", "top1_agreement")} == {
+        "FAIL"
+    }
     assert status["fireq-linear", "bits_per_weight"] == "better"
     assert {s for (recipe, _), s in status.items() if recipe == "fireq-paper-linear"} == {"pass"}
 
@@ -222,10 +252,15 @@ def test_a_real_run_on_a_tiny_model(gate_file: Callable[..., Path], text_file: P
 
 def test_a_real_task(gate_file: Callable[..., Path], tmp_path: Path, text_file: Path):
     pytest.importorskip("lm_eval")
-    rows = [{"id": str(i), "query": f"{i} and", "choices": ["one", "two"], "gold": i % 2} for i in range(4)]
+    rows = [
+        {"id": str(i), "query": f"{i} and", "choices": ["one", "two"], "gold": i % 2}
+        for i in range(4)
+    ]
     (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = f"evaluation: {{dataset: {json.dumps(str(text_file))}, seqlen: 32, max_windows: 1}}"
     tasks = "tasks: ['multiple_choice:quiz.jsonl']"
-    result = run_gate(gate_file("rtn: {quiz/acc: {value: 0.5, tolerance: 0.5}}", settings, tasks, "task_limit: 3"))
+    result = run_gate(
+        gate_file("rtn: {quiz/acc: {value: 0.5, tolerance: 0.5}}", settings, tasks, "task_limit: 3")
+    )
     assert [v.status for v in result.verdicts] == ["pass"]
     assert result.tasks["rtn"]["quiz"]["acc"]["baseline"] is not None

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from quantize.evaluate import Evaluation
 from quantize.files.resources import data_dir
-from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check, Measurement, Verdict, judge
+from quantize.gate.checks import (
+    HIGHER_IS_BETTER,
+    ROLLING_ONLY,
+    WITH_PARENT,
+    Check,
+    Measurement,
+    Verdict,
+    judge,
+)
 from quantize.gate.file import load_gate
 from quantize.recipe.files import shipped_recipes
 from quantize.recipe.recipe import load_recipe
@@ -20,7 +28,11 @@ BASELINES = data_dir("eval") / "baselines.yaml"
 
 
 def verdict_of(check: Check, value: float | None, parent: float | None = None) -> Verdict:
-    return judge("r", check, Measurement(value, parent, HIGHER_IS_BETTER.get(check.metric, False), "no such figure"))
+    return judge(
+        "r",
+        check,
+        Measurement(value, parent, HIGHER_IS_BETTER.get(check.metric, False), "no such figure"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,8 +66,15 @@ def test_the_ends_of_the_tolerance_belong_to_it():
     assert verdict_of(Check("top1_agreement", "value", 0.4, 0.3), 0.1).status == "pass"
 
 
-@given(value=st.floats(0.01, 100), tolerance=st.floats(0, 10), measured=st.floats(0.01, 100), higher=st.booleans())
-def test_directions_mirror_each_other(value: float, tolerance: float, measured: float, higher: bool):
+@given(
+    value=st.floats(0.01, 100),
+    tolerance=st.floats(0, 10),
+    measured=st.floats(0.01, 100),
+    higher=st.booleans(),
+)
+def test_directions_mirror_each_other(
+    value: float, tolerance: float, measured: float, higher: bool
+):
     check = Check("t/m", "value", value, tolerance)
     one = judge("r", check, Measurement(measured, None, higher))
     other = judge("r", check, Measurement(2 * value - measured, None, not higher))
@@ -78,7 +97,9 @@ def test_recovery_has_a_direction():
 
 
 @pytest.mark.parametrize("kind", ["value", "recovery"])
-@pytest.mark.parametrize(("value", "why"), [(None, "no such figure"), (math.nan, "is nan"), (math.inf, "is inf")])
+@pytest.mark.parametrize(
+    ("value", "why"), [(None, "no such figure"), (math.nan, "is nan"), (math.inf, "is inf")]
+)
 def test_what_is_not_a_number_fails_with_the_reason(kind: Any, value: float | None, why: str):
     verdict = verdict_of(Check("perplexity", kind, 0.5, 1e9), value, 10.0)
     assert (verdict.status, verdict.value) == ("FAIL", None)
@@ -108,14 +129,21 @@ def test_every_shipped_recipe_is_gated():
     assert {entry.name for entry in gate.entries} == {path.stem for path in shipped_recipes()}
     for entry in gate.entries:
         kinds = {(check.metric, check.kind) for check in entry.checks}
-        assert {("kld_mean", "value"), ("perplexity", "recovery"), ("top1_agreement", "value")} <= kinds, entry.name
+        assert {
+            ("kld_mean", "value"),
+            ("perplexity", "recovery"),
+            ("top1_agreement", "value"),
+        } <= kinds, entry.name
         encodes = any(stage.kind == "encode" for stage in load_recipe(entry.name).stages)
         assert (("bits_per_weight", "value") in kinds) == encodes, entry.name
     assert gate.model == data_dir("eval") / "reference-model"
 
 
 def test_tolerances_are_narrower_than_what_sets_recipes_apart():
-    checks = {e.name: next(c for c in e.checks if c.metric == "kld_mean") for e in load_gate(BASELINES).entries}
+    checks = {
+        e.name: next(c for c in e.checks if c.metric == "kld_mean")
+        for e in load_gate(BASELINES).entries
+    }
     order = ["fireq-linear", "gptq", "awq", "fireq-paper-linear", "rtn"]
     for better, worse in itertools.pairwise(order):
         assert checks[better].expected + checks[better].allowed < checks[worse].expected, better

@@ -29,7 +29,10 @@ def problems_of(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("checks", "expected"),
     [
-        ("kld_maen: {value: 1, tolerance: 0}", ".kld_maen: unknown metric; did you mean 'kld_mean'? the metrics are "),
+        (
+            "kld_maen: {value: 1, tolerance: 0}",
+            ".kld_maen: unknown metric; did you mean 'kld_mean'? the metrics are ",
+        ),
         ("kld_mean: {value: 1}", ".kld_mean: 'tolerance' is missing; add"),
         ("kld_mean: {tolerance: 1}", ".kld_mean: 'value' is missing; write"),
         ("kld_mean: {}", ".kld_mean: 'value' is missing; write"),
@@ -39,11 +42,26 @@ def problems_of(path: Path) -> list[str]:
         ("kld_mean: {value: true, tolerance: 0}", ".kld_mean.value: must be a number (value true)"),
         ("kld_mean: {value: 1, tolerance: -1}", ".kld_mean.tolerance: must be a number >= 0 or"),
         ("kld_mean: {value: 1, tolerance: 5pct}", ".kld_mean.tolerance: must be a number >= 0 or"),
-        ("kld_mean: {value: 1, tolerence: 5}", ".kld_mean.tolerence: unknown field; did you mean 'tolerance'? "),
-        ("kld_mean: {recovery: 0.9}", ".kld_mean.recovery: kld_mean is no figure of the parent; write value"),
-        ("perplexity: {recovery: 95}", ".perplexity.recovery: must be a number > 0 and <= 1, such as 0.95 (value 95)"),
-        ("word_perplexity: {recovery: 0.9}", ".word_perplexity: only the rolling protocol gives it; write"),
-        ("arc_easy/acc: {recovery: 0.9}", ".'arc_easy/acc': is a task's metric, but the file names no tasks; add"),
+        (
+            "kld_mean: {value: 1, tolerence: 5}",
+            ".kld_mean.tolerence: unknown field; did you mean 'tolerance'? ",
+        ),
+        (
+            "kld_mean: {recovery: 0.9}",
+            ".kld_mean.recovery: kld_mean is no figure of the parent; write value",
+        ),
+        (
+            "perplexity: {recovery: 95}",
+            ".perplexity.recovery: must be a number > 0 and <= 1, such as 0.95 (value 95)",
+        ),
+        (
+            "word_perplexity: {recovery: 0.9}",
+            ".word_perplexity: only the rolling protocol gives it; write",
+        ),
+        (
+            "arc_easy/acc: {recovery: 0.9}",
+            ".'arc_easy/acc': is a task's metric, but the file names no tasks; add",
+        ),
         ("set: [bits=2]", ": checks nothing; add a metric"),
         ("set: [bits=99], kld_mean: {}", ".set: --set: rtn.bits: "),
         ("set: [bitz=3], kld_mean: {}", ".set: --set bitz=3: no stage of recipe 'rtn' has"),
@@ -51,7 +69,9 @@ def problems_of(path: Path) -> list[str]:
         ("recipe: no.yaml, kld_mean: {}", ".recipe: recipe 'no.yaml': no such file"),
     ],
 )
-def test_every_mistake_in_an_entry_is_a_line(gate_file: Callable[..., Path], checks: str, expected: str):
+def test_every_mistake_in_an_entry_is_a_line(
+    gate_file: Callable[..., Path], checks: str, expected: str
+):
     found = problems_of(gate_file(f"rtn: {{{checks}}}"))
     assert [line for line in found if line.startswith(f"3: recipes.rtn{expected}")], found
 
@@ -60,10 +80,16 @@ def test_every_mistake_in_an_entry_is_a_line(gate_file: Callable[..., Path], che
     ("top", "expected"),
     [
         ("calibration: {nsamples: 0}", "calibration.nsamples: must be an integer >= 1 (value 0)"),
-        ("calibration: {nsample: 4}", "calibration.nsample: unknown field; did you mean 'nsamples'? "),
+        (
+            "calibration: {nsample: 4}",
+            "calibration.nsample: unknown field; did you mean 'nsamples'? ",
+        ),
         ("calibration: {dataset: 4}", "calibration.dataset: must be a text (value 4)"),
         ("evaluation: {seqlen: 4}", "evaluation.seqlen: must be an integer >= 8 (value 4)"),
-        ("evaluation: {numerics: fast}", "evaluation.numerics: must be kernel or stock (value 'fast')"),
+        (
+            "evaluation: {numerics: fast}",
+            "evaluation.numerics: must be kernel or stock (value 'fast')",
+        ),
         ("evaluation: {seqlen: 16, context: 16}", "evaluation.context: context 16 must be"),
         ("evaluation: 5", "evaluation: must be a mapping (value 5)"),
         ("tasks: arc_easy", "tasks: must be a list of texts (value 'arc_easy')"),
@@ -73,13 +99,17 @@ def test_every_mistake_in_an_entry_is_a_line(gate_file: Callable[..., Path], che
         ("history: none", "history: must be a list"),
     ],
 )
-def test_every_mistake_above_the_entries_is_a_line(gate_file: Callable[..., Path], top: str, expected: str):
+def test_every_mistake_above_the_entries_is_a_line(
+    gate_file: Callable[..., Path], top: str, expected: str
+):
     assert problems_of(gate_file(GOOD, top))[0].startswith(f"2: {expected}")
     assert len(problems_of(gate_file(GOOD, top))) == 1
 
 
 def test_a_recipe_that_is_not_there(gate_file: Callable[..., Path]):
-    (line,) = problems_of(gate_file("fierq: {perplexity: {recovery: 0.9}}\nrtn: {perplexity: {recovery: 0.9}}"))
+    (line,) = problems_of(
+        gate_file("fierq: {perplexity: {recovery: 0.9}}\nrtn: {perplexity: {recovery: 0.9}}")
+    )
     assert line.startswith("3: recipes.fierq: recipe 'fierq': no such file and no shipped recipe")
     assert "did you mean 'fireq'?" in line
     assert line.endswith("or name a file with 'recipe: FILE'")
@@ -89,7 +119,11 @@ def test_a_recipe_that_is_not_there(gate_file: Callable[..., Path]):
 
 
 def test_all_mistakes_are_found_at_once(gate_file: Callable[..., Path]):
-    path = gate_file("fireq: {kld: {}}\ngptq: {perplexity: {recovery: 2}}", "calibration: {seqlen: 1}", "modle: x")
+    path = gate_file(
+        "fireq: {kld: {}}\ngptq: {perplexity: {recovery: 2}}",
+        "calibration: {seqlen: 1}",
+        "modle: x",
+    )
     assert [line.split(":")[0] for line in problems_of(path)] == ["2", "3", "5", "6"]
 
 

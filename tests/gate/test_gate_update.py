@@ -46,7 +46,9 @@ def test_an_update_changes_only_the_numbers(tmp_path: Path, newline: str, bom: s
         "rtn.kld_mean 0.0249 -> 0.0231",
     ]
     after = path.read_bytes()
-    expected = before.replace(b"value: 0.0249 }", b"value: 0.0231 }").replace(b"{value: 0.0249,", b"{value: 0.0231,")
+    expected = before.replace(b"value: 0.0249 }", b"value: 0.0231 }").replace(
+        b"{value: 0.0249,", b"{value: 0.0231,"
+    )
     expected = expected.replace(b'"value" : 4.25', b'"value" : 4.125')
     assert after.startswith(expected)
     assert (b"\r\n" in after) == (newline == "\r\n")
@@ -67,7 +69,9 @@ def test_history_grows_and_nothing_changed_changes_nothing(tmp_path: Path):
     assert path.read_bytes() == first
     update_baselines(path, result_of(path, kld_mean=0.02), "three")
     head, history_key, rest = path.read_text().partition("history:\n")
-    path.write_text(head + history_key + "".join("   " + line for line in rest.splitlines(keepends=True)))
+    path.write_text(
+        head + history_key + "".join("   " + line for line in rest.splitlines(keepends=True))
+    )
     history = load_gate(path).document.data["history"]
     assert [item["reason"] for item in history] == ["one: 'it' # is", "three"]
     update_baselines(path, result_of(path, kld_mean=0.04), "four")
@@ -76,9 +80,13 @@ def test_history_grows_and_nothing_changed_changes_nothing(tmp_path: Path):
 
 @given(
     value=st.floats(1e-9, 1e9),
-    tolerance=st.one_of(st.just("0"), st.floats(0, 1).map(repr), st.integers(0, 99).map("{}%".format)),
+    tolerance=st.one_of(
+        st.just("0"), st.floats(0, 1).map(repr), st.integers(0, 99).map("{}%".format)
+    ),
 )
-def test_after_an_update_the_same_figures_pass(tmp_path_factory: pytest.TempPathFactory, value: float, tolerance: str):
+def test_after_an_update_the_same_figures_pass(
+    tmp_path_factory: pytest.TempPathFactory, value: float, tolerance: str
+):
     path = tmp_path_factory.mktemp("gate") / "gate.yaml"
     path.write_text(f"recipes: {{rtn: {{kld_mean: {{value: 77, tolerance: {tolerance}}}}}}}\n")
     update_baselines(path, result_of(path, kld_mean=value), "why")
@@ -161,7 +169,9 @@ def test_the_table_shows_every_verdict(tmp_path: Path, capsys: pytest.CaptureFix
     print_verdicts(result)
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert ["fireq", "kld_mean", "0.01", "-", "0.0249", "±", "30%", "better"] in [row[:8] for row in rows]
+    assert ["fireq", "kld_mean", "0.01", "-", "0.0249", "±", "30%", "better"] in [
+        row[:8] for row in rows
+    ]
     assert "recovery 0.8333 must be >= 0.95" in out
     assert "2 of 5 checks failed" in out
     assert "2 better than their baseline: keep them with --update-baselines" in out

@@ -33,8 +33,14 @@ from quantize.model.storage import storage_of
 
 Maker = Callable[..., Path]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 200) | st.floats(allow_nan=False) | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 200)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -48,7 +54,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def linears_of(found: Inspection) -> dict[str, Linear]:
-    return {f"{block.name}.{linear.name}": linear for block in found.blocks for linear in block.linears}
+    return {
+        f"{block.name}.{linear.name}": linear for block in found.blocks for linear in block.linears
+    }
 
 
 def pq_inspect(*args: object) -> Result:
@@ -57,7 +65,9 @@ def pq_inspect(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def other_model(folder: Path, tensors: dict[str, Tensor], quantization: Any, model_type: str = "opt") -> Path:
+def other_model(
+    folder: Path, tensors: dict[str, Tensor], quantization: Any, model_type: str = "opt"
+) -> Path:
     """A checkpoint as another tool might write it."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
@@ -78,8 +88,15 @@ def test_a_plain_model_of_every_architecture(tiny: Maker, model_type: str):
     assert found.totals.quantized_parameters == 0
     assert found.totals.quantized_bits_per_weight is None
     assert found.totals.bits_per_weight == 16
-    assert found.totals.tensor_bytes == found.totals.expected_bytes == found.totals.sixteen_bit_bytes == 2 * total
-    assert found.totals.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert (
+        found.totals.tensor_bytes
+        == found.totals.expected_bytes
+        == found.totals.sixteen_bit_bytes
+        == 2 * total
+    )
+    assert found.totals.file_bytes == sum(
+        path.stat().st_size for path in folder.glob("*.safetensors")
+    )
     assert found.model_type == model_type
     assert found.sizes["hidden_size"] == 128
     assert found.formats == ("bfloat16",)
@@ -87,11 +104,25 @@ def test_a_plain_model_of_every_architecture(tiny: Maker, model_type: str):
     assert found.made_problem is None
     assert [block.index for block in found.blocks] == [0, 1]
     experts = ARCHITECTURES[model_type].experts  # in the first block, four and a shared one
-    ffn = 5 * ["gate"] + 5 * ["up"] + 5 * ["down"] + 2 * ["router"] if experts else ["gate", "up", "down"]
+    ffn = (
+        5 * ["gate"] + 5 * ["up"] + 5 * ["down"] + 2 * ["router"]
+        if experts
+        else ["gate", "up", "down"]
+    )
     assert [linear.role for linear in found.blocks[0].linears] == ["q", "k", "v", "o", *ffn]
-    assert [linear.role for linear in found.blocks[1].linears] == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert [linear.role for linear in found.blocks[1].linears] == [
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    ]
     assert linears_of(found)["model.layers.1.mlp.down_proj"].shape == (128, 256)
-    shown = {f"{block.name}.{o.name}" for block in found.blocks for o in block.others} | {o.name for o in found.outside}
+    shown = {f"{block.name}.{o.name}" for block in found.blocks for o in block.others} | {
+        o.name for o in found.outside
+    }
     assert shown | {f"{name}.weight" for name in linears_of(found)} == set(tensors)
 
 
@@ -160,10 +191,15 @@ def test_provenance(converted: Maker):
     assert data["layers"][made.worst[0].name]["output_error"] == errors[0]
 
 
-def test_data_free_recipes_show_weight_errors_and_fallbacks_are_named(converted: Maker, tmp_path: Path):
+def test_data_free_recipes_show_weight_errors_and_fallbacks_are_named(
+    converted: Maker, tmp_path: Path
+):
     folder = shutil.copytree(converted("rtn", "llama"), tmp_path / "m")
     data = json.loads((folder / "pq.json").read_text())
-    data["layers"]["model.layers.1.mlp.up_proj"] |= {"fallback": "why", "weight_error": float("nan")}
+    data["layers"]["model.layers.1.mlp.up_proj"] |= {
+        "fallback": "why",
+        "weight_error": float("nan"),
+    }
     (folder / "pq.json").write_text(json.dumps(data))
     made = inspect(folder).made
     assert made is not None
@@ -172,7 +208,9 @@ def test_data_free_recipes_show_weight_errors_and_fallbacks_are_named(converted:
     assert {w.kind for w in made.worst} == {"weight_error"}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"pq": 1}', "\x00", '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"pq": 1}', "\x00", '{"a": ' + "9" * 5000 + "}"]
+)
 def test_a_broken_pq_json_is_said_and_the_rest_still_shown(tiny: Maker, tmp_path: Path, text: str):
     folder = shutil.copytree(tiny("llama"), tmp_path / "m")
     (folder / "pq.json").write_text(text)
@@ -200,9 +238,19 @@ def test_transformers_is_not_needed():
 def test_gptq(tmp_path: Path):
     p = "model.layers.0.self_attn.q_proj"
     parts = {f"{p}.qweight": torch.zeros(256 * 3 // 32, 64, dtype=torch.int32)}
-    parts |= {f"{p}.scales": torch.ones(4, 64).half(), f"{p}.qzeros": torch.zeros(4, 6, dtype=torch.int32)}
-    parts |= {f"{p}.g_idx": torch.zeros(256, dtype=torch.int32), f"{p}.bias": torch.zeros(64).half()}
-    found = inspect(other_model(tmp_path / "m", parts, {"quant_method": "gptq", "bits": 3, "group_size": 64}, "llama"))
+    parts |= {
+        f"{p}.scales": torch.ones(4, 64).half(),
+        f"{p}.qzeros": torch.zeros(4, 6, dtype=torch.int32),
+    }
+    parts |= {
+        f"{p}.g_idx": torch.zeros(256, dtype=torch.int32),
+        f"{p}.bias": torch.zeros(64).half(),
+    }
+    found = inspect(
+        other_model(
+            tmp_path / "m", parts, {"quant_method": "gptq", "bits": 3, "group_size": 64}, "llama"
+        )
+    )
     (linear,) = linears_of(found).values()
     assert (linear.shape, linear.bits, linear.group_size, linear.role) == ((64, 256), 3, 64, "q")
     assert linear.format == "gptq"
@@ -212,18 +260,36 @@ def test_gptq(tmp_path: Path):
 
 def test_awq(tmp_path: Path):
     p = "model.layers.0.mlp.down_proj"
-    parts = {f"{p}.qweight": torch.zeros(256, 64 * 4 // 32, dtype=torch.int32), f"{p}.scales": torch.ones(2, 64).half()}
-    found = inspect(other_model(tmp_path / "m", parts, {"quant_method": "awq", "bits": 4, "group_size": 128}))
+    parts = {
+        f"{p}.qweight": torch.zeros(256, 64 * 4 // 32, dtype=torch.int32),
+        f"{p}.scales": torch.ones(2, 64).half(),
+    }
+    found = inspect(
+        other_model(tmp_path / "m", parts, {"quant_method": "awq", "bits": 4, "group_size": 128})
+    )
     (linear,) = linears_of(found).values()
-    assert (linear.shape, linear.bits, linear.group_size, linear.format) == ((64, 256), 4, 128, "awq")
+    assert (linear.shape, linear.bits, linear.group_size, linear.format) == (
+        (64, 256),
+        4,
+        128,
+        "awq",
+    )
     assert linear.role == "down_proj"  # the architecture is unknown
 
 
 def test_compressed_tensors_of_others(tmp_path: Path):
     scale = {"num_bits": 8, "type": "float"}
     groups = {
-        "general": {"targets": ["Linear"], "format": "float-quantized", "weights": scale, "input_activations": scale},
-        "named": {"targets": ["re:.*o_proj$"], "weights": {"num_bits": 4, "group_size": None, "type": "int"}},
+        "general": {
+            "targets": ["Linear"],
+            "format": "float-quantized",
+            "weights": scale,
+            "input_activations": scale,
+        },
+        "named": {
+            "targets": ["re:.*o_proj$"],
+            "weights": {"num_bits": 4, "group_size": None, "type": "int"},
+        },
     }
     tensors = {
         "model.layers.0.q_proj.weight": torch.zeros(64, 32).to(torch.float8_e4m3fn),
@@ -232,10 +298,19 @@ def test_compressed_tensors_of_others(tmp_path: Path):
         "model.layers.0.o_proj.weight_scale": torch.ones(64, 1).bfloat16(),
         "model.layers.0.up_proj.weight_packed": torch.zeros(64, 16, dtype=torch.uint8),
     }
-    quantization = {"quant_method": "compressed-tensors", "format": "mixed", "config_groups": groups}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed",
+        "config_groups": groups,
+    }
     linears = linears_of(inspect(other_model(tmp_path / "m", tensors, quantization)))
     q, o, up = (linears[f"model.layers.0.{n}_proj"] for n in ("q", "o", "up"))
-    assert (q.bits, q.activations, q.format, q.shape) == (8, "fp8", "compressed-tensors float-quantized", (64, 32))
+    assert (q.bits, q.activations, q.format, q.shape) == (
+        8,
+        "fp8",
+        "compressed-tensors float-quantized",
+        (64, 32),
+    )
     assert q.bits_per_weight == 9
     assert (o.bits, o.activations, o.shape, o.quantized) == (4, "none", (64, 32), True)
     assert up.shape == (64, 32)  # two 4-bit floats in a byte
@@ -259,15 +334,28 @@ def test_shapes_that_cannot_be_told_leave_totals_open(tmp_path: Path):
 @settings(max_examples=60, deadline=None)
 @given(JSON, JSON, JSON, st.sampled_from(["weight_packed", "qweight", "weight"]))
 def test_no_quantization_config_stops_it(whole: Any, group: Any, weights: Any, part: str):
-    headers = {f"a.0.b.{part}": Header("I32", (8, 4), 128), "a.0.b.weight_scale": Header("BF16", (8, 1), 16)}
+    headers = {
+        f"a.0.b.{part}": Header("I32", (8, 4), 128),
+        "a.0.b.weight_scale": Header("BF16", (8, 1), 16),
+    }
     headers["a.0.b.scales"] = Header("F16", (2, 8), 32)
-    nested = {"config_groups": {"g": {"targets": ["Linear"], "weights": weights, "input_activations": group}}}
-    for config in (whole, nested, {"config_groups": group}, {"bits": whole, "quant_method": group, "format": weights}):
+    nested = {
+        "config_groups": {
+            "g": {"targets": ["Linear"], "weights": weights, "input_activations": group}
+        }
+    }
+    for config in (
+        whole,
+        nested,
+        {"config_groups": group},
+        {"bits": whole, "quant_method": group, "format": weights},
+    ):
         assert storage_of(headers, config)["a.0.b"].bytes >= 128
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.", ".0.", "0", "x.99999999999999999999.y", "a.0.b.weight.c.d", ".weight"]
+    "name",
+    ["model.layers.0.", ".0.", "0", "x.99999999999999999999.y", "a.0.b.weight.c.d", ".weight"],
 )
 def test_odd_tensor_names(tmp_path: Path, name: str):
     found = inspect(other_model(tmp_path / "m", {name: torch.zeros(2, 2)}, [1]))
@@ -288,7 +376,12 @@ def test_equal_blocks_are_folded(converted: Maker):
     folder = converted("fireq-paper-linear", "llama")
     folded, whole = pq_inspect(folder), pq_inspect(folder, "--all")
     assert folded.exit_code == whole.exit_code == 0
-    assert folded.output.count("q (self_attn.q_proj): 256 x 128, 4-bit g128, fp8 activations, 4.125 bits") == 1
+    assert (
+        folded.output.count(
+            "q (self_attn.q_proj): 256 x 128, 4-bit g128, fp8 activations, 4.125 bits"
+        )
+        == 1
+    )
     assert "model.layers.0 … 1, 2 equal blocks" in folded.output
     assert whole.output.count("q (self_attn.q_proj): 256 x 128") == 2
     assert "with recipe fireq-paper" in folded.output
@@ -302,9 +395,15 @@ def test_different_blocks_are_not_folded(converted: Maker):
 
 
 def test_equal_experts_are_folded(converted: Maker, tmp_path: Path):
-    folder = Path(shutil.copytree(converted("rtn", "qwen2_moe", "ignore=*.experts.2.up_proj"), tmp_path / "copy"))
+    folder = Path(
+        shutil.copytree(
+            converted("rtn", "qwen2_moe", "ignore=*.experts.2.up_proj"), tmp_path / "copy"
+        )
+    )
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["routing"] = {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.5}}
+    config["quantization_config"]["routing"] = {
+        "model.layers.0.mlp": {"policy": "threshold", "threshold": 0.5}
+    }
     (folder / "config.json").write_text(json.dumps(config))
     folded, whole = pq_inspect(folder).output, pq_inspect(folder, "--all").output
     assert folded.count("gate (mlp.experts.*.gate_proj, 4 equal): 128 x 128, 4-bit g128") == 1
@@ -322,7 +421,11 @@ def test_experts_stand_in_the_order_of_their_numbers():
     names = [f"mlp.experts.{n}.up_proj" for n in (10, 9, 0, 11)]
     assert [name.split(".")[2] for name in sorted(names, key=natural)] == ["0", "9", "10", "11"]
     arch = ARCHITECTURES["qwen2_moe"]
-    assert role_of(arch, "mlp.experts.10.up_proj") == role_of(arch, "mlp.shared_expert.up_proj") == "up"
+    assert (
+        role_of(arch, "mlp.experts.10.up_proj")
+        == role_of(arch, "mlp.shared_expert.up_proj")
+        == "up"
+    )
     assert role_of(arch, "mlp.shared_expert_gate") == "router"
     assert role_of(arch, "mlp.experts.x.up_proj") is None
     assert role_of(ARCHITECTURES["llama"], "mlp.experts.0.up_proj") is None
@@ -335,6 +438,8 @@ def test_json_is_the_function_s_result(converted: Maker):
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path: Path):
-    output = pq_inspect(other_model(tmp_path / "m", {"a\x1b[31mb\n": torch.zeros(2, 2)}, None)).output
+    output = pq_inspect(
+        other_model(tmp_path / "m", {"a\x1b[31mb\n": torch.zeros(2, 2)}, None)
+    ).output
     assert "\x1b" not in output
     assert "a\ufffd[31mb\ufffd" in output

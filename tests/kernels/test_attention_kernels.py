@@ -49,9 +49,13 @@ DEVICES = ["cpu"] if INTERPRETED else ["cpu", GPU]
 # Of the output's norm: float32 outputs show that few queries weigh values with 11 bits, the others their own rounding
 # (Triton's interpreter cuts bfloat16 off).
 LIMITS = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-FLIPPED = 2**-5  # of the largest output: a probability at the border of two E4M3 numbers may become the other one
+FLIPPED = (
+    2**-5
+)  # of the largest output: a probability at the border of two E4M3 numbers may become the other one
 SUBNORMAL = 2**-13  # of the norm: tiny probabilities round finer against the maximum of a part
-FP8_SUMS = 2**-7  # of the norm: scores that FP8 tensor cores add with 14 bits cross more of those borders
+FP8_SUMS = (
+    2**-7
+)  # of the norm: scores that FP8 tensor cores add with 14 bits cross more of those borders
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +108,9 @@ def test_records_are_those_of_the_format(scheme: KvScheme, T: int, d: int, bad: 
         assert torch.equal(codes.packed, wanted.packed)
         broken = wanted.scale.float().isnan()
         assert int(broken.sum()) == 1
-        assert torch.equal(codes.scale.float().isnan(), broken)  # the bits of NaN are the processor's choice
+        assert torch.equal(
+            codes.scale.float().isnan(), broken
+        )  # the bits of NaN are the processor's choice
         differs = codes.scale.view(torch.uint8) != wanted.scale.view(torch.uint8)
         assert not bool(differs.unflatten(-1, (broken.shape[-1], -1)).any(-1)[~broken].any())
         assert (codes.zero is None) == scheme.symmetric
@@ -129,7 +135,15 @@ def test_tokens_are_written_in_place(scheme: KvScheme, row: int, device: str):
     memory = [torch.full((2, 2, 40, row), 99, dtype=torch.uint8, device=device) for _ in range(2)]
     keys, values = (x[..., : wanted[0].shape[3]] for x in memory)
     append_records(key[:, :, :17], value[:, :, :17], S, scheme, keys, values, 3)
-    append_records(key[:, :, 17:], value[:, :, 17:], S, scheme, keys, values, torch.tensor([20, 39], device=device))
+    append_records(
+        key[:, :, 17:],
+        value[:, :, 17:],
+        S,
+        scheme,
+        keys,
+        values,
+        torch.tensor([20, 39], device=device),
+    )
     for whole, records, new in zip(memory, (keys, values), wanted, strict=True):
         assert torch.equal(records[:, :, 3:20], new[:, :, :17])
         assert torch.equal(records[0, :, 20], new[0, :, 17])
@@ -157,7 +171,17 @@ def test_tokens_are_written_in_place(scheme: KvScheme, row: int, device: str):
         (KvScheme(256), 256, 1, 1, 4, 1, 67, torch.float32),
     ],
 )
-def test_few_queries(scheme: KvScheme, d: int, B: int, H: int, R: int, T: int, L: int, dtype: torch.dtype, device: str):
+def test_few_queries(
+    scheme: KvScheme,
+    d: int,
+    B: int,
+    H: int,
+    R: int,
+    T: int,
+    L: int,
+    dtype: torch.dtype,
+    device: str,
+):
     key, value, S = states(B, H, L, d)
     records = store_reference(key, value, S, scheme)
     query = queries(B, H * R, T, d, dtype)
@@ -188,7 +212,9 @@ def test_what_queries_may_see(view: dict[str, Any], T: int, R: int, L: int, devi
     records, query = store_reference(key, value, S, SYMMETRIC), queries(2, R, T, 64)
     view = view | ({"mask": padding(2, L)} if "mask" in view else {})
     moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in view.items()}
-    out = attend_records(query.to(device), *(x.to(device) for x in records), S.to(device), SYMMETRIC, 0.1, **moved)
+    out = attend_records(
+        query.to(device), *(x.to(device) for x in records), S.to(device), SYMMETRIC, 0.1, **moved
+    )
     k, v = (read_reference(x, SYMMETRIC, 64) for x in records)
     check(out, expected(query, k, v, S, 0.1, seen_by(T, L, **view)), torch.float32, T > 64)
 
@@ -202,7 +228,12 @@ def test_any_mask(T: int, R: int, device: str):
     every = torch.rand(2, 1, T, 70, generator=torch.Generator().manual_seed(0)) < 0.5
     every[0, :, 1] = False  # a query that sees nothing
     out = attend_records(
-        query.to(device), *(x.to(device) for x in records), S.to(device), SYMMETRIC, 0.1, mask=every.to(device)
+        query.to(device),
+        *(x.to(device) for x in records),
+        S.to(device),
+        SYMMETRIC,
+        0.1,
+        mask=every.to(device),
     )
     check(out, expected(query, k, v, S, 0.1, seen_by(T, 70, mask=every)), torch.float32, T > 64)
     assert not out[0, :, 1].any()
@@ -218,12 +249,16 @@ def test_sequences_of_different_lengths(T: int, R: int, window: int | None, devi
     for x in records:
         x[1, :, 66:] = x[2, :, 1:] = 255  # what holds no tokens yet
     there = torch.tensor(lengths, device=device)
-    out = attend_records(query.to(device), *records, S.to(device), SYMMETRIC, 0.1, window=window, lengths=there)
+    out = attend_records(
+        query.to(device), *records, S.to(device), SYMMETRIC, 0.1, window=window, lengths=there
+    )
     assert bool(out.isfinite().all())
     for b, length in enumerate(lengths):
         short = min(length, T)
         k, v = (read_reference(x[b : b + 1, :, :length].cpu(), SYMMETRIC, 64) for x in records)
-        wanted = expected(query[b : b + 1, :, -short:], k, v, S, 0.1, seen_by(short, length, window=window))
+        wanted = expected(
+            query[b : b + 1, :, -short:], k, v, S, 0.1, seen_by(short, length, window=window)
+        )
         check(out[b : b + 1, :, -short:], wanted, torch.float32, T > 64)
         assert not out[b, :, :-short].any()
 
@@ -246,26 +281,41 @@ def test_sequences_of_different_lengths(T: int, R: int, window: int | None, devi
     ],
 )
 def test_many_queries(
-    scheme: KvScheme, d: int, B: int, H: int, R: int, T: int, L: int, dtype: torch.dtype, device: str
+    scheme: KvScheme,
+    d: int,
+    B: int,
+    H: int,
+    R: int,
+    T: int,
+    L: int,
+    dtype: torch.dtype,
+    device: str,
 ):
     key, value, S = states(B, H, L, d)
     query = queries(B, H * R, T, d, dtype)
     records = store_reference(key, value, S, scheme)
-    out = attend_records(query.to(device), *(x.to(device) for x in records), S.to(device), scheme, 0.1)
+    out = attend_records(
+        query.to(device), *(x.to(device) for x in records), S.to(device), scheme, 0.1
+    )
     k, v = (read_reference(x, scheme, d) for x in records)
     check(out, expected(query, k, v, S, 0.1, seen_by(T, L)), dtype, True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("view", [{}, {"window": 40}, {"mask": True}], ids=str)
-@pytest.mark.parametrize(("d", "R", "T", "L"), [(128, 2, 1, 3), (64, 1, 65, 130), (96, 1, 17, 64), (256, 1, 70, 70)])
+@pytest.mark.parametrize(
+    ("d", "R", "T", "L"), [(128, 2, 1, 3), (64, 1, 65, 130), (96, 1, 17, 64), (256, 1, 70, 70)]
+)
 def test_keys_and_values_in_fp8(d: int, R: int, T: int, L: int, view: dict[str, Any], device: str):
     key, value, S = states(2, 1, L, d)
     query, stored = queries(2, R, T, d), quantize_fp8(key, value, S)
     view = view | ({"mask": padding(2, L)} if "mask" in view else {})
     moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in view.items()}
     out = attend_fp8(query.to(device), *(x.to(device) for x in stored), S.to(device), 0.1, **moved)
-    k, v = stored[0].double() * stored[1][..., None], stored[2].double() * stored[3][..., None, None]
+    k, v = (
+        stored[0].double() * stored[1][..., None],
+        stored[2].double() * stored[3][..., None, None],
+    )
     assert float((k - key * S[:, None]).norm() / k.norm()) < 0.04
     assert float((v - value).norm() / v.norm()) < 0.04
     check(out, expected(query, k, v, S, 0.1, seen_by(T, L, **view)), torch.float32, True)
@@ -341,7 +391,9 @@ def test_attention_that_no_kernel_knows_reads_records_by_torch():
     by_kernel = kv(query, key, value, None, 0.1)
     stored = quantize_records(key, value, S, kv.scheme)
     assert torch.equal(kv(query, *stored, None, 0.1), by_kernel)
-    additive = torch.zeros(9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -math.inf)[None, None]
+    additive = torch.zeros(9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -math.inf)[
+        None, None
+    ]
     learning = kv(query.clone().requires_grad_(True), key, value, None, 0.1).detach()
     for out in (kv(query, *stored, additive, 0.1), learning):
         assert float((out - by_kernel).norm() / by_kernel.norm()) < 0.05
@@ -357,7 +409,10 @@ def test_attention_that_no_kernel_knows_reads_records_by_torch():
 @pytest.mark.parametrize("T", [1, 130])
 def test_a_graph_replays_other_lengths(T: int):
     key, value, S = (x.cuda() for x in states(2, 2, 300, 128, torch.bfloat16))
-    query, lengths = queries(2, 8, T, 128, torch.bfloat16).cuda(), torch.tensor([200, 300], device="cuda")
+    query, lengths = (
+        queries(2, 8, T, 128, torch.bfloat16).cuda(),
+        torch.tensor([200, 300], device="cuda"),
+    )
     keys, values = quantize_records(key, value, S, SYMMETRIC)
     run = lambda: attend_records(query, keys, values, S, SYMMETRIC, 0.1, lengths=lengths)  # noqa: E731
     run()

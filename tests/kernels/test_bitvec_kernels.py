@@ -33,7 +33,9 @@ FEW_ROWS = 2**-18  # of the terms' sizes, up to 16 rows: only float32 sums are r
 
 @pytest.fixture(autouse=True)
 def kernel_at_hand(request: pytest.FixtureRequest) -> None:
-    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
+    device = (
+        request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
+    )
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
@@ -44,7 +46,12 @@ def check(y: Tensor, x: Tensor, weight: BitVec, bias: Tensor | None = None) -> N
     if len(x) <= 16 and x.dtype != torch.float32:
         of_terms = FEW_ROWS
     assert (y.dtype, y.shape) == (x.dtype, expected.shape)
-    assert bool(((y.double().cpu() - expected).abs() <= relative * expected.abs() + of_terms * size + 1e-6).all())
+    assert bool(
+        (
+            (y.double().cpu() - expected).abs()
+            <= relative * expected.abs() + of_terms * size + 1e-6
+        ).all()
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
@@ -55,7 +62,11 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_all_bits(bits: int, device: str):
-    for M, dtype, constant in ((3, torch.float16, True), (3, torch.bfloat16, False), (17, torch.float16, True)):
+    for M, dtype, constant in (
+        (3, torch.float16, True),
+        (3, torch.bfloat16, False),
+        (17, torch.float16, True),
+    ):
         weight = random_bitvec(21, 100, bits, 64, constant, lines=7, scales=2)
         x = activations(M, 100, dtype, device)
         check(multiply(x, *multiply_arguments(weight, device), bits=bits, group_size=64), x, weight)
@@ -84,10 +95,16 @@ def test_all_batches(M: int, dtype: torch.dtype, device: str):
         (2, 64, 4, 64, 256, 256),  # an index with its highest bit set
     ],
 )
-def test_odd_sizes(N: int, K: int, bits: int, group_size: int, lines: int, scales: int, M: int, device: str):
+def test_odd_sizes(
+    N: int, K: int, bits: int, group_size: int, lines: int, scales: int, M: int, device: str
+):
     weight = random_bitvec(N, K, bits, group_size, True, lines, scales)
     x = activations(M, K, torch.float16, device)
-    check(multiply(x, *multiply_arguments(weight, device), bits=bits, group_size=group_size), x, weight)
+    check(
+        multiply(x, *multiply_arguments(weight, device), bits=bits, group_size=group_size),
+        x,
+        weight,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -109,11 +126,20 @@ def test_extreme_activations(device: str):
     weight = random_bitvec(8, 128, 4)
     arguments = multiply_arguments(weight, device)
     for power in (-110, -30, 60, 118):
-        x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(device) * 2.0**power
+        x = (
+            torch.randn(2, 128, generator=torch.Generator().manual_seed(1))
+            .to(torch.bfloat16)
+            .to(device)
+            * 2.0**power
+        )
         y = multiply(x, *arguments, bits=4, group_size=128)
         expected, size = exact_product(x, weight)
-        assert bool(((y.double().cpu() - expected).abs() <= 2**-7 * expected.abs() + 2**-16 * size).all()), power
-    zero = multiply(torch.zeros(2, 128, dtype=torch.bfloat16, device=device), *arguments, bits=4, group_size=128)
+        assert bool(
+            ((y.double().cpu() - expected).abs() <= 2**-7 * expected.abs() + 2**-16 * size).all()
+        ), power
+    zero = multiply(
+        torch.zeros(2, 128, dtype=torch.bfloat16, device=device), *arguments, bits=4, group_size=128
+    )
     assert not zero.any()
     x = torch.ones(2, 128, dtype=torch.bfloat16, device=device)
     x[1, 5] = float("nan")
@@ -147,7 +173,9 @@ class TestWithoutKernel:
         assert not has_kernel(x)
         y = multiply(x, *multiply_arguments(weight), bits=3, group_size=64)
         check(y, x, weight)
-        assert torch.equal(y, multiply_reference(x, *multiply_arguments(weight), bits=3, group_size=64))
+        assert torch.equal(
+            y, multiply_reference(x, *multiply_arguments(weight), bits=3, group_size=64)
+        )
 
     def test_no_rows_give_no_rows(self):
         weight = random_bitvec(21, 100)
@@ -157,7 +185,9 @@ class TestWithoutKernel:
     def test_what_does_not_fit_is_refused(self):
         planes, index, lines, scales = multiply_arguments(random_bitvec(8, 128))
         x, sizes = torch.randn(2, 128), {"bits": 4, "group_size": 128}
-        with pytest.raises(ValueError, match=r"planes is torch.int32 \(8, 16\), expected torch.int32 \(8, 12\)"):
+        with pytest.raises(
+            ValueError, match=r"planes is torch.int32 \(8, 16\), expected torch.int32 \(8, 12\)"
+        ):
             multiply(torch.randn(2, 96), planes, index, lines, scales, **sizes)
         with pytest.raises(ValueError, match=r"index is torch\.int32"):
             multiply(x, planes, index.int(), lines, scales, **sizes)

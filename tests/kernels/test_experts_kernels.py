@@ -35,7 +35,9 @@ def routing(M: int, N: int, k: int, generator: torch.Generator) -> Tensor:
     return weights * torch.zeros(M, N).scatter_(1, scores.topk(k, dim=1).indices, 1.0)
 
 
-def experts(N: int, D: int, E: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def experts(
+    N: int, D: int, E: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """gate_up [N, 2E, D] and down [N, D, E], between NaN that belongs to neither."""
 
     def inside(*shape: int) -> Tensor:
@@ -100,7 +102,9 @@ def test_all_sizes(M: int, N: int, D: int, E: int, k: int, dtype: torch.dtype, d
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_visit_as_many_experts_as_they_like(device: str):
     x, weights, gate_up, down = case(33, 6, 40, 24, 6, torch.float32, device)
-    keep = torch.arange(33, device=device)[:, None] % 7 > torch.arange(6, device=device)  # 0 to 6 experts
+    keep = torch.arange(33, device=device)[:, None] % 7 > torch.arange(
+        6, device=device
+    )  # 0 to 6 experts
     weights = weights * keep
     y = routed_experts(x, weights, gate_up, down)
     check(y, x, weights, gate_up, down)
@@ -113,16 +117,26 @@ def test_tokens_visit_as_many_experts_as_they_like(device: str):
 def test_any_routing(data: st.DataObject):
     M, N, D, E = (data.draw(st.integers(1, largest)) for largest in (40, 9, 70, 40))
     x, weights, gate_up, down = case(M, N, D, E, N, torch.float32)
-    visits = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=N, max_size=N), min_size=M, max_size=M)))
+    visits = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=N, max_size=N), min_size=M, max_size=M))
+    )
     signs = 1 - 2 * (torch.arange(N) % 2)
-    check(routed_experts(x, weights * visits * signs, gate_up, down), x, weights * visits * signs, gate_up, down)
+    check(
+        routed_experts(x, weights * visits * signs, gate_up, down),
+        x,
+        weights * visits * signs,
+        gate_up,
+        down,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_of_another_dtype_and_any_strides(device: str):
     x, weights, gate_up, down = case(9, 4, 40, 24, 2, torch.float16, device)
     expected = routed_experts(x, weights, gate_up, down)
-    check(routed_experts(x, weights.float() / 3, gate_up, down), x, weights.float() / 3, gate_up, down)
+    check(
+        routed_experts(x, weights.float() / 3, gate_up, down), x, weights.float() / 3, gate_up, down
+    )
     crossed = x.T.contiguous().T, weights.T.contiguous().T
     assert torch.equal(routed_experts(*crossed, gate_up, down), expected)
 
@@ -142,7 +156,9 @@ def test_what_overflows_in_an_expert_stays_there(device: str):
 def test_nothing_gives_nothing(device: str):
     x, weights, gate_up, down = case(3, 4, 40, 24, 2, torch.float32, device)
     assert routed_experts(x[:0], weights[:0], gate_up, down).shape == (0, 40)
-    assert torch.equal(routed_experts(x, weights[:, :0], gate_up[:0], down[:0]), torch.zeros_like(x))
+    assert torch.equal(
+        routed_experts(x, weights[:, :0], gate_up[:0], down[:0]), torch.zeros_like(x)
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs a kernel")
@@ -217,7 +233,10 @@ class TestWithoutKernel:
         hidden = hidden * torch.einsum("md,ned->mne", x.double(), wide[1])
         expected = torch.einsum("mne,nde,mn->md", hidden, down.double(), weights.double())
         torch.testing.assert_close(
-            routed_experts(x, weights, gate_up, down, F.gelu).double(), expected, rtol=1e-4, atol=1e-5
+            routed_experts(x, weights, gate_up, down, F.gelu).double(),
+            expected,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
     def test_gradients_are_those_of_the_sum(self, float_inputs: tuple[Tensor, ...]):
@@ -229,14 +248,18 @@ class TestWithoutKernel:
         for index, (found, expected) in enumerate(zip(ours, exact, strict=True)):
             assert found.grad is not None
             assert expected.grad is not None
-            wanted = expected.grad * visited if index == 1 else expected.grad  # who does not visit learns nothing
+            wanted = (
+                expected.grad * visited if index == 1 else expected.grad
+            )  # who does not visit learns nothing
             torch.testing.assert_close(found.grad.double(), wanted, rtol=1e-4, atol=1e-4)
 
     def test_what_does_not_fit_is_refused(self, float_inputs: tuple[Tensor, ...]):
         x, weights, gate_up, down = float_inputs
         with pytest.raises(ValueError, match=r"weights is \(7, 2\) on cpu, expected \(7, 3\)"):
             routed_experts(x, weights[:, :2], gate_up, down)
-        with pytest.raises(ValueError, match=r"gate_up is \(3, 12, 20\) on cpu, expected \(3, 24, 20\)"):
+        with pytest.raises(
+            ValueError, match=r"gate_up is \(3, 12, 20\) on cpu, expected \(3, 24, 20\)"
+        ):
             routed_experts(x, weights, gate_up[:, :12], down)
         with pytest.raises(ValueError, match=r"down must be contiguous and torch\.float32 like x"):
             routed_experts(x, weights, gate_up, down.half())

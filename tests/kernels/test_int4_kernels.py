@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from int4s import KINDS, OF_TERMS, TOLERANCE, check, check_gated, exact_product, random_weight, weight_of
+from int4s import (
+    KINDS,
+    OF_TERMS,
+    TOLERANCE,
+    check,
+    check_gated,
+    exact_product,
+    random_weight,
+    weight_of,
+)
 from interpreted import GPU, INTERPRETED, activations, needs_gpu, run_interpreted
 from torch import Tensor
 
@@ -49,7 +58,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products whole, and split over their inputs."""
     launch = pytest.importorskip("quantize.kernels.int4.launch")
-    monkeypatch.setattr(launch, "_split", lambda G, *_: (1, G) if request.param == 1 else (-(-G // 2), 2))
+    monkeypatch.setattr(
+        launch, "_split", lambda G, *_: (1, G) if request.param == 1 else (-(-G // 2), 2)
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child process")
@@ -62,10 +73,20 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 129])
 @pytest.mark.usefixtures("parts")
 def test_all_batches(M: int, kind: str, device: str):
-    packed, up, dtype = random_weight(37, 384), random_weight(37, 384, seed=1), (torch.bfloat16, torch.float16)[M % 2]
+    packed, up, dtype = (
+        random_weight(37, 384),
+        random_weight(37, 384, seed=1),
+        (torch.bfloat16, torch.float16)[M % 2],
+    )
     x, bias = activations(M, 384, dtype, device), torch.randn(37, device=device).to(dtype)
     check(multiply(x, weight_of(packed, device), bias, **KINDS[kind]), x, packed, kind, bias)
-    check_gated(gated(x, weight_of(packed, device), weight_of(up, device), **KINDS[kind]), x, packed, up, kind)
+    check_gated(
+        gated(x, weight_of(packed, device), weight_of(up, device), **KINDS[kind]),
+        x,
+        packed,
+        up,
+        kind,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,7 +95,10 @@ def test_all_batches(M: int, kind: str, device: str):
 @pytest.mark.parametrize(("N", "K"), [(1, 128), (65, 384)])
 def test_odd_sizes(N: int, K: int, group_size: int, kind: str, device: str):
     packed, up = random_weight(N, K, group_size), random_weight(N, K, group_size, seed=1)
-    x, weights = activations(5, K, torch.float16, device), (weight_of(packed, device), weight_of(up, device))
+    x, weights = (
+        activations(5, K, torch.float16, device),
+        (weight_of(packed, device), weight_of(up, device)),
+    )
     check(multiply(x, weights[0], **KINDS[kind]), x, packed, kind)
     check_gated(gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
 
@@ -138,12 +162,16 @@ def test_any_strides_and_axes(M: int, kind: str, device: str):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("variant", ["exact", "folded"])
 def test_one_quantization_serves_several_products(variant: Variant, device: str):
-    gate, up = weight_of(random_weight(19, 256), device), weight_of(random_weight(19, 256, seed=1), device)
+    gate, up = (
+        weight_of(random_weight(19, 256), device),
+        weight_of(random_weight(19, 256, seed=1), device),
+    )
     x = activations(3, 256, torch.float16, device).reshape(3, 1, 256)
     codes, scale = quantize_tokens(x, group_size=128, variant=variant)
     options: dict[str, Any] = {"variant": variant, "dtype": torch.float16}
     assert torch.equal(
-        multiply_codes(codes, scale, gate, **options), multiply(x, gate, fp8_activations=True, variant=variant)
+        multiply_codes(codes, scale, gate, **options),
+        multiply(x, gate, fp8_activations=True, variant=variant),
     )
     both = gated(x, gate, up, fp8_activations=True, variant=variant)
     assert torch.equal(gated_codes(codes, scale, gate, up, **options), both)
@@ -259,7 +287,11 @@ class Ffn(torch.nn.Module):
 
     def __init__(self, hidden: int, inner: int, fp8: bool, device: str) -> None:
         super().__init__()
-        for name, (N, K) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+        for name, (N, K) in {
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "down": (hidden, inner),
+        }.items():
             packed = random_weight(N, K, seed=len(name))
             linear = IntLinear(K, N, False, IntScheme(4, 128, fp8))
             linear.load_state_dict(packed.tensors())
@@ -280,9 +312,13 @@ def test_ffns_compute_gate_and_up_at_once(device: str, fp8: bool, monkeypatch: p
     place_gated_ffns(model)
     fused = model["mlp"]
     assert isinstance(fused, GatedFfn)
-    monkeypatch.setattr("quantize.serving.gated_ffn.gated", lambda *a, **k: calls.append(1) or gated(*a, **k))
+    monkeypatch.setattr(
+        "quantize.serving.gated_ffn.gated", lambda *a, **k: calls.append(1) or gated(*a, **k)
+    )
     torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-3 * float(wanted.abs().max()))
-    handle = fused.up_proj.register_forward_hook(lambda *_: calls.append(2))  # what is hooked is called
+    handle = fused.up_proj.register_forward_hook(
+        lambda *_: calls.append(2)
+    )  # what is hooked is called
     fused(x)
     handle.remove()
     assert calls == [1, 2]

@@ -24,8 +24,13 @@ def functions(operator: str, module: str) -> dict[str, ast.FunctionDef]:
 def starters(operator: str) -> set[str]:
     """Functions of `launch` that start a kernel (`name_kernel[grid](…)`), by themselves or through others."""
     found = functions(operator, "launch")
-    calls = {name: {ast.unparse(n.func) for n in ast.walk(f) if isinstance(n, ast.Call)} for name, f in found.items()}
-    starting = {name for name, called in calls.items() if any("_kernel[" in text for text in called)}
+    calls = {
+        name: {ast.unparse(n.func) for n in ast.walk(f) if isinstance(n, ast.Call)}
+        for name, f in found.items()
+    }
+    starting = {
+        name for name, called in calls.items() if any("_kernel[" in text for text in called)
+    }
     while more := {name for name, called in calls.items() if called & starting} - starting:
         starting |= more
     return starting

@@ -31,11 +31,20 @@ def through_the_layout(weight: BitVec) -> Tensor:
     return BitVec.from_tensors(weight.tensors(), weight.scheme()).unpack()
 
 
-def group_errors(w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None) -> Tensor:
+def group_errors(
+    w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None
+) -> Tensor:
     """Σ importance·(w − nearest level)² under every line, one by one in float64: [N, G, L]."""
-    share = torch.ones(w.shape[1], dtype=torch.float64) if importance is None else importance.double()
-    nearest = torch.stack([(w.double()[..., None] - line).abs().amin(-1) ** 2 for line in codebook.levels.double()], -1)
-    return torch.stack([part.sum(1) for part in (nearest * share[:, None]).split(group_size, dim=1)], 1)
+    share = (
+        torch.ones(w.shape[1], dtype=torch.float64) if importance is None else importance.double()
+    )
+    nearest = torch.stack(
+        [(w.double()[..., None] - line).abs().amin(-1) ** 2 for line in codebook.levels.double()],
+        -1,
+    )
+    return torch.stack(
+        [part.sum(1) for part in (nearest * share[:, None]).split(group_size, dim=1)], 1
+    )
 
 
 def some_codebook(bits: int, bias: bool, S: int, Z: int, seed: int = 0) -> Codebook:
@@ -65,12 +74,16 @@ def test_a_gaussian_weight_reaches_its_target(bits: int, bias: bool, most: float
     w = gaussian(512, 1024)
     weight = fit(w, bits, 128, bias=bias, kind="lines")
     assert relative(w, through_the_layout(weight)) <= most
-    assert weight.bits_per_weight == pytest.approx(bits + (8 * 4096 + 256 * (bits + bias) * 16 + 32) / w.numel())
+    assert weight.bits_per_weight == pytest.approx(
+        bits + (8 * 4096 + 256 * (bits + bias) * 16 + 32) / w.numel()
+    )
 
 
 def test_errors_hold_on_a_weight_much_larger_than_the_sample():
     w = gaussian(2048, 2048)  # 32768 groups
-    assert relative(w, fit(w, 2, 128, bias=True, lines=16, kind="lines").unpack()) < 0.1145  # measured 0.1130
+    assert (
+        relative(w, fit(w, 2, 128, bias=True, lines=16, kind="lines").unpack()) < 0.1145
+    )  # measured 0.1130
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -85,14 +98,17 @@ def test_auto_chooses_what_errs_less():
     uneven = gaussian(256, 512) * torch.logspace(-1, 1, 256)[:, None]
     for w in (flat, uneven):
         lines, shapes, auto = (
-            relative(w, fit(w, 4, 64, bias=False, lines=64, kind=kind).unpack()) for kind in ("lines", "shapes", "auto")
+            relative(w, fit(w, 4, 64, bias=False, lines=64, kind=kind).unpack())
+            for kind in ("lines", "shapes", "auto")
         )
         assert auto <= 1.01 * min(lines, shapes)
 
 
 def test_shapes_times_scales_suit_rows_of_different_size():
     w = gaussian(512, 512) * torch.logspace(-1, 1, 512)[:, None]
-    free, many = (fit(w, 4, 64, bias=False, lines=n, kind=c) for n, c in ((16, "lines"), (1 << 14, "shapes")))
+    free, many = (
+        fit(w, 4, 64, bias=False, lines=n, kind=c) for n, c in ((16, "lines"), (1 << 14, "shapes"))
+    )
     assert len(many.scales) * len(many.lines) > DIRECT
     assert int(many.index.max()) > 255
     assert relative(w, through_the_layout(many)) < 0.7 * relative(w, free.unpack())
@@ -108,7 +124,9 @@ def test_shapes_times_scales_suit_rows_of_different_size():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_assign_finds_the_best_line(bits: int, bias: bool, S: int, Z: int, weighted: bool):
     w, codebook = gaussian(24, 300), some_codebook(bits, bias, S, Z)
-    importance = torch.rand(300, generator=torch.Generator().manual_seed(1)) ** 3 if weighted else None
+    importance = (
+        torch.rand(300, generator=torch.Generator().manual_seed(1)) ** 3 if weighted else None
+    )
     index = assign(w, codebook, 64, importance)
     assert (index.dtype, tuple(index.shape)) == (torch.int32, (24, 5))
     errors = group_errors(w, codebook, 64, importance)
@@ -119,10 +137,15 @@ def test_assign_finds_the_best_line(bits: int, bias: bool, S: int, Z: int, weigh
     assert (chosen <= each * best).all()
 
 
-@given(seed=st.integers(0, 1 << 20), bits=st.integers(2, 8), bias=st.booleans(), size=st.floats(-4, 4))
+@given(
+    seed=st.integers(0, 1 << 20), bits=st.integers(2, 8), bias=st.booleans(), size=st.floats(-4, 4)
+)
 @settings(max_examples=25, deadline=None)
 def test_of_two_lines_the_better_is_always_taken(seed: int, bits: int, bias: bool, size: float):
-    w, codebook = 10**size * gaussian(5, 200, seed), some_codebook(bits, bias, 2, 1, seed).times(10**size)
+    w, codebook = (
+        10**size * gaussian(5, 200, seed),
+        some_codebook(bits, bias, 2, 1, seed).times(10**size),
+    )
     errors = group_errors(w, codebook, 128)
     chosen = errors.gather(2, assign(w, codebook, 128).long()[..., None])[..., 0]
     assert (chosen <= errors.amin(2) * (1 + 1e-5)).all()
@@ -137,7 +160,9 @@ def test_zeros_are_assigned_under_any_cache():
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_codes_are_nearest(bits: int):
     w, codebook = gaussian(6, 150), some_codebook(bits, True, 9, 2)
-    index = torch.randint(0, 18, (6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    index = torch.randint(
+        0, 18, (6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32
+    )
     codes = round_codes(w, codebook, index, 64)
     own = codebook.levels[index.long()].repeat_interleave(64, 1)[:, :150].double()
     distances = (w.double()[..., None] - own).abs()
@@ -162,22 +187,32 @@ def test_a_histogram_keeps_mass_and_nearly_the_mean():
 def test_refit_is_the_least_squares_solution(bias: bool):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (2, 400), generator=generator)
-    x, share = torch.randn(2, 400, generator=generator).double(), torch.rand(2, 400, generator=generator).double()
+    x, share = (
+        torch.randn(2, 400, generator=generator).double(),
+        torch.rand(2, 400, generator=generator).double(),
+    )
     counts = torch.zeros(2, 8, dtype=torch.float64).scatter_add_(1, codes, share)
     sums = torch.zeros(2, 8, dtype=torch.float64).scatter_add_(1, codes, share * x)
     codebook = refit(Codebook(torch.zeros(2, 3 + bias), torch.ones(1), 3), counts, sums)
     for line in range(2):
-        masks = torch.stack([(codes[line] >> k & 1).double() for k in range(3)] + [torch.ones(400).double()] * bias, 1)
+        masks = torch.stack(
+            [(codes[line] >> k & 1).double() for k in range(3)] + [torch.ones(400).double()] * bias,
+            1,
+        )
         root = share[line].sqrt()
         wanted = torch.linalg.lstsq(masks * root[:, None], (root * x[line])[:, None]).solution[:, 0]
-        torch.testing.assert_close(codebook.lines[line].double(), wanted, rtol=1e-3, atol=1e-4)  # float16
+        torch.testing.assert_close(
+            codebook.lines[line].double(), wanted, rtol=1e-3, atol=1e-4
+        )  # float16
 
 
 def test_refit_of_shapes_and_scales_never_errs_more():
     generator = torch.Generator().manual_seed(3)
     codebook = some_codebook(4, False, 3, 5)
     codes = torch.randint(0, 16, (15, 500), generator=generator)
-    x = (codebook.levels.gather(1, codes) + 0.3 * torch.randn(15, 500, generator=generator)).double()
+    x = (
+        codebook.levels.gather(1, codes) + 0.3 * torch.randn(15, 500, generator=generator)
+    ).double()
     counts = torch.zeros(15, 16, dtype=torch.float64).scatter_add_(1, codes, torch.ones_like(x))
     sums = torch.zeros(15, 16, dtype=torch.float64).scatter_add_(1, codes, x)
     errors = []
@@ -194,7 +229,9 @@ def test_coefficients_without_data_stay():
     counts[0, 1] = 4.0  # only the code that adds c_0 alone
     new = refit(codebook, counts, 2.5 * counts)
     assert torch.equal(new.lines[1], codebook.lines[1])
-    torch.testing.assert_close(new.lines[0], torch.cat([torch.tensor([2.5]), codebook.lines[0, 1:]]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        new.lines[0], torch.cat([torch.tensor([2.5]), codebook.lines[0, 1:]]), rtol=0, atol=1e-3
+    )
 
 
 def test_training_moves_every_way_of_error_down():
@@ -206,7 +243,9 @@ def test_training_moves_every_way_of_error_down():
             lines = codebook.lines.clone()
             lines[:, k] += step
             moved = Codebook(lines, codebook.scales, 3)
-            assert float(group_errors(w, moved, 128).gather(2, index.long()[..., None]).sum()) > least
+            assert (
+                float(group_errors(w, moved, 128).gather(2, index.long()[..., None]).sum()) > least
+            )
 
 
 # What must not matter
@@ -226,16 +265,24 @@ def test_importance_lowers_the_error_where_it_lies():
     weighted = fit(w, 3, 128, bias=True, lines=64, kind="lines", importance=importance).unpack()
     assert relative(w, weighted, importance) < 0.9 * relative(w, plain, importance)
     assert relative(w, weighted) > relative(w, plain)
-    assert torch.equal(weighted, fit(w, 3, 128, bias=True, lines=64, kind="lines", importance=3 * importance).unpack())
+    assert torch.equal(
+        weighted,
+        fit(w, 3, 128, bias=True, lines=64, kind="lines", importance=3 * importance).unpack(),
+    )
 
 
 def test_inputs_that_never_matter_still_get_a_sensible_line():
     w = gaussian(16, 512)
     importance = (torch.arange(512) < 256).float()
-    error = (fit(w, 4, 128, bias=False, lines=16, importance=importance).unpack() - w)[:, 256:].square().mean()
+    error = (
+        (fit(w, 4, 128, bias=False, lines=16, importance=importance).unpack() - w)[:, 256:]
+        .square()
+        .mean()
+    )
     assert error < 0.03
     assert torch.equal(
-        assign(w, some_codebook(4, False, 9, 1), 128, torch.zeros(512)), assign(w, some_codebook(4, False, 9, 1), 128)
+        assign(w, some_codebook(4, False, 9, 1), 128, torch.zeros(512)),
+        assign(w, some_codebook(4, False, 9, 1), 128),
     )
 
 
@@ -253,16 +300,22 @@ def test_a_power_of_two_changes_only_the_scales(power: int, seed: int):
 def test_a_seed_fixes_everything():
     w = gaussian(64, 512)
     first, again, other = (
-        fit(x, 4, 128, bias=False, lines=16, seed=seed) for x, seed in ((w, 1), (w.double(), 1), (w, 2))
+        fit(x, 4, 128, bias=False, lines=16, seed=seed)
+        for x, seed in ((w, 1), (w.double(), 1), (w, 2))
     )
-    assert all(torch.equal(getattr(first, key), getattr(again, key)) for key in ("codes", "index", "lines", "scales"))
+    assert all(
+        torch.equal(getattr(first, key), getattr(again, key))
+        for key in ("codes", "index", "lines", "scales")
+    )
     assert not torch.equal(first.lines, other.lines)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_are_their_float32_values(dtype: torch.dtype):
     w = gaussian(16, 256).to(dtype)
-    assert torch.equal(fit(w, 3, 128, bias=False, lines=8).codes, fit(w.float(), 3, 128, bias=False, lines=8).codes)
+    assert torch.equal(
+        fit(w, 3, 128, bias=False, lines=8).codes, fit(w.float(), 3, 128, bias=False, lines=8).codes
+    )
 
 
 # The budget
@@ -317,8 +370,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize(
     ("name", "bias", "kind", "lines"),
-    [(name, bias, kind, 16) for name in HOSTILE for bias, kind in ((False, "lines"), (True, "shapes"))]
-    + [(name, False, "shapes", 4096) for name in ("zeros", "uneven rows", "outlier", "few weights")],
+    [
+        (name, bias, kind, 16)
+        for name in HOSTILE
+        for bias, kind in ((False, "lines"), (True, "shapes"))
+    ]
+    + [
+        (name, False, "shapes", 4096) for name in ("zeros", "uneven rows", "outlier", "few weights")
+    ],
 )
 def test_hostile_weights_stay_finite_and_close(name: str, bias: bool, kind: str, lines: int):
     w = HOSTILE[name]
@@ -330,7 +389,9 @@ def test_hostile_weights_stay_finite_and_close(name: str, bias: bool, kind: str,
     if name == "zeros":
         assert torch.equal(quantized, w)
     else:
-        assert relative(w / largest, quantized / largest) < (0.08 if name == "heavy tails" else 0.03)
+        assert relative(w / largest, quantized / largest) < (
+            0.08 if name == "heavy tails" else 0.03
+        )
 
 
 @given(
@@ -371,7 +432,12 @@ def test_any_shape_is_stored_and_read_back(
     ],
 )
 def test_what_cannot_be_fitted_is_refused(change: dict[str, object], message: str):
-    arguments: dict[str, object] = {"w": gaussian(2, 128), "bits": 4, "group_size": 128, "bias": False}
+    arguments: dict[str, object] = {
+        "w": gaussian(2, 128),
+        "bits": 4,
+        "group_size": 128,
+        "bias": False,
+    }
     with pytest.raises(ValueError, match=message):
         fit(**(arguments | change))  # type: ignore[arg-type]
 

@@ -57,16 +57,27 @@ def test_every_kind_has_its_law():
 
 
 @pytest.mark.parametrize("cls", SMOOTH, ids=named)
-def test_smooth_leaves_the_function_alone(make_block: BlockMaker, cls: type[Stage], model_type: str):
+def test_smooth_leaves_the_function_alone(
+    make_block: BlockMaker, cls: type[Stage], model_type: str
+):
     plain = make_block(model_type)
     block = apply(make_block, cls, model_type)
     stage = cls()
     # A stage may leave the residual stream in another basis, but then one and the same on both sides of the block.
     turned = [stage.to_basis(x) for x in plain.inputs]
     assert difference(outputs(block, turned), stage.to_basis(outputs(plain, plain.inputs))) < 1e-5
-    assert all(difference(stage.from_basis(x), y) < 1e-6 for x, y in zip(turned, plain.inputs, strict=True))
-    assert any(difference(x, y) > 0.1 for x, y in zip(turned, plain.inputs, strict=True)) == stage.changes_basis
-    moved = [n for n, p in block.module.named_parameters() if not torch.equal(p, plain.module.get_parameter(n))]
+    assert all(
+        difference(stage.from_basis(x), y) < 1e-6 for x, y in zip(turned, plain.inputs, strict=True)
+    )
+    assert (
+        any(difference(x, y) > 0.1 for x, y in zip(turned, plain.inputs, strict=True))
+        == stage.changes_basis
+    )
+    moved = [
+        n
+        for n, p in block.module.named_parameters()
+        if not torch.equal(p, plain.module.get_parameter(n))
+    ]
     assert moved
     assert not block.packed
     for name, parameter in block.module.named_parameters():
@@ -75,7 +86,9 @@ def test_smooth_leaves_the_function_alone(make_block: BlockMaker, cls: type[Stag
 
 
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
-def test_encode_packs_every_linear_bit_exactly(make_block: BlockMaker, cls: type[Stage], model_type: str):
+def test_encode_packs_every_linear_bit_exactly(
+    make_block: BlockMaker, cls: type[Stage], model_type: str
+):
     block = apply(make_block, cls, model_type)
     assert set(block.packed) == set(row_of(model_type).roles)
     for name, packed in block.packed.items():
@@ -105,7 +118,9 @@ def test_encode_stays_near_the_parent(make_block: BlockMaker, cls: type[Stage], 
 
 
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
-def test_encode_leaves_the_rest_of_the_block_alone(make_block: BlockMaker, cls: type[Stage], model_type: str):
+def test_encode_leaves_the_rest_of_the_block_alone(
+    make_block: BlockMaker, cls: type[Stage], model_type: str
+):
     plain = dict(make_block(model_type).module.named_parameters())
     for name, parameter in apply(make_block, cls, model_type).module.named_parameters():
         if name.rpartition(".")[0] not in row_of(model_type).roles or name.endswith(".bias"):
@@ -128,28 +143,45 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
 @pytest.mark.parametrize("cls", [cls for cls in STAGES if not cls().needs_plan], ids=named)
 def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
     one, two = (apply(make_block, cls, "qwen3") for _ in range(2))
-    for (name, a), (_, b) in zip(one.module.named_parameters(), two.module.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        one.module.named_parameters(), two.module.named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert one.report == two.report
 
 
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_encode_takes_the_layers_it_is_given(make_block: BlockMaker, cls: type[Stage]):
-    block = apply(make_block, cls, "llama", layers=("*.mlp.*", "*.q_proj"), ignore=("*.0.mlp.down_proj",))
+    block = apply(
+        make_block, cls, "llama", layers=("*.mlp.*", "*.q_proj"), ignore=("*.0.mlp.down_proj",)
+    )
     assert set(block.packed) == {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"}
 
 
-LINEARS = {"model.layers.0.a": (128, 256), "model.layers.0.b": (64, 128), "model.layers.1.a": (128, 96)}
+LINEARS = {
+    "model.layers.0.a": (128, 256),
+    "model.layers.0.b": (64, 128),
+    "model.layers.1.a": (128, 96),
+}
 
 
 @pytest.mark.parametrize("cls", INTEGER, ids=named)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"layers": ("*.a", "*.zzz")}, r"pattern '\*\.zzz' matches no linear .*model\.layers\.0\.a"),
+        (
+            {"layers": ("*.a", "*.zzz")},
+            r"pattern '\*\.zzz' matches no linear .*model\.layers\.0\.a",
+        ),
         ({"ignore": ("*.zzz",)}, r"pattern '\*\.zzz' matches no linear"),
-        ({"activations": "none"}, r"model\.layers\.1\.a: 96 inputs are no multiple of the group 128; set group_size"),
-        ({"activations": "fp8", "ignore": ("*.1.*",)}, r"model\.layers\.0\.b: 64 outputs are no multiple of 128"),
+        (
+            {"activations": "none"},
+            r"model\.layers\.1\.a: 96 inputs are no multiple of the group 128; set group_size",
+        ),
+        (
+            {"activations": "fp8", "ignore": ("*.1.*",)},
+            r"model\.layers\.0\.b: 64 outputs are no multiple of 128",
+        ),
     ],
 )
 def test_shapes_are_refused_before_any_work(cls: type[Stage], fields: dict[str, Any], says: str):
@@ -168,7 +200,11 @@ def test_shapes_that_fit_pass(cls: type[Stage]):
 def test_encode_survives_poor_calibration(make_block: BlockMaker, cls: type[Stage], inputs: str):
     stage = cls()
     block = make_block("qwen2", reference=stage.needs_reference)
-    change = {"zero": lambda x: x * 0, "huge": lambda x: x * 1e30, "one token": lambda x: x[:1, :1]}[inputs]
+    change = {
+        "zero": lambda x: x * 0,
+        "huge": lambda x: x * 1e30,
+        "one token": lambda x: x[:1, :1],
+    }[inputs]
     block.inputs = [change(x) for x in block.inputs[:1]]
     if block.reference_inputs is not None:
         block.reference_inputs = [change(x) for x in block.reference_inputs[:1]]

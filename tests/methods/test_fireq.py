@@ -32,14 +32,17 @@ DESCENTS = {
 }
 
 
-def correlated_block(make_block: BlockMaker, model_type: str = "llama", drift: float = 0.0) -> Block:
+def correlated_block(
+    make_block: BlockMaker, model_type: str = "llama", drift: float = 0.0
+) -> Block:
     """A block whose inputs mostly lie in 24 dimensions; `drift` is what earlier blocks got wrong, relatively."""
     block = make_block(model_type, reference=True)
     generator = torch.Generator().manual_seed(3)
     D = block.shape.hidden
     mix, wrong = (torch.randn(D, D, generator=generator) * D**-0.5 for _ in range(2))
     clean = [
-        4 * torch.randn(2, 48, 24, generator=generator) @ mix[:24] + 0.3 * torch.randn(2, 48, D, generator=generator)
+        4 * torch.randn(2, 48, 24, generator=generator) @ mix[:24]
+        + 0.3 * torch.randn(2, 48, D, generator=generator)
         for _ in range(6)
     ]
     block.reference_inputs = clean
@@ -73,7 +76,11 @@ def brute_force(weight: Tensor, group_size: int) -> float:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.integers(-24, 11), st.floats(1, 2, exclude_max=True)), min_size=4, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(-24, 11), st.floats(1, 2, exclude_max=True)), min_size=4, max_size=4
+    )
+)
 @example([(7, 1.75), *[(-20, 1.0)] * 3])  # 448 itself, at t = 2, is allowed
 @example([(8, 1.76)] * 4)  # above 448 already at t = 1
 @example([(-200, 1.0)] * 4)  # nothing helps
@@ -153,7 +160,11 @@ def test_the_stored_weight_is_the_fitted_one(
     for (name, packed), value in zip(block.packed.items(), fitted, strict=True):
         stored = packed.kernel_weight() if activations == "fp8" else packed.unpack()
         assert torch.equal(stored, value), name
-        delta, weight, H = (stored - weights[name]).double(), weights[name].double(), hessians[name].double()
+        delta, weight, H = (
+            (stored - weights[name]).double(),
+            weights[name].double(),
+            hessians[name].double(),
+        )
         error = float(((delta @ H) * delta).sum() / ((weight @ H) * weight).sum())
         assert block.report[name]["output_error"] == pytest.approx(error, rel=1e-3), name
         assert block.report[name]["weight_error"] == pytest.approx(
@@ -171,10 +182,15 @@ def test_row_scales_survive_a_reload_by_the_row_factor(make_block: BlockMaker):
 
 
 def test_only_16_bit_activations_use_signed_scales(make_block: BlockMaker, model_type: str):
-    for stage in (Fireq(), *(Fireq(rounding="nearest", scales=scales) for scales in ("row", "tensor", "bf16"))):
+    for stage in (
+        Fireq(),
+        *(Fireq(rounding="nearest", scales=scales) for scales in ("row", "tensor", "bf16")),
+    ):
         for packed in run(stage, correlated_block(make_block, model_type)).packed.values():
             assert (packed.scale > 0).all(), stage
-    for name, packed in run(Fireq(activations="none"), correlated_block(make_block, model_type)).packed.items():
+    for name, packed in run(
+        Fireq(activations="none"), correlated_block(make_block, model_type)
+    ).packed.items():
         share = float((packed.scale < 0).float().mean())
         assert 0.2 < share < 0.8, name
         assert int(packed.codes.min()) == -8
@@ -195,7 +211,9 @@ def error_against_parent(make_block: BlockMaker, stage: Stage, drift: float) -> 
 @pytest.mark.parametrize("activations", ["fp8", "none"])
 def test_each_part_brings_the_block_nearer_to_its_parent(make_block: BlockMaker, activations: str):
     def error(stage: Stage) -> float:
-        return error_against_parent(make_block, stage.model_copy(update={"activations": activations}), drift=0.05)
+        return error_against_parent(
+            make_block, stage.model_copy(update={"activations": activations}), drift=0.05
+        )
 
     gptq = error(Gptq())
     layer = {sweeps: error(Fireq(aim="layer", sweeps=sweeps)) for sweeps in (0, 4)}
@@ -210,7 +228,9 @@ def test_each_part_brings_the_block_nearer_to_its_parent(make_block: BlockMaker,
 
 def test_without_drift_sweeps_alone_are_worth_it(make_block: BlockMaker):
     gptq = error_against_parent(make_block, Gptq(activations="fp8"), drift=0)
-    errors = [error_against_parent(make_block, Fireq(sweeps=sweeps), drift=0) for sweeps in (0, 1, 4)]
+    errors = [
+        error_against_parent(make_block, Fireq(sweeps=sweeps), drift=0) for sweeps in (0, 1, 4)
+    ]
     assert errors[2] < gptq
     assert errors[2] <= errors[1] < errors[0]
 
@@ -218,7 +238,10 @@ def test_without_drift_sweeps_alone_are_worth_it(make_block: BlockMaker):
 def test_what_is_measured_follows_the_fields():
     assert (Fireq().needs_inputs, Fireq().needs_reference) == (True, True)
     assert (Fireq(aim="layer").needs_inputs, Fireq(aim="layer").needs_reference) == (True, False)
-    assert (Fireq(rounding="nearest").needs_inputs, Fireq(rounding="nearest").needs_reference) == (False, False)
+    assert (Fireq(rounding="nearest").needs_inputs, Fireq(rounding="nearest").needs_reference) == (
+        False,
+        False,
+    )
 
 
 # Channel-wise absmean scaling
@@ -238,27 +261,38 @@ def watch_folds(block: Block) -> dict[str, Tensor]:
 
 
 def column_mean(block: Block, edge: Edge) -> Tensor:
-    return torch.cat([block.linear(sink).weight for sink in block.rounded_sinks(edge)]).abs().mean(dim=0)
+    return (
+        torch.cat([block.linear(sink).weight for sink in block.rounded_sinks(edge)])
+        .abs()
+        .mean(dim=0)
+    )
 
 
 def test_cas_gives_every_column_its_constant(make_block: BlockMaker, model_type: str):
     of_kind = {"attn_norm": 0.02, "mlp_norm": 0.0096, "up_down": 0.015}
     block = make_block(model_type)
-    edges = {edge.name: edge.name.partition(".")[0] for edge in block.arch.edges}  # up_down.3 is of expert 3
+    edges = {
+        edge.name: edge.name.partition(".")[0] for edge in block.arch.edges
+    }  # up_down.3 is of expert 3
     constants = {name: of_kind[kind] for name, kind in edges.items() if kind in of_kind}
     before = {name: column_mean(block, block.arch.edge(name)) for name in constants}
     folds = watch_folds(block)
     run(Cas(qkv=0.02, up_gate=0.0096, down=0.015, v_mul=1.0), block)
     assert set(folds) == set(constants)
     for name, constant in constants.items():
-        assert torch.allclose(folds[name] * before[name], torch.tensor(constant), rtol=1e-6, atol=0), name
-    for name in set(constants) - {"mlp_norm"}:  # up_proj's rows were divided after its columns were balanced
+        assert torch.allclose(
+            folds[name] * before[name], torch.tensor(constant), rtol=1e-6, atol=0
+        ), name
+    for name in set(constants) - {
+        "mlp_norm"
+    }:  # up_proj's rows were divided after its columns were balanced
         after = column_mean(block, block.arch.edge(name))
         assert torch.allclose(after, torch.tensor(constants[name]), rtol=2**-8, atol=0), name
 
 
 @pytest.mark.parametrize(
-    ("field", "edge_name"), [("qkv", "attn_norm"), ("up_gate", "mlp_norm"), ("down", "up_down"), ("v_mul", "v_o")]
+    ("field", "edge_name"),
+    [("qkv", "attn_norm"), ("up_gate", "mlp_norm"), ("down", "up_down"), ("v_mul", "v_o")],
 )
 def test_cas_touches_the_configured_edge_only(make_block: BlockMaker, field: str, edge_name: str):
     off: dict[str, float] = {"qkv": 0, "up_gate": 0, "down": 0, "v_mul": 1}
@@ -282,7 +316,11 @@ def test_cas_with_everything_off_does_nothing(make_block: BlockMaker):
 def test_cas_scales_v_and_undoes_it_in_o(make_block: BlockMaker):
     block, plain = make_block("qwen2"), make_block("qwen2")
     run(Cas(up_gate=0, down=0, v_mul=0.9), block)
-    for name, factor in {"v_proj.weight": 0.9, "v_proj.bias": 0.9, "o_proj.weight": 1 / 0.9}.items():
+    for name, factor in {
+        "v_proj.weight": 0.9,
+        "v_proj.bias": 0.9,
+        "o_proj.weight": 1 / 0.9,
+    }.items():
         new, old = (b.module.get_parameter(f"self_attn.{name}") for b in (block, plain))
         assert torch.allclose(new, factor * old, rtol=1e-6, atol=0), name
 

@@ -28,7 +28,9 @@ from quantize.model.moe import MoeFfn
 LAYOUT = Layout(n=3, size=8, shared=16)
 
 
-def random_ffn(neurons: int = LAYOUT.neurons, hidden: int = 24, seed: int = 0) -> tuple[Ffn, Tensor]:
+def random_ffn(
+    neurons: int = LAYOUT.neurons, hidden: int = 24, seed: int = 0
+) -> tuple[Ffn, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.randn(neurons, hidden, generator=generator) * hidden**-0.5 for _ in range(2))
     down = torch.randn(hidden, neurons, generator=generator) * neurons**-0.5
@@ -41,7 +43,11 @@ def random_ffn(neurons: int = LAYOUT.neurons, hidden: int = 24, seed: int = 0) -
 @pytest.mark.parametrize("layout", [LAYOUT, Layout(2, 16, 8), Layout(1, 4, 36), Layout(5, 8, 0)])
 def test_a_split_is_a_partition_of_the_sizes_asked_for(layout: Layout):
     ffn, x = random_ffn()
-    for split in (contiguous(layout), shuffled(layout, 3), clustered(layout, ffn.contributions(x[:200]), 0)):
+    for split in (
+        contiguous(layout),
+        shuffled(layout, 3),
+        clustered(layout, ffn.contributions(x[:200]), 0),
+    ):
         sizes = torch.bincount(split.owner, minlength=layout.n + 1).tolist()
         assert sizes == [layout.size] * layout.n + [layout.shared]
         parts = torch.cat([split.of_expert(index) for index in range(layout.n + 1)])
@@ -94,11 +100,16 @@ def test_teaching_lowers_the_error_and_repeats_bit_for_bit():
         student = start.student(budget, router)
         untrained = student.error(x, y)
         own = type(student)(
-            Ffn(*(t.clone() for t in (ffn.gate, ffn.up, ffn.down)), ffn.act), start.split, router, student.policy
+            Ffn(*(t.clone() for t in (ffn.gate, ffn.up, ffn.down)), ffn.act),
+            start.split,
+            router,
+            student.policy,
         )
         refit_down(own, x, y)
         refitted = own.error(x, y)
-        losses = distill(own, x, y, Training(steps=60, batch=256, rate=0.025, weight_decay=0.0, seed=0))
+        losses = distill(
+            own, x, y, Training(steps=60, batch=256, rate=0.025, weight_decay=0.0, seed=0)
+        )
         taught.append(own)
         assert own.error(x, y) < 0.95 * refitted < 0.9 * untrained
         assert len(losses) == 60
@@ -113,7 +124,9 @@ def test_a_refit_is_the_least_squares_solution():
     student = start.student(budget, start.router(budget, 0))
     h = student.hidden(x).double()
     ridge = 1e-2 * (h.T @ h).diagonal().mean()
-    wanted = torch.linalg.solve(h.T @ h + ridge * torch.eye(40), h.T @ y.double() + ridge * ffn.down.T.double()).T
+    wanted = torch.linalg.solve(
+        h.T @ h + ridge * torch.eye(40), h.T @ y.double() + ridge * ffn.down.T.double()
+    ).T
     student.down = nn.Parameter(ffn.down.clone(), requires_grad=False)
     refit_down(student, x, y)
     assert torch.allclose(student.down.double(), wanted, atol=1e-5)
@@ -139,7 +152,9 @@ def test_pruning_nothing_changes_nothing_and_a_constant_neuron_becomes_bias():
 
 def budget_of(folder: Path, reduction: float, layout: Layout | None = None) -> Budget:
     source = Checkpoint(folder)
-    return Budget.of(architecture_of(source.config), Shape.of(source.config), source.shapes, reduction, layout)
+    return Budget.of(
+        architecture_of(source.config), Shape.of(source.config), source.shapes, reduction, layout
+    )
 
 
 def test_the_budget_counts_what_a_token_meets(tiny: ModelMaker):

@@ -16,7 +16,9 @@ from quantize.methods.gptq import Gptq
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_layer_that_was_taught_is_taken_up(tiny: ModelMaker, text_file: Path, tmp_path: Path, size: int):
+def test_a_layer_that_was_taught_is_taken_up(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, size: int
+):
     recipe = tmp_path / "r.yaml"
     calibration = f"calibration: {{dataset: {text_file}, nsamples: 6, seqlen: 32}}"
     recipe.write_text(
@@ -36,10 +38,15 @@ def test_a_layer_that_was_taught_is_taken_up(tiny: ModelMaker, text_file: Path, 
     for output, ranks in (("out", size), ("once", 1)):
         running = pq(ranks, [*told, tmp_path / output], tmp_path / "said")
         assert running.wait() == [0] * ranks, running.texts()
-    assert "model.layers.0.mlp was taught before and is taken up" in (tmp_path / "out.log").read_text()
+    assert (
+        "model.layers.0.mlp was taught before and is taken up" in (tmp_path / "out.log").read_text()
+    )
     assert files_of(tmp_path / "out") == files_of(tmp_path / "once")
 
 
 @pytest.mark.parametrize("recipe", ["ladimo-gptq", "ladimo-searched"])
 def test_ladimo(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
-    same(request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64), tmp_path)
+    same(
+        request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64),
+        tmp_path,
+    )

@@ -32,7 +32,12 @@ EDGES = [edge.name for edge in ARCHITECTURES["llama"].edges]
 def correlate(block: Block) -> Block:
     """Give the block inputs that mostly lie in 32 of its 128 dimensions: 320 tokens, or 1280 for one with experts."""
     generator = torch.Generator().manual_seed(1)
-    mix = torch.cat([torch.randn(32, block.shape.hidden, generator=generator), 0.3 * torch.eye(block.shape.hidden)])
+    mix = torch.cat(
+        [
+            torch.randn(32, block.shape.hidden, generator=generator),
+            0.3 * torch.eye(block.shape.hidden),
+        ]
+    )
     batches = 20 if any(map(block.arch.is_routed, block.arch.roles)) else 5
     block.inputs = [torch.randn(2, 32, len(mix), generator=generator) @ mix for _ in range(batches)]
     block.reference_inputs = [x.clone() for x in block.inputs]
@@ -89,12 +94,16 @@ def entering(block: Block, name: str) -> Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("tail", [1, 3])
-def test_rtn_clipping_never_costs_weight_error(make_block: BlockMaker, bits: int, group_size: int, tail: int):
+def test_rtn_clipping_never_costs_weight_error(
+    make_block: BlockMaker, bits: int, group_size: int, tail: int
+):
     errors = {}
     for clip in ("absmax", "mse"):
         block = make_block("llama")
         for name in LINEARS:
-            block.linear(name).weight.data = block.linear(name).weight ** tail  # odd: signs stay, tails grow
+            block.linear(name).weight.data = (
+                block.linear(name).weight ** tail
+            )  # odd: signs stay, tails grow
         run(Rtn(bits=bits, group_size=group_size, clip=clip), block)
         errors[clip] = {name: facts["weight_error"] for name, facts in block.report.items()}
     for name in LINEARS:
@@ -109,7 +118,9 @@ def test_rtn_clipping_never_costs_weight_error(make_block: BlockMaker, bits: int
 @pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("clip", ["absmax", "mse"])
 @pytest.mark.parametrize("name", LINEARS)
-def test_gptq_has_less_output_error_than_rounding(make_block: BlockMaker, order: str, clip: str, name: str):
+def test_gptq_has_less_output_error_than_rounding(
+    make_block: BlockMaker, order: str, clip: str, name: str
+):
     plain = correlate(make_block("llama"))
     x, weight = entering(plain, name), plain.linear(name).weight
     rounded = run(Rtn(clip=clip, layers=(f"*.{name}",)), make_block("llama")).packed[name]
@@ -121,7 +132,9 @@ def test_gptq_has_less_output_error_than_rounding(make_block: BlockMaker, order:
     assert (block.report[name]["damping"], block.report[name]["dead_inputs"]) == (0.01, 0)
 
 
-@pytest.mark.parametrize("stage", [Gptq(), Gptq(order="natural"), Fireq(), Fireq(activations="none")], ids=str)
+@pytest.mark.parametrize(
+    "stage", [Gptq(), Gptq(order="natural"), Fireq(), Fireq(activations="none")], ids=str
+)
 def test_dead_inputs_are_survived_and_noted(make_block: BlockMaker, stage: Stage):
     block = correlate(make_block("qwen3", reference=True))
     block.module.get_submodule("input_layernorm").weight.data[[0, 5, 127]] = 0
@@ -129,13 +142,17 @@ def test_dead_inputs_are_survived_and_noted(make_block: BlockMaker, stage: Stage
     run(stage, block)
     for name in LINEARS:
         assert "fallback" not in block.report[name]
-        assert block.report[name]["dead_inputs"] == (3 if name[-6:] in ("q_proj", "k_proj", "v_proj") else 0)
+        assert block.report[name]["dead_inputs"] == (
+            3 if name[-6:] in ("q_proj", "k_proj", "v_proj") else 0
+        )
         assert block.report[name]["output_error"] < 0.05
     assert distance(outputs(block), wanted) < 0.1
 
 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(damping=0.01)], ids=str)
-def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage):
+def test_an_indefinite_hessian_is_damped_tenfold(
+    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage
+):
     def shifted(H: Tensor) -> Tensor:
         # Smallest eigenvalue −0.05 of the mean: 0.01 is too little damping, 0.1 is enough.
         values, vectors = torch.linalg.eigh(H.double())
@@ -150,9 +167,14 @@ def test_an_indefinite_hessian_is_damped_tenfold(make_block: BlockMaker, monkeyp
 
 
 @pytest.mark.parametrize("stage", [Gptq(), Fireq(), Fireq(activations="none")], ids=str)
-@pytest.mark.parametrize("spoil", [torch.neg, lambda H: H * torch.nan, lambda H: H.fill_diagonal_(torch.inf)])
+@pytest.mark.parametrize(
+    "spoil", [torch.neg, lambda H: H * torch.nan, lambda H: H.fill_diagonal_(torch.inf)]
+)
 def test_an_unusable_hessian_falls_back_to_rounding(
-    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch, stage: Stage, spoil: Callable[[Tensor], Tensor]
+    make_block: BlockMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Stage,
+    spoil: Callable[[Tensor], Tensor],
 ):
     change_hessians(monkeypatch, spoil)
     block = run(stage, correlate(make_block("llama", reference=True)))
@@ -163,7 +185,9 @@ def test_an_unusable_hessian_falls_back_to_rounding(
         assert not {"damping", "dead_inputs", "output_error"} & set(facts)
     if isinstance(stage, Gptq):
         expected = run(Rtn(clip="mse"), make_block("llama"))
-        assert all(torch.equal(block.packed[name].codes, expected.packed[name].codes) for name in LINEARS)
+        assert all(
+            torch.equal(block.packed[name].codes, expected.packed[name].codes) for name in LINEARS
+        )
 
 
 # AWQ
@@ -203,7 +227,9 @@ def test_awq_never_raises_an_edges_rounding_error(
         assert after < 1.01 * before
 
 
-def candidates_of(stage: Awq, block: Block, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
+def candidates_of(
+    stage: Awq, block: Block, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[Tensor]]:
     """Run the search and return every λ it tried, by edge."""
     tried: dict[str, list[Tensor]] = {}
 
@@ -219,19 +245,29 @@ def candidates_of(stage: Awq, block: Block, monkeypatch: pytest.MonkeyPatch) -> 
 def test_awq_tries_every_pair_of_exponents(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block = correlate(make_block("qwen3"))
     x = entering(block, "self_attn.q_proj").abs().mean(dim=0)
-    w = torch.cat([block.linear(f"self_attn.{sink}_proj").weight for sink in "qkv"]).abs().mean(dim=0)
-    tried = candidates_of(Awq(grid=4, weight_exponents=(0.0, 0.5, 1.0)), block, monkeypatch)["attn_norm"]
+    w = (
+        torch.cat([block.linear(f"self_attn.{sink}_proj").weight for sink in "qkv"])
+        .abs()
+        .mean(dim=0)
+    )
+    tried = candidates_of(Awq(grid=4, weight_exponents=(0.0, 0.5, 1.0)), block, monkeypatch)[
+        "attn_norm"
+    ]
     pairs = [(a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.5, 1.0)]
     for (a, b), scale in zip(pairs, tried, strict=True):
         ratio = scale / (x**a / w ** (b * (1 - a)))
         assert torch.allclose(ratio, ratio[:1], rtol=1e-4), (a, b)
 
 
-def test_awq_tries_usable_scales_whatever_is_dead(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
+def test_awq_tries_usable_scales_whatever_is_dead(
+    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch
+):
     block = correlate(make_block("llama"))
     block.module.get_submodule("input_layernorm").weight.data[:4] = 0  # inputs that are always zero
     for sink in ("q_proj", "k_proj", "v_proj"):
-        block.linear(f"self_attn.{sink}").weight.data[:, 2:8] = 0  # columns that are zero, two of them both
+        block.linear(f"self_attn.{sink}").weight.data[:, 2:8] = (
+            0  # columns that are zero, two of them both
+        )
     block.linear("self_attn.v_proj").weight.data[10:20] = 0
     block.linear("mlp.up_proj").weight.data[:9] = 0
     block.linear("mlp.down_proj").weight.data[:, 5:12] = 0
@@ -244,7 +280,9 @@ def test_awq_tries_usable_scales_whatever_is_dead(make_block: BlockMaker, monkey
     assert distance(outputs(block), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("zeroed", ["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize(
+    "zeroed", ["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj", "self_attn.v_proj"]
+)
 def test_awq_survives_a_linear_of_zeros(make_block: BlockMaker, zeroed: str):
     """Layers added to a trained model begin like this."""
     block = correlate(make_block("llama"))
@@ -281,7 +319,9 @@ def inject(block: Block, edge_name: str) -> None:
     block.fold(edge, scale)
 
 
-def block_error(make_block: BlockMaker, stages: tuple[Stage, ...], injected: tuple[str, ...] = ()) -> float:
+def block_error(
+    make_block: BlockMaker, stages: tuple[Stage, ...], injected: tuple[str, ...] = ()
+) -> float:
     block = correlate(make_block("llama", reference=True))
     wanted = outputs(block)
     for edge_name in injected:
@@ -301,6 +341,8 @@ def plain_error(make_block: BlockMaker) -> float:
 
 
 @pytest.mark.parametrize("edges", [*((name,) for name in EDGES), tuple(EDGES)], ids="+".join)
-def test_injected_outliers_do_not_change_the_result(make_block: BlockMaker, plain_error: float, edges: tuple[str, ...]):
+def test_injected_outliers_do_not_change_the_result(
+    make_block: BlockMaker, plain_error: float, edges: tuple[str, ...]
+):
     ratio = block_error(make_block, BALANCED, edges) / plain_error
     assert 1 / 1.05 < ratio < 1.05

@@ -106,7 +106,10 @@ def test_a_recipe_names_it(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     text = {"dataset": str(text_file), "seqlen": 32, "max_windows": 8}
     by_rtn = kept(tiny, text_file, tmp_path / "rtn", "stages: [{method: rtn, bits: 3, clip: mse}]")
     convert(by_rtn)
-    figures = [evaluate(folder, asked.model, device=CPU, **text) for folder in (asked.output, by_rtn.output)]
+    figures = [
+        evaluate(folder, asked.model, device=CPU, **text)
+        for folder in (asked.output, by_rtn.output)
+    ]
     assert figures[0].kld_mean < figures[1].kld_mean
 
 
@@ -174,7 +177,9 @@ def test_a_name_that_comes_twice_is_refused(install: Installer):
 
 def test_a_name_of_ours_is_refused(install: Installer):
     install("theirs", {"rtn": "autoround_like:AutoRoundLike"})
-    with pytest.raises(RecipeError, match=r"method 'rtn' of theirs 1\.2: pq has a method of that name itself"):
+    with pytest.raises(
+        RecipeError, match=r"method 'rtn' of theirs 1\.2: pq has a method of that name itself"
+    ):
         recipe_schema()
 
 
@@ -184,7 +189,9 @@ def test_a_class_of_a_known_name_is_refused(install: Installer):
         "class Rtn(Ours):\n    method: Literal['other'] = 'other'\n"
     )
     install("theirs", {"other": "same_class:Rtn"}, same_class=text)
-    with pytest.raises(RecipeError, match=r"method 'other': its class is called Rtn as that of 'rtn'; rename one"):
+    with pytest.raises(
+        RecipeError, match=r"method 'other': its class is called Rtn as that of 'rtn'; rename one"
+    ):
         recipe("[{method: other}]")
 
 
@@ -193,5 +200,7 @@ def test_the_command_line_finds_it(tmp_path: Path):
     paths = [str(tmp_path / "site"), str(Path(__file__).parent), str(Path(__file__).parents[2])]
     (tmp_path / "r.yaml").write_text("description: d\nstages: [{method: autoround-like}]\n")
     command = [sys.executable, "-m", "quantize", "recipe", "validate", str(tmp_path / "r.yaml")]
-    done = subprocess.run(command, env={"PYTHONPATH": ":".join(paths)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={"PYTHONPATH": ":".join(paths)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,10 @@ PARTS: Mapping[str, dict[str, Any]] = {
     "down": {"residual": False, "values": False, "down": True},
     "all": {"down": True, "seed": 2**62},
 }
-EVERY_BIAS = {"attention_bias": True, "mlp_bias": True}  # of llama: o_proj and down_proj have one, too
+EVERY_BIAS = {
+    "attention_bias": True,
+    "mlp_bias": True,
+}  # of llama: o_proj and down_proj have one, too
 
 
 def smooth_only(*stages: Stage) -> Recipe:
@@ -106,10 +109,14 @@ def test_the_model_computes_what_it_did(exact: Maker, model_type: str, tied: boo
         stage, out = Rotate(**fields), tmp_path / name
         summary = rotated(parent, out, stage)
         assert difference(logits(out), wanted) < 5e-6, name
-        streamed = torch.stack(list(open_model(out, CPU, torch.float32, "kernel").read(tokens(), lambda: None)(SPANS)))
+        streamed = torch.stack(
+            list(open_model(out, CPU, torch.float32, "kernel").read(tokens(), lambda: None)(SPANS))
+        )
         assert difference(streamed, wanted) < 5e-6, name
         with torch.no_grad():
-            assert difference(load_model(out, CPU, torch.float32)(tokens()).logits, wanted) < 5e-6, name
+            assert (
+                difference(load_model(out, CPU, torch.float32)(tokens()).logits, wanted) < 5e-6
+            ), name
         assert_written(out, parent, stage, summary)
 
 
@@ -127,15 +134,26 @@ def assert_written(out: Path, parent: Path, stage: Rotate, summary: Summary) -> 
     assert summary.untied_head_bytes == (head.nbytes if untied else 0)
     assert summary.source_bytes == sum(source.tensor(name).nbytes for name in source.names())
     rows = [block_architecture(arch, source.config, i) for i in range(shape.n_blocks)]
-    downs = [f"model.layers.{i}.{n}" for i, row in enumerate(rows) for n, role in row.roles.items() if role == "down"]
-    assert written.config.get("quantization_config", {}).get("rotated_inputs", []) == (downs if stage.down else [])
+    downs = [
+        f"model.layers.{i}.{n}"
+        for i, row in enumerate(rows)
+        for n, role in row.roles.items()
+        if role == "down"
+    ]
+    assert written.config.get("quantization_config", {}).get("rotated_inputs", []) == (
+        downs if stage.down else []
+    )
     norms = [name for name in written.names() if "layernorm" in name or name == "model.norm.weight"]
     assert len(norms) == 5
     for name in norms:
         assert bool((written.tensor(name) == 1).all()) == stage.residual, name
     for name in written.names():
         assert written.tensor(name).dtype == torch.float32, name
-        if "q_norm" in name or "k_norm" in name or (not stage.residual and "mlp" not in name and "attn" not in name):
+        if (
+            "q_norm" in name
+            or "k_norm" in name
+            or (not stage.residual and "mlp" not in name and "attn" not in name)
+        ):
             assert torch.equal(written.tensor(name), source.tensor(name)), name
     if stage.residual:
         Q = Rotation(stage.seed).apply(torch.eye(shape.hidden, dtype=torch.float64))
@@ -147,8 +165,14 @@ def assert_written(out: Path, parent: Path, stage: Rotate, summary: Summary) -> 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("part", PARTS)
-def test_biases_and_any_grouping_of_heads(exact: Maker, tmp_path: Path, part: str, heads: tuple[int, int]):
-    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "num_hidden_layers": 1}
+def test_biases_and_any_grouping_of_heads(
+    exact: Maker, tmp_path: Path, part: str, heads: tuple[int, int]
+):
+    sizes = {
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "num_hidden_layers": 1,
+    }
     parent = exact("llama", **EVERY_BIAS, **sizes)
     assert len(Checkpoint(parent).names("model.layers.0")) == 16  # 7 weights, 7 biases, 2 norms
     rotated(parent, tmp_path / "out", Rotate(**PARTS[part]))
@@ -162,7 +186,9 @@ def test_sizes_that_are_no_powers_of_two(exact: Maker, tmp_path: Path):
     assert difference(logits(tmp_path / "out"), logits(parent)) < 5e-6
 
 
-def test_without_rotation_at_run_time_stock_transformers_needs_nothing_else(exact: Maker, tmp_path: Path):
+def test_without_rotation_at_run_time_stock_transformers_needs_nothing_else(
+    exact: Maker, tmp_path: Path
+):
     parent, out = exact("qwen2", tie_word_embeddings=True), tmp_path / "out"
     rotated(parent, out, Rotate())
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
@@ -170,7 +196,9 @@ def test_without_rotation_at_run_time_stock_transformers_needs_nothing_else(exac
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_storage_in_bfloat16_costs_is_small(exact: Maker, tmp_path: Path, model_type: str, tied: bool):
+def test_what_storage_in_bfloat16_costs_is_small(
+    exact: Maker, tmp_path: Path, model_type: str, tied: bool
+):
     parent = exact(model_type, torch.bfloat16, tie_word_embeddings=tied)
     rotated(parent, tmp_path / "out", Rotate(down=True))
     p, q = (logits(folder).log_softmax(dim=-1) for folder in (parent, tmp_path / "out"))
@@ -184,7 +212,10 @@ def test_a_loaded_model_saves_its_rotation(exact: Maker, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "out"))
-    configs = [json.loads((tmp_path / f / "config.json").read_text())["quantization_config"] for f in ("out", "saved")]
+    configs = [
+        json.loads((tmp_path / f / "config.json").read_text())["quantization_config"]
+        for f in ("out", "saved")
+    ]
     assert configs[0] == configs[1]
     assert len(configs[0]["rotated_inputs"]) == 2
 
@@ -193,7 +224,9 @@ def test_a_loaded_model_saves_its_rotation(exact: Maker, tmp_path: Path):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["rotate", "awq", "cas"])))
-def test_any_order_with_other_smooth_stages(make_block: BlockMaker, model_type: str, order: tuple[str, ...]):
+def test_any_order_with_other_smooth_stages(
+    make_block: BlockMaker, model_type: str, order: tuple[str, ...]
+):
     stages: dict[str, Stage] = {
         "rotate": Rotate(**PARTS["all"]),
         "awq": Awq(group_size=64, grid=2),
@@ -204,7 +237,9 @@ def test_any_order_with_other_smooth_stages(make_block: BlockMaker, model_type: 
         for name in order:
             before = {n: p.clone() for n, p in block.module.named_parameters()}
             stages[name].apply(block)
-            assert any(not torch.equal(p, before[n]) for n, p in block.module.named_parameters()), name
+            assert any(not torch.equal(p, before[n]) for n, p in block.module.named_parameters()), (
+                name
+            )
         wanted = [stages["rotate"].to_basis(plain.forward(plain.module, x)) for x in plain.inputs]
         # The stage turned the block's own inputs, so that whoever comes next measures what is true.
         found = [block.forward(block.module, x) for x in block.inputs]
@@ -237,14 +272,17 @@ def test_statistics_and_encoding_see_rotated_inputs(make_block: BlockMaker):
         freeze_reference(block)
         assert block.reference is not None
         assert torch.equal(
-            block.forward(block.reference, block.inputs[0]), block.forward(block.module, block.inputs[0])
+            block.forward(block.reference, block.inputs[0]),
+            block.forward(block.module, block.inputs[0]),
         )
 
 
 def peakedness(x: Tensor) -> tuple[float, float]:
     """Kurtosis over all entries, and absmax over rms."""
     square = x.double().square()
-    return float(square.square().mean() / square.mean() ** 2), float(x.abs().max() / square.mean().sqrt())
+    return float(square.square().mean() / square.mean() ** 2), float(
+        x.abs().max() / square.mean().sqrt()
+    )
 
 
 def test_outlier_channels_of_the_residual_stream_vanish(make_block: BlockMaker):
@@ -310,7 +348,9 @@ def test_recipes_made_in_code_are_refused_alike():
 
 
 def test_recipes_that_are_taken():
-    assert recipe("format: pq\nstages: [{method: rotate, down: true}, {method: rtn}]").stages[0] == Rotate(down=True)
+    assert recipe("format: pq\nstages: [{method: rotate, down: true}, {method: rtn}]").stages[
+        0
+    ] == Rotate(down=True)
     assert recipe("stages: [{method: cas}, {method: rotate}, {method: awq}, {method: rtn}]")
 
 
@@ -324,9 +364,17 @@ def test_a_format_that_cannot_hold_it_is_refused_whoever_asks(exact: Maker, tmp_
 @pytest.mark.parametrize(
     ("sizes", "stage", "says"),
     [
-        ({"hidden_size": 268}, Rotate(values=False), r"hidden size 268: .* size 268 .*; set residual: false"),
+        (
+            {"hidden_size": 268},
+            Rotate(values=False),
+            r"hidden size 268: .* size 268 .*; set residual: false",
+        ),
         ({"head_dim": 18}, Rotate(residual=False), r"head size 18: .*; set values: false"),
-        ({"intermediate_size": 536}, Rotate(down=True), r"inputs of mlp\.down_proj 536: .*; set down: false"),
+        (
+            {"intermediate_size": 536},
+            Rotate(down=True),
+            r"inputs of mlp\.down_proj 536: .*; set down: false",
+        ),
     ],
 )
 def test_sizes_without_a_matrix_are_refused_before_any_work(

@@ -70,7 +70,9 @@ def weight_of(block: Block, name: str = DOWN) -> BitVec:
 )
 def test_fields_out_of_range_are_one_line(line: str, says: str):
     with pytest.raises(RecipeError, match=r"^[^\n]+$") as caught:
-        parse_recipe(f"description: d\nformat: pq\nstages:\n  - method: sbvr\n    {line}\n", "a.yaml")
+        parse_recipe(
+            f"description: d\nformat: pq\nstages:\n  - method: sbvr\n    {line}\n", "a.yaml"
+        )
     assert says in str(caught.value)
     assert str(caught.value).startswith("a.yaml:5: stages[0].")
 
@@ -82,7 +84,11 @@ def test_other_formats_hold_no_bit_vectors(tiny: Maker, text_file: Path, tmp_pat
 
 def test_what_is_measured_follows_the_fields():
     asked = [Sbvr(), Sbvr(aim="layer"), Sbvr(fit="data-free"), Sbvr(fit="data-free", aim="layer")]
-    assert [(s.needs_inputs, s.needs_reference) for s in asked] == [(True, True), (True, False), *[(False, False)] * 2]
+    assert [(s.needs_inputs, s.needs_reference) for s in asked] == [
+        (True, True),
+        (True, False),
+        *[(False, False)] * 2,
+    ]
 
 
 @pytest.mark.parametrize("name", ["sbvr", "sbvr-3bit", "sbvr-2bit", "fireq-sbvr"])
@@ -97,8 +103,12 @@ def test_shipped_recipes(name: str):
 # One block
 
 
-@pytest.mark.parametrize(("bits", "bias", "aim"), [(2, True, "parent"), (3, False, "layer"), (4, True, "layer")])
-def test_inputs_never_make_it_worse(make_block: BlockMaker, model_type: str, bits: int, bias: bool, aim: str):
+@pytest.mark.parametrize(
+    ("bits", "bias", "aim"), [(2, True, "parent"), (3, False, "layer"), (4, True, "layer")]
+)
+def test_inputs_never_make_it_worse(
+    make_block: BlockMaker, model_type: str, bits: int, bias: bool, aim: str
+):
     block = make_block(model_type, reference=aim == "parent")
     run(Sbvr(**SOME | {"layers": ("*.down_proj",), "bits": bits, "bias": bias, "aim": aim}), block)
     assert set(block.report) == {name for name, role in block.arch.roles.items() if role == "down"}
@@ -109,7 +119,9 @@ def test_inputs_never_make_it_worse(make_block: BlockMaker, model_type: str, bit
 
 @pytest.mark.parametrize("fit", ["data-free", "hessian"])
 @pytest.mark.parametrize(("lines", "codebook"), [(8, "lines"), (24, "shapes")])
-def test_facts_are_those_of_the_packed_weight(make_block: BlockMaker, fit: str, lines: int, codebook: str):
+def test_facts_are_those_of_the_packed_weight(
+    make_block: BlockMaker, fit: str, lines: int, codebook: str
+):
     block, plain = make_block("qwen3", reference=True), make_block("qwen3")
     run(Sbvr(**SOME | {"lines": lines, "codebook": codebook, "fit": fit, "overhead": None}), block)
     assert set(block.packed) == set(block.report) == {OUT, DOWN}
@@ -145,7 +157,10 @@ def test_inputs_that_cannot_be_used(make_block: BlockMaker, monkeypatch: pytest.
     run(Sbvr(**SOME | {"fit": "data-free"}), plain)
     for name in (OUT, DOWN):
         facts = block.report[name]
-        assert facts["fallback"] == "Hessian is not finite or stays singular: fitted to the weights alone"
+        assert (
+            facts["fallback"]
+            == "Hessian is not finite or stays singular: fitted to the weights alone"
+        )
         assert "loss_share" not in facts
         assert torch.equal(weight_of(block, name).unpack(), weight_of(plain, name).unpack())
 
@@ -153,19 +168,29 @@ def test_inputs_that_cannot_be_used(make_block: BlockMaker, monkeypatch: pytest.
 @pytest.mark.parametrize("overhead", [0.07, 0.125, None])
 def test_the_overhead_is_kept(make_block: BlockMaker, overhead: float | None):
     block = make_block("llama")
-    run(Sbvr(layers=("*.down_proj",), lines=64, codebook="lines", overhead=overhead, fit="data-free"), block)
+    run(
+        Sbvr(
+            layers=("*.down_proj",), lines=64, codebook="lines", overhead=overhead, fit="data-free"
+        ),
+        block,
+    )
     weight = weight_of(block)
     if overhead is None:
         assert len(weight.lines) == 64
         assert weight.bits_per_weight > 4.125
     else:
         assert weight.bits_per_weight <= 4 + overhead
-        assert weight.bits_per_weight > 4 + overhead - 80 / weight.codes.numel()  # not one line more fits
+        assert (
+            weight.bits_per_weight > 4 + overhead - 80 / weight.codes.numel()
+        )  # not one line more fits
 
 
 @pytest.mark.parametrize("fields", [{"overhead": 0.01}, {"group_size": 64}])
 def test_an_overhead_below_one_line_is_refused_before_any_work(fields: dict[str, Any]):
-    stage, shapes = Sbvr(**{"ignore": ("*.k_proj",)} | fields), {"a.q_proj": (64, 512), "a.k_proj": (1, 1)}
+    stage, shapes = (
+        Sbvr(**{"ignore": ("*.k_proj",)} | fields),
+        {"a.q_proj": (64, 512), "a.k_proj": (1, 1)},
+    )
     with pytest.raises(ModelError, match=r"^a\.q_proj: max_overhead [^\n]+ raise overhead [^\n]+$"):
         stage.check(shapes)
     stage.model_copy(update={"overhead": None}).check(shapes)
@@ -178,7 +203,9 @@ def test_the_seed_fixes_every_byte(make_block: BlockMaker):
 
     first, again, other = stored(3), stored(3), stored(4)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, other, strict=True)
+    )
 
 
 def test_the_histogram_carries_the_points(make_block: BlockMaker):
@@ -196,7 +223,13 @@ def test_the_histogram_carries_the_points(make_block: BlockMaker):
 
 
 def test_pictures_are_drawn_from_facts():
-    facts = {"cache_lines": 8, "cache_used": 6, "cache_effective": 4.0, "cache_scales": 1, "loss_share": 0.5}
+    facts = {
+        "cache_lines": 8,
+        "cache_used": 6,
+        "cache_effective": 4.0,
+        "cache_scales": 1,
+        "loss_share": 0.5,
+    }
     drawn = Sbvr().pictures({f"model.layers.{i}.{n}": facts for i in range(2) for n in (OUT, DOWN)})
     titles = [
         "Codebook occupancy",
@@ -212,11 +245,21 @@ def test_pictures_are_drawn_from_facts():
 
 
 def test_pictures_bear_facts_of_any_kind():
-    sound = {"cache_lines": 8, "cache_used": 6, "cache_effective": 4.0, "cache_scales": 1, "loss_share": 0.5}
+    sound = {
+        "cache_lines": 8,
+        "cache_used": 6,
+        "cache_effective": 4.0,
+        "cache_scales": 1,
+        "loss_share": 0.5,
+    }
     odd = ["x", None, True, [1], math.nan, math.inf, -1.0, 0, 10**400]
     changed = [sound | {name: value} for name in sound for value in odd]
     changed += [{k: v for k, v in sound.items() if k != name} for name in sound]
     drawn = Sbvr().pictures({f"model.layers.{i}.{DOWN}": facts for i, facts in enumerate(changed)})
     assert len(drawn) == 4
     assert all(svg(picture, "a-") for picture in drawn)
-    assert Sbvr().pictures({}) == Sbvr().pictures({f"model.layers.0.{DOWN}": {"weight_error": 0.1}}) == ()
+    assert (
+        Sbvr().pictures({})
+        == Sbvr().pictures({f"model.layers.0.{DOWN}": {"weight_error": 0.1}})
+        == ()
+    )

@@ -60,7 +60,11 @@ def made(tiny: Maker, text_file: Path, tmp_path_factory: pytest.TempPathFactory)
     def make(name: str, model_type: str, **model: Any) -> Path:
         folder = tmp_path_factory.mktemp(name)
         (folder / "r.yaml").write_text(f"description: d\nformat: pq\nstages: [{STAGES[name]}]\n")
-        convert(request_for(tiny(model_type, **model), str(folder / "r.yaml"), folder / "out", text_file))
+        convert(
+            request_for(
+                tiny(model_type, **model), str(folder / "r.yaml"), folder / "out", text_file
+            )
+        )
         return folder / "out"
 
     return make
@@ -75,7 +79,9 @@ def ragged(made: Maker, tmp_path: Path) -> Path:
 def assert_loaders_agree(folder: Path) -> None:
     exact = logits(load_model(folder, CPU, torch.float32))
     assert difference(logits(loaded(folder)), exact) < 1e-5
-    kept, decoded = (difference(logits(load(folder)), exact) for load in (in_bfloat16, decoded_in_bfloat16))
+    kept, decoded = (
+        difference(logits(load(folder)), exact) for load in (in_bfloat16, decoded_in_bfloat16)
+    )
     assert kept < 1.25 * decoded < 0.05  # sums in float32 round no more than decoded weights do
 
 
@@ -96,7 +102,11 @@ def decoded_in_bfloat16(folder: Path) -> Any:
 CASES = [
     ("llama", (), {}),
     ("mistral", ("sbvr.bias=false",), {}),
-    ("qwen2", ("sbvr.bits=2", "sbvr.group_size=64", "sbvr.overhead=0.5"), {"tie_word_embeddings": True}),
+    (
+        "qwen2",
+        ("sbvr.bits=2", "sbvr.group_size=64", "sbvr.overhead=0.5"),
+        {"tie_word_embeddings": True},
+    ),
     ("qwen3", ("sbvr.bits=3", "sbvr.codebook=shapes"), {}),
     ("helium", ("sbvr.bits=5", "sbvr.bias=false"), {}),
 ]
@@ -109,11 +119,15 @@ def test_every_loader_computes_the_same(
     model = model | {"num_hidden_layers": 1}
     folder = converted("sbvr", model_type, *CHEAP, *changes, **model)
     assert_loaders_agree(folder)
-    assert 1e-3 < difference(logits(loaded(folder)), logits(loaded(tiny(model_type, **model)))) < 0.7
+    assert (
+        1e-3 < difference(logits(loaded(folder)), logits(loaded(tiny(model_type, **model)))) < 0.7
+    )
     assert verify(folder, tiny(model_type, **model)).ok
 
 
-def test_the_command_line(pq: Callable[..., tuple[int, str, str]], tiny: Maker, text_file: Path, tmp_path: Path):
+def test_the_command_line(
+    pq: Callable[..., tuple[int, str, str]], tiny: Maker, text_file: Path, tmp_path: Path
+):
     model, out, again = tiny("llama", num_hidden_layers=1), tmp_path / "out", tmp_path / "again"
     for folder in (out, again):
         code, text, err = pq(*convert_line(model, folder, text_file, "sbvr"), "--json")
@@ -133,12 +147,16 @@ def test_rows_that_end_within_a_group(made: Maker, tiny: Maker):
     assert verify(folder, tiny("llama", **RAGGED)).ok
 
 
-def test_the_shipped_recipe_on_rows_that_end_within_a_group(tiny: Maker, text_file: Path, tmp_path: Path):
+def test_the_shipped_recipe_on_rows_that_end_within_a_group(
+    tiny: Maker, text_file: Path, tmp_path: Path
+):
     convert(request_for(tiny("llama", **RAGGED), "sbvr", tmp_path / "out", text_file, *CHEAP))
     assert verify(tmp_path / "out", tiny("llama", **RAGGED)).ok
 
 
-def test_with_the_int4_cache(pq: Callable[..., tuple[int, str, str]], tiny: Maker, text_file: Path, tmp_path: Path):
+def test_with_the_int4_cache(
+    pq: Callable[..., tuple[int, str, str]], tiny: Maker, text_file: Path, tmp_path: Path
+):
     out, parent = tmp_path / "out", tiny("qwen2", num_hidden_layers=1)
     code, _, err = pq(*convert_line(parent, out, text_file, "fireq-sbvr"))
     assert code == 0, err
@@ -146,10 +164,17 @@ def test_with_the_int4_cache(pq: Callable[..., tuple[int, str, str]], tiny: Make
     assert verify(out, parent).ok
     model = loaded(out, torch.bfloat16)
     made = model.generate(
-        tokens(), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+        tokens(),
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
     )
     assert made.sequences.shape == (2, 27)
-    assert cache_bytes(cache_of(made)) < 2 * 2 * 2 * 26 * 64 * 2  # keys and values of one block, in 16 bits
+    assert (
+        cache_bytes(cache_of(made)) < 2 * 2 * 2 * 26 * 64 * 2
+    )  # keys and values of one block, in 16 bits
 
 
 def test_a_wide_index(made: Maker):
@@ -163,14 +188,18 @@ def test_a_wide_index(made: Maker):
 
 def test_rotated_inputs(made: Maker, tiny: Maker):
     folder = made("rotated", "qwen2", num_hidden_layers=1)
-    assert json.loads((folder / "config.json").read_text())["quantization_config"]["rotated_inputs"] == [DOWN0]
+    assert json.loads((folder / "config.json").read_text())["quantization_config"][
+        "rotated_inputs"
+    ] == [DOWN0]
     assert_loaders_agree(folder)
     assert verify(folder, tiny("qwen2", num_hidden_layers=1)).ok
 
 
 def test_bit_vectors_beside_integers(made: Maker, tiny: Maker, text_file: Path):
     folder, parent = made("mixed", "qwen3", num_hidden_layers=1), tiny("qwen3", num_hidden_layers=1)
-    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ].values()
     assert {g["format"] for g in groups} == {"bitvec", "pack-quantized"}
     model = loaded(folder)
     layer = model.model.layers[0]
@@ -213,11 +242,22 @@ def test_inspect_counts_every_bit(converted: Maker):
     linears = inspect(folder).blocks[0].linears
     assert len(linears) == 7
     for linear in linears:
-        own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"model.layers.0.{linear.name}.")}
+        own = {
+            n.rpartition(".")[2]: t
+            for n, t in tensors.items()
+            if n.startswith(f"model.layers.0.{linear.name}.")
+        }
         N, K = own.pop("weight_shape").tolist()
-        assert (linear.format, linear.bits, linear.group_size, linear.shape) == ("pq bitvec", 4, 128, (N, K))
+        assert (linear.format, linear.bits, linear.group_size, linear.shape) == (
+            "pq bitvec",
+            4,
+            128,
+            (N, K),
+        )
         assert linear.bits_per_weight == 8 * sum(t.nbytes for t in own.values()) / (N * K)
-        scheme = BitVecScheme(4, 128, False, *own["weight_lines"].shape[:1], *own["weight_scales"].shape)
+        scheme = BitVecScheme(
+            4, 128, False, *own["weight_lines"].shape[:1], *own["weight_scales"].shape
+        )
         assert linear.bits_per_weight == scheme.stored_bits(N, K)
 
 
@@ -261,13 +301,33 @@ def with_padding_bits(planes: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("suffix", "change", "check", "says"),
     [
-        ("weight_planes", with_padding_bits, "packing", f"{DOWN0}.weight_planes holds bits beside its codes"),
-        ("weight_index", with_entry(200), "packing", f"{DOWN0}: index 200 is outside a codebook of"),
+        (
+            "weight_planes",
+            with_padding_bits,
+            "packing",
+            f"{DOWN0}.weight_planes holds bits beside its codes",
+        ),
+        (
+            "weight_index",
+            with_entry(200),
+            "packing",
+            f"{DOWN0}: index 200 is outside a codebook of",
+        ),
         ("weight_lines", with_entry(math.nan), "values", f"{DOWN0}.weight_lines holds NaN or Inf"),
-        ("weight_scales", lambda t: t * math.inf, "values", f"{DOWN0}.weight_scales holds NaN or Inf"),
+        (
+            "weight_scales",
+            lambda t: t * math.inf,
+            "values",
+            f"{DOWN0}.weight_scales holds NaN or Inf",
+        ),
         ("weight_scales", None, "layout", f"tensor {DOWN0}.weight_scales is missing"),
         ("weight_index", None, "layout", f"tensor {DOWN0}.weight_index is missing"),
-        ("weight_planes", lambda t: t[:, 4:].contiguous(), "layout", f"{DOWN0}.weight_planes is I32"),
+        (
+            "weight_planes",
+            lambda t: t[:, 4:].contiguous(),
+            "layout",
+            f"{DOWN0}.weight_planes is I32",
+        ),
         ("weight_lines", lambda t: t.float(), "layout", f"{DOWN0}.weight_lines is F32"),
         ("weight_shape", lambda t: t.flip(0), "layout", f"{DOWN0}.weight_shape says"),
     ],
@@ -297,7 +357,14 @@ def test_other_codes_are_found_against_the_parent(ragged: Path, tiny: Maker):
     assert "outputs" in failed(verify(ragged, tiny("llama", **RAGGED)))
 
 
-EDITS = [("num_bits", 3), ("num_bits", 1), ("group_size", 64), ("group_size", 100), ("bias", False), ("lines", 9999)]
+EDITS = [
+    ("num_bits", 3),
+    ("num_bits", 1),
+    ("group_size", 64),
+    ("group_size", 100),
+    ("bias", False),
+    ("lines", 9999),
+]
 EDITS += [("scales", 7), ("lines", True), ("type", "int"), ("symmetric", True)]
 
 

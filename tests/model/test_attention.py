@@ -38,10 +38,15 @@ def heads(
     B: int = 2, H: int = 4, Hkv: int = 2, T: int = 9, L: int = 9, d: int = 32, seed: int = 0
 ) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, n, length, d, generator=generator) for n, length in ((H, T), (Hkv, L), (Hkv, L))]
+    return [
+        torch.randn(B, n, length, d, generator=generator)
+        for n, length in ((H, T), (Hkv, L), (Hkv, L))
+    ]
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Softmax attention, one head and one query at a time, in float64."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     R = q.shape[1] // k.shape[1]
@@ -60,7 +65,9 @@ def test_attention_is_causal_softmax(T: int, L: int):
     allowed = torch.ones(T, L, dtype=torch.bool).tril(L - T)
     expected = exact(q, k, v, allowed, 0.3)
     assert torch.allclose(attend(q, k, v, None, 0.3, False).double(), expected, atol=1e-5)
-    assert torch.allclose(attend(q, k, v, allowed[None, None], 0.3, False).double(), expected, atol=1e-5)
+    assert torch.allclose(
+        attend(q, k, v, allowed[None, None], 0.3, False).double(), expected, atol=1e-5
+    )
     additive = torch.zeros(T, L).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
     assert torch.allclose(attend(q, k, v, additive, 0.3, False).double(), expected, atol=1e-5)
 
@@ -101,14 +108,21 @@ def test_the_rounding_is_that_of_the_kernel():
 @pytest.mark.parametrize("part", ["fp8_query", "fp8_probabilities"])
 def test_each_rounding_can_be_switched_off(part: str):
     q, k, v = heads(seed=4)
-    on, off = (KvAttention(replace(KvNumerics(), **{part: flag}), 2, 32)(q, k, v, None, 0.2) for flag in (True, False))
+    on, off = (
+        KvAttention(replace(KvNumerics(), **{part: flag}), 2, 32)(q, k, v, None, 0.2)
+        for flag in (True, False)
+    )
     assert 1e-4 < (on - off).norm() / off.norm() < 0.1
 
 
 # RoPE pairs
 
 
-@given(st.sampled_from(["half-split", "interleaved"]), st.sampled_from([8, 64, 128]), st.sampled_from([0.25, 0.5, 1.0]))
+@given(
+    st.sampled_from(["half-split", "interleaved"]),
+    st.sampled_from([8, 64, 128]),
+    st.sampled_from([0.25, 0.5, 1.0]),
+)
 def test_pairs_are_mutual(layout: str, d: int, part: float):
     r = rotary_dim({"partial_rotary_factor": part}, d)
     partner = partners(layout, d, r)  # type: ignore[arg-type]
@@ -141,7 +155,9 @@ def test_the_length_of_a_pair_does_not_turn():
 @pytest.mark.parametrize("factor", [0.3, 1.5, 0.0])
 def test_rotary_parts_that_cannot_be(factor: float):
     with pytest.raises(ModelError, match="partial_rotary_factor"):
-        rotary_dim({"rope_parameters": {"partial_rotary_factor": factor}}, 30 if factor == 0.3 else 64)
+        rotary_dim(
+            {"rope_parameters": {"partial_rotary_factor": factor}}, 30 if factor == 0.3 else 64
+        )
 
 
 # The stage
@@ -157,7 +173,9 @@ def outputs(block: Block) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, {"search": False}, {"post": False}, {"pre": False}])
-def test_the_scales_preserve_the_function(make_block: BlockMaker, model_type: str, fields: dict[str, object]):
+def test_the_scales_preserve_the_function(
+    make_block: BlockMaker, model_type: str, fields: dict[str, object]
+):
     """Without rounding (the `kv` taken off again, S undone by hand) every architecture computes what it did."""
     block = make_block(model_type)
     before = outputs(block)
@@ -169,7 +187,9 @@ def test_the_scales_preserve_the_function(make_block: BlockMaker, model_type: st
         def forward(self, q, k, v, mask, scaling):  # type: ignore[no-untyped-def]
             S = kv.scale
             R = q.shape[1] // k.shape[1]
-            return attend(q / S.repeat_interleave(R, 0)[:, None], k * S[:, None], v, mask, scaling, False)
+            return attend(
+                q / S.repeat_interleave(R, 0)[:, None], k * S[:, None], v, mask, scaling, False
+            )
 
     assert difference(outputs(block), before) > 1e-3  # the rounded cache shows
     attention.kv = Unrounded()
@@ -193,7 +213,10 @@ def test_every_pair_gets_one_treatment(make_block: BlockMaker, model_type: str):
     changed = (
         block.module.get_parameter("self_attn.k_norm.weight") / before["self_attn.k_norm.weight"]
         if block.arch.qk_norm
-        else (block.module.get_parameter("self_attn.k_proj.weight") / before["self_attn.k_proj.weight"])[:, 0]
+        else (
+            block.module.get_parameter("self_attn.k_proj.weight")
+            / before["self_attn.k_proj.weight"]
+        )[:, 0]
     )
     N = changed.view(-1, block.shape.head_dim)
     assert torch.allclose(N, N[:, partner], rtol=1e-4)
@@ -276,7 +299,9 @@ def test_fields_are_strict():
 
 
 @pytest.mark.parametrize("recipe", ["fireq", "fireq-kv", "fireq-paper"])
-def test_a_conversion_with_attention(tiny: Maker, converted: Maker, text_file: Path, model_type: str, recipe: str):
+def test_a_conversion_with_attention(
+    tiny: Maker, converted: Maker, text_file: Path, model_type: str, recipe: str
+):
     out = converted(recipe, model_type)
     source = Checkpoint(out)
     config = source.config["quantization_config"]
@@ -297,7 +322,9 @@ def test_a_conversion_with_attention(tiny: Maker, converted: Maker, text_file: P
 
 def test_a_stock_format_says_what_it_cannot_hold(tiny: Maker, text_file: Path, tmp_path: Path):
     request = request_for(tiny("llama"), "fireq-kv", tmp_path / "out", text_file)
-    request = replace(request, recipe=request.recipe.model_copy(update={"format": "compressed-tensors"}))
+    request = replace(
+        request, recipe=request.recipe.model_copy(update={"format": "compressed-tensors"})
+    )
     summary = convert(request)
     assert any("post-RoPE" in line for line in summary.lost)
     assert not [n for n in Checkpoint(tmp_path / "out").names() if "kv" in n.split(".")]

@@ -69,7 +69,9 @@ def test_sizes_split_into_a_power_of_two_and_a_known_matrix(n: int, factors: tup
     y = apply_hadamard(x)
     assert error(y.norm(dim=1), x.norm(dim=1)) < 1e-13
     assert error(apply_hadamard(y, transpose=True), x) < 1e-13
-    unit = apply_hadamard(torch.eye(1, n, dtype=torch.float64))  # all of one channel goes evenly to all
+    unit = apply_hadamard(
+        torch.eye(1, n, dtype=torch.float64)
+    )  # all of one channel goes evenly to all
     assert torch.allclose(unit.abs(), torch.full_like(unit, n**-0.5), rtol=1e-14)
 
 
@@ -96,13 +98,18 @@ def test_applying_is_multiplying(n: int, seed: int, transpose: bool):
     H = hadamard_matrix(n)
     x = noise(2, 3, n, seed=seed)
     assert error(apply_hadamard(x, transpose), x @ (H.T if transpose else H)) < 1e-13
-    assert error(apply_hadamard(x.float(), transpose), x.float().double() @ (H.T if transpose else H)) < 1e-6
+    assert (
+        error(apply_hadamard(x.float(), transpose), x.float().double() @ (H.T if transpose else H))
+        < 1e-6
+    )
 
 
 def test_large_and_small_factors_make_one_kronecker_product():
     for n in (64, 96, 512, 768):
         P, Q = hadamard_factors(n)
-        assert torch.allclose(hadamard_matrix(n), torch.kron(hadamard_matrix(P), hadamard_matrix(Q)), atol=1e-14)
+        assert torch.allclose(
+            hadamard_matrix(n), torch.kron(hadamard_matrix(P), hadamard_matrix(Q)), atol=1e-14
+        )
 
 
 def test_the_matrices_are_those_that_checkpoints_were_written_with():
@@ -118,7 +125,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype):
     x = noise(5, 768).to(dtype)
     exact = apply_hadamard(x.double())
     assert apply_hadamard(x).dtype == dtype
-    assert error(apply_hadamard(x), exact) < max(torch.finfo(dtype).eps, 5e-7 if dtype == torch.float32 else 1e-14)
+    assert error(apply_hadamard(x), exact) < max(
+        torch.finfo(dtype).eps, 5e-7 if dtype == torch.float32 else 1e-14
+    )
 
 
 def test_strides_and_empty_batches():

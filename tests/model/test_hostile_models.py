@@ -81,7 +81,9 @@ def test_a_tensor_that_a_header_has_twice(refuse: Callable[..., None], model: Pa
 
 
 @pytest.mark.parametrize("at", [100, 0.2, 0.5, 0.999])
-def test_flipped_bits_of_weights_that_can_be_seen(refuse: Callable[..., None], model: Path, at: float):
+def test_flipped_bits_of_weights_that_can_be_seen(
+    refuse: Callable[..., None], model: Path, at: float
+):
     """The sign and the mantissa of a weight change unseen; an exponent of ones does not."""
     raw = bytearray((model / SINGLE_NAME).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -93,9 +95,12 @@ def test_flipped_bits_of_weights_that_can_be_seen(refuse: Callable[..., None], m
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.o_proj.weight", NORM]
+    "name",
+    ["model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.o_proj.weight", NORM],
 )
-def test_norms_and_blocks_that_are_not_finite(refuse: Callable[..., None], model: Path, name: str, value: float):
+def test_norms_and_blocks_that_are_not_finite(
+    refuse: Callable[..., None], model: Path, name: str, value: float
+):
     edit_weights(model, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     refuse(f"{name}: holds NaN or Inf")
 
@@ -107,14 +112,19 @@ def test_norms_and_blocks_that_are_not_finite(refuse: Callable[..., None], model
     ("addition", "says"),
     [
         (', "hidden_size": 64}', "key 'hidden_size' stands twice"),
-        (', "rope_parameters": {"rope_type": "yarn", "factor": NaN}, "x": [1e400]}', "stands twice"),
+        (
+            ', "rope_parameters": {"rope_type": "yarn", "factor": NaN}, "x": [1e400]}',
+            "stands twice",
+        ),
         (', "x": {"y": [0, NaN]}}', "x.y.1 is not a finite number"),
         (', "x": 1e400}', "x is not a finite number"),
         (', "x": "\\ud800"}', "surrogates not allowed"),
         (', "x": ' + "9" * 5000 + "}", "cannot be read as JSON"),
     ],
 )
-def test_config_json_that_readers_read_differently(refuse: Callable[..., None], model: Path, addition: str, says: str):
+def test_config_json_that_readers_read_differently(
+    refuse: Callable[..., None], model: Path, addition: str, says: str
+):
     path = model / "config.json"
     path.write_text(path.read_text().rstrip()[:-1] + addition)
     refuse(says)
@@ -123,16 +133,23 @@ def test_config_json_that_readers_read_differently(refuse: Callable[..., None], 
 def test_an_index_that_places_a_tensor_twice(pq: Call, tiny: ModelMaker, tmp_path: Path):
     model = Path(shutil.copytree(tiny("llama", shards=2), tmp_path / "model"))
     text = (model / INDEX_NAME).read_text()
-    (model / INDEX_NAME).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "../evil",'))
+    (model / INDEX_NAME).write_text(
+        text.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "../evil",')
+    )
     (tmp_path / "here").mkdir()
-    refused(pq, 4, f"key '{NORM}' stands twice", model, tmp_path / "here" / "out", "--recipe", "rtn")
+    refused(
+        pq, 4, f"key '{NORM}' stands twice", model, tmp_path / "here" / "out", "--recipe", "rtn"
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"head_dim": 3}, "q_proj.weight is [256, 128], config.json implies [12, 128]"),
-        ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of num_key_value_heads 2"),
+        (
+            {"num_attention_heads": 3},
+            "num_attention_heads 3 is no multiple of num_key_value_heads 2",
+        ),
         ({"num_key_value_heads": 4}, "k_proj.weight is [128, 128], config.json implies [256, 128]"),
         ({"hidden_size": 2**31}, "embed_tokens.weight is [300, 128]"),
         ({"intermediate_size": 2**60}, "transformers cannot build this model"),
@@ -153,7 +170,9 @@ def test_config_json_and_tensors_that_disagree(
 def test_a_head_that_equals_the_embedding_may_be_tied(pq: Call, model: Path, tmp_path: Path):
     edit_config(model, tie_word_embeddings=True)
     edit_weights(model, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].clone()}))
-    code, _, err = pq("convert", "-m", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu")
+    code, _, err = pq(
+        "convert", "-m", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu"
+    )
     assert code == 0, err
     assert HEAD not in Checkpoint(tmp_path / "out")
 
@@ -165,7 +184,13 @@ def test_a_head_that_equals_the_embedding_may_be_tied(pq: Call, model: Path, tmp
     "quantization",
     [
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 128,
+            "version": "gemm",
+            "zero_point": True,
+        },
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
@@ -174,7 +199,9 @@ def test_a_head_that_equals_the_embedding_may_be_tied(pq: Call, model: Path, tmp
     ],
     ids=lambda q: q["quant_method"] if isinstance(q, dict) else q,
 )
-def test_models_that_others_quantized(refuse: Callable[..., None], model: Path, quantization: object):
+def test_models_that_others_quantized(
+    refuse: Callable[..., None], model: Path, quantization: object
+):
     edit_config(model, quantization_config=quantization)
     refuse("is quantized already (config.json has quantization_config); give its parent")
 
@@ -183,16 +210,24 @@ def test_models_that_others_quantized(refuse: Callable[..., None], model: Path, 
 def test_packed_weights_without_a_word_in_config_json(
     pq: Call, refuse: Callable[..., None], model: Path, text_file: Path, dtype: torch.dtype
 ):
-    edit_weights(model, lambda t: t.update({n: w.to(dtype) for n, w in t.items() if n.endswith("_proj.weight")}))
+    edit_weights(
+        model,
+        lambda t: t.update({n: w.to(dtype) for n, w in t.items() if n.endswith("_proj.weight")}),
+    )
     refuse("the source seems to be quantized already, give the original model")
     code, _, err = pq("eval", model, "--dataset", text_file, "--seqlen", 32, "--device", "cpu")
     assert code == 4
-    assert "config.json has no quantization_config that says what it means; give the original model" in err
+    assert (
+        "config.json has no quantization_config that says what it means; give the original model"
+        in err
+    )
 
 
 def test_tensors_of_other_packings_have_no_place(refuse: Callable[..., None], model: Path):
     name = "model.layers.0.mlp.up_proj"
-    edit_weights(model, lambda t: t.update({f"{name}.qweight": torch.zeros(16, 256, dtype=torch.int32)}))
+    edit_weights(
+        model, lambda t: t.update({f"{name}.qweight": torch.zeros(16, 256, dtype=torch.int32)})
+    )
     refuse(f"tensor {name}.qweight has no place in a llama model")
 
 
@@ -200,11 +235,15 @@ def test_tensors_of_other_packings_have_no_place(refuse: Callable[..., None], mo
 
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE_NAME, "tokenizer.json", "LICENSE"])
-def test_links_out_of_the_folder(refuse: Callable[..., None], model: Path, tmp_path: Path, name: str):
+def test_links_out_of_the_folder(
+    refuse: Callable[..., None], model: Path, tmp_path: Path, name: str
+):
     (tmp_path / "elsewhere").mkdir()
     shutil.move(model / name, tmp_path / "elsewhere" / name)
     (model / name).symlink_to(tmp_path / "elsewhere" / name)
-    refuse(f"{model / name}: links to {tmp_path / 'elsewhere' / name}, outside the model folder; copy the file there")
+    refuse(
+        f"{model / name}: links to {tmp_path / 'elsewhere' / name}, outside the model folder; copy the file there"
+    )
 
 
 def test_links_within_the_folder_and_unread_ones_are_fine(pq: Call, model: Path, tmp_path: Path):
@@ -215,10 +254,14 @@ def test_links_within_the_folder_and_unread_ones_are_fine(pq: Call, model: Path,
     (model / ".hidden").symlink_to("/etc/hostname")
     (model / "gone").symlink_to("/nowhere/at/all")
     (model / "folder").symlink_to("/etc")
-    code, _, err = pq("convert", "-m", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu")
+    code, _, err = pq(
+        "convert", "-m", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu"
+    )
     assert code == 0, err
     assert not (tmp_path / "out" / "LICENSE").is_symlink()
-    assert not {".hidden", "gone", "folder", "store"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {".hidden", "gone", "folder", "store"} & {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
@@ -234,7 +277,13 @@ def test_pipes_are_not_waited_for(pq: Call, refuse: Callable[..., None], model: 
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     if name != "pq.json":  # a conversion does not look at what its source was made by
-        refuse("is no plain file" if name.endswith("json") else "holds neither" if not model else "shard is missing")
+        refuse(
+            "is no plain file"
+            if name.endswith("json")
+            else "holds neither"
+            if not model
+            else "shard is missing"
+        )
     for command in ("verify", "inspect", "report"):
         code, _, err = pq(command, model)
         assert (code, command) in [(4, command), (7, command), (0, "inspect")], err
@@ -260,7 +309,9 @@ def test_source_files_that_may_not_be_read(model: Path, monkeypatch: pytest.Monk
     "raw", [b"", b"[]", b"{}", b"null", b"\xff\x00", b'{"model": {"type": "BPE", "vocab": 3}}', None],
     ids=["empty", "list", "object", "null", "binary", "model", "truncated"],
 )  # fmt: skip
-def test_tokenizers_that_are_damaged(refuse: Callable[..., None], model: Path, text_file: Path, raw: bytes | None):
+def test_tokenizers_that_are_damaged(
+    refuse: Callable[..., None], model: Path, text_file: Path, raw: bytes | None
+):
     whole = (model / "tokenizer.json").read_bytes()
     (model / "tokenizer.json").write_bytes(whole[: len(whole) // 2] if raw is None else raw)
     refuse("no usable tokenizer", "--dataset", text_file, code=5, recipe="gptq")
@@ -271,13 +322,19 @@ def test_tokenizers_that_are_damaged(refuse: Callable[..., None], model: Path, t
 
 def test_load_model_refuses_what_convert_refuses(model: Path):
     edit_weights(model, lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}))
-    with pytest.raises(ModelError, match=f"{NORM} is F8_E4M3, but config.json has no quantization_config"):
+    with pytest.raises(
+        ModelError, match=f"{NORM} is F8_E4M3, but config.json has no quantization_config"
+    ):
         load_model(model, torch.device("cpu"), torch.float32)
 
 
-def test_a_tied_head_of_its_own_is_refused_by_eval(pq: Call, tmp_path: Path, text_file: Path, tiny: ModelMaker):
+def test_a_tied_head_of_its_own_is_refused_by_eval(
+    pq: Call, tmp_path: Path, text_file: Path, tiny: ModelMaker
+):
     config = config_of("llama")
-    model = save_model(tmp_path / "model", config | {"tie_word_embeddings": True}, random_weights(config))
+    model = save_model(
+        tmp_path / "model", config | {"tie_word_embeddings": True}, random_weights(config)
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny("llama") / name, model)
     code, _, err = pq("eval", model, "--dataset", text_file, "--seqlen", 32, "--device", "cpu")

@@ -42,9 +42,17 @@ def layer_refused(folder: Path, says: str, **changes: object) -> None:
 def test_layers_that_do_not_fit_the_config(tiny: Callable[..., Path]):
     folder = tiny("llama")
     name = "self_attn.k_proj.weight"
-    layer_refused(folder, rf"{name} is \[64, 128\], config.json implies \[128, 128\]", **{name: torch.ones(64, 128)})
+    layer_refused(
+        folder,
+        rf"{name} is \[64, 128\], config.json implies \[128, 128\]",
+        **{name: torch.ones(64, 128)},
+    )
     layer_refused(folder, "tensor mlp.up_proj.weight is missing", **{"mlp.up_proj.weight": None})
-    layer_refused(folder, "mlp.up_proj.bias is in the checkpoint but not", **{"mlp.up_proj.bias": torch.ones(256)})
+    layer_refused(
+        folder,
+        "mlp.up_proj.bias is in the checkpoint but not",
+        **{"mlp.up_proj.bias": torch.ones(256)},
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,9 @@ def test_layers_that_do_not_fit_the_config(tiny: Callable[..., Path]):
 def test_fields_that_transformers_refuses(single: Path, change: dict[str, object]):
     config = json.loads((single / "config.json").read_text()) | change
     (single / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"config\.json: transformers cannot build this model \(.*\)$") as caught:
+    with pytest.raises(
+        ModelError, match=r"config\.json: transformers cannot build this model \(.*\)$"
+    ) as caught:
         Skeleton(single, architecture_of(config), CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
@@ -77,7 +87,11 @@ def test_absurd_sizes(single: Path, change: dict[str, object]):
         Shape.of(json.loads((single / "config.json").read_text()) | change)
 
 
-@given(model_type=st.one_of(st.none(), st.text(), st.integers(), st.just("gpt2"), st.lists(st.integers())))
+@given(
+    model_type=st.one_of(
+        st.none(), st.text(), st.integers(), st.just("gpt2"), st.lists(st.integers())
+    )
+)
 def test_unknown_model_types(model_type: object):
     with pytest.raises(ModelError, match=r"is not supported \(supported: llama.*ARCHITECTURES"):
         architecture_of({"model_type": model_type})

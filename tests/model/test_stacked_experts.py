@@ -143,12 +143,16 @@ def hooked_whole(ffn: MoeFfn) -> None:
 
 
 @pytest.mark.parametrize("change", [hooked, hooked_whole, rotated, wrapped])
-def test_what_is_hooked_later_runs_one_by_one(change: Callable[[MoeFfn], None], monkeypatch: pytest.MonkeyPatch):
+def test_what_is_hooked_later_runs_one_by_one(
+    change: Callable[[MoeFfn], None], monkeypatch: pytest.MonkeyPatch
+):
     ffn, plain = make(), make()
     assert ffn.stack()
     change(ffn)
     change(plain)
-    monkeypatch.setattr("quantize.model.moe.routed_experts", lambda *args, **kwargs: pytest.fail("run at once"))
+    monkeypatch.setattr(
+        "quantize.model.moe.routed_experts", lambda *args, **kwargs: pytest.fail("run at once")
+    )
     torch.testing.assert_close(ffn(tokens(7)), plain(tokens(7)))
 
 
@@ -184,7 +188,9 @@ def test_a_model_is_stacked_and_says_the_same(tiny: ModelMaker):
     folder = tiny("qwen2_moe")
     source = Checkpoint(folder)
     skeleton = Skeleton(folder, architecture_of(source.config), CPU, torch.float32)
-    model = nn.ModuleList([skeleton.layer(i, source.tensors(f"model.layers.{i}.")) for i in range(2)])
+    model = nn.ModuleList(
+        [skeleton.layer(i, source.tensors(f"model.layers.{i}.")) for i in range(2)]
+    )
     x = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1))
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[0].mlp
     with torch.no_grad():

@@ -33,9 +33,16 @@ MORE = {
         ("target", 192),
     ],
 )
-def test_dense_models(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, batch_tokens: int):
+def test_dense_models(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, batch_tokens: int
+):
     body = MORE.get(recipe, recipe)
-    same(request(body, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=batch_tokens), tmp_path)
+    same(
+        request(
+            body, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=batch_tokens
+        ),
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("recipe", ["experts-gptq", "experts-fireq"])
@@ -47,9 +54,13 @@ def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3"])
-def test_every_recipe(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, model_type: str):
+def test_every_recipe(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, model_type: str
+):
     model = model_of(tiny, recipe) if recipe.startswith("rotate") else tiny(model_type)
     if "ladimo" not in recipe:
         same(
-            request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32), tmp_path, (2, 3, 4)
+            request(MORE.get(recipe, recipe), model, text_file, tmp_path / "out", batch_tokens=32),
+            tmp_path,
+            (2, 3, 4),
         )

@@ -49,7 +49,16 @@ class Command:
     def start(self, size: int, *more: object, before: Before | None = None) -> Launch:
         self.starts += 1
         self.here = self.folder / f"start-{self.starts}"
-        told = ["eval", *self.arguments, "--device", "cpu", "--output-path", self.here / "results", "--json", *more]
+        told = [
+            "eval",
+            *self.arguments,
+            "--device",
+            "cpu",
+            "--output-path",
+            self.here / "results",
+            "--json",
+            *more,
+        ]
 
         def prepared(rank: int) -> None:
             sys.stdout = (self.here / f"printed-{rank}").open("w", buffering=1)
@@ -65,7 +74,9 @@ class Command:
         printed, *others = [(self.here / f"printed-{rank}").read_text() for rank in range(size)]
         assert others == done.texts()[1:] == [""] * (size - 1)
         results = self.here / "results"
-        return printed, {str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*") if p.is_file()}
+        return printed, {
+            str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*") if p.is_file()
+        }
 
 
 def same(command: Command, *sizes: int) -> dict[str, Any]:
@@ -98,7 +109,9 @@ def test_perplexity(
     model, parent = converted(recipe, model_type), tiny(model_type)
     # As many experts as suit a token, or the mean of all ranks would be that of each.
     monkeypatch.setattr(TopK, "select", lambda self, scores: scores >= scores.mean(1, keepdim=True))
-    command = Command(tmp_path, model, "--baseline", parent, *text_options(text_file, windows, *more))
+    command = Command(
+        tmp_path, model, "--baseline", parent, *text_options(text_file, windows, *more)
+    )
     found = same(command, *sizes)
     assert found["windows"] == windows
     assert found["kld_mean"] > 0
@@ -106,7 +119,9 @@ def test_perplexity(
 
 
 def test_a_model_that_is_loaded_whole_and_has_no_baseline(text_file: Path, tmp_path: Path):
-    config = AutoConfig.for_model("gpt2", vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     save_side_files(tmp_path / "model")
@@ -114,13 +129,21 @@ def test_a_model_that_is_loaded_whole_and_has_no_baseline(text_file: Path, tmp_p
 
 
 def test_tasks(
-    tiny: ModelMaker, converted: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelMaker,
+    converted: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     task_model = pytest.importorskip("quantize.evaluate.task_model")
     importlib.import_module("lm_eval.evaluator")  # once, not in every rank
     monkeypatch.setitem(task_model._MAX_TOKENS, "cpu", 80)
     rows = [
-        {"query": f"What follows {i}?", "choices": [f"{i + 1} does", "a fox", "bits" * i], "gold": 0}
+        {
+            "query": f"What follows {i}?",
+            "choices": [f"{i + 1} does", "a fox", "bits" * i],
+            "gold": 0,
+        }
         for i in range(1, 8)
     ]
     (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -144,7 +167,9 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
     limits = {"max_gen_toks": 6, "until": ["zz"]}
     prompts = [f"The quick {i} fox" + " jumps" * i for i in range(7)]
     asked = [
-        Instance("generate_until", {}, (prompt, limits | kind), i) for kind in kinds for i, prompt in enumerate(prompts)
+        Instance("generate_until", {}, (prompt, limits | kind), i)
+        for kind in kinds
+        for i, prompt in enumerate(prompts)
     ]
     scored = [(None, [5, i, 7] * (1 + i % 4), [9, i]) for i in range(40)]
     shapes: list[int] = []
@@ -152,7 +177,10 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
     def work(rank: int) -> None:
         with joined(REMEDY, lambda err: os._exit(97)) as ranks:
             torch.manual_seed(0)
-            model, tokenizer = load_model(tiny("llama"), CPU, torch.float32), load_tokenizer(tiny("llama"))
+            model, tokenizer = (
+                load_model(tiny("llama"), CPU, torch.float32),
+                load_tokenizer(tiny("llama")),
+            )
             lm = task_model.TaskModel(model, tokenizer, 2, lambda what, done, total: None, ranks)
             texts = lm.generate_until(asked)
             lm.fixed_batch, plain = 8, lm._model_call
@@ -164,7 +192,11 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
                 return plain(inps, **more)
 
             lm._model_call = limited
-            found = {"texts": texts, "scores": lm._loglikelihood_tokens(scored), "tokens": lm._tokens_at_once}
+            found = {
+                "texts": texts,
+                "scores": lm._loglikelihood_tokens(scored),
+                "tokens": lm._tokens_at_once,
+            }
             (tmp_path / f"{ranks.size}-{rank}").write_text(json.dumps(found))
             (tmp_path / f"shapes-{ranks.size}-{rank}").write_text(json.dumps(shapes))
 
@@ -174,7 +206,10 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
     expected = json.loads((tmp_path / "1-0").read_text())
     assert len(set(expected["texts"])) > 7
     for size in (2, 3):
-        assert all(json.loads((tmp_path / f"{size}-{rank}").read_text()) == expected for rank in range(size))
+        assert all(
+            json.loads((tmp_path / f"{size}-{rank}").read_text()) == expected
+            for rank in range(size)
+        )
     counts = [sum(json.loads((tmp_path / f"shapes-{name}").read_text())) for name in ("1-0", "3-0")]
     assert counts[1] < counts[0] / 2
 
@@ -185,7 +220,17 @@ def test_a_launcher(tiny: ModelMaker, text_file: Path, launcher: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         start = [sys.executable, "-m", *LAUNCHERS[launcher], str(free.getsockname()[1])]
-    told = ["-m", "quantize", "eval", tiny("llama"), "--dataset", text_file, "--device", "cpu", "--json"]
+    told = [
+        "-m",
+        "quantize",
+        "eval",
+        tiny("llama"),
+        "--dataset",
+        text_file,
+        "--device",
+        "cpu",
+        "--json",
+    ]
     printed = [
         subprocess.run(
             [*command, *map(str, told), "--seqlen", "256", "--context", "128"],

@@ -16,12 +16,20 @@ from processes import HANGS, HELD
 from resumed import files_of, model_of
 
 LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+    ],
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
 }
 
 
-def command(launcher: str, model: Path, text: Path, output: Path, held: Path | None = None) -> list[str]:
+def command(
+    launcher: str, model: Path, text: Path, output: Path, held: Path | None = None
+) -> list[str]:
     """held: a file that each block waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +55,9 @@ def test_a_launcher(tiny: ModelMaker, text_file: Path, tmp_path: Path, launcher:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in ("", launcher):
         told = command(name, model_of(tiny, "rtn"), text_file, tmp_path / (name or "alone"))
-        done = subprocess.run(told, env=environment, check=True, capture_output=True, text=True, timeout=HANGS)
+        done = subprocess.run(
+            told, env=environment, check=True, capture_output=True, text=True, timeout=HANGS
+        )
         assert done.stdout.count('"quantized_linears"') == 1
     assert files_of(tmp_path / launcher) == files_of(tmp_path / "alone")
 
@@ -56,7 +66,9 @@ def test_a_launcher(tiny: ModelMaker, text_file: Path, tmp_path: Path, launcher:
 def test_a_launcher_is_told_to_stop(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     go = tmp_path / "go"
     told = command("torchrun", model_of(tiny, "rtn"), text_file, tmp_path / "out", held=go)
-    process = subprocess.Popen(told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
     while not is_at_work(tmp_path / "out") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -84,13 +96,25 @@ def test_a_launcher_that_loses_a_process(tiny: ModelMaker, text_file: Path, tmp_
     """It sends SIGTERM to the others, which leave at once instead of at the end of the block."""
     model, output = model_of(tiny, "rtn"), tmp_path / "out"
     told = command("torchrun", model, text_file, output, held=tmp_path / "never")
-    process = subprocess.Popen(told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        told, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
     while not is_at_work(output) and process.poll() is None:
         time.sleep(0.01)
     os.kill(int((tmp_path / "out.work" / "lock").read_text()), signal.SIGKILL)
     _, said = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert "pq: rank 0 no longer answers; the same command goes on" in said
-    subprocess.run(command("accelerate", model, text_file, output), check=True, capture_output=True, timeout=HANGS)
-    subprocess.run(command("", model, text_file, tmp_path / "once"), check=True, capture_output=True, timeout=HANGS)
+    subprocess.run(
+        command("accelerate", model, text_file, output),
+        check=True,
+        capture_output=True,
+        timeout=HANGS,
+    )
+    subprocess.run(
+        command("", model, text_file, tmp_path / "once"),
+        check=True,
+        capture_output=True,
+        timeout=HANGS,
+    )
     assert files_of(output) == files_of(tmp_path / "once")

@@ -32,13 +32,27 @@ class Command:
         self.output, self.work = folder / "out", folder / "out.work"
         self.runs = 0
 
-    def start(self, size: int, *more: object, before: Before | None = None, output: Path | None = None) -> Launch:
+    def start(
+        self, size: int, *more: object, before: Before | None = None, output: Path | None = None
+    ) -> Launch:
         self.runs += 1
-        told = ["-m", self.model, "-o", output or self.output, "--device", "cpu", "--recipe", "gptq", "--dataset"]
+        told = [
+            "-m",
+            self.model,
+            "-o",
+            output or self.output,
+            "--device",
+            "cpu",
+            "--recipe",
+            "gptq",
+            "--dataset",
+        ]
         arguments = ["convert", *told, self.text, "--nsamples", 6, "--seqlen", 32, *more]
         return pq(size, arguments, self.folder / f"said-{self.runs}", before)
 
-    def codes(self, size: int, *more: object, before: Before | None = None, output: Path | None = None) -> list[int]:
+    def codes(
+        self, size: int, *more: object, before: Before | None = None, output: Path | None = None
+    ) -> list[int]:
         self.last = self.start(size, *more, before=before, output=output)
         return self.last.wait()
 
@@ -49,7 +63,9 @@ def command(tiny: ModelMaker, text_file: Path, tmp_path: Path) -> Command:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(
+    tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """What one process writes that is not stopped."""
     alone = Command(model_of(tiny, "gptq"), text_file, tmp_path_factory.mktemp("alone"))
     assert alone.codes(1, "--resume", "never") == [0], alone.last.texts()
@@ -82,7 +98,9 @@ def test_who_is_asked_to_stop_makes_all_stop(
     asked = before_block(1, own_signal(number), rank)
     assert command.codes(3, before=asked) == [75, 75, 75], command.last.texts()
     texts = command.last.texts()
-    assert f"pq: stopped after block 2 of {BLOCKS}; the same command goes on from there\n" in texts[0]
+    assert (
+        f"pq: stopped after block 2 of {BLOCKS}; the same command goes on from there\n" in texts[0]
+    )
     assert texts[1:] == ["", ""]
     assert not command.output.exists()
     assert command.codes(2, "--resume", "required") == [0, 0], command.last.texts()
@@ -91,7 +109,9 @@ def test_who_is_asked_to_stop_makes_all_stop(
     assert not command.work.exists()
 
 
-def test_one_goes_on_from_what_several_kept_and_the_reverse(command: Command, expected: dict[str, bytes]):
+def test_one_goes_on_from_what_several_kept_and_the_reverse(
+    command: Command, expected: dict[str, bytes]
+):
     stops = [before_block(index, own_signal(signal.SIGTERM), 0) for index in (0, 1)]
     assert command.codes(1, before=stops[0]) == [75]
     assert command.codes(3, before=stops[1]) == [75, 75, 75], command.last.texts()
@@ -131,7 +151,9 @@ def test_a_rank_that_is_behind_says_whom_it_misses(command: Command):
     os.kill(running.ids[1], signal.SIGTERM)
     go.touch()
     assert running.wait() == [-signal.SIGKILL, 75], running.texts()
-    line = "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    line = (
+        "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    )
     assert running.texts()[1] == line
 
 
@@ -144,11 +166,15 @@ def test_who_dies_while_all_stop_is_missed(command: Command):
             launch._leave = lambda ranks: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     assert command.codes(2, before=before) == [-signal.SIGKILL, 75], command.last.texts()
-    line = "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    line = (
+        "pq: rank 0 no longer answers; the same command goes on from the last block that is kept\n"
+    )
     assert command.last.texts()[1] == line
 
 
-def test_the_first_rank_finishes_although_another_died_at_the_end(command: Command, expected: dict[str, bytes]):
+def test_the_first_rank_finishes_although_another_died_at_the_end(
+    command: Command, expected: dict[str, bytes]
+):
     real = convert_module._finish
 
     def before(rank: int) -> None:
@@ -188,9 +214,14 @@ def test_an_error_of_one_rank_ends_the_others(command: Command):
         codes = command.codes(3, "--resume", "never", before=before_block(1, fail, rank))
         assert codes == [4, 4, 4], command.last.texts()
         texts = command.last.texts()
-        assert texts.pop(rank) == ("" if rank else "pq: error: the disk of this machine is broken\n")
+        assert texts.pop(rank) == (
+            "" if rank else "pq: error: the disk of this machine is broken\n"
+        )
         assert texts == [f"pq: rank {rank} failed: the disk of this machine is broken\n"] * 2
-        assert {path.name for path in command.folder.iterdir() if path.is_dir()} == {f"said-{rank + 1}", "said-1"}
+        assert {path.name for path in command.folder.iterdir() if path.is_dir()} == {
+            f"said-{rank + 1}",
+            "said-1",
+        }
 
 
 def test_an_unexpected_error_ends_the_others(command: Command):
@@ -203,7 +234,9 @@ def test_an_unexpected_error_ends_the_others(command: Command):
     assert "Traceback" in command.last.texts()[1]
 
 
-def test_a_rank_that_hangs_when_another_dies_is_abandoned(command: Command, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_that_hangs_when_another_dies_is_abandoned(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+):
     """Stands in for NCCL, whose collectives wait for the dead: no signal reaches a process in foreign code."""
     monkeypatch.setattr("quantize.parallel.watch._SETTLE", 0.1)
     monkeypatch.setattr("quantize.parallel.watch._UNWIND", 0.1)
@@ -213,7 +246,10 @@ def test_a_rank_that_hangs_when_another_dies_is_abandoned(command: Command, monk
         time.sleep(600)
 
     killing, hanging = before_block(1, own_signal(signal.SIGKILL), 1), before_block(1, hang, 0)
-    assert command.codes(2, before=lambda rank: (killing if rank else hanging)(rank)) == [75, -signal.SIGKILL]
+    assert command.codes(2, before=lambda rank: (killing if rank else hanging)(rank)) == [
+        75,
+        -signal.SIGKILL,
+    ]
     assert command.codes(2) == [0, 0]
 
 
@@ -238,7 +274,9 @@ def test_refusals_are_told_once(command: Command):
 def test_kills_at_random_moments(command: Command, expected: dict[str, bytes], size: int):
     chance = random.Random(size)
     started = time.monotonic()
-    assert command.codes(1, "--resume", "never", output=command.folder / "once") == [0], command.last.texts()
+    assert command.codes(1, "--resume", "never", output=command.folder / "once") == [0], (
+        command.last.texts()
+    )
     usual = time.monotonic() - started
     for _ in range(3):
         running = command.start(2)

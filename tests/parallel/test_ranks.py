@@ -49,7 +49,12 @@ def on_all(size: int, check: Check, folder: Path) -> None:
 def test_rounds_give_every_batch_to_one_rank(batches: int, size: int):
     shares = [list(of(rank, size).rounds(batches)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
-    seen = [b for line in zip(*shares, strict=True) for rank, (b, present) in enumerate(line) if rank < present]
+    seen = [
+        b
+        for line in zip(*shares, strict=True)
+        for rank, (b, present) in enumerate(line)
+        if rank < present
+    ]
     assert seen == list(range(batches))
     assert all(0 <= b < batches for share in shares for b, _ in share)
 
@@ -57,7 +62,10 @@ def test_rounds_give_every_batch_to_one_rank(batches: int, size: int):
 @given(sizes=st.lists(st.integers(0, 100), max_size=12), size=st.integers(1, 5))
 def test_owners_share_the_load(sizes: list[int], size: int):
     owners = Ranks.owners(of(0, size), sizes)
-    loads = [sum(s for s, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(size)]
+    loads = [
+        sum(s for s, owner in zip(sizes, owners, strict=True) if owner == rank)
+        for rank in range(size)
+    ]
     # What any order guarantees (Graham 1966).
     assert max(loads) <= sum(sizes) / size + (1 - 1 / size) * max([0, *sizes]) + 1e-9
 
@@ -72,7 +80,15 @@ def test_one_alone_needs_no_launch():
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_is_sent_arrives(tmp_path: Path, size: int):
-    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint16, torch.bool, torch.float8_e4m3fn]
+    dtypes = [
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.uint16,
+        torch.bool,
+        torch.float8_e4m3fn,
+    ]
 
     def check(ranks: Ranks) -> None:
         for source in range(size):
@@ -87,7 +103,12 @@ def test_what_is_sent_arrives(tmp_path: Path, size: int):
             assert list(found) == list(named)
             for name, tensor in named.items():
                 assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-                assert found[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+                assert (
+                    found[name]
+                    .flatten()
+                    .view(torch.uint8)
+                    .equal(tensor.flatten().view(torch.uint8))
+                )
             told = {"a": [1, 0.1, None, "ü"], "b": float("inf")}
             assert ranks.tell(told if ranks.rank == source else "nothing", source) == told
         assert ranks.gathered(ranks.rank) == list(range(size))
@@ -154,8 +175,13 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
         for name, moments in wanted.items():
             found = moments_of(block, name, name.endswith("q_proj"), True)
             assert found.tokens == moments.tokens < 4 * 48
-            assert all(a.equal(b) for a, b in zip(everything(found), everything(moments), strict=True))
-        assert block.report["mlp.down_proj"]["dropped_tokens"] == 4 * 48 - wanted["mlp.down_proj"].tokens
+            assert all(
+                a.equal(b) for a, b in zip(everything(found), everything(moments), strict=True)
+            )
+        assert (
+            block.report["mlp.down_proj"]["dropped_tokens"]
+            == 4 * 48 - wanted["mlp.down_proj"].tokens
+        )
 
     on_all(3, check, tmp_path)
 
@@ -204,7 +230,9 @@ def test_every_linear_is_encoded_once(tmp_path: Path, make_block: BlockMaker):
 
     def check(ranks: Ranks) -> None:
         block, done = encoded(ranks)
-        assert sorted(name for mine in ranks.gathered(done) for name in mine) == sorted(wanted.packed)
+        assert sorted(name for mine in ranks.gathered(done) for name in mine) == sorted(
+            wanted.packed
+        )
         assert done
         assert block.report == wanted.report
         for table in ("report", "packed", "histograms"):

@@ -60,7 +60,11 @@ def test_everything_else_stays(recipe: Recipe):
     before = resolved_yaml(recipe)
     changed = with_stage_fields(recipe, ["gptq.damping=0.5"])
     assert resolved_yaml(recipe) == before
-    assert (changed.name, changed.description, changed.calibration) == ("mixed", recipe.description, recipe.calibration)
+    assert (changed.name, changed.description, changed.calibration) == (
+        "mixed",
+        recipe.description,
+        recipe.calibration,
+    )
     assert changed.stages[0] == recipe.stages[0]
     assert changed.stages[2] == recipe.stages[2]
     assert values(changed, "layers") == values(recipe, "layers")
@@ -86,7 +90,9 @@ def test_the_last_assignment_wins(recipe: Recipe):
         ("rtn.clip=mse", "clip", "mse"),
     ],
 )
-def test_values_mean_what_they_mean_in_a_recipe(recipe: Recipe, assignment: str, field: str, wanted: object):
+def test_values_mean_what_they_mean_in_a_recipe(
+    recipe: Recipe, assignment: str, field: str, wanted: object
+):
     found = values(with_stage_fields(recipe, [assignment]), field)
     assert wanted in found
     changed = [value for value in found if value == wanted]
@@ -94,7 +100,9 @@ def test_values_mean_what_they_mean_in_a_recipe(recipe: Recipe, assignment: str,
 
 
 def test_the_result_is_a_recipe_that_reads_back(recipe: Recipe):
-    changed = with_stage_fields(recipe, ["bits=3", "rtn.ignore=*.0.*,*.1.*", "weight_exponents=0.25,0.75"])
+    changed = with_stage_fields(
+        recipe, ["bits=3", "rtn.ignore=*.0.*,*.1.*", "weight_exponents=0.25,0.75"]
+    )
     assert parse_recipe(resolved_yaml(changed), "mixed.yaml") == changed
 
 
@@ -103,7 +111,9 @@ def test_fields_that_need_each_other_are_set_together():
     fireq = load_recipe("fireq")
     for assignments in (["bits=3", "activations=none"], ["activations=none", "bits=3"]):
         assert with_stage_fields(fireq, assignments).stages[-1].model_dump()["bits"] == 3
-    nearest = with_stage_fields(fireq, ["scales=tensor", "rounding=nearest"]).stages[-1].model_dump()
+    nearest = (
+        with_stage_fields(fireq, ["scales=tensor", "rounding=nearest"]).stages[-1].model_dump()
+    )
     assert (nearest["scales"], nearest["rounding"]) == ("tensor", "nearest")
 
 
@@ -128,7 +138,9 @@ def test_a_wrong_field_is_named_with_its_neighbour(recipe: Recipe, assignment: s
 
 @pytest.mark.parametrize("assignment", ["bits", "", "=", "=3", "gptq.=3", "bits:3"])
 def test_what_is_no_assignment_is_told_the_form(recipe: Recipe, assignment: str):
-    assert refused(recipe, assignment) == f"--set {assignment}: write FIELD=VALUE, for example bits=3"
+    assert (
+        refused(recipe, assignment) == f"--set {assignment}: write FIELD=VALUE, for example bits=3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,8 +184,14 @@ def test_a_combination_is_refused_in_few_words():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ("scales: tensor", "scales: tensor is the paper's and goes with rounding: nearest; use scales: row"),
-        ("scales: bf16", "scales: bf16 is the paper's and goes with rounding: nearest; use scales: row"),
+        (
+            "scales: tensor",
+            "scales: tensor is the paper's and goes with rounding: nearest; use scales: row",
+        ),
+        (
+            "scales: bf16",
+            "scales: bf16 is the paper's and goes with rounding: nearest; use scales: row",
+        ),
         ("bits: 3", "activations: fp8 needs bits: 4 and group_size: 128"),
         ("group_size: 64", "activations: fp8 needs bits: 4 and group_size: 128"),
         ("bits: 8\n    rounding: nearest", "activations: fp8 needs bits: 4 and group_size: 128"),

@@ -51,12 +51,21 @@ def parse_stage(method: str, **fields: Any) -> str:
             f"seed: {2**63}",
             f"seed: must be an integer >= 0 and <= {2**63 - 1} (value {2**63}); the default is 0",
         ),
-        ("chat_template: yes", "chat_template: must be true or false (value 'yes'); the default is false"),
-        ("chat_template: 1", "chat_template: must be true or false (value 1); the default is false"),
+        (
+            "chat_template: yes",
+            "chat_template: must be true or false (value 'yes'); the default is false",
+        ),
+        (
+            "chat_template: 1",
+            "chat_template: must be true or false (value 1); the default is false",
+        ),
         ("dataset: 7", "dataset: must be a string (value 7); put it in quotes"),
         ("text_field: 1.5", "text_field: must be a string or null (value 1.5); put it in quotes"),
         ("nsample: 3", "nsample: unknown field 'nsample' (value 3); did you mean 'nsamples'?"),
-        ("Chat-Template: a", "Chat-Template: unknown field 'Chat-Template' (value 'a'); did you mean 'chat_template'?"),
+        (
+            "Chat-Template: a",
+            "Chat-Template: unknown field 'Chat-Template' (value 'a'); did you mean 'chat_template'?",
+        ),
         ("stages: []", "stages: unknown field 'stages'; it belongs to the top level"),
         ("method: rtn", "method: unknown field 'method' (value 'rtn'); it belongs to a stage"),
         (
@@ -77,7 +86,10 @@ def test_terminal_escapes_never_reach_the_message():
 
 
 def test_seed_takes_its_whole_range():
-    assert parse_recipe(CALIBRATION.format(f"seed: {2**63 - 1}"), "r.yaml").calibration.seed == 2**63 - 1
+    assert (
+        parse_recipe(CALIBRATION.format(f"seed: {2**63 - 1}"), "r.yaml").calibration.seed
+        == 2**63 - 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +130,9 @@ def test_unknown_and_missing_methods():
     assert errors(GOOD.replace("rtn", "3")) == [
         f"r.yaml:3: stages[0].method: unknown method 3; the methods are {every}"
     ]
-    assert errors(GOOD.replace("rtn", "[rtn]"))[0].startswith("r.yaml:3: stages[0].method: unknown method a list;")
+    assert errors(GOOD.replace("rtn", "[rtn]"))[0].startswith(
+        "r.yaml:3: stages[0].method: unknown method a list;"
+    )
     assert errors(GOOD.replace("method", "bits")) == [
         f"r.yaml:3: stages[0]: required field 'method' is missing; add 'method: ...', the methods are {every}"
     ]
@@ -130,7 +144,11 @@ def test_an_unknown_method_might_have_been_the_encode_stage():
 
 
 def test_a_field_of_another_method_is_sent_home():
-    owners = {f: [m for m, cls in METHODS.items() if f in cls.model_fields] for c in STAGES for f in c.model_fields}
+    owners = {
+        f: [m for m, cls in METHODS.items() if f in cls.model_fields]
+        for c in STAGES
+        for f in c.model_fields
+    }
     own = [(field, home[0]) for field, home in owners.items() if len(home) == 1]
     assert own
     for field, home in own:
@@ -211,7 +229,9 @@ class _Encode(Stage):
 
 def test_the_law_is_the_regular_expression():
     letters = {"r": _Restructure, "s": _Smooth, "e": _Encode}
-    for word in itertools.chain.from_iterable(itertools.product(letters, repeat=n) for n in range(1, 6)):
+    for word in itertools.chain.from_iterable(
+        itertools.product(letters, repeat=n) for n in range(1, 6)
+    ):
         found = list(recipes._order_problems([letters[letter] for letter in word]))
         lawful = re.fullmatch("r*s*e*", "".join(word)) and {"r", "e"} & set(word)
         assert bool(found) != bool(lawful), word
@@ -231,13 +251,17 @@ def test_the_law_is_the_regular_expression():
     ],
 )
 def test_a_stage_out_of_order_is_sent_to_its_place(methods: str, message: str):
-    text = "description: d\nstages:\n" + "".join(f"  - method: {method}\n" for method in methods.split())
+    text = "description: d\nstages:\n" + "".join(
+        f"  - method: {method}\n" for method in methods.split()
+    )
     assert errors(text) == [message.format(recipes.LAW)]
 
 
 def test_a_recipe_without_encode_is_refused():
     (line,) = errors("description: d\nstages: [{method: cas}, {method: awq}]")
-    assert line.startswith(f"r.yaml:2: stages: no encode stage; the order is {recipes.LAW}, add one of rtn")
+    assert line.startswith(
+        f"r.yaml:2: stages: no encode stage; the order is {recipes.LAW}, add one of rtn"
+    )
 
 
 # The schema for editors
@@ -246,7 +270,14 @@ def test_a_recipe_without_encode_is_refused():
 def test_schema_is_strict_and_discriminated():
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) == {"description", "format", "head_bits", "calibration", "target_bpw", "stages"}
+    assert set(schema["properties"]) == {
+        "description",
+        "format",
+        "head_bits",
+        "calibration",
+        "target_bpw",
+        "stages",
+    }
     assert schema["required"] == ["description", "stages"]
     items = schema["properties"]["stages"]["items"]
     assert items["discriminator"]["propertyName"] == "method"
@@ -258,7 +289,9 @@ def test_schema_is_strict_and_discriminated():
         part = schema["$defs"][cls.__name__]
         assert "method" in part["required"]
         assert part["properties"]["method"]["const"] in METHODS
-        assert all("description" in field for name, field in part["properties"].items() if name != "method")
+        assert all(
+            "description" in field for name, field in part["properties"].items() if name != "method"
+        )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

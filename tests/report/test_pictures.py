@@ -17,14 +17,29 @@ from quantize.methods import STAGES
 from quantize.methods.awq import Awq
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.rtn import Rtn
-from quantize.pictures import Bars, Heatmap, Histogram, Lines, Picture, Scatter, Table, block_map, facts, place_of
+from quantize.pictures import (
+    Bars,
+    Heatmap,
+    Histogram,
+    Lines,
+    Picture,
+    Scatter,
+    Table,
+    block_map,
+    facts,
+    place_of,
+)
 from quantize.report.draw import Frame, format_number, shares, y_range
 from quantize.report.html import cell, visible
 from quantize.report.svg import svg
 
 
 def test_awq_shows_the_gain_of_its_search():
-    layers = {f"model.layers.{i}.{e}": {"search_ratio": 0.1 * (i + 1)} for i in range(3) for e in ("attn_norm", "v_o")}
+    layers = {
+        f"model.layers.{i}.{e}": {"search_ratio": 0.1 * (i + 1)}
+        for i in range(3)
+        for e in ("attn_norm", "v_o")
+    }
     (picture,) = Awq().pictures(layers)
     assert isinstance(picture, Heatmap)
     assert (picture.rows, picture.columns) == (["attn_norm", "v_o"], ["0", "1", "2"])
@@ -38,9 +53,13 @@ def test_fireq_shows_trouble_only_where_there_is_any():
     (ratio,) = Fireq().pictures({name: fine})
     assert isinstance(ratio, Heatmap)
     assert ratio.values == [[0.25]]
-    seen = Fireq().pictures({name: fine, other: fine | {"damping": 1.0, "dead_inputs": 5, "weight_error": 0.0}})
+    seen = Fireq().pictures(
+        {name: fine, other: fine | {"damping": 1.0, "dead_inputs": 5, "weight_error": 0.0}}
+    )
     assert [p.title for p in seen][1:] == ["Damping", "Dead inputs"]
-    paper = Fireq(rounding="nearest", scales="tensor").pictures({name: {"tensor_scale": 256.0, "weight_error": 0.1}})
+    paper = Fireq(rounding="nearest", scales="tensor").pictures(
+        {name: {"tensor_scale": 256.0, "weight_error": 0.1}}
+    )
     assert [p.title for p in paper] == ["Scale t against underflow"]
     assert Fireq().pictures({}) == ()
 
@@ -48,8 +67,17 @@ def test_fireq_shows_trouble_only_where_there_is_any():
 @pytest.mark.parametrize("stage", STAGES, ids=lambda cls: cls.__name__)
 def test_pictures_bear_facts_of_any_kind(stage: type[Any]):
     odd = ["x", None, True, [1], {}, math.nan, math.inf, -1.0, 0, 10**400]
-    names = ("damping", "dead_inputs", "weight_error", "output_error", "tensor_scale", "search_ratio")
-    layers = {f"model.layers.{i}.mlp.up_proj": dict.fromkeys(names, value) for i, value in enumerate(odd)}
+    names = (
+        "damping",
+        "dead_inputs",
+        "weight_error",
+        "output_error",
+        "tensor_scale",
+        "search_ratio",
+    )
+    layers = {
+        f"model.layers.{i}.mlp.up_proj": dict.fromkeys(names, value) for i, value in enumerate(odd)
+    }
     for picture in stage().pictures(layers):
         svg(picture, "a-")
     assert Rtn().pictures(layers) == ()
@@ -72,7 +100,13 @@ def test_place_of(name: str, place: tuple[int, str] | None):
 
 
 def test_names_that_differ_by_a_number_share_a_row():
-    values = {"m.0.a": 1.0, "m.0.e.0.up": 2.0, "m.0.e.1.up": None, "m.0.e.10.up": 5.0, "m.1.e.0.up": None}
+    values = {
+        "m.0.a": 1.0,
+        "m.0.e.0.up": 2.0,
+        "m.0.e.1.up": None,
+        "m.0.e.10.up": 5.0,
+        "m.1.e.0.up": None,
+    }
     drawn = block_map(values, title="", caption="c.", unit="")
     assert drawn is not None
     assert (drawn.rows, drawn.values) == (["a", "e.*.up"], [[1.0, None], [3.5, None]])
@@ -86,7 +120,11 @@ def test_names_that_differ_by_a_number_share_a_row():
 def test_block_map_sorts_blocks_and_leaves_gaps():
     drawn = block_map({"m.10.a": 1.0, "m.9.b": 2.0, "head": 9.0}, title="", caption="")
     assert drawn is not None
-    assert (drawn.rows, drawn.columns, drawn.values) == (["a", "b"], ["9", "10"], [[None, 1.0], [2.0, None]])
+    assert (drawn.rows, drawn.columns, drawn.values) == (
+        ["a", "b"],
+        ["9", "10"],
+        [[None, 1.0], [2.0, None]],
+    )
     assert block_map({"head": 9.0}, title="", caption="") is None
     assert facts({"a": {"f": 1}, "b": {"f": True}, "c": {"f": "1"}, "d": {}}, "f") == {"a": 1}
 
@@ -117,7 +155,16 @@ def pictures(draw: st.DrawFn) -> Picture:
     kind = draw(st.sampled_from(["heatmap", "lines", "bars", "histogram", "scatter"]))
     if kind == "heatmap":
         rows = draw(st.lists(words, min_size=n, max_size=n))
-        return Heatmap(title, label, rows, names, draw(st.lists(row, min_size=n, max_size=n)), label, flag, label)
+        return Heatmap(
+            title,
+            label,
+            rows,
+            names,
+            draw(st.lists(row, min_size=n, max_size=n)),
+            label,
+            flag,
+            label,
+        )
     series = draw(st.dictionaries(words, row, max_size=3))
     x = sorted(draw(st.lists(st.floats(-1e6, 1e6), min_size=m, max_size=m)))
     if kind == "lines":
@@ -127,7 +174,14 @@ def pictures(draw: st.DrawFn) -> Picture:
     if kind == "histogram":
         edges = sorted(draw(st.sets(st.floats(-1e6, 1e6), min_size=m + 2, max_size=m + 2)))
         return Histogram(title, label, edges, [*draw(row), 1], x, label)
-    return Scatter(title, label, [(name, at, at) for name, at in zip(names, x, strict=True)], label, label, flag)
+    return Scatter(
+        title,
+        label,
+        [(name, at, at) for name, at in zip(names, x, strict=True)],
+        label,
+        label,
+        flag,
+    )
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,7 +200,19 @@ def test_any_picture_can_be_drawn(picture: Picture):
 
 def test_heat_maps_name_every_cell():
     drawn = Page(
-        svg(Heatmap("t", "c", ["q<", "k"], ["0", "1"], [[1.0, None], [0.25, math.nan]], "u", False, "block"), "")
+        svg(
+            Heatmap(
+                "t",
+                "c",
+                ["q<", "k"],
+                ["0", "1"],
+                [[1.0, None], [0.25, math.nan]],
+                "u",
+                False,
+                "block",
+            ),
+            "",
+        )
     )
     assert "block 0, q<: 1 u" in drawn.text
     assert "block 1, q<: not measured" in drawn.text
@@ -157,7 +223,11 @@ def test_heat_maps_name_every_cell():
 def test_the_colours_of_a_heat_map_rise_with_the_values():
     values = [10.0 ** (-k / 3) for k in range(30)]
     drawn = Page(svg(Heatmap("", "", ["r"], [str(k) for k in range(30)], [values], log=True), ""))
-    steps = [int(re.findall(r"\d+", str(a["fill"]))[0]) for a in drawn.all("path") if "var(--h" in str(a.get("fill"))]
+    steps = [
+        int(re.findall(r"\d+", str(a["fill"]))[0])
+        for a in drawn.all("path")
+        if "var(--h" in str(a.get("fill"))
+    ]
     assert steps[:30] == sorted(steps[:30], reverse=True)
     assert set(steps[:30]) == set(range(11))
 
@@ -199,6 +269,12 @@ def test_shown(value: float, text: str):
 
 
 def test_cells_and_tokens_as_text():
-    assert [cell(v) for v in (None, math.nan, "x", 0.123456, 30660)] == ["–", "–", "x", "0.1235", "3.066e+04"]
+    assert [cell(v) for v in (None, math.nan, "x", 0.123456, 30660)] == [
+        "–",
+        "–",
+        "x",
+        "0.1235",
+        "3.066e+04",
+    ]
     assert cell(30660, ",d") == "30,660"
     assert visible("a\nb\t\u202ec\x00") == "a↵b⇥⟨202E⟩c⟨0000⟩"

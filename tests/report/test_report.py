@@ -58,7 +58,13 @@ def test_the_figures_of_the_files_are_the_figures_of_the_report(full: Path, html
     assert shown["Conversion"] == 88.7
     assert shown["Size on disk"] == (full / "model.safetensors").stat().st_size
     page = Page(html).text
-    for words in ("88.17", "parent 87.80 (+0.42 %)", "0.0045", "94.4 %", "strided-512, wikitext2-test.txt, 60 windows"):
+    for words in (
+        "88.17",
+        "parent 87.80 (+0.42 %)",
+        "0.0045",
+        "94.4 %",
+        "strided-512, wikitext2-test.txt, 60 windows",
+    ):
         assert words in page
     assert "30,660 predicted tokens, kernel numerics, float32, parent yardstick" in page
     assert "27 %" in page  # exp(-1.3), what the parent gave the worst token
@@ -95,12 +101,20 @@ def test_the_error_map_holds_every_layer_at_its_place(full: Path):
 
 
 def test_errors_of_weights_where_no_outputs_were_measured(tmp_path: Path):
-    layers = {n: {"weight_error": f["weight_error"]} for n, f in provenance(2)["layers"].items() if "weight_error" in f}
+    layers = {
+        n: {"weight_error": f["weight_error"]}
+        for n, f in provenance(2)["layers"].items()
+        if "weight_error" in f
+    }
     report = collect(write_checkpoint(tmp_path / "d", 2, layers=layers, calibration=None))
     assert titles(report, "errors") == ["Relative weight error", "Worst layers"]
     layers["model.layers.0.mlp.up_proj"]["output_error"] = 0.1
     report = collect(write_checkpoint(tmp_path / "e", 2, layers=layers))
-    assert titles(report, "errors") == ["Relative output error", "Relative weight error", "Worst layers"]
+    assert titles(report, "errors") == [
+        "Relative output error",
+        "Relative weight error",
+        "Worst layers",
+    ]
 
 
 def test_outliers_are_ratios_before_and_after(full: Path):
@@ -117,11 +131,18 @@ def test_outliers_are_ratios_before_and_after(full: Path):
 
 
 def test_experts_share_rows_and_curves(converted: Callable[..., Path], tmp_path: Path):
-    folder = Path(shutil.copytree(converted("rtn", "qwen2_moe", "ignore=*.experts.1.*"), tmp_path / "experts"))
+    folder = Path(
+        shutil.copytree(converted("rtn", "qwen2_moe", "ignore=*.experts.1.*"), tmp_path / "experts")
+    )
     data = json.loads((folder / "pq-statistics.json").read_text())
-    maxima = {f"mlp.experts.{e}.gate_proj": [3.0, 8.0, 5.0, 4.0][e] for e in range(4)} | {"self_attn.q_proj": 2.0}
+    maxima = {f"mlp.experts.{e}.gate_proj": [3.0, 8.0, 5.0, 4.0][e] for e in range(4)} | {
+        "self_attn.q_proj": 2.0
+    }
     data["blocks"][0]["inputs"] = {
-        name: {"before": {"absmax": largest, "median": 1.0}, "after": {"absmax": 1.0, "median": 1.0}}
+        name: {
+            "before": {"absmax": largest, "median": 1.0},
+            "after": {"absmax": 1.0, "median": 1.0},
+        }
         for name, largest in maxima.items()
     }
     (folder / "pq-statistics.json").write_text(json.dumps(data))
@@ -133,7 +154,9 @@ def test_experts_share_rows_and_curves(converted: Callable[..., Path], tmp_path:
     assert activations["pictures"][0]["series"]["before"] == [8.0, None]
     assert channels["rows"][0][0] == "mlp.experts.1.gate_proj, up_proj"
     assert len(channels["rows"]) == 2
-    assert len(weights["pictures"]) == 4 + 3 + 3 + 3  # attention, routed experts, the shared one, a dense FFN
+    assert (
+        len(weights["pictures"]) == 4 + 3 + 3 + 3
+    )  # attention, routed experts, the shared one, a dense FFN
     bits = section(report, "weights")["items"][0]
     row = bits["rows"].index("mlp.experts.*.up_proj")
     assert bits["values"][row] == [(3 * 4 + 16) / 4, None]
@@ -178,7 +201,13 @@ def test_histograms_mark_the_codes(full: Path):
 
 
 def test_the_leading_evaluation_is_against_the_parent_in_kernel_numerics(bare: Path):
-    save(bare, "a", evaluation(baseline=None, baseline_perplexity=None, kld_mean=None, perplexity=1.0, tokens=10**6))
+    save(
+        bare,
+        "a",
+        evaluation(
+            baseline=None, baseline_perplexity=None, kld_mean=None, perplexity=1.0, tokens=10**6
+        ),
+    )
     save(bare, "b", evaluation(numerics="stock", perplexity=2.0, tokens=10**5))
     save(bare, "c", evaluation(perplexity=3.0, tokens=100))
     save(bare, "d", evaluation(perplexity=4.0, tokens=200))
@@ -205,7 +234,12 @@ def test_an_evaluation_without_parent_asks_for_one(bare: Path):
 
 def test_what_is_absent_names_the_command_that_adds_it(bare: Path):
     report = collect(bare)
-    commands = {item["command"] for s in as_json(report)["sections"] for item in s["items"] if item["kind"] == "note"}
+    commands = {
+        item["command"]
+        for s in as_json(report)["sections"]
+        for item in s["items"]
+        if item["kind"] == "note"
+    }
     assert commands == {
         f"pq eval {bare} --baseline PARENT",
         f"pq eval {bare} --baseline PARENT --tasks TASKS",
@@ -243,7 +277,9 @@ def test_warnings_name_what_went_wrong(tmp_path: Path):
 
 def test_the_summary_is_the_last_of_the_log(bare: Path):
     log = bare.with_name("demo.log")
-    log.write_text('x INFO summary {"seconds": 1}\nx INFO summary {"seconds": 2.5}\n{"seconds": 9}\n')
+    log.write_text(
+        'x INFO summary {"seconds": 1}\nx INFO summary {"seconds": 2.5}\n{"seconds": 9}\n'
+    )
     assert headlines(collect(bare))["Conversion"] == 2.5
     log.write_text("x INFO summary {broken\n")
     assert "Conversion" not in headlines(collect(bare))
@@ -258,7 +294,9 @@ def test_a_recipe_of_another_version_only_costs_the_methods_pictures(tmp_path: P
 
 
 def test_a_folder_that_pq_did_not_write_is_one_clear_line(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"has no pq\.json, so pq did not write it; give the output folder"):
+    with pytest.raises(
+        ModelError, match=r"has no pq\.json, so pq did not write it; give the output folder"
+    ):
         collect(tmp_path)
     with pytest.raises(ModelError, match="no such folder"):
         collect(tmp_path / "nowhere")
@@ -295,7 +333,11 @@ def test_a_real_conversion_has_a_report(converted: Any, tmp_path: Path):
 def test_groups_and_passages_are_folded_but_for_the_leading_evaluation(full: Path, html: str):
     for kind in (Group, Passages):
         found = [
-            i for s in collect(full).sections if s.id in ("quality", "tokens") for i in s.items if isinstance(i, kind)
+            i
+            for s in collect(full).sections
+            if s.id in ("quality", "tokens")
+            for i in s.items
+            if isinstance(i, kind)
         ]
         assert [i.folded for i in found] == [False, True]
     assert len(Page(html).all("details")) == 2

@@ -17,13 +17,22 @@ from quantize.report import collect, render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-extensions"]
 FLAGS += ["--hide-scrollbars", "--enable-logging=stderr"]
 DARK = "--blink-settings=preferredColorScheme=0"
 PHONE, DESK = 390, 1200
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(NAMES)})")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason=f"no browser is installed ({', '.join(NAMES)})"
+)
 
 # Looks at the report in a frame of a given width; the shipped page itself has no script.
 PROBE = """
@@ -97,7 +106,15 @@ addEventListener('load', () => {
 def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
     """Open a page → (its DOM, what it said on the console)."""
     profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [str(BROWSER), *FLAGS, profile, "--virtual-time-budget=8000", *flags, "--dump-dom", page.as_uri()]
+    command = [
+        str(BROWSER),
+        *FLAGS,
+        profile,
+        "--virtual-time-budget=8000",
+        *flags,
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -135,7 +152,9 @@ def assert_sound(found: dict[int, dict[str, Any]], pictures: int) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return render(collect(add_everything(write_checkpoint(tmp_path_factory.mktemp("full") / "demo", 6), 6)))
+    return render(
+        collect(add_everything(write_checkpoint(tmp_path_factory.mktemp("full") / "demo", 6), 6))
+    )
 
 
 def test_the_shipped_page_says_nothing_on_the_console(page: str, tmp_path: Path):
@@ -178,9 +197,12 @@ def test_hostile_words_and_absent_parts_are_sound(tmp_path: Path):
 
 def test_the_probe_finds_what_is_broken(page: str, tmp_path: Path):
     broken = page.replace(
-        "<main>", '<main><div style="width:2000px;color:#888;background:#999">x</div><script></script>'
+        "<main>",
+        '<main><div style="width:2000px;color:#888;background:#999">x</div><script></script>',
     )
-    broken = broken.replace("</main>", '<svg width="0" height="0" aria-label="nothing"></svg></main>')
+    broken = broken.replace(
+        "</main>", '<svg width="0" height="0" aria-label="nothing"></svg></main>'
+    )
     broken = broken.replace('href="#tasks"', 'href="#nowhere"').replace("--s0:", "--s9:")
     found = probe(broken, tmp_path)[PHONE]
     assert found["scrollWidth"] > PHONE

@@ -49,7 +49,18 @@ def test_equal_files_give_equal_bytes(full: Path, html: str):
 
 def test_nothing_on_the_page_comes_from_elsewhere(html: str):
     page = Page(html)
-    forbidden = {"script", "img", "link", "iframe", "object", "embed", "base", "form", "image", "foreignobject"}
+    forbidden = {
+        "script",
+        "img",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+        "foreignobject",
+    }
     assert not forbidden & {tag for tag, _ in page.tags}
     for _, attrs in page.tags:
         for key, value in attrs.items():
@@ -80,14 +91,31 @@ def test_pictures_have_names_and_figures_have_captions(html: str):
 def test_text_of_files_is_text_on_the_page(tmp_path: Path):
     layers = {f"model.layers.0.{HOSTILE}": {"weight_error": 0.1, "fallback": HOSTILE}}
     hostile = {"name": HOSTILE, "resolved": HOSTILE}
-    changes: dict[str, Any] = {"layers": layers, "recipe": hostile, "pq": HOSTILE, "source": {HOSTILE: HOSTILE}}
+    changes: dict[str, Any] = {
+        "layers": layers,
+        "recipe": hostile,
+        "pq": HOSTILE,
+        "source": {HOSTILE: HOSTILE},
+    }
     folder = write_checkpoint(tmp_path / "<b>&demo", 1, **changes, calibration={HOSTILE: HOSTILE})
-    worst = [{key: HOSTILE if isinstance(value, str) else value for key, value in evaluation()["worst"][0].items()}]
+    worst = [
+        {
+            key: HOSTILE if isinstance(value, str) else value
+            for key, value in evaluation()["worst"][0].items()
+        }
+    ]
     strings = {k: HOSTILE for k, v in evaluation().items() if isinstance(v, str) and k != "kind"}
     save(folder, "a", evaluation(**strings, worst=worst))
-    save(folder, "t", task_run() | {"scores": [], "tasks": {HOSTILE: {HOSTILE: {"value": 1.0}}}, "model": HOSTILE})
+    save(
+        folder,
+        "t",
+        task_run()
+        | {"scores": [], "tasks": {HOSTILE: {HOSTILE: {"value": 1.0}}}, "model": HOSTILE},
+    )
     data = (
-        json.dumps(statistics(1)).replace('"self_attn.q_proj"', json.dumps(HOSTILE)).replace('"q"', json.dumps(HOSTILE))
+        json.dumps(statistics(1))
+        .replace('"self_attn.q_proj"', json.dumps(HOSTILE))
+        .replace('"q"', json.dumps(HOSTILE))
     )
     (folder / "pq-statistics.json").write_text(data)
     html = render(collect(folder))
@@ -108,19 +136,33 @@ def test_lone_surrogates_and_odd_text_do_not_stop_the_page(bare: Path):
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_evaluations_of_any_shape_do_not_stop_the_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+def test_evaluations_of_any_shape_do_not_stop_the_page(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
     folder = tmp_path_factory.mktemp("odd") / "d"
     write_checkpoint(folder, 1)
     values = st.recursive(
-        st.none() | st.booleans() | st.floats() | st.integers(-(10**400), 10**400) | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        st.none()
+        | st.booleans()
+        | st.floats()
+        | st.integers(-(10**400), 10**400)
+        | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        ),
         max_leaves=5,
     )
     for name, good in (("a", rolling()), ("t", task_run())):
-        keys = data.draw(st.lists(st.sampled_from(sorted(set(good) - {"kind"})), min_size=1, max_size=6, unique=True))
+        keys = data.draw(
+            st.lists(
+                st.sampled_from(sorted(set(good) - {"kind"})), min_size=1, max_size=6, unique=True
+            )
+        )
         save(folder, name, good | {key: data.draw(values) for key in keys})
     odd = statistics(1)
-    place = data.draw(st.sampled_from([odd, odd["blocks"][0], odd["blocks"][0]["inputs"]["mlp.down_proj"]]))
+    place = data.draw(
+        st.sampled_from([odd, odd["blocks"][0], odd["blocks"][0]["inputs"]["mlp.down_proj"]])
+    )
     place[data.draw(st.sampled_from(sorted(place)))] = data.draw(values)
     (folder / "pq-statistics.json").write_text(json.dumps(odd))
     report = collect(folder)
@@ -178,7 +220,9 @@ def test_a_relative_folder_is_named_after_itself(full: Path, monkeypatch: pytest
     assert write(Path(".")) == full.with_name("demo.report.html")
 
 
-def test_a_failing_write_leaves_the_old_page(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failing_write_leaves_the_old_page(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     page = write(full, tmp_path / "x.html")
     old = page.read_text()
 
@@ -204,12 +248,19 @@ def test_output_is_a_page_outside_the_checkpoint(full: Path, tmp_path: Path):
 
 def test_colours_are_readable_in_both_modes():
     css = (Path(__file__).parents[2] / "quantize/report/report.css").read_text()
-    modes = [dict(re.findall(r"--(\w+): (#[0-9a-f]+)", part)) for part in css.split("@media (prefers")[:2]]
+    modes = [
+        dict(re.findall(r"--(\w+): (#[0-9a-f]+)", part))
+        for part in css.split("@media (prefers")[:2]
+    ]
     assert len(modes) == 2
     for mode in modes:
-        pairs = [(word, ground) for word in ("ink", "muted", "accent") for ground in ("paper", "panel")]
+        pairs = [
+            (word, ground) for word in ("ink", "muted", "accent") for ground in ("paper", "panel")
+        ]
         pairs += [("warn", "warn-panel"), ("mark-ink", "mark"), ("ink", "missing")]
-        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]+)", css.split("@media (prefers")[modes.index(mode)]))
+        colours = dict(
+            re.findall(r"--([\w-]+): (#[0-9a-f]+)", css.split("@media (prefers")[modes.index(mode)])
+        )
         pairs += [(f"t{i}", f"h{i}") for i in range(11)]
         for word, ground in pairs:
             assert contrast(colours[word], colours[ground]) >= 4.5, (word, ground)

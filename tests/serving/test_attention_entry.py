@@ -12,7 +12,13 @@ from attention_samples import ASYMMETRIC, SYMMETRIC, queries, states
 from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.attention.api import append_records, attend_fp8, attend_records, quantize_fp8, quantize_records
+from quantize.kernels.attention.api import (
+    append_records,
+    attend_fp8,
+    attend_records,
+    quantize_fp8,
+    quantize_records,
+)
 from quantize.kernels.attention.reference import attend, store_reference
 
 
@@ -33,11 +39,15 @@ def test_whole_models_compile():
         keys, values = quantize_records(key, value, S, SYMMETRIC)
         append_records(key, value, S, SYMMETRIC, memory[0], memory[1], 1)
         one = attend_records(query, keys, values, S, SYMMETRIC, 0.1)
-        return one + attend_records(query, memory[0], memory[1], S, SYMMETRIC, 0.1, lengths=torch.tensor([10]))
+        return one + attend_records(
+            query, memory[0], memory[1], S, SYMMETRIC, 0.1, lengths=torch.tensor([10])
+        )
 
     memories = [torch.zeros(2, 1, 2, 12, 34, dtype=torch.uint8) for _ in range(2)]
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(query, key, value, memories[0]), step(query, key, value, memories[1]))
+    assert torch.equal(
+        compiled(query, key, value, memories[0]), step(query, key, value, memories[1])
+    )
     assert torch.equal(*memories)
     stored = quantize_fp8(key, value, S)
     fp8 = torch.compile(attend_fp8, backend="aot_eager", fullgraph=True)
@@ -61,20 +71,46 @@ def test_what_does_not_fit_is_refused():
             attend_records(*arguments, 0.1, **view)
 
     refused("query is torch.float64", query.double(), keys, values, S, SYMMETRIC)
-    refused("no kernel knows heads of 48 channels", query[..., :48], keys, values, S[:, :48].clone(), SYMMETRIC)
+    refused(
+        "no kernel knows heads of 48 channels",
+        query[..., :48],
+        keys,
+        values,
+        S[:, :48].clone(),
+        SYMMETRIC,
+    )
     refused("4 groups of 16 channels, only of 1 or 2", query, keys, values, S, KvScheme(16))
-    refused(r"keys is torch.uint8 \(2, 2, 9, 34\) on cpu, expected .* 35\)", query, keys, values, S, ASYMMETRIC)
+    refused(
+        r"keys is torch.uint8 \(2, 2, 9, 34\) on cpu, expected .* 35\)",
+        query,
+        keys,
+        values,
+        S,
+        ASYMMETRIC,
+    )
     refused(r"values is .* \(2, 2, 8, 34\)", query, keys, values[:, :, 1:], S, SYMMETRIC)
     refused("3 query heads cannot share 2", query[:, :3], keys, values, S, SYMMETRIC)
-    refused("mask is torch.float32", query, keys, values, S, SYMMETRIC, mask=torch.zeros(2, 1, 2, 9))
+    refused(
+        "mask is torch.float32", query, keys, values, S, SYMMETRIC, mask=torch.zeros(2, 1, 2, 9)
+    )
     refused("window 0 is not positive", query, keys, values, S, SYMMETRIC, window=0)
-    refused(r"lengths is .* expected 2 integers", query, keys, values, S, SYMMETRIC, lengths=torch.ones(2))
+    refused(
+        r"lengths is .* expected 2 integers",
+        query,
+        keys,
+        values,
+        S,
+        SYMMETRIC,
+        lengths=torch.ones(2),
+    )
     with pytest.raises(ValueError, match="9 tokens from 1 on do not fit a cache of 9"):
         append_records(key, value, S, SYMMETRIC, keys, values, 1)
     with pytest.raises(ValueError, match=r"value is .* expected torch.float32 \(2, 2, 9, 64\)"):
         quantize_records(key, value.half(), S, SYMMETRIC)
     with pytest.raises(ValueError, match="key_scale"):
-        attend_fp8(query, *quantize_fp8(key, value, S)[:1], S, *quantize_fp8(key, value, S)[2:], S, 0.1)
+        attend_fp8(
+            query, *quantize_fp8(key, value, S)[:1], S, *quantize_fp8(key, value, S)[2:], S, 0.1
+        )
 
 
 def test_the_package_needs_no_triton():

@@ -17,7 +17,12 @@ from quantize.serving import bitvec_linear, native_linear
 from quantize.serving.bitvec_linear import BitVecLinear
 
 FEW = bitvec_linear._FEW
-RELATIVE = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 2**-50}
+RELATIVE = {
+    torch.float32: 2**-22,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
+    torch.float64: 2**-50,
+}
 
 
 def layer_of(weight: BitVec, bias: bool = True) -> BitVecLinear:
@@ -29,9 +34,13 @@ def layer_of(weight: BitVec, bias: bool = True) -> BitVecLinear:
 
 
 def check(y: Tensor, x: Tensor, weight: BitVec, layer: BitVecLinear) -> None:
-    expected, size = exact_product(x.detach(), weight, None if layer.bias is None else layer.bias.detach())
+    expected, size = exact_product(
+        x.detach(), weight, None if layer.bias is None else layer.bias.detach()
+    )
     assert (y.dtype, y.shape) == (x.dtype, expected.shape)
-    limit = RELATIVE[x.dtype] * expected.abs() + 2**-21 * size  # `unpack` rounds sums of coefficients to float32
+    limit = (
+        RELATIVE[x.dtype] * expected.abs() + 2**-21 * size
+    )  # `unpack` rounds sums of coefficients to float32
     assert bool(((y.detach().double() - expected).abs() <= limit).all())
 
 
@@ -40,7 +49,9 @@ def check(y: Tensor, x: Tensor, weight: BitVec, layer: BitVecLinear) -> None:
     ("N", "K", "group_size", "bias", "lines", "scales"),
     [(37, 100, 64, True, 5, 1), (50, 320, 128, False, 300, 3), (1, 7, 256, True, 256, 256)],
 )
-def test_both_ways_are_exact(bits: int, N: int, K: int, group_size: int, bias: bool, lines: int, scales: int):
+def test_both_ways_are_exact(
+    bits: int, N: int, K: int, group_size: int, bias: bool, lines: int, scales: int
+):
     weight = random_bitvec(N, K, bits, group_size, bias, lines, scales)
     layer = layer_of(weight, bias)
     assert torch.equal(layer.rows(0, N, torch.float32), weight.unpack())
@@ -68,7 +79,9 @@ def test_few_rows_are_looked_up(monkeypatch: pytest.MonkeyPatch):
     layer, taken = layer_of(weight), []
     for way in ("_by_lookup", "_by_rows"):
         call: Callable[[Tensor], Tensor] = getattr(layer, way)
-        monkeypatch.setattr(layer, way, lambda x, way=way, call=call: (taken.append(way), call(x))[1])
+        monkeypatch.setattr(
+            layer, way, lambda x, way=way, call=call: (taken.append(way), call(x))[1]
+        )
     for shape in ((1,), (FEW,), (2, FEW // 2), (FEW + 1,), (2, 0), ()):
         x = torch.randn(*shape, 64)
         assert layer(x).shape == (*shape, 9)
@@ -95,7 +108,9 @@ def test_a_cast_leaves_stored_tensors_alone(cast: str, lines: int):
     weight = random_bitvec(12, 70, 4, 64, lines=lines, scales=2)
     layer = layer_of(weight)
     before = {name: tensor.clone() for name, tensor in weight.tensors().items()}
-    moved = getattr(copy.deepcopy(layer), {"float32": "float", "float16": "half"}.get(cast, cast))().to("cpu")
+    moved = getattr(
+        copy.deepcopy(layer), {"float32": "float", "float16": "half"}.get(cast, cast)
+    )().to("cpu")
     for name, tensor in before.items():
         assert moved.state_dict()[name].dtype == tensor.dtype
         assert torch.equal(moved.state_dict()[name], tensor)
@@ -106,9 +121,9 @@ def test_a_cast_leaves_stored_tensors_alone(cast: str, lines: int):
     check(moved(x), x, weight, moved)
     for device in ("meta", "cpu"):
         moved = moved.to_empty(device=device)
-        assert {n: (t.dtype, t.device.type) for n, t in moved.state_dict().items() if n != "bias"} == {
-            n: (t.dtype, device) for n, t in before.items()
-        }
+        assert {
+            n: (t.dtype, t.device.type) for n, t in moved.state_dict().items() if n != "bias"
+        } == {n: (t.dtype, device) for n, t in before.items()}
 
 
 @pytest.mark.parametrize("lines", [5, 300])

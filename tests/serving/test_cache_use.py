@@ -20,13 +20,17 @@ from quantize.model import transformers_api
 from quantize.model.transformers_api import DecoderArguments, returned_cache
 from quantize.serving.kv_cache import Int4Layer, int4_cache, use_int4_cache
 
-NOT_USED = "LlamaModel of transformers .* did not use the INT4 KV cache .*; install an earlier release"
+NOT_USED = (
+    "LlamaModel of transformers .* did not use the INT4 KV cache .*; install an earlier release"
+)
 OLD_NAME = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 
 
 def before_call(module: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Let `module` see other arguments than it is given, by name."""
-    module.register_forward_pre_hook(lambda _, args, kwargs: (args, change(kwargs)), with_kwargs=True)
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, change(kwargs)), with_kwargs=True
+    )
 
 
 def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -51,7 +55,9 @@ def test_none_under_the_other_name_is_no_cache(tiny: ModelMaker):
     cache = int4_cache(model)
     model.model(ids, **{"cache": None, "past_key_values": None} | given(model, cache))
     assert cache.get_seq_length() == 8
-    assert isinstance(cache_of(model.model(ids, cache=None, past_key_values=None)).layers[0], Int4Layer)
+    assert isinstance(
+        cache_of(model.model(ids, cache=None, past_key_values=None)).layers[0], Int4Layer
+    )
 
 
 def test_two_caches_are_refused(tiny: ModelMaker):
@@ -76,7 +82,10 @@ def test_a_given_cache_is_filled_without_use_cache(tiny: ModelMaker):
 def test_a_name_that_is_yet_to_come_is_refused(tiny: ModelMaker, monkeypatch: pytest.MonkeyPatch):
     model = kv_model(tiny, "llama")
     monkeypatch.setattr(transformers_api, "_CACHE_NAMES", ("store",))
-    with pytest.raises(ModelError, match=r"LlamaModel of transformers \S+ takes no argument store, so that pq cannot"):
+    with pytest.raises(
+        ModelError,
+        match=r"LlamaModel of transformers \S+ takes no argument store, so that pq cannot",
+    ):
         use_int4_cache(model)
 
 
@@ -86,7 +95,9 @@ class Decoder(nn.Module):
 
 
 def test_a_decoder_without_a_known_name_is_refused():
-    with pytest.raises(ModelError, match=r"Decoder of .* takes no argument cache or past_key_values, "):
+    with pytest.raises(
+        ModelError, match=r"Decoder of .* takes no argument cache or past_key_values, "
+    ):
         DecoderArguments.of(Decoder())
 
 
@@ -104,7 +115,9 @@ def one_attention(model: Any) -> nn.Module:
 
 @pytest.mark.parametrize("place", [the_decoder, one_layer, one_attention])
 @pytest.mark.parametrize("in_copy", [False, True])
-def test_a_cache_that_is_not_handed_on_is_an_error(tiny: ModelMaker, place: Callable[..., nn.Module], in_copy: bool):
+def test_a_cache_that_is_not_handed_on_is_an_error(
+    tiny: ModelMaker, place: Callable[..., nn.Module], in_copy: bool
+):
     model, ids = kv_model(tiny, "llama"), some_ids(1, 8)
     before_call(place(model), without(*given(model, DynamicCache())))
     model = copy.deepcopy(model) if in_copy else model
@@ -177,7 +190,15 @@ def test_commands_name_no_argument_of_the_past(
 ):
     """With warnings of transformers as errors (pyproject.toml), converting, evaluating and verifying go on."""
     data = ["--dataset", text_file, "--device", "cpu"]
-    convert = ["convert", "--model", tiny("llama"), "--recipe", "fireq-kv", "--output", tmp_path / "out"]
+    convert = [
+        "convert",
+        "--model",
+        tiny("llama"),
+        "--recipe",
+        "fireq-kv",
+        "--output",
+        tmp_path / "out",
+    ]
     for line in (
         [*convert, *data, "--nsamples", 4, "--seqlen", 32],
         ["eval", tmp_path / "out", *data, "--baseline", tiny("llama"), "--seqlen", 32],

@@ -47,7 +47,11 @@ def made(tiny: Maker, text_file: Path, tmp_path_factory: pytest.TempPathFactory)
     def make(name: str, **model: Any) -> Path:
         folder = tmp_path_factory.mktemp(name)
         (folder / "r.yaml").write_text(f"description: d\nformat: pq\nstages: [{STAGES[name]}]\n")
-        convert(request_for(tiny("qwen2_moe", **model), str(folder / "r.yaml"), folder / "out", text_file))
+        convert(
+            request_for(
+                tiny("qwen2_moe", **model), str(folder / "r.yaml"), folder / "out", text_file
+            )
+        )
         return folder / "out"
 
     return make
@@ -58,10 +62,16 @@ def routed(tiny: Maker, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the unquantized tiny model as a native checkpoint that routes as told."""
 
     def make(routing: Any = None, **model: Any) -> Path:
-        folder = Path(shutil.copytree(tiny("qwen2_moe", **model), tmp_path / "routed", dirs_exist_ok=True))
+        folder = Path(
+            shutil.copytree(tiny("qwen2_moe", **model), tmp_path / "routed", dirs_exist_ok=True)
+        )
         config = json.loads((folder / "config.json").read_text())
-        quantization = native_config({}, [], None) | ({} if routing is None else {"routing": routing})
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        quantization = native_config({}, [], None) | (
+            {} if routing is None else {"routing": routing}
+        )
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
         return folder
 
     return make
@@ -118,26 +128,37 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(made: Maker, tmp_path: Pat
 
 def test_the_decoder_loads_alone(routed: Callable[..., Path]):
     folder = routed({MLP: Threshold(0.5).as_json()})
-    whole, alone = loaded(folder, torch.bfloat16), AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    whole, alone = (
+        loaded(folder, torch.bfloat16),
+        AutoModel.from_pretrained(folder, dtype=torch.bfloat16),
+    )
     assert [m.policy for m in ffns(alone)] == [Threshold(0.5)]
     with torch.no_grad():
-        assert torch.equal(whole.model(tokens()).last_hidden_state, alone(tokens()).last_hidden_state)
+        assert torch.equal(
+            whole.model(tokens()).last_hidden_state, alone(tokens()).last_hidden_state
+        )
 
 
 def test_a_device_map_changes_nothing(made: Maker):
     folder = made("int")
     assert torch.equal(
-        logits(loaded(folder, torch.bfloat16, device_map="auto")), logits(loaded(folder, torch.bfloat16))
+        logits(loaded(folder, torch.bfloat16, device_map="auto")),
+        logits(loaded(folder, torch.bfloat16)),
     )
 
 
-@pytest.mark.parametrize("part", ["gate.weight", "experts.2.up_proj.weight_packed", "shared_expert_gate.weight"])
+@pytest.mark.parametrize(
+    "part", ["gate.weight", "experts.2.up_proj.weight_packed", "shared_expert_gate.weight"]
+)
 def test_missing_tensors_are_refused(made: Maker, tmp_path: Path, part: str):
     folder = edited(
-        Path(shutil.copytree(made("int"), tmp_path / "copy")), lambda tensors: tensors.pop(f"{MLP}.{part}", None)
+        Path(shutil.copytree(made("int"), tmp_path / "copy")),
+        lambda tensors: tensors.pop(f"{MLP}.{part}", None),
     )
     for load in (loaded, lambda f: load_model(f, CPU, torch.float32), streamed):
-        with pytest.raises(ModelError, match=rf"^[^\n]*{MLP}\.{part} is missing from the checkpoint[^\n]*$"):
+        with pytest.raises(
+            ModelError, match=rf"^[^\n]*{MLP}\.{part} is missing from the checkpoint[^\n]*$"
+        ):
             load(folder)
 
 
@@ -155,12 +176,24 @@ def test_a_config_of_another_number_of_experts_is_refused(made: Maker, tmp_path:
 STOCK = {
     "4 bits": ("{method: rtn}", True),
     "3 bits": ("{method: rtn, bits: 3, group_size: 64}", True),
-    "attention finer": ("{method: rtn, bits: 8, ignore: ['*.mlp.*']}, {method: rtn, layers: ['*.mlp.*']}", True),
-    "experts finer": ("{method: rtn, ignore: ['*.mlp.*']}, {method: rtn, bits: 8, layers: ['*.mlp.*']}", True),
-    "others finer": ("{method: rtn, bits: 8, ignore: ['*.experts.*']}, {method: rtn, layers: ['*.experts.*']}", True),
+    "attention finer": (
+        "{method: rtn, bits: 8, ignore: ['*.mlp.*']}, {method: rtn, layers: ['*.mlp.*']}",
+        True,
+    ),
+    "experts finer": (
+        "{method: rtn, ignore: ['*.mlp.*']}, {method: rtn, bits: 8, layers: ['*.mlp.*']}",
+        True,
+    ),
+    "others finer": (
+        "{method: rtn, bits: 8, ignore: ['*.experts.*']}, {method: rtn, layers: ['*.experts.*']}",
+        True,
+    ),
     "one 16-bit": ("{method: rtn, ignore: ['*.experts.1.*']}", False),
     "all 16-bit": ("{method: rtn, ignore: ['*.experts.*']}", False),
-    "one finer": ("{method: rtn, ignore: ['*.experts.1.*']}, {method: rtn, bits: 8, layers: ['*.experts.1.*']}", False),
+    "one finer": (
+        "{method: rtn, ignore: ['*.experts.1.*']}, {method: rtn, bits: 8, layers: ['*.experts.1.*']}",
+        False,
+    ),
 }
 
 
@@ -171,12 +204,16 @@ def stacks_packed_experts() -> bool:
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_stock_transformers_reads_experts_packed_alike(tiny: Maker, text_file: Path, tmp_path: Path, name: str):
+def test_stock_transformers_reads_experts_packed_alike(
+    tiny: Maker, text_file: Path, tmp_path: Path, name: str
+):
     stages, alike = STOCK[name]
     (tmp_path / "r.yaml").write_text(f"description: d\nstages: [{stages}]\n")
     request = request_for(tiny("qwen2_moe"), str(tmp_path / "r.yaml"), tmp_path / "out", text_file)
     lost = convert(request).lost
-    assert [("packed alike" in line, "\n" in line) for line in lost] == ([] if alike else [(True, False)])
+    assert [("packed alike" in line, "\n" in line) for line in lost] == (
+        [] if alike else [(True, False)]
+    )
     ours = load_model(request.output, CPU, torch.float32, "stock")
     assert difference(streamed(request.output), logits(ours)) < 1e-5
     if alike and stacks_packed_experts():
@@ -193,10 +230,12 @@ def test_a_conversion_says_that_stock_transformers_does_not_round_what_enters_ex
     tiny: Maker, text_file: Path, tmp_path: Path
 ):
     for name, activations in (("a", "activations=fp8"), ("b", "activations=none")):
-        lost = convert(request_for(tiny("qwen2_moe"), "rtn", tmp_path / name, text_file, activations)).lost
-        assert [line.startswith("transformers runs routed experts with 16-bit") for line in lost] == [True] * (
-            name == "a"
-        )
+        lost = convert(
+            request_for(tiny("qwen2_moe"), "rtn", tmp_path / name, text_file, activations)
+        ).lost
+        assert [
+            line.startswith("transformers runs routed experts with 16-bit") for line in lost
+        ] == [True] * (name == "a")
 
 
 def test_stock_transformers_reads_experts_that_are_not_packed(tiny: Maker):
@@ -212,7 +251,13 @@ def test_a_checkpoint_without_packed_linears_routes(routed: Callable[..., Path],
     for routing in (None, {MLP: TopK(2).as_json()}):  # what config.json says anyway
         assert max(difference(found, plain) for found in loaders(routed(routing))) < 1e-5
     seen = [plain]
-    for policy in (TopK(1), TopK(2, renormalize=True), Threshold(-1e9), Threshold(0.3), Threshold(1e9)):
+    for policy in (
+        TopK(1),
+        TopK(2, renormalize=True),
+        Threshold(-1e9),
+        Threshold(0.3),
+        Threshold(1e9),
+    ):
         folder = routed({MLP: policy.as_json()})
         ours, *others = loaders(folder)
         assert [m.policy for m in ffns(loaded(folder))] == [policy]
@@ -255,7 +300,10 @@ def test_the_routing_reads_back():
         ({MLP: {"policy": "top-k", "k": 0, "renormalize": False}}, "is not one"),
         ({MLP: {"policy": "top-k", "k": 2}}, "is not one"),
         ({MLP: TopK(5).as_json()}, f"sends tokens of {MLP} to 5 of 4 experts"),
-        ({"model.layers.1.mlp": TopK(1).as_json()}, "routing names model.layers.1.mlp, which has no experts"),
+        (
+            {"model.layers.1.mlp": TopK(1).as_json()},
+            "routing names model.layers.1.mlp, which has no experts",
+        ),
         ({"mlp": TopK(1).as_json()}, "routing names mlp, which has no experts"),
     ],
 )

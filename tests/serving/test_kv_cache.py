@@ -28,15 +28,28 @@ from quantize.errors import ModelError, UsageError
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.model.attention import ATTENTION
 from quantize.model.transformers_api import returned_cache
-from quantize.serving.kv_cache import Int4Layer, Int4SlidingLayer, cache_bytes, int4_cache, use_int4_cache
+from quantize.serving.kv_cache import (
+    Int4Layer,
+    Int4SlidingLayer,
+    cache_bytes,
+    int4_cache,
+    use_int4_cache,
+)
 
 
 @pytest.mark.parametrize(
     ("sizes", "scheme"),
-    [([1] * 20, KvScheme()), ([7, 1, 9, 3], KvScheme()), ([20], KvScheme()), ([7, 1, 9, 3], UNEVEN)],
+    [
+        ([1] * 20, KvScheme()),
+        ([7, 1, 9, 3], KvScheme()),
+        ([20], KvScheme()),
+        ([7, 1, 9, 3], UNEVEN),
+    ],
     ids=["tokens", "chunks", "whole", "asymmetric"],
 )
-def test_pieces_give_the_logits_of_one_pass(tiny: ModelMaker, model_type: str, scheme: KvScheme, sizes: list[int]):
+def test_pieces_give_the_logits_of_one_pass(
+    tiny: ModelMaker, model_type: str, scheme: KvScheme, sizes: list[int]
+):
     model = kv_model(tiny, model_type, scheme)
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +60,9 @@ def test_pieces_give_the_logits_of_one_pass(tiny: ModelMaker, model_type: str, s
 
 
 @pytest.mark.parametrize("sizes", [[1] * 20, [7, 1, 9, 3]], ids=["tokens", "chunks"])
-def test_padded_batches_give_the_logits_of_one_pass(tiny: ModelMaker, model_type: str, sizes: list[int]):
+def test_padded_batches_give_the_logits_of_one_pass(
+    tiny: ModelMaker, model_type: str, sizes: list[int]
+):
     model = kv_model(tiny, model_type)
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[0, :5], mask[2, :11] = 0, 0
@@ -55,7 +70,10 @@ def test_padded_batches_give_the_logits_of_one_pass(tiny: ModelMaker, model_type
     def run(seed: int) -> tuple[Tensor, Tensor]:
         ids = some_ids(3, 20, seed=seed)
         got = in_pieces(model, ids, sizes, int4_cache(model), mask)
-        alone = [logits(model, row[None, keep.bool()], use_cache=False)[0] for row, keep in zip(ids, mask, strict=True)]
+        alone = [
+            logits(model, row[None, keep.bool()], use_cache=False)[0]
+            for row, keep in zip(ids, mask, strict=True)
+        ]
         return got[mask.bool()], torch.cat(alone)
 
     assert_once_equal(run)
@@ -89,7 +107,10 @@ def test_bytes_are_a_quarter_of_16_bits(tiny: ModelMaker, model_type: str):
 def test_half_precision_models_read_back_what_they_stored(tiny: ModelMaker, model_type: str):
     model = kv_model(tiny, model_type).bfloat16()
     ids = some_ids(2, 20)
-    got, expected = in_pieces(model, ids, [1] * 20, int4_cache(model)), logits(model, ids, use_cache=False)
+    got, expected = (
+        in_pieces(model, ids, [1] * 20, int4_cache(model)),
+        logits(model, ids, use_cache=False),
+    )
     assert got.dtype == torch.bfloat16
     assert (got - expected).float().abs().mean() < 0.05 * expected.float().std()
 
@@ -124,7 +145,9 @@ def test_cropped_tokens_leave_no_trace(tiny: ModelMaker, model_type: str):
         in_pieces(model, some_ids(2, 4, seed=99), [3, 1], cache)
         cache.crop(-4)
         assert cache.get_seq_length() == 12
-        return in_pieces(model, ids[:, 12:], [5, 3], cache), logits(model, ids, use_cache=False)[:, 12:]
+        return in_pieces(model, ids[:, 12:], [5, 3], cache), logits(model, ids, use_cache=False)[
+            :, 12:
+        ]
 
     assert_once_equal(run)
 
@@ -165,7 +188,9 @@ def test_rows_move_with_their_scales(tiny: ModelMaker, model_type: str):
         cache.batch_select_indices(torch.tensor([0, 3, 5]))
         now = ids[[2, 0, 2]]
         now[:, 12:] = ids[:, 12:]
-        return in_pieces(model, now[:, 12:], [4], cache), logits(model, now, use_cache=False)[:, 12:]
+        return in_pieces(model, now[:, 12:], [4], cache), logits(model, now, use_cache=False)[
+            :, 12:
+        ]
 
     assert_once_equal(run)
 
@@ -203,7 +228,9 @@ def test_a_forward_makes_its_cache_as_transformers_would(tiny: ModelMaker):
     model, ids = kv_model(tiny, "llama"), some_ids(1, 8)
     mask = torch.ones_like(ids)
     assert isinstance(cache_of(model(ids)).layers[0], Int4Layer)
-    assert isinstance(cache_of(model.model(ids, mask, None, None)).layers[0], Int4Layer)  # by position
+    assert isinstance(
+        cache_of(model.model(ids, mask, None, None)).layers[0], Int4Layer
+    )  # by position
     assert returned_cache(model(ids, use_cache=False)) is None
     model.config.use_cache = False
     assert returned_cache(model(ids)) is None
@@ -239,7 +266,9 @@ def test_other_attention_stays_plain_and_cannot_read_4_bits(tiny: ModelMaker):
     cache = int4_cache(model)
     in_pieces(model, ids, [10], cache)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(UsageError, match=r"needs attention 'pq', the model has 'sdpa'; call model\.set_attn_impl"):
+    with pytest.raises(
+        UsageError, match=r"needs attention 'pq', the model has 'sdpa'; call model\.set_attn_impl"
+    ):
         model(ids[:, :1], **given(model, cache))
     with pytest.raises(UsageError, match="needs attention 'pq'"):
         int4_cache(model)
@@ -293,7 +322,10 @@ def test_another_batch_size_is_refused_and_the_cache_goes_on(tiny: ModelMaker, m
     whole = in_pieces(model, ids, [6, 6], int4_cache(model))
     cache = int4_cache(model)
     in_pieces(model, ids[:, :6], [6], cache)
-    with pytest.raises(UsageError, match=r"holds a batch of 2, the input is a batch of 3; .*batch_repeat_interleave"):
+    with pytest.raises(
+        UsageError,
+        match=r"holds a batch of 2, the input is a batch of 3; .*batch_repeat_interleave",
+    ):
         model(some_ids(3, 1), **given(model, cache))
     assert torch.equal(in_pieces(model, ids[:, 6:], [6], cache), whole[:, 6:])
     with pytest.raises(UsageError, match=r"it holds . heads of 64 channels, the keys have 5 of 64"):

@@ -14,7 +14,12 @@ from torch import Tensor
 from quantize.errors import UsageError
 from quantize.serving.kv_cache import Int4Layer, Int4SlidingLayer
 
-GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "min_new_tokens": 8,
+    "max_new_tokens": 8,
+    "pad_token_id": 0,
+}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 50},
@@ -47,8 +52,12 @@ def test_generation_equals_generation_without_a_cache(tiny: ModelMaker, model_ty
 
 @takes_tokens_back
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-@pytest.mark.parametrize("settings", [{"prefill_chunk_size": 6}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_chunked_prefill_and_prompt_lookup_equal_greedy(tiny: ModelMaker, model_type: str, settings: dict[str, int]):
+@pytest.mark.parametrize(
+    "settings", [{"prefill_chunk_size": 6}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_chunked_prefill_and_prompt_lookup_equal_greedy(
+    tiny: ModelMaker, model_type: str, settings: dict[str, int]
+):
     model = kv_model(tiny, model_type)
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +79,9 @@ def test_an_assistant_model_changes_nothing(tiny: ModelMaker, model_type: str, r
     def run(seed: int) -> tuple[Tensor, Tensor]:
         ids = some_ids(1, 15, seed=seed)
         common = GREEDY | {"attention_mask": torch.ones_like(ids)}
-        return model.generate(ids, assistant_model=assistant, **common), model.generate(ids, **common)
+        return model.generate(ids, assistant_model=assistant, **common), model.generate(
+            ids, **common
+        )
 
     assert_once_equal(run)
 

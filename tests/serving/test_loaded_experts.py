@@ -81,9 +81,13 @@ def said(model: nn.Module, device: str) -> Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_loaded_model_computes_its_experts_at_once(ladimo: Maker, calls: dict[str, int], policy: str, device: str):
+def test_a_loaded_model_computes_its_experts_at_once(
+    ladimo: Maker, calls: dict[str, int], policy: str, device: str
+):
     model = loaded(ladimo(policy))
-    assert [type(ffn.policy) for ffn in ffns(model)] == [Threshold if policy == "adaptive" else TopK] * 2
+    assert [type(ffn.policy) for ffn in ffns(model)] == [
+        Threshold if policy == "adaptive" else TopK
+    ] * 2
     found = said(model, device)
     used = "kernel" if INTERPRETED or device == "cuda" else "torch"
     assert calls == {"kernel": 0, "torch": 0} | {used: 2}
@@ -122,10 +126,17 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(ladimo: Maker, tmp_path: P
 
 @pytest.mark.skipif(INTERPRETED, reason="what stays on the disk is read, not computed")
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_experts_that_are_put_away_run_one_by_one(ladimo: Maker, tmp_path: Path, calls: dict[str, int], place: str):
+def test_experts_that_are_put_away_run_one_by_one(
+    ladimo: Maker, tmp_path: Path, calls: dict[str, int], place: str
+):
     folder = ladimo("adaptive")
     expected = said(load_model(folder, CPU, torch.float32), "cpu")
-    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     away = {"model.layers.0": "cpu", "model.layers.1": place}
     model = loaded(folder, device_map=parts | away, offload_folder=str(tmp_path / "away"))
     # Without a GPU accelerate puts all linears under its hooks as soon as some are on the disk.
@@ -140,5 +151,7 @@ def test_packed_experts_stay_as_they_are(ladimo: Maker, calls: dict[str, int]):
     folder = ladimo("adaptive", ", {method: rtn, group_size: 64}")
     model = loaded(folder)
     assert not any(ffn.stacked for ffn in ffns(model))
-    assert difference(said(model, "cpu"), said(load_model(folder, CPU, torch.float32), "cpu")) < 1e-5
+    assert (
+        difference(said(model, "cpu"), said(load_model(folder, CPU, torch.float32), "cpu")) < 1e-5
+    )
     assert calls == {"kernel": 0, "torch": 0}

@@ -16,7 +16,9 @@ from quantize.model.linear import PackedLinear
 from quantize.serving.int_linear import IntLinear
 
 
-def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) -> tuple[IntLinear, PackedLinear]:
+def layer_pair(
+    scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True
+) -> tuple[IntLinear, PackedLinear]:
     """The same random layer decoded (PackedLinear) and packed."""
     generator = torch.Generator().manual_seed(N + K + scheme.bits)
     half = 1 << (scheme.bits - 1)
@@ -29,7 +31,9 @@ def layer_pair(scheme: IntScheme, N: int = 48, K: int = 256, bias: bool = True) 
     return layer, PackedLinear(packed, offset, scheme.fp8_activations, torch.float32, "kernel")
 
 
-@pytest.mark.parametrize("scheme", [W4A8, W4A16, *(IntScheme(bits, 32, False) for bits in (2, 3, 5, 8))], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [W4A8, W4A16, *(IntScheme(bits, 32, False) for bits in (2, 3, 5, 8))], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_layer_computes_what_a_decoded_one_does(scheme: IntScheme, dtype: torch.dtype):
     layer, decoded = layer_pair(scheme)
@@ -68,9 +72,9 @@ def test_a_cast_leaves_packed_tensors_alone(cast: str):
     assert [name for name, p in moved.named_parameters() if p.requires_grad] == ["bias"]
     for device in ("meta", "cpu"):
         moved = moved.to_empty(device=device)
-        assert {n: (t.dtype, t.device.type) for n, t in moved.state_dict().items() if n != "bias"} == {
-            n: (t.dtype, device) for n, t in before.items() if n != "bias"
-        }
+        assert {
+            n: (t.dtype, t.device.type) for n, t in moved.state_dict().items() if n != "bias"
+        } == {n: (t.dtype, device) for n, t in before.items() if n != "bias"}
 
 
 def test_a_packed_layer_takes_little_memory():

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantize.solvers.feedback import Rounded, corrected_target, damped, descend, error_feedback, feedback_order, loss
+from quantize.solvers.feedback import (
+    Rounded,
+    corrected_target,
+    damped,
+    descend,
+    error_feedback,
+    feedback_order,
+    loss,
+)
 from quantize.solvers.grid import Grid
 
 PLAIN = Grid(4, 128)
@@ -17,13 +25,19 @@ SIGNED = Grid(4, 128, signed=True)
 PRODUCT = Grid(4, 128, product=True)
 KERNEL = Grid(4, 128, product=True, fp8_scales=True)
 GRIDS = pytest.mark.parametrize(
-    "grid", [PLAIN, SIGNED, PRODUCT, KERNEL, Grid(3, 32), Grid(2, 64, signed=True), Grid(8, 128)], ids=str
+    "grid",
+    [PLAIN, SIGNED, PRODUCT, KERNEL, Grid(3, 32), Grid(2, 64, signed=True), Grid(8, 128)],
+    ids=str,
 )
 
 
 def weight(N: int = 8, K: int = 256, seed: int = 0, size: float = 0.02) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return size * torch.randn(N, K, generator=generator) * (0.5 + torch.rand(N, 1, generator=generator))
+    return (
+        size
+        * torch.randn(N, K, generator=generator)
+        * (0.5 + torch.rand(N, 1, generator=generator))
+    )
 
 
 def correlated_hessian(K: int = 256, seed: int = 0, tokens: int = 600) -> Tensor:
@@ -56,7 +70,12 @@ def test_nearest_is_the_best_of_all_codes(grid: Grid):
     assert torch.equal(codes, codes.round())
     assert grid.qmin <= int(codes.min())
     assert int(codes.max()) <= grid.qmax
-    book = torch.stack([grid.value(torch.full_like(w, q), per_input, factor) for q in range(grid.qmin, grid.qmax + 1)])
+    book = torch.stack(
+        [
+            grid.value(torch.full_like(w, q), per_input, factor)
+            for q in range(grid.qmin, grid.qmax + 1)
+        ]
+    )
     best = (book - w).abs().amin(dim=0)
     assert torch.allclose((values - w).abs(), best, rtol=0, atol=1e-9)
 
@@ -66,10 +85,14 @@ def test_nearest_is_the_best_of_all_codes(grid: Grid):
 @pytest.mark.parametrize("signed", [False, True])
 def test_fitted_scales_never_lose_to_absmax(bits: int, weighted: bool, signed: bool):
     grid, w = Grid(bits, 64, signed=signed), weight()
-    importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
+    importance = (
+        torch.rand(256, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
+    )
 
     def error(scale: Tensor, factor: Tensor) -> Tensor:
-        return grid.group_error(w, scale, factor, torch.ones_like(w[:1]) if importance is None else importance[None])
+        return grid.group_error(
+            w, scale, factor, torch.ones_like(w[:1]) if importance is None else importance[None]
+        )
 
     fitted, plain = error(*grid.fit_scale(w, importance)), error(*grid.absmax_scale(w))
     assert (fitted <= plain).all()
@@ -128,11 +151,17 @@ def test_neighbour_scales_are_storable_and_keep_the_rows_factor(grid: Grid):
 # Error feedback
 
 
-def textbook_gptq(w: Tensor, H: Tensor, order: Tensor, amount: float, grid: Grid, scale: Tensor) -> Tensor:
+def textbook_gptq(
+    w: Tensor, H: Tensor, order: Tensor, amount: float, grid: Grid, scale: Tensor
+) -> Tensor:
     """Optimal Brain Quantization one column at a time, inverse updated by elimination, all in float64."""
     K = len(H)
     H = H.double() + amount * H.double().diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    inverse, w, codes = torch.linalg.inv(H), w.double().clone(), torch.zeros_like(w, dtype=torch.float64)
+    inverse, w, codes = (
+        torch.linalg.inv(H),
+        w.double().clone(),
+        torch.zeros_like(w, dtype=torch.float64),
+    )
     for j in order.tolist():
         s = scale[:, j // grid.group_size].double()
         codes[:, j] = (w[:, j] / s).round().clamp(grid.qmin, grid.qmax)

@@ -28,15 +28,30 @@ def swap_experts(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "change", "checks", "says"),
     [
-        ("rtn", pop(f"{MLP}.experts.2.up_proj.weight_packed"), ["layout"], r"experts\.2\.up_proj\.weight_packed"),
+        (
+            "rtn",
+            pop(f"{MLP}.experts.2.up_proj.weight_packed"),
+            ["layout"],
+            r"experts\.2\.up_proj\.weight_packed",
+        ),
         ("rtn", pop(GATE), ["layout"], r"mlp\.gate\.weight is missing"),
         ("rtn", put(GATE, lambda t: t[:3].contiguous()), ["layout"], r"gate\.weight is \[3, 128\]"),
         ("rtn", swap_experts, ["recomputed", "outputs"], r"experts\.0\.down_proj"),
         # A data-free conversion is computed again; of one that read text the outputs tell.
         ("awq", swap_experts, ["outputs"], r"block 0: .* down [12]\."),
-        ("rtn", put(GATE, lambda t: t + 1), ["untouched", "recomputed", "outputs"], r"mlp\.gate\.weight differs"),
+        (
+            "rtn",
+            put(GATE, lambda t: t + 1),
+            ["untouched", "recomputed", "outputs"],
+            r"mlp\.gate\.weight differs",
+        ),
         ("awq", put(GATE, lambda t: t.flip(0)), ["outputs"], r"router [12]\."),
-        ("awq", put(f"{MLP}.shared_expert_gate.weight", torch.neg), ["outputs"], r"router [34][. ]"),
+        (
+            "awq",
+            put(f"{MLP}.shared_expert_gate.weight", torch.neg),
+            ["outputs"],
+            r"router [34][. ]",
+        ),
     ],
 )
 def test_damage_is_found(
@@ -58,7 +73,10 @@ def test_damage_is_found(
 
 def test_experts_are_reported_by_role(copied: Maker, tiny: Maker):
     detail = checks_of(verify(copied("rtn", "qwen2_moe"), tiny("qwen2_moe")))["outputs"].detail
-    assert re.search(r"block 0: q \S+ k \S+ o \S+ gate \S+ down \S+ router \S+ \(limit 0\.9\); block 1: q ", detail)
+    assert re.search(
+        r"block 0: q \S+ k \S+ o \S+ gate \S+ down \S+ router \S+ \(limit 0\.9\); block 1: q ",
+        detail,
+    )
 
 
 def test_another_routing_leaves_linears_comparable(copied: Maker, tiny: Maker):

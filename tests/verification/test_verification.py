@@ -53,7 +53,9 @@ def test_a_sound_conversion_passes(copied: Maker, tiny: Maker, recipe: str, mode
 
 
 def test_other_shapes_and_bits_pass_too(copied: Maker, tiny: Maker):
-    folder = copied("rtn", "qwen3", "bits=3", "group_size=16", intermediate_size=272, tie_word_embeddings=True)
+    folder = copied(
+        "rtn", "qwen3", "bits=3", "group_size=16", intermediate_size=272, tie_word_embeddings=True
+    )
     result = verify(folder, tiny("qwen3", intermediate_size=272, tie_word_embeddings=True))
     assert result.ok, result.first_failure
 
@@ -66,7 +68,10 @@ def test_linears_left_alone_pass_and_are_compared(copied: Maker, tiny: Maker):
         tensors["model.layers.1.input_layernorm.weight"][3] += 0.5
 
     tensors = (
-        folder / json.loads((folder / INDEX_NAME).read_text())["weight_map"]["model.layers.1.input_layernorm.weight"]
+        folder
+        / json.loads((folder / INDEX_NAME).read_text())["weight_map"][
+            "model.layers.1.input_layernorm.weight"
+        ]
     )
     held = load_file(tensors)
     change(held)
@@ -77,12 +82,16 @@ def test_linears_left_alone_pass_and_are_compared(copied: Maker, tiny: Maker):
 
 def test_the_seed_chooses_the_blocks(copied: Maker, tiny: Maker):
     folder = copied("rtn", "llama")
-    details = {verify(folder, tiny("llama"), blocks=1, seed=seed).checks[7].detail for seed in range(8)}
+    details = {
+        verify(folder, tiny("llama"), blocks=1, seed=seed).checks[7].detail for seed in range(8)
+    }
     assert {detail[:7] for detail in details} == {"block 0", "block 1"}
 
 
 def test_without_a_tokenizer_random_tokens_are_used(copied: Maker, tiny: Maker, tmp_path: Path):
-    parent = shutil.copytree(tiny("llama"), tmp_path / "parent", ignore=shutil.ignore_patterns("tokenizer*"))
+    parent = shutil.copytree(
+        tiny("llama"), tmp_path / "parent", ignore=shutil.ignore_patterns("tokenizer*")
+    )
     result = verify(copied("gptq"), parent)
     assert result.ok, result.first_failure
     assert "random tokens" in checks_of(result)["outputs"].detail
@@ -98,7 +107,9 @@ def test_hidden_files_of_download_tools_are_no_failure(copied: Maker):
 # Damage that hashes show
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_every_bit_of_pq_json_counts(converted: Maker, tmp_path: Path, data: st.DataObject):
     folder = tmp_path / "pq"

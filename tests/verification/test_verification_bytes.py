@@ -16,17 +16,28 @@ from quantize.verification import run, verify
 from quantize.verification.checks import Skipped
 
 RECIPES = ["rtn", "fireq", "sbvr", "ladimo-gptq"]
-WRITTEN = {"config.json", "model.safetensors.index.json", "pq.json", "pq-statistics.json", "tokenizer.json"}
+WRITTEN = {
+    "config.json",
+    "model.safetensors.index.json",
+    "pq.json",
+    "pq-statistics.json",
+    "tokenizer.json",
+}
 WRITTEN |= {"tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def output(
-    request: pytest.FixtureRequest, tiny: ModelMaker, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A conversion that tests damage and mend again."""
     folder = tmp_path_factory.mktemp(request.param) / "out"
-    convert(resumed.request(request.param, resumed.model_of(tiny, request.param), text_file, folder))
+    convert(
+        resumed.request(request.param, resumed.model_of(tiny, request.param), text_file, folder)
+    )
     assert verify(folder).ok
     return folder
 
@@ -61,7 +72,9 @@ def meaning_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flips_are_seen(output: Path, per_file: slice) -> None:
     rng = random.Random(1)
-    for path, at in [(each, at) for each in sorted(output.iterdir()) for at in positions(each)[per_file]]:
+    for path, at in [
+        (each, at) for each in sorted(output.iterdir()) for at in positions(each)[per_file]
+    ]:
         sound = path.read_bytes()
         broken = bytearray(sound)
         broken[at] ^= rng.randrange(1, 256)

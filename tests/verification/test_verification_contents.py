@@ -94,21 +94,32 @@ def test_bits_beside_the_codes(copied: Maker):
         (pop(f"{Q0}.weight_scale"), f"tensor {Q0}.weight_scale is missing"),
         (pop(f"{Q0}.weight_shape"), f"tensor {Q0}.weight_shape is missing"),
         (pop("model.layers.0.input_layernorm.weight"), "input_layernorm.weight is missing"),
-        (lambda t: t.update({"model.layers.0.more": torch.ones(1)}), "model.layers.0.more has no place"),
-        (lambda t: t.update({"lm_head.weight_packed": torch.ones(1)}), "lm_head is packed but config.json does not"),
+        (
+            lambda t: t.update({"model.layers.0.more": torch.ones(1)}),
+            "model.layers.0.more has no place",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight_packed": torch.ones(1)}),
+            "lm_head is packed but config.json does not",
+        ),
         (lambda t: t.update({f"{Q0}.weight": torch.ones(256, 128)}), "stored twice"),
         (put(f"{Q0}.weight_scale", lambda t: t.float()), "weight_scale is F32"),
         (put(f"{Q0}.weight_packed", lambda t: t[:, :-1].contiguous()), "weight_packed is I32"),
         (put(f"{Q0}.weight_shape", lambda t: t.flip(0)), "weight_shape says [128, 256]"),
         (put("model.layers.0.input_layernorm.weight", lambda t: t.to(torch.int16)), "is I16"),
-        (put("model.layers.0.input_layernorm.weight", lambda t: t[1:].clone()), "config.json implies"),
+        (
+            put("model.layers.0.input_layernorm.weight", lambda t: t[1:].clone()),
+            "config.json implies",
+        ),
         (
             lambda t: [t.pop(f"{Q0}.weight_{part}") for part in ("packed", "scale", "shape")],
             f"says that {Q0} is packed but it is not",
         ),
     ],
 )
-def test_tensors_that_do_not_fit(copied: Maker, change: Callable[[dict[str, Tensor]], None], says: str):
+def test_tensors_that_do_not_fit(
+    copied: Maker, change: Callable[[dict[str, Tensor]], None], says: str
+):
     folder = copied()
     edit_tensors(folder, change)
     result = verify(folder)
@@ -132,7 +143,9 @@ def test_tensors_that_do_not_fit(copied: Maker, change: Callable[[dict[str, Tens
         group_edit("strategy", "channel"),
         lambda config: config["quantization_config"].update(ignore=[]),
         lambda config: config["quantization_config"].update(ignore=["lm_head", Q0]),
-        lambda config: config["quantization_config"].update(ignore=["lm_head", "model.layers.7.mlp.up_proj"]),
+        lambda config: config["quantization_config"].update(
+            ignore=["lm_head", "model.layers.7.mlp.up_proj"]
+        ),
         lambda config: config["quantization_config"].update(ignore=5),
         lambda config: config["quantization_config"].update(quant_method="gptq"),
         lambda config: config["quantization_config"].update(config_groups={"g": 1}),
@@ -207,7 +220,12 @@ def test_a_recipe_that_cannot_be_read(copied: Maker, tiny: Maker):
 def test_a_plain_model(tiny: Maker):
     folder = tiny("llama", shards=2)
     checks = checks_of(verify(folder, folder))
-    assert {name for name, check in checks.items() if check.ok} == {"layout", "values", "untouched", "outputs"}
+    assert {name for name, check in checks.items() if check.ok} == {
+        "layout",
+        "values",
+        "untouched",
+        "outputs",
+    }
     assert not failed(verify(folder, folder))
     assert "pq did not write" in str(checks["provenance"].skipped_reason)
     assert "absent" in str(checks["files"].skipped_reason)
@@ -217,8 +235,19 @@ def test_a_conversion_without_its_pq_json(copied: Maker, tiny: Maker):
     folder = copied("fireq")
     (folder / "pq.json").unlink()
     checks = checks_of(verify(folder, tiny("llama")))
-    assert {n for n, c in checks.items() if c.ok} == {"layout", "values", "packing", "untouched", "outputs"}
-    assert {n for n, c in checks.items() if c.ok is None} == {"provenance", "files", "source", "recomputed"}
+    assert {n for n, c in checks.items() if c.ok} == {
+        "layout",
+        "values",
+        "packing",
+        "untouched",
+        "outputs",
+    }
+    assert {n for n, c in checks.items() if c.ok is None} == {
+        "provenance",
+        "files",
+        "source",
+        "recomputed",
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,7 +262,9 @@ def test_a_conversion_without_its_pq_json(copied: Maker, tiny: Maker):
         lambda config: config.update(model_type=None),
     ],
 )
-def test_what_others_write_is_skipped_not_failed(copied: Maker, change: Callable[[dict[str, Any]], None]):
+def test_what_others_write_is_skipped_not_failed(
+    copied: Maker, change: Callable[[dict[str, Any]], None]
+):
     folder = copied()
     edit_json(folder, "config.json", change)
     (folder / "pq.json").unlink()
@@ -256,9 +287,13 @@ def test_an_empty_folder_gives_a_failed_check(tmp_path: Path):
     assert failed(verify(tmp_path)) == ["provenance", "layout"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), value=JSON, signed=st.booleans())
-def test_no_json_stops_it(converted: Maker, tmp_path: Path, data: st.DataObject, value: Any, signed: bool):
+def test_no_json_stops_it(
+    converted: Maker, tmp_path: Path, data: st.DataObject, value: Any, signed: bool
+):
     """Any value anywhere in config.json, the index or pq.json: a result, and ok only where nothing was changed."""
     folder = tmp_path / "m"
     if not folder.exists():

@@ -28,12 +28,25 @@ module.{function} = lambda *args: launch(*args) * 1.01
 
 
 def pq(folder: Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", before + RUN, "verify", str(folder), "--kernels", "--blocks", "1"]
+    command = [
+        sys.executable,
+        "-c",
+        before + RUN,
+        "verify",
+        str(folder),
+        "--kernels",
+        "--blocks",
+        "1",
+    ]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(command, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=env | {"COLUMNS": "200"}, capture_output=True, text=True, check=False
+    )
 
 
-def test_without_kernels_the_check_says_what_to_do(converted: Maker, monkeypatch: pytest.MonkeyPatch):
+def test_without_kernels_the_check_says_what_to_do(
+    converted: Maker, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = verify(converted("fireq", "llama"), device=CPU, kernels=True)
     assert result.ok

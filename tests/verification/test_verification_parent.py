@@ -48,7 +48,9 @@ def test_a_parent_of_another_size(copied: Maker, tmp_path: Path):
     assert failed(result) == ["source", "untouched", "recomputed", "outputs"]
 
 
-@pytest.mark.parametrize(("recipe", "found_by"), [("rtn", {"recomputed", "outputs"}), ("gptq", {"outputs"})])
+@pytest.mark.parametrize(
+    ("recipe", "found_by"), [("rtn", {"recomputed", "outputs"}), ("gptq", {"outputs"})]
+)
 def test_a_block_of_another_conversion(
     copied: Maker, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str, found_by: set[str]
 ):
@@ -76,7 +78,9 @@ def test_swapped_scales(copied: Maker, tiny: Maker):
     assert gate in checks_of(result)["recomputed"].detail
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
 def test_a_tensor_outside_the_blocks_that_changed(copied: Maker, tiny: Maker, name: str):
     folder = copied("fireq-linear")
     shard = folder / json.loads((folder / INDEX_NAME).read_text())["weight_map"][name]

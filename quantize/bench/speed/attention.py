@@ -1,4 +1,5 @@
-"""Time of attention over the INT4 cache, decode and prefill, and of writing it, against torch's own attention."""
+"""Time of attention over the INT4 cache, decode and prefill, and of writing it,
+against torch's own attention."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import Calls, Stand, require_close
 from quantize.formats.kv4 import KvScheme
 from quantize.kernels.attention import api as attention
-from quantize.kernels.attention.reference import attend_reference, read_reference, store_reference, visible
+from quantize.kernels.attention.reference import (
+    attend_reference,
+    read_reference,
+    store_reference,
+    visible,
+)
 
 SCHEME = KvScheme()
 
@@ -33,7 +39,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Cache:
-    """Records of K·S and V [B, Hkv, L, R] in memory of their own, and the S [Hkv, d] they were made with."""
+    """Records of K·S and V [B, Hkv, L, R] in memory of their own, and the S
+    [Hkv, d] they were made with."""
 
     keys: Tensor
     values: Tensor
@@ -64,8 +71,11 @@ def empty_cache(B: int, H: int, L: int, S: Tensor) -> Cache:
     return Cache(room[0, ..., :R], room[1, ..., :R], S)
 
 
-def filled_cache(stand: Stand, B: int, L: int, heads: Heads, mean: float = 0.0, room: int | None = None) -> Cache:
-    """A cache of L random tokens; values have a mean, so that attention to many tokens does not come to nothing."""
+def filled_cache(
+    stand: Stand, B: int, L: int, heads: Heads, mean: float = 0.0, room: int | None = None
+) -> Cache:
+    """A cache of L random tokens; values have a mean, so that attention to many tokens
+    does not come to nothing."""
     S = torch.rand(heads.key, heads.channels, device=stand.device) + 0.5
     cache = empty_cache(B, heads.key, room or L, S)
     for b in range(B):
@@ -77,8 +87,11 @@ def filled_cache(stand: Stand, B: int, L: int, heads: Heads, mean: float = 0.0, 
     return cache
 
 
-def time_decode(stand: Stand, contexts: Sequence[int], batches: Sequence[int], heads: Heads) -> Iterator[Row]:
-    """One new token a sequence: attention to the INT4 cache, and appending to it, at each length and batch."""
+def time_decode(
+    stand: Stand, contexts: Sequence[int], batches: Sequence[int], heads: Heads
+) -> Iterator[Row]:
+    """One new token a sequence: attention to the INT4 cache, and appending to it,
+    at each length and batch."""
     for L in contexts:
         for B in batches:
             cache = filled_cache(stand, B, L, heads)
@@ -88,7 +101,8 @@ def time_decode(stand: Stand, contexts: Sequence[int], batches: Sequence[int], h
 
 
 def time_prefill(stand: Stand, lengths: Sequence[int], heads: Heads) -> Iterator[Row]:
-    """T causal queries on T keys and values, in INT4 and in E4M3, and storing them, at each length."""
+    """T causal queries on T keys and values, in INT4 and in E4M3, and
+    storing them, at each length."""
     for T in lengths:
         cache = filled_cache(stand, 1, T, heads)
         query = stand.random(1, heads.query, T, heads.channels)
@@ -96,8 +110,11 @@ def time_prefill(stand: Stand, lengths: Sequence[int], heads: Heads) -> Iterator
         yield _append_row(stand, cache, heads, T)
 
 
-def sdpa(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-    """torch's attention of query [B, H, T, d] to key and value [B, Hkv, L, d] by this backend, or by any."""
+def sdpa(
+    backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor, causal: bool = False
+) -> Tensor:
+    """torch's attention of query [B, H, T, d] to key and value [B, Hkv, L, d]
+    by this backend, or by any."""
     with nullcontext() if backend is None else sdpa_kernel([backend]):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
@@ -115,21 +132,34 @@ def _decode_row(stand: Stand, cache: Cache, query: Tensor, L: int) -> Row:
     caches = [cache, *(cache.clone() for _ in range(stand.copies(moved) - 1))]
     ours = [_attend(query, held, causal=True) for held in caches]
     k, v = cache.read()
-    expected = attend_reference(query, k, v, cache.S, d**-0.5, visible(1, L, (True, None, None, None), k.device))
+    expected = attend_reference(
+        query, k, v, cache.S, d**-0.5, visible(1, L, (True, None, None, None), k.device)
+    )
     require_close(ours[0](), expected, f"decode attention, {L} tokens, batch {B}")
     others = _plain_calls(stand, query, k / cache.S[:, None], v, expected, causal=False)
     spreads = stand.clock({"pq": ours, **others})
-    return stand.row("attention", f"{L} tokens", B, L, spreads.pop("pq"), moved, 4 * B * H * L * d, spreads)
+    return stand.row(
+        "attention", f"{L} tokens", B, L, spreads.pop("pq"), moved, 4 * B * H * L * d, spreads
+    )
 
 
 def _prefill_rows(stand: Stand, cache: Cache, query: Tensor) -> Iterator[Row]:
     _, H, T, d = query.shape
     k, v = cache.read()
-    stored = attention.quantize_fp8((k / cache.S[:, None]).to(query.dtype), v.to(query.dtype), cache.S)
-    rounded = stored[0].float() * stored[1][..., None], stored[2].float() * stored[3][..., None, None]
+    stored = attention.quantize_fp8(
+        (k / cache.S[:, None]).to(query.dtype), v.to(query.dtype), cache.S
+    )
+    rounded = (
+        stored[0].float() * stored[1][..., None],
+        stored[2].float() * stored[3][..., None, None],
+    )
     ours: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, Tensor], int]] = {
         "attention INT4 KV": (_attend(query, cache, causal=True), (k, v), cache.keys.shape[3]),
-        "attention FP8 KV": (partial(attention.attend_fp8, query, *stored, cache.S, d**-0.5), rounded, d),
+        "attention FP8 KV": (
+            partial(attention.attend_fp8, query, *stored, cache.S, d**-0.5),
+            rounded,
+            d,
+        ),
     }
     seen = visible(T, T, (True, None, None, None), query.device)
     for name, (call, parts, _) in ours.items():
@@ -140,7 +170,9 @@ def _prefill_rows(stand: Stand, cache: Cache, query: Tensor) -> Iterator[Row]:
     peers = {name: spreads[name] for name in others}
     for name, (_, _, stored_bytes) in ours.items():
         moved = 2 * query.nbytes + 2 * cache.keys.shape[1] * T * stored_bytes
-        yield stand.row(name, f"{T} tokens", 1, T, spreads[name], moved, 2 * H * T * (T + 1) * d, peers)
+        yield stand.row(
+            name, f"{T} tokens", 1, T, spreads[name], moved, 2 * H * T * (T + 1) * d, peers
+        )
 
 
 def _append_row(stand: Stand, cache: Cache, heads: Heads, T: int) -> Row:
@@ -148,17 +180,26 @@ def _append_row(stand: Stand, cache: Cache, heads: Heads, T: int) -> Row:
     key, value = (stand.random(B, heads.key, T, heads.channels) for _ in range(2))
     held = cache.clone()
     start = torch.full((B,), L - T, device=stand.device)
-    ours = partial(attention.append_records, key, value, cache.S, SCHEME, held.keys, held.values, start)
+    ours = partial(
+        attention.append_records, key, value, cache.S, SCHEME, held.keys, held.values, start
+    )
     ours()
-    expected = [read_reference(x, SCHEME, heads.channels) for x in store_reference(key, value, cache.S, SCHEME)]
+    expected = [
+        read_reference(x, SCHEME, heads.channels)
+        for x in store_reference(key, value, cache.S, SCHEME)
+    ]
     for found, wanted in zip(held.part(L - T, L).read(), expected, strict=True):
         require_close(found, wanted, f"appending {T} tokens, batch {B}")
     room = stand.random(2, B, heads.key, T, heads.channels)
-    spreads = stand.clock({"pq": [ours], stand.plain: [lambda: (room[0].copy_(key), room[1].copy_(value))]})
+    spreads = stand.clock(
+        {"pq": [ours], stand.plain: [lambda: (room[0].copy_(key), room[1].copy_(value))]}
+    )
     moved = 2 * key.nbytes + 2 * B * heads.key * T * R
     name = "append" if T == 1 else "store"
     flops = 6 * key.numel()
-    return stand.row(name, f"{L} tokens", B, L, spreads.pop("pq"), moved, flops, spreads, precision="none")
+    return stand.row(
+        name, f"{L} tokens", B, L, spreads.pop("pq"), moved, flops, spreads, precision="none"
+    )
 
 
 def _attend(query: Tensor, cache: Cache, causal: bool) -> Callable[[], Tensor]:
@@ -176,4 +217,6 @@ def _plain_calls(
     def make(backend: SDPBackend | None) -> Calls:
         return [partial(sdpa, backend, query, *pair, causal) for pair in pairs]
 
-    return stand.working({name: partial(make, backend) for name, backend in backends(stand).items()}, expected)
+    return stand.working(
+        {name: partial(make, backend) for name, backend in backends(stand).items()}, expected
+    )

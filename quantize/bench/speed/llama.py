@@ -1,4 +1,5 @@
-"""Decoding with a model of Llama's shape and random weights: INT4×FP8 with an INT4 cache, and plain torch."""
+"""Decoding with a model of Llama's shape and random weights: INT4×FP8 with an
+INT4 cache, and plain torch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.bench.speed.attention import SCHEME, Cache, Heads, backends, filled_cache, sdpa
-from quantize.bench.speed.linears import GROUP_SIZE, exact_norm, exact_product, gated_plain, random_weight
+from quantize.bench.speed.linears import (
+    GROUP_SIZE,
+    exact_norm,
+    exact_product,
+    gated_plain,
+    random_weight,
+)
 from quantize.bench.speed.rows import Row
 from quantize.bench.speed.stand import CHAIN_LIMIT, Stand, require_close
 from quantize.kernels.attention import api as attention
@@ -67,7 +74,9 @@ def place(stand: Stand, B: int, tokens: int, heads: Heads) -> Place:
     angle = tokens * _THETA ** (-torch.arange(half, device=stand.device) / half)
     sin = torch.cat([-angle.sin(), angle.sin()])
     start = torch.full((B,), tokens, device=stand.device)
-    return Place(tokens, start, start + 1, angle.cos().repeat(2).to(stand.dtype), sin.to(stand.dtype))
+    return Place(
+        tokens, start, start + 1, angle.cos().repeat(2).to(stand.dtype), sin.to(stand.dtype)
+    )
 
 
 def rotate(x: Tensor, where: Place) -> Tensor:
@@ -92,11 +101,15 @@ class PackedBlock:
         """x [B, hidden] of the new tokens → [B, hidden]; writes their keys and values."""
         x = x + self._product(self._attention(x, where), self.o)
         codes, scale = fp8.quantize_tokens(x, self.norms[1], _EPS, group_size=GROUP_SIZE)
-        return x + self._product(int4.gated_codes(codes, scale, self.gate, self.up, dtype=x.dtype), self.down)
+        return x + self._product(
+            int4.gated_codes(codes, scale, self.gate, self.up, dtype=x.dtype), self.down
+        )
 
     def _attention(self, x: Tensor, where: Place) -> Tensor:
         codes, scale = fp8.quantize_tokens(x, self.norms[0], _EPS, group_size=GROUP_SIZE)
-        query, key, value = _split(int4.multiply_codes(codes, scale, self.qkv, dtype=x.dtype), self.heads, where)
+        query, key, value = _split(
+            int4.multiply_codes(codes, scale, self.qkv, dtype=x.dtype), self.heads, where
+        )
         keys, values, S = self.cache.keys, self.cache.values, self.cache.S
         attention.append_records(key, value, S, SCHEME, keys, values, where.start)
         facts = keys, values, S, SCHEME, self.heads.channels**-0.5
@@ -115,16 +128,21 @@ class PackedBlock:
         room = Cache(new[0], new[1], self.cache.S).read()
         k[:, :, where.tokens :], v[:, :, where.tokens :] = room
         seen = visible(1, k.shape[2], (True, None, None, None), k.device)
-        mixed = attend_reference(query, k, v, self.cache.S, self.heads.channels**-0.5, seen).flatten(1)
+        mixed = attend_reference(
+            query, k, v, self.cache.S, self.heads.channels**-0.5, seen
+        ).flatten(1)
         x = (x + exact_product(mixed, self.o)).to(x.dtype)
         normed = exact_norm(x, self.norms[1], _EPS)
-        hidden = (F.silu(exact_product(normed, self.gate)) * exact_product(normed, self.up)).to(x.dtype)
+        hidden = (F.silu(exact_product(normed, self.gate)) * exact_product(normed, self.up)).to(
+            x.dtype
+        )
         return x + exact_product(hidden, self.down)
 
 
 @dataclass(frozen=True)
 class PlainBlock:
-    """A decoder block as torch computes it: query, key and value in one product, gate and up in another."""
+    """A decoder block as torch computes it: query, key and value in one
+    product, gate and up in another."""
 
     norms: tuple[Tensor, Tensor]
     qkv: Tensor
@@ -138,7 +156,9 @@ class PlainBlock:
 
     def __call__(self, x: Tensor, where: Place) -> Tensor:
         """x [B, hidden] of the new tokens → [B, hidden]; writes their keys and values."""
-        query, key, value = _split(F.linear(_norm_plain(x, self.norms[0]), self.qkv), self.heads, where)
+        query, key, value = _split(
+            F.linear(_norm_plain(x, self.norms[0]), self.qkv), self.heads, where
+        )
         self.cache[0, :, :, where.tokens] = key[:, :, 0]
         self.cache[1, :, :, where.tokens] = value[:, :, 0]
         held = self.cache[:, :, :, : where.tokens + 1]
@@ -152,7 +172,8 @@ Blocks = Sequence[PackedBlock] | Sequence[PlainBlock]
 def time_model(
     stand: Stand, sizes: Sizes, layers: int, contexts: Sequence[int], batches: Sequence[int]
 ) -> Iterator[Row]:
-    """One step of greedy decoding, from hidden states to tokens, after each context; QualityError as elsewhere.
+    """One step of greedy decoding, from hidden states to tokens, after each
+    context; QualityError as elsewhere.
 
     The vocabulary's weight stays in full precision, as `pq convert` leaves it.
     """
@@ -166,17 +187,27 @@ def time_model(
             where, x = place(stand, B, tokens, sizes.heads), stand.random(B, sizes.hidden)
             packed = [_packed(stand, sizes, of_block, norm, tokens, B) for of_block in folded]
             found, expected = packed[0](x, where), packed[0].exact(x, where)
-            require_close(found - x, expected - x, f"block with INT4 weights, batch {B}, {tokens} tokens", CHAIN_LIMIT)
+            require_close(
+                found - x,
+                expected - x,
+                f"block with INT4 weights, batch {B}, {tokens} tokens",
+                CHAIN_LIMIT,
+            )
             plain = [_plain(stand, sizes, of_block, norm, tokens, B) for of_block in full]
             steps: dict[str, Blocks] = {"pq": packed, stand.plain: plain}
-            calls = {name: [partial(_step, blocks, x, where, norm, head)] for name, blocks in steps.items()}
+            calls = {
+                name: [partial(_step, blocks, x, where, norm, head)]
+                for name, blocks in steps.items()
+            }
             spreads = stand.clock(calls)
             moved = head.nbytes + sum(block.cache.keys.numel() * 2 for block in packed)
             moved += sum(w.packed.nbytes + w.scale.nbytes for of_block in weights for w in of_block)
             flops = 2 * B * (head.numel() + layers * sum(N * K for N, K in sizes.shapes))
             flops += layers * 4 * B * sizes.heads.query * tokens * sizes.heads.channels
             shape = f"{layers} blocks, {tokens} tokens"
-            yield stand.row("model", shape, B, tokens, spreads.pop("pq"), moved, flops, spreads, tokens=B)
+            yield stand.row(
+                "model", shape, B, tokens, spreads.pop("pq"), moved, flops, spreads, tokens=B
+            )
 
 
 def _step(blocks: Blocks, x: Tensor, where: Place, norm: Tensor, head: Tensor) -> Tensor:
@@ -196,7 +227,9 @@ def _norm_plain(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, _EPS)
 
 
-def _packed(stand: Stand, sizes: Sizes, weights: Sequence[Weight], norm: Tensor, tokens: int, B: int) -> PackedBlock:
+def _packed(
+    stand: Stand, sizes: Sizes, weights: Sequence[Weight], norm: Tensor, tokens: int, B: int
+) -> PackedBlock:
     qkv, o, gate, up, down = weights
     cache = filled_cache(stand, B, tokens, sizes.heads, mean=1.0, room=tokens + 1)
     return PackedBlock((norm, norm), qkv, o, gate, up, down, cache, sizes.heads)
@@ -207,7 +240,9 @@ def _full(stand: Stand, sizes: Sizes) -> list[Tensor]:
     return [stand.random(*shape).mul_(shape[1] ** -0.5) for shape in (qkv, o, (2 * N, K), down)]
 
 
-def _plain(stand: Stand, sizes: Sizes, weights: Sequence[Tensor], norm: Tensor, tokens: int, B: int) -> PlainBlock:
+def _plain(
+    stand: Stand, sizes: Sizes, weights: Sequence[Tensor], norm: Tensor, tokens: int, B: int
+) -> PlainBlock:
     cache = stand.random(2, B, sizes.heads.key, tokens + 1, sizes.heads.channels)
     attend = partial(sdpa, backends(stand)[stand.plain])
     qkv, o, both, down = weights

@@ -20,10 +20,17 @@ Prepared = Callable[[Tensor], Calls]
 
 
 def peers(stand: Stand, weight: Weight) -> dict[str, Prepared]:
-    """Peers by name. Copies of the weight are made at the first call; what a machine does not know raises then."""
-    makers: dict[str, Callable[[Stand, Weight], Prepared]] = {stand.plain: _plain, "torch fp8": _scaled_mm}
+    """Peers by name. Copies of the weight are made at the first call; what a machine
+    does not know raises then."""
+    makers: dict[str, Callable[[Stand, Weight], Prepared]] = {
+        stand.plain: _plain,
+        "torch fp8": _scaled_mm,
+    }
     if stand.device.type == "cuda":
-        makers |= {"torch int4": _tinygemm, "gemlite W4A16": partial(_gemlite, name="A16W4_HQQ_INT")}
+        makers |= {
+            "torch int4": _tinygemm,
+            "gemlite W4A16": partial(_gemlite, name="A16W4_HQQ_INT"),
+        }
         makers["gemlite W4A8"] = partial(_gemlite, name="A8W4_HQQ_INT_dynamic")
     return {name: _once(partial(make, stand, weight)) for name, make in makers.items()}
 
@@ -49,7 +56,9 @@ def _scaled_mm(stand: Stand, weight: Weight) -> Prepared:
 
     def calls(x: Tensor) -> Calls:
         tokens, token_scale = row_codes(x)
-        product = partial(torch._scaled_mm, scale_a=token_scale, scale_b=scale.T.contiguous(), out_dtype=x.dtype)
+        product = partial(
+            torch._scaled_mm, scale_a=token_scale, scale_b=scale.T.contiguous(), out_dtype=x.dtype
+        )
         return [partial(product, tokens, w.T, use_fast_accum=True) for w in weights]
 
     return calls
@@ -66,15 +75,21 @@ def _tinygemm(stand: Stand, weight: Weight) -> Prepared:
     codes = _unsigned(weight)
     packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
     weights, group_size = clones(stand, packed), codes.shape[1] // G
-    scales = torch.stack([weight.scale.T, torch.zeros(G, N, device=codes.device)], dim=2).to(stand.dtype)
+    scales = torch.stack([weight.scale.T, torch.zeros(G, N, device=codes.device)], dim=2).to(
+        stand.dtype
+    )
     return lambda x: [partial(torch._weight_int4pack_mm, x, w, group_size, scales) for w in weights]
 
 
 def _gemlite(stand: Stand, weight: Weight, name: str) -> Prepared:
-    made = getattr(importlib.import_module("gemlite.helper"), name)(device=str(stand.device), dtype=stand.dtype)
+    made = getattr(importlib.import_module("gemlite.helper"), name)(
+        device=str(stand.device), dtype=stand.dtype
+    )
     codes, scale = _unsigned(weight), weight.scale.reshape(-1, 1).to(stand.dtype)
     zero = torch.full_like(scale, 8)
-    layers = [made.from_weights(codes, scale, zero) for _ in range(stand.copies(weight.packed.nbytes))]
+    layers = [
+        made.from_weights(codes, scale, zero) for _ in range(stand.copies(weight.packed.nbytes))
+    ]
     return lambda x: [partial(layer, x) for layer in layers]
 
 

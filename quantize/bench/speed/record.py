@@ -38,7 +38,9 @@ class Record:
             "versions": self.versions,
             "rounds": self.rounds,
             "ceilings": dataclasses.asdict(self.ceilings),
-            "sections": {name: [row.as_json() for row in rows] for name, rows in self.sections.items()},
+            "sections": {
+                name: [row.as_json() for row in rows] for name, rows in self.sections.items()
+            },
             "targets": [dataclasses.asdict(target) for target in self.targets()],
             "notes": self.notes,
         }
@@ -49,4 +51,6 @@ class Record:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
         except OSError as err:
-            raise OutputError(f"{path}: cannot be written ({err.strerror}); choose another file") from None
+            raise OutputError(
+                f"{path}: cannot be written ({err.strerror}); choose another file"
+            ) from None

@@ -62,6 +62,7 @@ class Row:
         facts = dataclasses.asdict(self) | {"ratios": self.ratios}
         if self.tokens:
             facts["tokens_per_second"] = {
-                name: self.tokens / spread.seconds for name, spread in {"pq": self.time, **self.peers}.items()
+                name: self.tokens / spread.seconds
+                for name, spread in {"pq": self.time, **self.peers}.items()
             }
         return facts

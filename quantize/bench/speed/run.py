@@ -31,9 +31,13 @@ PREFILLED = (1024, 4096, 8192)
 
 
 def kernels(
-    stand: Stand, shapes: Sequence[Shape] = (), batches: Sequence[int] = BATCHES, ffn_rows: Sequence[int] = (FFN_ROWS,)
+    stand: Stand,
+    shapes: Sequence[Shape] = (),
+    batches: Sequence[int] = BATCHES,
+    ffn_rows: Sequence[int] = (FFN_ROWS,),
 ) -> Iterator[Row]:
-    """Products of all kinds, gated fronts (of the given shapes, else of both models' FFNs), and rounding to E4M3."""
+    """Products of all kinds, gated fronts (of the given shapes, else of both models'
+    FFNs), and rounding to E4M3."""
     yield from linears.time_linears(stand, shapes or SHAPES, batches)
     yield from linears.time_gated(stand, shapes or FFNS, (*batches, *ffn_rows))
     yield from linears.time_rounding(stand, sorted({K for _, K in shapes or SHAPES}), batches)
@@ -46,7 +50,8 @@ def decode(
     layers: int = 32,
     model_contexts: Sequence[int] = MODEL_CONTEXTS,
 ) -> Iterator[Row]:
-    """Attention of Llama-3-8B's heads to the INT4 cache, and, unless `layers` is 0, steps of so many of its blocks."""
+    """Attention of Llama-3-8B's heads to the INT4 cache, and, unless `layers` is 0, steps
+    of so many of its blocks."""
     sizes = llama.LLAMA_3_8B
     yield from attention.time_decode(stand, contexts, batches, sizes.heads)
     if layers:
@@ -64,4 +69,8 @@ def prefill(
     yield from linears.time_ffn(stand, ffns, ffn_rows)
 
 
-SECTIONS: dict[str, Callable[[Stand], Iterator[Row]]] = {"kernels": kernels, "decode": decode, "prefill": prefill}
+SECTIONS: dict[str, Callable[[Stand], Iterator[Row]]] = {
+    "kernels": kernels,
+    "decode": decode,
+    "prefill": prefill,
+}

@@ -1,4 +1,5 @@
-"""The machine that a benchmark runs on: its ceilings, how calls are timed there, and what must be right first."""
+"""The machine that a benchmark runs on: its ceilings, how calls are timed there, and
+what must be right first."""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ Call = Callable[[], object]
 Calls = Sequence[Call]
 
 LIMIT = 3e-2
-"""Of the norm of the result: what a kernel may be off by. Tensor cores add E4M3 products with 14 bits, so long sums may
-be off by a hundredth or two; a group of inputs that is wrong shows as a tenth."""
+"""Of the norm of the result: what a kernel may be off by. Tensor cores add E4M3
+products with 14 bits, so long sums may be off by a hundredth or two; a group of inputs
+that is wrong shows as a tenth."""
 CHAIN_LIMIT = 6e-2
-"""For kernels one after the other: values beside a border of E4M3 may fall on either side of it in between."""
+"""For kernels one after the other: values beside a border of E4M3 may fall on
+either side of it in between."""
 _PEER_LIMIT = 0.1  # E4M3 weights and activations rounded per row are off by 0.04
-_CACHES = 1 << 27  # bytes; operands beside each other fill more, so that none is read from a cache (an H200's: 50 MiB)
-_MOST = 64  # calls of a round: operands so small that these stay in the cache are read from it in a model, too
+# bytes; operands beside each other fill more, so that none is read from a cache (an H200's: 50 MiB)
+_CACHES = 1 << 27
+# calls of a round: operands so small that these stay in the cache are read from it in a model, too
+_MOST = 64
 _COPIED = {"cuda": 1 << 30}
 _COPIED_ELSEWHERE = 1 << 24
 _SQUARE = {"cuda": 8192}
@@ -33,7 +38,8 @@ _SQUARE_ELSEWHERE = 256
 
 
 class Stand:
-    """A device with its ceilings, which are measured when it is made. `cache_bytes`: what copies of operands exceed."""
+    """A device with its ceilings, which are measured when it is made. `cache_bytes`: what
+    copies of operands exceed."""
 
     def __init__(self, device: torch.device, rounds: int = 20, cache_bytes: int = _CACHES) -> None:
         self.device, self.rounds, self._cache_bytes = device, rounds, cache_bytes
@@ -66,7 +72,9 @@ class Stand:
         """Seconds of a call of each name. All calls of a name make a round; names take turns."""
         found = take_turns([watch(of_one, self.device) for of_one in calls.values()], self.rounds)
         each = zip(calls.items(), found, strict=True)
-        return {name: _spread([s / len(of_one) for s in seconds]) for (name, of_one), seconds in each}
+        return {
+            name: _spread([s / len(of_one) for s in seconds]) for (name, of_one), seconds in each
+        }
 
     def row(
         self,
@@ -85,10 +93,15 @@ class Stand:
         ceiling = self.ceilings.matmul.get(precision)
         compute = flops / time.seconds / ceiling if ceiling else None
         bandwidth = moved / time.seconds / self.ceilings.copy
-        return Row(what, shape, M, size, time, moved, flops, precision, bandwidth, compute, peers, tokens)
+        return Row(
+            what, shape, M, size, time, moved, flops, precision, bandwidth, compute, peers, tokens
+        )
 
-    def working(self, makers: Mapping[str, Callable[[], Calls]], expected: Tensor) -> dict[str, Calls]:
-        """Calls of the peers that run here and compute what is expected; a note says why the others are left out."""
+    def working(
+        self, makers: Mapping[str, Callable[[], Calls]], expected: Tensor
+    ) -> dict[str, Calls]:
+        """Calls of the peers that run here and compute what is expected; a note says
+        why the others are left out."""
         out: dict[str, Calls] = {}
         for name, make in makers.items():
             try:
@@ -110,10 +123,24 @@ class Stand:
         target = torch.zeros_like(source)
         n = _SQUARE.get(self.device.type, _SQUARE_ELSEWHERE)
         x, w = self.random(n, n), self.random(n, n)
-        found = self.clock({"copy": [lambda: target.copy_(source)], self.plain: [partial(F.linear, x, w)]})
+        found = self.clock(
+            {"copy": [lambda: target.copy_(source)], self.plain: [partial(F.linear, x, w)]}
+        )
         matmul = {self.plain: 2 * n**3 / found[self.plain].seconds}
-        a, b, one = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), torch.ones((), device=self.device)
-        fp8 = partial(torch._scaled_mm, a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        a, b, one = (
+            x.to(torch.float8_e4m3fn),
+            w.to(torch.float8_e4m3fn),
+            torch.ones((), device=self.device),
+        )
+        fp8 = partial(
+            torch._scaled_mm,
+            a,
+            b.T,
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
         calls = self.working({"fp8 ceiling": lambda: [fp8]}, F.linear(x, w))
         if calls:
             matmul["fp8"] = 2 * n**3 / self.clock(calls)["fp8 ceiling"].seconds
@@ -127,13 +154,15 @@ def distance(found: object, expected: Tensor) -> float:
 
 
 def require_close(found: Tensor, expected: Tensor, what: str, limit: float = LIMIT) -> None:
-    """QualityError where the result is off by more than the limit, by its norm or, twice that, in any one place."""
+    """QualityError where the result is off by more than the limit, by its norm or,
+    twice that, in any one place."""
     off = distance(found, expected)
     most = float((found.double() - expected).abs().max() / expected.abs().max())
     if not (off <= limit and most <= 2 * limit):
         raise QualityError(
-            f"{what}: off by {off:.1e} of the result and by {most:.1e} of its largest value in one place (limits "
-            f"{limit:.0e}, {2 * limit:.0e}), so it is not timed; run the tests of quantize/kernels"
+            f"{what}: off by {off:.1e} of the result and by {most:.1e} of its largest value in "
+            f"one place (limits {limit:.0e}, {2 * limit:.0e}), so it is not timed; run the tests "
+            "of quantize/kernels"
         )
 
 

@@ -36,7 +36,13 @@ def _ratio(row: Row) -> float:
 
 
 _RULES = (
-    _Rule("decode linears (M ≤ 16), × bf16", 2.0, "kernels", lambda r: r.what == "folded" and r.M <= 16, _ratio),
+    _Rule(
+        "decode linears (M ≤ 16), × bf16",
+        2.0,
+        "kernels",
+        lambda r: r.what == "folded" and r.M <= 16,
+        _ratio,
+    ),
     _Rule(
         "decode linears, largest shapes, × bf16",
         3.0,
@@ -53,7 +59,13 @@ _RULES = (
         lambda r: r.bandwidth,
         largest=True,
     ),
-    _Rule("prefill linears (M ≥ 2048), × bf16", 1.4, "kernels", lambda r: r.what == "folded" and r.M >= 2048, _ratio),
+    _Rule(
+        "prefill linears (M ≥ 2048), × bf16",
+        1.4,
+        "kernels",
+        lambda r: r.what == "folded" and r.M >= 2048,
+        _ratio,
+    ),
     _Rule(
         "FFN (M = 16 · 1024), × bf16",
         1.24,
@@ -61,7 +73,13 @@ _RULES = (
         lambda r: r.what == "FFN" and r.M == 16 * 1024,
         _ratio,
     ),
-    _Rule("prefill attention, × SDPA", 1.0, "prefill", lambda r: r.what.startswith("attention"), _ratio),
+    _Rule(
+        "prefill attention, × SDPA",
+        1.0,
+        "prefill",
+        lambda r: r.what.startswith("attention"),
+        _ratio,
+    ),
     _Rule(
         "decode attention (32K), × SDPA",
         2.5,
@@ -77,7 +95,9 @@ def targets(sections: Mapping[str, Iterable[Row]]) -> list[Target]:
     """Each target that some row speaks of, with the lowest figure of those rows."""
     out = []
     for rule in _RULES:
-        rows = [row for row in sections.get(rule.section, ()) if PEER in row.peers and rule.chosen(row)]
+        rows = [
+            row for row in sections.get(rule.section, ()) if PEER in row.peers and rule.chosen(row)
+        ]
         if rule.largest:
             rows = [row for row in rows if row.size == max(other.size for other in rows)]
         if rows:

@@ -1,4 +1,5 @@
-"""What goes into attention kernels: ValueError for shapes, dtypes, layouts and devices that they were not made for."""
+"""What goes into attention kernels: ValueError for shapes, dtypes, layouts and devices
+that they were not made for."""
 
 from __future__ import annotations
 
@@ -22,10 +23,16 @@ def scheme_fits(scheme: KvScheme, head_dim: int) -> bool:
 def check_head(head_dim: int, scheme: KvScheme | None = None) -> None:
     """The head is one of `HEAD_DIMS`, and its layout fits."""
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"no kernel knows heads of {head_dim} channels, only of {', '.join(map(str, HEAD_DIMS))}")
+        raise ValueError(
+            f"no kernel knows heads of {head_dim} channels, only of "
+            f"{', '.join(map(str, HEAD_DIMS))}"
+        )
     if scheme is not None and not scheme_fits(scheme, head_dim):
         groups = head_dim // scheme.group(head_dim)
-        raise ValueError(f"no kernel knows heads of {groups} groups of {scheme.group_size} channels, only of 1 or 2")
+        raise ValueError(
+            f"no kernel knows heads of {groups} groups of {scheme.group_size} channels, only of 1 "
+            "or 2"
+        )
 
 
 def check_states(key: Tensor, value: Tensor, S: Tensor) -> None:
@@ -56,10 +63,14 @@ def check_records(keys: Tensor, values: Tensor, x: Tensor, S: Tensor, scheme: Kv
         if records.stride(3) != 1:
             raise ValueError(f"bytes of a record of {name} must be contiguous")
     if keys.stride(2) != values.stride(2):
-        raise ValueError(f"records of keys are {keys.stride(2)} bytes apart, those of values {values.stride(2)}")
+        raise ValueError(
+            f"records of keys are {keys.stride(2)} bytes apart, those of values {values.stride(2)}"
+        )
 
 
-def check_fp8(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor, S: Tensor) -> None:
+def check_fp8(
+    query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, value_scale: Tensor, S: Tensor
+) -> None:
     """E4M3 keys and values [B, Hkv, L, d] with scales [B, Hkv, L] and [B, Hkv]."""
     shape = (len(query), len(S), keys.shape[2] if keys.ndim == 4 else 0, query.shape[3])
     _check("keys", keys, torch.float8_e4m3fn, shape, query.device, contiguous=True)
@@ -83,10 +94,14 @@ def checked_mask(mask: Tensor | None, query: Tensor, tokens: int) -> Tensor | No
         return None
     B, _, T, _ = query.shape
     wanted = (B, 1, T, tokens)
-    fits = mask.ndim == 4 and all(have in (1, want) for have, want in zip(mask.shape, wanted, strict=True))
+    fits = mask.ndim == 4 and all(
+        have in (1, want) for have, want in zip(mask.shape, wanted, strict=True)
+    )
     if mask.dtype != torch.bool or not fits or mask.device != query.device:
         found = f"{mask.dtype} {tuple(mask.shape)} on {mask.device}"
-        raise ValueError(f"mask is {found}, expected torch.bool {wanted} on {query.device}, or 1 for an axis")
+        raise ValueError(
+            f"mask is {found}, expected torch.bool {wanted} on {query.device}, or 1 for an axis"
+        )
     return mask.expand(wanted)
 
 

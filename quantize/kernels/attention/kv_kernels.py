@@ -1,7 +1,8 @@
-"""Triton kernels that store keys and values as records of `quantize/formats/kv4.py`, and read them back.
+"""Triton kernels that store keys and values as records of
+`quantize/formats/kv4.py`, and read them back.
 
-Bits are those of `kv4.quantize` on a CPU: divisions are IEEE ones, scales are rounded by integer arithmetic. Channels
-2j and 2j + 1 share a byte, so tiles hold even and odd channels apart.
+Bits are those of `kv4.quantize` on a CPU: divisions are IEEE ones, scales are rounded by integer
+arithmetic. Channels 2j and 2j + 1 share a byte, so tiles hold even and odd channels apart.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -21,9 +22,11 @@ def nearest(x):
 
 @triton.jit
 def to_e4m3(x, OPERAND: tl.constexpr):
-    """Float32 |x| ≤ 448 to the nearest E4M3 value, as OPERAND: float8e4nv, or a wider type (rounded by arithmetic)."""
+    """Float32 |x| ≤ 448 to the nearest E4M3 value, as OPERAND: float8e4nv, or a wider
+    type (rounded by arithmetic)."""
     if tl.float8e4nv != OPERAND:
-        # Three mantissa bits leave steps of an eighth of a power of two, and 2⁻⁹ below the normal numbers.
+        # Three mantissa bits leave steps of an eighth of a power of two, and
+        # 2⁻⁹ below the normal numbers.
         exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
         step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
         inverse = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -72,8 +75,8 @@ def _load_scale(record, inside, group, D: tl.constexpr, E4M3: tl.constexpr):
 @triton.jit
 def load_group(record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
                E4M3: tl.constexpr):  # fmt: skip
-    """One group of records at the pointers `record` [BN] → its bytes uint8 [BN, BC], what nibbles exceed codes by, int8
-    [BN], and its scales, float32 [BN]; 0 outside.
+    """One group of records at the pointers `record` [BN] → its bytes uint8 [BN, BC], what nibbles
+    exceed codes by, int8 [BN], and its scales, float32 [BN]; 0 outside.
     """
     BYTES: tl.constexpr = D // G // 2
     byte = tl.arange(0, BC)
@@ -82,7 +85,9 @@ def load_group(record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.c
     if SYMMETRIC:
         zero = tl.full(record.shape, 8, tl.int8)
     else:
-        zero = tl.load(record + D // 2 + (1 if E4M3 else 2) * G + group, mask=inside, other=0).to(tl.int8)
+        zero = tl.load(record + D // 2 + (1 if E4M3 else 2) * G + group, mask=inside, other=0).to(
+            tl.int8
+        )
     return packed, zero, _load_scale(record, inside, group, D, E4M3)
 
 
@@ -122,7 +127,8 @@ def _store_group(
     even, odd, record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
     SYMMETRIC: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    # Round one group of BT tokens, its channels in two halves [BT, BC] padded with zeros, into their records.
+    # Round one group of BT tokens, its channels in two halves [BT, BC] padded
+    # with zeros, into their records.
     BYTES: tl.constexpr = D // G // 2
     # NaN must show in the scale, but a maximum passes it over.
     broken = tl.max(((even != even) | (odd != odd)).to(tl.int32), axis=1) > 0
@@ -154,8 +160,18 @@ def _store_group(
 
 
 @triton.jit
-def _channels(x, inside, group, factor, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, HAS_FACTOR: tl.constexpr):
-    # Even and odd channels of one group of the tokens at `x` [BT], times `factor` [D]: two float32 [BT, BC].
+def _channels(
+    x,
+    inside,
+    group,
+    factor,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+):
+    # Even and odd channels of one group of the tokens at `x` [BT], times
+    # `factor` [D]: two float32 [BT, BC].
     BYTES: tl.constexpr = D // G // 2
     byte = tl.arange(0, BC)
     channel = group * 2 * BYTES + 2 * byte
@@ -174,7 +190,8 @@ def store_kernel(
     H, T, kb, kh, kt, vb, vh, vt, keys_b, keys_h, values_b, values_h, row,
     D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr, E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """keys and values [B, H, …, R] from token start[b] (or 0) on = records of key·S and value [B, H, T, D].
+    """keys and values [B, H, …, R] from token start[b] (or 0) on = records of
+    key·S and value [B, H, T, D].
 
     The strides of key are kb, kh, kt, of records keys_b, keys_h and row; value and values alike.
     """
@@ -184,10 +201,14 @@ def store_kernel(
     if start is not None:
         place += tl.load(start + b).to(tl.int64) * row
     for group in tl.static_range(G):
-        even, odd = _channels(key + b * kb + h * kh + t.to(tl.int64) * kt, t < T, group, S + h * D, D, G, BC, True)
+        even, odd = _channels(
+            key + b * kb + h * kh + t.to(tl.int64) * kt, t < T, group, S + h * D, D, G, BC, True
+        )
         record = keys + b * keys_b + h * keys_h + place
         _store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
-        even, odd = _channels(value + b * vb + h * vh + t.to(tl.int64) * vt, t < T, group, S, D, G, BC, False)
+        even, odd = _channels(
+            value + b * vb + h * vh + t.to(tl.int64) * vt, t < T, group, S, D, G, BC, False
+        )
         record = values + b * values_b + h * values_h + place
         _store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
 
@@ -198,10 +219,13 @@ def unit_kernel(
     ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
     E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """unit [B, H] = the power of two below the largest scale in the records of a head (NaN and infinity aside)."""
+    """unit [B, H] = the power of two below the largest scale in the records of a head
+    (NaN and infinity aside)."""
     if lengths is not None:
         L = tl.minimum(tl.load(lengths + tl.program_id(0) // H).to(tl.int32), L)
-    head = values + (tl.program_id(0) // H).to(tl.int64) * values_b + tl.program_id(0) % H * values_h
+    head = (
+        values + (tl.program_id(0) // H).to(tl.int64) * values_b + tl.program_id(0) % H * values_h
+    )
     largest = tl.zeros((BT,), tl.int32)
     for start in range(0, L, BT):
         t = start + tl.arange(0, BT)
@@ -219,13 +243,18 @@ def expand_kernel(
     ROW: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, SYMMETRIC: tl.constexpr,
     E4M3: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Records [B, H, L, R] → key_codes E4M3 [B, H, L, D] with key_scale [B, H, G, L], value_codes float16 [B, H, L, D].
+    """Records [B, H, L, R] → key_codes E4M3 [B, H, L, D] with key_scale [B, H, G, L],
+    value_codes float16 [B, H, L, D].
 
-    Values are divided by value_unit [B, H], a power of two near their largest scale: all codes but those of far
-    smaller scales fit float16 exactly, asymmetric ones to 2⁻¹².
+    Values are divided by value_unit [B, H], a power of two near their largest scale: all codes but
+    those of far smaller scales fit float16 exactly, asymmetric ones to 2⁻¹².
     """
     SIZE: tl.constexpr = D // G
-    b, h, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(1).to(tl.int64)
+    b, h, head = (
+        (tl.program_id(1) // H).to(tl.int64),
+        tl.program_id(1) % H,
+        tl.program_id(1).to(tl.int64),
+    )
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = t < L
     channel = tl.arange(0, 2 * BC)

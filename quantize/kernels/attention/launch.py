@@ -1,4 +1,5 @@
-"""Starts the Triton kernels of attention on the INT4 cache and in FP8; importing this module needs Triton."""
+"""Starts the Triton kernels of attention on the INT4 cache and in FP8; importing
+this module needs Triton."""
 
 from __future__ import annotations
 
@@ -19,22 +20,33 @@ from quantize.kernels.attention.reference import View
 FEW = 64  # queries of a key head, new tokens times heads, that decode_kernel takes
 _PER_PROCESSOR = 4  # programs of decode_kernel for every multiprocessor
 _INTERPRETED = not isinstance(combine_kernel, triton.JITFunction)
-_E4M3 = tl.float16 if _INTERPRETED else tl.float8e4nv  # the interpreter does not round to the nearest E4M3 value
+# the interpreter does not round to the nearest E4M3 value
+_E4M3 = tl.float16 if _INTERPRETED else tl.float8e4nv
 _LOG2E = math.log2(math.e)
 
 
 def store(key: Tensor, value: Tensor, S: Tensor, keys: Tensor, values: Tensor, start: Tensor | None,
           scheme: KvScheme) -> None:  # fmt: skip
-    """Write records of K·S and V [B, H, T, d] into keys and values [B, H, …, R] from token start[b] on."""
+    """Write records of K·S and V [B, H, T, d] into keys and values
+    [B, H, …, R] from token start[b] on."""
     B, H, T, _ = key.shape
-    strides = (*key.stride()[:3], *value.stride()[:3], *keys.stride()[:2], *values.stride()[:2], keys.stride(2))
+    strides = (
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        keys.stride(2),
+    )
     layout = _layout(key.shape[3], scheme)
-    store_kernel[triton.cdiv(T, 16), B * H](key, value, S, start, keys, values, H, T, *strides, **layout, BT=16)
+    store_kernel[triton.cdiv(T, 16), B * H](
+        key, value, S, start, keys, values, H, T, *strides, **layout, BT=16
+    )
 
 
 def attend_records(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor, scaling: float,
                    scheme: KvScheme, view: View) -> None:  # fmt: skip
-    """Write attention to records into `out`; `view` is causal, window, mask [B, 1, T, L] and lengths."""
+    """Write attention to records into `out`; `view` is causal, window, mask
+    [B, 1, T, L] and lengths."""
     if query.shape[1] // keys.shape[1] * query.shape[2] <= FEW:
         _decode(query, keys, values, S, out, scaling, scheme, view)
     else:
@@ -44,7 +56,8 @@ def attend_records(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: 
 
 def attend_codes(query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, unit: Tensor, S: Tensor, out: Tensor,
                  scaling: float, view: View) -> None:  # fmt: skip
-    """Write attention to E4M3 keys, key_scale [B, H, G, L], and E4M3 or float16 values, unit [B, H], into `out`."""
+    """Write attention to E4M3 keys, key_scale [B, H, G, L], and E4M3 or float16
+    values, unit [B, H], into `out`."""
     (B, H, T, D), (L, G) = query.shape, (keys.shape[2], key_scale.shape[2])
     causal, window, mask, lengths = view
     fp8 = values.dtype == torch.float8_e4m3fn
@@ -74,7 +87,9 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor,
         R=H // Hkv, ROW=keys.stride(2), **_layout(D, scheme), CAUSAL=causal, OPERAND=_E4M3, **tile,
     )  # fmt: skip
     BD = triton.next_power_of_2(D)
-    combine_kernel[(B * H * T,)](parts, tops, totals, out, P, H, T, *out.stride()[:3], D=D, BD=BD, BP=16)
+    combine_kernel[(B * H * T,)](
+        parts, tops, totals, out, P, H, T, *out.stride()[:3], D=D, BD=BD, BP=16
+    )
 
 
 def _expand(
@@ -87,9 +102,22 @@ def _expand(
     expanded = torch.empty(B, H, L, D, dtype=torch.float16, device=device)
     unit = torch.empty(B, H, dtype=torch.float32, device=device)
     strides = *keys.stride()[:2], *values.stride()[:2]
-    unit_kernel[(B * H,)](values, lengths, unit, H, L, *strides[2:], ROW=keys.stride(2), **layout, BT=1024)
+    unit_kernel[(B * H,)](
+        values, lengths, unit, H, L, *strides[2:], ROW=keys.stride(2), **layout, BT=1024
+    )
     expand_kernel[triton.cdiv(L, 64), B * H](
-        keys, values, codes, scale, expanded, unit, H, L, *strides, ROW=keys.stride(2), **layout, BT=64
+        keys,
+        values,
+        codes,
+        scale,
+        expanded,
+        unit,
+        H,
+        L,
+        *strides,
+        ROW=keys.stride(2),
+        **layout,
+        BT=64,
     )
     return codes, scale, expanded, unit
 
@@ -97,7 +125,13 @@ def _expand(
 def _layout(D: int, scheme: KvScheme) -> dict[str, Any]:
     G = D // scheme.group(D)
     BC = max(16, triton.next_power_of_2(D // G // 2))  # tl.dot adds at least 16 products
-    return {"D": D, "G": G, "BC": BC, "SYMMETRIC": scheme.symmetric, "E4M3": scheme.scale_dtype == "e4m3"}
+    return {
+        "D": D,
+        "G": G,
+        "BC": BC,
+        "SYMMETRIC": scheme.symmetric,
+        "E4M3": scheme.scale_dtype == "e4m3",
+    }
 
 
 def _decode_tile(rows: int) -> dict[str, int]:
@@ -116,7 +150,11 @@ def _prefill_tile(T: int, D: int) -> dict[str, int]:
 
 def _split(tiles: int, sequences: int, device: torch.device) -> tuple[int, int]:
     # Parts that fill the device, and the tiles of each.
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
     each = triton.cdiv(tiles, max(1, processors * _PER_PROCESSOR // sequences))
     return triton.cdiv(tiles, each), each
 

@@ -1,4 +1,5 @@
-"""Attention as operators that torch.compile and CUDA graphs take whole; `api.py` checks what goes in."""
+"""Attention as operators that torch.compile and CUDA graphs take whole;
+`api.py` checks what goes in."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor
 
 from quantize.formats.kv4 import KvScheme
-from quantize.kernels.attention.reference import attend_codes_reference, attend_records_reference, store_reference
+from quantize.kernels.attention.reference import (
+    attend_codes_reference,
+    attend_records_reference,
+    store_reference,
+)
 from quantize.kernels.device import has_fp8_kernel
 
 _SCHEME = "int group_size, bool symmetric, str scale_dtype"
@@ -50,7 +55,9 @@ def _(
 
 
 def _records_like(x: Tensor, scheme: KvScheme) -> Tensor:
-    return torch.empty(*x.shape[:3], scheme.record_bytes(x.shape[3]), dtype=torch.uint8, device=x.device)
+    return torch.empty(
+        *x.shape[:3], scheme.record_bytes(x.shape[3]), dtype=torch.uint8, device=x.device
+    )
 
 
 @torch.library.custom_op(

@@ -1,7 +1,8 @@
 """Triton kernel of attention for many queries, in FP8; `attention_launch.py` starts it.
 
-Keys are multiplied in E4M3 on FP8 tensor cores, values in float16 (dequantized INT4) or E4M3. Tiles of both are asked
-for three at a time (FireQ, arXiv 2505.20839, keeps as many). Softmax is that of `attention_kernels.py`.
+Keys are multiplied in E4M3 on FP8 tensor cores, values in float16 (dequantized INT4) or E4M3.
+Tiles of both are asked for three at a time (FireQ, arXiv 2505.20839, keeps as many). Softmax is
+that of `attention_kernels.py`.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -23,7 +24,8 @@ def _tiles(
     EDGE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
     OPERAND: tl.constexpr, VALUE: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Attention of one tile of queries to tokens first … last; EDGE: where some may not be seen or are not there.
+    # Attention of one tile of queries to tokens first … last; EDGE: where some may
+    # not be seen or are not there.
     SIZE: tl.constexpr = D // G
     group, channel = tl.arange(0, BG), tl.arange(0, BD)
     for start in tl.range(first, last, BN, num_stages=STAGES):
@@ -37,7 +39,9 @@ def _tiles(
         scores *= tl.load(key_scale + s, mask=inside, other=0.0)[None, :]
         if G == 2:
             key = tl.load(place + SIZE, mask=mask_k, other=0.0).to(OPERAND)
-            scores += tl.dot(query1, key) * tl.load(key_scale + L + s, mask=inside, other=0.0)[None, :]
+            scores += (
+                tl.dot(query1, key) * tl.load(key_scale + L + s, mask=inside, other=0.0)[None, :]
+            )
         scores *= scale[:, None]
         if EDGE:
             seen = visible(s, t, length, T, window, mask, mask_t, mask_s, CAUSAL)
@@ -47,7 +51,8 @@ def _tiles(
         value = tl.load(place, mask=inside[:, None] & (channel < D)[None, :], other=0.0).to(VALUE)
         weights = to_e4m3(weights * 448.0, OPERAND).to(VALUE)
         # FP8 tensor cores add with 14 bits: each tile starts anew.
-        mixed = tl.dot(weights, value, mixed * factor[:, None], max_num_imprecise_acc=BN)  # [BM, BN] @ [BN, BD]
+        # [BM, BN] @ [BN, BD]
+        mixed = tl.dot(weights, value, mixed * factor[:, None], max_num_imprecise_acc=BN)
     return mixed, top, total
 
 
@@ -58,7 +63,8 @@ def prefill_kernel(
     D: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
     OPERAND: tl.constexpr, VALUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H·R, T, D] from E4M3 keys [B, H, L, D] with key_scale [B, H, G, L] and values over value_unit [B, H].
+    """out [B, H·R, T, D] from E4M3 keys [B, H, L, D] with key_scale [B, H, G, L] and
+    values over value_unit [B, H].
 
     H counts key heads, each read by R query heads; scaling is in log₂.
     """
@@ -87,7 +93,8 @@ def prefill_kernel(
     keys += head * L * D
     key_scale += head * G * L
     values += b * vb + h * vh
-    # All queries of the tile see the tokens before `whole`, and none those before `first` and from `last` on.
+    # All queries of the tile see the tokens before `whole`, and none those
+    # before `first` and from `last` on.
     first, whole, last = 0, length, length
     if CAUSAL:
         whole = length - T + tile * BM + 1
@@ -113,5 +120,12 @@ def prefill_kernel(
     unit = tl.load(value_unit + head)
     mixed = mixed / (tl.maximum(total, 1.1754943508222875e-38) * 448.0)[:, None] * unit
     channel = tl.arange(0, BD)
-    where = b * ob + tl.program_id(1).to(tl.int64) * oh + t.to(tl.int64)[:, None] * ot + channel[None, :]
-    tl.store(out + where, mixed.to(out.dtype.element_ty), mask=(t < T)[:, None] & (channel < D)[None, :])
+    where = (
+        b * ob
+        + tl.program_id(1).to(tl.int64) * oh
+        + t.to(tl.int64)[:, None] * ot
+        + channel[None, :]
+    )
+    tl.store(
+        out + where, mixed.to(out.dtype.element_ty), mask=(t < T)[:, None] & (channel < D)[None, :]
+    )

@@ -1,4 +1,5 @@
-"""Plain-torch twins of the attention kernels: what they are tested against, and what runs where there is no kernel."""
+"""Plain-torch twins of the attention kernels: what they are tested against, and what runs
+where there is no kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ SCORES = 1 << 24
 """float32 scores held at once."""
 
 View = tuple[bool, int | None, Tensor | None, Tensor | None]
-"""What queries see: causal, window, mask and lengths of `quantize.kernels.attention.api.attend_records`."""
+"""What queries see: causal, window, mask and lengths of
+`quantize.kernels.attention.api.attend_records`."""
 
 
 def attend(
@@ -27,13 +29,16 @@ def attend(
     *,
     whole_top: bool = False,
 ) -> Tensor:
-    """Softmax attention in float32 with E4M3 probabilities: exp(s − max) is rounded ×448, its sum is not.
+    """Softmax attention in float32 with E4M3 probabilities: exp(s − max) is
+    rounded ×448, its sum is not.
 
-    q [B, H, T, d], k and v [B, Hkv, S, d]; mask [B or 1, H or 1, T, S], bool (True: may be seen) or additive; without
-    one attention is causal. Returns [B, H, T, d]. Scores exist for a few queries at a time.
+    q [B, H, T, d], k and v [B, Hkv, S, d]; mask [B or 1, H or 1, T, S], bool (True: may be
+    seen) or additive; without one attention is causal. Returns [B, H, T, d]. Scores exist
+    for a few queries at a time.
 
-    `whole_top` takes probabilities as the kernels do, against the maximum rounded up to a whole power of two: the same
-    softmax, but an E4M3 rounding that no order of tiles changes (subnormals, below 2⁻¹⁵ of the largest, aside).
+    `whole_top` takes probabilities as the kernels do, against the maximum rounded up to a whole
+    power of two: the same softmax, but an E4M3 rounding that no order of tiles changes (subnormals,
+    below 2⁻¹⁵ of the largest, aside).
     """
     B, H, T, d = q.shape
     Hkv, L = k.shape[1], k.shape[2]
@@ -42,14 +47,19 @@ def attend(
     out = torch.empty_like(q)
     rows = max(1, SCORES // (H * L))
     for b in range(B):
-        kb, vb = k[b, :, None], v[b, :, None]  # [Hkv, 1, L, d]: shared by the query heads of a group
+        # [Hkv, 1, L, d]: shared by the query heads of a group
+        kb, vb = k[b, :, None], v[b, :, None]
         for first in range(0, T, rows):
             part = slice(first, min(first + rows, T))
             qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
             scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, -1, L)
             if mask is not None:
                 allowed = mask[b if mask.shape[0] > 1 else 0, :, part]
-                scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+                scores = (
+                    scores.masked_fill(~allowed, -torch.inf)
+                    if allowed.dtype == torch.bool
+                    else scores + allowed
+                )
             weights = _weights(scores, whole_top)
             total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             if fp8_probabilities:
@@ -88,7 +98,9 @@ def visible(T: int, L: int, view: View, device: torch.device) -> Tensor:
     return seen if mask is None else seen & mask
 
 
-def store_reference(key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor]:
+def store_reference(
+    key: Tensor, value: Tensor, S: Tensor, scheme: KvScheme
+) -> tuple[Tensor, Tensor]:
     """Records [B, Hkv, T, R] of K·S and of V [B, Hkv, T, d]."""
     return quantize(key.float() * S[:, None], scheme).records(), quantize(value, scheme).records()
 
@@ -98,14 +110,23 @@ def read_reference(records: Tensor, scheme: KvScheme, head_dim: int) -> Tensor:
     return dequantize(KvCodes.from_records(records, scheme, head_dim), scheme)
 
 
-def attend_reference(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, seen: Tensor) -> Tensor:
-    """Attention of the kernels to float32 k and v, as they were rounded → [B, H, T, d] in query's dtype."""
+def attend_reference(
+    query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, seen: Tensor
+) -> Tensor:
+    """Attention of the kernels to float32 k and v, as they were rounded →
+    [B, H, T, d] in query's dtype."""
     q = quantize_activations(over_scale(query, S))
     return attend(q, k, v, seen, scaling, True, whole_top=True).to(query.dtype)
 
 
 def attend_records_reference(
-    query: Tensor, keys: Tensor, values: Tensor, S: Tensor, scaling: float, scheme: KvScheme, view: View
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    S: Tensor,
+    scaling: float,
+    scheme: KvScheme,
+    view: View,
 ) -> Tensor:
     """Attention to records keys and values [B, Hkv, L, R] → [B, H, T, d] in query's dtype."""
     k, v = (read_reference(records, scheme, query.shape[3]) for records in (keys, values))
@@ -122,14 +143,17 @@ def attend_codes_reference(
     scaling: float,
     view: View,
 ) -> Tensor:
-    """Attention to codes [B, Hkv, L, d] with key_scale [B, Hkv, G, L] and the values' unit [B, Hkv] → [B, H, T, d]."""
+    """Attention to codes [B, Hkv, L, d] with key_scale [B, Hkv, G, L] and the values'
+    unit [B, Hkv] → [B, H, T, d]."""
     channels = keys.shape[3] // key_scale.shape[2]
     k = keys.float() * key_scale.mT.repeat_interleave(channels, dim=3)
     v = values.float() * unit[..., None, None]
     return _attend_view(query, k, v, S, scaling, view)
 
 
-def _attend_view(query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, view: View) -> Tensor:
+def _attend_view(
+    query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, view: View
+) -> Tensor:
     T, L, device = query.shape[2], k.shape[2], query.device
     # What lies beyond a sequence holds anything, and 0 · NaN would show.
     held = visible(1, L, (False, None, None, view[3]), device).mT

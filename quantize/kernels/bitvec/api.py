@@ -1,4 +1,5 @@
-"""y = x Wᵀ + b with W stored as `bitvec` (see `quantize/formats/bitvec.py`), on whatever device x is."""
+"""y = x Wᵀ + b with W stored as `bitvec` (see
+`quantize/formats/bitvec.py`), on whatever device x is."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ def multiply(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [..., K] → [..., N] in x's dtype (bfloat16, float16 or float32; any strides), summed in float32.
+    """x [..., K] → [..., N] in x's dtype (bfloat16, float16 or float32; any
+    strides), summed in float32.
 
-    planes int32 [N, ceil(K/32)·bits], index uint8 or uint16 [N, G], lines float16 [S, bits (+ 1 with a bias
-    coefficient)], scales float32 [Z], all contiguous; bias [N] of any floating dtype. Values of `index` are trusted: to
-    check them would make the host wait. ValueError for wrong shapes, dtypes or devices.
+    planes int32 [N, ceil(K/32)·bits], index uint8 or uint16 [N, G], lines float16 [S, bits (+ 1
+    with a bias coefficient)], scales float32 [Z], all contiguous; bias [N] of any floating
+    dtype. Values of `index` are trusted: to check them would make the host wait. ValueError for
+    wrong shapes, dtypes or devices.
     """
     _check(x, planes, index, lines, scales, bias, bits, group_size)
     weight = (planes, index, lines, scales)
@@ -51,15 +54,29 @@ def _check(
 ) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"activations are {x.dtype}, expected bfloat16, float16 or float32")
-    for name, tensor, axes in (("planes", planes, 2), ("index", index, 2), ("lines", lines, 2), ("scales", scales, 1)):
+    for name, tensor, axes in (
+        ("planes", planes, 2),
+        ("index", index, 2),
+        ("lines", lines, 2),
+        ("scales", scales, 1),
+    ):
         if tensor.ndim != axes or tensor.device != x.device or not tensor.is_contiguous():
             raise ValueError(f"{name} must be a contiguous tensor of {axes} axes on {x.device}")
     N, K = planes.shape[0], x.shape[-1]
     scheme = BitVecScheme(bits, group_size, lines.shape[1] > bits, lines.shape[0], scales.shape[0])
-    for name, tensor in (("planes", planes), ("index", index), ("lines", lines), ("scales", scales)):
+    for name, tensor in (
+        ("planes", planes),
+        ("index", index),
+        ("lines", lines),
+        ("scales", scales),
+    ):
         dtype, shape = scheme.layout(N, K)[f"weight_{name}"]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{name} is {found}, expected {dtype} {shape} for {N} outputs of {K} inputs")
+            raise ValueError(
+                f"{name} is {found}, expected {dtype} {shape} for {N} outputs of {K} inputs"
+            )
     if bias is not None and (tuple(bias.shape) != (N,) or bias.device != x.device):
-        raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected {(N,)} on {x.device}")
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} on {bias.device}, expected {(N,)} on {x.device}"
+        )

@@ -1,4 +1,5 @@
-"""Starts the Triton kernels that multiply with `bitvec` weights; importing this module needs Triton."""
+"""Starts the Triton kernels that multiply with `bitvec` weights; importing
+this module needs Triton."""
 
 from __future__ import annotations
 
@@ -29,8 +30,10 @@ def multiply(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [M, K], its rows contiguous → [M, N]; what it takes is checked by `quantize.kernels.bitvec.api.multiply`."""
-    index = index.view(torch.int16) if index.dtype == torch.uint16 else index  # Triton reads no torch.uint16
+    """x [M, K], its rows contiguous → [M, N]; what it takes is checked by
+    `quantize.kernels.bitvec.api.multiply`."""
+    # Triton reads no torch.uint16
+    index = index.view(torch.int16) if index.dtype == torch.uint16 else index
     weight = (planes, index, lines, scales)
     layout = {"BITS": bits, "GS": group_size, "COEFS": lines.shape[1], "Z": scales.shape[0]}
     if len(x) <= _FEW and x.dtype != torch.float32:
@@ -38,7 +41,9 @@ def multiply(
     return _by_tiles(x, weight, bias, layout)
 
 
-def _by_planes(x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, layout: dict[str, int]) -> Tensor:
+def _by_planes(
+    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, layout: dict[str, int]
+) -> Tensor:
     (M, K), N, bits = x.shape, len(weight[0]), layout["BITS"]
     BM, BR = (8, 256) if M <= 8 else (16, 128)  # what two warps hold in registers
     G, tiles = groups_per_row(K, layout["GS"]), triton.cdiv(N * bits, BR)
@@ -51,15 +56,20 @@ def _by_planes(x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, layou
     return _sum(parts, bias, x.dtype)
 
 
-def _by_tiles(x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, layout: dict[str, int]) -> Tensor:
+def _by_tiles(
+    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, layout: dict[str, int]
+) -> Tensor:
     (M, K), N = x.shape, len(weight[0])
     G, tile = groups_per_row(K, layout["GS"]), _tile(M, x.dtype)
     tiles = triton.cdiv(N, tile["BN"]), triton.cdiv(M, tile["BM"])
     P, groups = _split(G, tiles[0] * tiles[1], x.device)
     out = torch.empty(P, M, N, 1, dtype=x.dtype if P == 1 else torch.float32, device=x.device)
     sizes = (M, N, K, G, x.stride(0), weight[0].shape[1], groups)
-    operand = tl.float32 if _INTERPRETED else _OPERANDS[x.dtype]  # the interpreter multiplies no bfloat16
-    decode_kernel[(*tiles, P)](x, *weight, bias, out, *sizes, **layout, WHOLE=P == 1, OPERAND=operand, **tile)
+    # the interpreter multiplies no bfloat16
+    operand = tl.float32 if _INTERPRETED else _OPERANDS[x.dtype]
+    decode_kernel[(*tiles, P)](
+        x, *weight, bias, out, *sizes, **layout, WHOLE=P == 1, OPERAND=operand, **tile
+    )
     return out.view(M, N) if P == 1 else _sum(out, bias, x.dtype)
 
 
@@ -73,7 +83,11 @@ def _tile(M: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def _split(G: int, tiles: int, device: torch.device) -> tuple[int, int]:
     # Parts that fill the device, and the groups of each.
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
     groups = triton.cdiv(G, max(1, processors * _PER_PROCESSOR // tiles))
     return triton.cdiv(G, groups), groups
 
@@ -82,5 +96,7 @@ def _sum(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     P, M, N, planes = parts.shape
     y = torch.empty(M, N, dtype=dtype, device=parts.device)
     PADDED = triton.next_power_of_2(planes)
-    sum_kernel[triton.cdiv(N, 128), M](parts, bias, y, P, M, N, PLANES=planes, PADDED=PADDED, BN=128)
+    sum_kernel[triton.cdiv(N, 128), M](
+        parts, bias, y, P, M, N, PLANES=planes, PADDED=PADDED, BN=128
+    )
     return y

@@ -18,7 +18,8 @@ def multiply_reference(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [..., K] times a `bitvec` weight [N, K], plus bias [N] → [..., N] in x's dtype; decoded and added in float32.
+    """x [..., K] times a `bitvec` weight [N, K], plus bias [N] → [..., N] in x's dtype;
+    decoded and added in float32.
 
     Tensors are those of `quantize.kernels.bitvec.api.multiply`.
     """

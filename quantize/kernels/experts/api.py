@@ -11,7 +11,8 @@ from torch import Tensor
 from quantize.kernels.device import has_kernel
 
 # Measured on two cores with 16 and 8 experts.
-_SMALL = 1 << 20  # bytes of a weight that takes less time than a call, so that a batch of all experts is faster
+# bytes of a weight that takes less time than a call, so that a batch of all experts is faster
+_SMALL = 1 << 20
 _PADDED = 2  # rows of that batch for every row that is needed, at most
 _FEW = 32  # rows up to which splitting the outputs is faster
 
@@ -24,16 +25,19 @@ def routed_experts(
     act: Callable[[Tensor], Tensor] = F.silu,
     most: int | None = None,
 ) -> Tensor:
-    """y[m] = Σ_e weights[m, e] · (act(x[m] W_gᵀ) ⊙ x[m] W_uᵀ) W_dᵀ over the experts e of nonzero weight → [M, D].
+    """y[m] = Σ_e weights[m, e] · (act(x[m] W_gᵀ) ⊙ x[m] W_uᵀ) W_dᵀ over the experts
+    e of nonzero weight → [M, D].
 
-    x [M, D]; weights [M, N] of any floating dtype, with any number of nonzero ones for a token, also none; gate_up
-    [N, 2E, D], the rows of W_g above those of W_u, and down [N, D, E], contiguous, in x's dtype. Products are summed in
-    float32, and y has x's dtype. `most` is how many experts a token visits at most (default: N); it saves memory on a
-    GPU, where a token that visits more may come out as NaN: to count would make the host wait. ValueError for wrong
-    shapes, dtypes or devices.
+    x [M, D]; weights [M, N] of any floating dtype, with any number of nonzero ones for a token,
+    also none; gate_up [N, 2E, D], the rows of W_g above those of W_u, and down [N, D, E],
+    contiguous, in x's dtype. Products are summed in float32, and y has x's dtype. `most` is how
+    many experts a token visits at most (default: N); it saves memory on a GPU, where a token
+    that visits more may come out as NaN: to count would make the host wait. ValueError for
+    wrong shapes, dtypes or devices.
 
-    Triton computes SiLU experts without gradients, in a number of launches that depends on M alone, so that CUDA graphs
-    can hold them and results are the same in every run. Else torch does, for CPUs.
+    Triton computes SiLU experts without gradients, in a number of launches that
+    depends on M alone, so that CUDA graphs can hold them and results are the same in
+    every run. Else torch does, for CPUs.
     """
     _check(x, weights, gate_up, down)
     if not x.numel() or not gate_up.numel():
@@ -49,7 +53,9 @@ def routed_experts(
         return launch.routed_experts(rows, weights.contiguous(), gate_up, down, min(most or N, N))
 
 
-def _by_torch(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_torch(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor]
+) -> Tensor:
     counts = (weights != 0).sum(0).tolist()
     y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if not any(counts):
@@ -87,7 +93,8 @@ def _all_at_once(
     act: Callable[[Tensor], Tensor],
     counts: list[int],
 ) -> Tensor:
-    # Small experts take less time than calls: all in one batch, filled up with tokens that do not visit them.
+    # Small experts take less time than calls: all in one batch, filled up with
+    # tokens that do not visit them.
     token = torch.sort(weights.T == 0, dim=1, stable=True).indices[:, : max(counts)]
     gate, up = torch.bmm(x[token], gate_up.mT).chunk(2, dim=2)
     output = torch.bmm(act(gate) * up, down.mT)
@@ -110,11 +117,20 @@ def _check(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
     if x.ndim != 2 or down.ndim != 3:
         raise ValueError(f"x {tuple(x.shape)} must have 2 axes and down {tuple(down.shape)} 3")
     (M, D), (N, _, E) = x.shape, down.shape
-    wanted = {"weights": (weights, (M, N)), "gate_up": (gate_up, (N, 2 * E, D)), "down": (down, (N, D, E))}
+    wanted = {
+        "weights": (weights, (M, N)),
+        "gate_up": (gate_up, (N, 2 * E, D)),
+        "down": (down, (N, D, E)),
+    }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape or tensor.device != x.device:
             found = f"{tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} is {found}, expected {shape} on {x.device} for {M} tokens and {N} experts of {E}")
+            raise ValueError(
+                f"{name} is {found}, expected {shape} on {x.device} for {M} tokens and {N} "
+                f"experts of {E}"
+            )
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.dtype != x.dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and {x.dtype} like x, it is {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be contiguous and {x.dtype} like x, it is {tensor.dtype}"
+            )

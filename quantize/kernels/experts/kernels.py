@@ -1,9 +1,10 @@
 """Triton kernels of routed experts; `experts_launch.py` starts them.
 
-`group_kernel` numbers the pairs of a token and an expert that it visits, expert by expert: one row a pair. The products
-then run over tiles of rows of one expert. How many rows an expert has is known on the device alone, so the grid has
-room for all tokens in every expert, and programs without rows leave at once. Each pair's output is a row of its own,
-and `mix_kernel` adds the rows of a token in a fixed order: no atomics, the same result in every run.
+`group_kernel` numbers the pairs of a token and an expert that it visits, expert by expert: one row
+a pair. The products then run over tiles of rows of one expert. How many rows an expert has is known
+on the device alone, so the grid has room for all tokens in every expert, and programs without rows
+leave at once. Each pair's output is a row of its own, and `mix_kernel` adds the rows of a token in
+a fixed order: no atomics, the same result in every run.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -21,8 +22,8 @@ def group_kernel(
     M, N, R,
     PADDED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Weights [M, N] → first [N + 1], where each expert's rows start; tokens [R], the token of a row; rows [M, N], −1
-    where a token does not visit an expert. Rows from R on have no place.
+    """Weights [M, N] → first [N + 1], where each expert's rows start; tokens [R], the token of a
+    row; rows [M, N], −1 where a token does not visit an expert. Rows from R on have no place.
     """
     e = tl.program_id(0)
     expert = tl.arange(0, PADDED)
@@ -30,7 +31,9 @@ def group_kernel(
     for start in range(0, M, BT):
         m = start + tl.arange(0, BT)
         before = (m[:, None] < M) & (expert[None, :] < e)
-        weight = tl.load(weights + m.to(tl.int64)[:, None] * N + expert[None, :], mask=before, other=0.0)
+        weight = tl.load(
+            weights + m.to(tl.int64)[:, None] * N + expert[None, :], mask=before, other=0.0
+        )
         count += (weight != 0).to(tl.int32)
     row = tl.sum(tl.sum(count, axis=1), axis=0)
     if e == 0:
@@ -55,7 +58,8 @@ def _inputs(x, row, inside, column, K, OPERAND: tl.constexpr):
 
 @triton.jit
 def _weights(weight, output, inside, column, K, OPERAND: tl.constexpr):
-    # Weights of outputs that are rows of [·, K], as a right factor: [BK, BN]; 0 beyond the last output and input.
+    # Weights of outputs that are rows of [·, K], as a right factor: [BK, BN]; 0
+    # beyond the last output and input.
     mask = (column[:, None] < K) & inside[None, :]
     return tl.load(weight + output[None, :] * K + column[:, None], mask=mask, other=0.0).to(OPERAND)
 
@@ -82,7 +86,8 @@ def gate_up_kernel(
         inputs = _inputs(x, token * x_stride, row < last, column, D, OPERAND)
         w_gate = _weights(gate_up, e * 2 * E + output, output < E, column, D, OPERAND)
         w_up = _weights(gate_up, (e * 2 + 1) * E + output, output < E, column, D, OPERAND)
-        gate = tl.dot(inputs, w_gate, gate, input_precision="ieee")  # [BM, BK] @ [BK, BN] → [BM, BN]
+        # [BM, BK] @ [BK, BN] → [BM, BN]
+        gate = tl.dot(inputs, w_gate, gate, input_precision="ieee")
         up = tl.dot(inputs, w_up, up, input_precision="ieee")
     product = gate / (1 + tl.exp(-gate)) * up
     where = row.to(tl.int64)[:, None] * E + output[None, :]
@@ -109,7 +114,8 @@ def down_kernel(
         column = step + tl.arange(0, BK)
         inputs = _inputs(hidden, row.to(tl.int64) * E, row < last, column, E, OPERAND)
         weight = _weights(down, e * D + output, output < D, column, E, OPERAND)
-        total = tl.dot(inputs, weight, total, input_precision="ieee")  # [BM, BK] @ [BK, BN] → [BM, BN]
+        # [BM, BK] @ [BK, BN] → [BM, BN]
+        total = tl.dot(inputs, weight, total, input_precision="ieee")
     where = row.to(tl.int64)[:, None] * D + output[None, :]
     tl.store(parts + where, total, mask=(row < last)[:, None] & (output < D)[None, :])
 
@@ -120,14 +126,17 @@ def mix_kernel(
     N, D, R,
     PADDED: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """y [M, D] = the sum of each token's rows, times its weights; NaN where one of them has no place."""
+    """y [M, D] = the sum of each token's rows, times its weights; NaN where
+    one of them has no place."""
     m = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, PADDED)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     row = tl.load(rows + m * N + expert, mask=expert < N, other=-1).to(tl.int64)
     weight = tl.load(weights + m * N + expert, mask=row >= 0, other=0.0).to(tl.float32)
     there = (row >= 0) & (row < R)
-    part = tl.load(parts + row[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    part = tl.load(
+        parts + row[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
+    )
     part = tl.where((row >= R)[:, None], float("nan"), part)
     total = tl.sum(part * weight[:, None], axis=0)
     tl.store(y + m * D + d, total.to(y.dtype.element_ty), mask=d < D)

@@ -17,7 +17,8 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 
 
 def routed_experts(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most: int) -> Tensor:
-    """x [M, D], its rows contiguous → [M, D]; the rest is checked by `quantize.kernels.experts.api.routed_experts`."""
+    """x [M, D], its rows contiguous → [M, D]; the rest is checked by
+    `quantize.kernels.experts.api.routed_experts`."""
     D, E = down.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     step = max(1, _HELD // (most * (E * x.element_size() + D * 4)))
@@ -27,7 +28,9 @@ def routed_experts(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, mo
     return y
 
 
-def _launch_turn(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most: int, y: Tensor) -> None:
+def _launch_turn(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most: int, y: Tensor
+) -> None:
     M, (N, D, E), device = len(x), down.shape, x.device
     R, PADDED = M * most, triton.next_power_of_2(N)
     first = torch.empty(N + 1, dtype=torch.int32, device=device)
@@ -42,7 +45,9 @@ def _launch_turn(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most
     # The interpreter multiplies no bfloat16.
     tile["OPERAND"] = tl.float32 if _INTERPRETED else _OPERANDS[x.dtype]
     blocks = triton.cdiv(M, tile["BM"])
-    gate_up_kernel[blocks, triton.cdiv(E, tile["BN"]), N](x, first, tokens, gate_up, hidden, D, E, x.stride(0), **tile)
+    gate_up_kernel[blocks, triton.cdiv(E, tile["BN"]), N](
+        x, first, tokens, gate_up, hidden, D, E, x.stride(0), **tile
+    )
     down_kernel[blocks, triton.cdiv(D, tile["BN"]), N](hidden, first, down, parts, D, E, **tile)
     BD = max(16, min(128, 8192 // PADDED))
     mix_kernel[M, triton.cdiv(D, BD)](parts, rows, weights, y, N, D, R, PADDED=PADDED, BD=BD)
@@ -53,7 +58,13 @@ def _tile(visitors: int, dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.float32:  # no tensor cores: the tile is what registers hold
         return {"BM": 16, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
     if visitors <= 32:
-        return {"BM": 16 if visitors <= 16 else 32, "BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
+        return {
+            "BM": 16 if visitors <= 16 else 32,
+            "BN": 32,
+            "BK": 128,
+            "num_warps": 4,
+            "num_stages": 4,
+        }
     if visitors <= 128:
         return {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
     return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def routed_experts_reference(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """What `quantize.kernels.experts.api.routed_experts` computes with SiLU, in float64: all experts for all tokens."""
+    """What `quantize.kernels.experts.api.routed_experts` computes with SiLU, in float64:
+    all experts for all tokens."""
     y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for e, (above, below) in enumerate(zip(gate_up, down, strict=True)):
         gate, up = (x.double() @ above.double().T).chunk(2, dim=1)

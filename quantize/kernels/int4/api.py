@@ -1,8 +1,10 @@
-"""y = x̂ Ŵᵀ + b with Ŵ packed INT4 (`quantize/formats/packed_int.py`) and x̂ = x or x rounded to E4M3, on any device.
+"""y = x̂ Ŵᵀ + b with Ŵ packed INT4 (`quantize/formats/packed_int.py`) and x̂ = x or x
+rounded to E4M3, on any device.
 
-Triton computes it on NVIDIA devices, in a number of launches that depends on shapes alone and without waiting, so that
-CUDA graphs can hold it, and with the same results in every run; elsewhere the plain-torch twin does. While
-`torch.compile` traces, everything is an operator of the library `pq`. There is no gradient.
+Triton computes it on NVIDIA devices, in a number of launches that depends on shapes alone and
+without waiting, so that CUDA graphs can hold it, and with the same results in every run;
+elsewhere the plain-torch twin does. While `torch.compile` traces, everything is an operator of
+the library `pq`. There is no gradient.
 """
 
 from __future__ import annotations
@@ -17,28 +19,39 @@ from quantize.kernels.int4.reference import Weight, fold_reference, multiply_ref
 
 
 def takes(bits: int, group_size: int, x: Tensor, fp8_activations: bool) -> bool:
-    """Whether a kernel multiplies x with such weights: else `multiply` would use its twin, or refuse."""
+    """Whether a kernel multiplies x with such weights: else `multiply`
+    would use its twin, or refuse."""
     runs = runs_fp8_on if fp8_activations else runs_on
     return bits == 4 and group_size in GROUP_SIZES and x.dtype in DTYPES and runs(x.device)
 
 
 def fold(weight: Weight) -> Weight:
-    """The weight with E4M3 scales and a factor for each row: to do so once saves a launch of every folded product."""
+    """The weight with E4M3 scales and a factor for each row: to do so once saves a
+    launch of every folded product."""
     return Weight(weight.packed, *(_FOLD if is_compiling() else _fold)(weight.scale))
 
 
 def multiply(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, *, fp8_activations: bool, variant: Variant = "folded"
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    fp8_activations: bool,
+    variant: Variant = "folded",
 ) -> Tensor:
-    """x [..., K] → [..., N] in x's dtype (bfloat16, float16 or float32; any strides), summed in float32.
+    """x [..., K] → [..., N] in x's dtype (bfloat16, float16 or float32; any
+    strides), summed in float32.
 
-    Groups are of 32, 64 or 128 inputs; bias [N] of any floating dtype. Without E4M3 activations the variant is `exact`.
+    Groups are of 32, 64 or 128 inputs; bias [N] of any floating dtype. Without E4M3
+    activations the variant is `exact`.
     ValueError for wrong shapes, dtypes or devices.
     """
     return _run(x, (weight,), bias, fp8_activations, variant)
 
 
-def gated(x: Tensor, gate: Weight, up: Weight, *, fp8_activations: bool, variant: Variant = "folded") -> Tensor:
+def gated(
+    x: Tensor, gate: Weight, up: Weight, *, fp8_activations: bool, variant: Variant = "folded"
+) -> Tensor:
     """silu(x̂ Ŵ_gᵀ) ⊙ x̂ Ŵ_uᵀ [..., N] as `multiply` computes products, not rounded in between."""
     return _run(x, (gate, up), None, fp8_activations, variant)
 
@@ -52,7 +65,8 @@ def multiply_codes(
     variant: Variant = "folded",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`multiply` of what `quantize_tokens` made for this group size and variant → [..., N] in dtype."""
+    """`multiply` of what `quantize_tokens` made for this group size and
+    variant → [..., N] in dtype."""
     return _run_codes(codes, token_scale, (weight,), bias, variant, dtype)
 
 
@@ -65,18 +79,26 @@ def gated_codes(
     variant: Variant = "folded",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`gated` of what `quantize_tokens` made for this group size and variant → [..., N] in dtype."""
+    """`gated` of what `quantize_tokens` made for this group size and
+    variant → [..., N] in dtype."""
     return _run_codes(codes, token_scale, (gate, up), None, variant, dtype)
 
 
-def bytes_moved(M: int, N: int, K: int, group_size: int, itemsize: int, fp8_activations: bool, weights: int = 1) -> int:
-    """The fewest bytes that a product moves: weights, scales, x (its codes, where it is rounded) and y, each once."""
+def bytes_moved(
+    M: int, N: int, K: int, group_size: int, itemsize: int, fp8_activations: bool, weights: int = 1
+) -> int:
+    """The fewest bytes that a product moves: weights, scales, x (its codes, where it is
+    rounded) and y, each once."""
     read = M * (K + 4) if fp8_activations else M * K * itemsize
     return weights * (N * K // 2 + N * (K // group_size) * 2) + read + M * N * itemsize
 
 
 def _run(
-    x: Tensor, weights: tuple[Weight, ...], bias: Tensor | None, fp8_activations: bool, variant: Variant
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    bias: Tensor | None,
+    fp8_activations: bool,
+    variant: Variant,
 ) -> Tensor:
     _check(x, weights, bias, DTYPES)
     if fp8_activations:
@@ -99,9 +121,14 @@ def _run_codes(
     _check(codes, weights, bias, (torch.float8_e4m3fn,))
     found = (token_scale.dtype, token_scale.shape, token_scale.device)
     if found != (torch.float32, codes.shape[:-1], codes.device):
-        raise ValueError(f"token_scale is {token_scale.dtype} {tuple(token_scale.shape)}, codes {tuple(codes.shape)}")
+        raise ValueError(
+            f"token_scale is {token_scale.dtype} {tuple(token_scale.shape)}, codes "
+            f"{tuple(codes.shape)}"
+        )
     if dtype not in DTYPES:
-        raise ValueError(f"a product in {dtype} was asked for, expected bfloat16, float16 or float32")
+        raise ValueError(
+            f"a product in {dtype} was asked for, expected bfloat16, float16 or float32"
+        )
     if is_folded(variant):
         weights = tuple(weight if weight.factor is not None else fold(weight) for weight in weights)
     elif any(weight.factor is not None for weight in weights):
@@ -110,15 +137,23 @@ def _run_codes(
 
 
 def _product(
-    x: Tensor, token_scale: Tensor | None, weights: tuple[Weight, ...], bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    token_scale: Tensor | None,
+    weights: tuple[Weight, ...],
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     nothing: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     up = weights[1] if len(weights) == 2 else nothing
-    y: Tensor = (_MULTIPLY if is_compiling() else _multiply)(as_rows(x), token_scale, *weights[0], *up, bias, dtype)
+    y: Tensor = (_MULTIPLY if is_compiling() else _multiply)(
+        as_rows(x), token_scale, *weights[0], *up, bias, dtype
+    )
     return y.view(*x.shape[:-1], len(weights[0].packed))
 
 
-def _check(x: Tensor, weights: tuple[Weight, ...], bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check(
+    x: Tensor, weights: tuple[Weight, ...], bias: Tensor | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"activations are {x.dtype}, expected {names}")
@@ -128,16 +163,22 @@ def _check(x: Tensor, weights: tuple[Weight, ...], bias: Tensor | None, dtypes: 
         raise ValueError(f"{K} inputs in {G} groups: a group must have 32, 64 or 128 inputs")
     for packed, scale, factor in weights:
         _check_tensor("packed", packed, torch.int32, (N, K // 8), x)
-        _check_tensor("scale", scale, torch.bfloat16 if factor is None else torch.float16, (N, G), x)
+        _check_tensor(
+            "scale", scale, torch.bfloat16 if factor is None else torch.float16, (N, G), x
+        )
         if factor is not None:
             _check_tensor("factor", factor, torch.float32, (N,), x)
         if (factor is None) != (first.factor is None):
             raise ValueError("only one of gate and up is folded")
     if bias is not None and (tuple(bias.shape) != (N,) or bias.device != x.device):
-        raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected {(N,)} on {x.device}")
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} on {bias.device}, expected {(N,)} on {x.device}"
+        )
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], x: Tensor
+) -> None:
     if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise ValueError(f"{name} is {found}, expected {dtype} {shape} for {x.shape[-1]} inputs")
@@ -159,7 +200,9 @@ _FOLD = torch.library.custom_op("pq::fold_int4_scales", _fold, mutates_args=())
 
 @_FOLD.register_fake
 def _(scale: Tensor) -> tuple[Tensor, Tensor]:
-    return scale.new_empty(scale.shape, dtype=torch.float16), scale.new_empty(scale.shape[:1], dtype=torch.float32)
+    return scale.new_empty(scale.shape, dtype=torch.float16), scale.new_empty(
+        scale.shape[:1], dtype=torch.float32
+    )
 
 
 def _multiply(

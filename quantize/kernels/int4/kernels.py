@@ -1,15 +1,19 @@
-"""Triton kernels of products with packed INT4 weights; `int4_launch.py` starts them, `int4_reference.py` is their twin.
+"""Triton kernels of products with packed INT4 weights; `int4_launch.py` starts them,
+`int4_reference.py` is their twin.
 
-Weights are the left factor, so that tensor cores take them from the registers where they were decoded, and whatever the
-number of rows of x. Of a group's words a thread holds those next to each other, and the order of a sum is free: x comes
-in the order in which words fall apart into operands (`eights` and `pairs` below), so no weight moves between threads.
+Weights are the left factor, so that tensor cores take them from the registers where they were
+decoded, and whatever the number of rows of x. Of a group's words a thread holds those next to each
+other, and the order of a sum is free: x comes in the order in which words fall apart into operands
+(`eights` and `pairs` below), so no weight moves between threads.
 
-E4M3 operands: a byte that holds 0 … 8 is the E4M3 number of 2⁻⁹ times as much, so the integers −8 … 7 become operands
-by arithmetic on four bytes at once. Then each group's float32 sum meets its scale (`exact`). Or each weight is the
-rounded product E4M3(q · s8) and a row has one factor (`FOLDED`; FireQ, arXiv 2505.20839, and vLLM). Tensor cores add
+E4M3 operands: a byte that holds 0 … 8 is the E4M3 number of 2⁻⁹ times as much, so the integers −8 …
+7 become operands by arithmetic on four bytes at once. Then each group's float32 sum meets its scale
+(`exact`). Or each weight is the rounded product E4M3(q · s8) and a row has one factor (`FOLDED`;
+FireQ, arXiv 2505.20839, and vLLM). Tensor cores add
 E4M3 products in fewer than 24 bits: a group's sum is the longest that they keep.
 
-16-bit operands: a nibble in the mantissa of 1024 (float16) or 128 (bfloat16), which is then subtracted: exact.
+16-bit operands: a nibble in the mantissa of 1024 (float16) or 128 (bfloat16),
+which is then subtracted: exact.
 """
 
 # Arguments have Triton's types, which are none to a type checker.
@@ -25,7 +29,8 @@ from quantize.kernels.fp8.kernels import as_e4m3, rounded_e4m3
 
 @triton.jit
 def _runs(words, BN: tl.constexpr, GS: tl.constexpr):
-    # Words [BN, GS/8] of a group as [BN, V, T]: one of four threads T holds V that follow each other.
+    # Words [BN, GS/8] of a group as [BN, V, T]: one of four threads T
+    # holds V that follow each other.
     return tl.permute(tl.reshape(words, (BN, 4, GS // 32)), (0, 2, 1))
 
 
@@ -38,9 +43,11 @@ def _signed(fours):
 
 @triton.jit
 def eights(words, BN: tl.constexpr, GS: tl.constexpr):
-    """Words [BN, GS/8] → E4M3 [BN, GS] of q · 2⁻⁹, nibble 4c + 2b + h of word V·t + v at place (v, h, t, c, b)."""
+    """Words [BN, GS/8] → E4M3 [BN, GS] of q · 2⁻⁹, nibble 4c + 2b + h of word V·t + v
+    at place (v, h, t, c, b)."""
     words = _runs(words, BN, GS)
-    fours = tl.join(_signed(words & 0x0F0F0F0F), _signed((words >> 4) & 0x0F0F0F0F))  # [BN, V, T, h]
+    # [BN, V, T, h]
+    fours = tl.join(_signed(words & 0x0F0F0F0F), _signed((words >> 4) & 0x0F0F0F0F))
     low = tl.join(fours.to(tl.int8), (fours >> 8).to(tl.int8))
     high = tl.join((fours >> 16).to(tl.int8), (fours >> 24).to(tl.int8))
     octets = tl.permute(tl.join(low, high), (0, 1, 3, 2, 5, 4))  # [BN, V, h, T, c, b]
@@ -49,7 +56,8 @@ def eights(words, BN: tl.constexpr, GS: tl.constexpr):
 
 @triton.jit
 def _halves(words, BN: tl.constexpr, GS: tl.constexpr, MAGIC: tl.constexpr):
-    # Words [BN, GS/8] → 16-bit numbers [BN, V, T, h, b, c] that are MAGIC, the nibble 4c + 2b + h in their lowest bits.
+    # Words [BN, GS/8] → 16-bit numbers [BN, V, T, h, b, c] that are MAGIC, the nibble 4c +
+    # 2b + h in their lowest bits.
     words = _runs(words, BN, GS)
     mask: tl.constexpr = 0x000F000F
     first = tl.join((words & mask) | MAGIC, ((words >> 4) & mask) | MAGIC)
@@ -60,7 +68,8 @@ def _halves(words, BN: tl.constexpr, GS: tl.constexpr, MAGIC: tl.constexpr):
 
 @triton.jit
 def folded_eights(words, s8, BN: tl.constexpr, GS: tl.constexpr, CASTS: tl.constexpr):
-    """Words [BN, GS/8] and s8 [BN], float16 → E4M3(q · s8) [BN, GS], nibble 4c + 2b + h at place (v, h, t, b, c)."""
+    """Words [BN, GS/8] and s8 [BN], float16 → E4M3(q · s8) [BN, GS], nibble 4c + 2b + h
+    at place (v, h, t, b, c)."""
     halves = tl.permute(_halves(words, BN, GS, 0x64006400), (0, 1, 3, 2, 4, 5))
     codes = tl.reshape(halves, (BN, GS)).to(tl.float16, bitcast=True) - 1032.0
     return as_e4m3(codes * s8[:, None], CASTS)
@@ -68,7 +77,8 @@ def folded_eights(words, s8, BN: tl.constexpr, GS: tl.constexpr, CASTS: tl.const
 
 @triton.jit
 def pairs(words, BN: tl.constexpr, GS: tl.constexpr, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
-    """Words [BN, GS/8] → OPERAND [BN, GS] of q, nibble 4c + 2b + h of word V·t + v at place (v, b, h, t, c)."""
+    """Words [BN, GS/8] → OPERAND [BN, GS] of q, nibble 4c + 2b + h of word V·t + v
+    at place (v, b, h, t, c)."""
     MAGIC: tl.constexpr = 0x43004300 if tl.bfloat16 == DTYPE else 0x64006400
     OFFSET: tl.constexpr = 136.0 if tl.bfloat16 == DTYPE else 1032.0
     HALF: tl.constexpr = tl.bfloat16 if tl.bfloat16 == DTYPE else tl.float16
@@ -113,14 +123,18 @@ def int4_kernel(
     FP8: tl.constexpr, FOLDED: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr, CASTS: tl.constexpr,
     GS: tl.constexpr, DTYPE: tl.constexpr, OPERAND: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out = x Ŵᵀ: one part in float32, [P, M, N] or [P, M, 2N] (gate, up), or where it is the WHOLE of y [M, N].
+    """out = x Ŵᵀ: one part in float32, [P, M, N] or [P, M, 2N] (gate, up), or where
+    it is the WHOLE of y [M, N].
 
-    FP8: x holds E4M3 codes in the order of `eights` or, FOLDED (scale is s8, and there is a factor), `folded_eights`;
-    else it is in its own order. GATED: every second run of 8 rows of the tile is of the up projection, so that a thread
-    holds both factors of silu(gate) · up.
+    FP8: x holds E4M3 codes in the order of `eights` or, FOLDED (scale is s8, and there
+    is a factor), `folded_eights`;
+    else it is in its own order. GATED: every second run of 8 rows of the tile is of the up
+    projection, so that a thread holds both factors of silu(gate) · up.
     """
     r = tl.arange(0, BN)
-    output = tl.program_id(0) * (BN // 2) + r // 16 * 8 + r % 8 if GATED else tl.program_id(0) * BN + r
+    output = (
+        tl.program_id(0) * (BN // 2) + r // 16 * 8 + r % 8 if GATED else tl.program_id(0) * BN + r
+    )
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     # Beyond the last output and the last row the last is computed once more, and not stored.
     row = tl.minimum(output, N - 1).to(tl.int64)
@@ -142,7 +156,10 @@ def int4_kernel(
         if FOLDED:
             total += tl.dot(folded_eights(words, scales, BN, GS, CASTS), tl.trans(inputs))
         elif FP8:
-            total += tl.dot(eights(words, BN, GS), tl.trans(inputs)) * (scales.to(tl.float32) * 512.0)[:, None]
+            total += (
+                tl.dot(eights(words, BN, GS), tl.trans(inputs))
+                * (scales.to(tl.float32) * 512.0)[:, None]
+            )
         else:
             inputs = tl.trans(_paired_inputs(inputs, BM, GS).to(OPERAND))
             weights = pairs(words, BN, GS, DTYPE, OPERAND)
@@ -180,7 +197,8 @@ def int4_sum_kernel(
     parts, bias, y, P, M, N,
     GATED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = the sum of parts [P, M, N], plus bias; GATED: of parts [P, M, 2N] silu(gate) · up."""
+    """y [M, N] = the sum of parts [P, M, N], plus bias; GATED: of parts
+    [P, M, 2N] silu(gate) · up."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     width = 2 * N if GATED else N

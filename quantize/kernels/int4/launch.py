@@ -1,4 +1,5 @@
-"""Starts the Triton kernels of products with packed INT4 weights; importing this module needs Triton."""
+"""Starts the Triton kernels of products with packed INT4 weights; importing
+this module needs Triton."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Tile:
     num_warps: int
     num_stages: int
     programs: int
-    """Programs that a multiprocessor runs at once: so far the inputs are split where the outputs are few."""
+    """Programs that a multiprocessor runs at once: so far the inputs are split
+    where the outputs are few."""
 
 
 _FEW = (Tile(16, 64, 16, 4, 5, 4), Tile(32, 64, 32, 4, 4, 3), Tile(64, 64, 64, 4, 4, 2))
@@ -40,9 +42,11 @@ TILES: dict[torch.dtype, tuple[Tile, ...]] = {
     torch.float8_e4m3fn: (*_FEW, Tile(None, 128, 128, 8, 4, 1)),
     torch.bfloat16: (*_FEW, Tile(None, 128, 128, 8, 3, 1)),
     torch.float16: (*_FEW, Tile(None, 128, 128, 8, 3, 1)),
-    torch.float32: (Tile(None, 32, 16, 4, 1, 4),),  # no tensor cores: the tile is what registers hold
+    # no tensor cores: the tile is what registers hold
+    torch.float32: (Tile(None, 32, 16, 4, 1, 4),),
 }
-"""The tiles that kernels are compiled for, by the dtype of x; tests/test_int4_kernels.py runs each of them."""
+"""The tiles that kernels are compiled for, by the dtype of x;
+tests/test_int4_kernels.py runs each of them."""
 
 
 def tile_for(M: int, dtype: torch.dtype) -> Tile:
@@ -68,7 +72,8 @@ def multiply(
     width = N if P == 1 else N * len(weights)
     out = torch.empty(P, M, width, dtype=dtype if P == 1 else torch.float32, device=x.device)
     fp8 = x.dtype == torch.float8_e4m3fn
-    operand = tl.float32 if _INTERPRETED or fp8 else _OPERANDS[x.dtype]  # the interpreter multiplies no bfloat16
+    # the interpreter multiplies no bfloat16
+    operand = tl.float32 if _INTERPRETED or fp8 else _OPERANDS[x.dtype]
     up = weights[1] if gated else (None, None, None)
     int4_kernel[(*tiles, P)](
         x, token_scale, *weights[0], *up, bias, out, M, N, G, x.stride(0), groups,
@@ -89,8 +94,13 @@ def fold(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split(G: int, tiles: int, programs: int, device: torch.device) -> tuple[int, int]:
-    # Parts that fill the device, and the groups of each: so many at least that several loads are under way.
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    # Parts that fill the device, and the groups of each: so many at least that
+    # several loads are under way.
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
     groups = max(_LEAST, triton.cdiv(G, max(1, processors * programs // tiles)))
     return triton.cdiv(G, groups), groups
 

@@ -15,7 +15,8 @@ from quantize.kernels.fp8.reference import operand_order
 
 
 class Weight(NamedTuple):
-    """A packed INT4 weight [N, K] of G groups a row, contiguous: q · scale, or E4M3(q · s8) · factor."""
+    """A packed INT4 weight [N, K] of G groups a row, contiguous: q · scale,
+    or E4M3(q · s8) · factor."""
 
     packed: Tensor
     """int32 [N, K/8], as `quantize.formats.packed_int` packs 4 bits."""
@@ -33,7 +34,8 @@ class Weight(NamedTuple):
 
 
 def fold_reference(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """s8 = E4M3(E4M3(scale / f) / 8), float16 [N, G], and 8f, float32 [N], of scale bfloat16 [N, G].
+    """s8 = E4M3(E4M3(scale / f) / 8), float16 [N, G], and 8f, float32
+    [N], of scale bfloat16 [N, G].
 
     f is `row_factor`; products and factors are those of `quantize.formats.fp8.product_weight`.
     """
@@ -42,9 +44,14 @@ def fold_reference(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_reference(
-    x: Tensor, token_scale: Tensor | None, weights: Sequence[Weight], bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    token_scale: Tensor | None,
+    weights: Sequence[Weight],
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """x [M, K] Ŵᵀ + bias [N], or of weights gate and up silu(x Ŵ_gᵀ) ⊙ x Ŵ_uᵀ → [M, N] in dtype, summed in float32.
+    """x [M, K] Ŵᵀ + bias [N], or of weights gate and up silu(x Ŵ_gᵀ) ⊙ x Ŵ_uᵀ → [M, N]
+    in dtype, summed in float32.
 
     With a scale [M] x holds E4M3 codes in the order of `operand_order`.
     """

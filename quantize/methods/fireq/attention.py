@@ -1,7 +1,9 @@
-"""FireQ's attention (arXiv 2505.20839): INT4 KV cache, FP8 queries and probabilities, pre- and post-RoPE key scales.
+"""FireQ's attention (arXiv 2505.20839): INT4 KV cache, FP8 queries and probabilities,
+pre- and post-RoPE key scales.
 
-Pre-RoPE scales N are equal within a rotation pair, commute with the rotation and are folded into k_proj and q_proj
-(where a norm over the head follows, into its weights). Post-RoPE scales S are multiplied at run time. Every pair gets
+Pre-RoPE scales N are equal within a rotation pair, commute with the rotation and are folded into
+k_proj and q_proj (where a norm over the head follows, into its weights). Post-RoPE scales S are
+multiplied at run time. Every pair gets
 one treatment: N, S, or none.
 """
 
@@ -39,11 +41,13 @@ from quantize.pictures import Lines, Picture, place_of
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-_TOKENS = 2048  # that scales are tried on: each is tried on all of them, and errors settle long before
+# that scales are tried on: each is tried on all of them, and errors settle long before
+_TOKENS = 2048
 
 
 class FireqAttention(Stage):
-    """INT4 keys and values, FP8 queries and probabilities, and the key and value scales that make them fit."""
+    """INT4 keys and values, FP8 queries and probabilities, and the key and value
+    scales that make them fit."""
 
     kind: ClassVar[Kind] = "cache"
     method: Literal["fireq-attention"] = "fireq-attention"
@@ -60,11 +64,13 @@ class FireqAttention(Stage):
     pre: bool = True
     """Whether pairs may get a pre-RoPE scale."""
     post: bool = True
-    """Whether pairs may get a post-RoPE scale; `format: compressed-tensors` cannot hold it and goes without."""
+    """Whether pairs may get a post-RoPE scale; `format: compressed-tensors` cannot
+    hold it and goes without."""
     values: bool = True
     """Whether value channels are balanced on the v → o edge, too (not in the paper)."""
     search: bool = True
-    """Choose per kv head by the attention-output error, never worse than no scale; false: the constants below."""
+    """Choose per kv head by the attention-output error, never worse than no scale;
+    false: the constants below."""
     alpha: float = Field(default=8.0, gt=0, le=1e4)
     """Without search: N brings every pair's largest length to α."""
     beta: float = Field(default=8.0, gt=0, le=1e4)
@@ -83,11 +89,15 @@ class FireqAttention(Stage):
         return self.numerics.as_json()
 
     def room(self, sizes: BlockSizes) -> int:
-        """Sampled queries, keys, values and outputs, scaled and rounded ones beside them, and some of the scores."""
+        """Sampled queries, keys, values and outputs, scaled and rounded ones beside
+        them, and some of the scores."""
         width = sizes.hidden * (2 + 2 * sizes.kv_heads / sizes.heads)
         sampled = min(sizes.tokens, -(-_TOKENS // sizes.window) * sizes.window)
         scores = min(SCORES_AT_ONCE, sizes.heads * sizes.window**2)
-        return max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores) + sizes.folding()
+        return (
+            max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores)
+            + sizes.folding()
+        )
 
     @property
     def tokens_read(self) -> int:
@@ -95,7 +105,8 @@ class FireqAttention(Stage):
         return _TOKENS
 
     def apply(self, block: Block) -> None:
-        """Choose and fold the scales of one block, and let it attend as the kernel will from here on."""
+        """Choose and fold the scales of one block, and let it attend as the
+        kernel will from here on."""
         shape, arch = block.shape, block.arch
         try:
             self.numerics.scheme.group(shape.head_dim)
@@ -113,7 +124,8 @@ class FireqAttention(Stage):
         power = float(output_power(samples, gram, shape.n_kv_heads).sum())
         block.note(
             arch.attention,
-            kv_error_unscaled=float(output_error(samples, one, one, gram, self.numerics).sum()) / power,
+            kv_error_unscaled=float(output_error(samples, one, one, gram, self.numerics).sum())
+            / power,
             kv_error=error / power,
             pre_channels=int((chosen.pre != 1).sum()),
             post_channels=int((chosen.post != 1).sum()),
@@ -145,24 +157,32 @@ class FireqAttention(Stage):
             better = torch.ones_like(better) if forced else better
             errors = torch.where(better, error, errors)
             rows = better.to(one.device)[:, None]
-            best = KeyScales(torch.where(rows, scales.pre, best.pre), torch.where(rows, scales.post, best.post))
+            best = KeyScales(
+                torch.where(rows, scales.pre, best.pre), torch.where(rows, scales.post, best.post)
+            )
 
         if not self.search:
             alpha, beta = self.alpha if self.pre else 0.0, self.beta if post else 0.0
             consider(published(channel, pair, partner, alpha, beta, self.top_k), forced=True)
         for candidate in pre_candidates(pair) if self.search and self.pre else ():
             consider(candidate)
-        for candidate in post_candidates(channel, pair, partner, best.pre) if self.search and post else ():
+        for candidate in (
+            post_candidates(channel, pair, partner, best.pre) if self.search and post else ()
+        ):
             consider(candidate)
         return best, float(errors.sum())
 
-    def _values(self, block: Block, samples: Sequence[Sample], keys: KeyScales, gram: Tensor) -> Tensor:
+    def _values(
+        self, block: Block, samples: Sequence[Sample], keys: KeyScales, gram: Tensor
+    ) -> Tensor:
         """λ [Hkv, d] on the v → o edge, by the same error."""
         one, key_scale = torch.ones_like(keys.pre), keys.pre * keys.post
         if not self.values or not self.search:
             return one
         largest = torch.stack([s.v.abs().amax(dim=(0, 2)) for s in samples]).amax(dim=0)
-        largest = largest.clamp_min(1e-6 * largest.amax(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny)
+        largest = largest.clamp_min(
+            1e-6 * largest.amax(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
+        )
         typical = largest.log().mean(dim=1, keepdim=True).exp()
         best, errors = one, output_error(samples, key_scale, one, gram, self.numerics)
         before = float(errors.sum())
@@ -189,7 +209,11 @@ class FireqAttention(Stage):
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Error of the attention output by block, with and without scales."""
-        found = {place[0]: facts for name, facts in layers.items() if "kv_error" in facts and (place := place_of(name))}
+        found = {
+            place[0]: facts
+            for name, facts in layers.items()
+            if "kv_error" in facts and (place := place_of(name))
+        }
         if not found:
             return ()
         blocks = sorted(found)
@@ -198,10 +222,20 @@ class FireqAttention(Stage):
             "key scales": [found[b]["kv_error"] for b in blocks],
         }
         caption = (
-            "Squared error of attention behind o_proj, relative to its output, on calibration text; INT4 keys and "
-            "values, FP8 queries and probabilities."
+            "Squared error of attention behind o_proj, relative to its output, on calibration "
+            "text; INT4 keys and values, FP8 queries and probabilities."
         )
-        return (Lines("Attention on the INT4 cache", caption, blocks, series, "block", "relative error", log_y=True),)
+        return (
+            Lines(
+                "Attention on the INT4 cache",
+                caption,
+                blocks,
+                series,
+                "block",
+                "relative error",
+                log_y=True,
+            ),
+        )
 
 
 def _gram(block: Block) -> Tensor:
@@ -214,7 +248,8 @@ def _gram(block: Block) -> Tensor:
 def _storable(scales: KeyScales) -> KeyScales:
     """N where it goes into norm weights, which are stored in 16 bits and shared by all heads.
 
-    It becomes a power of two, and 1 on pairs that any head treats with S: every pair gets one treatment.
+    It becomes a power of two, and 1 on pairs that any head treats with S:
+    every pair gets one treatment.
     """
     treated = (scales.post != 1).any(dim=0)
     pre = torch.where(treated, 1, powers_of_two(scales.pre[:1]))

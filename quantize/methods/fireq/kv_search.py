@@ -1,7 +1,9 @@
-"""What scaling keys and values costs or gains on an INT4 cache, measured on the attention output itself.
+"""What scaling keys and values costs or gains on an INT4 cache, measured on
+the attention output itself.
 
-A key scale A [Hkv, d] stands for the product of the pre-RoPE scale N and the post-RoPE scale S: keys enter the cache as
-K·A, queries meet them as Q/A. N is equal within a rotation pair, so it could be folded before the rotation; S is free.
+A key scale A [Hkv, d] stands for the product of the pre-RoPE scale N and the post-RoPE scale S:
+keys enter the cache as K·A, queries meet them as Q/A. N is equal within a rotation pair, so it
+could be folded before the rotation; S is free.
 A value scale λ [Hkv, d] divides v_proj's outputs and multiplies o_proj's columns.
 """
 
@@ -30,7 +32,8 @@ _COUNTS = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Sample:
-    """Queries, keys and values after RoPE, unscaled and unrounded, and what attention makes of them."""
+    """Queries, keys and values after RoPE, unscaled and unrounded, and
+    what attention makes of them."""
 
     q: Tensor  # [B, H, T, d]
     k: Tensor  # [B, Hkv, T, d]
@@ -47,12 +50,17 @@ class Sample:
 
 
 def output_error(
-    samples: Sequence[Sample], key_scale: Tensor, value_scale: Tensor, gram: Tensor, numerics: KvNumerics
+    samples: Sequence[Sample],
+    key_scale: Tensor,
+    value_scale: Tensor,
+    gram: Tensor,
+    numerics: KvNumerics,
 ) -> Tensor:
-    """Squared error [Hkv] that the rounded cache causes behind o_proj, summed over tokens and a group's query heads.
+    """Squared error [Hkv] that the rounded cache causes behind o_proj, summed over
+    tokens and a group's query heads.
 
-    key_scale, value_scale: A and λ [Hkv, d]. gram: Wᵀ W [H, d, d] of o_proj's columns for each query head; what two
-    heads do to the same output is counted as if it were independent.
+    key_scale, value_scale: A and λ [Hkv, d]. gram: Wᵀ W [H, d, d] of o_proj's columns for each
+    query head; what two heads do to the same output is counted as if it were independent.
     """
     Hkv = key_scale.shape[0]
     total = torch.zeros(Hkv, dtype=torch.float64)
@@ -70,13 +78,16 @@ def output_error(
 
 def output_power(samples: Sequence[Sample], gram: Tensor, n_kv_heads: int) -> Tensor:
     """Squared size [Hkv] of the exact output behind o_proj, counted like `output_error`."""
-    per_head = sum(torch.einsum("bhtd,hde,bhte->h", s.exact, gram, s.exact).double().cpu() for s in samples)
+    per_head = sum(
+        torch.einsum("bhtd,hde,bhte->h", s.exact, gram, s.exact).double().cpu() for s in samples
+    )
     assert isinstance(per_head, Tensor)
     return per_head.view(n_kv_heads, -1).sum(dim=1)
 
 
 def channel_maxima(samples: Sequence[Sample], partner: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest |k| after RoPE per channel, and largest pair length, both [Hkv, d] (the latter is RoPE-invariant)."""
+    """Largest |k| after RoPE per channel, and largest pair length, both [Hkv, d] (the
+    latter is RoPE-invariant)."""
     channel = torch.stack([s.k.abs().amax(dim=(0, 2)) for s in samples]).amax(dim=0)
     pair = torch.stack([pair_norm(s.k, partner).amax(dim=(0, 2)) for s in samples]).amax(dim=0)
     tiny = 1e-6 * pair.amax(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
@@ -99,8 +110,11 @@ class KeyScales:
     post: Tensor
 
 
-def published(channel: Tensor, pair: Tensor, partner: Tensor, alpha: float, beta: float, top_k: int) -> KeyScales:
-    """FireQ's constants: S = β / max|k_c| on the top_k channels and their partners, N = α / max pair length elsewhere.
+def published(
+    channel: Tensor, pair: Tensor, partner: Tensor, alpha: float, beta: float, top_k: int
+) -> KeyScales:
+    """FireQ's constants: S = β / max|k_c| on the top_k channels and their partners, N = α
+    / max pair length elsewhere.
 
     alpha or beta 0 switches N or S off.
     """
@@ -119,8 +133,11 @@ def pre_candidates(pair: Tensor) -> Iterator[KeyScales]:
         yield KeyScales((t / pair) ** exponent, torch.ones_like(pair))
 
 
-def post_candidates(channel: Tensor, pair: Tensor, partner: Tensor, pre: Tensor) -> Iterator[KeyScales]:
-    """S = (ρ·t / channel)^b on the largest channels and their partners, `pre` on all other pairs."""
+def post_candidates(
+    channel: Tensor, pair: Tensor, partner: Tensor, pre: Tensor
+) -> Iterator[KeyScales]:
+    """S = (ρ·t / channel)^b on the largest channels and their partners,
+    `pre` on all other pairs."""
     t = pair.median(dim=1, keepdim=True).values
     one, d = torch.ones_like(channel), channel.shape[1]
     for count in _COUNTS:
@@ -133,5 +150,6 @@ def post_candidates(channel: Tensor, pair: Tensor, partner: Tensor, pre: Tensor)
 
 
 def powers_of_two(scale: Tensor) -> Tensor:
-    """Nearest powers of two: exact in any float format, so that a pair's two factors stay equal when stored."""
+    """Nearest powers of two: exact in any float format, so that a pair's two
+    factors stay equal when stored."""
     return torch.exp2(scale.log2().round())

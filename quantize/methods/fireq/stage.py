@@ -1,4 +1,5 @@
-"""FireQ's INT4 weights for FP8 activations (arXiv 2505.20839), rounded on the grid that the tensor core sees."""
+"""FireQ's INT4 weights for FP8 activations (arXiv 2505.20839), rounded on the grid
+that the tensor core sees."""
 
 from __future__ import annotations
 
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 _E4M3_MIN = 2.0**-9
 _MAX_LOG2 = 14
 _SEEN = (
-    "Relative output error over relative weight error. Below 1 the rounding error lies in directions that the inputs "
-    "rarely take, which is what error feedback and descent are for. Measured on the calibration text."
+    "Relative output error over relative weight error. Below 1 the rounding error lies in "
+    "directions that the inputs rarely take, which is what error feedback and descent are for. "
+    "Measured on the calibration text."
 )
 _DAMPING = "Added to the Hessian's diagonal; above the recipe's value where the Hessian stayed singular with less."
 _DEAD = "Input channels that were zero on all calibration tokens; their weights are rounded without any evidence."
@@ -51,22 +53,30 @@ class Fireq(IntEncode):
     activations: Literal["none", "fp8"] = "fp8"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
     rounding: Literal["nearest", "descent"] = "descent"
-    """`nearest`: the paper's; `descent`: error feedback, then coordinate descent, in the Hessian's metric."""
+    """`nearest`: the paper's; `descent`: error feedback, then coordinate
+    descent, in the Hessian's metric."""
     scales: Literal["row", "tensor", "bf16"] = "row"
-    """Group scales of an FP8 layer: E4M3 under a per-row factor, E4M3 under a per-tensor power of two (the paper's
-    σ_FP8 with its search for t), or bfloat16 (σ_BF16). With 16-bit activations scales are always bfloat16."""
+    """Group scales of an FP8 layer: E4M3 under a per-row factor, E4M3 under a per-tensor power of
+    two (the paper's σ_FP8 with its search for t), or bfloat16 (σ_BF16). With 16-bit activations
+    scales are always bfloat16."""
     aim: Literal["parent", "layer"] = "parent"
-    """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`: this layer's own outputs."""
+    """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`:
+    this layer's own outputs."""
     damping: float = Field(default=0.1, gt=0, le=1)
-    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular.
-    More than GPTQ's customary 0.01: a solver that descends further fits the calibration text too closely without it."""
+    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold
+    while the Hessian stays singular.
+    More than GPTQ's customary 0.01: a solver that descends further fits the calibration
+    text too closely without it."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales and codes."""
 
     @model_validator(mode="after")
     def _descent_has_row_scales(self) -> Self:
         if self.rounding == "descent" and self.scales != "row":
-            raise ValueError(f"scales: {self.scales} is the paper's and goes with rounding: nearest; use scales: row")
+            raise ValueError(
+                f"scales: {self.scales} is the paper's and goes with rounding: nearest; use "
+                "scales: row"
+            )
         return self
 
     @property
@@ -81,7 +91,11 @@ class Fireq(IntEncode):
 
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
-        return moments_of(block, name, self.fp8, with_reference=self.aim == "parent") if self.needs_inputs else None
+        return (
+            moments_of(block, name, self.fp8, with_reference=self.aim == "parent")
+            if self.needs_inputs
+            else None
+        )
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
@@ -98,26 +112,49 @@ class Fireq(IntEncode):
             for name in names:
                 fall_back(block, name, self._grid(), self.fp8, usable)
             return
-        targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
+        targets = {
+            name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
+        }
         moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
-        """Show what the descent buys and where it met trouble; for the paper's rounding, the scales against underflow.
+        """Show what the descent buys and where it met trouble; for the paper's rounding,
+        the scales against underflow.
 
         Damping that was never raised and inputs that are all alive make no picture.
         """
         weight, damping = facts(layers, "weight_error"), facts(layers, "damping")
-        seen = {n: e / w if (w := weight.get(n)) and e is not None else None for n, e in _errors(layers).items()}
+        seen = {
+            n: e / w if (w := weight.get(n)) and e is not None else None
+            for n, e in _errors(layers).items()
+        }
         raised = any(d is not None and d > self.damping for d in damping.values())
         dead = facts(layers, "dead_inputs")
         dead = dead if any(dead.values()) else {}
         drawn = (
-            block_map(seen, title="Share of the weight error that inputs see", caption=_SEEN, unit="ratio", log=True),
-            block_map(damping if raised else {}, title="Damping", caption=_DAMPING, unit="of the mean", log=True),
+            block_map(
+                seen,
+                title="Share of the weight error that inputs see",
+                caption=_SEEN,
+                unit="ratio",
+                log=True,
+            ),
+            block_map(
+                damping if raised else {},
+                title="Damping",
+                caption=_DAMPING,
+                unit="of the mean",
+                log=True,
+            ),
             block_map(dead, title="Dead inputs", caption=_DEAD, unit="channels"),
-            block_map(facts(layers, "tensor_scale"), title="Scale t against underflow", caption=_SCALE, log=True),
+            block_map(
+                facts(layers, "tensor_scale"),
+                title="Scale t against underflow",
+                caption=_SCALE,
+                log=True,
+            ),
         )
         return tuple(picture for picture in drawn if picture is not None)
 
@@ -130,7 +167,9 @@ class Fireq(IntEncode):
         weight = block.linear(name).weight.float()
         if not self.fp8 or self.scales != "tensor":
             # The paper rounds to q·s and leaves the kernel's second rounding, to E4M3(q·s), out.
-            quantized = encode_nearest(block, name, Grid(self.bits, self.group_size), False, self.fp8)
+            quantized = encode_nearest(
+                block, name, Grid(self.bits, self.group_size), False, self.fp8
+            )
         else:
             grid = Grid(self.bits, self.group_size)
             factor = tensor_scale(weight, self.group_size)
@@ -141,7 +180,9 @@ class Fireq(IntEncode):
             block.note(name, tensor_scale=factor)
         note_errors(block, name, weight, quantized)
 
-    def _descend(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
+    def _descend(
+        self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped
+    ) -> None:
         weight = block.linear(name).weight.float()
         hessian, grid = moments.hessian, self._grid()
         scale, factor = grid.fit_scale(target, hessian.diagonal())
@@ -155,14 +196,16 @@ class Fireq(IntEncode):
 
 def _errors(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None]:
     # Only layers that this method encoded: every one of them has its damping on record.
-    return facts({name: found for name, found in layers.items() if "damping" in found}, "output_error")
+    return facts(
+        {name: found for name, found in layers.items() if "damping" in found}, "output_error"
+    )
 
 
 def tensor_scale(weight: Tensor, group_size: int) -> float:
     """The paper's per-tensor scale t against underflow of E4M3 group scales.
 
-    Searches t = 2^i, i = 0 … 14, while no group's max|w|·t exceeds 448; the cost is how far max|w|·t falls below
-    7·2⁻⁹, summed over groups; ties go to the smallest t. weight: [N, K].
+    Searches t = 2^i, i = 0 … 14, while no group's max|w|·t exceeds 448; the cost is how far
+    max|w|·t falls below 7·2⁻⁹, summed over groups; ties go to the smallest t. weight: [N, K].
     """
     absmax = group_absmax(weight, group_size)
     best, best_cost = 1.0, math.inf

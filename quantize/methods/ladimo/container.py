@@ -19,26 +19,39 @@ MODEL_TYPE = "qwen2_moe"
 FFN = "mlp"
 """Name of the FFN within a block, in the sources and in the container."""
 BIASED: tuple[Role, ...] = ("q", "k", "v")
-"""Roles whose linears have a bias in the container: zero where the source has none, since vLLM always reads one."""
+"""Roles whose linears have a bias in the container: zero where the source has none,
+since vLLM always reads one."""
 _SOURCES = ("llama", "mistral", "qwen2")
-_DROPPED = ("attention_bias", "mlp_bias", "pretraining_tp", "max_window_layers", "quantization_config", "auto_map")
+_DROPPED = (
+    "attention_bias",
+    "mlp_bias",
+    "pretraining_tp",
+    "max_window_layers",
+    "quantization_config",
+    "auto_map",
+)
 
 
 def container_config(
     parent: Mapping[str, Any], layout: Layout, top_k: int, dense_blocks: Collection[int]
 ) -> dict[str, Any]:
-    """config.json of `parent` as a Mixture of Experts; ModelError for what the container has no place for.
+    """config.json of `parent` as a Mixture of Experts; ModelError for what
+    the container has no place for.
 
-    top_k: experts a token visits where nothing else is said. dense_blocks: those whose FFN stays as it is.
+    top_k: experts a token visits where nothing else is said. dense_blocks:
+    those whose FFN stays as it is.
     """
     kind = parent.get("model_type")
     if kind not in _SOURCES:
         raise ModelError(
-            f"ladimo: a {kind} model fits no stock Mixture of Experts (those that do: {', '.join(_SOURCES)})"
+            f"ladimo: a {kind} model fits no stock Mixture of Experts (those that do: "
+            f"{', '.join(_SOURCES)})"
         )
     for field in ("attention_bias", "mlp_bias"):
         if parent.get(field):
-            raise ModelError(f"ladimo: config.json has {field}: true, which {MODEL_TYPE} has no place for")
+            raise ModelError(
+                f"ladimo: config.json has {field}: true, which {MODEL_TYPE} has no place for"
+            )
     config = {key: value for key, value in parent.items() if key not in _DROPPED}
     return config | _window(parent) | {
         "model_type": MODEL_TYPE,
@@ -63,7 +76,9 @@ def container(moe: MoeFfn) -> Architecture:
 
 def empty_moe(layout: Layout, mean: float, block: Block) -> MoeFfn:
     """Experts without values in the place of a block's dense FFN, in its dtype."""
-    sizes = ExpertSizes(layout.n, layout.size, layout.shared, max(1, round(mean)), False, frozenset())
+    sizes = ExpertSizes(
+        layout.n, layout.size, layout.shared, max(1, round(mean)), False, frozenset()
+    )
     dense = block.module.get_submodule(FFN)
     with torch.device("meta"):
         moe = MoeFfn(block.shape.hidden, sizes, dense.get_submodule("act_fn"))
@@ -72,12 +87,22 @@ def empty_moe(layout: Layout, mean: float, block: Block) -> MoeFfn:
 
 
 def _window(parent: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the sliding window: the container's own rule which blocks have one is another than its sources'."""
+    """Fields of the sliding window: the container's own rule which blocks have one is
+    another than its sources'."""
     blocks, window = parent["num_hidden_layers"], parent.get("sliding_window")
     kinds = parent.get("layer_types")
     if kinds is None:
-        slides = bool(window) and (parent["model_type"] == "mistral" or bool(parent.get("use_sliding_window")))
+        slides = bool(window) and (
+            parent["model_type"] == "mistral" or bool(parent.get("use_sliding_window"))
+        )
         first = parent.get("max_window_layers", 28) if parent["model_type"] == "qwen2" else 0
-        kinds = ["sliding_attention" if slides and index >= first else "full_attention" for index in range(blocks)]
+        kinds = [
+            "sliding_attention" if slides and index >= first else "full_attention"
+            for index in range(blocks)
+        ]
     slides = "sliding_attention" in kinds
-    return {"layer_types": kinds, "use_sliding_window": slides, "sliding_window": window if slides else None}
+    return {
+        "layer_types": kinds,
+        "use_sliding_window": slides,
+        "sliding_window": window if slides else None,
+    }

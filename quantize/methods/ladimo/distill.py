@@ -1,4 +1,5 @@
-"""Teaching a routed FFN the outputs of the dense one, layer by layer (arXiv 2408.04278, stage 1)."""
+"""Teaching a routed FFN the outputs of the dense one, layer by layer
+(arXiv 2408.04278, stage 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from quantize.parallel.ranks import ALONE, Ranks
 
 _RIDGE = 1e-2  # of the mean diagonal, pulls the down projection towards what it was
 _WARM_UP = 20
-_PARTS = 8  # of a batch, whose gradients are added in order: the ranks share them, and no other sum comes out
+# of a batch, whose gradients are added in order: the ranks share them, and no other sum comes out
+_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Training:
 
 @torch.no_grad()
 def refit_down(student: Student, x: Tensor, y: Tensor) -> None:
-    """Set the down projection to the least-squares solution for inputs x [M, D] and targets y [M, D].
+    """Set the down projection to the least-squares solution for inputs x
+    [M, D] and targets y [M, D].
 
-    Given who visits whom the outputs are linear in it. A ridge towards its present value keeps neurons that were hardly
-    seen.
+    Given who visits whom the outputs are linear in it. A ridge towards its present value keeps
+    neurons that were hardly seen.
     """
     F, D = student.down.shape[1], student.down.shape[0]
     gram = torch.zeros(F, F, dtype=torch.float64, device=x.device)
@@ -51,17 +54,26 @@ def refit_down(student: Student, x: Tensor, y: Tensor) -> None:
     student.down.copy_(torch.cholesky_solve(right + ridge * student.down.T.double(), factor).T)
 
 
-def distill(student: Student, x: Tensor, y: Tensor, training: Training, ranks: Ranks = ALONE) -> list[float]:
-    """Train the experts of `student` on the mean squared error against targets y [M, D] of inputs x [M, D].
+def distill(
+    student: Student, x: Tensor, y: Tensor, training: Training, ranks: Ranks = ALONE
+) -> list[float]:
+    """Train the experts of `student` on the mean squared error against targets
+    y [M, D] of inputs x [M, D].
 
-    AdamW with a short warm-up and a cosine to zero. Several ranks divide every batch; all of them end with the same
-    weights, which are those that one alone would learn. Returns the relative squared error of each step's batch.
+    AdamW with a short warm-up and a cosine to zero. Several ranks divide every batch; all of them
+    end with the same weights, which are those that one alone would learn. Returns the relative
+    squared error of each step's batch.
     """
     size = y.square().mean().clamp_min(torch.finfo(y.dtype).tiny)
     weights = list(student.parameters())
-    groups = [{"params": [w], "lr": training.rate * float(w.detach().square().mean().sqrt())} for w in weights]
+    groups = [
+        {"params": [w], "lr": training.rate * float(w.detach().square().mean().sqrt())}
+        for w in weights
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, training.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate(step, training.steps)
+    )
     generator = torch.Generator().manual_seed(training.seed)
     losses: list[list[float]] = []
     for _ in range(training.steps):
@@ -73,8 +85,11 @@ def distill(student: Student, x: Tensor, y: Tensor, training: Training, ranks: R
     return [sum(chain.from_iterable(zip_longest(*step, fillvalue=0.0))) for step in shares]
 
 
-def _set_gradients(student: Student, x: Tensor, y: Tensor, size: Tensor, ranks: Ranks) -> list[float]:
-    """Set all weights' gradients of the mean squared error, in units of `size`, over a batch shared by the ranks.
+def _set_gradients(
+    student: Student, x: Tensor, y: Tensor, size: Tensor, ranks: Ranks
+) -> list[float]:
+    """Set all weights' gradients of the mean squared error, in units of `size`, over
+    a batch shared by the ranks.
 
     Returns this rank's shares of the error.
     """
@@ -90,7 +105,9 @@ def _set_gradients(student: Student, x: Tensor, y: Tensor, size: Tensor, ranks: 
             loss = (student(inputs) - targets).square().sum() / (y.numel() * size)
             gradients = torch.autograd.grad(loss, weights)
             student.requires_grad_(False)
-        totals = [ranks.added(total, one, present) for total, one in zip(totals, gradients, strict=True)]
+        totals = [
+            ranks.added(total, one, present) for total, one in zip(totals, gradients, strict=True)
+        ]
         losses += [float(loss.detach())] if ranks.rank < present else []
     for weight, total in zip(weights, totals, strict=True):
         assert total is not None

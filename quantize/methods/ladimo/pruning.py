@@ -1,4 +1,5 @@
-"""Static structured pruning of an FFN: the baseline that a routed FFN has to beat at equal activated parameters."""
+"""Static structured pruning of an FFN: the baseline that a routed FFN has to beat at
+equal activated parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Pruned:
 
 
 def prune(ffn: Ffn, x: Tensor, keep: int) -> Pruned:
-    """Keep the neurons whose output fluctuates most: FLAP's score Var(h)·‖w_d‖² and its bias (arXiv 2312.11983).
+    """Keep the neurons whose output fluctuates most: FLAP's score Var(h)·‖w_d‖² and
+    its bias (arXiv 2312.11983).
 
     x: inputs [M, D] of the FFN.
     """

@@ -47,7 +47,8 @@ class Budget:
 
 
 def threshold(scores: Tensor, mean: float) -> float:
-    """The value that `mean` scores of a row [N] exceed, on average over the rows of scores [M, N]."""
+    """The value that `mean` scores of a row [N] exceed, on average over
+    the rows of scores [M, N]."""
     flat = scores.flatten()
     rank = len(flat) - round(mean * len(scores))  # so many stay at or below it
     if rank <= 0:
@@ -58,12 +59,15 @@ def threshold(scores: Tensor, mean: float) -> float:
 def fit_router(x: Tensor, energies: Tensor, budget: Budget, seed: int) -> Tensor:
     """Router [N, D] that predicts from inputs x [M, D] which experts contribute most.
 
-    energies: ‖E_e(x)‖² [M, N] of what every expert would add. The oracle visits the experts of largest energy, within
-    the budget; the router is a logistic regression on that choice. Its scores have unit standard deviation over x, so
-    that thresholds, the step size of later training and the temperature of `moe` mean the same in every layer.
+    energies: ‖E_e(x)‖² [M, N] of what every expert would add. The oracle visits the experts of
+    largest energy, within the budget; the router is a logistic regression on that choice. Its
+    scores have unit standard deviation over x, so that thresholds, the step size of later training
+    and the temperature of `moe` mean the same in every layer.
     """
     wanted = budget.wanted(energies).to(x.dtype)
-    router = torch.zeros(energies.shape[1], x.shape[1], device=x.device, dtype=x.dtype).requires_grad_()
+    router = torch.zeros(
+        energies.shape[1], x.shape[1], device=x.device, dtype=x.dtype
+    ).requires_grad_()
     scale = x.square().mean().sqrt()
     optimizer = torch.optim.Adam([router], lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +83,8 @@ def fit_router(x: Tensor, energies: Tensor, budget: Budget, seed: int) -> Tensor
 
 
 def profile(scores: Tensor, policy: Policy) -> dict[str, object]:
-    """Routing of many tokens in figures: a histogram of scores [M, N], and of how many experts a token visits."""
+    """Routing of many tokens in figures: a histogram of scores [M, N], and of how
+    many experts a token visits."""
     visited = policy.select(scores)
     low, high = float(scores.min()), float(scores.max())
     visits = visited.sum(dim=1)

@@ -1,4 +1,5 @@
-"""Which blocks become mixtures of experts, and how many experts a token visits in each: measured end to end."""
+"""Which blocks become mixtures of experts, and how many experts a token visits in
+each: measured end to end."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from quantize.block.view import ModelView
 
 Prefix = tuple[float | None, ...]
-"""What became of each block so far: its level, None where it is dense. Plans that agree on it share hidden states."""
+"""What became of each block so far: its level, None where it is dense. Plans that agree
+on it share hidden states."""
 
 _FFN = "mlp"
 _CURVE = (0.1, 0.2, 0.3, 0.4)
@@ -44,7 +46,8 @@ class Found:
     curve: dict[float, float]
     """Reduction → KL of the levels chosen for it, untrained."""
     adaptive: float | None = None
-    """KL of what would be chosen if blocks could differ in how many experts a token visits, where they cannot."""
+    """KL of what would be chosen if blocks could differ in how many experts a token
+    visits, where they cannot."""
 
     def as_json(self) -> dict[str, Any]:
         """For the provenance."""
@@ -63,11 +66,13 @@ class Found:
 class Searcher:
     """Search over one model under one budget. All measurements are on conversions without training.
 
-    A conversion's harm is measured end to end as KL(parent ‖ converted) with one block converted at a middle level.
-    Levels of a block are told apart by the error of its FFN's output, which needs no pass through the blocks behind it.
-    The knapsack's choice is then measured in full and against the same with each block left dense: what a block costs
-    among the others corrects what it costs alone, and a second choice is made. The best of both and of the same level
-    everywhere is taken.
+    A conversion's harm is measured end to end as KL(parent ‖ converted) with one block
+    converted at a middle level.
+    Levels of a block are told apart by the error of its FFN's output, which needs no pass
+    through the blocks behind it.
+    The knapsack's choice is then measured in full and against the same with each block left dense:
+    what a block costs among the others corrects what it costs alone, and a second choice is made.
+    The best of both and of the same level everywhere is taken.
     """
 
     model: ModelView
@@ -85,12 +90,16 @@ class Searcher:
         # One number of experts for all blocks: a container without policies holds no more.
         found = []
         for k in range(1, self.budget.layout.n):
-            if self.budget.reduction(dict.fromkeys(range(self.budget.blocks), float(k))) >= reduction:
+            if (
+                self.budget.reduction(dict.fromkeys(range(self.budget.blocks), float(k)))
+                >= reduction
+            ):
                 found.append(self._search([float(k)], reduction))
         if not found:
             raise ModelError(
-                f"activated_reduction {reduction:g} is out of reach with one number of experts in all blocks (policy: "
-                "top-k); lower it, set smaller experts, or use policy: adaptive"
+                f"activated_reduction {reduction:g} is out of reach with one number of experts in "
+                "all blocks (policy: top-k); lower it, set smaller experts, or use policy: "
+                "adaptive"
             )
         return replace(min(found, key=lambda one: one.expected), adaptive=free.expected)
 
@@ -99,7 +108,10 @@ class Searcher:
         middle = levels[len(levels) // 2]
         errors: dict[tuple[int, float], float] = {}
         alone = self._measure([{index: middle} for index in range(n)], levels, errors)
-        harm = [{mean: alone[i] * errors[i, mean] / max(errors[i, middle], 1e-30) for mean in levels} for i in range(n)]
+        harm = [
+            {mean: alone[i] * errors[i, mean] / max(errors[i, middle], 1e-30) for mean in levels}
+            for i in range(n)
+        ]
         first = self.budget.choose(harm, reduction)
         reductions = [share for share in _CURVE if self._reachable(levels, share)]
         plans = [first, *({i: m for i, m in first.items() if i != left} for left in first)]
@@ -114,25 +126,37 @@ class Searcher:
         candidates = [(kls[0], first), (kls[-1], uniform)]
         if second != first:
             candidates.append((self._measure([second], levels, {})[0], second))
-        expected, chosen = min((c for c in candidates if self.budget.reduction(c[1]) >= reduction), key=lambda c: c[0])
+        expected, chosen = min(
+            (c for c in candidates if self.budget.reduction(c[1]) >= reduction), key=lambda c: c[0]
+        )
         curve = dict(zip(reductions, kls[1 + len(first) : -1], strict=True))
         return Found(chosen, dict(enumerate(alone)), expected, (uniform[0], kls[-1]), curve)
 
     def _reachable(self, levels: Sequence[float], reduction: float) -> bool:
-        return self.budget.reduction(dict.fromkeys(range(self.budget.blocks), levels[0])) >= reduction
+        return (
+            self.budget.reduction(dict.fromkeys(range(self.budget.blocks), levels[0])) >= reduction
+        )
 
     def _uniform(self, levels: Sequence[float], reduction: float) -> dict[int, float]:
         """The highest level that, in every block, saves enough."""
         blocks = range(self.budget.blocks)
-        enough = [mean for mean in levels if self.budget.reduction(dict.fromkeys(blocks, mean)) >= reduction]
+        enough = [
+            mean
+            for mean in levels
+            if self.budget.reduction(dict.fromkeys(blocks, mean)) >= reduction
+        ]
         return dict.fromkeys(blocks, max(enough))
 
     def _measure(
-        self, plans: Sequence[Levels], levels: Sequence[float], errors: dict[tuple[int, float], float]
+        self,
+        plans: Sequence[Levels],
+        levels: Sequence[float],
+        errors: dict[tuple[int, float], float],
     ) -> list[float]:
         """KL of every plan, on the windows that stay finite under all of them.
 
-        errors: takes the relative output error of every block's FFN at every level, on the parent's hidden states.
+        errors: takes the relative output error of every block's FFN at every level,
+        on the parent's hidden states.
         """
         blocks = self.budget.blocks
         streams: Streams[Prefix] = Streams({(): list(self.model.hidden)}, self.model.ranks)
@@ -147,11 +171,15 @@ class Searcher:
             # The parent's own stream goes on whether a plan asks for it or not.
             wanted = [{}, *plans]
             steps = dict.fromkeys((_prefix(plan, index), plan.get(index)) for plan in wanted)
-            return {(*key, mean): (key, partial(_outputs, block, trials[mean])) for key, mean in steps}
+            return {
+                (*key, mean): (key, partial(_outputs, block, trials[mean])) for key, mean in steps
+            }
 
         walk(streams, range(blocks), open_next, visit)
         after = streams.batches
-        return [self._kl(after[_prefix({}, blocks)], after[_prefix(plan, blocks)]) for plan in plans]
+        return [
+            self._kl(after[_prefix({}, blocks)], after[_prefix(plan, blocks)]) for plan in plans
+        ]
 
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
@@ -159,7 +187,9 @@ class Searcher:
         x = torch.cat([inputs for (inputs,) in inputs_of(block, [_FFN])])
         x = x[x.isfinite().all(dim=1)]
         if not len(x):
-            raise ModelError(f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32")
+            raise ModelError(
+                f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32"
+            )
         ffn = dense_ffn(block)
         start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
         y = ffn(x)

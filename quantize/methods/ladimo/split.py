@@ -48,9 +48,13 @@ class Split:
 
 
 def contiguous(layout: Layout) -> Split:
-    """Neurons in their order, the shared expert's first: the split as published, with a shared expert added."""
+    """Neurons in their order, the shared expert's first: the split as published,
+    with a shared expert added."""
     owner = torch.arange(layout.neurons) - layout.shared
-    return Split(layout, torch.where(owner < 0, layout.n, torch.div(owner, layout.size, rounding_mode="floor")))
+    return Split(
+        layout,
+        torch.where(owner < 0, layout.n, torch.div(owner, layout.size, rounding_mode="floor")),
+    )
 
 
 def shuffled(layout: Layout, seed: int) -> Split:
@@ -60,11 +64,12 @@ def shuffled(layout: Layout, seed: int) -> Split:
 
 
 def clustered(layout: Layout, contributions: Tensor, seed: int) -> Split:
-    """The neurons that contribute most are shared, the others are grouped by the tokens they contribute to.
+    """The neurons that contribute most are shared, the others are grouped by
+    the tokens they contribute to.
 
-    contributions: |h|·‖w_d‖ [M, F] of every neuron to the output, on a sample of tokens. Spherical k-means over the
-    neurons' columns, its last rounds with clusters of one size (a linear assignment, as in CMoE's construction,
-    arXiv 2502.04416), the best of a few starts.
+    contributions: |h|·‖w_d‖ [M, F] of every neuron to the output, on a sample of tokens. Spherical
+    k-means over the neurons' columns, its last rounds with clusters of one size (a linear
+    assignment, as in CMoE's construction, arXiv 2502.04416), the best of a few starts.
     """
     energy = contributions.square().mean(dim=0)
     order = energy.argsort(descending=True, stable=True)
@@ -88,14 +93,17 @@ def _grouped(columns: Tensor, layout: Layout, seed: int) -> tuple[float, Tensor]
     for assign, rounds in ((_nearest, _ROUNDS), (_balanced, _BALANCED_ROUNDS)):
         before = None
         for _ in range(rounds):
-            likeness = columns.T @ (centres / centres.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny))
+            likeness = columns.T @ (
+                centres / centres.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+            )
             group = assign(likeness, layout)
             if before is not None and torch.equal(group, before):
                 break
             before = group
             members = torch.nn.functional.one_hot(group, layout.n).to(columns.dtype)
             sums = columns @ members
-            centres = torch.where(members.sum(dim=0) > 0, sums, centres)  # an empty cluster keeps its centre
+            # an empty cluster keeps its centre
+            centres = torch.where(members.sum(dim=0) > 0, sums, centres)
     return float(likeness.gather(1, group[:, None]).double().sum()), group.cpu()
 
 
@@ -105,11 +113,15 @@ def _nearest(likeness: Tensor, layout: Layout) -> Tensor:
 
 def _balanced(likeness: Tensor, layout: Layout) -> Tensor:
     """Groups of `size` columns each with the largest sum of likeness [n·size, n]."""
-    _, seats = linear_sum_assignment(likeness.double().cpu().numpy().repeat(layout.size, axis=1), maximize=True)
+    _, seats = linear_sum_assignment(
+        likeness.double().cpu().numpy().repeat(layout.size, axis=1), maximize=True
+    )
     return torch.from_numpy(seats // layout.size).to(likeness.device)
 
 
-def split(construction: Construction, layout: Layout, contributions: Callable[[], Tensor], seed: int) -> Split:
+def split(
+    construction: Construction, layout: Layout, contributions: Callable[[], Tensor], seed: int
+) -> Split:
     """Split by name; contributions (see `clustered`) are computed where they are needed."""
     if construction == "clustered":
         return clustered(layout, contributions(), seed)

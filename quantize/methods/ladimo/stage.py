@@ -1,4 +1,5 @@
-"""LaDiMo: a dense FFN becomes a mixture of experts by layer-wise distillation (arXiv 2408.04278)."""
+"""LaDiMo: a dense FFN becomes a mixture of experts by layer-wise
+distillation (arXiv 2408.04278)."""
 
 from __future__ import annotations
 
@@ -38,17 +39,19 @@ log = logging.getLogger(__name__)
 
 
 class Ladimo(Stage):
-    """Dense FFNs of chosen layers become a shared expert and routed ones, taught the dense FFN's outputs.
+    """Dense FFNs of chosen layers become a shared expert and routed ones,
+    taught the dense FFN's outputs.
 
-    Which layers, and how many experts a token visits in each, is searched end to end unless `mean_experts` says it.
+    Which layers, and how many experts a token visits in each, is searched end to end
+    unless `mean_experts` says it.
     """
 
     kind: ClassVar[Kind] = "restructure"
     once: ClassVar[bool] = True
     method: Literal["ladimo"] = "ladimo"
     activated_reduction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the activated parameters to save: weights of all blocks, the final norm and the head count, the
-    embedding table does not."""
+    """Share of the activated parameters to save: weights of all blocks, the final norm and the head
+    count, the embedding table does not."""
     tokens: int = Field(default=100_000, ge=64)
     """Calibration tokens to learn from, at most."""
     shared: int | None = Field(default=None, ge=1)
@@ -56,26 +59,26 @@ class Ladimo(Stage):
     experts: int | None = Field(default=None, ge=2)
     """Routed experts, which divide the other neurons; null: derived."""
     mean_experts: float | tuple[float | None, ...] | None = None
-    """Mean number of routed experts a token visits: one number for all blocks, or a list of one for every block with
-    null where its FFN stays dense. null instead: searched."""
+    """Mean number of routed experts a token visits: one number for all blocks, or a list of one for
+    every block with null where its FFN stays dense. null instead: searched."""
     construction: Construction = "clustered"
-    """`clustered`: neurons of large contribution are shared, the others grouped by the tokens they work on;
-    `contiguous`: neurons in their order, as published; `random`."""
+    """`clustered`: neurons of large contribution are shared, the others grouped by the tokens they
+    work on; `contiguous`: neurons in their order, as published; `random`."""
     policy: Literal["adaptive", "top-k"] = "adaptive"
-    """`adaptive`: in every layer the better of a fixed number of experts and a threshold on the routing scores, under
-    which tokens visit more or fewer; `top-k`: one number in all converted layers, which stock loaders can hold, the
-    nearest to `mean_experts` where that is given."""
+    """`adaptive`: in every layer the better of a fixed number of experts and a threshold on the
+    routing scores, under which tokens visit more or fewer; `top-k`: one number in all converted
+    layers, which stock loaders can hold, the nearest to `mean_experts` where that is given."""
     teaching: Teaching = "distill"
-    """`distill`: AdamW on all weights of experts and router; `least-squares`: the down projections alone, in closed
-    form; `none`."""
+    """`distill`: AdamW on all weights of experts and router; `least-squares`: the down projections
+    alone, in closed form; `none`."""
     aim: Literal["parent", "layer"] = "parent"
-    """`parent`: reproduce the parent's hidden states from the converted model's; `layer`: the dense FFN's outputs for
-    the same inputs, as published."""
+    """`parent`: reproduce the parent's hidden states from the converted model's; `layer`: the dense
+    FFN's outputs for the same inputs, as published."""
     steps: int = Field(default=300, ge=1)
     """Steps of AdamW for a layer, at most."""
     passes: float = Field(default=8.0, gt=0)
-    """How often a token is trained on, at most: fewer steps where there are few tokens, of which more would be learnt
-    by heart."""
+    """How often a token is trained on, at most: fewer steps where there are few tokens, of which
+    more would be learnt by heart."""
     batch_tokens: int = Field(default=2048, ge=1)
     """Tokens of a step."""
     learning_rate: float = Field(default=0.025, gt=0)
@@ -113,21 +116,45 @@ class Ladimo(Stage):
         layout, facts = budget.layout, {}
         means = self._given(view.shape.n_blocks)
         if means is None:
-            searcher = Searcher(view, budget, self.construction, self.policy == "adaptive", self.seed)
+            searcher = Searcher(
+                view, budget, self.construction, self.policy == "adaptive", self.seed
+            )
             found = searcher.search(self.activated_reduction)
-            means, facts = tuple(found.levels.get(i) for i in range(view.shape.n_blocks)), found.as_json()
+            means, facts = (
+                tuple(found.levels.get(i) for i in range(view.shape.n_blocks)),
+                found.as_json(),
+            )
         if any(mean is not None and not 0 <= mean <= layout.n for mean in means):
-            raise ModelError(f"ladimo: mean_experts must lie between 0 and the {layout.n} routed experts there are")
+            raise ModelError(
+                f"ladimo: mean_experts must lie between 0 and the {layout.n} routed experts there "
+                "are"
+            )
         levels = {index: mean for index, mean in enumerate(means) if mean is not None}
         reduction = budget.reduction(levels)
-        log.info("%.3f fewer activated parameters: %s of %d experts visited", reduction, list(means), layout.n)
-        facts |= {"counted": COUNTED, "activated_dense": budget.dense, "activated_reduction": reduction}
-        stage = self.model_copy(update={"shared": layout.shared, "experts": layout.n, "mean_experts": means})
-        return stage, facts | {"experts": layout.n, "expert_size": layout.size, "shared": layout.shared}
+        log.info(
+            "%.3f fewer activated parameters: %s of %d experts visited",
+            reduction,
+            list(means),
+            layout.n,
+        )
+        facts |= {
+            "counted": COUNTED,
+            "activated_dense": budget.dense,
+            "activated_reduction": reduction,
+        }
+        stage = self.model_copy(
+            update={"shared": layout.shared, "experts": layout.n, "mean_experts": means}
+        )
+        return stage, facts | {
+            "experts": layout.n,
+            "expert_size": layout.size,
+            "shared": layout.shared,
+        }
 
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the container; ModelError for a model that does not fit it."""
-        layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)  # before it is planned
+        # before it is planned
+        layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)
         means = self.mean_experts if isinstance(self.mean_experts, tuple) else ()
         dense = [index for index, mean in enumerate(means) if mean is None]
         fixed = max((round(mean) for mean in means if mean is not None), default=1)
@@ -150,16 +177,26 @@ class Ladimo(Stage):
             layout = self._layout(K if wide else N)
             assert layout is not None
             stem = name.removesuffix(local)
-            homes = {"shared_expert": layout.shared} | {f"experts.{e}": layout.size for e in range(layout.n)}
+            homes = {"shared_expert": layout.shared} | {
+                f"experts.{e}": layout.size for e in range(layout.n)
+            }
             for home, size in homes.items():
-                out[f"{stem}{FFN}.{home}.{local.removeprefix(f'{FFN}.')}"] = (N, size) if wide else (size, K)
+                out[f"{stem}{FFN}.{home}.{local.removeprefix(f'{FFN}.')}"] = (
+                    (N, size) if wide else (size, K)
+                )
         return out
 
     def room(self, sizes: BlockSizes) -> int:
-        """Inputs and targets, the student with its gradients and AdamW's state, the parent's weights, a batch."""
+        """Inputs and targets, the student with its gradients and AdamW's state, the
+        parent's weights, a batch."""
         ffn = 3 * max(N * K for N, K in sizes.linears.values())
         lesson = 3 * FLOAT * min(self.tokens, sizes.tokens) * sizes.hidden
-        return lesson + 6 * FLOAT * ffn + sizes.forward() + 8 * FLOAT * self.batch_tokens * ffn // (3 * sizes.hidden)
+        return (
+            lesson
+            + 6 * FLOAT * ffn
+            + sizes.forward()
+            + 8 * FLOAT * self.batch_tokens * ffn // (3 * sizes.hidden)
+        )
 
     @property
     def tokens_read(self) -> int:
@@ -169,7 +206,8 @@ class Ladimo(Stage):
         return min(self.tokens, math.ceil(self.steps * self.batch_tokens / self.passes))
 
     def for_trial(self, tokens: int) -> Ladimo:
-        """The stage without a search, its steps small enough for so few tokens to be met as often."""
+        """The stage without a search, its steps small enough for so few
+        tokens to be met as often."""
         means = 1.0 if self.mean_experts is None else self.mean_experts
         batch = min(self.batch_tokens, max(1, tokens))
         return self.model_copy(update={"mean_experts": means, "batch_tokens": batch})
@@ -189,7 +227,8 @@ class Ladimo(Stage):
         block.costs[FFN] = cost
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
-        """Show sensitivities, errors against the baselines, routing scores and the load of the experts."""
+        """Show sensitivities, errors against the baselines, routing scores
+        and the load of the experts."""
         return pictures(layers, layers.get(self.method, {}))
 
     @property
@@ -211,7 +250,11 @@ class Ladimo(Stage):
             return means
         fixed = float(max(1, round(sum(routed) / len(routed))))
         if set(routed) != {fixed}:
-            log.warning("policy: top-k has one number of experts for all blocks: %g, the nearest to %s", fixed, routed)
+            log.warning(
+                "policy: top-k has one number of experts for all blocks: %g, the nearest to %s",
+                fixed,
+                routed,
+            )
         return tuple(None if mean is None else fixed for mean in means)
 
     def _experts(self, block: Block, mean: float) -> tuple[MoeFfn, dict[str, Any]]:
@@ -226,17 +269,25 @@ class Ladimo(Stage):
         kept = block.memo.recall(key)
         if kept is None:
             steps = min(self.steps, math.ceil(self.passes * lesson.trained / self.batch_tokens))
-            training = Training(steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed)
+            training = Training(
+                steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed
+            )
             adaptive = self.policy == "adaptive"
-            teacher = Teacher(layout, self.construction, self.teaching, adaptive, training, stored, block.ranks)
+            teacher = Teacher(
+                layout, self.construction, self.teaching, adaptive, training, stored, block.ranks
+            )
             student, facts = teacher.teach(ffn, lesson, mean)
             student.write(moe)
-            kept = moe.state_dict(), facts | {"tokens": lesson.trained, "routing": student.stored_policy().as_json()}
+            kept = (
+                moe.state_dict(),
+                facts | {"tokens": lesson.trained, "routing": student.stored_policy().as_json()},
+            )
             block.memo.keep(key, *kept)
         else:
             log.info("%s was taught before and is taken up", block.full_name(FFN))
         tensors, facts = kept
-        moe.load_state_dict({name: tensor.to(stored) for name, tensor in tensors.items()})  # as it will be read
+        # as it will be read
+        moe.load_state_dict({name: tensor.to(stored) for name, tensor in tensors.items()})
         moe.policy = policy_from_json(facts["routing"])
         return moe, facts
 
@@ -256,18 +307,26 @@ class Ladimo(Stage):
                 break
         lesson = Lesson(torch.cat(inputs)[: self.tokens], torch.cat(targets)[: self.tokens])
         if not len(lesson.x):
-            raise ModelError(f"{block.full_name(FFN)}: no finite calibration inputs; try --dtype float32")
+            raise ModelError(
+                f"{block.full_name(FFN)}: no finite calibration inputs; try --dtype float32"
+            )
         return lesson
 
     def _layout(self, neurons: int) -> Layout | None:
-        """The sizes that the recipe gives for FFNs of so many neurons; ModelError where they do not divide."""
+        """The sizes that the recipe gives for FFNs of so many neurons; ModelError
+        where they do not divide."""
         if self.shared is None or self.experts is None:
             return None
         routed = neurons - self.shared
         unit = unit_of(neurons)
-        if routed <= 0 or routed % self.experts or self.shared % unit or routed // self.experts % unit:
+        if (
+            routed <= 0
+            or routed % self.experts
+            or self.shared % unit
+            or routed // self.experts % unit
+        ):
             raise ModelError(
-                f"ladimo: shared {self.shared} and {self.experts} experts do not divide an FFN of {neurons} neurons "
-                f"into multiples of {unit}; change one of them or leave both out"
+                f"ladimo: shared {self.shared} and {self.experts} experts do not divide an FFN of "
+                f"{neurons} neurons into multiples of {unit}; change one of them or leave both out"
             )
         return Layout(self.experts, routed // self.experts, self.shared)

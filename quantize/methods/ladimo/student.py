@@ -1,4 +1,5 @@
-"""A routed FFN in the form it is trained in: all experts at once, those that a token does not visit masked."""
+"""A routed FFN in the form it is trained in: all experts at once, those that a
+token does not visit masked."""
 
 from __future__ import annotations
 
@@ -10,17 +11,20 @@ from quantize.methods.ladimo.split import Split
 from quantize.model.moe import MoeFfn, Policy, Threshold
 
 TEMPERATURE = 2.0**-10
-"""The stored router's rows are multiplied by it: a softmax then weighs experts alike and still ranks them.
+"""The stored router's rows are multiplied by it: a softmax then weighs
+experts alike and still ranks them.
 
 Weights that follow the scores, trained with the rest, gave larger errors than weights that do not.
 """
 
 
 class Student(nn.Module):
-    """y = Σ_visited E_e(x) + S(x) over a split of the neurons of a dense FFN, which stay in the dense FFN's order.
+    """y = Σ_visited E_e(x) + S(x) over a split of the neurons of a dense FFN, which
+    stay in the dense FFN's order.
 
-    The router is a buffer: it is fitted to what the experts contribute. Trained together with them, through a sigmoid
-    around the point where a visit begins, it gave larger errors at every step size.
+    The router is a buffer: it is fitted to what the experts contribute. Trained
+    together with them, through a sigmoid around the point where a visit begins, it gave
+    larger errors at every step size.
 
     Weights are shared with what they are made of; copy the module before training it.
     """
@@ -68,7 +72,8 @@ class Student(nn.Module):
     def error(self, x: Tensor, y: Tensor) -> float:
         """Squared error of the outputs for inputs x [M, D] relative to the targets y [M, D]."""
         lost = sum(
-            float((self(a) - b).double().square().sum()) for a, b in zip(Ffn.pieces(x), Ffn.pieces(y), strict=True)
+            float((self(a) - b).double().square().sum())
+            for a, b in zip(Ffn.pieces(x), Ffn.pieces(y), strict=True)
         )
         return lost / max(float(y.double().square().sum()), 1e-300)
 
@@ -76,8 +81,8 @@ class Student(nn.Module):
     def write(self, moe: MoeFfn) -> None:
         """Fill the tensors of a `MoeFfn` of the split's sizes so that it computes this function.
 
-        The softmax over almost equal scores gives every visited expert the weight 1/N, and a gate of zero gives the
-        shared expert 1/2: both are undone in the down projections.
+        The softmax over almost equal scores gives every visited expert the weight 1/N, and a gate
+        of zero gives the shared expert 1/2: both are undone in the down projections.
         """
         n = self.split.layout.n
         for index, expert in enumerate([*moe.experts, moe.shared_expert]):

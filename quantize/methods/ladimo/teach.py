@@ -1,4 +1,5 @@
-"""One block's FFN turned into a mixture of experts and taught, with what it is compared with on held-out tokens."""
+"""One block's FFN turned into a mixture of experts and taught, with what it is
+compared with on held-out tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ _HELD_OUT = 16  # one token of so many is not trained on
 
 @dataclass(frozen=True)
 class Lesson:
-    """Inputs x [M, D] of an FFN and the outputs y [M, D] it should give; the last tokens only measure."""
+    """Inputs x [M, D] of an FFN and the outputs y [M, D] it should give; the
+    last tokens only measure."""
 
     x: Tensor
     y: Tensor
@@ -49,8 +51,13 @@ class Lesson:
 
     @property
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets to measure on; those to learn from where there are too few of others."""
-        return (self.x[self.trained :], self.y[self.trained :]) if self.trained < len(self.x) else self.train
+        """Inputs and targets to measure on; those to learn from where
+        there are too few of others."""
+        return (
+            (self.x[self.trained :], self.y[self.trained :])
+            if self.trained < len(self.x)
+            else self.train
+        )
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,10 @@ class Teacher:
     def teach(self, ffn: Ffn, lesson: Lesson, mean: float) -> tuple[Student, dict[str, Any]]:
         """The converted FFN with `mean` routed experts a token on average, and facts about it.
 
-        `ffn_error` is the relative squared error on held-out tokens; `untrained_error`, `random_error` and
-        `pruned_error` those of the same split without training, of a random one, and of static pruning to a dense FFN
-        of equally many activated parameters; `split_errors` those of every construction.
+        `ffn_error` is the relative squared error on held-out tokens; `untrained_error`,
+        `random_error` and `pruned_error` those of the same split without training, of a random one,
+        and of static pruning to a dense FFN of equally many activated parameters; `split_errors`
+        those of every construction.
         """
         x, _ = lesson.train
         seed = self.training.seed
@@ -97,7 +105,8 @@ class Teacher:
         return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
 
     def _taught(self, student: Student, lesson: Lesson) -> tuple[Student, Teaching, list[float]]:
-        """The student as far as teaching lowers the error on held-out tokens, how far that is, and losses."""
+        """The student as far as teaching lowers the error on held-out tokens,
+        how far that is, and losses."""
         done: Teaching = "none"
         losses: list[float] = []
         for teaching in _LESSONS[self.teaching]:
@@ -111,9 +120,11 @@ class Teacher:
         return student, done, losses
 
     def _settle(self, student: Student, lesson: Lesson, mean: float) -> dict[str, float]:
-        """Choose the policy that has the least error on held-out tokens (LaDiMo's stage 2). Returns all errors.
+        """Choose the policy that has the least error on held-out tokens (LaDiMo's
+        stage 2). Returns all errors.
 
-        Where only a fixed number of experts can be held, the threshold's error says what that costs.
+        Where only a fixed number of experts can be held, the
+        threshold's error says what that costs.
         """
         scores = student.scores(lesson.train[0])
         policies = {"threshold": Budget(mean, True).policy(scores)}
@@ -129,13 +140,18 @@ class Teacher:
     def _best(self, errors: Mapping[str, float]) -> str:
         return min(errors, key=lambda name: errors[name]) if self.adaptive else "top-k"
 
-    def _constructions(self, ffn: Ffn, lesson: Lesson, mean: float, chosen: float) -> dict[str, float]:
-        """Errors of all splits with fitted routers and no training, and of the published one without shared expert.
+    def _constructions(
+        self, ffn: Ffn, lesson: Lesson, mean: float, chosen: float
+    ) -> dict[str, float]:
+        """Errors of all splits with fitted routers and no training, and of the
+        published one without shared expert.
 
         chosen: that of this construction, which is not made anew.
         """
         alone = Layout(-(-self.layout.neurons // self.layout.size), self.layout.size, 0)
-        kinds: dict[str, tuple[Construction, Layout]] = {name: (name, self.layout) for name in get_args(Construction)}
+        kinds: dict[str, tuple[Construction, Layout]] = {
+            name: (name, self.layout) for name in get_args(Construction)
+        }
         if alone.neurons == self.layout.neurons:
             kinds["contiguous, none shared"] = ("contiguous", alone)
         errors: dict[str, float] = {self.construction: chosen}
@@ -146,7 +162,9 @@ class Teacher:
             visits = mean + (self.layout.shared - layout.shared) / layout.size
             budget = Budget.plain(visits)
             start = Start.of(ffn, lesson.train[0], layout, construction, self.training.seed)
-            errors[name] = start.student(budget, start.router(budget, self.training.seed)).error(*lesson.held_out)
+            errors[name] = start.student(budget, start.router(budget, self.training.seed)).error(
+                *lesson.held_out
+            )
         return errors
 
     def _pruned(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
@@ -155,5 +173,6 @@ class Teacher:
         kept = Ffn(ffn.gate[found.kept], ffn.up[found.kept], ffn.down[:, found.kept], ffn.act)
         lost = kept(x) + found.bias - y
         return float(
-            lost.double().square().sum() / y.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+            lost.double().square().sum()
+            / y.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         )

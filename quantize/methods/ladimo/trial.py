@@ -1,4 +1,5 @@
-"""A block's FFN converted without training: what the search for layers tries, and what training starts from."""
+"""A block's FFN converted without training: what the search for layers tries, and
+what training starts from."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ _SAMPLE = 16384  # tokens that neurons are grouped on
 
 def dense_ffn(block: Block) -> Ffn:
     """The weights of a block's dense FFN, in float32."""
-    gate, up, down = (block.linear(block.arch.of_role(role)).weight.float() for role in ("gate", "up", "down"))
+    gate, up, down = (
+        block.linear(block.arch.of_role(role)).weight.float() for role in ("gate", "up", "down")
+    )
     return Ffn(gate, up, down, block.module.get_submodule("mlp").get_submodule("act_fn"))
 
 
@@ -37,8 +40,11 @@ class Start:
     """‖E_e(x)‖² [M, N]."""
 
     @classmethod
-    def of(cls, ffn: Ffn, x: Tensor, layout: Layout, construction: Construction, seed: int) -> Start:
-        """Split an FFN, by the activations for inputs x [M, D] where the construction looks at any."""
+    def of(
+        cls, ffn: Ffn, x: Tensor, layout: Layout, construction: Construction, seed: int
+    ) -> Start:
+        """Split an FFN, by the activations for inputs x [M, D] where the
+        construction looks at any."""
         step = -(-len(x) // _SAMPLE)
         found = split(construction, layout, lambda: ffn.contributions(x[::step]), seed)
         return cls(ffn, found, x, _energies(ffn, found, x))
@@ -57,7 +63,11 @@ def _energies(ffn: Ffn, found: Split, x: Tensor) -> Tensor:
     rows = []
     for inputs in Ffn.pieces(x):
         h = ffn.hidden(inputs)
-        rows.append(torch.stack([(h[:, part] @ ffn.down[:, part].T).square().sum(dim=1) for part in parts], dim=1))
+        rows.append(
+            torch.stack(
+                [(h[:, part] @ ffn.down[:, part].T).square().sum(dim=1) for part in parts], dim=1
+            )
+        )
     return torch.cat(rows)
 
 

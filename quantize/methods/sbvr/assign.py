@@ -1,9 +1,11 @@
-"""Which line of an SBVR codebook suits which group of a weight, and the codes of the weights under it.
+"""Which line of an SBVR codebook suits which group of a weight, and the
+codes of the weights under it.
 
-A group's squared error under every line of a codebook comes out of one matrix product: a group becomes a histogram over
-fixed points of the axis (each weight shared by its two neighbours), a line becomes a table of its squared error at
-these points. Sharing out a weight between points h apart adds about h²/6 to its squared error, whatever the line, so
-the product ranks lines well; the best few are then settled on the weights themselves.
+A group's squared error under every line of a codebook comes out of one matrix product: a group
+becomes a histogram over fixed points of the axis (each weight shared by its two neighbours), a line
+becomes a table of its squared error at these points. Sharing out a weight between points h apart
+adds about h²/6 to its squared error, whatever the line, so the product ranks lines well; the best
+few are then settled on the weights themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _SMALLEST_SHARE = 1e-6
 
 @dataclass(frozen=True)
 class Codebook:
-    """A matrix's lines as they will be stored, in float32. Line i is lines[i // Z] · scales[i % Z]."""
+    """A matrix's lines as they will be stored, in float32. Line i is
+    lines[i // Z] · scales[i % Z]."""
 
     lines: Tensor  # float32 [S, bits + bias], each equal to its float16 rounding
     scales: Tensor  # float32 [Z]
@@ -56,7 +59,8 @@ class Codebook:
 
 @dataclass(frozen=True)
 class Groups:
-    """A weight [N, K] cut into groups of g inputs, in units of about its rms: a power of two, so nothing is rounded."""
+    """A weight [N, K] cut into groups of g inputs, in units of about its rms: a power of
+    two, so nothing is rounded."""
 
     w: Tensor
     share: Tensor  # float32 [G, g]; what an error there counts, 0 beyond the last input
@@ -66,14 +70,19 @@ class Groups:
 
     @classmethod
     def of(cls, w: Tensor, group_size: int, importance: Tensor | None) -> Groups:
-        """Cut up w [N, K] (any float dtype); ValueError for weights or an importance [K] that cannot be weighed."""
+        """Cut up w [N, K] (any float dtype); ValueError for weights or an importance
+        [K] that cannot be weighed."""
         K = w.shape[1]
         if not w.numel():
             raise ValueError("the weight is empty")
         largest = max(abs(float(end)) for end in torch.aminmax(w))
         if not math.isfinite(largest):
             raise ValueError("the weight holds values that are not finite")
-        share = torch.ones(K, device=w.device) if importance is None else _shares(importance.to(w.device), K)
+        share = (
+            torch.ones(K, device=w.device)
+            if importance is None
+            else _shares(importance.to(w.device), K)
+        )
         G = groups_per_row(K, group_size)
         share = pad(share, (0, G * group_size - K)).view(G, group_size)
         unit = _power_of_two(_rms(w, largest))
@@ -85,7 +94,8 @@ class Groups:
         return self.w.shape[0] * self.share.shape[0]
 
     def pieces(self, columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some whole rows at a time, as many as can be scored in `columns` ways: where, values and shares [M, g]."""
+        """Some whole rows at a time, as many as can be scored in `columns` ways: where,
+        values and shares [M, g]."""
         G, g = self.share.shape
         step = max(1, min(_AT_ONCE // g, _SCORES // columns) // G)
         for first in range(0, len(self.w), step):
@@ -103,12 +113,20 @@ class Groups:
 
 
 def _shares(importance: Tensor, K: int) -> Tensor:
-    if importance.shape != (K,) or not bool((importance >= 0).all()) or not bool(importance.isfinite().all()):
+    if (
+        importance.shape != (K,)
+        or not bool((importance >= 0).all())
+        or not bool(importance.isfinite().all())
+    ):
         raise ValueError(f"importance must be {K} finite numbers that are not negative")
     importance = importance.double()
     mean = float(importance.mean()) if K else 0.0
     # Inputs that never matter still get the line that suits them best.
-    return (importance / mean).clamp_min(_SMALLEST_SHARE).float() if mean else torch.ones(K, device=importance.device)
+    return (
+        (importance / mean).clamp_min(_SMALLEST_SHARE).float()
+        if mean
+        else torch.ones(K, device=importance.device)
+    )
 
 
 def _rms(w: Tensor, largest: float) -> float:
@@ -126,7 +144,8 @@ def _power_of_two(size: float) -> float:
 
 @dataclass(frozen=True)
 class Axis:
-    """Points of the real axis on which errors are tabulated, closest around 0, the last ones at ±reach."""
+    """Points of the real axis on which errors are tabulated, closest around
+    0, the last ones at ±reach."""
 
     points: Tensor  # float32 [B], rising
     edge: float
@@ -139,7 +158,8 @@ class Axis:
         return cls((_BEND * even / (1 - even.abs())).float().to(device), edge)
 
     def histogram(self, x: Tensor, share: Tensor) -> Tensor:
-        """Shares of x [M, g] at the points, [M, B]: each weight's share is split between its two neighbours."""
+        """Shares of x [M, g] at the points, [M, B]: each weight's share is split
+        between its two neighbours."""
         last = len(self.points) - 1
         place = (x / (x.abs() + _BEND) + self.edge).mul_(last / (2 * self.edge)).clamp_(0, last)
         below = place.floor().clamp_(max=last - 1)
@@ -149,7 +169,8 @@ class Axis:
         return out.scatter_add_(1, torch.cat([at, at + 1], 1), torch.cat([share - above, above], 1))
 
     def nearest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest code and squared error of every point under levels [L, 2^bits] → int64 and float32 [L, B]."""
+        """Nearest code and squared error of every point under levels [L, 2^bits] →
+        int64 and float32 [L, B]."""
         points = self.points.expand(len(levels), -1).contiguous()
         codes = Book.of(levels).nearest(points, torch.arange(len(levels), device=levels.device))
         return codes, (points - levels.gather(1, codes)).square_()
@@ -190,7 +211,8 @@ class Book:
 
 @dataclass(frozen=True)
 class Matcher:
-    """Finds the best line of groups; made once for a codebook and the reach of the values it will see."""
+    """Finds the best line of groups; made once for a codebook and the reach
+    of the values it will see."""
 
     codebook: Codebook
     axis: Axis
@@ -209,7 +231,9 @@ class Matcher:
             else levels
         )
         axis = Axis.over(NORMAL_REACH if common_scale else reach, codebook.bits, levels.device)
-        return cls(codebook, axis, Book.of(levels), axis.nearest(shapes)[1].T.contiguous(), common_scale)
+        return cls(
+            codebook, axis, Book.of(levels), axis.nearest(shapes)[1].T.contiguous(), common_scale
+        )
 
     def best(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Best line (int64) and its error Σ share·(x − x̂)² of groups x [M, g] → [M], [M]."""
@@ -220,13 +244,18 @@ class Matcher:
 
     def _shortlist(self, x: Tensor, share: Tensor) -> Tensor:
         scores = self.axis.histogram(x, share) @ self.tables
-        return scores.topk(min(_SHORTLIST, scores.shape[1]), dim=1, largest=False, sorted=True).indices
+        return scores.topk(
+            min(_SHORTLIST, scores.shape[1]), dim=1, largest=False, sorted=True
+        ).indices
 
     def _scaled_shortlist(self, x: Tensor, share: Tensor) -> Tensor:
-        """The best shapes under the scale nearest to a group's rms and under its neighbours: shapes fit an rms of 1."""
+        """The best shapes under the scale nearest to a group's rms and under its
+        neighbours: shapes fit an rms of 1."""
         scales, order = self.codebook.scales.sort()
         Z = len(scales)
-        place = torch.searchsorted((scales[1:] * scales[:-1]).sqrt(), group_rms(x, share)).clamp_(1, max(1, Z - 2))
+        place = torch.searchsorted((scales[1:] * scales[:-1]).sqrt(), group_rms(x, share)).clamp_(
+            1, max(1, Z - 2)
+        )
         # The codebook of a weight of zeros has scales of zero.
         size = scales[place].clamp_min(torch.finfo(torch.float32).tiny)
         shape = self._shortlist(x / size[:, None], share)
@@ -236,13 +265,19 @@ class Matcher:
 
 def group_rms(x: Tensor, share: Tensor) -> Tensor:
     """Weighted rms of groups x [M, g] → [M]."""
-    return ((x.square() * share).sum(dim=1) / share.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    return (
+        (x.square() * share).sum(dim=1)
+        / share.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    ).sqrt()
 
 
-def assign(w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None) -> Tensor:
+def assign(
+    w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | None = None
+) -> Tensor:
     """Line of every group of w [N, K] with the least Σ importance_k·(w_k − ŵ_k)² → int32 [N, G].
 
-    importance: [K] ≥ 0 or None. The error is exact among the few lines that a tabulated error ranks first.
+    importance: [K] ≥ 0 or None. The error is exact among the few lines that a
+    tabulated error ranks first.
     """
     groups = Groups.of(w, group_size, importance)
     matcher = Matcher.of(codebook.times(1 / groups.unit), groups.reach)
@@ -253,7 +288,8 @@ def assign(w: Tensor, codebook: Codebook, group_size: int, importance: Tensor | 
 
 
 def round_codes(w: Tensor, codebook: Codebook, index: Tensor, group_size: int) -> Tensor:
-    """Codes of w [N, K] with the nearest value under their group's line, index [N, G] → uint8 [N, K]."""
+    """Codes of w [N, K] with the nearest value under their group's line,
+    index [N, G] → uint8 [N, K]."""
     N, K = w.shape
     book, width = Book.of(codebook.levels), index.shape[1] * group_size
     codes = torch.empty(N, K, dtype=torch.uint8, device=w.device)

@@ -15,12 +15,21 @@ from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_
 from quantize.methods.sbvr.assign import DIRECT, Codebook, Groups, Matcher, assign, round_codes
 from quantize.methods.sbvr.train import Sample, Trainer, refit
 
-__all__ = ["Codebook", "CodebookKind", "assign", "fit", "fit_codebook", "require_room", "round_codes"]
+__all__ = [
+    "Codebook",
+    "CodebookKind",
+    "assign",
+    "fit",
+    "fit_codebook",
+    "require_room",
+    "round_codes",
+]
 
 CodebookKind = Literal["auto", "lines", "shapes"]
 
 _SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
-_LARGEST = 2048  # groups of the sample that are taken for their size: a few can hold most of the energy
+# groups of the sample that are taken for their size: a few can hold most of the energy
+_LARGEST = 2048
 _TRIAL, _TRIAL_ROUNDS = 4096, 8  # groups and rounds that numbers of scales are compared by
 _ROUNDS = 30
 _SHAKE, _SHAKE_IN_STEPS = 0.02, 0.32  # relative; the finer the steps between levels, the less
@@ -40,7 +49,8 @@ def fit(
     max_overhead: float | None = None,
     seed: int = 0,
 ) -> BitVec:
-    """Quantize w [N, K] to the nearest codes of a fitted codebook; arguments and errors as in `fit_codebook`."""
+    """Quantize w [N, K] to the nearest codes of a fitted codebook; arguments and
+    errors as in `fit_codebook`."""
     codebook, index = fit_codebook(
         w,
         bits,
@@ -72,12 +82,16 @@ def fit_codebook(
     """Fit a codebook to w [N, K] (any float dtype), least Σ importance_k·(w_k − ŵ_k)².
 
     lines: most lines the index may tell apart; up to 256 take an index of 8 bits, more one of 16.
-    kind: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`, whichever errs less on groups
+    kind: `lines` (free lines, at most 1024), `shapes` (shapes × scales) or `auto`,
+    whichever errs less on groups
     it was not trained on. importance: [K] ≥ 0 or None.
-    max_overhead: bits per weight that index and codebook may take together; lines are given up until they fit.
-    start: a codebook of a like weight to train on from, whose kind and size stay: several times faster.
+    max_overhead: bits per weight that index and codebook may take together; lines
+    are given up until they fit.
+    start: a codebook of a like weight to train on from, whose kind and
+    size stay: several times faster.
     Returns the codebook and the line of every group, int32 [N, G].
-    ValueError for what the layout cannot hold, an overhead below that of a single line, or weights that are not finite.
+    ValueError for what the layout cannot hold, an overhead below that of a single line, or
+    weights that are not finite.
     """
     groups = Groups.of(w, group_size, importance)
     sizes = _sizes(w.shape, BitVecScheme(bits, group_size, bias, 1, 1), lines, kind, max_overhead)
@@ -94,9 +108,14 @@ def fit_codebook(
 
 
 def require_room(
-    shape: tuple[int, int], scheme: BitVecScheme, lines: int, kind: CodebookKind, max_overhead: float | None
+    shape: tuple[int, int],
+    scheme: BitVecScheme,
+    lines: int,
+    kind: CodebookKind,
+    max_overhead: float | None,
 ) -> None:
-    """ValueError where `fit_codebook` would refuse a weight of this shape [N, K]; scheme: its bits, group and bias."""
+    """ValueError where `fit_codebook` would refuse a weight of this shape [N, K]; scheme:
+    its bits, group and bias."""
     _sizes(torch.Size(shape), scheme, lines, kind, max_overhead)
 
 
@@ -109,17 +128,24 @@ def _sizes(
     if kind not in ("auto", "lines", "shapes"):
         raise ValueError(f"codebook {kind}: choose auto, lines or shapes")
     doublings = int(math.log2(lines))
-    scales = sorted({1 << doublings * part // 8 for part in (2, 3, 4)} - {1}) if kind != "lines" else []
+    scales = (
+        sorted({1 << doublings * part // 8 for part in (2, 3, 4)} - {1}) if kind != "lines" else []
+    )
     if kind != "shapes" or not scales:
         scales = [1, *scales]
     sizes = [(_most_shapes(shape, scheme, lines, Z, max_overhead), Z) for Z in scales]
     fitting = [(S, Z) for S, Z in sizes if S]
     if not fitting:
-        raise ValueError(f"max_overhead {max_overhead} bits per weight: not even one line fits a weight {tuple(shape)}")
+        raise ValueError(
+            f"max_overhead {max_overhead} bits per weight: not even one line fits a weight "
+            f"{tuple(shape)}"
+        )
     return fitting
 
 
-def _most_shapes(shape: torch.Size, scheme: BitVecScheme, lines: int, Z: int, max_overhead: float | None) -> int:
+def _most_shapes(
+    shape: torch.Size, scheme: BitVecScheme, lines: int, Z: int, max_overhead: float | None
+) -> int:
     N, K = shape
     groups = N * groups_per_row(K, scheme.group_size)
     for most in (lines, min(lines, 256)):  # the narrower index may leave room for more lines
@@ -133,9 +159,11 @@ def _most_shapes(shape: torch.Size, scheme: BitVecScheme, lines: int, Z: int, ma
 
 
 def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, Sample]:
-    """Groups to train on and groups to choose by, in random order; both are the whole where that is small.
+    """Groups to train on and groups to choose by, in random order; both are
+    the whole where that is small.
 
-    Else both hold the groups of most energy, and others drawn at random that count for all the rest.
+    Else both hold the groups of most energy, and others drawn at random
+    that count for all the rest.
     """
     device, M = groups.w.device, groups.count
     if M <= _SAMPLE + _HELD_OUT:
@@ -153,7 +181,9 @@ def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, S
     return seen, _stratified(groups, large, held_out, len(rest), generator)
 
 
-def _stratified(groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator) -> Sample:
+def _stratified(
+    groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator
+) -> Sample:
     """All of one set of groups, and some `of` another that count for the whole of it."""
     order = torch.randperm(len(all_of) + len(some), generator=generator).to(some.device)
     counts = torch.cat([torch.ones_like(all_of), torch.full_like(some, of) / len(some)])
@@ -161,8 +191,11 @@ def _stratified(groups: Groups, all_of: Tensor, some: Tensor, of: int, generator
     return Sample(x, share * counts[order, None])
 
 
-def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer) -> Codebook:
-    """Train free lines and the most promising shapes × scales; return what errs less on the groups held out."""
+def _best_of(
+    sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, trainer: Trainer
+) -> Codebook:
+    """Train free lines and the most promising shapes × scales; return what errs
+    less on the groups held out."""
     starts = [trainer.start(seen, S, Z) for S, Z in sizes]
     shapes = [codebook for codebook in starts if len(codebook.scales) > 1]
     if len(shapes) > 1:
@@ -172,7 +205,11 @@ def _best_of(sizes: list[tuple[int, int]], seen: Sample, held_out: Sample, train
     finalists = [codebook for codebook in starts if len(codebook.scales) == 1] + shapes
     shake = min(_SHAKE, _SHAKE_IN_STEPS / (1 << trainer.bits))
     trained = [trainer.train(codebook, seen, _ROUNDS, shake) for codebook in finalists]
-    return trained[0] if len(trained) == 1 else min(trained, key=lambda codebook: _error(codebook, held_out))
+    return (
+        trained[0]
+        if len(trained) == 1
+        else min(trained, key=lambda codebook: _error(codebook, held_out))
+    )
 
 
 def _error(codebook: Codebook, sample: Sample) -> float:
@@ -187,7 +224,9 @@ def _error(codebook: Codebook, sample: Sample) -> float:
 def _refit_everywhere(groups: Groups, codebook: Codebook) -> Codebook:
     """One round of Lloyd's algorithm over all weights themselves."""
     matcher = Matcher.of(codebook, groups.reach)
-    counts = torch.zeros(codebook.size << codebook.bits, dtype=torch.float64, device=groups.w.device)
+    counts = torch.zeros(
+        codebook.size << codebook.bits, dtype=torch.float64, device=groups.w.device
+    )
     sums = torch.zeros_like(counts)
     for _, x, share in groups.pieces(matcher.tables.shape[1]):
         line = matcher.best(x, share)[0]

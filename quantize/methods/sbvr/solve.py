@@ -1,9 +1,12 @@
-"""Bit-vector weights in the Hessian's metric: codes, lines and coefficients in turn, each by its own descent.
+"""Bit-vector weights in the Hessian's metric: codes, lines and coefficients in
+turn, each by its own descent.
 
-All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) of one linear, W [N, K], H = E[x xᵀ] [K, K]. Codes: GPTQ error feedback,
-then coordinate descent. Lines: every group tries the line that suits what the rest of its row leaves it. Coefficients:
-least squares over all lines of the codebook at once. The order of steps is that of BPDQ (arXiv 2602.04163), whose
-groups have coefficients of their own; here they share a codebook.
+All functions minimise tr((Ŵ − W) H (Ŵ − W)ᵀ) of one linear, W [N, K], H = E[x xᵀ]
+[K, K]. Codes: GPTQ error feedback,
+then coordinate descent. Lines: every group tries the line that suits what the rest of its
+row leaves it. Coefficients: least squares over all lines of the codebook at once. The
+order of steps is that of BPDQ (arXiv 2602.04163), whose groups have coefficients of their
+own; here they share a codebook.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ class LineBooks:
 
 @dataclass
 class Fitted:
-    """Codes [N, K] (float32 whole numbers) and lines [N, G] under a codebook, with what follows from them."""
+    """Codes [N, K] (float32 whole numbers) and lines [N, G] under a codebook,
+    with what follows from them."""
 
     codebook: Codebook
     index: Tensor
@@ -70,8 +74,13 @@ class Fitted:
         return out
 
     def places(self, rows: slice) -> Tensor:
-        """Where the weights of some rows [R, K] are looked up in a flattened table [L, 2^bits], int64."""
-        index = self.index[rows].long().repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        """Where the weights of some rows [R, K] are looked up in a flattened
+        table [L, 2^bits], int64."""
+        index = (
+            self.index[rows]
+            .long()
+            .repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
+        )
         return (index << self.codebook.bits) + self.codes[rows].long()
 
     @property
@@ -85,19 +94,26 @@ class Fitted:
 
 
 def pieces(matrix: Tensor) -> Iterator[slice]:
-    """Rows of a matrix [N, K], as many at a time as `_PIECE` weights have: work space in 64 bits must stay small."""
+    """Rows of a matrix [N, K], as many at a time as `_PIECE` weights have: work space
+    in 64 bits must stay small."""
     rows = max(1, _PIECE // matrix.shape[1])
     for first in range(0, len(matrix), rows):
         yield slice(first, first + rows)
 
 
 def solve(
-    target: Tensor, usable: Damped, metric: Tensor, start: tuple[Codebook, Tensor], group_size: int, sweeps: int
+    target: Tensor,
+    usable: Damped,
+    metric: Tensor,
+    start: tuple[Codebook, Tensor],
+    group_size: int,
+    sweeps: int,
 ) -> Fitted:
-    """Fit bit vectors to target [N, K] in the damped Hessian `metric` [K, K], from a codebook and index [N, G].
+    """Fit bit vectors to target [N, K] in the damped Hessian `metric` [K, K], from
+    a codebook and index [N, G].
 
-    Every sweep refits coefficients, moves lines, then codes; the loss never grows. Ends early once a sweep gains less
-    than half a percent.
+    Every sweep refits coefficients, moves lines, then codes; the loss never grows. Ends early once
+    a sweep gains less than half a percent.
     """
     codebook, index = start
     codes = feed_back(target, usable, LineBooks(codebook, index), group_size)
@@ -108,7 +124,14 @@ def solve(
         value = fitted.value
         gradient = (value - target) @ metric
         _move_lines(fitted, value, gradient, metric)
-        move_codes(fitted.codes, value, gradient, metric, LineBooks(fitted.codebook, fitted.index), group_size)
+        move_codes(
+            fitted.codes,
+            value,
+            gradient,
+            metric,
+            LineBooks(fitted.codebook, fitted.index),
+            group_size,
+        )
         after = loss(target, fitted, metric)
         if after < before:
             best = fitted
@@ -121,14 +144,18 @@ def solve(
 def loss(target: Tensor, fitted: Fitted, metric: Tensor) -> float:
     """tr((Ŵ − W) H (Ŵ − W)ᵀ) of target [N, K] in the metric H [K, K]."""
     delta = fitted.value.sub_(target)
-    return sum(float(((delta[rows] @ metric) * delta[rows]).sum(dtype=torch.float64)) for rows in pieces(delta))
+    return sum(
+        float(((delta[rows] @ metric) * delta[rows]).sum(dtype=torch.float64))
+        for rows in pieces(delta)
+    )
 
 
 def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> None:
-    """Let every group try another line, its codes by error feedback within the group; the rest of the row is fixed.
+    """Let every group try another line, its codes by error feedback within the group;
+    the rest of the row is fixed.
 
-    The line is the nearest one to the values that would be best if they were free. value and gradient (Ŵ − W) H [N, K]
-    are kept up to date.
+    The line is the nearest one to the values that would be best if they were free. value and
+    gradient (Ŵ − W) H [N, K] are kept up to date.
     """
     G, K = fitted.group_size, value.shape[1]
     for g, first in enumerate(range(0, K, G)):
@@ -138,7 +165,11 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         free = here - slope @ torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
         other = assign(free, fitted.codebook, G, block.diagonal())
         best = torch.zeros_like(here[:, 0])
-        values, codes, lines = here.clone(), fitted.codes[:, span].clone(), fitted.index[:, g].clone()
+        values, codes, lines = (
+            here.clone(),
+            fitted.codes[:, span].clone(),
+            fitted.index[:, g].clone(),
+        )
         for index in (other, fitted.index[:, g : g + 1]):
             books = LineBooks(fitted.codebook, index)
             trial_codes = feed_back(free, d, books, G)
@@ -190,7 +221,8 @@ def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
 
 
 class _Design:
-    """The linear map from shapes [S, C] to the weight [N, K] under fixed codes, lines and scales."""
+    """The linear map from shapes [S, C] to the weight [N, K] under
+    fixed codes, lines and scales."""
 
     def __init__(self, fitted: Fitted) -> None:
         codebook, codes = fitted.codebook, fitted.codes
@@ -214,7 +246,8 @@ class _Design:
         return self._totals(weights) @ self.basis
 
     def preconditioner(self, diagonal: Tensor) -> Tensor:
-        """Inverses [S, C, C] of the normal equations of each line alone, inputs taken as uncorrelated."""
+        """Inverses [S, C, C] of the normal equations of each line alone,
+        inputs taken as uncorrelated."""
         sizes = self._totals(diagonal.expand_as(self.places), power=2)
         normal = torch.einsum("sq,qc,qd->scd", sizes, self.basis, self.basis)
         own = normal.diagonal(dim1=1, dim2=2).mean(dim=1)

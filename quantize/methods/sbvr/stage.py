@@ -1,4 +1,5 @@
-"""SBVR: weights as sums of bit vectors whose coefficients come from a codebook (arXiv 2509.18172)."""
+"""SBVR: weights as sums of bit vectors whose coefficients come from a
+codebook (arXiv 2509.18172)."""
 
 from __future__ import annotations
 
@@ -26,22 +27,23 @@ if TYPE_CHECKING:
 
 
 _OCCUPANCY = (
-    "Lines that would be in use if all were used alike (the exponential of the entropy of the groups' choices), as a "
-    "share of the codebook. A low share means that most groups look alike."
+    "Lines that would be in use if all were used alike (the exponential of the entropy of the "
+    "groups' choices), as a share of the codebook. A low share means that most groups look alike."
 )
 _LINES = "Lines that a group can choose from; small matrices get fewer so that the codebook stays within `overhead`."
 _SCALES = "1: every line is free; more: a line is one of a few shapes times one of so many scales."
 _SHARE = (
-    "Loss in the metric of the inputs over that of the data-free fit of the same matrix. It lies below 1: what codes, "
-    "lines and coefficients gain by knowing the inputs."
+    "Loss in the metric of the inputs over that of the data-free fit of the same matrix. It lies "
+    "below 1: what codes, lines and coefficients gain by knowing the inputs."
 )
 
 
 class Sbvr(Encode):
-    """Weights as Σ c_k·b_k per group, the coefficients c shared through a codebook that is fitted to each matrix.
+    """Weights as Σ c_k·b_k per group, the coefficients c shared through a codebook
+    that is fitted to each matrix.
 
-    The published search over a grid is replaced by Lloyd's algorithm over groups, and block-wise feedback by descent
-    over codes, lines and coefficients in the Hessian's metric.
+    The published search over a grid is replaced by Lloyd's algorithm over groups, and block-wise
+    feedback by descent over codes, lines and coefficients in the Hessian's metric.
     """
 
     method: Literal["sbvr"] = "sbvr"
@@ -50,21 +52,24 @@ class Sbvr(Encode):
     group_size: Literal[64, 128, 256] = 128
     """Consecutive inputs of one output row that share a line of coefficients."""
     bias: bool = True
-    """Whether a line also has a constant, which costs no bits per weight; without it, as published, code 0 is 0."""
+    """Whether a line also has a constant, which costs no bits per weight; without it,
+    as published, code 0 is 0."""
     lines: int = Field(default=256, ge=1, le=65536)
     """Most lines in a matrix's codebook; above 256 a group's index takes 16 bits."""
     codebook: Literal["auto", "lines", "shapes"] = "auto"
-    """`lines`: every line is free; `shapes`: a line is one of a few shapes times one of a few scales; `auto`: what has
-    the smaller error at the same bits per weight."""
+    """`lines`: every line is free; `shapes`: a line is one of a few shapes times one of a few
+    scales; `auto`: what has the smaller error at the same bits per weight."""
     overhead: float | None = Field(default=0.125, gt=0, le=16)
-    """Bits per weight that indices and codebook may take; small matrices get fewer lines. null: no limit. The default
-    makes 4-bit weights no larger than INT4 with a 16-bit scale for every 128."""
+    """Bits per weight that indices and codebook may take; small matrices get fewer lines. null: no
+    limit. The default makes 4-bit weights no larger than INT4 with a 16-bit scale for every 128."""
     fit: Literal["data-free", "hessian"] = "hessian"
     """`data-free`: least squared error of the weights; `hessian`: of the outputs."""
     aim: Literal["parent", "layer"] = "parent"
-    """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`: this layer's own outputs."""
+    """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`:
+    this layer's own outputs."""
     damping: float = Field(default=0.1, gt=0, le=1)
-    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while the Hessian stays singular."""
+    """Fraction of the mean Hessian diagonal that is added to it; raised tenfold while
+    the Hessian stays singular."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of descent over coefficients, lines and codes."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -86,21 +91,29 @@ class Sbvr(Encode):
         return "method"
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for patterns that match nothing, or a matrix too small for a codebook within `overhead`."""
+        """ModelError for patterns that match nothing, or a matrix too small for a
+        codebook within `overhead`."""
         super().check(linears)
         scheme = BitVecScheme(self.bits, self.group_size, self.bias, 1, 1)
         for name in filter(self.selects, linears):
             try:
                 require_room(linears[name], scheme, self.lines, self.codebook, self.overhead)
             except ValueError as err:
-                raise ModelError(f"{name}: {err}; raise overhead or add the layer to ignore") from None
+                raise ModelError(
+                    f"{name}: {err}; raise overhead or add the layer to ignore"
+                ) from None
 
     def measured(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
-        return moments_of(block, name, False, with_reference=self.aim == "parent") if self.needs_inputs else None
+        return (
+            moments_of(block, name, False, with_reference=self.aim == "parent")
+            if self.needs_inputs
+            else None
+        )
 
     def fitting(self, N: int, K: int) -> int:
-        """The codebook is trained on a sample; then the factorization, or what stands beside the factor."""
+        """The codebook is trained on a sample; then the factorization, or what
+        stands beside the factor."""
         training = min(500 * N * K, 150 << 20) + 5 * N * K
         if not self.needs_inputs:
             return max(training, 24 * N * K)
@@ -122,7 +135,9 @@ class Sbvr(Encode):
                 block.note(name, fallback=f"{usable}: fitted to the weights alone")
                 self._data_free(block, name)
             return
-        targets = {name: target_of(block.linear(name).weight.float(), moments, usable) for name in names}
+        targets = {
+            name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
+        }
         moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._solve(block, name, targets.pop(name), moments, usable)
@@ -131,7 +146,9 @@ class Sbvr(Encode):
         weight = block.linear(name).weight.float()
         self._encode(block, name, self._rounded(weight, self._codebook(weight)))
 
-    def _solve(self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped) -> None:
+    def _solve(
+        self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped
+    ) -> None:
         weight = block.linear(name).weight.float()
         data_free = self._codebook(weight)
         with usable.metric(moments.hessian) as metric:
@@ -148,15 +165,32 @@ class Sbvr(Encode):
         block.note(name, loss_share=ours / theirs if theirs else 1.0)
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
-        """Show how well codebooks are used, which kind of codebook each matrix took and what the Hessian buys."""
+        """Show how well codebooks are used, which kind of codebook each matrix took
+        and what the Hessian buys."""
         lines, effective = facts(layers, "cache_lines"), facts(layers, "cache_effective")
-        occupancy = {n: e / m if (m := lines.get(n)) and e is not None else None for n, e in effective.items()}
+        occupancy = {
+            n: e / m if (m := lines.get(n)) and e is not None else None
+            for n, e in effective.items()
+        }
         share = facts(layers, "loss_share")
         drawn = (
-            block_map(occupancy, title="Codebook occupancy", caption=_OCCUPANCY, unit="of the lines"),
+            block_map(
+                occupancy, title="Codebook occupancy", caption=_OCCUPANCY, unit="of the lines"
+            ),
             block_map(lines, title="Lines in the codebook", caption=_LINES, unit="lines", log=True),
-            block_map(facts(layers, "cache_scales"), title="Scales of a codebook", caption=_SCALES, unit="scales"),
-            block_map(share, title="Output error against the data-free fit", caption=_SHARE, unit="ratio", log=True),
+            block_map(
+                facts(layers, "cache_scales"),
+                title="Scales of a codebook",
+                caption=_SCALES,
+                unit="scales",
+            ),
+            block_map(
+                share,
+                title="Output error against the data-free fit",
+                caption=_SHARE,
+                unit="ratio",
+                log=True,
+            ),
         )
         return tuple(picture for picture in drawn if picture is not None)
 
@@ -178,22 +212,36 @@ class Sbvr(Encode):
 
     def _rounded(self, weight: Tensor, start: tuple[Codebook, Tensor]) -> Fitted:
         codebook, index = start
-        return Fitted(codebook, index, round_codes(weight, codebook, index, self.group_size).float(), self.group_size)
+        return Fitted(
+            codebook,
+            index,
+            round_codes(weight, codebook, index, self.group_size).float(),
+            self.group_size,
+        )
 
-    def _encode(self, block: Block, name: str, fitted: Fitted, hessian: Tensor | None = None) -> None:
+    def _encode(
+        self, block: Block, name: str, fitted: Fitted, hessian: Tensor | None = None
+    ) -> None:
         weight, codebook = block.linear(name).weight.float(), fitted.codebook
         codes = fitted.codes.to(torch.uint8)
-        packed = BitVec(codes, fitted.index, codebook.lines.half(), codebook.scales, self.bits, self.group_size)
+        packed = BitVec(
+            codes, fitted.index, codebook.lines.half(), codebook.scales, self.bits, self.group_size
+        )
         block.encode(name, packed, False)
         lines, used, effective = _occupancy(packed)
         block.note(
-            name, cache_lines=lines, cache_used=used, cache_effective=effective, cache_scales=len(codebook.scales)
+            name,
+            cache_lines=lines,
+            cache_used=used,
+            cache_effective=effective,
+            cache_scales=len(codebook.scales),
         )
         note_errors(block, name, weight, packed.unpack(), hessian)
 
 
 def _occupancy(packed: BitVec) -> tuple[int, int, float]:
-    """Lines of the codebook, those that some group uses, and how many used alike would choose as freely (e^entropy)."""
+    """Lines of the codebook, those that some group uses, and how many used alike would
+    choose as freely (e^entropy)."""
     lines = len(packed.lines) * len(packed.scales)
     counts = torch.bincount(packed.index.flatten(), minlength=lines).double()
     share = counts[counts > 0] / counts.sum()

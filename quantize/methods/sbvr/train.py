@@ -1,9 +1,10 @@
 """Trains a codebook of SBVR lines on sampled groups, by Lloyd's algorithm on their histograms.
 
-Groups go to the line with the least error, lines become the least-squares solution for the codes of their groups
-(Lloyd, IEEE Trans. Inf. Theory 28, 1982, with a constrained code book). Sums of bit vectors have many local optima, so
-lines start as the best of many random fits to single groups, and training shakes them ever less (stochastic relaxation:
-Zeger, Vaisey, Gersho, IEEE Trans. Signal Process. 40, 1992).
+Groups go to the line with the least error, lines become the least-squares solution for the codes
+of their groups (Lloyd, IEEE Trans. Inf. Theory 28, 1982, with a constrained code book). Sums of
+bit vectors have many local optima, so lines start as the best of many random fits to single
+groups, and training shakes them ever less (stochastic relaxation: Zeger, Vaisey, Gersho, IEEE
+Trans. Signal Process. 40, 1992).
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Trainer:
         drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
         best = self._best_starts(normalised, drawn)
         if Z == 1:
-            return Codebook(_representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits)
+            return Codebook(
+                _representable(best * rms[drawn, None]), torch.ones_like(rms[:1]), self.bits
+            )
         return Codebook(_representable(best), _spread(rms, sample.share.sum(dim=1), Z), self.bits)
 
     def _best_starts(self, normalised: Sample, drawn: Tensor) -> Tensor:
@@ -83,17 +86,24 @@ class Trainer:
             errors = (own * axis.nearest(levels(lines, self.bits))[1]).sum(dim=1).view(S, tries)
             tries = max(1, tries // 4)
             best = errors.topk(tries, dim=1, largest=False).indices
-            lines = lines.view(S, -1, lines.shape[1]).take_along_dim(best[:, :, None], dim=1).flatten(0, 1)
+            lines = (
+                lines.view(S, -1, lines.shape[1])
+                .take_along_dim(best[:, :, None], dim=1)
+                .flatten(0, 1)
+            )
         return _polish(lines, histograms, axis, self.bits, _START_ROUNDS)
 
     def _random(self, tries: int, histograms: Tensor, axis: Axis) -> Tensor:
-        """Random lines for histograms [S, B] of mass 1 → [S·tries, C]: levels of their rms, or mean and deviation."""
+        """Random lines for histograms [S, B] of mass 1 → [S·tries, C]: levels of their
+        rms, or mean and deviation."""
         S = len(histograms)
         c = torch.randn(S * tries, self.bits, generator=self.generator).to(axis.points.device)
         if self.bias:
             c = torch.cat([c, -c.sum(dim=1, keepdim=True) / 2], dim=1)
         power = levels(c, self.bits).square().mean(dim=1, keepdim=True)
-        mean = (histograms @ axis.points if self.bias else histograms.new_zeros(S)).repeat_interleave(tries)
+        mean = (
+            histograms @ axis.points if self.bias else histograms.new_zeros(S)
+        ).repeat_interleave(tries)
         square = (histograms @ axis.points.square()).repeat_interleave(tries)
         size = (square - mean.square()).clamp_min(_LEAST_VARIANCE).sqrt()
         c *= _START_SIZE * size[:, None] / power.sqrt()
@@ -102,21 +112,31 @@ class Trainer:
         return c
 
     def train(self, codebook: Codebook, sample: Sample, rounds: int, shake: float) -> Codebook:
-        """Lloyd's algorithm on histograms; `shake`: first relative change of coefficients after a round.
+        """Lloyd's algorithm on histograms; `shake`: first relative change
+        of coefficients after a round.
 
-        Where lines are too many to compare them all, only shapes are trained, on groups brought to an rms of 1.
+        Where lines are too many to compare them all, only shapes are trained, on
+        groups brought to an rms of 1.
         """
         if len(codebook.scales) > 1 and codebook.size > DIRECT:
             shapes = Codebook(codebook.lines, torch.ones_like(codebook.scales[:1]), self.bits)
-            return Codebook(self.train(shapes, sample.normalised()[0], rounds, shake).lines, codebook.scales, self.bits)
+            return Codebook(
+                self.train(shapes, sample.normalised()[0], rounds, shake).lines,
+                codebook.scales,
+                self.bits,
+            )
         axis = Axis.over(float(sample.x.abs().max()), self.bits, sample.x.device)
         histograms = axis.histogram(sample.x, sample.share)
         for r in range(rounds):
             codebook = self._round(codebook, histograms, axis)
             size = shake * (1 - r / (rounds * _SHAKEN))
             if size > 0:
-                noise = torch.randn(codebook.lines.shape, generator=self.generator).to(codebook.lines.device)
-                codebook = Codebook(_representable(codebook.lines * (1 + size * noise)), codebook.scales, self.bits)
+                noise = torch.randn(codebook.lines.shape, generator=self.generator).to(
+                    codebook.lines.device
+                )
+                codebook = Codebook(
+                    _representable(codebook.lines * (1 + size * noise)), codebook.scales, self.bits
+                )
         return codebook
 
     def _round(self, codebook: Codebook, histograms: Tensor, axis: Axis) -> Codebook:
@@ -124,7 +144,11 @@ class Trainer:
         least = (histograms @ tables.T).min(dim=1)
         mass = torch.zeros_like(tables).index_add_(0, least.indices, histograms)
         new = refit(codebook, *_totals(mass, codes, axis, self.bits))
-        used = torch.bincount(least.indices, minlength=codebook.size).view(len(codebook.lines), -1).sum(dim=1)
+        used = (
+            torch.bincount(least.indices, minlength=codebook.size)
+            .view(len(codebook.lines), -1)
+            .sum(dim=1)
+        )
         idle = (used == 0).nonzero()[: len(histograms), 0]
         if not len(idle):
             return new
@@ -149,14 +173,19 @@ def _polish(lines: Tensor, histograms: Tensor, axis: Axis, bits: int, rounds: in
     """Fit every line [L, C] to its own histogram [L, B]."""
     for _ in range(rounds):
         codes = axis.nearest(levels(lines, bits))[0]
-        lines = _solve(*_equations(*_totals(histograms, codes, axis, bits), lines.shape[1]), lines).float()
+        lines = _solve(
+            *_equations(*_totals(histograms, codes, axis, bits), lines.shape[1]), lines
+        ).float()
     return lines
 
 
 def _totals(mass: Tensor, codes: Tensor, axis: Axis, bits: int) -> tuple[Tensor, Tensor]:
-    """Weight and weighted sum of what has each code, float64 [L, 2^bits], of histograms and codes [L, B]."""
+    """Weight and weighted sum of what has each code, float64 [L, 2^bits], of
+    histograms and codes [L, B]."""
     empty = torch.zeros(len(mass), 1 << bits, device=mass.device)
-    return empty.scatter_add(1, codes, mass).double(), empty.scatter_add(1, codes, mass * axis.points).double()
+    return empty.scatter_add(1, codes, mass).double(), empty.scatter_add(
+        1, codes, mass * axis.points
+    ).double()
 
 
 def _equations(counts: Tensor, sums: Tensor, C: int) -> tuple[Tensor, Tensor]:
@@ -166,26 +195,33 @@ def _equations(counts: Tensor, sums: Tensor, C: int) -> tuple[Tensor, Tensor]:
     if len(codes) < 1 << C:
         terms[:, -1] = 1
     masks = terms.double()
-    return (counts @ (masks[:, :, None] * masks[:, None, :]).flatten(1)).view(-1, C, C), sums @ masks
+    return (counts @ (masks[:, :, None] * masks[:, None, :]).flatten(1)).view(
+        -1, C, C
+    ), sums @ masks
 
 
 def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
     """Least squares [L, C]; coefficients that the data leave open stay near the old ones."""
     ridge = (_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1)).clamp_min(1e-30)[:, None]
-    solved: Tensor = torch.linalg.solve(gram + torch.diag_embed(ridge.expand_as(moment)), moment + ridge * old)
+    solved: Tensor = torch.linalg.solve(
+        gram + torch.diag_embed(ridge.expand_as(moment)), moment + ridge * old
+    )
     return solved
 
 
 def refit(codebook: Codebook, counts: Tensor, sums: Tensor) -> Codebook:
     """Least squares for the shapes with scales fixed, then for the scales.
 
-    counts and sums: of all that is coded by a line, how much has each code and its weighted sum, float64 [S·Z, 2^bits].
+    counts and sums: of all that is coded by a line, how much has each code and its
+    weighted sum, float64 [S·Z, 2^bits].
     """
     S, C, Z = *codebook.lines.shape, len(codebook.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
     scales = codebook.scales.double()
     solved = _solve(
-        torch.einsum("szij,z->sij", gram, scales**2), torch.einsum("szi,z->si", moment, scales), codebook.lines
+        torch.einsum("szij,z->sij", gram, scales**2),
+        torch.einsum("szi,z->si", moment, scales),
+        codebook.lines,
     )
     lines = _representable(solved)
     if Z == 1:
