@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,12 @@ def apply(make_block: BlockMaker, cls: type[Stage], model_type: str, **fields: A
     with torch.no_grad():
         stage.apply(block)
     return block
+
+
+@functools.cache
+def encoded(make_block: BlockMaker, cls: type[Stage], model_type: str) -> Block:
+    """A block that a stage with its defaults encoded, made once: read it, never change it."""
+    return apply(make_block, cls, model_type)
 
 
 def outputs(block: Block, inputs: list[Tensor]) -> Tensor:
@@ -89,7 +96,7 @@ def test_smooth_leaves_the_function_alone(
 def test_encode_packs_every_linear_bit_exactly(
     make_block: BlockMaker, cls: type[Stage], model_type: str
 ):
-    block = apply(make_block, cls, model_type)
+    block = encoded(make_block, cls, model_type)
     assert set(block.packed) == set(row_of(model_type).roles)
     for name, packed in block.packed.items():
         linear = block.module.get_submodule(name)
@@ -109,7 +116,7 @@ def test_encode_packs_every_linear_bit_exactly(
 @pytest.mark.parametrize("cls", ENCODE, ids=named)
 def test_encode_stays_near_the_parent(make_block: BlockMaker, cls: type[Stage], model_type: str):
     plain = make_block(model_type)
-    block = apply(make_block, cls, model_type)
+    block = encoded(make_block, cls, model_type)
     assert difference(outputs(block, plain.inputs), outputs(plain, plain.inputs)) < 0.2
     for name, facts in block.report.items():
         assert 0 < facts["weight_error"] < 0.2, name
@@ -122,7 +129,7 @@ def test_encode_leaves_the_rest_of_the_block_alone(
     make_block: BlockMaker, cls: type[Stage], model_type: str
 ):
     plain = dict(make_block(model_type).module.named_parameters())
-    for name, parameter in apply(make_block, cls, model_type).module.named_parameters():
+    for name, parameter in encoded(make_block, cls, model_type).module.named_parameters():
         if name.rpartition(".")[0] not in row_of(model_type).roles or name.endswith(".bias"):
             assert torch.equal(parameter, plain[name]), name
 
