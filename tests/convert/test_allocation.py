@@ -223,7 +223,8 @@ def test_the_recipe_on_record_does_the_same_without_a_target(
     tiny: Maker, text_file: Path, tmp_path: Path
 ):
     facts = run_to(5, tiny("llama"), "gptq", tmp_path / "one", text_file)
-    again = parse_recipe(facts["recipe"]["resolved"], "gptq.yaml")
+    # The record names the text, not the folder that it lay in.
+    again = parse_recipe(facts["recipe"]["resolved"], "gptq.yaml").with_overrides(str(text_file))
     assert again.target_bpw is None
     convert(
         dataclasses.replace(
