@@ -168,7 +168,7 @@ def _commands(command: Any, name: str) -> Iterator[str]:
 def _names(parameter: Any) -> str:
     """An option in all its spellings, or the placeholder of an argument."""
     if parameter.param_type_name == "option":
-        return ", ".join(f"`{option}`" for option in parameter.opts)
+        return ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
     return f"`{str(parameter.metavar or parameter.name).upper()}`"
 
 

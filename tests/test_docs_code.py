@@ -58,7 +58,11 @@ def parse(arguments: list[str]) -> None:
         name = arguments[0]
         command, arguments = command.commands[name], arguments[1:]
     if hasattr(command, "commands"):
-        known = {option for parameter in command.params for option in parameter.opts}
+        known = {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(arguments) <= known | {"--help"}, arguments
         return
     command.make_context(name, list(arguments), parent=context)
@@ -84,7 +88,11 @@ def test_the_parser_refuses_what_pq_refuses():
 
 def options(command: Any) -> set[str]:
     """Options of a command and of all below it."""
-    own = {option for parameter in command.params for option in parameter.opts}
+    own = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     return own.union(*(options(child) for child in getattr(command, "commands", {}).values()))
 
 
