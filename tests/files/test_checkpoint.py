@@ -295,10 +295,10 @@ def test_random_bytes_give_tensors_or_a_model_error(
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
     (folder / SINGLE_NAME).write_bytes(raw[:length])
-    began = time.perf_counter()
+    began = time.process_time()
     with suppress(ModelError):
         require_finite_floats(Checkpoint(folder).tensors(""), "")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_rotary_buffers_of_early_llama_checkpoints_are_passed_over(single: Path) -> None:

@@ -154,16 +154,16 @@ def test_yaml_features_that_are_refused(yaml: str, where: str, says: str):
 
 def test_an_alias_bomb_costs_nothing():
     bomb = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [{', '.join(['*a'] * 9)}]\n" for i in range(9))
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "alias '*a' is refused" in "\n".join(errors(bomb))
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("text", ["? " * 40_000, "- " * 40_000, "[" * 40_000, "{a: " * 20_000])
 def test_deep_nesting_stops_early(text: str):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "nested deeper than 20" in errors(text)[0]
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_size_and_encoding():
