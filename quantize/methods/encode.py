@@ -20,7 +20,7 @@ from quantize.cost.peak import give_back
 from quantize.errors import ModelError
 from quantize.formats.packed_int import stored_bits
 from quantize.methods.base import Kind, Stage
-from quantize.solvers.feedback import Damped, corrected_target, damped, feedback_order
+from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def factored(
     """The Hessian of `name`, safe to factor, or why the linear cannot be fitted to its inputs."""
     if too_little := too_few(block.arch, name, moments):
         return too_little
-    usable = damped(moments.hessian, damping, feedback_order(moments.hessian, order))
+    usable = damp(moments.hessian, damping, feedback_order(moments.hessian, order))
     return "Hessian is not finite or stays singular" if usable is None else usable
 
 

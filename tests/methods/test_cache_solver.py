@@ -19,7 +19,7 @@ from quantize.methods.sbvr.solve import (
     loss,
     solve,
 )
-from quantize.solvers.feedback import Damped, damped, feedback_order
+from quantize.solvers.feedback import Damped, damp, feedback_order
 
 
 def problem(N: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def problem(N: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def usable(H: Tensor) -> Damped:
-    found = damped(H, 1e-6, feedback_order(H, "activation"))
+    found = damp(H, 1e-6, feedback_order(H, "activation"))
     assert found is not None
     return found
 

@@ -152,7 +152,7 @@ def test_the_data_free_fit_needs_no_inputs(make_block: BlockMaker):
 
 def test_inputs_that_cannot_be_used(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block, plain = make_block("llama"), make_block("llama")
-    monkeypatch.setattr("quantize.methods.encode.damped", lambda *_: None)
+    monkeypatch.setattr("quantize.methods.encode.damp", lambda *_: None)
     run(Sbvr(**SOME | {"aim": "layer"}), block)
     run(Sbvr(**SOME | {"fit": "data-free"}), plain)
     for name in (OUT, DOWN):
