@@ -65,7 +65,7 @@ def open_block(
     )
     if parking:
         parking.away(block.module)
-    if plan.basis.changed:
+    if plan.basis.is_changed:
         block.map_inputs(plan.basis.leave)
     return block
 

@@ -53,7 +53,7 @@ class Encode(Stage):
                     f"model (names look like {next(iter(linears))})"
                 )
 
-    def selected(self, block: Block) -> list[str]:
+    def selection(self, block: Block) -> list[str]:
         """Linears of the block that the stage encodes, in the order in
         which the block computes them."""
         names = [name for group in block.arch.calibration_order for name in group]
@@ -66,7 +66,7 @@ class Encode(Stage):
         for groups in self._waves(block):
             share_out(
                 block,
-                [(names, self.measured(block, names[0])) for names in groups],
+                [(names, self.measure(block, names[0])) for names in groups],
                 self.encode_group,
             )
             give_back()
@@ -114,7 +114,7 @@ class Encode(Stage):
         if wave:
             yield wave
 
-    def measured(self, block: Block, name: str) -> Moments | None:
+    def measure(self, block: Block, name: str) -> Moments | None:
         """What must be known about the input of `name`; None where that is nothing.
         All ranks measure together."""
         return None
@@ -223,7 +223,7 @@ def note_errors(
         block.note(name, output_error=relative_error(original, quantized, hessian))
 
 
-def factored(
+def factor_hessian(
     block: Block,
     name: str,
     moments: Moments,

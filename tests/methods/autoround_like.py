@@ -48,7 +48,7 @@ class AutoRoundLike(IntEncode):
 
     def apply(self, block: Block) -> None:
         grid, wanted = Grid(self.bits, self.group_size), list(teacher_outputs(block))
-        trials = {name: _Rounding(block.linear(name), grid) for name in self.selected(block)}
+        trials = {name: _Rounding(block.linear(name), grid) for name in self.selection(block)}
         with stand_in(block.module, trials), torch.enable_grad():
             for step in range(self.steps):
                 found = block.forward(block.module, block.inputs[step % len(wanted)])

@@ -15,7 +15,7 @@ from quantize.methods.sbvr.solve import (
     LineBooks,
     _Design,
     _move_lines,
-    _refitted,
+    _refit,
     loss,
     solve,
 )
@@ -89,7 +89,7 @@ def test_refit_finds_the_least_squares_coefficients(
     wanted = torch.linalg.lstsq(mapped, (w.double() @ root).flatten()).solution
     minimum = float(((A @ wanted).view(24, 160) - w.double()).matmul(root).square().sum())
     for _ in range(6):
-        fitted = _refitted(w, fitted, H)
+        fitted = _refit(w, fitted, H)
     assert loss(w, fitted, H) < minimum * 1.002
     assert torch.equal(fitted.codebook.lines, fitted.codebook.lines.half().float())
 

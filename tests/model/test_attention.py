@@ -24,7 +24,7 @@ from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.kernels.attention.reference import attend
 from quantize.methods.fireq.attention import FireqAttention
-from quantize.methods.fireq.kv_search import channel_maxima, published, treated_channels
+from quantize.methods.fireq.kv_search import channel_maxima, paper_scales, treated_channels
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.load import load_model
 from quantize.model.rope import pair_norm, partners, rotary_dim
@@ -230,7 +230,7 @@ def test_the_published_constants():
     channel = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
     pair = torch.tensor([[9.2, 3.2, 9.2, 3.2]])
     partner = partners("half-split", 4, 4)
-    scales = published(channel, pair, partner, 8.0, 4.0, 1)
+    scales = paper_scales(channel, pair, partner, 8.0, 4.0, 1)
     assert treated_channels(channel, partner, 1).tolist() == [[True, False, True, False]]
     assert scales.post[0].tolist() == pytest.approx([4 / 9, 1, 4 / 2, 1])
     assert scales.pre[0].tolist() == pytest.approx([1, 2.5, 1, 2.5])

@@ -223,7 +223,7 @@ def test_every_linear_is_encoded_once(tmp_path: Path, make_block: BlockMaker):
             done.extend(mine)
             stage.encode_group(one, mine, moments)
 
-        share_out(block, [(names, stage.measured(block, names[0]))], encode)  # type: ignore[arg-type]
+        share_out(block, [(names, stage.measure(block, names[0]))], encode)  # type: ignore[arg-type]
         return block, done
 
     wanted, _ = encoded(ALONE)

@@ -110,7 +110,7 @@ class KeyScales:
     post: Tensor
 
 
-def published(
+def paper_scales(
     channel: Tensor, pair: Tensor, partner: Tensor, alpha: float, beta: float, top_k: int
 ) -> KeyScales:
     """FireQ's constants: S = β / max|k_c| on the top_k channels and their partners, N = α

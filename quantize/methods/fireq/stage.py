@@ -18,7 +18,7 @@ from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
     IntEncode,
     encode_nearest,
-    factored,
+    factor_hessian,
     fall_back,
     note_errors,
     target_of,
@@ -89,7 +89,7 @@ class Fireq(IntEncode):
         """Aiming at the parent takes its activations along."""
         return self.rounding == "descent" and self.aim == "parent"
 
-    def measured(self, block: Block, name: str) -> Moments | None:
+    def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
         return (
             moments_of(block, name, self.fp8, with_reference=self.aim == "parent")
@@ -107,7 +107,7 @@ class Fireq(IntEncode):
             for name in names:
                 self._nearest(block, name)
             return
-        usable = factored(block, names[0], moments, self.damping)
+        usable = factor_hessian(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
                 fall_back(block, name, self._grid(), self.fp8, usable)

@@ -177,11 +177,11 @@ def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, S
     rest = (energy >= 0).nonzero()[:, 0]
     drawn = rest[torch.randperm(len(rest), generator=generator).to(device)]
     trained, held_out = drawn[: _SAMPLE - _LARGEST], drawn[_SAMPLE - _LARGEST :][:_HELD_OUT]
-    seen = _stratified(groups, large, trained, len(rest), generator)
-    return seen, _stratified(groups, large, held_out, len(rest), generator)
+    seen = _stratify(groups, large, trained, len(rest), generator)
+    return seen, _stratify(groups, large, held_out, len(rest), generator)
 
 
-def _stratified(
+def _stratify(
     groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator
 ) -> Sample:
     """All of one set of groups, and some `of` another that count for the whole of it."""

@@ -120,7 +120,7 @@ def solve(
     best = Fitted(codebook, index.clone(), codes, group_size)
     before = loss(target, best, metric)
     for _ in range(sweeps):
-        fitted = _refitted(target, best.copy(), metric)
+        fitted = _refit(target, best.copy(), metric)
         value = fitted.value
         gradient = (value - target) @ metric
         _move_lines(fitted, value, gradient, metric)
@@ -161,7 +161,7 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
     for g, first in enumerate(range(0, K, G)):
         span = slice(first, min(first + G, K))
         block, here, slope = H[span, span], value[:, span], gradient[:, span]
-        d = _factored(block)
+        d = _factor_block(block)
         free = here - slope @ torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
         other = assign(free, fitted.codebook, G, block.diagonal())
         best = torch.zeros_like(here[:, 0])
@@ -185,14 +185,14 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         value[:, span], fitted.codes[:, span], fitted.index[:, g] = values, codes, lines
 
 
-def _factored(block: Tensor) -> Damped:
+def _factor_block(block: Tensor) -> Damped:
     order = torch.argsort(block.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
-def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
+def _refit(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
     """Coefficients by least squares over the whole codebook.
 
     Preconditioned conjugate gradients on the shapes [S, C].

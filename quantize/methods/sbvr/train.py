@@ -40,7 +40,7 @@ class Sample:
         """The groups at some places."""
         return Sample(self.x[where], self.share[where])
 
-    def normalised(self) -> tuple[Sample, Tensor]:
+    def normalise(self) -> tuple[Sample, Tensor]:
         """The groups at an rms of 1, their errors still counting as before; and their rms [M]."""
         rms = group_rms(self.x, self.share)
         size = torch.where(rms > 0, rms, 1)[:, None]
@@ -57,7 +57,7 @@ class Trainer:
 
     def start(self, sample: Sample, S: int, Z: int) -> Codebook:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
-        normalised, rms = sample.normalised()
+        normalised, rms = sample.normalise()
         energy = (sample.x.square() * sample.share).sum(dim=1)
         odds = energy.cpu().double().clamp_min(1e-30)
         drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
@@ -121,7 +121,7 @@ class Trainer:
         if len(codebook.scales) > 1 and codebook.size > DIRECT:
             shapes = Codebook(codebook.lines, torch.ones_like(codebook.scales[:1]), self.bits)
             return Codebook(
-                self.train(shapes, sample.normalised()[0], rounds, shake).lines,
+                self.train(shapes, sample.normalise()[0], rounds, shake).lines,
                 codebook.scales,
                 self.bits,
             )
