@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.model.arch import Architecture, Shape
 
-_WEIGHTS = 1 << 22  # of a matrix outside the blocks rotated at once
+# Of a matrix outside the blocks rotated at once: 32 MB in float64, where a whole embedding would take
+# gigabytes.
+_WEIGHTS = 1 << 22
 
 
 class Rotate(Stage):
@@ -108,9 +110,8 @@ class Rotate(Stage):
             within = {
                 name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears
             }
-            for size in sorted(
-                {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
-            ):
+            sizes = {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
+            for size in sorted(sizes):
                 yield "down", f"inputs of {down}", size
 
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
@@ -156,9 +157,8 @@ class Rotate(Stage):
             if edge.source_kind != "norm":
                 continue
             gamma = module.get_submodule(edge.source).get_parameter("weight")
-            for weight in (
-                module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks
-            ):
+            for sink in edge.sinks:
+                weight = module.get_submodule(sink).get_parameter("weight")
                 weight.data = rotation.apply(widened(weight) * widened(gamma)).to(weight.dtype)
             gamma.data = torch.ones_like(gamma)
         for name in arch.residual:

@@ -41,7 +41,8 @@ from quantize.pictures import Lines, Picture, place_of
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-# that scales are tried on: each is tried on all of them, and errors settle long before
+# Tokens that scales are tried on. Time grows with them, since each scale is tried on all of them,
+# and errors settle long before.
 _TOKENS = 2048
 
 

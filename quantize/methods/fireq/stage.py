@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.moments import Moments
 
-_E4M3_MIN = 2.0**-9
+_E4M3_MIN = 2.0**-9  # the smallest subnormal: what a group scale must not fall below
+# 2¹⁴ lifts even a group whose largest weight is 10⁻⁶ above underflow.
 _MAX_LOG2 = 14
 _SEEN = (
     "Relative output error over relative weight error. Below 1 the rounding error lies in "

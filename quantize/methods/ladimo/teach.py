@@ -28,7 +28,9 @@ _LESSONS: Mapping[Teaching, tuple[Teaching, ...]] = {
     "least-squares": ("least-squares",),
     "distill": ("least-squares", "distill"),
 }
-_HELD_OUT = 16  # one token of so many is not trained on
+# One token of so many is not trained on: enough of them to compare errors by, at the cost of little
+# to learn from.
+_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,10 @@ class Lesson:
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets to measure on; those to learn from where
         there are too few of others."""
-        return (
-            (self.x[self.train_tokens :], self.y[self.train_tokens :])
-            if self.train_tokens < len(self.x)
-            else self.train
-        )
+        first = self.train_tokens
+        if first == len(self.x):
+            return self.train
+        return self.x[first:], self.y[first:]
 
 
 @dataclass(frozen=True)
