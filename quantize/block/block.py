@@ -28,7 +28,7 @@ from quantize.model.hadamard import (
     keep_rotation,
     let_rotate_inputs,
     rotates_inputs,
-    widened,
+    widen,
 )
 from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
@@ -174,7 +174,7 @@ class Block:
             let_rotate_inputs(linear)
         except ValueError as err:
             raise ModelError(f"{self.full_name(name)}: {err}") from None
-        linear.weight.data = apply_hadamard(widened(linear.weight)).to(linear.weight.dtype)
+        linear.weight.data = apply_hadamard(widen(linear.weight)).to(linear.weight.dtype)
         self.forget_moments(name)
 
     def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -62,9 +62,9 @@ def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
     if with_reference:
         stream = block.inputs if block.reference_inputs is None else block.reference_inputs
-        parent = inputs_of(block, names, block.reference, _own(block, stream))
+        parent = inputs_of(block, names, block.reference, _own_batches(block, stream))
     rounds = block.ranks.rounds(len(block.inputs))
-    own = inputs_of(block, names, stream=_own(block, block.inputs))
+    own = inputs_of(block, names, stream=_own_batches(block, block.inputs))
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
         sums.add(ours, theirs, present)
     _complete(block, (sums,))
@@ -85,7 +85,7 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     fitting = max(1, ROUTED_BYTES // (4 * inputs**2))
     sums = {n: Sums(fp8_activations, block.ranks) for n in behind[:fitting]}
     rounds = block.ranks.rounds(len(block.inputs))
-    entering = inputs_of(block, tuple(sums), stream=_own(block, block.inputs))
+    entering = inputs_of(block, tuple(sums), stream=_own_batches(block, block.inputs))
     for (_, present), seen in zip(rounds, entering, strict=True):
         for total, x in zip(sums.values(), seen, strict=True):
             total.add((x,), present=present)
@@ -93,7 +93,7 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     return sums
 
 
-def _own(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
+def _own_batches(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
     """The batches of a stream that this rank runs."""
     return (stream[batch] for batch, _ in block.ranks.rounds(len(stream)))
 

@@ -33,7 +33,7 @@ def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
     return columns.view(block.shape.n_kv_heads, -1, block.shape.head_dim).mean(dim=1).flatten()
 
 
-def balanced(scale: Tensor) -> Tensor:
+def balance(scale: Tensor) -> Tensor:
     """Scale λ so that its geometric mid-range is 1; channels without a finite positive λ get 1."""
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
     return scale / (scale.max() * scale.min()).sqrt()

@@ -76,11 +76,11 @@ def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Entries ±1 of a factor [size, size]."""
     # What is made in inference mode could not take part in training later.
     with torch.inference_mode(False):
-        factor: Tensor = _normalized(size).to(dtype).to(device)
+        factor: Tensor = _normalized_matrix(size).to(dtype).to(device)
         return factor
 
 
-def _normalized(size: int) -> Tensor:
+def _normalized_matrix(size: int) -> Tensor:
     # Imported late: it imports transformers, which imports pq's own format.
     from compressed_tensors.transform.utils.hadamard import (
         deterministic_hadamard_matrix,
@@ -120,7 +120,7 @@ class Rotation:
         )
 
 
-def widened(weight: Tensor) -> Tensor:
+def widen(weight: Tensor) -> Tensor:
     """A weight in float64 where its device has it: sums of its few-digit numbers then do
     not depend on their order."""
     return weight.float() if weight.device.type == "mps" else weight.double()

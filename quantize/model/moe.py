@@ -145,7 +145,7 @@ class MoeFfn(nn.Module):
         return F.silu if is_silu(act) else act
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether all routed experts are computed at once."""
         return self._stacked is not None
 
@@ -174,7 +174,7 @@ class MoeFfn(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFfn:
         # Casts and moves give every linear a weight of its own.
-        again, self._stacked = self.stacked, None
+        again, self._stacked = self.is_stacked, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if again:
             self.stack()

@@ -111,7 +111,7 @@ def _facts(
     if "weight_planes" in parts:
         return _bitvec(module, parts, quantization, shape)
     if "weight_packed" in parts:
-        return _packed(module, parts, quantization)
+        return _packed_int(module, parts, quantization)
     if "qweight" in parts:
         return _gptq_or_awq(parts, quantization)
     weight = parts.get("weight")
@@ -148,7 +148,9 @@ def _facts(
     )
 
 
-def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
+def _packed_int(
+    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]
+) -> _Facts:
     packed, scale = parts["weight_packed"], parts.get("weight_scale")
     bits, group_size, activations = _scheme(module, quantization)
     label = _label(quantization, _group(module, quantization)) or "packed"

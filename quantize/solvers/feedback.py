@@ -25,7 +25,7 @@ _BLOCK = 128
 _MAX_DAMPING_TRIES = 6
 # Elements of a block of columns, below which a second thread costs more than it brings.
 _SMALL = 1 << 20
-# Descent ends with a sweep that gains less: one that follows would cost as much and gain less still.
+# Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
 
 

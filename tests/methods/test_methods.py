@@ -15,7 +15,7 @@ from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
 from quantize.block.moments import Moments
-from quantize.block.smoothing import balanced, search
+from quantize.block.smoothing import balance, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
 from quantize.methods.fireq.stage import Fireq
@@ -303,7 +303,7 @@ def test_a_search_that_finds_nothing_leaves_the_edge_alone(make_block: BlockMake
 
 def test_balanced_scales_are_usable():
     scale = torch.tensor([4.0, 0.0, -1.0, torch.inf, torch.nan, 0.25, 16.0])
-    assert balanced(scale).tolist() == [2.0, 0.5, 0.5, 0.5, 0.5, 0.125, 8.0]
+    assert balance(scale).tolist() == [2.0, 0.5, 0.5, 0.5, 0.5, 0.125, 8.0]
 
 
 # Balance: where outlier channels come from must not matter

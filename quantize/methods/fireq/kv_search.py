@@ -27,8 +27,8 @@ SCORES_AT_ONCE = SCORES
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far N evens out pairs, from not at all to wholly. Finer steps would come nearer the best, and
 each costs an attention over the sample."""
-# How far S takes outliers to their target, in powers of two: from half way on, since less would leave
-# the scale of a group to the outlier that stands in it.
+# How far S takes outliers to their target, in powers of two: from half way on, since less would
+# leave the scale of a group to the outlier that stands in it.
 _STRENGTHS = (0.5, 0.75, 1.0)
 # Where S takes them: to the median pair length, or somewhat below.
 _TARGETS = (0.7, 1.0)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 Construction = Literal["clustered", "contiguous", "random"]
 
-# Of the assignment that costs F³: few, since clusters have settled under the free one before, and each
-# costs far more than a round of that.
+# Of the assignment that costs F³: few, since clusters have settled under the free one before, and
+# each costs far more than a round of that.
 _BALANCED_ROUNDS = 3
 _ROUNDS = 20  # of the free assignment at most; it ends as soon as nothing moves
 _STARTS = 3  # k-means finds local optima: each start costs as much as the first

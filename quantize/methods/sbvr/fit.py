@@ -38,8 +38,8 @@ _TRIAL = 4096
 _TRIAL_ROUNDS = 8
 # Of Lloyd's algorithm: time against error. The shaking takes most of them to die out.
 _ROUNDS = 30
-# First relative change of coefficients after a round, and the same in steps between levels: the finer
-# these are, the less. More takes lines out of worse optima, and rounds to settle again.
+# First relative change of coefficients after a round, and the same in steps between levels: the
+# finer these are, the less. More takes lines out of worse optima, and rounds to settle again.
 _SHAKE = 0.02
 _SHAKE_IN_STEPS = 0.32
 _PIECE = 2048  # groups compared at once: bounds the work space

@@ -21,7 +21,7 @@ from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.fit import Codebook, assign
 from quantize.solvers.feedback import Damped, feed_back, move_codes
 
-# Descent ends with a sweep that gains less: one that follows would cost as much and gain less still.
+# Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
 # Of conjugate gradients. Each costs one product [N, K] × [K, K]; the refit need not be exact, since
 # lines and codes move after it.
