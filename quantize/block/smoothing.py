@@ -13,7 +13,7 @@ from quantize.model.arch import Edge
 from quantize.solvers.grid import Grid
 
 SAMPLED_ROWS = 512
-"""Rows of one sink that a search tries."""
+"""Rows of one sink that a search tries: a sample ranks candidates in a part of the time."""
 ALL_SAMPLED_ROWS = 4096
 """Rows that a search tries, of all sinks together: a norm may feed dozens of experts."""
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LARGEST_KNOWN = 256
-_SYLVESTER_BITS = 6  # a power of two is split into factors of at most 2^6
+_LARGEST_KNOWN = 256  # what compressed-tensors has matrices for, other than powers of two
+# A power of two is split into factors of at most 2^6: smaller ones take more passes over x, larger
+# ones more operations for each element.
+_SYLVESTER_BITS = 6
 
 
 def hadamard_factors(n: int) -> tuple[int, int]:

@@ -165,10 +165,8 @@ class MoeFfn(nn.Module):
         if len({(linear.weight.dtype, linear.weight.device) for linear in linears}) != 1:
             return False
         with torch.no_grad():
-            gate_up, down = (
-                _bind(self.experts, "gate_proj", "up_proj"),
-                _bind(self.experts, "down_proj"),
-            )
+            gate_up = _bind(self.experts, "gate_proj", "up_proj")
+            down = _bind(self.experts, "down_proj")
         self._stacked = _Stacked(gate_up, down, [linear.weight for linear in linears])
         return True
 

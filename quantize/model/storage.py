@@ -198,11 +198,9 @@ def _gptq_or_awq(parts: Mapping[str, Header], quantization: Mapping[str, Any]) -
     """GPTQ packs along the inputs, qweight [K·bits/32, N]; AWQ along
     the outputs, [K, N·bits/32]."""
     method = str(quantization.get("quant_method", "qweight"))
-    bits, scales, qweight = (
-        _positive(quantization.get("bits")),
-        parts.get("scales"),
-        parts["qweight"],
-    )
+    bits = _positive(quantization.get("bits"))
+    scales = parts.get("scales")
+    qweight = parts["qweight"]
     shape = group_size = None
     if bits and scales is not None and len(scales.shape) == len(qweight.shape) == 2:
         K = qweight.shape[0] if "awq" in method else qweight.shape[0] * 32 // bits
