@@ -12,7 +12,7 @@ from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
 from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
 
 SCORES = 1 << 24
-"""float32 scores held at once."""
+"""float32 scores held at once: 64 MB."""
 
 View = tuple[bool, int | None, Tensor | None, Tensor | None]
 """What queries see: causal, window, mask and lengths of
