@@ -21,9 +21,8 @@ STATISTICS = "pq-statistics.json"
 PROFILED_TOKENS = 8192
 """Calibration tokens that the input profiles are taken from: more hardly change
 a channel's largest value."""
-_TOP = (
-    8  # largest channels that are named: outliers are few, and pq.json holds them for every layer
-)
+# Largest channels that are named: outliers are few, and the file holds them for every group.
+_TOP = 8
 
 
 def profile(block: Block) -> dict[str, dict[str, Any]]:

@@ -29,8 +29,8 @@ from quantize.formats.fp8 import e4m3
 
 ScaleDtype = Literal["bfloat16", "e4m3"]
 _TORCH = {"bfloat16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
-# What a scale becomes that is smaller, so that nothing is divided by 0: the smallest normal bfloat16
-# and the smallest E4M3 subnormal.
+# What a scale becomes that is smaller, so that nothing is divided by 0: the smallest normal
+# bfloat16 and the smallest E4M3 subnormal.
 _SMALLEST = {"bfloat16": 2.0**-126, "e4m3": 2.0**-9}
 _FIELDS = {"bits": int, "group_size": int, "symmetric": bool, "scale_dtype": str}
 

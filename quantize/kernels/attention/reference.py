@@ -154,7 +154,9 @@ def attend_codes_reference(
 def _attend_view(
     query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, view: View
 ) -> Tensor:
-    T, L, device = query.shape[2], k.shape[2], query.device
+    T = query.shape[2]
+    L = k.shape[2]
+    device = query.device
     # What lies beyond a sequence holds anything, and 0 · NaN would show.
     held = visible(1, L, (False, None, None, view[3]), device).mT
     k, v = k.masked_fill(~held, 0), v.masked_fill(~held, 0)

@@ -46,7 +46,7 @@ TILES: dict[torch.dtype, tuple[Tile, ...]] = {
     torch.float32: (Tile(None, 32, 16, 4, 1, 4),),
 }
 """The tiles that kernels are compiled for, by the dtype of x;
-tests/test_int4_kernels.py runs each of them."""
+tests/kernels/test_int4_kernels.py runs each of them."""
 
 
 def tile_for(M: int, dtype: torch.dtype) -> Tile:

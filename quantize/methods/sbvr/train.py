@@ -218,7 +218,8 @@ def refit(codebook: Codebook, counts: Tensor, sums: Tensor) -> Codebook:
     counts and sums: of all that is coded by a line, how much has each code and its
     weighted sum, float64 [S·Z, 2^bits].
     """
-    S, C, Z = *codebook.lines.shape, len(codebook.scales)
+    S, C = codebook.lines.shape
+    Z = len(codebook.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
     scales = codebook.scales.double()
     solved = _solve(
