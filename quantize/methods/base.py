@@ -49,7 +49,7 @@ class Stage(BaseModel):
         return True
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Whether the stage aims at the parent's own outputs, whose
         activations are then carried along."""
         return False

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from quantize.block.exchange import share_out
 from quantize.block.moments import Moments, too_few
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
@@ -61,8 +61,8 @@ class Encode(Stage):
 
     def apply(self, block: Block) -> None:
         """Encode the selected linears in the order in which the block computes them."""
-        if self.needs_reference:
-            freeze_reference(block)
+        if self.needs_parent:
+            freeze_layer(block)
         for groups in self._waves(block):
             share_out(
                 block,
@@ -75,9 +75,9 @@ class Encode(Stage):
         """The largest linear's moments and fit."""
         taken = [0]
         for group in sizes.groups:
-            held = sizes.held(group[0], self.needs_reference) if self.needs_inputs else 0
+            held = sizes.held(group[0], self.needs_parent) if self.needs_inputs else 0
             if self.needs_inputs:
-                taken.append(sizes.measuring(group[0], self.needs_reference, self.rounds_inputs))
+                taken.append(sizes.measuring(group[0], self.needs_parent, self.rounds_inputs))
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
 

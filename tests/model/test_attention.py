@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantize.block.block import Block
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.convert.loop import convert
 from quantize.errors import ModelError
 from quantize.evaluate import evaluate
@@ -276,12 +276,12 @@ def test_without_post_scales_in_the_format_none_are_used(make_block: BlockMaker)
 
 
 def test_the_parent_keeps_its_full_cache(make_block: BlockMaker):
-    block = make_block("qwen2", reference=True)
+    block = make_block("qwen2", with_parent=True)
     before = outputs(block)
     stage().apply(block)
-    freeze_reference(block)
+    freeze_layer(block)
     with torch.no_grad():
-        after = torch.cat([block.forward(block.reference, x) for x in block.inputs])
+        after = torch.cat([block.forward(block.frozen, x) for x in block.inputs])
     assert difference(after, before) < 1e-5
 
 

@@ -86,14 +86,14 @@ class Fireq(IntEncode):
         return self.rounding == "descent"
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its activations along."""
         return self.rounding == "descent" and self.aim == "parent"
 
     def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
         return (
-            moments_of(block, name, self.fp8, with_reference=self.aim == "parent")
+            moments_of(block, name, self.fp8, with_parent=self.aim == "parent")
             if self.needs_inputs
             else None
         )

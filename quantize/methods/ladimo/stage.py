@@ -100,7 +100,7 @@ class Ladimo(Stage):
         return True
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its hidden states along."""
         return self.aim == "parent"
 

@@ -81,7 +81,7 @@ class Sbvr(Encode):
         return self.fit == "hessian"
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its activations along."""
         return self.fit == "hessian" and self.aim == "parent"
 
@@ -106,7 +106,7 @@ class Sbvr(Encode):
     def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
         return (
-            moments_of(block, name, False, with_reference=self.aim == "parent")
+            moments_of(block, name, False, with_parent=self.aim == "parent")
             if self.needs_inputs
             else None
         )
