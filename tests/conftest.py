@@ -315,7 +315,7 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
     def make(
         model_type: str,
         index: int = 0,
-        reference: bool = False,
+        with_parent: bool = False,
         seed: int = 0,
         batches: int | None = None,
     ) -> Block:
@@ -336,7 +336,7 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
             storage={name: tensor.dtype for name, tensor in weights.items()},
             forward=Pass(skeleton, index),
             inputs=inputs,
-            reference_inputs=[x.clone() for x in inputs] if reference else None,
+            parent_inputs=[x.clone() for x in inputs] if with_parent else None,
             device=CPU,
             rotary_dim=shape.head_dim,
             keeps_post_scales=True,

@@ -34,7 +34,7 @@ class Npz(OutputFormat):
             if getattr(stage, "bits", 4) > 4:
                 yield index, "bits", "has no place in 'format: npz'; take 4 or less"
 
-    def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
         return ["NumPy has no INT4 cache"] if attention else []
 
     def tensors(

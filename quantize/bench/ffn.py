@@ -208,7 +208,7 @@ def require_right(mixture: MoeFfn, x: Tensor) -> None:
         expected, y = _exact(mixture, x), mixture(x).double()
     difference = float((y - expected).abs().max() / expected.abs().max())
     if not difference <= _LIMITS[x.dtype]:
-        way = "stacked" if mixture.stacked else "looped"
+        way = "stacked" if mixture.is_stacked else "looped"
         raise QualityError(
             f"{way} experts, {len(x)} rows: off by {difference:.1e} of the largest output (limit "
             f"{_LIMITS[x.dtype]:.0e}), so they are not timed; run tests/test_experts_kernels.py"

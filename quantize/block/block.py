@@ -28,7 +28,7 @@ from quantize.model.hadamard import (
     keep_rotation,
     let_rotate_inputs,
     rotates_inputs,
-    widened,
+    widen,
 )
 from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
@@ -44,7 +44,7 @@ class Block:
     """A decoder layer whose linears are being transformed in place.
 
     `inputs` holds the hidden states [B, T, D] that reach this block through the
-    already quantized blocks, `reference_inputs` those of the parent model (None when
+    already quantized blocks, `parent_inputs` those of the parent model (None when
     no stage of the recipe needs them).
     """
 
@@ -56,7 +56,7 @@ class Block:
     """Dtype of every tensor of the block in the source checkpoint."""
     forward: Forward
     inputs: MutableSequence[Tensor]
-    reference_inputs: MutableSequence[Tensor] | None
+    parent_inputs: MutableSequence[Tensor] | None
     device: torch.device
     rotary_dim: int
     """Leading channels of a head that RoPE rotates."""
@@ -66,8 +66,8 @@ class Block:
     histograms: dict[str, Tensor] = field(default_factory=dict)
     """Weights in units of their group's scale, by encoded linear (`code_histogram`)."""
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
-    reference: nn.Module | None = None
-    """The layer that encode stages aim at, see `teacher.freeze_reference`."""
+    frozen: nn.Module | None = None
+    """The layer that encode stages aim at, see `teacher.freeze_layer`."""
     parent: nn.Module | None = None
     """The layer before a stage restructured it: the parent's stream goes on through it."""
     parent_arch: Architecture | None = None
@@ -174,12 +174,12 @@ class Block:
             let_rotate_inputs(linear)
         except ValueError as err:
             raise ModelError(f"{self.full_name(name)}: {err}") from None
-        linear.weight.data = apply_hadamard(widened(linear.weight)).to(linear.weight.dtype)
+        linear.weight.data = apply_hadamard(widen(linear.weight)).to(linear.weight.dtype)
         self.forget_moments(name)
 
     def map_inputs(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the hidden states that enter the block, batch by batch, the parent's too."""
-        for stream in (self.inputs, self.reference_inputs or []):
+        for stream in (self.inputs, self.parent_inputs or []):
             for batch, hidden in enumerate(stream):
                 stream[batch] = change(hidden)
         self.forget_moments()

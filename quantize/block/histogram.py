@@ -8,6 +8,8 @@ from torch import Tensor
 from quantize.formats.scheme import Packed
 
 BINS = 96
+"""Bins in all. With 4 bits nearly five of them lie between two codes, which shows how weights sit
+around the codes; with 8 bits one holds several codes and only the outline is left."""
 SPAN = 1.25
 """A histogram covers ± this times the most negative code: beyond it stand the few weights that a
 group clips."""

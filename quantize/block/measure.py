@@ -15,32 +15,32 @@ from quantize.errors import ModelError
 
 
 def moments_of(
-    block: Block, name: str, fp8_activations: bool, with_reference: bool = False
+    block: Block, name: str, fp8_activations: bool, with_parent: bool = False
 ) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
 
-    with_reference: also the moments against the parent (`freeze_reference` must have been called),
+    with_parent: also the moments against the parent (`freeze_layer` must have been called),
     but for the FFN of a block with experts: the parent's tokens may go to others, or through a
     dense FFN.
     A routed expert that no token visits has moments of zero; ModelError for any other linear
     without tokens.
     """
-    found = _moments(block, name, fp8_activations, with_reference)
+    found = _moments(block, name, fp8_activations, with_parent)
     if block.parking:
-        block.parking.away(block.module, block.reference, block.parent)
+        block.parking.away(block.module, block.frozen, block.parent)
     return found
 
 
-def _moments(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Moments:
+def _moments(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Moments:
     if block.arch.is_routed(name):
         if name not in block.waiting or block.waiting_fp8 != fp8_activations:
             sums = routed_sums(block, name, fp8_activations)
             block.waiting = {inside: _mean(block, inside, total) for inside, total in sums.items()}
             block.waiting_fp8 = fp8_activations
         return block.waiting.pop(name)
-    with_reference = with_reference and block.arch.expert_of(name) is None
-    return _mean(block, name, sums_of(block, name, fp8_activations, with_reference))
+    with_parent = with_parent and block.arch.expert_of(name) is None
+    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent))
 
 
 def _mean(block: Block, name: str, sums: Sums) -> Moments:
@@ -53,18 +53,18 @@ def _mean(block: Block, name: str, sums: Sums) -> Moments:
     return sums.mean()
 
 
-def sums_of(block: Block, name: str, fp8_activations: bool, with_reference: bool) -> Sums:
-    """Run all batches up to the linear `name`; with_reference: the parent's too, through
-    `block.reference`."""
-    residual = block.arch.residual.get(name) if with_reference else None
+def sums_of(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Sums:
+    """Run all batches up to the linear `name`; with_parent: the parent's too, through
+    `block.frozen`."""
+    residual = block.arch.residual.get(name) if with_parent else None
     names = (name,) if residual is None else (residual, name)
     sums = Sums(fp8_activations, block.ranks)
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
-    if with_reference:
-        stream = block.inputs if block.reference_inputs is None else block.reference_inputs
-        parent = inputs_of(block, names, block.reference, _own(block, stream))
+    if with_parent:
+        stream = block.inputs if block.parent_inputs is None else block.parent_inputs
+        parent = inputs_of(block, names, block.frozen, _own_batches(block, stream))
     rounds = block.ranks.rounds(len(block.inputs))
-    own = inputs_of(block, names, stream=_own(block, block.inputs))
+    own = inputs_of(block, names, stream=_own_batches(block, block.inputs))
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
         sums.add(ours, theirs, present)
     _complete(block, (sums,))
@@ -85,7 +85,7 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     fitting = max(1, ROUTED_BYTES // (4 * inputs**2))
     sums = {n: Sums(fp8_activations, block.ranks) for n in behind[:fitting]}
     rounds = block.ranks.rounds(len(block.inputs))
-    entering = inputs_of(block, tuple(sums), stream=_own(block, block.inputs))
+    entering = inputs_of(block, tuple(sums), stream=_own_batches(block, block.inputs))
     for (_, present), seen in zip(rounds, entering, strict=True):
         for total, x in zip(sums.values(), seen, strict=True):
             total.add((x,), present=present)
@@ -93,7 +93,7 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     return sums
 
 
-def _own(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
+def _own_batches(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
     """The batches of a stream that this rank runs."""
     return (stream[batch] for batch, _ in block.ranks.rounds(len(stream)))
 

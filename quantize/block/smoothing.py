@@ -13,7 +13,7 @@ from quantize.model.arch import Edge
 from quantize.solvers.grid import Grid
 
 SAMPLED_ROWS = 512
-"""Rows of one sink that a search tries."""
+"""Rows of one sink that a search tries: a sample ranks candidates in a part of the time."""
 ALL_SAMPLED_ROWS = 4096
 """Rows that a search tries, of all sinks together: a norm may feed dozens of experts."""
 
@@ -33,7 +33,7 @@ def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
     return columns.view(block.shape.n_kv_heads, -1, block.shape.head_dim).mean(dim=1).flatten()
 
 
-def balanced(scale: Tensor) -> Tensor:
+def balance(scale: Tensor) -> Tensor:
     """Scale λ so that its geometric mid-range is 1; channels without a finite positive λ get 1."""
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
     return scale / (scale.max() * scale.min()).sqrt()

@@ -21,6 +21,7 @@ STATISTICS = "pq-statistics.json"
 PROFILED_TOKENS = 8192
 """Calibration tokens that the input profiles are taken from: more hardly change
 a channel's largest value."""
+# Largest channels that are named: outliers are few, and the file holds them for every group.
 _TOP = 8
 
 
@@ -63,11 +64,8 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
     for inputs in inputs_of(block, names):
         for name, x in zip(names, inputs, strict=True):
             # A routed expert may see no token.
-            largest = (
-                torch.where(x.isfinite(), x, 0).abs().amax(dim=0)
-                if len(x)
-                else x.new_zeros(x.shape[1])
-            )
+            finite = torch.where(x.isfinite(), x, 0).abs()
+            largest = finite.amax(dim=0) if len(x) else x.new_zeros(x.shape[1])
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
             tokens[name] += len(x)
         del inputs, x  # before the next pass, which takes most
@@ -78,9 +76,9 @@ def _inputs(block: Block) -> dict[str, dict[str, Any]]:
 
 def _channels(largest: Tensor, tokens: int) -> dict[str, Any]:
     ordered = largest.sort()
-    top = zip(
-        ordered.indices.flip(0)[:_TOP].tolist(), ordered.values.flip(0)[:_TOP].tolist(), strict=True
-    )
+    channels = ordered.indices.flip(0)[:_TOP].tolist()
+    values = ordered.values.flip(0)[:_TOP].tolist()
+    top = zip(channels, values, strict=True)
     at = (len(largest) - 1) * 99 // 100
     return {
         "absmax": _short(ordered.values[-1]),

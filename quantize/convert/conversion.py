@@ -45,7 +45,7 @@ class Conversion:
         if tokens is None or not any(stage.needs_inputs for stage in stages):
             return None
         streams = {QUANTIZED: hold(self.plan, embed_windows(self.plan, tokens.tokens))}
-        if any(stage.needs_reference for stage in stages):
+        if any(stage.needs_parent for stage in stages):
             streams[REFERENCE] = hold(self.plan, streams[QUANTIZED])
         return Streams(streams, self.plan.request.ranks)
 
@@ -53,10 +53,10 @@ class Conversion:
         self,
         index: int,
         inputs: MutableSequence[Tensor],
-        reference_inputs: MutableSequence[Tensor] | None = None,
+        parent_inputs: MutableSequence[Tensor] | None = None,
     ) -> Block:
         """Load one block (see `open_block`)."""
-        return open_block(self.plan, index, inputs, reference_inputs)
+        return open_block(self.plan, index, inputs, parent_inputs)
 
     def profile(self, block: Block) -> dict[str, dict[str, Any]]:
         """Outliers of a block as it is now."""

@@ -32,7 +32,7 @@ def _by_stages(plan: Plan, tokens: TokenSet, progress: Progress) -> Plan:
     stages, findings = [], {}
     for stage in plan.recipe.stages:
         if stage.needs_plan:
-            stage, findings[stage.method] = stage.planned(view_of(plan, tokens, progress))
+            stage, findings[stage.method] = stage.plan(view_of(plan, tokens, progress))
         stages.append(stage)
     recipe = plan.recipe.model_copy(update={"stages": tuple(stages)})
     return plan.decide(recipe=recipe, findings=findings)

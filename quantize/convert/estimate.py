@@ -152,7 +152,7 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
 
 def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate:
     stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
-    reference = any(stage.needs_reference for stage in stages)
+    reference = any(stage.needs_parent for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
     item, cpu = request.dtype.itemsize, request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
@@ -197,7 +197,7 @@ def _states(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
     stages = request.recipe.stages
     if tokens is None or not any(stage.needs_inputs for stage in stages):
         return 0
-    streams = 2 if any(stage.needs_reference for stage in stages) else 1
+    streams = 2 if any(stage.needs_parent for stage in stages) else 1
     return int(streams * tokens.tokens.numel() * plan.shape.hidden * request.dtype.itemsize)
 
 

@@ -37,4 +37,4 @@ def lost_in(plan: Plan, state: State) -> list[str]:
         inside = f".{plan.arch.experts.routed}."
         experts = [name for name in plan.skeleton.linears() if inside in name]
     schemes = {state.schemes.get(name) for name in experts}
-    return plan.format.lost(plan.attention is not None, schemes)
+    return plan.format.losses(plan.attention is not None, schemes)

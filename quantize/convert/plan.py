@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def needs_decisions(self) -> bool:
-        """Whether any stage must be `planned` before the first block."""
+        """Whether any stage must `plan` before the first block."""
         return any(stage.needs_plan for stage in self.recipe.stages)
 
     @property

@@ -27,9 +27,9 @@ def open_block(
     plan: Plan,
     index: int,
     inputs: MutableSequence[Tensor],
-    reference_inputs: MutableSequence[Tensor] | None = None,
+    parent_inputs: MutableSequence[Tensor] | None = None,
 ) -> Block:
-    """Load one block; inputs: the hidden states [B, T, D] that reach it, reference_inputs: the
+    """Load one block; inputs: the hidden states [B, T, D] that reach it, parent_inputs: the
     parent's.
 
     They come in the basis of the output and are replaced by the same in the parent's, which the
@@ -55,7 +55,7 @@ def open_block(
         storage=storage,
         forward=Pass(plan.skeleton, index, parking),
         inputs=inputs,
-        reference_inputs=reference_inputs,
+        parent_inputs=parent_inputs,
         device=request.device,
         rotary_dim=plan.rotary_dim,
         keeps_post_scales=plan.format.keeps_post_scales,
@@ -65,7 +65,7 @@ def open_block(
     )
     if parking:
         parking.away(block.module)
-    if plan.basis.changed:
+    if plan.basis.is_changed:
         block.map_inputs(plan.basis.leave)
     return block
 

@@ -232,7 +232,7 @@ class _Trial:
                 started = timed.clock.now()
                 block.forward(block.module, hidden[0])
                 seconds.append(timed.clock.now() - started)
-        streams = 2 if timed.needs_reference else 1
+        streams = 2 if timed.needs_parent else 1
         # roughly: it decides the amount of text alone
         passes = 5 * streams * (1 + len(timed.plan.recipe.stages))
         affordable = (until - time.monotonic()) / 10 / (passes * min(seconds))

@@ -84,7 +84,7 @@ class Fit:
             packed={},
             histograms={},
             report={},
-            reference=None,
+            frozen=None,
             parking=None,
         )
         if moments is not None:

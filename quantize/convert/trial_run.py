@@ -51,9 +51,9 @@ class TimedRun(Conversion):
         return out
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Whether the parent's hidden states are taken along."""
-        return any(stage.needs_reference for stage in self.plan.recipe.stages)
+        return any(stage.needs_parent for stage in self.plan.recipe.stages)
 
     def hidden(self, windows: Tensor) -> list[Tensor]:
         """Token windows [B, T] → hidden states [b, T, D], batch by batch."""
@@ -61,7 +61,7 @@ class TimedRun(Conversion):
 
     def streams(self, windows: Tensor) -> Streams[str]:
         """What enters a block."""
-        names = (QUANTIZED, REFERENCE) if self.needs_reference else (QUANTIZED,)
+        names = (QUANTIZED, REFERENCE) if self.needs_parent else (QUANTIZED,)
         batches = {name: hold(self.plan, self.hidden(windows)) for name in names}
         out = _TimedStreams(batches, self.plan.request.ranks)
         out.clock = self.clock
@@ -71,11 +71,11 @@ class TimedRun(Conversion):
         self,
         index: int,
         inputs: MutableSequence[Tensor],
-        reference_inputs: MutableSequence[Tensor] | None = None,
+        parent_inputs: MutableSequence[Tensor] | None = None,
     ) -> Block:
         """Load one block."""
         with self.clock.lap("reading"):
-            return super().open(index, inputs, reference_inputs)
+            return super().open(index, inputs, parent_inputs)
 
     def profile(self, block: Block) -> dict[str, dict[str, Any]]:
         """Outliers of a block as it is now."""

@@ -71,24 +71,24 @@ class BlockSizes:
         attention = (6 + 3 * self.kv_heads / self.heads) * self.hidden
         return int(self.itemsize * self.batch * max(3 * wide + 2 * self.hidden, attention))
 
-    def held(self, name: str, with_reference: bool) -> int:
+    def held(self, name: str, with_parent: bool) -> int:
         """Bytes of the moments of a linear's inputs."""
         N, K = self.linears[name]
-        if not with_reference or name in self.routed:
+        if not with_parent or name in self.routed:
             return FLOAT * K * K
         return FLOAT * (2 * K * K + (N * K if name in self.residual else 0))
 
-    def measuring(self, name: str, with_reference: bool, fp8: bool) -> int:
+    def measuring(self, name: str, with_parent: bool, fp8: bool) -> int:
         """Bytes at most while the moments of a linear's inputs are
         measured, themselves included."""
         N, K = self.linears[name]
-        held = self.held(name, with_reference)
+        held = self.held(name, with_parent)
         if name in self.routed:  # several experts in one pass
             alike = sum(
                 1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2]
             )
             held = max(held, min(alike * held, ROUTED_BYTES))
-        streams = 2 if with_reference else 1
+        streams = 2 if with_parent else 1
         inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
         return held + max(
             self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)

@@ -28,7 +28,7 @@ from quantize.formats.scheme import noted_shape
 GROUP_SIZES = (64, 128, 256)
 MIN_BITS, MAX_BITS = 2, 8
 MAX_LINES = 1 << 16  # what a 16-bit index tells apart
-_WORD = 32
+_WORD = 32  # bits of a word of a plane, int32
 _AT_ONCE = 1 << 18  # codes packed at once: their work space stays in the processor's cache
 
 SUFFIXES = ("weight_planes", "weight_index", "weight_lines", "weight_scales", "weight_shape")

@@ -23,7 +23,7 @@ class CompressedTensors(OutputFormat):
     name = "compressed-tensors"
     about = "loads in stock transformers and vLLM"
 
-    def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
         """The INT4 cache, experts of several kinds, and FP8 inputs of experts."""
         lines = []
         if attention:

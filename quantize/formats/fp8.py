@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
-_MIN_SCALE = 1.0 / (E4M3_MAX * 512.0)
-_MIN_NORMAL = 2.0**-6
+_MIN_SCALE = 1.0 / (E4M3_MAX * 512.0)  # vLLM's floor: scales of zero or nearly so divide nothing
+_MIN_NORMAL = 2.0**-6  # of E4M3
 _LUT_SPAN = 8.0  # the largest |q| of an INT4 code: products q·s8 with s8 <= 448/8 cannot overflow
 
 

@@ -29,6 +29,8 @@ from quantize.formats.fp8 import e4m3
 
 ScaleDtype = Literal["bfloat16", "e4m3"]
 _TORCH = {"bfloat16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+# What a scale becomes that is smaller, so that nothing is divided by 0: the smallest normal
+# bfloat16 and the smallest E4M3 subnormal.
 _SMALLEST = {"bfloat16": 2.0**-126, "e4m3": 2.0**-9}
 _FIELDS = {"bits": int, "group_size": int, "symmetric": bool, "scale_dtype": str}
 
@@ -196,16 +198,15 @@ def _scale_and_zero(groups: Tensor, scheme: KvScheme) -> tuple[Tensor, Tensor | 
     """Stored scale [..., G, 1] and zero point (None where symmetric) of x
     [..., G, g], both float32."""
     if scheme.symmetric:
-        return _stored(groups.abs().amax(dim=-1, keepdim=True) / 7, scheme), None
-    low, high = (
-        groups.amin(dim=-1, keepdim=True).clamp_max(0),
-        groups.amax(dim=-1, keepdim=True).clamp_min(0),
-    )
-    scale = _stored(high / 15 - low / 15, scheme)  # divided first: the difference may overflow
+        return _representable(groups.abs().amax(dim=-1, keepdim=True) / 7, scheme), None
+    low = groups.amin(dim=-1, keepdim=True).clamp_max(0)
+    high = groups.amax(dim=-1, keepdim=True).clamp_min(0)
+    # Divided first: the difference may overflow.
+    scale = _representable(high / 15 - low / 15, scheme)
     return scale, (-low / scale).round_().clamp_(0, 15)
 
 
-def _stored(scale: Tensor, scheme: KvScheme) -> Tensor:
+def _representable(scale: Tensor, scheme: KvScheme) -> Tensor:
     """Float32 scale as its stored type holds it."""
     rounded = e4m3(scale) if scheme.scale_dtype == "e4m3" else scale.to(torch.bfloat16).float()
     return torch.where(

@@ -67,7 +67,7 @@ class OutputFormat(ABC):
                 text = "needs 'format: pq', no other loader can do this; add it or turn this off"
                 yield index, stage.native_field, text
 
-    def lost(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
         """What the format does not hold, or its loaders do not make of it, in lines for people.
 
         attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed

@@ -18,7 +18,7 @@ def runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run there: on NVIDIA devices, or anywhere in its interpreter."""
     # AMD's matrix units may flush the subnormals of bits.
     found = device.type == "cuda" and torch.version.hip is None
-    return _TRITON and (found or _interpreted())
+    return _TRITON and (found or _in_interpreter())
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -45,6 +45,6 @@ def _knows_e4m3(device: torch.device) -> bool:
 _noted_e4m3 = functools.cache(_knows_e4m3)
 
 
-def _interpreted() -> bool:
+def _in_interpreter() -> bool:
     # Triton's interpreter takes tensors on the CPU.
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,7 +12,7 @@ from quantize.block.measure import moments_of
 from quantize.block.moments import too_few
 from quantize.block.smoothing import (
     SAMPLED_ROWS,
-    balanced,
+    balance,
     column_absmean,
     per_source_channel,
     search,
@@ -89,7 +89,7 @@ class Awq(Stage):
         for step in range(self.grid):
             a = step / self.grid
             for b in self.weight_exponents:
-                yield balanced(x**a / w ** (b * (1 - a)))
+                yield balance(x**a / w ** (b * (1 - a)))
 
 
 def _divisor(inputs: int, most: int) -> int:

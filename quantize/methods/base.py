@@ -39,7 +39,7 @@ class Stage(BaseModel):
 
     @property
     def needs_plan(self) -> bool:
-        """Whether `planned` must be called before the first block is transformed."""
+        """Whether `plan` must be called before the first block is transformed."""
         return False
 
     @property
@@ -49,7 +49,7 @@ class Stage(BaseModel):
         return True
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Whether the stage aims at the parent's own outputs, whose
         activations are then carried along."""
         return False
@@ -83,7 +83,7 @@ class Stage(BaseModel):
         """
         return tensors
 
-    def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
+    def plan(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
         """The stage with all settled that depends on the whole model, and facts
         about that for the provenance."""
         return self, {}

@@ -20,7 +20,7 @@ class Basis:
     stages: Sequence[Stage]
 
     @property
-    def changed(self) -> bool:
+    def is_changed(self) -> bool:
         """Whether it is not the parent's."""
         return any(stage.changes_basis for stage in self.stages)
 
@@ -44,7 +44,7 @@ class Basis:
 
     def unties(self, shape: Shape) -> bool:
         """Whether a head that shares the parent's embedding gets a weight of its own."""
-        return shape.tied and self.changed
+        return shape.tied and self.is_changed
 
     def config(self, parent: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
         """config.json of the parent as it has to read for the output."""

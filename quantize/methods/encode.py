@@ -14,13 +14,13 @@ from typing_extensions import Self
 
 from quantize.block.exchange import share_out
 from quantize.block.moments import Moments, too_few
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
 from quantize.formats.packed_int import stored_bits
 from quantize.methods.base import Kind, Stage
-from quantize.solvers.feedback import Damped, corrected_target, damped, feedback_order
+from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Encode(Stage):
                     f"model (names look like {next(iter(linears))})"
                 )
 
-    def selected(self, block: Block) -> list[str]:
+    def selection(self, block: Block) -> list[str]:
         """Linears of the block that the stage encodes, in the order in
         which the block computes them."""
         names = [name for group in block.arch.calibration_order for name in group]
@@ -61,12 +61,12 @@ class Encode(Stage):
 
     def apply(self, block: Block) -> None:
         """Encode the selected linears in the order in which the block computes them."""
-        if self.needs_reference:
-            freeze_reference(block)
+        if self.needs_parent:
+            freeze_layer(block)
         for groups in self._waves(block):
             share_out(
                 block,
-                [(names, self.measured(block, names[0])) for names in groups],
+                [(names, self.measure(block, names[0])) for names in groups],
                 self.encode_group,
             )
             give_back()
@@ -75,9 +75,9 @@ class Encode(Stage):
         """The largest linear's moments and fit."""
         taken = [0]
         for group in sizes.groups:
-            held = sizes.held(group[0], self.needs_reference) if self.needs_inputs else 0
+            held = sizes.held(group[0], self.needs_parent) if self.needs_inputs else 0
             if self.needs_inputs:
-                taken.append(sizes.measuring(group[0], self.needs_reference, self.rounds_inputs))
+                taken.append(sizes.measuring(group[0], self.needs_parent, self.rounds_inputs))
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
 
@@ -114,7 +114,7 @@ class Encode(Stage):
         if wave:
             yield wave
 
-    def measured(self, block: Block, name: str) -> Moments | None:
+    def measure(self, block: Block, name: str) -> Moments | None:
         """What must be known about the input of `name`; None where that is nothing.
         All ranks measure together."""
         return None
@@ -223,7 +223,7 @@ def note_errors(
         block.note(name, output_error=relative_error(original, quantized, hessian))
 
 
-def factored(
+def factor_hessian(
     block: Block,
     name: str,
     moments: Moments,
@@ -233,7 +233,7 @@ def factored(
     """The Hessian of `name`, safe to factor, or why the linear cannot be fitted to its inputs."""
     if too_little := too_few(block.arch, name, moments):
         return too_little
-    usable = damped(moments.hessian, damping, feedback_order(moments.hessian, order))
+    usable = damp(moments.hessian, damping, feedback_order(moments.hessian, order))
     return "Hessian is not finite or stays singular" if usable is None else usable
 
 

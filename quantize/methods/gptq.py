@@ -9,7 +9,7 @@ from pydantic import Field
 
 from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
-from quantize.methods.encode import IntEncode, factored, fall_back, note_errors
+from quantize.methods.encode import IntEncode, factor_hessian, fall_back, note_errors
 from quantize.solvers.feedback import error_feedback
 from quantize.solvers.grid import Grid
 
@@ -32,7 +32,7 @@ class Gptq(IntEncode):
     """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
     the group's squared error."""
 
-    def measured(self, block: Block, name: str) -> Moments:
+    def measure(self, block: Block, name: str) -> Moments:
         """Second moments of the inputs."""
         return moments_of(block, name, self.fp8)
 
@@ -45,7 +45,7 @@ class Gptq(IntEncode):
         layer) where it is unusable."""
         grid = Grid(self.bits, self.group_size)
         assert moments is not None
-        usable = factored(block, names[0], moments, self.damping, self.order)
+        usable = factor_hessian(block, names[0], moments, self.damping, self.order)
         for name in names:
             if isinstance(usable, str):
                 fall_back(block, name, grid, self.fp8, usable)

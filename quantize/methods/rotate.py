@@ -20,13 +20,15 @@ from typing_extensions import Self
 from quantize.cost.footprint import BlockSizes
 from quantize.errors import ModelError
 from quantize.methods.base import Kind, Stage
-from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widened
+from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widen
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.model.arch import Architecture, Shape
 
-_WEIGHTS = 1 << 22  # of a matrix outside the blocks rotated at once
+# Of a matrix outside the blocks rotated at once: 32 MB in float64, where a whole embedding would
+# take gigabytes.
+_WEIGHTS = 1 << 22
 
 
 class Rotate(Stage):
@@ -108,9 +110,8 @@ class Rotate(Stage):
             within = {
                 name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears
             }
-            for size in sorted(
-                {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
-            ):
+            sizes = {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
+            for size in sorted(sizes):
                 yield "down", f"inputs of {down}", size
 
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
@@ -131,7 +132,7 @@ class Rotate(Stage):
     def _rotate_rows(self, weight: Tensor, gamma: Tensor | None = None) -> None:
         """Rotate every row of weight [V, D], times γ [D] if one is given, some rows at a time."""
         for rows in torch.split(weight, max(1, _WEIGHTS // weight.shape[1])):
-            wide = widened(rows) if gamma is None else widened(rows) * widened(gamma)
+            wide = widen(rows) if gamma is None else widen(rows) * widen(gamma)
             rows.copy_(self._rotation.apply(wide))
 
     def room(self, sizes: BlockSizes) -> int:
@@ -156,10 +157,9 @@ class Rotate(Stage):
             if edge.source_kind != "norm":
                 continue
             gamma = module.get_submodule(edge.source).get_parameter("weight")
-            for weight in (
-                module.get_submodule(sink).get_parameter("weight") for sink in edge.sinks
-            ):
-                weight.data = rotation.apply(widened(weight) * widened(gamma)).to(weight.dtype)
+            for sink in edge.sinks:
+                weight = module.get_submodule(sink).get_parameter("weight")
+                weight.data = rotation.apply(widen(weight) * widen(gamma)).to(weight.dtype)
             gamma.data = torch.ones_like(gamma)
         for name in arch.residual:
             _change_outputs(module.get_submodule(name), rotation.apply)
@@ -172,13 +172,13 @@ def _rotate_values(block: Block) -> None:
     edge = block.arch.edge("v_o")
     _change_outputs(block.linear(edge.source), per_head)
     for sink in map(block.linear, edge.sinks):
-        sink.weight.data = per_head(widened(sink.weight)).to(sink.weight.dtype)
+        sink.weight.data = per_head(widen(sink.weight)).to(sink.weight.dtype)
 
 
 def _change_outputs(linear: nn.Module, rotate: Callable[[Tensor], Tensor]) -> None:
     """Make a linear's outputs [..., N] those that `rotate` makes of them: its
     weight's columns and its bias."""
     weight, bias = linear.get_parameter("weight"), dict(linear.named_parameters()).get("bias")
-    weight.data = rotate(widened(weight).T).T.to(weight.dtype).contiguous()
+    weight.data = rotate(widen(weight).T).T.to(weight.dtype).contiguous()
     if bias is not None:
-        bias.data = rotate(widened(bias)).to(bias.dtype)
+        bias.data = rotate(widen(bias)).to(bias.dtype)

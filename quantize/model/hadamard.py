@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LARGEST_KNOWN = 256
-_SYLVESTER_BITS = 6  # a power of two is split into factors of at most 2^6
+_LARGEST_KNOWN = 256  # what compressed-tensors has matrices for, other than powers of two
+# A power of two is split into factors of at most 2^6: smaller ones take more passes over x, larger
+# ones more operations for each element.
+_SYLVESTER_BITS = 6
 
 
 def hadamard_factors(n: int) -> tuple[int, int]:
@@ -76,11 +78,11 @@ def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Entries ±1 of a factor [size, size]."""
     # What is made in inference mode could not take part in training later.
     with torch.inference_mode(False):
-        factor: Tensor = _normalized(size).to(dtype).to(device)
+        factor: Tensor = _normalized_matrix(size).to(dtype).to(device)
         return factor
 
 
-def _normalized(size: int) -> Tensor:
+def _normalized_matrix(size: int) -> Tensor:
     # Imported late: it imports transformers, which imports pq's own format.
     from compressed_tensors.transform.utils.hadamard import (
         deterministic_hadamard_matrix,
@@ -120,7 +122,7 @@ class Rotation:
         )
 
 
-def widened(weight: Tensor) -> Tensor:
+def widen(weight: Tensor) -> Tensor:
     """A weight in float64 where its device has it: sums of its few-digit numbers then do
     not depend on their order."""
     return weight.float() if weight.device.type == "mps" else weight.double()

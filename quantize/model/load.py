@@ -66,7 +66,7 @@ def load_model(
     _materialize(model, source, arch, schemes, device, dtype, numerics)
     rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
     _rotate_inputs(model, source)
-    return _frozen(model.to(device))
+    return _freeze(model.to(device))
 
 
 def require_readable(source: Checkpoint) -> None:
@@ -259,7 +259,7 @@ def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mo
     if missing:
         # transformers would go on with random weights.
         raise ModelError(f"{folder}: tensor {missing[0]} is missing from the checkpoint")
-    return _frozen(model.to(device))
+    return _freeze(model.to(device))
 
 
 def _materialize(
@@ -292,7 +292,7 @@ def _materialize(
         raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _freeze(model: nn.Module) -> nn.Module:
     model.eval()
     model.requires_grad_(False)
     return model

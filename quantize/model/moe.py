@@ -145,7 +145,7 @@ class MoeFfn(nn.Module):
         return F.silu if is_silu(act) else act
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether all routed experts are computed at once."""
         return self._stacked is not None
 
@@ -165,16 +165,14 @@ class MoeFfn(nn.Module):
         if len({(linear.weight.dtype, linear.weight.device) for linear in linears}) != 1:
             return False
         with torch.no_grad():
-            gate_up, down = (
-                _bind(self.experts, "gate_proj", "up_proj"),
-                _bind(self.experts, "down_proj"),
-            )
+            gate_up = _bind(self.experts, "gate_proj", "up_proj")
+            down = _bind(self.experts, "down_proj")
         self._stacked = _Stacked(gate_up, down, [linear.weight for linear in linears])
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoeFfn:
         # Casts and moves give every linear a weight of its own.
-        again, self._stacked = self.stacked, None
+        again, self._stacked = self.is_stacked, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if again:
             self.stack()

@@ -111,7 +111,7 @@ def _facts(
     if "weight_planes" in parts:
         return _bitvec(module, parts, quantization, shape)
     if "weight_packed" in parts:
-        return _packed(module, parts, quantization)
+        return _packed_int(module, parts, quantization)
     if "qweight" in parts:
         return _gptq_or_awq(parts, quantization)
     weight = parts.get("weight")
@@ -148,7 +148,9 @@ def _facts(
     )
 
 
-def _packed(module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]) -> _Facts:
+def _packed_int(
+    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]
+) -> _Facts:
     packed, scale = parts["weight_packed"], parts.get("weight_scale")
     bits, group_size, activations = _scheme(module, quantization)
     label = _label(quantization, _group(module, quantization)) or "packed"
@@ -196,11 +198,9 @@ def _gptq_or_awq(parts: Mapping[str, Header], quantization: Mapping[str, Any]) -
     """GPTQ packs along the inputs, qweight [K·bits/32, N]; AWQ along
     the outputs, [K, N·bits/32]."""
     method = str(quantization.get("quant_method", "qweight"))
-    bits, scales, qweight = (
-        _positive(quantization.get("bits")),
-        parts.get("scales"),
-        parts["qweight"],
-    )
+    bits = _positive(quantization.get("bits"))
+    scales = parts.get("scales")
+    qweight = parts["qweight"]
     shape = group_size = None
     if bits and scales is not None and len(scales.shape) == len(qweight.shape) == 2:
         K = qweight.shape[0] if "awq" in method else qweight.shape[0] * 32 // bits

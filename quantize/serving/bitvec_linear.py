@@ -15,7 +15,9 @@ from quantize.kernels.bitvec.api import multiply
 from quantize.kernels.device import has_kernel
 from quantize.serving.native_linear import NativeLinear, constant
 
-_FEW = 16  # rows of x up to which, on the CPU, looking sums up is faster than decoding
+# Rows of x up to which, on the CPU, looking sums up is faster than decoding: the first takes time
+# for every row, the second once.
+_FEW = 16
 
 
 class BitVecLinear(NativeLinear[BitVecScheme]):
@@ -61,7 +63,7 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
         parts = [
             F.linear(exact, self.rows(p.start, p.stop, exact.dtype)) for p in self.pieces(x.device)
         ]
-        return self._finished(torch.cat(parts, dim=-1), x.dtype)
+        return self._finish(torch.cat(parts, dim=-1), x.dtype)
 
     def _by_lookup(self, x: Tensor) -> Tensor:
         # Every 8 inputs have 256 sums; bytes of the planes choose among them,
@@ -81,7 +83,7 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
             out[part] = (lines[:, :, :bits].reshape(last - first, 1, -1) @ sums).squeeze(1)
             if self.scheme.bias:
                 out[part] += lines[:, :, bits] @ total
-        return self._finished(out.T, x.dtype).view(*x.shape[:-1], self.out_features)
+        return self._finish(out.T, x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _lines(self, first: int, last: int) -> Tensor:
         # Coefficients of every group: float32 [R, G, C].
@@ -99,7 +101,7 @@ class BitVecLinear(NativeLinear[BitVecScheme]):
             octets = octets.view(*octets.shape[:3], runs, 4).flip(4).flatten(3)
         return octets
 
-    def _finished(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+    def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantize.kernels.int4.api import gated, takes
+from quantize.kernels.int4.api import multiply_gated, takes
 from quantize.model.hooks import is_hooked
 from quantize.model.transformers_api import is_silu
 from quantize.serving.int_linear import IntLinear
@@ -32,7 +32,7 @@ class GatedFfn(nn.Module):
         is not rounded in between."""
         gate, up = self.gate_proj, self.up_proj
         if self._fits(x):
-            h = gated(
+            h = multiply_gated(
                 x,
                 gate.kernel_weight(),
                 up.kernel_weight(),

@@ -31,11 +31,9 @@ class IntLinear(NativeLinear[IntScheme]):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N] in x's dtype; the kernel has no gradient, so
         what needs one is decoded."""
-        bits, group_size, fp8 = (
-            self.scheme.bits,
-            self.scheme.group_size,
-            self.scheme.fp8_activations,
-        )
+        bits = self.scheme.bits
+        group_size = self.scheme.group_size
+        fp8 = self.scheme.fp8_activations
         if takes(bits, group_size, x, fp8) and not (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.detach()
             return multiply(x, self.kernel_weight(), bias, fp8_activations=fp8)

@@ -141,7 +141,7 @@ def int4_cache(model: PreTrainedModel) -> Cache:
     decoder = model.get_decoder()
     kv = _kv_modules(decoder)
     if not _understands(decoder):
-        raise UsageError(f"an INT4 cache needs attention {ATTENTION!r}{_found(decoder)}")
+        raise UsageError(f"an INT4 cache needs attention {ATTENTION!r}{_other_attention(decoder)}")
     cache = DynamicCache(config=decoder.config)
     _fit(cache, decoder, kv)
     return cache
@@ -197,7 +197,9 @@ class _Hooks:
         if _understands(decoder):
             _fit(cache, decoder, _kv_modules(decoder))
         elif _packed_layers(cache):
-            raise UsageError(f"an INT4 cache needs attention {ATTENTION!r}{_found(decoder)}")
+            raise UsageError(
+                f"an INT4 cache needs attention {ATTENTION!r}{_other_attention(decoder)}"
+            )
         for layer in _packed_layers(cache):
             layer.awaits_tokens = True
         return self.arguments.with_cache(args, kwargs, cache)
@@ -233,12 +235,12 @@ def _fit(cache: Cache, decoder: PreTrainedModel, modules: Mapping[int, KvAttenti
             f"{_REMEDY}"
         )
     fitted = [
-        _fitted(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)
+        _fit_layer(layer, modules[i]) if i in modules else layer for i, layer in enumerate(layers)
     ]
     cache.layers[:] = fitted
 
 
-def _fitted(layer: Any, kv: KvAttention) -> Any:
+def _fit_layer(layer: Any, kv: KvAttention) -> Any:
     """Return `layer` if it holds records of `kv`, a packed one in its place if it is
     empty, else raise UsageError."""
     packed = _PACKED.get(type(layer))
@@ -267,7 +269,7 @@ def _understands(decoder: PreTrainedModel) -> bool:
     return attention_name(decoder) == ATTENTION
 
 
-def _found(decoder: PreTrainedModel) -> str:
+def _other_attention(decoder: PreTrainedModel) -> str:
     return f", the model has {attention_name(decoder)!r}; call model.set_attn_implementation({ATTENTION!r})"
 
 

@@ -12,8 +12,10 @@ from typing_extensions import Self
 
 from quantize.formats.scheme import AnyScheme
 
-_ROOM = {"cpu": 1 << 20}  # weights decoded at once: what fits a cache
-_ROOM_ELSEWHERE = 1 << 24  # an accelerator wants few, large operations
+# Weights decoded at once. On a CPU what fits a cache, 4 MB in float32; an accelerator wants few,
+# large operations, and 64 MB is still little beside a model.
+_ROOM = {"cpu": 1 << 20}
+_ROOM_ELSEWHERE = 1 << 24
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 S = TypeVar("S", bound=AnyScheme)

@@ -102,7 +102,9 @@ class PqQuantizer(Quantizer):
         }
         # A decoder without its head has no place for a packed one.
         schemes = packed_linears(self.quantization_config.to_dict(), [*linears, _HEAD])
-        for full, scheme in ((n, s) for n, s in schemes.items() if n in linears):
+        for full, scheme in schemes.items():
+            if full not in linears:
+                continue
             name, old = linears[full]
             try:
                 new = LINEARS[type(scheme)](
@@ -161,7 +163,9 @@ def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:
     from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
 
     config = model.config.to_dict()
-    arch, shape, numerics = architecture_of(config), Shape.of(config), KvNumerics.from_json(facts)
+    arch = architecture_of(config)
+    shape = Shape.of(config)
+    numerics = KvNumerics.from_json(facts)
     blocks = model.base_model.get_submodule(arch.blocks.removeprefix(f"{model.base_model_prefix}."))
     for block in blocks:
         kv = KvAttention(numerics, shape.n_kv_heads, shape.head_dim)

@@ -17,9 +17,15 @@ from torch import Tensor
 from quantize.cost.footprint import SOLVER_ROWS
 from quantize.solvers.grid import Grid
 
-_BLOCK = 128  # columns between two wide matrix updates
+# Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
+# over columns, narrower ones make the updates too thin to run fast.
+_BLOCK = 128
+# Each takes ten times the damping of the one before. Past 10⁵ times the recipe's, a fit would see
+# little of the inputs any more, and data-free rounding says so openly.
 _MAX_DAMPING_TRIES = 6
-_SMALL = 1 << 20  # elements
+# Elements of a block of columns, below which a second thread costs more than it brings.
+_SMALL = 1 << 20
+# Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
 
 
@@ -102,7 +108,7 @@ def _finite(matrix: Tensor) -> bool:
     return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, SOLVER_ROWS))
 
 
-def damped(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
+def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     """Damp H by `damping`·mean(diag) and factor its inverse; raises the
     damping tenfold until that works.
 
@@ -253,14 +259,16 @@ def move_codes(
         stop = min(start + _BLOCK, K)
         span = slice(start, stop)
         # Columns as contiguous rows.
-        slope, old = gradient[:, span].T.contiguous(), value[:, span].T.contiguous()
+        slope = gradient[:, span].T.contiguous()
+        old = value[:, span].T.contiguous()
         chosen, new = torch.empty_like(old), torch.empty_like(old)
         with _few_threads(old):
             for i, j in enumerate(range(start, stop)):
                 target = torch.addcdiv(old[i : i + 1], slope[i : i + 1], H[j, j], value=-1)
                 chosen[i : i + 1], new[i : i + 1] = books[j // group_size].round(target)
                 slope[i + 1 :].addr_(H[j, j + 1 : stop], new[i] - old[i])
-        codes[:, span], value[:, span] = chosen.T, new.T
+        codes[:, span] = chosen.T
+        value[:, span] = new.T
         gradient.addmm_((new - old).T, H[span])
 
 
@@ -272,15 +280,18 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
     for g in range(state.scale.shape[1]):
         span = slice(g * G, (g + 1) * G)
         block = H[span, span]
-        kept, here, slope = state.codes[:, span], state.value[:, span], state.gradient[:, span]
+        old = state.codes[:, span]
+        here = state.value[:, span]
+        slope = state.gradient[:, span]
         best = torch.zeros_like(here[:, 0])
-        best_value, best_codes, best_scale = here.clone(), kept.clone(), state.scale[:, g].clone()
+        best_value = here.clone()
+        best_codes = old.clone()
+        best_scale = state.scale[:, g].clone()
         for candidate in candidates:
             s = candidate[:, g : g + 1]
-            for q, trial in (
-                (kept, grid.value(kept, s, state.factor)),
-                tuple(t.T for t in grid.book(s[:, 0], state.factor[:, 0]).round(here.T)),
-            ):
+            codes, values = grid.book(s[:, 0], state.factor[:, 0]).round(here.T)
+            trials = ((old, grid.value(old, s, state.factor)), (codes.T, values.T))
+            for q, trial in trials:
                 delta = trial - here
                 gain = ((2 * slope + delta @ block) * delta).sum(1)
                 better = gain < best
@@ -289,11 +300,9 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
                 best_codes = torch.where(better[:, None], q, best_codes)
                 best_scale = torch.where(better, s[:, 0], best_scale)
         state.gradient.addmm_(best_value - here, H[span])
-        state.value[:, span], state.codes[:, span], state.scale[:, g] = (
-            best_value,
-            best_codes,
-            best_scale,
-        )
+        state.value[:, span] = best_value
+        state.codes[:, span] = best_codes
+        state.scale[:, g] = best_scale
 
 
 def corrected_target(

@@ -11,9 +11,12 @@ from torch import Tensor
 from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale, row_factor
 from quantize.formats.packed_int import PackedInt
 
-_CLIPS = 24  # clip ratios tried per group, evenly spaced
+# Clip ratios tried per group, evenly spaced: about 2 % apart, and the fit's time grows with them.
+_CLIPS = 24
+# The smallest of them. Few bits want much clipping; a group that wants more gets this.
 _MIN_CLIP = 0.45
-# relative changes of a scale tried in the first, second and later sweeps
+# Relative changes of a scale tried in the first, second and later sweeps: halved each time, since
+# a scale that has been moved once is nearer its best; bfloat16 itself steps by 0.4 to 0.8 %.
 _MOVES = (0.06, 0.03, 0.015)
 
 
@@ -135,9 +138,9 @@ class Grid:
         if self.fp8_scales:
             return _e4m3_neighbour(scale, factor, -1), _e4m3_neighbour(scale, factor, 1)
         step = _MOVES[min(sweep, len(_MOVES) - 1)]
-        return (scale * (1 - step)).to(torch.bfloat16).float(), (scale * (1 + step)).to(
-            torch.bfloat16
-        ).float()
+        smaller = scale * (1 - step)
+        larger = scale * (1 + step)
+        return smaller.to(torch.bfloat16).float(), larger.to(torch.bfloat16).float()
 
     def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Σ weight·(w − ŵ)² of every group → [N, G]."""

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CELLS = 1 << 16  # budgets that the search tells apart
+# Budgets that the search tells apart. Costs are rounded up to 1/65536 of their range where they
+# have no coarser unit; time and memory grow with the cells times the items.
+_CELLS = 1 << 16
 
 
 def knapsack(

@@ -108,7 +108,7 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     prefix = f"{layout.arch.blocks}."
     if name.rpartition(".")[0] in layout.schemes and not name.endswith(".bias"):
         return True
-    turned = recipe is not None and Basis(recipe.stages).changed
+    turned = recipe is not None and Basis(recipe.stages).is_changed
     if not name.startswith(prefix):
         return turned
     index, _, local = name.removeprefix(prefix).partition(".")
@@ -145,7 +145,7 @@ def check_recomputed(
     differ but were converted with another torch or device, whose sums may round otherwise.
     """
     reads_text = any(stage.needs_inputs for stage in recipe.stages)
-    turned = Basis(recipe.stages).changed
+    turned = Basis(recipe.stages).is_changed
     if reads_text and not turned:
         raise Skipped(
             f"recipe {recipe.name} reads calibration text; only data-free recipes are computed "

@@ -89,7 +89,7 @@ def test_what_is_wrong_is_not_timed(stacked: bool, monkeypatch: pytest.MonkeyPat
 
     def wrong(mixture: MoeFfn, x: Tensor) -> Tensor:
         y = forward(mixture, x)
-        if mixture.stacked == stacked:
+        if mixture.is_stacked == stacked:
             y[-1, 0] += 0.01 * y.abs().max()
         return y
 

@@ -114,8 +114,13 @@ def test_operands_take_turns_until_no_cache_holds_them(
     ("module", "name", "section", "message"),
     [
         (int4, "multiply_codes", "kernels", "INT4 product folded 256x128, 1 rows: off by"),
-        (int4, "gated_codes", "kernels", "INT4 FFN front gated folded 2x256x128, 1 rows: off by"),
-        (int4, "gated_codes", "prefill", "INT4 FFN 256 x 128, 7 rows: off by"),
+        (
+            int4,
+            "multiply_gated_codes",
+            "kernels",
+            "INT4 FFN front gated folded 2x256x128, 1 rows: off by",
+        ),
+        (int4, "multiply_gated_codes", "prefill", "INT4 FFN 256 x 128, 7 rows: off by"),
         (
             attention_kernels,
             "attend_records",

@@ -37,8 +37,8 @@ def stops(data: dict[str, Any]) -> list[str]:
 def test_a_stopped_section_leaves_the_others(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    right = int4.gated_codes
-    monkeypatch.setattr(int4, "gated_codes", wrong(right, 3.0))
+    right = int4.multiply_gated_codes
+    monkeypatch.setattr(int4, "multiply_gated_codes", wrong(right, 3.0))
     path, good = script.measure(CPU, None, 1, tmp_path)
     data = json.loads(path.read_text())
     assert not good
@@ -48,7 +48,7 @@ def test_a_stopped_section_leaves_the_others(
         "prefill": 3,
     }
     assert stops(data) == [f"{name} stopped" for name in MEASURES]
-    monkeypatch.setattr(int4, "gated_codes", right)
+    monkeypatch.setattr(int4, "multiply_gated_codes", right)
     again, good = script.measure(CPU, "decode", 1, tmp_path)
     data = json.loads(path.read_text())
     assert (again, good) == (path, True)

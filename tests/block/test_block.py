@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.fp8 import quantize_activations
@@ -210,12 +210,12 @@ def test_moments_are_those_of_the_inputs(
 
 @pytest.mark.parametrize(("model_type", "name"), GROUPED)
 def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, name: str):
-    block = make_block(model_type, reference=True)
-    assert block.reference_inputs is not None
+    block = make_block(model_type, with_parent=True)
+    assert block.parent_inputs is not None
     noise = torch.Generator().manual_seed(5)
     block.inputs = [x + 0.3 * torch.randn(x.shape, generator=noise) for x in block.inputs]
-    freeze_reference(block)
-    assert block.reference is not None
+    freeze_layer(block)
+    assert block.frozen is not None
     for earlier in ("self_attn.q_proj", "self_attn.v_proj"):
         if name.startswith("mlp") or name.endswith("o_proj"):
             encode_nearest(block, earlier, bits=2)
@@ -223,10 +223,10 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
         captured(block, module, stream, name)
         for module, stream in (
             (block.module, block.inputs),
-            (block.reference, block.reference_inputs),
+            (block.frozen, block.parent_inputs),
         )
     )
-    moments = moments_of(block, name, False, with_reference=True)
+    moments = moments_of(block, name, False, with_parent=True)
     if block.arch.expert_of(name) is not None:  # the parent's tokens may go elsewhere
         assert moments.cross is None
         assert moments.residual is None
@@ -246,7 +246,7 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
         captured(block, module, stream, before)
         for module, stream in (
             (block.module, block.inputs),
-            (block.reference, block.reference_inputs),
+            (block.frozen, block.parent_inputs),
         )
     )
     assert moments.residual is not None
@@ -289,24 +289,24 @@ def test_encoded_linears_compute_with_their_codes(
         encode_nearest(block, name)
 
 
-def test_a_frozen_reference_does_not_move(make_block: BlockMaker, model_type: str):
-    block = make_block(model_type, reference=True)
+def test_a_frozen_layer_does_not_move(make_block: BlockMaker, model_type: str):
+    block = make_block(model_type, with_parent=True)
     before = outputs(block)
-    freeze_reference(block)
-    reference = block.reference
+    freeze_layer(block)
+    frozen = block.frozen
     encode_nearest(block, block.arch.of_role("up"), bits=2)
     block.fold(block.arch.edge("v_o"), torch.full((128,), 3.0))
-    freeze_reference(block)
-    assert block.reference is reference
-    after = torch.cat([block.forward(reference, x) for x in block.inputs])
+    freeze_layer(block)
+    assert block.frozen is frozen
+    after = torch.cat([block.forward(frozen, x) for x in block.inputs])
     assert torch.equal(after, before)
     assert difference(outputs(block), before) > 1e-3
 
 
-def test_without_reference_inputs_nothing_is_copied(make_block: BlockMaker):
+def test_without_parent_inputs_nothing_is_copied(make_block: BlockMaker):
     block = make_block("llama")
-    freeze_reference(block)
-    assert block.reference is None
+    freeze_layer(block)
+    assert block.frozen is None
 
 
 def test_notes_accumulate(make_block: BlockMaker):

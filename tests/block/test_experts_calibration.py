@@ -117,7 +117,7 @@ def test_one_pass_serves_all_experts(make_block: BlockMaker, fp8: bool):
     for names in (GATES, DOWNS):
         del runs[:]
         for name in names:
-            moments = moments_of(block, name, fp8, with_reference=True)
+            moments = moments_of(block, name, fp8, with_parent=True)
             x = wanted[name]
             x = quantize_activations(x.float()).double() if fp8 else x
             assert moments.tokens == len(x) > 0
@@ -266,7 +266,7 @@ def test_an_expert_without_tokens_has_moments_of_zero(make_block: BlockMaker):
 def test_experts_that_saw_too_little_are_fitted_without_data(
     make_block: BlockMaker, stage: Stage, plain: Stage | None, what: str
 ):
-    block = run(stage, starved(make_block("qwen2_moe", reference=True)))
+    block = run(stage, starved(make_block("qwen2_moe", with_parent=True)))
     expected = run(plain, make_block("qwen2_moe")) if plain else None
     for name in block.arch.roles:
         facts, expert = block.report[name], name.split(".")[2] if block.arch.is_routed(name) else ""
@@ -373,12 +373,12 @@ def with_experts(block: Block) -> Block:
     ids=lambda stages: "+".join(stage.method for stage in stages) or "none",
 )
 def test_the_parent_may_have_a_dense_ffn(make_block: BlockMaker, smooth: tuple[Stage, ...]):
-    block = make_block("qwen2_moe", index=1, reference=True, batches=12)
-    assert block.reference_inputs is not None
+    block = make_block("qwen2_moe", index=1, with_parent=True, batches=12)
+    assert block.parent_inputs is not None
     noise = torch.Generator().manual_seed(5)
     block.inputs = [x + 0.3 * torch.randn(x.shape, generator=noise) for x in block.inputs]
     with torch.no_grad():
-        wanted = torch.cat([block.forward(block.module, x) for x in block.reference_inputs])
+        wanted = torch.cat([block.forward(block.module, x) for x in block.parent_inputs])
     with_experts(block)
     for stage in smooth:
         run(stage, block)
@@ -392,17 +392,17 @@ def test_the_parent_may_have_a_dense_ffn(make_block: BlockMaker, smooth: tuple[S
         ]
         for module, stream in (
             (block.module, block.inputs),
-            (block.reference, block.reference_inputs),
+            (block.frozen, block.parent_inputs),
         )
     )
-    moments = moments_of(block, names[1], False, with_reference=True)
+    moments = moments_of(block, names[1], False, with_parent=True)
     assert moments.cross is not None
     assert moments.residual is not None
     assert difference(moments.cross, parents.T @ x / len(x)) < 1e-5
     assert difference(moments.residual, (parents_r - r).T @ x / len(x)) < 1e-5
     assert difference(x, parents) < 0.6  # the same channels, with drift between them
     for name in ("mlp.shared_expert.gate_proj", GATES[0], DOWNS[1]):
-        assert moments_of(block, name, False, with_reference=True).cross is None
+        assert moments_of(block, name, False, with_parent=True).cross is None
     with torch.no_grad():
-        found = torch.cat([block.forward(teacher_of(block), x) for x in block.reference_inputs])
+        found = torch.cat([block.forward(teacher_of(block), x) for x in block.parent_inputs])
     assert difference(found, wanted) < 1e-5

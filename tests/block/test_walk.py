@@ -53,7 +53,7 @@ def test_every_stream_goes_on_through_its_own_layer():
     assert streams.batches["ours"] is held  # which may be a file
 
 
-@pytest.mark.parametrize("kept", [("reference",), ("parent",), ("parent", "reference")])
+@pytest.mark.parametrize("kept", [("frozen",), ("parent",), ("parent", "frozen")])
 def test_the_teacher_is_the_oldest_copy(make_block: BlockMaker, kept: tuple[str, ...]):
     block = make_block("llama")
     assert teacher_of(block) is block.module

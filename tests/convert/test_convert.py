@@ -208,9 +208,9 @@ def test_each_block_is_calibrated_on_what_reaches_it(
     inputs = parents[0]
     for index in range(2):
         block = make_block("mistral", index=index)
-        block.inputs, block.reference_inputs = (
+        block.inputs, block.parent_inputs = (
             inputs,
-            parents[index] if stage.needs_reference else None,
+            parents[index] if stage.needs_parent else None,
         )
         with torch.no_grad():
             stage.apply(block)

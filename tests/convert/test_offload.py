@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.block.measure import moments_of
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.convert.loop import Request, convert
 from quantize.errors import OutputError
 from quantize.files.offload import OnHost, Parking, Place, Spilled, place_states, shared_copy
@@ -157,13 +157,13 @@ def test_a_block_computes_the_same_with_its_weights_put_away(
     make_block: Callable[..., Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("quantize.files.offload._LEAST", 1)  # the weights of tests are small
-    plain, split = make_block("llama", reference=True), make_block("llama", reference=True)
+    plain, split = make_block("llama", with_parent=True), make_block("llama", with_parent=True)
     split.parking = Parking(CPU, tmp_path)
     for block in (plain, split):
-        freeze_reference(block)
+        freeze_layer(block)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         ours, theirs = (
-            moments_of(block, name, False, with_reference=True) for block in (plain, split)
+            moments_of(block, name, False, with_parent=True) for block in (plain, split)
         )
         assert torch.equal(ours.hessian, theirs.hessian)
 

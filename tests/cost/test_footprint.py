@@ -16,7 +16,7 @@ from quantize.block import statistics
 from quantize.block.block import Block
 from quantize.block.measure import moments_of
 from quantize.block.moments import Moments
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.methods import STAGES
 from quantize.methods.encode import Encode
@@ -64,20 +64,20 @@ def one_linear(N: int, K: int) -> Block:
         storage={"l.weight": torch.bfloat16},
         forward=lambda _, hidden: hidden,
         inputs=[],
-        reference_inputs=None,
+        parent_inputs=None,
         device=CPU,
         rotary_dim=0,
     )
 
 
-def moments(N: int, K: int, with_reference: bool) -> Moments:
+def moments(N: int, K: int, with_parent: bool) -> Moments:
     x = torch.randn(K + 64, K, generator=torch.Generator().manual_seed(K))
     hessian = x.T @ x / len(x)
     return Moments(
         hessian,
         x.abs().mean(dim=0),
-        hessian * 0.99 if with_reference else None,
-        torch.full((N, K), 1e-4) if with_reference else None,
+        hessian * 0.99 if with_parent else None,
+        torch.full((N, K), 1e-4) if with_parent else None,
         len(x),
     )
 
@@ -86,7 +86,7 @@ def moments(N: int, K: int, with_reference: bool) -> Moments:
 @pytest.mark.parametrize(("N", "K"), [(1536, 512), (256, 1280)])
 def test_fits_take_what_they_say(method: str, N: int, K: int):
     stage, block = FITS[method], one_linear(N, K)
-    held = [moments(N, K, stage.needs_reference) if stage.needs_inputs else None]
+    held = [moments(N, K, stage.needs_parent) if stage.needs_inputs else None]
     found, told = (
         allocated(lambda: stage.encode_group(block, ["l"], held.pop())),
         stage.fitting(N, K),
@@ -117,13 +117,13 @@ def sizes(**changes: Any) -> BlockSizes:
     return BlockSizes(**(known | changes))
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("with_parent", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("role", ["q", "down"])
 def test_measuring_takes_what_it_says(
-    make_block: Callable[..., Block], with_reference: bool, fp8: bool, role: Any
+    make_block: Callable[..., Block], with_parent: bool, fp8: bool, role: Any
 ):
-    block = make_block("llama", reference=True)
+    block = make_block("llama", with_parent=True)
     arch, shape, name = block.arch, block.shape, block.arch.of_role(role)
     linears = {name: tuple(block.linear(name).weight.shape) for name in arch.roles}
     tokens = block.inputs[0].shape[0] * block.inputs[0].shape[1]
@@ -133,10 +133,10 @@ def test_measuring_takes_what_it_says(
         heads=shape.n_heads,
         kv_heads=shape.n_kv_heads,
         batch=tokens,
-    ).measuring(name, with_reference, fp8)
-    freeze_reference(block)
-    moments_of(block, name, fp8, with_reference)  # masks and rotary tables are made once
-    found = allocated(lambda: moments_of(block, name, fp8, with_reference))
+    ).measuring(name, with_parent, fp8)
+    freeze_layer(block)
+    moments_of(block, name, fp8, with_parent)  # masks and rotary tables are made once
+    found = allocated(lambda: moments_of(block, name, fp8, with_parent))
     # On its way to q_proj a pass is narrower than the block is at its widest.
     assert 0.85 < told / found < (1.25 if role == "down" else 2.5), (told, found)
 

@@ -19,9 +19,9 @@ from quantize.kernels.fp8.reference import operand_order
 from quantize.kernels.int4.api import (
     bytes_moved,
     fold,
-    gated,
     multiply,
     multiply_codes,
+    multiply_gated,
     takes,
 )
 from quantize.kernels.int4.reference import Weight
@@ -82,7 +82,9 @@ def test_the_reference_stands_in(kind: str, dtype: torch.dtype):
     x = activations(5, 192, dtype, "cpu")
     assert not takes(4, 64, x, True)
     check(multiply(x, weight_of(packed), **KINDS[kind]), x, packed, kind)
-    check_gated(gated(x, weight_of(packed), weight_of(up), **KINDS[kind]), x, packed, up, kind)
+    check_gated(
+        multiply_gated(x, weight_of(packed), weight_of(up), **KINDS[kind]), x, packed, up, kind
+    )
 
 
 @pytest.mark.parametrize("spread", [1e-9, 0.02, 1e5])
@@ -109,7 +111,7 @@ def test_no_rows_give_no_rows():
     weight = weight_of(random_weight(21, 128))
     for options in KINDS.values():
         assert multiply(torch.zeros(3, 0, 128), weight, **options).shape == (3, 0, 21)
-        assert gated(torch.zeros(3, 0, 128), weight, weight, **options).shape == (3, 0, 21)
+        assert multiply_gated(torch.zeros(3, 0, 128), weight, weight, **options).shape == (3, 0, 21)
 
 
 def test_an_order_is_one_of_each_group():
@@ -125,7 +127,7 @@ def test_compiles_in_one_piece(kind: str):
 
     def product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         y = multiply(x, Weight(packed, scale), **KINDS[kind])
-        return y + gated(x, Weight(packed, scale), Weight(packed, scale), **KINDS[kind])
+        return y + multiply_gated(x, Weight(packed, scale), Weight(packed, scale), **KINDS[kind])
 
     compiled = torch.compile(product, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, *weight[:2]), product(x, *weight[:2]))
@@ -196,7 +198,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"bias is \(7,\) on cpu, expected \(8,\) on cpu"):
         multiply(x, weight, torch.zeros(7), fp8_activations=True)
     with pytest.raises(ValueError, match="packed is"):
-        gated(x, weight, weight_of(random_weight(9, 256)), fp8_activations=True)
+        multiply_gated(x, weight, weight_of(random_weight(9, 256)), fp8_activations=True)
     with pytest.raises(ValueError, match="the weight is folded, but the variant is 'exact'"):
         multiply(x, fold(weight), fp8_activations=True, variant="exact")
     with pytest.raises(
@@ -206,7 +208,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="there is no variant 'exakt'"):
         multiply(x, weight, fp8_activations=True, variant="exakt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="only one of gate and up is folded"):
-        gated(x, fold(weight), weight, fp8_activations=True)
+        multiply_gated(x, fold(weight), weight, fp8_activations=True)
     codes, scale = quantize_tokens(x, group_size=128)
     with pytest.raises(ValueError, match=r"token_scale is torch\.float32 \(1,\)"):
         multiply_codes(codes, scale[:1], weight)

@@ -28,10 +28,10 @@ from quantize.kernels.fp8.api import GROUP_SIZES, Variant, quantize_tokens
 from quantize.kernels.fp8.reference import operand_order, quantize_reference
 from quantize.kernels.int4.api import (
     fold,
-    gated,
-    gated_codes,
     multiply,
     multiply_codes,
+    multiply_gated,
+    multiply_gated_codes,
 )
 from quantize.kernels.int4.reference import Weight
 from quantize.serving.gated_ffn import GatedFfn, place_gated_ffns
@@ -81,7 +81,7 @@ def test_all_batches(M: int, kind: str, device: str):
     x, bias = activations(M, 384, dtype, device), torch.randn(37, device=device).to(dtype)
     check(multiply(x, weight_of(packed, device), bias, **KINDS[kind]), x, packed, kind, bias)
     check_gated(
-        gated(x, weight_of(packed, device), weight_of(up, device), **KINDS[kind]),
+        multiply_gated(x, weight_of(packed, device), weight_of(up, device), **KINDS[kind]),
         x,
         packed,
         up,
@@ -100,7 +100,7 @@ def test_odd_sizes(N: int, K: int, group_size: int, kind: str, device: str):
         (weight_of(packed, device), weight_of(up, device)),
     )
     check(multiply(x, weights[0], **KINDS[kind]), x, packed, kind)
-    check_gated(gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
+    check_gated(multiply_gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -156,7 +156,11 @@ def test_any_strides_and_axes(M: int, kind: str, device: str):
     cubed = multiply(straight.reshape(2, -1, 128), weight, **options)
     assert torch.equal(cubed, expected.view(2, -1, 19))
     assert multiply(straight[0], weight, **options).shape == (19,)
-    assert gated(straight.reshape(2, -1, 128), weight, weight, **options).shape == (2, M // 2, 19)
+    assert multiply_gated(straight.reshape(2, -1, 128), weight, weight, **options).shape == (
+        2,
+        M // 2,
+        19,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -173,10 +177,12 @@ def test_one_quantization_serves_several_products(variant: Variant, device: str)
         multiply_codes(codes, scale, gate, **options),
         multiply(x, gate, fp8_activations=True, variant=variant),
     )
-    both = gated(x, gate, up, fp8_activations=True, variant=variant)
-    assert torch.equal(gated_codes(codes, scale, gate, up, **options), both)
+    both = multiply_gated(x, gate, up, fp8_activations=True, variant=variant)
+    assert torch.equal(multiply_gated_codes(codes, scale, gate, up, **options), both)
     if variant == "folded":
-        assert torch.equal(gated_codes(codes, scale, fold(gate), fold(up), **options), both)
+        assert torch.equal(
+            multiply_gated_codes(codes, scale, fold(gate), fold(up), **options), both
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -241,7 +247,7 @@ def test_every_tile(dtype: torch.dtype, device: str):
         for kind in ["W4A16"] if dtype != torch.float8_e4m3fn else ["exact", "folded"]:
             x = activations(M, 128, dtype if kind == "W4A16" else torch.float16, device)
             check(multiply(x, weights[0], **KINDS[kind]), x, packed, kind)
-            check_gated(gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
+            check_gated(multiply_gated(x, *weights, **KINDS[kind]), x, packed, up, kind)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -270,16 +276,16 @@ def test_a_graph_replays_the_product(M: int, kind: str):
     packed, up = random_weight(512, 4096), random_weight(512, 4096, seed=1)
     weights, options = (weight_of(packed, "cuda"), weight_of(up, "cuda")), KINDS[kind]
     x = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
-    multiply(x, weights[0], **options), gated(x, *weights, **options)
+    multiply(x, weights[0], **options), multiply_gated(x, *weights, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y, z = multiply(x, weights[0], **options), gated(x, *weights, **options)
+        y, z = multiply(x, weights[0], **options), multiply_gated(x, *weights, **options)
     x.normal_()
     graph.replay()
     check(y, x, packed, kind)
     check_gated(z, x, packed, up, kind)
     assert torch.equal(y, multiply(x, weights[0], **options))
-    assert torch.equal(z, gated(x, *weights, **options))
+    assert torch.equal(z, multiply_gated(x, *weights, **options))
 
 
 class Ffn(torch.nn.Module):
@@ -313,7 +319,8 @@ def test_ffns_compute_gate_and_up_at_once(device: str, fp8: bool, monkeypatch: p
     fused = model["mlp"]
     assert isinstance(fused, GatedFfn)
     monkeypatch.setattr(
-        "quantize.serving.gated_ffn.gated", lambda *a, **k: calls.append(1) or gated(*a, **k)
+        "quantize.serving.gated_ffn.multiply_gated",
+        lambda *a, **k: calls.append(1) or multiply_gated(*a, **k),
     )
     torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-3 * float(wanted.abs().max()))
     handle = fused.up_proj.register_forward_hook(

@@ -21,16 +21,13 @@ class _Rounding(nn.Module):
         super().__init__()
         self.linear, self.grid, self.weight = linear, grid, linear.weight.float()
         self.scale, _ = grid.fit_scale(self.weight)
-        self.step, self.offset = (
-            grid.expand(self.scale),
-            nn.Parameter(torch.zeros_like(self.weight)),
-        )
+        self.step = grid.expand(self.scale)
+        self.offset = nn.Parameter(torch.zeros_like(self.weight))
 
     def codes(self) -> Tensor:
         place = self.weight / self.step + self.offset
-        return (place + (place.round() - place).detach()).clamp(
-            self.grid.qmin, self.grid.qmax
-        )  # straight through
+        straight_through = place + (place.round() - place).detach()
+        return straight_through.clamp(self.grid.qmin, self.grid.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, (self.codes() * self.step).to(x.dtype), self.linear.bias)
@@ -48,15 +45,14 @@ class AutoRoundLike(IntEncode):
 
     def apply(self, block: Block) -> None:
         grid, wanted = Grid(self.bits, self.group_size), list(teacher_outputs(block))
-        trials = {name: _Rounding(block.linear(name), grid) for name in self.selected(block)}
+        trials = {name: _Rounding(block.linear(name), grid) for name in self.selection(block)}
         with stand_in(block.module, trials), torch.enable_grad():
             for step in range(self.steps):
+                rate = (1 - step / self.steps) / self.steps
                 found = block.forward(block.module, block.inputs[step % len(wanted)])
                 (found - wanted[step % len(wanted)]).float().square().mean().backward()
                 for trial in trials.values():
-                    trial.offset.data -= (
-                        (1 - step / self.steps) / self.steps * trial.offset.grad.sign()
-                    )
+                    trial.offset.data -= rate * trial.offset.grad.sign()
                     trial.offset.grad = None
         for name, trial in trials.items():
             block.encode(name, grid.pack(trial.codes().detach(), trial.scale), self.fp8)

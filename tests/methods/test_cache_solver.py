@@ -15,11 +15,11 @@ from quantize.methods.sbvr.solve import (
     LineBooks,
     _Design,
     _move_lines,
-    _refitted,
+    _refit,
     loss,
     solve,
 )
-from quantize.solvers.feedback import Damped, damped, feedback_order
+from quantize.solvers.feedback import Damped, damp, feedback_order
 
 
 def problem(N: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def problem(N: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def usable(H: Tensor) -> Damped:
-    found = damped(H, 1e-6, feedback_order(H, "activation"))
+    found = damp(H, 1e-6, feedback_order(H, "activation"))
     assert found is not None
     return found
 
@@ -89,7 +89,7 @@ def test_refit_finds_the_least_squares_coefficients(
     wanted = torch.linalg.lstsq(mapped, (w.double() @ root).flatten()).solution
     minimum = float(((A @ wanted).view(24, 160) - w.double()).matmul(root).square().sum())
     for _ in range(6):
-        fitted = _refitted(w, fitted, H)
+        fitted = _refit(w, fitted, H)
     assert loss(w, fitted, H) < minimum * 1.002
     assert torch.equal(fitted.codebook.lines, fitted.codebook.lines.half().float())
 

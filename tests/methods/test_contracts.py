@@ -32,7 +32,7 @@ def named(cls: type[Stage]) -> str:
 
 def apply(make_block: BlockMaker, cls: type[Stage], model_type: str, **fields: Any) -> Block:
     stage = cls(**fields)
-    block = make_block(model_type, reference=stage.needs_reference)
+    block = make_block(model_type, with_parent=stage.needs_parent)
     if not stage.needs_inputs:
         block.inputs = []
     with torch.no_grad():
@@ -206,15 +206,15 @@ def test_shapes_that_fit_pass(cls: type[Stage]):
 @pytest.mark.parametrize("inputs", ["zero", "huge", "one token"])
 def test_encode_survives_poor_calibration(make_block: BlockMaker, cls: type[Stage], inputs: str):
     stage = cls()
-    block = make_block("qwen2", reference=stage.needs_reference)
+    block = make_block("qwen2", with_parent=stage.needs_parent)
     change = {
         "zero": lambda x: x * 0,
         "huge": lambda x: x * 1e30,
         "one token": lambda x: x[:1, :1],
     }[inputs]
     block.inputs = [change(x) for x in block.inputs[:1]]
-    if block.reference_inputs is not None:
-        block.reference_inputs = [change(x) for x in block.reference_inputs[:1]]
+    if block.parent_inputs is not None:
+        block.parent_inputs = [change(x) for x in block.parent_inputs[:1]]
     with torch.no_grad():
         stage.apply(block)
     for name, packed in block.packed.items():

@@ -36,7 +36,7 @@ def correlated_block(
     make_block: BlockMaker, model_type: str = "llama", drift: float = 0.0
 ) -> Block:
     """A block whose inputs mostly lie in 24 dimensions; `drift` is what earlier blocks got wrong, relatively."""
-    block = make_block(model_type, reference=True)
+    block = make_block(model_type, with_parent=True)
     generator = torch.Generator().manual_seed(3)
     D = block.shape.hidden
     mix, wrong = (torch.randn(D, D, generator=generator) * D**-0.5 for _ in range(2))
@@ -45,7 +45,7 @@ def correlated_block(
         + 0.3 * torch.randn(2, 48, D, generator=generator)
         for _ in range(6)
     ]
-    block.reference_inputs = clean
+    block.parent_inputs = clean
     block.inputs = [x + drift * x @ wrong for x in clean]
     return block
 
@@ -202,8 +202,8 @@ def test_only_16_bit_activations_use_signed_scales(make_block: BlockMaker, model
 def error_against_parent(make_block: BlockMaker, stage: Stage, drift: float) -> float:
     """Relative output error of a block that receives drifted inputs, against the parent on its own."""
     block = correlated_block(make_block, drift=drift)
-    assert block.reference_inputs is not None
-    wanted = outputs(block, block.reference_inputs)
+    assert block.parent_inputs is not None
+    wanted = outputs(block, block.parent_inputs)
     run(stage, block)
     return float((outputs(block, block.inputs) - wanted).norm() / wanted.norm())
 
@@ -236,9 +236,9 @@ def test_without_drift_sweeps_alone_are_worth_it(make_block: BlockMaker):
 
 
 def test_what_is_measured_follows_the_fields():
-    assert (Fireq().needs_inputs, Fireq().needs_reference) == (True, True)
-    assert (Fireq(aim="layer").needs_inputs, Fireq(aim="layer").needs_reference) == (True, False)
-    assert (Fireq(rounding="nearest").needs_inputs, Fireq(rounding="nearest").needs_reference) == (
+    assert (Fireq().needs_inputs, Fireq().needs_parent) == (True, True)
+    assert (Fireq(aim="layer").needs_inputs, Fireq(aim="layer").needs_parent) == (True, False)
+    assert (Fireq(rounding="nearest").needs_inputs, Fireq(rounding="nearest").needs_parent) == (
         False,
         False,
     )

@@ -20,7 +20,7 @@ from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.distill import Training, distill, refit_down
 from quantize.methods.ladimo.pruning import prune
 from quantize.methods.ladimo.routing import Budget as Visits
-from quantize.methods.ladimo.split import Layout, clustered, contiguous, shuffled
+from quantize.methods.ladimo.split import Layout, cluster, contiguous, shuffle
 from quantize.methods.ladimo.trial import Start
 from quantize.model.arch import ExpertSizes, Shape, architecture_of
 from quantize.model.moe import MoeFfn
@@ -45,8 +45,8 @@ def test_a_split_is_a_partition_of_the_sizes_asked_for(layout: Layout):
     ffn, x = random_ffn()
     for split in (
         contiguous(layout),
-        shuffled(layout, 3),
-        clustered(layout, ffn.contributions(x[:200]), 0),
+        shuffle(layout, 3),
+        cluster(layout, ffn.contributions(x[:200]), 0),
     ):
         sizes = torch.bincount(split.owner, minlength=layout.n + 1).tolist()
         assert sizes == [layout.size] * layout.n + [layout.shared]
@@ -60,7 +60,7 @@ def test_neurons_that_work_on_the_same_tokens_come_together():
     kind = torch.randint(3, (600,), generator=generator)
     active = (kind[:, None] == group).float() + 0.1 * torch.rand(600, 24, generator=generator)
     always = 5 + torch.rand(600, 16, generator=generator)
-    split = clustered(LAYOUT, torch.cat([active, always], dim=1), 0)
+    split = cluster(LAYOUT, torch.cat([active, always], dim=1), 0)
     assert (split.owner[24:] == 3).all()
     assert all(len(group[split.of_expert(index)].unique()) == 1 for index in range(3))
 

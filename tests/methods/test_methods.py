@@ -15,7 +15,7 @@ from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
 from quantize.block.moments import Moments
-from quantize.block.smoothing import balanced, search
+from quantize.block.smoothing import balance, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
 from quantize.methods.fireq.stage import Fireq
@@ -40,7 +40,7 @@ def correlate(block: Block) -> Block:
     )
     batches = 20 if any(map(block.arch.is_routed, block.arch.roles)) else 5
     block.inputs = [torch.randn(2, 32, len(mix), generator=generator) @ mix for _ in range(batches)]
-    block.reference_inputs = [x.clone() for x in block.inputs]
+    block.parent_inputs = [x.clone() for x in block.inputs]
     return block
 
 
@@ -136,7 +136,7 @@ def test_gptq_has_less_output_error_than_rounding(
     "stage", [Gptq(), Gptq(order="natural"), Fireq(), Fireq(activations="none")], ids=str
 )
 def test_dead_inputs_are_survived_and_noted(make_block: BlockMaker, stage: Stage):
-    block = correlate(make_block("qwen3", reference=True))
+    block = correlate(make_block("qwen3", with_parent=True))
     block.module.get_submodule("input_layernorm").weight.data[[0, 5, 127]] = 0
     wanted = outputs(block)
     run(stage, block)
@@ -160,7 +160,7 @@ def test_an_indefinite_hessian_is_damped_tenfold(
         return ((vectors * values) @ vectors.T).float()
 
     change_hessians(monkeypatch, shifted)
-    block = run(stage, correlate(make_block("llama", reference=True)))
+    block = run(stage, correlate(make_block("llama", with_parent=True)))
     for name in LINEARS:
         assert block.report[name]["damping"] == pytest.approx(0.1), name
         assert block.report[name]["weight_error"] < 0.1
@@ -177,7 +177,7 @@ def test_an_unusable_hessian_falls_back_to_rounding(
     spoil: Callable[[Tensor], Tensor],
 ):
     change_hessians(monkeypatch, spoil)
-    block = run(stage, correlate(make_block("llama", reference=True)))
+    block = run(stage, correlate(make_block("llama", with_parent=True)))
     for name in LINEARS:
         facts = block.report[name]
         assert "rounded to nearest" in facts["fallback"], name
@@ -303,7 +303,7 @@ def test_a_search_that_finds_nothing_leaves_the_edge_alone(make_block: BlockMake
 
 def test_balanced_scales_are_usable():
     scale = torch.tensor([4.0, 0.0, -1.0, torch.inf, torch.nan, 0.25, 16.0])
-    assert balanced(scale).tolist() == [2.0, 0.5, 0.5, 0.5, 0.5, 0.125, 8.0]
+    assert balance(scale).tolist() == [2.0, 0.5, 0.5, 0.5, 0.5, 0.125, 8.0]
 
 
 # Balance: where outlier channels come from must not matter
@@ -322,7 +322,7 @@ def inject(block: Block, edge_name: str) -> None:
 def block_error(
     make_block: BlockMaker, stages: tuple[Stage, ...], injected: tuple[str, ...] = ()
 ) -> float:
-    block = correlate(make_block("llama", reference=True))
+    block = correlate(make_block("llama", with_parent=True))
     wanted = outputs(block)
     for edge_name in injected:
         inject(block, edge_name)

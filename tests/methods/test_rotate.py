@@ -19,7 +19,7 @@ import quantize  # registers the native format  # noqa: F401
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, RecipeError
 from quantize.evaluate.streamed import open_model
@@ -232,7 +232,7 @@ def test_any_order_with_other_smooth_stages(
         "awq": Awq(group_size=64, grid=2),
         "cas": Cas(qkv=0.01),
     }
-    plain, block = make_block(model_type), make_block(model_type, reference=True)
+    plain, block = make_block(model_type), make_block(model_type, with_parent=True)
     with torch.no_grad():
         for name in order:
             before = {n: p.clone() for n, p in block.module.named_parameters()}
@@ -244,8 +244,8 @@ def test_any_order_with_other_smooth_stages(
         # The stage turned the block's own inputs, so that whoever comes next measures what is true.
         found = [block.forward(block.module, x) for x in block.inputs]
     assert difference(torch.cat(found), torch.cat(wanted)) < 2e-5
-    assert block.reference_inputs is not None
-    for ours, theirs in zip(block.inputs, block.reference_inputs, strict=True):
+    assert block.parent_inputs is not None
+    for ours, theirs in zip(block.inputs, block.parent_inputs, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -258,7 +258,7 @@ def test_no_diagonal_moves_into_rotated_inputs(make_block: BlockMaker):
 
 
 def test_statistics_and_encoding_see_rotated_inputs(make_block: BlockMaker):
-    plain, block = make_block("llama"), make_block("llama", reference=True)
+    plain, block = make_block("llama"), make_block("llama", with_parent=True)
     down = block.arch.of_role("down")
     with torch.no_grad():
         Rotate(**PARTS["down"]).apply(block)
@@ -269,10 +269,10 @@ def test_statistics_and_encoding_see_rotated_inputs(make_block: BlockMaker):
         Gptq(bits=8, group_size=32).apply(block)
         assert block.rotates_inputs(down)
         assert difference(block.forward(block.module, block.inputs[0]), before) < 0.01
-        freeze_reference(block)
-        assert block.reference is not None
+        freeze_layer(block)
+        assert block.frozen is not None
         assert torch.equal(
-            block.forward(block.reference, block.inputs[0]),
+            block.forward(block.frozen, block.inputs[0]),
             block.forward(block.module, block.inputs[0]),
         )
 

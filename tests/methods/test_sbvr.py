@@ -84,7 +84,7 @@ def test_other_formats_hold_no_bit_vectors(tiny: Maker, text_file: Path, tmp_pat
 
 def test_what_is_measured_follows_the_fields():
     asked = [Sbvr(), Sbvr(aim="layer"), Sbvr(fit="data-free"), Sbvr(fit="data-free", aim="layer")]
-    assert [(s.needs_inputs, s.needs_reference) for s in asked] == [
+    assert [(s.needs_inputs, s.needs_parent) for s in asked] == [
         (True, True),
         (True, False),
         *[(False, False)] * 2,
@@ -109,7 +109,7 @@ def test_shipped_recipes(name: str):
 def test_inputs_never_make_it_worse(
     make_block: BlockMaker, model_type: str, bits: int, bias: bool, aim: str
 ):
-    block = make_block(model_type, reference=aim == "parent")
+    block = make_block(model_type, with_parent=aim == "parent")
     run(Sbvr(**SOME | {"layers": ("*.down_proj",), "bits": bits, "bias": bias, "aim": aim}), block)
     assert set(block.report) == {name for name, role in block.arch.roles.items() if role == "down"}
     for facts in block.report.values():
@@ -122,7 +122,7 @@ def test_inputs_never_make_it_worse(
 def test_facts_are_those_of_the_packed_weight(
     make_block: BlockMaker, fit: str, lines: int, codebook: str
 ):
-    block, plain = make_block("qwen3", reference=True), make_block("qwen3")
+    block, plain = make_block("qwen3", with_parent=True), make_block("qwen3")
     run(Sbvr(**SOME | {"lines": lines, "codebook": codebook, "fit": fit, "overhead": None}), block)
     assert set(block.packed) == set(block.report) == {OUT, DOWN}
     for name, facts in block.report.items():
@@ -152,7 +152,7 @@ def test_the_data_free_fit_needs_no_inputs(make_block: BlockMaker):
 
 def test_inputs_that_cannot_be_used(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
     block, plain = make_block("llama"), make_block("llama")
-    monkeypatch.setattr("quantize.methods.encode.damped", lambda *_: None)
+    monkeypatch.setattr("quantize.methods.encode.damp", lambda *_: None)
     run(Sbvr(**SOME | {"aim": "layer"}), block)
     run(Sbvr(**SOME | {"fit": "data-free"}), plain)
     for name in (OUT, DOWN):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantize.block.block import Block
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.convert.loop import convert
 from quantize.errors import ModelError
 from quantize.evaluate import evaluate
@@ -24,7 +24,7 @@ from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.kernels.attention.reference import attend
 from quantize.methods.fireq.attention import FireqAttention
-from quantize.methods.fireq.kv_search import channel_maxima, published, treated_channels
+from quantize.methods.fireq.kv_search import channel_maxima, paper_scales, treated_channels
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.load import load_model
 from quantize.model.rope import pair_norm, partners, rotary_dim
@@ -230,7 +230,7 @@ def test_the_published_constants():
     channel = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
     pair = torch.tensor([[9.2, 3.2, 9.2, 3.2]])
     partner = partners("half-split", 4, 4)
-    scales = published(channel, pair, partner, 8.0, 4.0, 1)
+    scales = paper_scales(channel, pair, partner, 8.0, 4.0, 1)
     assert treated_channels(channel, partner, 1).tolist() == [[True, False, True, False]]
     assert scales.post[0].tolist() == pytest.approx([4 / 9, 1, 4 / 2, 1])
     assert scales.pre[0].tolist() == pytest.approx([1, 2.5, 1, 2.5])
@@ -276,12 +276,12 @@ def test_without_post_scales_in_the_format_none_are_used(make_block: BlockMaker)
 
 
 def test_the_parent_keeps_its_full_cache(make_block: BlockMaker):
-    block = make_block("qwen2", reference=True)
+    block = make_block("qwen2", with_parent=True)
     before = outputs(block)
     stage().apply(block)
-    freeze_reference(block)
+    freeze_layer(block)
     with torch.no_grad():
-        after = torch.cat([block.forward(block.reference, x) for x in block.inputs])
+        after = torch.cat([block.forward(block.frozen, x) for x in block.inputs])
     assert difference(after, before) < 1e-5
 
 

@@ -46,7 +46,7 @@ def test_stacked_experts_compute_the_same(policy: Policy, activation: str):
         together = ffn(x)
         torch.testing.assert_close(together, copy.copy(ffn)(x))
         assert together.shape == x.shape
-    assert ffn.stacked
+    assert ffn.is_stacked
 
 
 def test_tensors_keep_names_values_and_memory():
@@ -74,11 +74,11 @@ def test_casts_stack_again():
     ffn, plain = make(), make()
     ffn.stack()
     ffn.to(torch.float64)
-    assert ffn.stacked
+    assert ffn.is_stacked
     assert len({p.untyped_storage().data_ptr() for p in ffn.experts.parameters()}) == 2
     x = tokens(7).double()
     torch.testing.assert_close(ffn(x), plain.double()(x))
-    assert not ffn.to("meta").stacked
+    assert not ffn.to("meta").is_stacked
 
 
 def test_copies_are_not_stacked():
@@ -88,11 +88,11 @@ def test_copies_are_not_stacked():
     torch.save(ffn, kept)
     kept.seek(0)
     for other in (copy.deepcopy(ffn), torch.load(kept, weights_only=False)):
-        assert not other.stacked
+        assert not other.is_stacked
         other.experts[0].up_proj.weight.mul_(2)
         assert not torch.equal(other.experts[0].up_proj.weight, ffn.experts[0].up_proj.weight)
         assert other.stack()
-    assert ffn.stacked
+    assert ffn.is_stacked
 
 
 def test_views_are_saved_like_other_tensors(tmp_path: Path):
@@ -134,7 +134,7 @@ def test_what_is_no_plain_linear_is_left_alone(change: Callable[[MoeFfn], None])
     change(ffn)
     before = [p.data_ptr() for p in ffn.parameters() if not p.is_meta]
     assert not ffn.stack()
-    assert not ffn.stacked
+    assert not ffn.is_stacked
     assert before == [p.data_ptr() for p in ffn.parameters() if not p.is_meta]
 
 
@@ -181,7 +181,7 @@ def test_weights_that_take_the_place_of_stacked_ones_are_used(change: Callable[[
     with torch.no_grad():
         torch.testing.assert_close(ffn(tokens(7)), plain(tokens(7)))
     if change is not another_dtype:  # whose hook keeps it from being looked at
-        assert not ffn.stacked
+        assert not ffn.is_stacked
 
 
 def test_a_model_is_stacked_and_says_the_same(tiny: ModelMaker):

@@ -19,7 +19,7 @@ from quantize.block.block import Block
 from quantize.block.exchange import share_out
 from quantize.block.measure import moments_of, routed_sums, sums_of
 from quantize.block.moments import Moments
-from quantize.block.teacher import freeze_reference
+from quantize.block.teacher import freeze_layer
 from quantize.methods.gptq import Gptq
 from quantize.parallel.launch import joined
 from quantize.parallel.ranks import ALONE, Ranks
@@ -157,11 +157,11 @@ def with_ranks(block: Block, ranks: Ranks) -> Block:
 
 def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker):
     def made(ranks: Ranks) -> Block:
-        block = with_ranks(make_block("llama", reference=True, batches=4), ranks)
+        block = with_ranks(make_block("llama", with_parent=True, batches=4), ranks)
         block.inputs[1][0, 3, 5] = float("nan")  # spoils tokens behind it
-        assert block.reference_inputs is not None
-        block.reference_inputs[2] *= 3
-        freeze_reference(block)
+        assert block.parent_inputs is not None
+        block.parent_inputs[2] *= 3
+        freeze_layer(block)
         return block
 
     wanted = {
@@ -223,7 +223,7 @@ def test_every_linear_is_encoded_once(tmp_path: Path, make_block: BlockMaker):
             done.extend(mine)
             stage.encode_group(one, mine, moments)
 
-        share_out(block, [(names, stage.measured(block, names[0]))], encode)  # type: ignore[arg-type]
+        share_out(block, [(names, stage.measure(block, names[0]))], encode)  # type: ignore[arg-type]
         return block, done
 
     wanted, _ = encoded(ALONE)

@@ -116,7 +116,7 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(ladimo: Maker, tmp_path: P
     folder = ladimo(policy)
     model = loaded(folder, "auto")
     said(model, "cpu")
-    assert all(ffn.stacked for ffn in ffns(model))
+    assert all(ffn.is_stacked for ffn in ffns(model))
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     before, after = tensors_of(folder), tensors_of(tmp_path / "saved")
     assert before.keys() == after.keys()
@@ -140,7 +140,7 @@ def test_experts_that_are_put_away_run_one_by_one(
     away = {"model.layers.0": "cpu", "model.layers.1": place}
     model = loaded(folder, device_map=parts | away, offload_folder=str(tmp_path / "away"))
     # Without a GPU accelerate puts all linears under its hooks as soon as some are on the disk.
-    assert [ffn.stacked for ffn in ffns(model)] == [place == "cpu"] * 2
+    assert [ffn.is_stacked for ffn in ffns(model)] == [place == "cpu"] * 2
     with torch.no_grad():
         found = model(tokens()).logits
     assert calls["torch"] == (2 if place == "cpu" else 0)
@@ -150,7 +150,7 @@ def test_experts_that_are_put_away_run_one_by_one(
 def test_packed_experts_stay_as_they_are(ladimo: Maker, calls: dict[str, int]):
     folder = ladimo("adaptive", ", {method: rtn, group_size: 64}")
     model = loaded(folder)
-    assert not any(ffn.stacked for ffn in ffns(model))
+    assert not any(ffn.is_stacked for ffn in ffns(model))
     assert (
         difference(said(model, "cpu"), said(load_model(folder, CPU, torch.float32), "cpu")) < 1e-5
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantize.solvers.feedback import (
     Rounded,
     corrected_target,
-    damped,
+    damp,
     descend,
     error_feedback,
     feedback_order,
@@ -175,7 +175,7 @@ def textbook_gptq(
 def test_error_feedback_is_textbook_gptq(order_name: str):
     H, w, grid = correlated_hessian(160), weight(8, 160), Grid(4, 32)
     order = feedback_order(H, "natural" if order_name == "natural" else "activation")
-    d = damped(H, 0.01, order)
+    d = damp(H, 0.01, order)
     assert d is not None
     assert d.damping == 0.01
     scale, factor = grid.absmax_scale(w)
@@ -197,7 +197,7 @@ def test_activation_order_visits_the_largest_inputs_first():
 def test_error_feedback_without_correlation_is_rounding(grid: Grid):
     H = torch.diag(0.1 + torch.rand(256, generator=torch.Generator().manual_seed(2)))
     w = weight()
-    d = damped(H, 0.01, feedback_order(H, "activation"))
+    d = damp(H, 0.01, feedback_order(H, "activation"))
     assert d is not None
     plain = rounded(w, grid)
     assert torch.equal(error_feedback(w, d, grid, plain.scale, plain.factor).codes, plain.codes)
@@ -207,7 +207,7 @@ def test_error_feedback_without_correlation_is_rounding(grid: Grid):
 @pytest.mark.parametrize("order_name", ["natural", "activation"])
 def test_error_feedback_beats_rounding_on_correlated_inputs(grid: Grid, order_name: str):
     H, w = correlated_hessian(), weight(32)
-    d = damped(H, 0.01, feedback_order(H, "natural" if order_name == "natural" else "activation"))
+    d = damp(H, 0.01, feedback_order(H, "natural" if order_name == "natural" else "activation"))
     assert d is not None
     plain = rounded(w, grid)
     better = error_feedback(w, d, grid, plain.scale, plain.factor)
@@ -217,7 +217,7 @@ def test_error_feedback_beats_rounding_on_correlated_inputs(grid: Grid, order_na
 def test_error_feedback_leaves_its_arguments_alone():
     H, w = correlated_hessian(), weight()
     kept_h, kept_w = H.clone(), w.clone()
-    d = damped(H, 0.01, feedback_order(H, "activation"))
+    d = damp(H, 0.01, feedback_order(H, "activation"))
     assert d is not None
     plain = rounded(w, KERNEL)
     descend(w, error_feedback(w, d, KERNEL, plain.scale, plain.factor), H, KERNEL, 1)
@@ -269,7 +269,7 @@ def test_corrected_target_is_least_squares(with_residual: bool):
     stacked = torch.cat([seen, ridge * torch.eye(32, dtype=torch.float64)])
     expected = torch.linalg.lstsq(stacked, torch.cat([x @ w.T + missing, ridge * w.T])).solution.T
     given_residual = residual.float() if with_residual else None
-    usable = damped(H.float(), delta, feedback_order(H.float(), "activation"))
+    usable = damp(H.float(), delta, feedback_order(H.float(), "activation"))
     assert usable is not None
     out = corrected_target(w.float(), H.float(), cross.float(), given_residual, usable)
     assert torch.allclose(out.double(), expected, atol=2e-5)
@@ -277,7 +277,7 @@ def test_corrected_target_is_least_squares(with_residual: bool):
 
 def test_without_drift_the_target_is_the_weight():
     H, w = correlated_hessian(), weight()
-    usable = damped(H, 0.01, feedback_order(H, "activation"))
+    usable = damp(H, 0.01, feedback_order(H, "activation"))
     assert usable is not None
     assert torch.equal(corrected_target(w, H, H, None, usable), w)
 
@@ -285,7 +285,7 @@ def test_without_drift_the_target_is_the_weight():
 def test_damping_grows_until_a_singular_hessian_factors():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     H = x.T @ x
-    d = damped(H - 1e-3 * H.diagonal().mean() * torch.eye(64), 1e-6, torch.arange(64))
+    d = damp(H - 1e-3 * H.diagonal().mean() * torch.eye(64), 1e-6, torch.arange(64))
     assert d is not None
     assert d.damping > 1e-6
     assert torch.isfinite(d.inverse_factor).all()
@@ -299,7 +299,7 @@ def test_dead_inputs_get_the_code_zero():
     H[dead, :] = 0
     H[:, dead] = 0
     order = feedback_order(H, "activation")
-    d = damped(H, 0.01, order)
+    d = damp(H, 0.01, order)
     assert d is not None
     assert d.dead.nonzero().flatten().tolist() == dead
     plain = rounded(weight(), PLAIN)
@@ -314,7 +314,7 @@ def test_the_inverse_and_the_metric_are_damped_alike_however_many_inputs_are_dea
     H[dead, :] = 0
     H[:, dead] = 0
     before = H.clone()
-    d = damped(H, 0.1, feedback_order(H, "activation"))
+    d = damp(H, 0.1, feedback_order(H, "activation"))
     assert d is not None
     assert d.delta == pytest.approx(0.1 * float(H.diagonal()[live].mean()))
     inverse = torch.empty(256, 256, dtype=torch.float64)
@@ -330,8 +330,8 @@ def test_the_inverse_and_the_metric_are_damped_alike_however_many_inputs_are_dea
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_hessian_that_cannot_be_used_gives_none(broken: float):
     H = correlated_hessian()
-    assert damped(torch.zeros_like(H), 0.01, torch.arange(256)) is None
-    assert damped(-H, 0.01, torch.arange(256)) is None
+    assert damp(torch.zeros_like(H), 0.01, torch.arange(256)) is None
+    assert damp(-H, 0.01, torch.arange(256)) is None
     H[5, 5] = broken
     assert torch.equal(feedback_order(H, "activation"), torch.arange(256))
-    assert damped(H, 0.01, torch.arange(256)) is None
+    assert damp(H, 0.01, torch.arange(256)) is None

@@ -142,7 +142,7 @@ def ffn(x: Tensor, weights: Sequence[Weight]) -> Tensor:
     """down(silu(gate(x)) ⊙ up(x)) with folded weights gate, up and down."""
     gate, up, down = weights
     codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE)
-    hidden = int4.gated_codes(codes, scale, gate, up, dtype=x.dtype)
+    hidden = int4.multiply_gated_codes(codes, scale, gate, up, dtype=x.dtype)
     codes, scale = fp8.quantize_tokens(hidden, group_size=GROUP_SIZE)
     return int4.multiply_codes(codes, scale, down, dtype=x.dtype)
 
@@ -208,10 +208,10 @@ def _fronts(
 ) -> list[Callable[[], Tensor]]:
     pairs = list(zip(gates, ups, strict=True))
     if kind == "W4A16":
-        return [partial(int4.gated, x, *pair, fp8_activations=False) for pair in pairs]
+        return [partial(int4.multiply_gated, x, *pair, fp8_activations=False) for pair in pairs]
     codes, scale = fp8.quantize_tokens(x, group_size=GROUP_SIZE, variant=kind)
     return [
-        partial(int4.gated_codes, codes, scale, *pair, variant=kind, dtype=x.dtype)
+        partial(int4.multiply_gated_codes, codes, scale, *pair, variant=kind, dtype=x.dtype)
         for pair in pairs
     ]
 

@@ -102,7 +102,7 @@ class PackedBlock:
         x = x + self._product(self._attention(x, where), self.o)
         codes, scale = fp8.quantize_tokens(x, self.norms[1], _EPS, group_size=GROUP_SIZE)
         return x + self._product(
-            int4.gated_codes(codes, scale, self.gate, self.up, dtype=x.dtype), self.down
+            int4.multiply_gated_codes(codes, scale, self.gate, self.up, dtype=x.dtype), self.down
         )
 
     def _attention(self, x: Tensor, where: Place) -> Tensor:

@@ -58,7 +58,7 @@ def query_scale(top):
 
 
 @triton.jit
-def rounded(x, scale, OPERAND: tl.constexpr):
+def quantize_rows(x, scale, OPERAND: tl.constexpr):
     """x [BM, BC] over scale [BM] in E4M3."""
     return to_e4m3(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), OPERAND)
 
@@ -108,8 +108,8 @@ def _queries(
         odd1 = channels(query, inside, S, 2 * BYTES + 1, 2, BYTES, BC)
         largest = tl.maximum(largest, _largest(even1, odd1))
     scale = query_scale(largest)
-    even0, odd0 = rounded(even0, scale, OPERAND), rounded(odd0, scale, OPERAND)
-    even1, odd1 = rounded(even1, scale, OPERAND), rounded(odd1, scale, OPERAND)
+    even0, odd0 = quantize_rows(even0, scale, OPERAND), quantize_rows(odd0, scale, OPERAND)
+    even1, odd1 = quantize_rows(even1, scale, OPERAND), quantize_rows(odd1, scale, OPERAND)
     return (
         even0.to(tl.float16),
         odd0.to(tl.float16),
@@ -244,7 +244,9 @@ def combine_kernel(
     share = tl.sum(mixed, axis=0) / (
         tl.maximum(tl.sum(total, axis=0), 1.1754943508222875e-38) * 448.0
     )
-    b, h, t = row // T // H, row // T % H, row % T
+    b = row // T // H
+    h = row // T % H
+    t = row % T
     tl.store(
         out + b * ob + h * oh + t * ot + channel, share.to(out.dtype.element_ty), mask=channel < D
     )

@@ -36,7 +36,7 @@ def to_e4m3(x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _stored_scale(scale, E4M3: tl.constexpr):
-    # Nonnegative float32 as bits of the stored type: `kv4._stored`.
+    # Nonnegative float32 as bits of the stored type: `kv4._representable`.
     if E4M3:
         rounded = tl.maximum(to_e4m3(tl.minimum(scale, 448.0), tl.float32), 0.001953125)
         normal = (rounded.to(tl.int32, bitcast=True) >> 20) - 960
@@ -250,11 +250,9 @@ def expand_kernel(
     those of far smaller scales fit float16 exactly, asymmetric ones to 2⁻¹².
     """
     SIZE: tl.constexpr = D // G
-    b, h, head = (
-        (tl.program_id(1) // H).to(tl.int64),
-        tl.program_id(1) % H,
-        tl.program_id(1).to(tl.int64),
-    )
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    head = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = t < L
     channel = tl.arange(0, 2 * BC)

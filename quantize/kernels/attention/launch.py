@@ -17,8 +17,12 @@ from quantize.kernels.attention.kv_kernels import expand_kernel, store_kernel, u
 from quantize.kernels.attention.prefill_kernels import prefill_kernel
 from quantize.kernels.attention.reference import View
 
-FEW = 64  # queries of a key head, new tokens times heads, that decode_kernel takes
-_PER_PROCESSOR = 4  # programs of decode_kernel for every multiprocessor
+# Queries of a key head, new tokens times heads, that decode_kernel takes: as many as a tile of it
+# holds. It reads records as they are; for more queries it pays to expand them first.
+FEW = 64
+# Programs of decode_kernel for every multiprocessor: more parts hide more of the memory's latency,
+# and make more for combine_kernel to add up.
+_PER_PROCESSOR = 4
 _INTERPRETED = not isinstance(combine_kernel, triton.JITFunction)
 # the interpreter does not round to the nearest E4M3 value
 _E4M3 = tl.float16 if _INTERPRETED else tl.float8e4nv

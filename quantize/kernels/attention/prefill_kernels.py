@@ -13,7 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantize.kernels.attention.kernels import channels, query_scale, rounded, softmax, visible
+from quantize.kernels.attention.kernels import (
+    channels,
+    quantize_rows,
+    query_scale,
+    softmax,
+    visible,
+)
 from quantize.kernels.attention.kv_kernels import to_e4m3
 
 
@@ -80,10 +86,10 @@ def prefill_kernel(
         x1 = channels(rows, t < T, S + h * D, SIZE, 1, SIZE, BG)
         largest = tl.maximum(largest, tl.max(tl.abs(x1), axis=1))
     scale = query_scale(largest)
-    query0 = rounded(x0, scale, OPERAND)
+    query0 = quantize_rows(x0, scale, OPERAND)
     query1 = query0
     if G == 2:
-        query1 = rounded(x1, scale, OPERAND)
+        query1 = quantize_rows(x1, scale, OPERAND)
     scale *= scaling
     length = L
     if lengths is not None:

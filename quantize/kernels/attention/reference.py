@@ -12,7 +12,7 @@ from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
 from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
 
 SCORES = 1 << 24
-"""float32 scores held at once."""
+"""float32 scores held at once: 64 MB."""
 
 View = tuple[bool, int | None, Tensor | None, Tensor | None]
 """What queries see: causal, window, mask and lengths of
@@ -154,7 +154,9 @@ def attend_codes_reference(
 def _attend_view(
     query: Tensor, k: Tensor, v: Tensor, S: Tensor, scaling: float, view: View
 ) -> Tensor:
-    T, L, device = query.shape[2], k.shape[2], query.device
+    T = query.shape[2]
+    L = k.shape[2]
+    device = query.device
     # What lies beyond a sequence holds anything, and 0 · NaN would show.
     held = visible(1, L, (False, None, None, view[3]), device).mT
     k, v = k.masked_fill(~held, 0), v.masked_fill(~held, 0)

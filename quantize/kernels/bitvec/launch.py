@@ -13,7 +13,9 @@ from torch import Tensor
 from quantize.formats.bitvec import groups_per_row
 from quantize.kernels.bitvec.kernels import decode_kernel, planes_kernel, sum_kernel
 
-_FEW = 16  # rows of x that planes_kernel takes
+# Rows of x that planes_kernel takes: it multiplies every bit plane, so its work grows with bits
+# times rows, where decode_kernel decodes once for all rows.
+_FEW = 16
 _PER_PROCESSOR = 6  # programs of planes_kernel that a multiprocessor's registers hold at once
 _HALVES = 0x00010001  # the lowest bit of both halves of a word
 _INTERPRETED = not isinstance(sum_kernel, triton.JITFunction)

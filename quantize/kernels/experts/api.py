@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.kernels.device import has_kernel
 
 # Measured on two cores with 16 and 8 experts.
-# bytes of a weight that takes less time than a call, so that a batch of all experts is faster
+# Bytes of a weight that takes less time than a call, so that a batch of all experts is faster.
 _SMALL = 1 << 20
 _PADDED = 2  # rows of that batch for every row that is needed, at most
 _FEW = 32  # rows up to which splitting the outputs is faster

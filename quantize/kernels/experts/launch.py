@@ -11,7 +11,9 @@ from torch import Tensor
 
 from quantize.kernels.experts.kernels import down_kernel, gate_up_kernel, group_kernel, mix_kernel
 
-_HELD = 1 << 28  # bytes of what lies between the kernels; more tokens than that go in turns
+# Bytes of what lies between the kernels, 256 MB; more tokens than that go in turns. Less would
+# launch more often, more would take what a model needs for itself.
+_HELD = 1 << 28
 _INTERPRETED = not isinstance(mix_kernel, triton.JITFunction)
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

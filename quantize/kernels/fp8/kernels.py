@@ -39,7 +39,7 @@ def as_e4m3(value, CASTS: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
+def _round(value, DTYPE: tl.constexpr):
     # float32 rounded to DTYPE; bfloat16 by its bits, which the interpreter would cut off.
     if tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
@@ -57,7 +57,7 @@ def _inputs(x, weight, k, K, spread, DTYPE: tl.constexpr):
     inputs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if weight is not None:
         factor = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
-        inputs = _rounded(_rounded(inputs * spread, DTYPE) * factor, DTYPE)
+        inputs = _round(_round(inputs * spread, DTYPE) * factor, DTYPE)
     return inputs
 
 

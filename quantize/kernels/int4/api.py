@@ -49,7 +49,7 @@ def multiply(
     return _run(x, (weight,), bias, fp8_activations, variant)
 
 
-def gated(
+def multiply_gated(
     x: Tensor, gate: Weight, up: Weight, *, fp8_activations: bool, variant: Variant = "folded"
 ) -> Tensor:
     """silu(x̂ Ŵ_gᵀ) ⊙ x̂ Ŵ_uᵀ [..., N] as `multiply` computes products, not rounded in between."""
@@ -70,7 +70,7 @@ def multiply_codes(
     return _run_codes(codes, token_scale, (weight,), bias, variant, dtype)
 
 
-def gated_codes(
+def multiply_gated_codes(
     codes: Tensor,
     token_scale: Tensor,
     gate: Weight,
@@ -79,7 +79,7 @@ def gated_codes(
     variant: Variant = "folded",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`gated` of what `quantize_tokens` made for this group size and
+    """`multiply_gated` of what `quantize_tokens` made for this group size and
     variant → [..., N] in dtype."""
     return _run_codes(codes, token_scale, (gate, up), None, variant, dtype)
 
@@ -157,7 +157,9 @@ def _check(
     if x.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"activations are {x.dtype}, expected {names}")
-    K, N, first = x.shape[-1], weights[0].packed.shape[0], weights[0]
+    first = weights[0]
+    K = x.shape[-1]
+    N = first.packed.shape[0]
     G = first.scale.shape[-1]
     if G * 32 > K or K % G or K // G not in GROUP_SIZES:
         raise ValueError(f"{K} inputs in {G} groups: a group must have 32, 64 or 128 inputs")

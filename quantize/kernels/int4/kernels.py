@@ -35,7 +35,7 @@ def _runs(words, BN: tl.constexpr, GS: tl.constexpr):
 
 
 @triton.jit
-def _signed(fours):
+def _decode_four(fours):
     # Four bytes q + 8 → four E4M3 numbers q · 2⁻⁹: the sign bit and |q|.
     negative = ((fours >> 3) & 0x01010101) ^ 0x01010101
     return ((fours & 0x07070707) ^ (negative * 7)) + negative * 129
@@ -47,7 +47,7 @@ def eights(words, BN: tl.constexpr, GS: tl.constexpr):
     at place (v, h, t, c, b)."""
     words = _runs(words, BN, GS)
     # [BN, V, T, h]
-    fours = tl.join(_signed(words & 0x0F0F0F0F), _signed((words >> 4) & 0x0F0F0F0F))
+    fours = tl.join(_decode_four(words & 0x0F0F0F0F), _decode_four((words >> 4) & 0x0F0F0F0F))
     low = tl.join(fours.to(tl.int8), (fours >> 8).to(tl.int8))
     high = tl.join((fours >> 16).to(tl.int8), (fours >> 24).to(tl.int8))
     octets = tl.permute(tl.join(low, high), (0, 1, 3, 2, 5, 4))  # [BN, V, h, T, c, b]

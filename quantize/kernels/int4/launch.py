@@ -15,7 +15,7 @@ from torch import Tensor
 from quantize.kernels.int4.kernels import fold_kernel, int4_kernel, int4_sum_kernel
 from quantize.kernels.int4.reference import Weight
 
-_LEAST = 4  # groups of a part
+_LEAST = 4  # groups of a part: fewer would not keep the pipeline of loads full
 _INTERPRETED = not isinstance(int4_sum_kernel, triton.JITFunction)
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -46,7 +46,7 @@ TILES: dict[torch.dtype, tuple[Tile, ...]] = {
     torch.float32: (Tile(None, 32, 16, 4, 1, 4),),
 }
 """The tiles that kernels are compiled for, by the dtype of x;
-tests/test_int4_kernels.py runs each of them."""
+tests/kernels/test_int4_kernels.py runs each of them."""
 
 
 def tile_for(M: int, dtype: torch.dtype) -> Tile:

@@ -29,10 +29,10 @@ from quantize.methods.fireq.kv_search import (
     channel_maxima,
     output_error,
     output_power,
+    paper_scales,
     post_candidates,
     powers_of_two,
     pre_candidates,
-    published,
 )
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.rope import partners
@@ -41,7 +41,8 @@ from quantize.pictures import Lines, Picture, place_of
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-# that scales are tried on: each is tried on all of them, and errors settle long before
+# Tokens that scales are tried on. Time grows with them, since each scale is tried on all of them,
+# and errors settle long before.
 _TOKENS = 2048
 
 
@@ -163,7 +164,7 @@ class FireqAttention(Stage):
 
         if not self.search:
             alpha, beta = self.alpha if self.pre else 0.0, self.beta if post else 0.0
-            consider(published(channel, pair, partner, alpha, beta, self.top_k), forced=True)
+            consider(paper_scales(channel, pair, partner, alpha, beta, self.top_k), forced=True)
         for candidate in pre_candidates(pair) if self.search and self.pre else ():
             consider(candidate)
         for candidate in (

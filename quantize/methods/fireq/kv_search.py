@@ -25,8 +25,15 @@ from quantize.model.rope import pair_norm
 SCORES_AT_ONCE = SCORES
 """Scores that attention holds at once."""
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How far N evens out pairs, from not at all to wholly. Finer steps would come nearer the best, and
+each costs an attention over the sample."""
+# How far S takes outliers to their target, in powers of two: from half way on, since less would
+# leave the scale of a group to the outlier that stands in it.
 _STRENGTHS = (0.5, 0.75, 1.0)
+# Where S takes them: to the median pair length, or somewhat below.
 _TARGETS = (0.7, 1.0)
+# Channels that S treats: how many outliers a head has is not known, so the count doubles until they
+# and their partners are all of a head of 128. Each costs a trial for every strength and target.
 _COUNTS = (2, 4, 8, 16, 32, 64)
 
 
@@ -45,7 +52,9 @@ class Sample:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Sample:
         """Compute the exact output in float32."""
-        q, k, v = q.float(), k.float(), v.float()
+        q = q.float()
+        k = k.float()
+        v = v.float()
         return cls(q, k, v, mask, scaling, attend(q, k, v, mask, scaling, fp8_probabilities=False))
 
 
@@ -110,7 +119,7 @@ class KeyScales:
     post: Tensor
 
 
-def published(
+def paper_scales(
     channel: Tensor, pair: Tensor, partner: Tensor, alpha: float, beta: float, top_k: int
 ) -> KeyScales:
     """FireQ's constants: S = β / max|k_c| on the top_k channels and their partners, N = α

@@ -18,7 +18,7 @@ from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
     IntEncode,
     encode_nearest,
-    factored,
+    factor_hessian,
     fall_back,
     note_errors,
     target_of,
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.moments import Moments
 
-_E4M3_MIN = 2.0**-9
+_E4M3_MIN = 2.0**-9  # the smallest subnormal: what a group scale must not fall below
+# 2¹⁴ lifts even a group whose largest weight is 10⁻⁶ above underflow.
 _MAX_LOG2 = 14
 _SEEN = (
     "Relative output error over relative weight error. Below 1 the rounding error lies in "
@@ -85,14 +86,14 @@ class Fireq(IntEncode):
         return self.rounding == "descent"
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its activations along."""
         return self.rounding == "descent" and self.aim == "parent"
 
-    def measured(self, block: Block, name: str) -> Moments | None:
+    def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
         return (
-            moments_of(block, name, self.fp8, with_reference=self.aim == "parent")
+            moments_of(block, name, self.fp8, with_parent=self.aim == "parent")
             if self.needs_inputs
             else None
         )
@@ -107,7 +108,7 @@ class Fireq(IntEncode):
             for name in names:
                 self._nearest(block, name)
             return
-        usable = factored(block, names[0], moments, self.damping)
+        usable = factor_hessian(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
                 fall_back(block, name, self._grid(), self.fp8, usable)

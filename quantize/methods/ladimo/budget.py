@@ -14,6 +14,7 @@ from quantize.solvers.knapsack import knapsack
 UNIT = 128
 """Sizes of experts are multiples of it, so that groups of 128 quantize them; for small or
 odd FFNs of a part of it."""
+# An FFN of fewer units than these leaves nothing to split into a shared and two routed experts.
 _PARTS = 3
 COUNTED = (
     "weights of all blocks, the final norm and the head; "

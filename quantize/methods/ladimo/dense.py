@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TOKENS = 8192
-"""Tokens worked on at once."""
+"""Tokens worked on at once: bounds the memory of their hidden activations [8192, F]."""
 
 
 @dataclass(frozen=True)

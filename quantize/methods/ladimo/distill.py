@@ -14,9 +14,12 @@ from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.student import Student
 from quantize.parallel.ranks import ALONE, Ranks
 
-_RIDGE = 1e-2  # of the mean diagonal, pulls the down projection towards what it was
-_WARM_UP = 20
-# of a batch, whose gradients are added in order: the ranks share them, and no other sum comes out
+# Of the mean diagonal: pulls the down projection towards what it was. Less would trust neurons that
+# were hardly seen, more would keep the others from what they could learn.
+_RIDGE = 1e-2
+_WARM_UP = 20  # steps, until AdamW's running means have seen something
+# Of a batch, whose gradients are added in order: the ranks share them, and no other sum comes out.
+# More than so many ranks have nothing to do; every part is a pass of its own.
 _PARTS = 8
 
 

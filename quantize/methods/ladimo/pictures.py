@@ -13,7 +13,7 @@ _ERRORS = {
     "same split, untrained": "untrained_error",
     "random split, untrained": "random_error",
 }
-_SHOWN = 3  # layers whose scores are drawn one by one
+_SHOWN = 3  # layers whose scores are drawn one by one: more would fill the report
 
 Facts = Mapping[str, Any]
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from quantize.model.moe import Policy, Threshold, TopK
 
-_STEPS, _BATCH, _RATE = 300, 4096, 0.02
+# Adam on the loss of a logistic regression, which is convex: more steps and larger batches come
+# nearer its minimum and cost time in proportion, in every layer that is searched.
+_STEPS = 300
+_BATCH = 4096  # tokens
+_RATE = 0.02
 BINS = 48
 """Bins of a profile."""
 
@@ -35,7 +39,7 @@ class Budget:
         """Experts of a token where it is the same for all."""
         return round(self.mean)
 
-    def wanted(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """Experts to visit, by the largest scores [M, N] in all or of each token: bool [M, N]."""
         if self.adaptive:
             return scores > threshold(scores, self.mean)
@@ -64,7 +68,7 @@ def fit_router(x: Tensor, energies: Tensor, budget: Budget, seed: int) -> Tensor
     scores have unit standard deviation over x, so that thresholds, the step size of later training
     and the temperature of `moe` mean the same in every layer.
     """
-    wanted = budget.wanted(energies).to(x.dtype)
+    wanted = budget.select(energies).to(x.dtype)
     router = torch.zeros(
         energies.shape[1], x.shape[1], device=x.device, dtype=x.dtype
     ).requires_grad_()

@@ -12,9 +12,11 @@ from torch import Tensor
 
 Construction = Literal["clustered", "contiguous", "random"]
 
-_BALANCED_ROUNDS = 3  # of the assignment that costs F³
-_ROUNDS = 20
-_STARTS = 3
+# Of the assignment that costs F³: few, since clusters have settled under the free one before, and
+# each costs far more than a round of that.
+_BALANCED_ROUNDS = 3
+_ROUNDS = 20  # of the free assignment at most; it ends as soon as nothing moves
+_STARTS = 3  # k-means finds local optima: each start costs as much as the first
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ def contiguous(layout: Layout) -> Split:
     )
 
 
-def shuffled(layout: Layout, seed: int) -> Split:
+def shuffle(layout: Layout, seed: int) -> Split:
     """Neurons at random."""
     order = torch.randperm(layout.neurons, generator=torch.Generator().manual_seed(seed))
     return Split(layout, contiguous(layout).owner[order])
 
 
-def clustered(layout: Layout, contributions: Tensor, seed: int) -> Split:
+def cluster(layout: Layout, contributions: Tensor, seed: int) -> Split:
     """The neurons that contribute most are shared, the others are grouped by
     the tokens they contribute to.
 
@@ -80,17 +82,17 @@ def clustered(layout: Layout, contributions: Tensor, seed: int) -> Split:
     elif layout.n:
         columns = contributions[:, routed]
         columns = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
-        found = [_grouped(columns, layout, seed + start) for start in range(_STARTS)]
+        found = [_group(columns, layout, seed + start) for start in range(_STARTS)]
         owner[routed] = max(found, key=lambda pair: pair[0])[1]
     return Split(layout, owner)
 
 
-def _grouped(columns: Tensor, layout: Layout, seed: int) -> tuple[float, Tensor]:
+def _group(columns: Tensor, layout: Layout, seed: int) -> tuple[float, Tensor]:
     """(sum of cosines, expert of every column) of one start; columns [M, n·size] of length 1."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(columns.shape[1], generator=generator)[: layout.n]
     centres = columns[:, picks.to(columns.device)]
-    for assign, rounds in ((_nearest, _ROUNDS), (_balanced, _BALANCED_ROUNDS)):
+    for assign, rounds in ((_assign_nearest, _ROUNDS), (_assign_balanced, _BALANCED_ROUNDS)):
         before = None
         for _ in range(rounds):
             likeness = columns.T @ (
@@ -107,11 +109,11 @@ def _grouped(columns: Tensor, layout: Layout, seed: int) -> tuple[float, Tensor]
     return float(likeness.gather(1, group[:, None]).double().sum()), group.cpu()
 
 
-def _nearest(likeness: Tensor, layout: Layout) -> Tensor:
+def _assign_nearest(likeness: Tensor, layout: Layout) -> Tensor:
     return likeness.argmax(dim=1)
 
 
-def _balanced(likeness: Tensor, layout: Layout) -> Tensor:
+def _assign_balanced(likeness: Tensor, layout: Layout) -> Tensor:
     """Groups of `size` columns each with the largest sum of likeness [n·size, n]."""
     _, seats = linear_sum_assignment(
         likeness.double().cpu().numpy().repeat(layout.size, axis=1), maximize=True
@@ -122,7 +124,7 @@ def _balanced(likeness: Tensor, layout: Layout) -> Tensor:
 def split(
     construction: Construction, layout: Layout, contributions: Callable[[], Tensor], seed: int
 ) -> Split:
-    """Split by name; contributions (see `clustered`) are computed where they are needed."""
+    """Split by name; contributions (see `cluster`) are computed where they are needed."""
     if construction == "clustered":
-        return clustered(layout, contributions(), seed)
-    return contiguous(layout) if construction == "contiguous" else shuffled(layout, seed)
+        return cluster(layout, contributions(), seed)
+    return contiguous(layout) if construction == "contiguous" else shuffle(layout, seed)

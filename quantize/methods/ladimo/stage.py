@@ -100,7 +100,7 @@ class Ladimo(Stage):
         return True
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its hidden states along."""
         return self.aim == "parent"
 
@@ -109,12 +109,12 @@ class Ladimo(Stage):
         """No other format has thresholds."""
         return "policy" if self.policy == "adaptive" else None
 
-    def planned(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
+    def plan(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
         """The stage with its sizes and layers settled, and what the search measured."""
         layout = self._layout(ffn_neurons(view.arch, view.shape, view.sizes))
         budget = Budget.of(view.arch, view.shape, view.sizes, self.activated_reduction, layout)
         layout, facts = budget.layout, {}
-        means = self._given(view.shape.n_blocks)
+        means = self._means_of_recipe(view.shape.n_blocks)
         if means is None:
             searcher = Searcher(
                 view, budget, self.construction, self.policy == "adaptive", self.seed
@@ -162,11 +162,11 @@ class Ladimo(Stage):
 
     def rewrites(self, index: int, name: str) -> bool:
         """The FFN where it became experts."""
-        return self._planned[index] is not None and name.startswith(f"{FFN}.")
+        return self._means[index] is not None and name.startswith(f"{FFN}.")
 
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """The experts' linears in the place of the dense FFN's, where the plan has any."""
-        means = self._planned
+        means = self._means
         out: dict[str, tuple[int, int]] = {}
         for name, (N, K) in linears.items():
             index, local = place_of(name) or (-1, name)
@@ -217,7 +217,7 @@ class Ladimo(Stage):
         keep_parent(block)
         for role in BIASED:
             block.add_bias(block.arch.of_role(role))
-        mean = self._planned[block.index]
+        mean = self._means[block.index]
         if mean is None:
             return
         with measured(block.device) as cost:
@@ -232,11 +232,11 @@ class Ladimo(Stage):
         return pictures(layers, layers.get(self.method, {}))
 
     @property
-    def _planned(self) -> tuple[float | None, ...]:
+    def _means(self) -> tuple[float | None, ...]:
         assert isinstance(self.mean_experts, tuple), "planned first"
         return self.mean_experts
 
-    def _given(self, blocks: int) -> tuple[float | None, ...] | None:
+    def _means_of_recipe(self, blocks: int) -> tuple[float | None, ...] | None:
         """The recipe's `mean_experts` for so many blocks, as the policy can hold them."""
         means = self.mean_experts
         if means is None:
@@ -268,7 +268,9 @@ class Ladimo(Stage):
         moe = empty_moe(layout, mean, block)
         kept = block.memo.recall(key)
         if kept is None:
-            steps = min(self.steps, math.ceil(self.passes * lesson.trained / self.batch_tokens))
+            steps = min(
+                self.steps, math.ceil(self.passes * lesson.train_tokens / self.batch_tokens)
+            )
             training = Training(
                 steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed
             )
@@ -280,7 +282,8 @@ class Ladimo(Stage):
             student.write(moe)
             kept = (
                 moe.state_dict(),
-                facts | {"tokens": lesson.trained, "routing": student.stored_policy().as_json()},
+                facts
+                | {"tokens": lesson.train_tokens, "routing": student.stored_policy().as_json()},
             )
             block.memo.keep(key, *kept)
         else:

@@ -28,7 +28,9 @@ _LESSONS: Mapping[Teaching, tuple[Teaching, ...]] = {
     "least-squares": ("least-squares",),
     "distill": ("least-squares", "distill"),
 }
-_HELD_OUT = 16  # one token of so many is not trained on
+# One token of so many is not trained on: enough of them to compare errors by, at the cost of little
+# to learn from.
+_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,23 @@ class Lesson:
     y: Tensor
 
     @property
-    def trained(self) -> int:
+    def train_tokens(self) -> int:
         """Tokens to learn from."""
         return len(self.x) - len(self.x) // _HELD_OUT
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets to learn from."""
-        return self.x[: self.trained], self.y[: self.trained]
+        return self.x[: self.train_tokens], self.y[: self.train_tokens]
 
     @property
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets to measure on; those to learn from where
         there are too few of others."""
-        return (
-            (self.x[self.trained :], self.y[self.trained :])
-            if self.trained < len(self.x)
-            else self.train
-        )
+        first = self.train_tokens
+        if first == len(self.x):
+            return self.train
+        return self.x[first:], self.y[first:]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Teacher:
         budget = Budget.plain(mean)
         student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
         splits = self._constructions(ffn, lesson, mean, student.error(*lesson.held_out))
-        student, taught, losses = self._taught(student, lesson)
+        student, taught, losses = self._teach(student, lesson)
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
         facts = {
@@ -99,12 +100,12 @@ class Teacher:
             "taught": taught,
             "random_error": splits["random"],
             "split_errors": splits,
-            "pruned_error": self._pruned(ffn, lesson, mean),
+            "pruned_error": self._pruned_error(ffn, lesson, mean),
             "losses": [float(f"{loss:.4g}") for loss in losses[:: max(1, len(losses) // 100)]],
         }
         return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
 
-    def _taught(self, student: Student, lesson: Lesson) -> tuple[Student, Teaching, list[float]]:
+    def _teach(self, student: Student, lesson: Lesson) -> tuple[Student, Teaching, list[float]]:
         """The student as far as teaching lowers the error on held-out tokens,
         how far that is, and losses."""
         done: Teaching = "none"
@@ -167,7 +168,7 @@ class Teacher:
             )
         return errors
 
-    def _pruned(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
+    def _pruned_error(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
         x, y = lesson.held_out
         found = prune(ffn, lesson.train[0], neurons_for(ffn.down.shape[0], self.layout, mean))
         kept = Ffn(ffn.gate[found.kept], ffn.up[found.kept], ffn.down[:, found.kept], ffn.act)

@@ -17,7 +17,8 @@ from quantize.methods.ladimo.student import Student
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-_SAMPLE = 16384  # tokens that neurons are grouped on
+# Tokens that neurons are grouped on: contributions [16384, F] are held at once, in float32.
+_SAMPLE = 16384
 
 
 def dense_ffn(block: Block) -> Ffn:

@@ -21,15 +21,19 @@ from torch.nn.functional import pad
 from quantize.formats.bitvec import coefficients, groups_per_row, levels
 
 _BEND = 4.0  # in rms: points lie evenly up to about here, ever further apart beyond
+# Points of the axis at least: more would rank lines better and make the tables larger.
 _POINTS = 256
+# Lines that the table ranks first, whose exact errors decide: each costs a look at all weights.
 _SHORTLIST = 2
 DIRECT = 1024
-"""Most shapes × scales lines that are all compared with every group."""
+"""Most shapes × scales lines that are all compared with every group. Beyond, a group looks at the
+scales around its rms alone, which is faster and may miss the best line."""
 NORMAL_REACH = 16.0
 """Largest weight of a group of 256 in units of the group's rms."""
 _AT_ONCE = 1 << 18  # weights in work at once: their work space stays in the processor's cache
 _SCORES = 1 << 23  # group and line pairs scored at once
-_FEW_LEVELS = 32
+_FEW_LEVELS = 32  # up to which comparing with all of them is faster than a search
+# Of the mean importance: an input that never matters still decides where no other does.
 _SMALLEST_SHARE = 1e-6
 
 

@@ -27,14 +27,25 @@ __all__ = [
 
 CodebookKind = Literal["auto", "lines", "shapes"]
 
-_SAMPLE, _HELD_OUT = 16384, 4096  # groups to train on and to choose by
-# groups of the sample that are taken for their size: a few can hold most of the energy
+# Groups to train on, and to choose by. Training takes time in proportion; a codebook of 256 lines
+# then has 64 groups a line to learn from.
+_SAMPLE = 16384
+_HELD_OUT = 4096
+# Groups of the sample that are taken for their size: a few can hold most of the energy.
 _LARGEST = 2048
-_TRIAL, _TRIAL_ROUNDS = 4096, 8  # groups and rounds that numbers of scales are compared by
+# Groups and rounds that numbers of scales are compared by; only the best one is trained further.
+_TRIAL = 4096
+_TRIAL_ROUNDS = 8
+# Of Lloyd's algorithm: time against error. The shaking takes most of them to die out.
 _ROUNDS = 30
-_SHAKE, _SHAKE_IN_STEPS = 0.02, 0.32  # relative; the finer the steps between levels, the less
-_PIECE = 2048  # groups compared at once
-_MOST_SHAPES, _MOST_FREE = 256, DIRECT  # more would cost time and gain next to nothing
+# First relative change of coefficients after a round, and the same in steps between levels: the
+# finer these are, the less. More takes lines out of worse optima, and rounds to settle again.
+_SHAKE = 0.02
+_SHAKE_IN_STEPS = 0.32
+_PIECE = 2048  # groups compared at once: bounds the work space
+# More would cost time and gain next to nothing.
+_MOST_SHAPES = 256
+_MOST_FREE = DIRECT
 
 
 def fit(
@@ -177,11 +188,11 @@ def _take_samples(groups: Groups, generator: torch.Generator) -> tuple[Sample, S
     rest = (energy >= 0).nonzero()[:, 0]
     drawn = rest[torch.randperm(len(rest), generator=generator).to(device)]
     trained, held_out = drawn[: _SAMPLE - _LARGEST], drawn[_SAMPLE - _LARGEST :][:_HELD_OUT]
-    seen = _stratified(groups, large, trained, len(rest), generator)
-    return seen, _stratified(groups, large, held_out, len(rest), generator)
+    seen = _stratify(groups, large, trained, len(rest), generator)
+    return seen, _stratify(groups, large, held_out, len(rest), generator)
 
 
-def _stratified(
+def _stratify(
     groups: Groups, all_of: Tensor, some: Tensor, of: int, generator: torch.Generator
 ) -> Sample:
     """All of one set of groups, and some `of` another that count for the whole of it."""

@@ -21,10 +21,14 @@ from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.fit import Codebook, assign
 from quantize.solvers.feedback import Damped, feed_back, move_codes
 
+# Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
-_REFIT_STEPS = 6  # of conjugate gradients; each costs one product [N, K] × [K, K]
+# Of conjugate gradients. Each costs one product [N, K] × [K, K]; the refit need not be exact, since
+# lines and codes move after it.
+_REFIT_STEPS = 6
+# Of the mean diagonals: keeps the preconditioner invertible, which float64 needs little for.
 _RIDGE = 1e-6
-_PIECE = 1 << 22  # weights looked up at once
+_PIECE = 1 << 22  # weights looked up at once: 32 MB of places in 64 bits
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def solve(
     best = Fitted(codebook, index.clone(), codes, group_size)
     before = loss(target, best, metric)
     for _ in range(sweeps):
-        fitted = _refitted(target, best.copy(), metric)
+        fitted = _refit(target, best.copy(), metric)
         value = fitted.value
         gradient = (value - target) @ metric
         _move_lines(fitted, value, gradient, metric)
@@ -160,16 +164,17 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
     G, K = fitted.group_size, value.shape[1]
     for g, first in enumerate(range(0, K, G)):
         span = slice(first, min(first + G, K))
-        block, here, slope = H[span, span], value[:, span], gradient[:, span]
-        d = _factored(block)
-        free = here - slope @ torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
+        block = H[span, span]
+        here = value[:, span]
+        slope = gradient[:, span]
+        d = _factor_block(block)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
+        free = here - slope @ inverse
         other = assign(free, fitted.codebook, G, block.diagonal())
         best = torch.zeros_like(here[:, 0])
-        values, codes, lines = (
-            here.clone(),
-            fitted.codes[:, span].clone(),
-            fitted.index[:, g].clone(),
-        )
+        values = here.clone()
+        codes = fitted.codes[:, span].clone()
+        lines = fitted.index[:, g].clone()
         for index in (other, fitted.index[:, g : g + 1]):
             books = LineBooks(fitted.codebook, index)
             trial_codes = feed_back(free, d, books, G)
@@ -182,17 +187,19 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
             codes = torch.where(better[:, None], trial_codes, codes)
             lines = torch.where(better, index[:, 0], lines)
         gradient.addmm_(values - here, H[span])
-        value[:, span], fitted.codes[:, span], fitted.index[:, g] = values, codes, lines
+        value[:, span] = values
+        fitted.codes[:, span] = codes
+        fitted.index[:, g] = lines
 
 
-def _factored(block: Tensor) -> Damped:
+def _factor_block(block: Tensor) -> Damped:
     order = torch.argsort(block.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
-def _refitted(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
+def _refit(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
     """Coefficients by least squares over the whole codebook.
 
     Preconditioned conjugate gradients on the shapes [S, C].
@@ -262,6 +269,7 @@ class _Design:
         S, Z, C = self.table
         sums = torch.zeros(S * Z * C, dtype=torch.float64, device=weights.device)
         for rows in pieces(weights):
-            at, values = self.places[rows].flatten(), weights[rows].flatten().double()
+            at = self.places[rows].flatten()
+            values = weights[rows].flatten().double()
             sums += torch.bincount(at, values, minlength=S * Z * C)
         return torch.einsum("szq,z->sq", sums.view(S, Z, C), self.scales.double() ** power)

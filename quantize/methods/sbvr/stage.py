@@ -15,7 +15,7 @@ from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, factored, note_errors, target_of
+from quantize.methods.encode import Encode, factor_hessian, note_errors, target_of
 from quantize.methods.sbvr.fit import Codebook, fit_codebook, require_room, round_codes
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
@@ -81,7 +81,7 @@ class Sbvr(Encode):
         return self.fit == "hessian"
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_parent(self) -> bool:
         """Aiming at the parent takes its activations along."""
         return self.fit == "hessian" and self.aim == "parent"
 
@@ -103,10 +103,10 @@ class Sbvr(Encode):
                     f"{name}: {err}; raise overhead or add the layer to ignore"
                 ) from None
 
-    def measured(self, block: Block, name: str) -> Moments | None:
+    def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
         return (
-            moments_of(block, name, False, with_reference=self.aim == "parent")
+            moments_of(block, name, False, with_parent=self.aim == "parent")
             if self.needs_inputs
             else None
         )
@@ -129,7 +129,7 @@ class Sbvr(Encode):
             for name in names:
                 self._data_free(block, name)
             return
-        usable = factored(block, names[0], moments, self.damping)
+        usable = factor_hessian(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
                 block.note(name, fallback=f"{usable}: fitted to the weights alone")
@@ -144,7 +144,7 @@ class Sbvr(Encode):
 
     def _data_free(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
-        self._encode(block, name, self._rounded(weight, self._codebook(weight)))
+        self._encode(block, name, self._round(weight, self._codebook(weight)))
 
     def _solve(
         self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped
@@ -155,7 +155,7 @@ class Sbvr(Encode):
             start = self._codebook(target, metric.diagonal(), data_free[0])
             fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
             ours = loss(target, fitted, metric)
-            plain = self._rounded(weight, data_free)
+            plain = self._round(weight, data_free)
             theirs = loss(target, plain, metric)
         if theirs < ours:  # never seen, but the descent is no proof
             fitted, ours = plain, theirs
@@ -210,7 +210,7 @@ class Sbvr(Encode):
             start=start,
         )
 
-    def _rounded(self, weight: Tensor, start: tuple[Codebook, Tensor]) -> Fitted:
+    def _round(self, weight: Tensor, start: tuple[Codebook, Tensor]) -> Fitted:
         codebook, index = start
         return Fitted(
             codebook,

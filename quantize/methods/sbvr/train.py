@@ -17,14 +17,21 @@ from torch import Tensor
 from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.assign import DIRECT, NORMAL_REACH, Axis, Codebook, group_rms
 
-_STARTS = 64  # random fits tried for a line; the better quarter stays every few rounds
+# Random fits tried for a line, since sums of bit vectors have many local optima; the better quarter
+# stays every few rounds, so that few of them are fitted to the end.
+_STARTS = 64
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
-_START_ROUNDS = 4
-_FEW_LINES, _OTHERS = 16, 1024  # below so many lines, starts see so many groups beside their own
-_START_SIZE = 1.3  # rms of the levels of a random line, in rms of its group
+_START_ROUNDS = 4  # before a quarter is chosen: more would rank the starts better and take longer
+# Below so many lines, starts see so many groups beside their own.
+_FEW_LINES = 16
+_OTHERS = 1024
+# Rms of the levels of a random line, in rms of its group: somewhat wide, since weights beyond all
+# levels err most.
+_START_SIZE = 1.3
 _LEAST_VARIANCE = 1e-4  # lets the levels of a constant group part
-_REVIVE_ROUNDS = 12
-_SHAKEN = 0.7  # part of the rounds in which lines are shaken
+_REVIVE_ROUNDS = 12  # of a line that nobody uses: it starts at one group and must settle by itself
+_SHAKEN = 0.7  # part of the rounds in which lines are shaken; in the rest they settle
+# Of the mean diagonal: decides what the data leave open and hardly moves the rest.
 _RIDGE = 1e-6
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -40,7 +47,7 @@ class Sample:
         """The groups at some places."""
         return Sample(self.x[where], self.share[where])
 
-    def normalised(self) -> tuple[Sample, Tensor]:
+    def normalise(self) -> tuple[Sample, Tensor]:
         """The groups at an rms of 1, their errors still counting as before; and their rms [M]."""
         rms = group_rms(self.x, self.share)
         size = torch.where(rms > 0, rms, 1)[:, None]
@@ -57,7 +64,7 @@ class Trainer:
 
     def start(self, sample: Sample, S: int, Z: int) -> Codebook:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
-        normalised, rms = sample.normalised()
+        normalised, rms = sample.normalise()
         energy = (sample.x.square() * sample.share).sum(dim=1)
         odds = energy.cpu().double().clamp_min(1e-30)
         drawn = torch.multinomial(odds, S, generator=self.generator).to(rms.device)
@@ -120,11 +127,8 @@ class Trainer:
         """
         if len(codebook.scales) > 1 and codebook.size > DIRECT:
             shapes = Codebook(codebook.lines, torch.ones_like(codebook.scales[:1]), self.bits)
-            return Codebook(
-                self.train(shapes, sample.normalised()[0], rounds, shake).lines,
-                codebook.scales,
-                self.bits,
-            )
+            trained = self.train(shapes, sample.normalise()[0], rounds, shake)
+            return Codebook(trained.lines, codebook.scales, self.bits)
         axis = Axis.over(float(sample.x.abs().max()), self.bits, sample.x.device)
         histograms = axis.histogram(sample.x, sample.share)
         for r in range(rounds):
@@ -183,9 +187,9 @@ def _totals(mass: Tensor, codes: Tensor, axis: Axis, bits: int) -> tuple[Tensor,
     """Weight and weighted sum of what has each code, float64 [L, 2^bits], of
     histograms and codes [L, B]."""
     empty = torch.zeros(len(mass), 1 << bits, device=mass.device)
-    return empty.scatter_add(1, codes, mass).double(), empty.scatter_add(
-        1, codes, mass * axis.points
-    ).double()
+    weight = empty.scatter_add(1, codes, mass)
+    weighted = empty.scatter_add(1, codes, mass * axis.points)
+    return weight.double(), weighted.double()
 
 
 def _equations(counts: Tensor, sums: Tensor, C: int) -> tuple[Tensor, Tensor]:
@@ -195,9 +199,8 @@ def _equations(counts: Tensor, sums: Tensor, C: int) -> tuple[Tensor, Tensor]:
     if len(codes) < 1 << C:
         terms[:, -1] = 1
     masks = terms.double()
-    return (counts @ (masks[:, :, None] * masks[:, None, :]).flatten(1)).view(
-        -1, C, C
-    ), sums @ masks
+    pairs = (masks[:, :, None] * masks[:, None, :]).flatten(1)
+    return (counts @ pairs).view(-1, C, C), sums @ masks
 
 
 def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
@@ -215,7 +218,8 @@ def refit(codebook: Codebook, counts: Tensor, sums: Tensor) -> Codebook:
     counts and sums: of all that is coded by a line, how much has each code and its
     weighted sum, float64 [S·Z, 2^bits].
     """
-    S, C, Z = *codebook.lines.shape, len(codebook.scales)
+    S, C = codebook.lines.shape
+    Z = len(codebook.scales)
     gram, moment = (t.view(S, Z, *t.shape[1:]) for t in _equations(counts, sums, C))
     scales = codebook.scales.double()
     solved = _solve(
