@@ -139,7 +139,9 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
     plain = make_block(model_type)
     wanted = outputs(plain, plain.inputs)
     errors = []
-    for bits in (2, 3, 4, 8):
+    # A fit of bit vectors takes seconds: every number of bits on one architecture, two on the others.
+    every = cls in INTEGER or model_type == "llama"
+    for bits in (2, 3, 4, 8) if every else (2, 4):
         fields = {"activations": "none"} if cls in INTEGER else QUICK.get(named(cls), {})
         block = apply(make_block, cls, model_type, bits=bits, **fields)
         assert {packed.bits for packed in block.packed.values()} == {bits}
@@ -149,7 +151,8 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
 
 @pytest.mark.parametrize("cls", [cls for cls in STAGES if not cls().needs_plan], ids=named)
 def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
-    one, two = (apply(make_block, cls, "qwen3") for _ in range(2))
+    one = encoded(make_block, cls, "qwen3")
+    two = apply(make_block, cls, "qwen3")
     for (name, a), (_, b) in zip(
         one.module.named_parameters(), two.module.named_parameters(), strict=True
     ):
