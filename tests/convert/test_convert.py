@@ -293,14 +293,14 @@ def test_two_encode_stages_share_the_layers(tiny: Maker, text_file: Path, tmp_pa
 
 @pytest.mark.parametrize("recipe", ["awq", "gptq", "fireq", "fireq-paper", "sbvr"])
 def test_computing_in_bfloat16_loses_little(
-    recipe: str, tiny: Maker, text_file: Path, tmp_path: Path
+    recipe: str, tiny: Maker, converted: Maker, text_file: Path, tmp_path: Path
 ):
     """The default on a GPU."""
     request = request_for(tiny("llama"), recipe, tmp_path / "out", text_file)
+    convert(replace(request, dtype=torch.bfloat16))
+    outputs = {torch.bfloat16: request.output, torch.float32: converted(recipe, "llama")}
     errors = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        output = tmp_path / str(dtype)
-        convert(replace(request, dtype=dtype, output=output))
+    for dtype, output in outputs.items():
         found = evaluate(output, tiny("llama"), dataset=str(text_file), seqlen=32, max_windows=8)
         assert found.kld_mean is not None
         errors[dtype] = found.kld_mean
