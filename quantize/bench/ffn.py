@@ -134,7 +134,7 @@ def bench_model(
     mixture = block.get_submodule(arch.experts.ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)
     intermediate = form.shared + form.n * form.size
-    makers = {form: lambda: _stacked(copy.deepcopy(mixture))}
+    makers = {form: lambda: _stack(copy.deepcopy(mixture))}
     return _bench(shape.hidden, intermediate, makers, batches, device, dtype, rounds)
 
 
@@ -241,10 +241,10 @@ def random_mixture(hidden: int, form: Form, device: torch.device, dtype: torch.d
         if form.k != k:
             scores = mixture.gate(torch.randn(_PROFILED, hidden, dtype=dtype)).float()
             mixture.policy = Threshold(float(scores.quantile(1 - form.k / form.n)))
-    return _stacked(mixture)
+    return _stack(mixture)
 
 
-def _stacked(mixture: nn.Module) -> MoeFfn:
+def _stack(mixture: nn.Module) -> MoeFfn:
     assert isinstance(mixture, MoeFfn)
     mixture.requires_grad_(False)
     assert mixture.stack(), "its experts are plain linears of one dtype"

@@ -23,7 +23,7 @@ from quantize.cli.common import (
     quiet_libraries,
     stop_on_signals,
 )
-from quantize.cli.figures import print_restructured
+from quantize.cli.figures import print_restructuring
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
@@ -179,7 +179,7 @@ class _Signals(ExitStack):
                 stop_on_signals(aloud=os.environ.get("RANK", "0") == "0")
             )
 
-    def asked(self) -> bool:
+    def stop(self) -> bool:
         """Whether one has come."""
         return self._asked is not None and self._asked()
 
@@ -188,10 +188,10 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.convert.loop import convert as run
 
-    with _logged(request.output, kept):
+    with _log_run(request.output, kept):
         with progress_bar() as progress, signals:
             signals.catch()
-            summary = run(request, progress, signals.asked)
+            summary = run(request, progress, signals.stop)
         if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
@@ -207,7 +207,7 @@ def _assist(request: Request, signals: _Signals) -> None:
     from quantize.convert.loop import convert as run
 
     logging.getLogger("quantize").addHandler(logging.NullHandler())
-    run(request, stop=signals.asked)
+    run(request, stop=signals.stop)
 
 
 def _write_report(output: Path) -> None:
@@ -235,14 +235,14 @@ def _resume_mode(asked: str) -> Resume:
 
 
 @contextmanager
-def _logged(output: Path, work: Path) -> Iterator[None]:
+def _log_run(output: Path, work: Path) -> Iterator[None]:
     """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on
     stderr what becomes of that."""
-    from quantize.files.disk import reported
-    from quantize.files.resume import blocks_kept, in_use
+    from quantize.files.disk import report_errors
+    from quantize.files.resume import count_kept_blocks, in_use
 
     path = output.with_name(output.name + ".log")
-    with reported(path):
+    with report_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -256,7 +256,7 @@ def _logged(output: Path, work: Path) -> Iterator[None]:
         yield
     except BaseException as err:
         logger.error("stopped: %s", str(err) or type(err).__name__)
-        if not isinstance(err, PqError) and (done := blocks_kept(work)):
+        if not isinstance(err, PqError) and (done := count_kept_blocks(work)):
             typer.echo(
                 f"pq: {done} blocks are kept in {work}; the same command goes on from there",
                 err=True,
@@ -301,7 +301,7 @@ def _megabytes(summary: Summary) -> str:
     return f"{summary.output_bytes / 1e6:.1f} MB (source {summary.source_bytes / 1e6:.1f} MB)"
 
 
-def _named(names: Sequence[str], shown: int = 7) -> str:
+def _list_names(names: Sequence[str], shown: int = 7) -> str:
     rest = f" and {len(names) - shown} more, all in pq.json" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
 
@@ -322,7 +322,7 @@ def _print(summary: Summary) -> None:
     took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.restructured:
-        print_restructured(console, summary.restructured, summary.activated_reduction)
+        print_restructuring(console, summary.restructured, summary.activated_reduction)
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:
@@ -333,10 +333,10 @@ def _print(summary: Summary) -> None:
     if summary.promoted:
         console.print(
             f"{len(summary.promoted)} linears got more bits to spend the target: "
-            f"{_named(summary.promoted)}"
+            f"{_list_names(summary.promoted)}"
         )
     if summary.fallbacks:
         console.print(
             f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] "
-            f"(pq.json says why): {_named(summary.fallbacks)}"
+            f"(pq.json says why): {_list_names(summary.fallbacks)}"
         )

@@ -271,11 +271,11 @@ class Space:
             yield stage
             return
         if len(moved) < len(bits):
-            yield _changed(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
+            yield _replace(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
         for more in sorted({bits[name] for name in moved}):
             names = self._patterns([name for name in moved if bits[name] == more])
             # INT8 weights have kernels for 16-bit activations only.
-            yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
+            yield _replace(stage, bits=more, activations="none", layers=names, ignore=())
 
     def _patterns(self, names: Sequence[str]) -> tuple[str, ...]:
         """The names, but one pattern for all experts of a block where all are among
@@ -329,7 +329,7 @@ def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
     return out
 
 
-def _changed(stage: Any, **fields: Any) -> Any:
+def _replace(stage: Any, **fields: Any) -> Any:
     return type(stage).model_validate(
         {key: getattr(stage, key) for key in type(stage).model_fields} | fields
     )

@@ -88,7 +88,7 @@ def within(request: Request) -> Request:
     """
     if request.max_ram is None and request.max_vram is None:
         return request
-    with request.ranks.explained():
+    with request.ranks.explain():
         plan, _, tokens = draft(request)
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
@@ -159,10 +159,10 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
     states = _states(plan, request, tokens)
     block = max(kinds, key=lambda sizes: _working(plan, sizes))
     outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
-    output, packed = _output(plan), _packed(plan, block)
+    output, packed = _output(plan), _block_bytes(plan, block)
     parts = {
         "weights of a block": _kept_weights(request, block),
-        "what was encoded of it": _encoded(request, block, reference),
+        "what was encoded of it": _encoded_bytes(request, block, reference),
         "work on one layer": _working(plan, block),
     }
     writing = 2 * max(*outside, packed)
@@ -218,7 +218,7 @@ def _kept_weights(request: Request, sizes: BlockSizes) -> int:
     return request.dtype.itemsize * (sizes.together if request.split else sizes.weights)
 
 
-def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
+def _encoded_bytes(request: Request, sizes: BlockSizes, reference: bool) -> int:
     """Bytes of codes, and where the parent's weights are still needed, of the
     weights that took their place."""
     encodes = any(isinstance(stage, Encode) for stage in request.recipe.stages)
@@ -231,11 +231,12 @@ def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
     )
 
 
-def _packed(plan: Plan, sizes: BlockSizes) -> int:
-    return int(sum(_stored(plan, 0, name, shape) for name, shape in sizes.linears.items()))
+def _block_bytes(plan: Plan, sizes: BlockSizes) -> int:
+    """Bytes of the first block's linears in the output."""
+    return int(sum(_linear_bytes(plan, 0, name, shape) for name, shape in sizes.linears.items()))
 
 
-def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
+def _linear_bytes(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
     """Bytes of a linear in the output."""
     full = f"{plan.arch.blocks}.{index}.{name}"
     encoder = next(
@@ -248,7 +249,7 @@ def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
 def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _stored(plan, index, name, shape)
+        _linear_bytes(plan, index, name, shape)
         for index in range(plan.shape.n_blocks)
         for name, shape in plan.skeleton.linear_shapes(index).items()
     )
@@ -263,7 +264,7 @@ def _bytes(plan: Plan, module: str) -> int:
     return 2 * int(torch.Size(shape).numel())
 
 
-def shown(found: Estimate) -> Mapping[str, str]:
+def rows_of(found: Estimate) -> Mapping[str, str]:
     """The figures in words, for a table."""
     rows = {"RAM": gigabytes(found.ram)}
     rows |= {"VRAM": gigabytes(found.vram)} if found.vram else {}

@@ -47,7 +47,7 @@ class Pace:
             means.get(weights, weights * each_weight) for weights in self._weights[self.done :]
         )
 
-    def finished(self) -> None:
+    def finish(self) -> None:
         """Tell about one more block."""
         now = time.monotonic() - self._started
         took, self._last, self.done = now - self._last, now, self.done + 1

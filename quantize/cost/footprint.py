@@ -71,7 +71,7 @@ class BlockSizes:
         attention = (6 + 3 * self.kv_heads / self.heads) * self.hidden
         return int(self.itemsize * self.batch * max(3 * wide + 2 * self.hidden, attention))
 
-    def held(self, name: str, with_reference: bool) -> int:
+    def moment_bytes(self, name: str, with_reference: bool) -> int:
         """Bytes of the moments of a linear's inputs."""
         N, K = self.linears[name]
         if not with_reference or name in self.routed:
@@ -82,7 +82,7 @@ class BlockSizes:
         """Bytes at most while the moments of a linear's inputs are
         measured, themselves included."""
         N, K = self.linears[name]
-        held = self.held(name, with_reference)
+        held = self.moment_bytes(name, with_reference)
         if name in self.routed:  # several experts in one pass
             alike = sum(
                 1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2]

@@ -69,7 +69,7 @@ class Records:
     def __len__(self) -> int:
         return len(self["token"])
 
-    def gathered(self, ranks: Ranks) -> Records:
+    def gather(self, ranks: Ranks) -> Records:
         """Records of all ranks, which measure consecutive windows each: rank 0's come first."""
         columns: dict[str, list[Tensor]] = {}
         for source in range(ranks.size):

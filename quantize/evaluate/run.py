@@ -103,7 +103,7 @@ def measure(
     Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
-    with ranks.explained():
+    with ranks.explain():
         vocab = _vocabulary(models, baseline)
         told = {
             "protocol": protocol.name,
@@ -122,7 +122,7 @@ def measure(
         window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
         groups = list(_groups(windows, vocab, window_bytes, ranks))
         records = [
-            record.gathered(ranks) for record in _records(opened, parent, windows, groups, progress)
+            record.gather(ranks) for record in _records(opened, parent, windows, groups, progress)
         ]
         for model in everyone:
             model.count_together(ranks)

@@ -285,7 +285,7 @@ class StreamedModel:
 
     def count_together(self, ranks: Ranks) -> None:
         """Add up who visited the experts on all ranks."""
-        found = ranks.gathered([[index, *counts] for index, counts in self._visits.items()])
+        found = ranks.gather([[index, *counts] for index, counts in self._visits.items()])
         self._visits = {}
         for index, visits, tokens in itertools.chain.from_iterable(found):
             before = self._visits.get(index, (0, 0))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quantize.errors import OutputError, UsageError
 from quantize.files.checkpoint import sha256_file
-from quantize.files.disk import reported, sync
+from quantize.files.disk import report_errors, sync
 from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,9 @@ class StateFolder:
 
     def __enter__(self) -> StateFolder:
         if self.folder is not None:
-            with reported(self.folder):
+            with report_errors(self.folder):
                 try:
-                    self._handle = _locked(self.folder)
+                    self._handle = _lock(self.folder)
                 except OSError:
                     _remove_if_empty(self.folder)
                     raise
@@ -123,7 +123,7 @@ class StateFolder:
             record = _record(self.folder)
             problem = difference(record["fingerprint"], json.loads(json.dumps(fingerprint)))
             if problem is None:
-                kept = _kept(self.folder, record)
+                kept = _read_state(self.folder, record)
                 log.info("goes on after block %d, from what %s keeps", kept.blocks, self.folder)
                 return kept
         except _DamagedError as err:
@@ -152,12 +152,12 @@ class StateFolder:
         files = {}
         for number, some in enumerate(_portions(tensors)):
             path = self.folder / _TENSORS.replace("*", f"{blocks:05d}-{number:05d}")
-            with reported(path):
+            with report_errors(path):
                 save_file(some, path)
                 sync(path)
                 files[path.name] = sha256_file(path)
         if (self.folder / _PARTIAL).exists():
-            with reported(self.folder / _PARTIAL):
+            with report_errors(self.folder / _PARTIAL):
                 sync(self.folder / _PARTIAL)
         record = {
             "fingerprint": fingerprint,
@@ -166,7 +166,7 @@ class StateFolder:
             "written": written,
             "tensors": files,
         }
-        with reported(self.folder / _STATE):
+        with report_errors(self.folder / _STATE):
             part = self.folder / f"{_STATE}.part"
             part.write_text(
                 canonical_json(record | {DIGEST: provenance_digest(record)}), encoding="utf-8"
@@ -197,7 +197,7 @@ def in_use(folder: Path) -> bool:
     return (folder / _LOCK).exists() or (folder / _STATE).exists()
 
 
-def blocks_kept(folder: Path) -> int | None:
+def count_kept_blocks(folder: Path) -> int | None:
     """Blocks that the state in the folder is after; None where there is none to be read."""
     try:
         return int(_record(folder)["blocks"])
@@ -214,7 +214,7 @@ def forget_finished(folder: Path, output: Path, own: bool) -> None:
     """
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if in_use(folder) and not (folder / _PARTIAL).exists() and blocks_kept(folder) != 0:
+    if in_use(folder) and not (folder / _PARTIAL).exists() and count_kept_blocks(folder) != 0:
         with StateFolder(folder, "never"):
             log.info("%s: cleared, %s is complete", folder, output)
     if own and not in_use(folder) and (output / PROVENANCE).exists():
@@ -240,16 +240,16 @@ def difference(kept: Any, now: Any, path: str = "") -> str | None:
     elif isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
         pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(kept, now, strict=True))]
     else:
-        return None if kept == now else f"{path} is {_shown(now)}, the state is of {_shown(kept)}"
+        return None if kept == now else f"{path} is {_show(now)}, the state is of {_show(kept)}"
     return next((found for name, one, two in pairs if (found := difference(one, two, name))), None)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _locked(folder: Path) -> int:
+def _lock(folder: Path) -> int:
     """Take the folder for this process → handle that holds it until it is
     closed, or the process dies."""
     path = folder / _LOCK
@@ -325,7 +325,7 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
+def _read_state(folder: Path, record: Mapping[str, Any]) -> Kept:
     """The state, after all files were compared with their hashes."""
     files = {folder / name: digest for name, digest in record["tensors"].items()}
     files |= {

@@ -88,7 +88,7 @@ def _new_number(
     if check is None or check.expected != verdict.expected:
         name = f"{verdict.recipe}.{verdict.metric}"
         raise UsageError(f"{file}: {name} has changed since the run; run the gate again")
-    error = check.allowed / 100  # rounding takes nothing that counts from the tolerance
+    error = check.margin / 100  # rounding takes nothing that counts from the tolerance
     if abs(check.expected - verdict.value) <= max(error, 1e-9 * abs(check.expected)):
         return None
     numbers = (f"{verdict.value:.{digits}g}" for digits in range(3, 17))

@@ -67,7 +67,7 @@ class Watch:
 
     def listen(self, host: str) -> int:
         """Let the others connect (rank 0) → the port."""
-        family, address = _resolved(host, 0)
+        family, address = _resolve(host, 0)
         local = address.startswith("127.") or address == "::1"
         self._server = socket.create_server(
             (address if local else "", 0), family=family, backlog=self._size
@@ -122,7 +122,7 @@ class Watch:
         self._left.set()
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain(self) -> Iterator[None]:
         """Turn what torch.distributed raises where another rank is gone into
         the LostError that names it."""
         try:
@@ -170,7 +170,7 @@ class Watch:
             self._peers[peer].sendall(json.dumps(message).encode() + b"\n")
 
 
-def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, str]:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return family, str(address[0])
 

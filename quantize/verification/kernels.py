@@ -19,7 +19,7 @@ from quantize.model.attention import KvAttention
 from quantize.model.load import KV_SCALE, kv_attention, packed_linear
 from quantize.serving.native_linear import NativeLinear
 from quantize.serving.register import LINEARS
-from quantize.verification.checks import Skipped, counted
+from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Tick
 
@@ -69,7 +69,9 @@ def check_kernels(
         raise Skipped("no kernel takes any of its tensors")
     limit = _LIMITS[dtype]
     if wrong := [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= limit]:
-        raise VerifyError(f"a kernel differs from its twin (limit {limit:.0e}) in {counted(wrong)}")
+        raise VerifyError(
+            f"a kernel differs from its twin (limit {limit:.0e}) in {summarize(wrong)}"
+        )
     where = "the interpreter, sampled" if interpreted else str(device)
     return f"kernels compute {len(errors)} layers as their twins do, within {max(errors.values()):.1e} ({where})"
 
@@ -92,7 +94,7 @@ def _linear_error(
     worst = None
     for M in _FEW_ROWS if interpreted else _ROWS:
         x = _uneven(generator, M, K).to(device, dtype)
-        if not _taken(layer, x):
+        if not _has_kernel(layer, x):
             return None
         worst = max(worst or 0.0, _difference(layer(x), twin(x.float())[:, :kept]))
     return worst
@@ -116,7 +118,7 @@ def _native(
     return layer
 
 
-def _taken(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
+def _has_kernel(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
     scheme = layer.scheme
     if isinstance(scheme, IntScheme):
         return int4.takes(scheme.bits, scheme.group_size, x, scheme.fp8_activations)
