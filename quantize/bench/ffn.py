@@ -26,7 +26,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # of the largest output
 _CACHES = 1 << 27  # bytes; layers beside each other fill more, so that none is read from a cache
-_PROFILED = 4096  # random tokens that set a threshold
+# random tokens that set a threshold: more would set it nearer to the mean asked for
+_PROFILED = 4096
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,11 @@ def time_mixture(
     plain = watch([partial(ffn, x) for ffn in dense], x.device)
     by_loop = watch([partial(loop, x) for loop in loops], x.device, as_graph=False)
     seconds, plain_seconds, loop_seconds = take_turns([ours, plain, by_loop], rounds)
-    seconds, plain_seconds = (
-        [s / len(mixtures) for s in seconds],
-        [s / len(dense) for s in plain_seconds],
-    )
+    seconds = [s / len(mixtures) for s in seconds]
+    plain_seconds = [s / len(dense) for s in plain_seconds]
     visits = [_visits(mixture, x) for mixture in mixtures]
-    k, moved = statistics.fmean(float(v.sum()) / M for v in visits), 2 * x.nbytes
+    k = statistics.fmean(float(v.sum()) / M for v in visits)
+    moved = 2 * x.nbytes
     return FfnTiming(
         form=form,
         M=M,

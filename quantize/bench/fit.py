@@ -21,7 +21,7 @@ from quantize.solvers.grid import Grid
 METHODS = ("sbvr", "rtn", "rtn-mse")
 CODEBOOKS: tuple[CodebookKind, ...] = ("auto", "lines", "shapes")
 DISTRIBUTIONS = ("gaussian", "laplace", "student")
-_STUDENT_FREEDOM = 5
+_STUDENT_FREEDOM = 5  # heavy tails, and still a finite kurtosis
 _AT_ONCE = 1 << 20  # weights compared at once
 
 

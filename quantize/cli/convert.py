@@ -139,7 +139,8 @@ def convert(
             require_free(output)
         quiet_libraries()
         place = pick_device(device, local_rank)
-        computing, source = pick_dtype(dtype, place), local_model(model)
+        computing = pick_dtype(dtype, place)
+        source = local_model(model)
         require_apart(source, output, kept)
         request = Request(
             source,
@@ -246,7 +247,9 @@ def _log_run(output: Path, work: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger, told, slow = logging.getLogger("quantize"), _Told(), _Told()
+    logger = logging.getLogger("quantize")
+    told = _Told()
+    slow = _Told()
     slow.addFilter(_worth_a_line)
     logger.setLevel(logging.INFO)
     logger.addHandler(file)

@@ -130,7 +130,8 @@ def evaluate(
         quiet_libraries()
         if not ranks.first:
             logging.getLogger("quantize").addHandler(logging.NullHandler())
-        place, folder = pick_device(device, local_rank), local_model(model)
+        place = pick_device(device, local_rank)
+        folder = local_model(model)
         setting = _Setting(
             folder,
             None if baseline is None else local_model(baseline),

@@ -151,15 +151,18 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
 
 
 def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate:
-    stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
+    stages = request.recipe.stages
+    kinds = _blocks(plan, request, tokens)
     reference = any(stage.needs_reference for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
-    item, cpu = request.dtype.itemsize, request.device.type == "cpu"
+    item = request.dtype.itemsize
+    cpu = request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
     states = _states(plan, request, tokens)
     block = max(kinds, key=lambda sizes: _working(plan, sizes))
     outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
-    output, packed = _output(plan), _block_bytes(plan, block)
+    output = _output(plan)
+    packed = _block_bytes(plan, block)
     parts = {
         "weights of a block": _kept_weights(request, block),
         "what was encoded of it": _encoded_bytes(request, block, reference),

@@ -25,7 +25,8 @@ _ROWS = 128
 """Rows of the smallest piece: far fewer would measure the solvers' loops over
 columns and not their products."""
 _GROUPS = 4
-"""Groups of inputs in the smallest piece."""
+"""Groups of inputs in the smallest piece: the loop over groups is taken more than once, and the
+Hessian stays small."""
 _SHARE = 0.35
 """Of the time that is left, what one group of linears may take: three fit, and
 text still gets its share."""
@@ -176,15 +177,14 @@ class Fits:
         if fit.moments is not None:
             # Else experts that see few tokens of little text would be rounded and not fitted.
             fit.moments.tokens = int(fit.moments.tokens * self.tokens_missing)
-        rows, K = sum(N for N, _ in fit.shapes), fit.shapes[0][1]
+        rows = sum(N for N, _ in fit.shapes)
+        K = fit.shapes[0][1]
         by_inputs = (1, 1) if fit.moments is None else (3, 2)
         allowed = _SHARE * (self.until - time.monotonic())
         if allowed <= 0 and part in self._laws:
             return self._laws[part].seconds(rows, K)
-        few, inputs = (
-            min(_ROWS, fit.shapes[0][0]),
-            min(K, _GROUPS * getattr(fit.stage, "group_size", K)),
-        )
+        few = min(_ROWS, fit.shapes[0][0])
+        inputs = min(K, _GROUPS * getattr(fit.stage, "group_size", K))
         seconds = self._clock(fit.piece(few, inputs))
         while True:
             if seconds * rows / few * (K / inputs) ** by_inputs[0] <= allowed:

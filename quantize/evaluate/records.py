@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
 
-_BINS = 32  # of the curves by position
+_BINS = 32  # of the curves by position: what a chart's width shows, and still many tokens in each
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ _ONLY = "hidden"
 """The one stream of an evaluation."""
 
 _BATCH_TOKENS = 4096
-"""Tokens per forward pass; bounds the memory of one pass."""
+"""Tokens per forward pass. More would take more memory; far fewer would leave the products of a
+layer small. Figures depend on it in their last bits alone, through the shapes of products."""
 
 
 class Model(Protocol):
@@ -141,7 +142,9 @@ class StreamedModel:
     ) -> None:
         self.source = Checkpoint(folder)
         require_readable(self.source)
-        self.device, self.dtype, self.numerics = device, dtype, numerics
+        self.device = device
+        self.dtype = dtype
+        self.numerics = numerics
         self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
         require_tied(self.source, self.arch, self.shape)

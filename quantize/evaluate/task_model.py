@@ -20,11 +20,14 @@ from quantize.model.transformers_api import logits_of
 from quantize.parallel.ranks import ALONE, Ranks
 
 _ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
+# of all copies of the logits of a batch on a CPU: a bound that does not ask what is free
 _CPU_LOGIT_BYTES = 2**30
 _COPIES = 3  # of the logits, float32: as computed, as float32, as log-probabilities
+# tokens of a batch, and texts generated together, where an accelerator takes 16384 and 32: fewer
+# keep a CPU busy, and take less memory
 _MAX_TOKENS = {"cpu": 4096}
-_MAX_REQUESTS = 4096  # of one batch
 _GENERATED_TOGETHER = {"cpu": 8}
+_MAX_REQUESTS = 4096  # of one batch, however short they are
 
 Scored = tuple[float, bool]
 _Request = tuple[Any, list[int], list[int]]

@@ -24,7 +24,8 @@ Place = Literal["device", "host", "disk"]
 """Where hidden states are kept between two blocks; on a CPU, `device` and `host` are the same."""
 
 _HOME = "_pq_home"
-_LEAST = 1 << 16  # weights of a matrix that is worth being put away
+# weights of a matrix that is worth being put away: smaller ones would cost time and spare little
+_LEAST = 1 << 16
 _AT_ONCE = 1 << 30  # bytes of one write; Linux takes no more than 2 GiB
 
 

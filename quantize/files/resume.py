@@ -38,7 +38,11 @@ Resume = Literal["auto", "required", "never"]
 start anew, keep no state and remove that of an earlier run."""
 
 _FILE_BYTES = 1 << 28
-_LOCK, _STATE, _PARTIAL, _TENSORS = "lock", "state.json", "partial", "state-*.safetensors"
+"""Of a file of tensors: writing takes so much memory again, and smaller files would be many."""
+_LOCK = "lock"
+_STATE = "state.json"
+_PARTIAL = "partial"
+_TENSORS = "state-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,8 @@ def _portions(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tenso
         size += tensor.numel() * tensor.element_size()
         if size >= _FILE_BYTES:
             yield some
-            some, size = {}, 0
+            some = {}
+            size = 0
     if some:
         yield some
 

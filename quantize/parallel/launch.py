@@ -23,6 +23,7 @@ from quantize.errors import LostError, StoppedError, UsageError
 from quantize.parallel.ranks import ALONE, Ranks
 from quantize.parallel.watch import Watch
 
+# for processes that start apart: schedulers of clusters hand out machines one after the other
 _TO_JOIN = timedelta(minutes=30)
 # while another rank works: `Watch`, not a time limit, says that it is gone
 _TO_WAIT = timedelta(days=60)

@@ -217,7 +217,9 @@ class _Run:
         """The parent, whose tensors must fit the child's architecture, or one that
         the recipe makes that of."""
         assert self.parent is not None
-        parent, layout, skeleton = self.parent, self._fitting(), self._fitting().skeleton
+        parent = self.parent
+        layout = self._fitting()
+        skeleton = layout.skeleton
         shape = replace(parent.shape, tied=layout.shape.tied)  # a stage may untie the head
         arch = parent.arch
         if is_restructured(self.recipe):

@@ -27,6 +27,7 @@ from quantize.kernels.fp8 import api as fp8
 from quantize.kernels.int4 import api as int4
 from quantize.kernels.int4.reference import Weight
 
+# of RMSNorm and RoPE, as in Llama-3-8B's config
 _EPS = 1e-5
 _THETA = 500000.0
 
