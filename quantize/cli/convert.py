@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -23,11 +22,12 @@ from quantize.cli.common import (
     quiet_libraries,
     stop_on_signals,
 )
+from quantize.cli.conversion_log import log_run
 from quantize.cli.figures import print_restructuring
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
-from quantize.errors import PqError, UsageError
+from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.convert.loop import Request, Summary
@@ -189,7 +189,7 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.convert.loop import convert as run
 
-    with _log_run(request.output, kept):
+    with log_run(request.output, kept):
         with progress_bar() as progress, signals:
             signals.catch()
             summary = run(request, progress, signals.stop)
@@ -233,71 +233,6 @@ def _resume_mode(asked: str) -> Resume:
     if mode is None:
         raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
     return mode
-
-
-@contextmanager
-def _log_run(output: Path, work: Path) -> Iterator[None]:
-    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on
-    stderr what becomes of that."""
-    from quantize.files.disk import report_errors
-    from quantize.files.resume import count_kept_blocks, in_use
-
-    path = output.with_name(output.name + ".log")
-    with report_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("quantize")
-    told = _Told()
-    slow = _Told()
-    slow.addFilter(_worth_a_line)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(file)
-    logging.getLogger("quantize.files.resume").addHandler(told)
-    logging.getLogger("quantize.convert.pace").addHandler(slow)
-    try:
-        yield
-    except BaseException as err:
-        logger.error("stopped: %s", str(err) or type(err).__name__)
-        if not isinstance(err, PqError) and (done := count_kept_blocks(work)):
-            typer.echo(
-                f"pq: {done} blocks are kept in {work}; the same command goes on from there",
-                err=True,
-            )
-        raise
-    finally:
-        file.close()
-        logger.removeHandler(file)
-        logging.getLogger("quantize.files.resume").removeHandler(told)
-        logging.getLogger("quantize.convert.pace").removeHandler(slow)
-
-
-def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Warnings, and blocks that take long where no progress bar is seen."""
-    from quantize.convert.pace import SLOW
-
-    unseen = not sys.stderr.isatty()
-    return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)
-
-
-class _Log(logging.FileHandler):
-    """A log whose disk may be full: what cannot be written is left out, since the
-    conversion's own error tells more."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Do nothing, where logging would print a traceback."""
-
-    def close(self) -> None:
-        """Close the file, written to its end or not."""
-        with suppress(OSError):
-            super().close()
-
-
-class _Told(logging.Handler):
-    """Shows log lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"pq: {record.getMessage()}", err=True)
 
 
 def _megabytes(summary: Summary) -> str:
