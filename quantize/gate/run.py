@@ -21,7 +21,8 @@ from quantize.files import strict_yaml
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
-from quantize.gate.file import Entry, GateFile, close, load_gate
+from quantize.gate.fields import close
+from quantize.gate.file import Entry, GateFile, load_gate
 
 __all__ = ["GateResult", "Verdict", "run_gate"]
 
