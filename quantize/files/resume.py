@@ -11,25 +11,26 @@ that is seeded where it is used.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.errors import OutputError, UsageError
+from quantize.errors import UsageError
 from quantize.files.checkpoint import sha256_file
 from quantize.files.disk import report_errors, sync
+from quantize.files.lock import lock_folder
 from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
+from quantize.files.tensor_files import TensorFiles, portions
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ Resume = Literal["auto", "required", "never"]
 """`auto`: go on where the state fits, else start anew; `required`: refuse to start anew; `never`:
 start anew, keep no state and remove that of an earlier run."""
 
-_FILE_BYTES = 1 << 28
-"""Of a file of tensors: writing takes so much memory again, and smaller files would be many."""
 _LOCK = "lock"
 _STATE = "state.json"
 _PARTIAL = "partial"
@@ -95,7 +94,7 @@ class StateFolder:
         if self.folder is not None:
             with report_errors(self.folder):
                 try:
-                    self._handle = _lock(self.folder)
+                    self._handle = lock_folder(self.folder, _LOCK)
                 except OSError:
                     _remove_if_empty(self.folder)
                     raise
@@ -154,7 +153,7 @@ class StateFolder:
         if not self.keeps or self.folder is None:
             return
         files = {}
-        for number, some in enumerate(_portions(tensors)):
+        for number, some in enumerate(portions(tensors)):
             path = self.folder / _TENSORS.replace("*", f"{blocks:05d}-{number:05d}")
             with report_errors(path):
                 save_file(some, path)
@@ -253,37 +252,6 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _lock(folder: Path) -> int:
-    """Take the folder for this process → handle that holds it until it is
-    closed, or the process dies."""
-    path = folder / _LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 32).decode(errors="replace")
-            os.close(handle)
-            raise OutputError(
-                f"{folder}: process {owner or '?'} is at work there; wait until it is done"
-            ) from None
-        except OSError as err:  # file systems without locks
-            log.warning(
-                "%s: cannot be locked (%s); start no second process on it", folder, err.strerror
-            )
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            try:
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-            except OSError:
-                path.unlink()
-                os.close(handle)
-                raise
-            return handle
-        os.close(handle)  # its owner removed it between the two lines above
-
-
 def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / _STATE).read_text(encoding="utf-8"))
@@ -292,42 +260,6 @@ def _record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get(DIGEST) != provenance_digest(record):
         raise _DamagedError(f"{_STATE} is not what was written")
     return record
-
-
-def _portions(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Tensors by files of about `_FILE_BYTES`; writing a file takes its size again."""
-    some: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        some[name] = tensor.detach().cpu().contiguous()
-        size += tensor.numel() * tensor.element_size()
-        if size >= _FILE_BYTES:
-            yield some
-            some = {}
-            size = 0
-    if some:
-        yield some
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Tensors in files, each read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._where: dict[str, Path] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                self._where |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._where[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 def _read_state(folder: Path, record: Mapping[str, Any]) -> Kept:
@@ -341,7 +273,7 @@ def _read_state(folder: Path, record: Mapping[str, Any]) -> Kept:
         for path, digest in files.items():
             if sha256_file(path) != digest:
                 raise _DamagedError(f"{path.name} is not what was written")
-        tensors = _Tensors(folder / name for name in record["tensors"])
+        tensors = TensorFiles(folder / name for name in record["tensors"])
     except (OSError, SafetensorError) as err:
         raise _DamagedError(str(err)) from None
     return Kept(record["blocks"], record["facts"], tensors, record["written"])
