@@ -17,7 +17,8 @@ from typing import Any
 from quantize.errors import RecipeError, UsageError
 from quantize.evaluate.protocols import Protocol, ProtocolName
 from quantize.files import strict_yaml
-from quantize.files.strict_yaml import Document, show_value
+from quantize.files.problems import Place, error_of, no_mapping, show_value
+from quantize.files.strict_yaml import Document
 from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
 from quantize.gate.fields import CHECK, ENTRY, EVALUATION, PERCENT, TEXT, TOP, Test, close
 from quantize.model.linear import Numerics
@@ -83,12 +84,12 @@ def parse_gate(raw: bytes, path: Path) -> GateFile:
     relative paths in it start from."""
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
-        text = strict_yaml.no_mapping(doc.data, "begin with 'recipes:'")
-        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), text)])
+        text = no_mapping(doc.data, "begin with 'recipes:'")
+        raise error_of(doc.source, doc.problems or [doc.problem((), text)])
     reader = _Reader(doc, path.parent)
     gate = reader.gate(path)
     if reader.problems:
-        raise strict_yaml.error_of(doc.source, reader.problems)
+        raise error_of(doc.source, reader.problems)
     return gate
 
 
@@ -99,14 +100,14 @@ class _Reader:
         self.doc, self.folder = doc, folder
         self.problems = list(doc.problems)
 
-    def say(self, path: strict_yaml.Path, text: str) -> None:
+    def say(self, path: Place, text: str) -> None:
         """Note a problem, unless the value at `path` is refused already."""
         if not any(path[:n] in self.doc.spoiled for n in range(len(path) + 1)):
             self.problems.append(self.doc.problem(path, text))
 
     def fields(
         self,
-        path: strict_yaml.Path,
+        path: Place,
         data: Mapping[str, Any],
         table: Mapping[str, Test],
     ) -> dict[str, Any]:
@@ -220,7 +221,7 @@ class _Reader:
             self.say((*path, "set"), str(err))
             return None
 
-    def metric(self, path: strict_yaml.Path, metric: str, settings: Settings, tasks: bool) -> bool:
+    def metric(self, path: Place, metric: str, settings: Settings, tasks: bool) -> bool:
         if "/" in metric:
             if not tasks:
                 self.say(
@@ -239,7 +240,7 @@ class _Reader:
             )
         return metric in HIGHER_IS_BETTER
 
-    def checks(self, path: strict_yaml.Path, metric: str, data: Any) -> list[Check]:
+    def checks(self, path: Place, metric: str, data: Any) -> list[Check]:
         remedy = "write {value: ..., tolerance: ...} or {recovery: ...}"
         if not isinstance(data, dict):
             self.say(path, f"must be a mapping (value {show_value(data)}); {remedy}")

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from quantize.files import strict_yaml
-from quantize.files.strict_yaml import Document, Problem, show_key, show_value
+from quantize.files.problems import Place, Problem, show_key, show_value
+from quantize.files.strict_yaml import Document
+from quantize.files.yaml_scalars import is_text
 from quantize.recipe.files import nearest
 from quantize.recipe.stages import METHODS, method_names, methods_of, order_problems, stage_class
 
@@ -96,14 +97,14 @@ def misfit(cls: type[BaseModel] | None, name: str, error: ErrorDetails) -> str:
     remedy = ""
     if isinstance(default, str | int | float):
         remedy = f"; the default is {show_value(default)}"
-    if isinstance(value, str) and "string" not in expected and not strict_yaml.is_text(value):
+    if isinstance(value, str) and "string" not in expected and not is_text(value):
         remedy = "; remove the quotes"
     elif "string" in expected and isinstance(value, int | float):
         remedy = "; put it in quotes"
     return f"must be {expected} (value {show_value(value)}){remedy}"
 
 
-def _owner(path: strict_yaml.Path, doc: Document, sections: Sections) -> type[BaseModel] | None:
+def _owner(path: Place, doc: Document, sections: Sections) -> type[BaseModel] | None:
     """Return the class whose field `path` is."""
     if len(path) == 3 and path[0] == "stages":
         return stage_class(doc.data["stages"][path[1]])

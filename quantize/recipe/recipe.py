@@ -18,12 +18,13 @@ from typing_extensions import Self
 
 from quantize.errors import RecipeError, UsageError
 from quantize.files import strict_yaml
+from quantize.files.problems import error_of, no_mapping
 from quantize.files.strict_yaml import Document
 from quantize.formats.registry import DEFAULT, FORMATS
 from quantize.methods import STAGES, Stage
 from quantize.methods.plugins import installed_methods
 from quantize.recipe.files import find_recipe, read_recipe
-from quantize.recipe.messages import TOP, law_problems, misfit, translate
+from quantize.recipe.messages import TOP, Sections, law_problems, misfit, translate
 from quantize.recipe.stages import METHODS, learn, order_problems
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Recipe(BaseModel):
         return self.model_copy(update={"calibration": calibration})
 
 
-_SECTIONS = {"calibration": Calibration, TOP: Recipe}
+_SECTIONS: Sections = {"calibration": Calibration, TOP: Recipe}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -157,8 +158,8 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     """
     doc = strict_yaml.load(text, source_name)
     if not isinstance(doc.data, dict):
-        text = strict_yaml.no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
-        raise strict_yaml.error_of(source_name, doc.problems or [doc.problem((), text)])
+        text = no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
+        raise error_of(source_name, doc.problems or [doc.problem((), text)])
     _load_named(doc)
     problems = [*doc.problems, *law_problems(doc)]
     if "name" in doc.data:
@@ -180,7 +181,7 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
             problem for error in err.errors() for problem in translate(error, doc, _SECTIONS)
         ]
     if recipe is None or problems:
-        raise strict_yaml.error_of(source_name, problems)
+        raise error_of(source_name, problems)
     return recipe
 
 
@@ -235,4 +236,4 @@ def _load_named(doc: Document) -> None:
                     allow_methods()
             except RecipeError as err:
                 problem = doc.problem(("stages", index, "method"), str(err))
-                raise strict_yaml.error_of(doc.source, [problem]) from None
+                raise error_of(doc.source, [problem]) from None

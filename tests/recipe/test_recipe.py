@@ -10,6 +10,7 @@ import pytest
 
 from quantize.errors import RecipeError
 from quantize.files import strict_yaml
+from quantize.files.problems import MAX_PROBLEMS
 from quantize.files.resources import data_dir
 from quantize.methods import STAGES
 from quantize.methods.base import Kind, Stage
@@ -205,7 +206,7 @@ stages:
 
 def test_a_wholly_wrong_file_stays_readable():
     lines = errors("".join(f"a{i}: 1\n" for i in range(500)))
-    assert len(lines) == strict_yaml.MAX_PROBLEMS + 1
+    assert len(lines) == MAX_PROBLEMS + 1
     assert lines[-1] == "r.yaml: and 482 more problems; mend these first"
     (line,) = errors(CALIBRATION.format(f"seed: {'x' * 500}"))
     assert len(line) < 200
