@@ -194,9 +194,9 @@ def time_mixture(
         experts_per_token=k,
         bytes_read=moved
         + weight.itemsize
-        * _met(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
+        * _visited_parameters(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
         plain_bytes_read=moved + weight.itemsize * _parameters(dense[0]),
-        activated=_met(mixtures[0], k) / _parameters(dense[0]),
+        activated=_visited_parameters(mixtures[0], k) / _parameters(dense[0]),
         layers=len(mixtures),
     )
 
@@ -276,7 +276,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _met(mixture: MoeFfn, experts: float) -> float:
+def _visited_parameters(mixture: MoeFfn, experts: float) -> float:
     # Parameters of the mixture with so many of its routed experts.
     routed = _parameters(mixture.experts)
     return _parameters(mixture) - routed + experts * routed / len(mixture.experts)

@@ -51,7 +51,7 @@ class NoWriter:
     total_size = 0
 
     def __init__(self) -> None:
-        self.written: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}
 
     def __enter__(self) -> NoWriter:
         return self

@@ -141,7 +141,7 @@ def _write_blocks(
         if streams and index + 1 == keeper.blocks:
             streams.clear()
         pace.finish()
-        keeper.keep(run, index + 1, streams, writer.written)
+        keeper.keep(run, index + 1, streams, writer.progress)
 
 
 def _finish(

@@ -152,10 +152,10 @@ class Watch:
                 said = json.loads(line)
                 if "over" in said:
                     return
-                self._heard(_News(said["rank"], said["code"], said["text"]))
-        self._heard(_News(peer, None, ""))
+                self._hear(_News(said["rank"], said["code"], said["text"]))
+        self._hear(_News(peer, None, ""))
 
-    def _heard(self, news: _News) -> None:
+    def _hear(self, news: _News) -> None:
         with self._lock:
             if self._news is not None or self._left.is_set():
                 return

@@ -160,7 +160,7 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     if not isinstance(doc.data, dict):
         text = no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
         raise error_of(source_name, doc.problems or [doc.problem((), text)])
-    _load_named(doc)
+    _load_methods(doc)
     problems = [*doc.problems, *law_problems(doc)]
     if "name" in doc.data:
         problems.append(
@@ -222,7 +222,7 @@ def allow_methods() -> None:
     Recipe.model_rebuild(force=True)
 
 
-def _load_named(doc: Document) -> None:
+def _load_methods(doc: Document) -> None:
     """Load the methods that a recipe names and pq does not have.
 
     RecipeError where one cannot be used.
