@@ -200,7 +200,7 @@ def _row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def generated(text: str) -> str:
+def generate(text: str) -> str:
     """A page with every part of it made anew."""
     for name, part in PARTS.items():
         if f"<!-- {name}: begin -->" in text:
@@ -222,7 +222,7 @@ def main() -> None:
     """Rewrite the pages that are out of date."""
     for page in pages():
         old = page.read_text(encoding="utf-8")
-        new = generated(old)
+        new = generate(old)
         if new != old:
             page.write_text(new, encoding="utf-8")
             print(f"wrote {page.relative_to(ROOT)}")

@@ -195,7 +195,8 @@ def block_loop(colours: Colours) -> str:
     d.card(4, 330, 160, 60, ("parent's stream", "hidden states [B, T, D]"), "second")
     d.box(196, 12, 568, 428, "panel")
     d.text(480, 38, "block i", 16, bold=True)
-    left, right, w, h = 220, 500, 240, 58
+    left, right = 220, 500
+    w, h = 240, 58
     d.card(left, 58, w, h, ("1  load", "weights from safetensors"))
     d.card(right, 58, w, h, ("2  restructure", "FFN → experts (ladimo)"))
     d.card(right, 148, w, h, ("3  smooth", "fold λ, rotate (awq, cas, rotate)"))

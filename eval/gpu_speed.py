@@ -103,16 +103,16 @@ def measure(device: torch.device, only: str | None, rounds: int, output: Path) -
                     f"{section}: {row.what} {row.shape}, {row.M}: {row.time.seconds * 1e6:,.1f} us",
                     flush=True,
                 )
-                keep(_joined(before, record.as_json()), path)
+                keep(_join(before, record.as_json()), path)
         except Exception as err:  # a machine with a GPU is rarely at hand: the other sections are measured all the same
             traceback.print_exc()
             right = False
             stand.note(f"{section} stopped: {(str(err).splitlines() or [type(err).__name__])[0]}")
-            keep(_joined(before, record.as_json()), path)
+            keep(_join(before, record.as_json()), path)
     return path, right
 
 
-def _joined(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def _join(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     # What was measured before, but for what was measured anew.
     sections = before.get("sections", {}) | data["sections"]
     found = {target["name"]: target for target in [*before.get("targets", []), *data["targets"]]}

@@ -41,7 +41,7 @@ from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Recipe, load_recipe
 
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
-_BUDGETS = (0.1, 0.2, 0.3, 0.4)
+_BUDGETS = (0.1, 0.2, 0.3, 0.4)  # of activated parameters saved: to where quality is lost
 
 
 class StaticPruning(Ladimo):

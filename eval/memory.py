@@ -3,7 +3,8 @@
     python eval/memory.py --scratch /scratch --output eval/results/memory.json [--only 7B/rtn] [--max-ram 4GB]
 
 Each conversion is a process of its own; its peak is what the kernel counted (ru_maxrss). Shapes of few layers stand for
-the whole, since the peak does not hang on how many there are; `7B/rtn` is the whole model of 13.5 GB.
+the whole, since the peak does not depend on how many there are; `7B/rtn` is the whole model of
+13.5 GB.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def arguments(
     ]
 
 
-def estimated(common: list[str]) -> dict[str, Any]:
+def estimate(common: list[str]) -> dict[str, Any]:
     """What `pq estimate` says."""
     out = subprocess.run(
         [*PQ, "estimate", *common, "--no-time"], check=True, stdout=subprocess.PIPE
@@ -81,7 +82,7 @@ def estimated(common: list[str]) -> dict[str, Any]:
     return {"estimate": told["ram"], **kept}
 
 
-def converted(common: list[str], scratch: Path) -> dict[str, Any]:
+def convert(common: list[str], scratch: Path) -> dict[str, Any]:
     """What a conversion takes."""
     output, told = scratch / "out", scratch / "summary.json"
     shutil.rmtree(output, ignore_errors=True)
@@ -121,9 +122,9 @@ def main(args: argparse.Namespace) -> None:
     for row in results["memory"].copy() if args.again else rows:
         key = {name: row[name] for name in ("shape", "layers", "recipe", "changes", "limit")}
         common = arguments(scratch=args.scratch, **key)
-        row |= estimated(common)
+        row |= estimate(common)
         if not args.again:
-            row |= converted(common, args.scratch)
+            row |= convert(common, args.scratch)
         results["memory"] = [
             old for old in results["memory"] if any(old[k] != key[k] for k in key)
         ] + [row]

@@ -108,11 +108,11 @@ def _part(path: Path) -> tuple[str, str]:
 
 def main(page: Path, files: Sequence[Path]) -> None:
     """Rewrite the sections; every table is headed by the protocol that its file records."""
-    text = rendered(page.read_text(encoding="utf-8"), files, page)
+    text = fill(page.read_text(encoding="utf-8"), files, page)
     page.write_text(text, encoding="utf-8")
 
 
-def rendered(text: str, files: Sequence[Path], page: Path) -> str:
+def fill(text: str, files: Sequence[Path], page: Path) -> str:
     """The text of a page with the sections of all that `files` hold made anew."""
     parts: dict[str, list[str]] = {}
     for path in files:

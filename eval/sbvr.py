@@ -101,7 +101,7 @@ def nf4(w: Tensor) -> Tensor:
 def hqq(bits: int) -> Callable[[Tensor], Tensor]:
     """HQQ: groups of 128 with scale and zero in 16 bits each (bits + 0.25 bits per weight)."""
 
-    def rounded(w: Tensor) -> Tensor:
+    def round_trip(w: Tensor) -> Tensor:
         from hqq.core.quantize import Quantizer
 
         settings: dict[str, Any] = {
@@ -115,7 +115,7 @@ def hqq(bits: int) -> Callable[[Tensor], Tensor]:
         )
         return Quantizer.dequantize(codes, meta).float()
 
-    return rounded
+    return round_trip
 
 
 PEERS: tuple[tuple[str, float, Callable[[Tensor], Tensor]], ...] = (
@@ -126,15 +126,16 @@ PEERS: tuple[tuple[str, float, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
-def replaced(model: Path, folder: Path, rounded: Callable[[Tensor], Tensor]) -> None:
-    """Write a plain checkpoint whose linears inside the blocks hold `rounded` weights, in float32."""
+def write_replaced(model: Path, folder: Path, round_trip: Callable[[Tensor], Tensor]) -> None:
+    """Write a plain checkpoint whose linears inside the blocks hold their weights
+    after `round_trip`, in float32."""
     source = Checkpoint(model)
     arch = architecture_of(source.config)
     inside = tuple(f".{name}.weight" for name in arch.roles)
     folder.mkdir()
     tensors = {name: source.tensor(name) for name in source.names()}
     save_file(
-        {n: rounded(t.float()) if n.endswith(inside) else t for n, t in tensors.items()},
+        {n: round_trip(t.float()) if n.endswith(inside) else t for n, t in tensors.items()},
         folder / "model.safetensors",
     )
     for path in (model / "config.json", *source.side_files()):
@@ -201,14 +202,14 @@ def _makers(model: Path, args: argparse.Namespace) -> dict[str, Callable[[Path],
 
         return make
 
-    def peer(bits: float, rounded: Callable[[Tensor], Tensor]) -> Callable[[Path], float]:
+    def peer(bits: float, round_trip: Callable[[Tensor], Tensor]) -> Callable[[Path], float]:
         def make(output: Path) -> float:
-            replaced(model, output, rounded)
+            write_replaced(model, output, round_trip)
             return bits
 
         return make
 
-    peers = {name: peer(bits, rounded) for name, bits, rounded in PEERS}
+    peers = {name: peer(bits, round_trip) for name, bits, round_trip in PEERS}
     return peers | {
         name: ours(recipe_of(recipe, changes, args)) for name, recipe, changes in rows()
     }

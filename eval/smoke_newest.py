@@ -31,7 +31,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "eval" / "reference-model"
 PROMPT = "The Python interpreter"
-NEW_TOKENS = 24
+NEW_TOKENS = 24  # some, for the INT4 cache to grow step by step
 LIMIT = 600
 """Seconds for a whole smoke: a release that makes it wait for ever is told like one that makes it fail."""
 

@@ -148,7 +148,7 @@ ANY = "*"
 """Stands for all numbers in a folded name."""
 
 
-def folded(name: str) -> str:
+def fold_numbers(name: str) -> str:
     """A name within a block with its numbers left open: `mlp.experts.3.up_proj`
     → `mlp.experts.*.up_proj`."""
     return ".".join(
@@ -172,7 +172,7 @@ def block_map(
     placed: dict[tuple[int, str], list[float | int]] = {}
     for name, value in values.items():
         if (place := place_of(name)) is not None:
-            cell = placed.setdefault((place[0], folded(place[1])), [])
+            cell = placed.setdefault((place[0], fold_numbers(place[1])), [])
             cell += [] if value is None else [value]
     if not any(placed.values()):
         return None

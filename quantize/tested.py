@@ -20,7 +20,7 @@ SILENCE = "PQ_NO_VERSION_NOTICE"
 _told: list[str] = []
 
 
-def untested() -> str | None:
+def version_notice() -> str | None:
     """One line that names what is installed outside the tested range; None where
     nothing is, or it was said before.
 
@@ -41,15 +41,15 @@ def untested() -> str | None:
 
 
 def warn_untested() -> None:
-    """Issue `untested` as a UserWarning, unless it was said before in this process."""
-    if line := untested():
+    """Issue `version_notice` as a UserWarning, unless it was said before in this process."""
+    if line := version_notice():
         warnings.warn(f"pq: {line}", stacklevel=2)
 
 
 def _outside() -> list[str]:
     file = Path(__file__).with_name("tested.json")
     ranges: dict[str, tuple[str, str]] = json.loads(file.read_text(encoding="utf-8"))
-    installed = {name: _installed(name) for name in ranges}
+    installed = {name: _installed_version(name) for name in ranges}
     return [
         f"{name} {installed[name]} (tested: {low} to {high})"
         for name, (low, high) in ranges.items()
@@ -57,7 +57,7 @@ def _outside() -> list[str]:
     ]
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

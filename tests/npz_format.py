@@ -75,7 +75,7 @@ class Archive:
         return self._total
 
     @property
-    def written(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         return {"parts": self._written, "total": self._total}
 
     def restore(self, written: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from resumed import files_of, whole
 
 from quantize import cli
 from quantize.convert.loop import Request, convert
-from quantize.parallel.launch import joined
+from quantize.parallel.launch import join
 
 REMEDY = "start again"
 HANGS = 1800.0
@@ -116,7 +116,7 @@ def together(size: int, asked: Request, folder: Path) -> None:
     """Convert by the library with several ranks."""
 
     def work(rank: int) -> None:
-        with joined(REMEDY, lambda err: os._exit(97)) as ranks:
+        with join(REMEDY, lambda err: os._exit(97)) as ranks:
             convert(replace(asked, ranks=ranks))
 
     running = launch(size, work, folder)

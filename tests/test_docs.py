@@ -171,7 +171,7 @@ GENERATED = [page for page in PAGES if "begin -->" in text_of(page)]
 @pytest.mark.parametrize("page", GENERATED, ids=named)
 def test_generated_parts_are_up_to_date(page: Path):
     generate = script(DOCS / "generate.py")
-    assert generate.generated(text_of(page)) == text_of(page), "run make docs"
+    assert generate.generate(text_of(page)) == text_of(page), "run make docs"
 
 
 def test_every_part_has_a_page():
@@ -187,12 +187,12 @@ def test_a_changed_part_is_noticed():
     page = text_of(DOCS / "recipes.md")
     changed = page.replace("| `sbvr` |", "| `sbrv` |")
     assert changed != page
-    assert generate.generated(changed) == page
+    assert generate.generate(changed) == page
 
 
 def test_tables_of_results_are_up_to_date(render: ModuleType):
     page = DOCS / "results.md"
-    assert render.rendered(text_of(page), render.results(), page) == text_of(page), "run make docs"
+    assert render.fill(text_of(page), render.results(), page) == text_of(page), "run make docs"
     readme = ROOT / "README.md"
     table = render.summary(render.RESULTS)
     small = render.put(text_of(readme), "results", table, readme)

@@ -41,30 +41,30 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_nothing_is_said_inside_the_range(installed: dict[str, str]):
-    assert tested.untested() is None
+    assert tested.version_notice() is None
 
 
 @pytest.mark.parametrize("version", ["5.24.9", "5.17.0", "5.24.0.dev0", "5.20.1"])
 def test_a_patch_release_is_inside(installed: dict[str, str], version: str):
     installed["transformers"] = version
-    assert tested.untested() is None
+    assert tested.version_notice() is None
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "6.0", "5.25.0.dev0", "5.16.3", "4.99"])
 def test_what_is_outside_is_named_once(installed: dict[str, str], version: str):
     installed["transformers"] = version
-    line = tested.untested()
+    line = tested.version_notice()
     assert line
     assert f"transformers {version} (tested: 5.17 to 5.24.0)" in line
     assert "torch" not in line
     assert "\n" not in line
     assert tested.SILENCE in line
-    assert tested.untested() is None
+    assert tested.version_notice() is None
 
 
 def test_all_of_them_stand_in_one_line(installed: dict[str, str]):
     installed |= {"torch": "2.14.1+cpu", "triton": "4.0.0"}
-    line = tested.untested()
+    line = tested.version_notice()
     assert line
     assert "torch 2.14.1+cpu (tested: 2.11 to 2.13.0), triton 4.0.0 (tested: 3.6 to 3.7.1)" in line
 
@@ -75,7 +75,7 @@ def test_it_can_be_silenced(
 ):
     installed["torch"] = "3.0"
     monkeypatch.setenv(tested.SILENCE, value)
-    assert (tested.untested() is not None) == said
+    assert (tested.version_notice() is not None) == said
 
 
 def test_the_first_process_of_a_launch_alone_says_it(
@@ -83,9 +83,9 @@ def test_the_first_process_of_a_launch_alone_says_it(
 ):
     installed["torch"] = "3.0"
     monkeypatch.setenv("RANK", "1")
-    assert tested.untested() is None
+    assert tested.version_notice() is None
     monkeypatch.setenv("RANK", "0")
-    assert tested.untested() is not None
+    assert tested.version_notice() is not None
 
 
 def test_python_gets_a_warning_once(installed: dict[str, str]):
@@ -156,7 +156,7 @@ def test_a_python_program_is_warned_when_pq_registers_with_transformers(later: d
 
 def test_looking_imports_no_library():
     program = (
-        "import sys\nfrom quantize.tested import untested\nuntested()\n"
+        "import sys\nfrom quantize.tested import version_notice\nversion_notice()\n"
         "print({'torch', 'transformers', 'packaging'} & set(sys.modules))"
     )
     done = run(dict(os.environ), "-c", program)

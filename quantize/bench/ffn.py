@@ -26,7 +26,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # of the largest output
 _CACHES = 1 << 27  # bytes; layers beside each other fill more, so that none is read from a cache
-_PROFILED = 4096  # random tokens that set a threshold
+# random tokens that set a threshold: more would set it nearer to the mean asked for
+_PROFILED = 4096
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def bench_model(
     mixture = block.get_submodule(arch.experts.ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)
     intermediate = form.shared + form.n * form.size
-    makers = {form: lambda: _stacked(copy.deepcopy(mixture))}
+    makers = {form: lambda: _stack(copy.deepcopy(mixture))}
     return _bench(shape.hidden, intermediate, makers, batches, device, dtype, rounds)
 
 
@@ -175,12 +176,11 @@ def time_mixture(
     plain = watch([partial(ffn, x) for ffn in dense], x.device)
     by_loop = watch([partial(loop, x) for loop in loops], x.device, as_graph=False)
     seconds, plain_seconds, loop_seconds = take_turns([ours, plain, by_loop], rounds)
-    seconds, plain_seconds = (
-        [s / len(mixtures) for s in seconds],
-        [s / len(dense) for s in plain_seconds],
-    )
+    seconds = [s / len(mixtures) for s in seconds]
+    plain_seconds = [s / len(dense) for s in plain_seconds]
     visits = [_visits(mixture, x) for mixture in mixtures]
-    k, moved = statistics.fmean(float(v.sum()) / M for v in visits), 2 * x.nbytes
+    k = statistics.fmean(float(v.sum()) / M for v in visits)
+    moved = 2 * x.nbytes
     return FfnTiming(
         form=form,
         M=M,
@@ -194,9 +194,9 @@ def time_mixture(
         experts_per_token=k,
         bytes_read=moved
         + weight.itemsize
-        * _met(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
+        * _visited_parameters(mixtures[0], statistics.fmean(int(v.any(0).sum()) for v in visits)),
         plain_bytes_read=moved + weight.itemsize * _parameters(dense[0]),
-        activated=_met(mixtures[0], k) / _parameters(dense[0]),
+        activated=_visited_parameters(mixtures[0], k) / _parameters(dense[0]),
         layers=len(mixtures),
     )
 
@@ -241,10 +241,10 @@ def random_mixture(hidden: int, form: Form, device: torch.device, dtype: torch.d
         if form.k != k:
             scores = mixture.gate(torch.randn(_PROFILED, hidden, dtype=dtype)).float()
             mixture.policy = Threshold(float(scores.quantile(1 - form.k / form.n)))
-    return _stacked(mixture)
+    return _stack(mixture)
 
 
-def _stacked(mixture: nn.Module) -> MoeFfn:
+def _stack(mixture: nn.Module) -> MoeFfn:
     assert isinstance(mixture, MoeFfn)
     mixture.requires_grad_(False)
     assert mixture.stack(), "its experts are plain linears of one dtype"
@@ -276,7 +276,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _met(mixture: MoeFfn, experts: float) -> float:
+def _visited_parameters(mixture: MoeFfn, experts: float) -> float:
     # Parameters of the mixture with so many of its routed experts.
     routed = _parameters(mixture.experts)
     return _parameters(mixture) - routed + experts * routed / len(mixture.experts)

@@ -21,7 +21,7 @@ from quantize.solvers.grid import Grid
 METHODS = ("sbvr", "rtn", "rtn-mse")
 CODEBOOKS: tuple[CodebookKind, ...] = ("auto", "lines", "shapes")
 DISTRIBUTIONS = ("gaussian", "laplace", "student")
-_STUDENT_FREEDOM = 5
+_STUDENT_FREEDOM = 5  # heavy tails, and still a finite kurtosis
 _AT_ONCE = 1 << 20  # weights compared at once
 
 
@@ -123,7 +123,7 @@ def bench_fit(settings: FitSettings, device: torch.device, repeat: int = 3) -> F
         peak_device_bytes=torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
         else None,
-        relative_mse=relative_mse(w, _packed_and_unpacked(packed)),
+        relative_mse=relative_mse(w, _round_trip(packed)),
         bits_per_weight=packed.bits_per_weight,
         seconds=median,
         weights_per_second=w.numel() / median,
@@ -183,7 +183,7 @@ def _fit(settings: FitSettings, w: Tensor) -> BitVec | PackedInt:
     return grid.pack(grid.round(w, scale, factor)[0], scale)
 
 
-def _packed_and_unpacked(packed: BitVec | PackedInt) -> Tensor:
+def _round_trip(packed: BitVec | PackedInt) -> Tensor:
     if isinstance(packed, BitVec):
         return BitVec.from_tensors(packed.tensors(), packed.scheme()).unpack()
     return PackedInt.from_tensors(packed.tensors(), packed.bits, packed.group_size).unpack()

@@ -29,7 +29,7 @@ LLAMA_3_8B_BLOCK: tuple[Shape, ...] = (*_PAIRS, *_PAIRS, (4096, 14336))
 # of the largest output; bfloat16 tiles round the weights, too
 _LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 _COPIED = {"cuda": 1 << 30}  # bytes moved to measure the memory: far more than the caches hold
-_COPIED_ELSEWHERE = 1 << 26
+_COPIED_ELSEWHERE = 1 << 26  # more than caches of desktop CPUs hold, and quick to copy
 # bytes; weights beside each other fill more, so that none is read from a cache (an H100's: 50 MiB)
 _CACHES = 1 << 27
 

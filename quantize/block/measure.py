@@ -99,7 +99,7 @@ def _own_batches(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _complete(block: Block, sums: Collection[Sums]) -> None:
-    counts = block.ranks.gathered([[one.tokens, one.dropped] for one in sums])
+    counts = block.ranks.gather([[one.tokens, one.dropped] for one in sums])
     for one, found in zip(sums, zip(*counts, strict=True), strict=True):
         tokens, dropped = (sum(column) for column in zip(*found, strict=True))
         one.complete(tokens, dropped)

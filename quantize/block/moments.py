@@ -81,7 +81,7 @@ class Sums:
 
     def _total(self, key: str, value: Tensor, present: int) -> None:
         self._shapes[key] = value.shape
-        self.totals[key] = self.ranks.added(self.totals.get(key), value, present)
+        self.totals[key] = self.ranks.add(self.totals.get(key), value, present)
 
     def complete(self, tokens: int, dropped: int) -> None:
         """Put the totals of all ranks together. tokens, dropped: those of all ranks."""

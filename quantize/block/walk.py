@@ -126,7 +126,7 @@ class Streams(Generic[Key]):
                 sent = outputs
                 if source != self.ranks.rank:
                     sent = [torch.empty_like(shapes[first + source]) for _ in outputs]
-                yield [self.ranks.copied(out, source) for out in sent]
+                yield [self.ranks.copy(out, source) for out in sent]
             first += present
 
 

@@ -70,7 +70,7 @@ def text(split: Split) -> str:
 
 
 def split(name: str) -> Split:
-    """Return the split of an entry. It hangs on the name alone, so that it is the
+    """Return the split of an entry. It depends on the name alone, so that it is the
     same in every Python version."""
     return "heldout" if _is_heldout(name) else "train"
 

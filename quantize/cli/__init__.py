@@ -22,7 +22,7 @@ from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
-from quantize.tested import untested
+from quantize.tested import version_notice
 
 app = typer.Typer(
     name="pq",
@@ -74,7 +74,7 @@ def _root(
     """Options of `pq` itself."""
     # Before a command imports transformers, where the same would be said as a Python warning.
     computes = ctx.invoked_subcommand in _COMPUTING and not {"-h", "--help"} & set(sys.argv)
-    line = untested()  # asked for all, since what was looked at once is never warned of
+    line = version_notice()  # asked for all, since what was looked at once is never warned of
     if computes and line:
         typer.echo(f"pq: note: {line}", err=True)
 

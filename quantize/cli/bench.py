@@ -158,7 +158,10 @@ def _form(text: str) -> tuple[int, int, int, float]:
         raise UsageError(
             f"--form {text}: write shared + experts x size @ experts a token, like 2816+8x1024@4",
         )
-    shared, n, size, k = int(found[1]), int(found[2]), int(found[3]), float(found[4])
+    shared = int(found[1])
+    n = int(found[2])
+    size = int(found[3])
+    k = float(found[4])
     if not 0 < k <= n:
         raise UsageError(f"--form {text}: a token can visit more than 0 and up to {n} experts")
     return shared, n, size, k

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -23,11 +22,12 @@ from quantize.cli.common import (
     quiet_libraries,
     stop_on_signals,
 )
-from quantize.cli.figures import print_restructured
+from quantize.cli.conversion_log import log_run
+from quantize.cli.figures import print_restructuring
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
-from quantize.errors import PqError, UsageError
+from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.convert.loop import Request, Summary
@@ -139,7 +139,8 @@ def convert(
             require_free(output)
         quiet_libraries()
         place = pick_device(device, local_rank)
-        computing, source = pick_dtype(dtype, place), local_model(model)
+        computing = pick_dtype(dtype, place)
+        source = local_model(model)
         require_apart(source, output, kept)
         request = Request(
             source,
@@ -179,7 +180,7 @@ class _Signals(ExitStack):
                 stop_on_signals(aloud=os.environ.get("RANK", "0") == "0")
             )
 
-    def asked(self) -> bool:
+    def stop(self) -> bool:
         """Whether one has come."""
         return self._asked is not None and self._asked()
 
@@ -188,10 +189,10 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.convert.loop import convert as run
 
-    with _logged(request.output, kept):
+    with log_run(request.output, kept):
         with progress_bar() as progress, signals:
             signals.catch()
-            summary = run(request, progress, signals.asked)
+            summary = run(request, progress, signals.stop)
         if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
@@ -207,7 +208,7 @@ def _assist(request: Request, signals: _Signals) -> None:
     from quantize.convert.loop import convert as run
 
     logging.getLogger("quantize").addHandler(logging.NullHandler())
-    run(request, stop=signals.asked)
+    run(request, stop=signals.stop)
 
 
 def _write_report(output: Path) -> None:
@@ -234,74 +235,11 @@ def _resume_mode(asked: str) -> Resume:
     return mode
 
 
-@contextmanager
-def _logged(output: Path, work: Path) -> Iterator[None]:
-    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on
-    stderr what becomes of that."""
-    from quantize.files.disk import reported
-    from quantize.files.resume import blocks_kept, in_use
-
-    path = output.with_name(output.name + ".log")
-    with reported(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger, told, slow = logging.getLogger("quantize"), _Told(), _Told()
-    slow.addFilter(_worth_a_line)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(file)
-    logging.getLogger("quantize.files.resume").addHandler(told)
-    logging.getLogger("quantize.convert.pace").addHandler(slow)
-    try:
-        yield
-    except BaseException as err:
-        logger.error("stopped: %s", str(err) or type(err).__name__)
-        if not isinstance(err, PqError) and (done := blocks_kept(work)):
-            typer.echo(
-                f"pq: {done} blocks are kept in {work}; the same command goes on from there",
-                err=True,
-            )
-        raise
-    finally:
-        file.close()
-        logger.removeHandler(file)
-        logging.getLogger("quantize.files.resume").removeHandler(told)
-        logging.getLogger("quantize.convert.pace").removeHandler(slow)
-
-
-def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Warnings, and blocks that take long where no progress bar is seen."""
-    from quantize.convert.pace import SLOW
-
-    unseen = not sys.stderr.isatty()
-    return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)
-
-
-class _Log(logging.FileHandler):
-    """A log whose disk may be full: what cannot be written is left out, since the
-    conversion's own error tells more."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Do nothing, where logging would print a traceback."""
-
-    def close(self) -> None:
-        """Close the file, written to its end or not."""
-        with suppress(OSError):
-            super().close()
-
-
-class _Told(logging.Handler):
-    """Shows log lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"pq: {record.getMessage()}", err=True)
-
-
 def _megabytes(summary: Summary) -> str:
     return f"{summary.output_bytes / 1e6:.1f} MB (source {summary.source_bytes / 1e6:.1f} MB)"
 
 
-def _named(names: Sequence[str], shown: int = 7) -> str:
+def _list_names(names: Sequence[str], shown: int = 7) -> str:
     rest = f" and {len(names) - shown} more, all in pq.json" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
 
@@ -322,7 +260,7 @@ def _print(summary: Summary) -> None:
     took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.restructured:
-        print_restructured(console, summary.restructured, summary.activated_reduction)
+        print_restructuring(console, summary.restructured, summary.activated_reduction)
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:
@@ -333,10 +271,10 @@ def _print(summary: Summary) -> None:
     if summary.promoted:
         console.print(
             f"{len(summary.promoted)} linears got more bits to spend the target: "
-            f"{_named(summary.promoted)}"
+            f"{_list_names(summary.promoted)}"
         )
     if summary.fallbacks:
         console.print(
             f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] "
-            f"(pq.json says why): {_named(summary.fallbacks)}"
+            f"(pq.json says why): {_list_names(summary.fallbacks)}"
         )

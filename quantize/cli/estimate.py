@@ -82,7 +82,7 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from quantize.convert.estimate import shown
+    from quantize.convert.estimate import rows_of
 
     table = Table(
         "",
@@ -90,7 +90,7 @@ def estimate(
         title=f"{chosen.name} on {Path(model).name}, {place.type}",
         title_justify="left",
     )
-    for row in shown(found).items():
+    for row in rows_of(found).items():
         table.add_row(*row)
     console = Console()
     console.print(table)

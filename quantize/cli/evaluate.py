@@ -13,6 +13,7 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.gate import check_gate
 from quantize.cli.launches import joining
 from quantize.errors import UsageError
 
@@ -113,7 +114,7 @@ def evaluate(
                 raise UsageError(
                     "--gate converts and measures in one process; start it without a launcher",
                 )
-            _gate(
+            check_gate(
                 gate,
                 model,
                 baseline,
@@ -130,7 +131,8 @@ def evaluate(
         quiet_libraries()
         if not ranks.first:
             logging.getLogger("quantize").addHandler(logging.NullHandler())
-        place, folder = pick_device(device, local_rank), local_model(model)
+        place = pick_device(device, local_rank)
+        folder = local_model(model)
         setting = _Setting(
             folder,
             None if baseline is None else local_model(baseline),
@@ -202,44 +204,6 @@ def _tell(
             f"saved in {setting.output}; pq report {setting.model} makes a page of it",
             err=True,
         )
-
-
-def _gate(
-    file: Path,
-    model: str | None,
-    baseline: str | None,
-    only: list[str],
-    reason: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    from quantize.cli.gate import print_verdicts
-    from quantize.gate.run import run_gate
-    from quantize.gate.update import update_baselines
-
-    quiet_libraries()
-    if reason is not None and not reason.strip():
-        raise UsageError(
-            "--update-baselines: say why with --reason TEXT; it is kept in the file's history",
-        )
-    with progress_bar() as progress:
-        result = run_gate(
-            file,
-            None if model is None else local_model(model),
-            None if baseline is None else local_model(baseline),
-            only or None,
-            device=pick_device(device),
-            progress=progress,
-        )
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2))
-    else:
-        print_verdicts(result)
-    if reason is None:
-        result.raise_if_failed()
-    else:
-        for change in update_baselines(file, result, reason):
-            typer.echo(f"{file}: {change}", err=True)
 
 
 def _output(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:

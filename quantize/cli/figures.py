@@ -42,7 +42,7 @@ def _round_to_error(value: float | None, stderr: float | None) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def print_restructured(
+def print_restructuring(
     console: Console,
     rows: Sequence[Mapping[str, Any]],
     saved: float | None,

@@ -1,8 +1,16 @@
-"""How `pq eval --gate` shows what it found."""
+"""`pq eval --gate`: runs a gate file and shows what it found."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
+
+from quantize.cli.common import local_model, pick_device, progress_bar, quiet_libraries
+from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.gate.run import GateResult, Verdict
@@ -86,3 +94,45 @@ def _summary(result: GateResult) -> list[str]:
     if any(verdict.kind == "value" and verdict.value is not None for verdict in failures):
         lines.append(f"a figure that is meant to be worse is accepted with {accept}")
     return lines
+
+
+def check_gate(
+    file: Path,
+    model: str | None,
+    baseline: str | None,
+    only: list[str],
+    reason: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Run the recipes of a gate file and print the verdicts.
+
+    reason: why the measured values shall become the file's; None: they are checked, and GateError is
+    raised where one fails.
+    """
+    from quantize.gate.run import run_gate
+    from quantize.gate.update import update_baselines
+
+    quiet_libraries()
+    if reason is not None and not reason.strip():
+        raise UsageError(
+            "--update-baselines: say why with --reason TEXT; it is kept in the file's history",
+        )
+    with progress_bar() as progress:
+        result = run_gate(
+            file,
+            None if model is None else local_model(model),
+            None if baseline is None else local_model(baseline),
+            only or None,
+            device=pick_device(device),
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2))
+    else:
+        print_verdicts(result)
+    if reason is None:
+        result.raise_if_failed()
+    else:
+        for change in update_baselines(file, result, reason):
+            typer.echo(f"{file}: {change}", err=True)

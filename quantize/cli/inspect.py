@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantize.cli.common import local_model
-from quantize.pictures import folded
+from quantize.pictures import fold_numbers
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -118,7 +118,9 @@ def _alike(linears: Sequence[Linear]) -> list[list[Linear]]:
     """Linears that differ by a number in their names alone, as those of experts do, together."""
     runs: dict[Linear, list[Linear]] = {}
     for linear in linears:
-        runs.setdefault(dataclasses.replace(linear, name=folded(linear.name)), []).append(linear)
+        runs.setdefault(dataclasses.replace(linear, name=fold_numbers(linear.name)), []).append(
+            linear
+        )
     return list(runs.values())
 
 
@@ -127,7 +129,7 @@ def _linear_line(alike: Sequence[Linear]) -> str:
     linear = alike[0]
     each = " each" if len(alike) > 1 else ""
     shape = "shape unknown" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]}"
-    name = f"{folded(linear.name)}, {len(alike)} equal" if each else linear.name
+    name = f"{fold_numbers(linear.name)}, {len(alike)} equal" if each else linear.name
     if linear.role != linear.name.rpartition(".")[2]:
         name = f"{linear.role} ({name})"
     size = f"{_size(linear.bytes)}{each}"

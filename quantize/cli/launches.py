@@ -28,16 +28,16 @@ def joining(
     keeps: whether blocks are kept.
     met: called in a launch once all processes are there, before any of them goes on.
     """
-    from quantize.parallel.launch import joined, launched, local_rank
+    from quantize.parallel.launch import is_launched, join, local_rank
 
     remedy = "start the command again"
     if keeps:
         remedy = "the same command goes on from the last block that is kept"
     first = True
     try:
-        with joined(remedy, _abandon, met) as ranks:
+        with join(remedy, _abandon, met) as ranks:
             first = ranks.first
-            yield ranks, local_rank() if launched() else None
+            yield ranks, local_rank() if is_launched() else None
     except LostError:
         raise
     except PqError as err:

@@ -9,9 +9,8 @@ needs to know nothing of budgets.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quantize.block.walk import Route, Streams, walk
+from quantize.convert.allocation_groups import expert_patterns, tied_groups
 from quantize.convert.sensitivity import sensitivities
 from quantize.errors import UsageError
 from quantize.formats.packed_int import IntScheme, stored_bits
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 4096
 """Calibration tokens that sensitivities are measured on: means over tokens
-settle long before Hessians do."""
+settle long before Hessians do. More would make the search slower, in proportion."""
 
 _SMOOTHED = "smoothed"
 """The stream through the parent's blocks, after the stages that move scales."""
@@ -107,24 +107,18 @@ class Space:
         Raises UsageError where there is nothing to choose or no choice comes
         to `target` bits per weight.
         """
-        stages = {
-            name: next(
-                (
-                    i
-                    for i, s in enumerate(recipe.stages)
-                    if isinstance(s, IntEncode) and s.selects(name)
-                ),
-                None,
-            )
-            for name in shapes
-        }
-        taken = {name: index for name, index in stages.items() if index is not None}
+        taken: dict[str, int] = {}
+        for name in shapes:
+            for index, stage in enumerate(recipe.stages):
+                if isinstance(stage, IntEncode) and stage.selects(name):
+                    taken[name] = index
+                    break
         if not taken:
             raise UsageError(
                 f"target_bpw {target:g}: recipe '{recipe.name}' has no integer encode stage whose "
                 "bits could be chosen; add one (rtn, gptq, fireq) or leave the target out"
             )
-        groups = tuple(_groups(arch, taken, tie_inputs))
+        groups = tuple(tied_groups(arch, taken, tie_inputs))
         space = cls(
             recipe,
             target,
@@ -132,12 +126,14 @@ class Space:
             taken,
             groups,
             candidates,
-            _experts(arch, shapes),
+            expert_patterns(arch, shapes),
         )
-        lowest, highest = (space.bits_per_weight([pick] * len(groups)) for pick in (0, -1))
+        lowest = space.bits_per_weight([0] * len(groups))
+        highest = space.bits_per_weight([-1] * len(groups))
         if not lowest <= target <= highest:
             # Rounded inwards, so that both ends can be given as they are shown.
-            low, high = math.ceil(lowest * 1000) / 1000, math.floor(highest * 1000) / 1000
+            low = math.ceil(lowest * 1000) / 1000
+            high = math.floor(highest * 1000) / 1000
             raise UsageError(
                 f"target_bpw {target:g} is out of reach: recipe '{recipe.name}' on this model "
                 f"takes {low:g} to {high:g} bits per weight, scales counted; give a target in "
@@ -216,26 +212,16 @@ class Space:
         """Spend the budget where it lowers the total error most.
         errors: as `measure` gives them."""
         costs = self.costs()
-        by_group = [
-            [
-                math.fsum(
-                    errors[name][scheme.bits] for name, scheme in zip(group, row, strict=True)
-                )
-                for row in zip(*(self.schemes(name) for name in group), strict=True)
-            ]
-            for group in self.groups
-        ]
+        by_group = [self._group_errors(group, errors) for group in self.groups]
         # A target like 4.2 has no exact float; the budget is a whole number of bits.
         picks = knapsack(costs, by_group, math.floor(self.target * self.weights + 1e-6))
-        bits = {
-            n: self.schemes(n)[pick].bits
-            for group, pick in zip(self.groups, picks, strict=True)
-            for n in group
-        }
-        stages = itertools.chain.from_iterable(
-            self._split(index, {n: bits[n] for n, at in self.stages.items() if at == index})
-            for index in range(len(self.recipe.stages))
-        )
+        bits: dict[str, int] = {}
+        for group, pick in zip(self.groups, picks, strict=True):
+            bits |= {name: self.schemes(name)[pick].bits for name in group}
+        stages: list[Any] = []
+        for index in range(len(self.recipe.stages)):
+            of_stage = {name: bits[name] for name, at in self.stages.items() if at == index}
+            stages += self._split(index, of_stage)
         return Allocation(
             recipe=self.recipe.model_copy(update={"stages": tuple(stages), "target_bpw": None}),
             target=self.target,
@@ -245,6 +231,16 @@ class Space:
             errors=errors,
             promoted=tuple(name for name in self.shapes if bits[name] != self._stage(name).bits),
         )
+
+    def _group_errors(
+        self, group: Sequence[str], errors: Mapping[str, Mapping[int, float]]
+    ) -> list[float]:
+        """Error of a group under each of its schemes: the sum over its linears."""
+        out = []
+        for row in zip(*(self.schemes(name) for name in group), strict=True):
+            pairs = zip(group, row, strict=True)
+            out.append(math.fsum(errors[name][scheme.bits] for name, scheme in pairs))
+        return out
 
     def _stage(self, name: str) -> IntEncode:
         stage = self.recipe.stages[self.stages[name]]
@@ -271,11 +267,11 @@ class Space:
             yield stage
             return
         if len(moved) < len(bits):
-            yield _changed(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
+            yield _replace(stage, ignore=(*self._stage(moved[0]).ignore, *self._patterns(moved)))
         for more in sorted({bits[name] for name in moved}):
             names = self._patterns([name for name in moved if bits[name] == more])
             # INT8 weights have kernels for 16-bit activations only.
-            yield _changed(stage, bits=more, activations="none", layers=names, ignore=())
+            yield _replace(stage, bits=more, activations="none", layers=names, ignore=())
 
     def _patterns(self, names: Sequence[str]) -> tuple[str, ...]:
         """The names, but one pattern for all experts of a block where all are among
@@ -289,47 +285,8 @@ class Space:
         return tuple(dict.fromkeys(whole.get(name, name) for name in names))
 
 
-def _groups(
-    arch: Architecture, stages: Mapping[str, int], tie_inputs: bool
-) -> Iterator[tuple[str, ...]]:
-    """Linears that must get the same bits: those of one input and one stage, or each one alone.
-
-    All linears of a block's routed experts go together: vLLM refuses experts
-    that are not all of one scheme.
-    """
-    if not tie_inputs:
-        yield from ((name,) for name in stages)
-        return
-    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
-    groups: dict[tuple[str, str, int, int], list[str]] = {}
-    for name, stage in stages.items():
-        block, inside = _place(arch, name)
-        routed = arch.is_routed(inside)
-        where = (
-            ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
-        )
-        groups.setdefault((block, *where, stage), []).append(name)
-    yield from map(tuple, groups.values())
-
-
-def _place(arch: Architecture, name: str) -> tuple[str, str]:
-    """Full name of a linear → (number of its block, its name there)."""
-    block, _, inside = name.removeprefix(f"{arch.blocks}.").partition(".")
-    return block, inside
-
-
-def _experts(arch: Architecture, names: Iterable[str]) -> dict[str, set[str]]:
-    """Layer pattern of the routed experts of a block → the linears that it matches, for
-    every block that has any."""
-    out: dict[str, set[str]] = {}
-    for name in names:
-        block, inside = _place(arch, name)
-        if arch.experts is not None and arch.is_routed(inside):
-            out.setdefault(f"{arch.blocks}.{block}.{arch.experts.routed}.*", set()).add(name)
-    return out
-
-
-def _changed(stage: Any, **fields: Any) -> Any:
+def _replace(stage: Any, **fields: Any) -> Any:
+    """A stage with other fields, which are checked as those of a recipe are."""
     return type(stage).model_validate(
         {key: getattr(stage, key) for key in type(stage).model_fields} | fields
     )

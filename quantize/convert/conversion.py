@@ -95,7 +95,8 @@ class Conversion:
         head go together."""
         plan, state = self.plan, self.state
         plain = outside(plan, *modules)
-        head, bits = f"{plan.arch.head}.weight", plan.recipe.head_bits
+        head = f"{plan.arch.head}.weight"
+        bits = plan.recipe.head_bits
         untied = {head: plain[head]} if plan.shape.tied and head in plain else {}
         state.source_bytes += _bytes(plain) - _bytes(untied)
         packed: dict[str, Packed] = {}
@@ -131,7 +132,8 @@ class Conversion:
         smoothed = False
         for stage in (stage for stage in stages if stage.kind != "restructure"):
             if smoothed and stage.kind in ("cache", "encode"):
-                after, smoothed = self.profile(block), False
+                after = self.profile(block)
+                smoothed = False
             stage.apply(block)
             give_back()
             self.plan.request.require_room()

@@ -88,7 +88,7 @@ def within(request: Request) -> Request:
     """
     if request.max_ram is None and request.max_vram is None:
         return request
-    with request.ranks.explained():
+    with request.ranks.explain():
         plan, _, tokens = draft(request)
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
@@ -151,18 +151,21 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
 
 
 def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate:
-    stages, kinds = request.recipe.stages, _blocks(plan, request, tokens)
+    stages = request.recipe.stages
+    kinds = _blocks(plan, request, tokens)
     reference = any(stage.needs_parent for stage in stages)
     inputs = tokens is not None and any(stage.needs_inputs for stage in stages)
-    item, cpu = request.dtype.itemsize, request.device.type == "cpu"
+    item = request.dtype.itemsize
+    cpu = request.device.type == "cpu"
     streams = (2 if reference else 1) if inputs else 0
     states = _states(plan, request, tokens)
     block = max(kinds, key=lambda sizes: _working(plan, sizes))
     outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
-    output, packed = _output(plan), _packed(plan, block)
+    output = _output(plan)
+    packed = _block_bytes(plan, block)
     parts = {
         "weights of a block": _kept_weights(request, block),
-        "what was encoded of it": _encoded(request, block, reference),
+        "what was encoded of it": _encoded_bytes(request, block, reference),
         "work on one layer": _working(plan, block),
     }
     writing = 2 * max(*outside, packed)
@@ -218,7 +221,7 @@ def _kept_weights(request: Request, sizes: BlockSizes) -> int:
     return request.dtype.itemsize * (sizes.together if request.split else sizes.weights)
 
 
-def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
+def _encoded_bytes(request: Request, sizes: BlockSizes, reference: bool) -> int:
     """Bytes of codes, and where the parent's weights are still needed, of the
     weights that took their place."""
     encodes = any(isinstance(stage, Encode) for stage in request.recipe.stages)
@@ -231,11 +234,12 @@ def _encoded(request: Request, sizes: BlockSizes, reference: bool) -> int:
     )
 
 
-def _packed(plan: Plan, sizes: BlockSizes) -> int:
-    return int(sum(_stored(plan, 0, name, shape) for name, shape in sizes.linears.items()))
+def _block_bytes(plan: Plan, sizes: BlockSizes) -> int:
+    """Bytes of the first block's linears in the output."""
+    return int(sum(_linear_bytes(plan, 0, name, shape) for name, shape in sizes.linears.items()))
 
 
-def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
+def _linear_bytes(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
     """Bytes of a linear in the output."""
     full = f"{plan.arch.blocks}.{index}.{name}"
     encoder = next(
@@ -248,7 +252,7 @@ def _stored(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
 def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _stored(plan, index, name, shape)
+        _linear_bytes(plan, index, name, shape)
         for index in range(plan.shape.n_blocks)
         for name, shape in plan.skeleton.linear_shapes(index).items()
     )
@@ -263,7 +267,7 @@ def _bytes(plan: Plan, module: str) -> int:
     return 2 * int(torch.Size(shape).numel())
 
 
-def shown(found: Estimate) -> Mapping[str, str]:
+def rows_of(found: Estimate) -> Mapping[str, str]:
     """The figures in words, for a table."""
     rows = {"RAM": gigabytes(found.ram)}
     rows |= {"VRAM": gigabytes(found.vram)} if found.vram else {}

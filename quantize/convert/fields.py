@@ -102,7 +102,9 @@ class _Reader:
     def __init__(
         self, special: Mapping[Any, Codec], shared: Sequence[Any], tensors: Mapping[str, Tensor]
     ) -> None:
-        self._special, self._shared, self._tensors = special, shared, tensors
+        self._special = special
+        self._shared = shared
+        self._tensors = tensors
         self._known: dict[int, Any] = {}
 
     def read(self, hint: Any, data: Any) -> Any:

@@ -37,7 +37,7 @@ def require_same_block(ranks: Ranks, index: int, tensors: Mapping[str, Tensor]) 
     """VerifyError unless all ranks hold the same tensors of a finished block."""
     if ranks.size == 1:
         return
-    first, *others = ranks.gathered(digest(list(tensors), tensors.values()))
+    first, *others = ranks.gather(digest(list(tensors), tensors.values()))
     for rank, other in enumerate(others, 1):
         if other != first:
             raise VerifyError(
@@ -51,7 +51,7 @@ class NoWriter:
     total_size = 0
 
     def __init__(self) -> None:
-        self.written: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}
 
     def __enter__(self) -> NoWriter:
         return self

@@ -62,7 +62,7 @@ def convert(
         require_free(request.output)
         require_apart(request.model, request.output, request.work)
     with (
-        ranks.explained(),
+        ranks.explain(),
         StateFolder(request.work, request.resume if ranks.first else None) as state,
     ):
         plan, space, tokens = draft(request)
@@ -140,8 +140,8 @@ def _write_blocks(
         writer.add(tensors)
         if streams and index + 1 == keeper.blocks:
             streams.clear()
-        pace.finished()
-        keeper.keep(run, index + 1, streams, writer.written)
+        pace.finish()
+        keeper.keep(run, index + 1, streams, writer.progress)
 
 
 def _finish(
@@ -190,13 +190,13 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
     A state of another fingerprint is not gone on from.
     """
     request, facts = plan.request, _provenance(plan, hashes, tokens)
-    recipe = _told(request.recipe).model_dump(mode="json")
+    recipe = _without_folder(request.recipe).model_dump(mode="json")
     told = {"recipe": recipe, "target_bpw": request.target_bpw}
     told |= {key: facts[key] for key in facts if key != "recipe"}
     return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
-def _told(recipe: Recipe) -> Recipe:
+def _without_folder(recipe: Recipe) -> Recipe:
     """The recipe without the folder of its text: equal texts give equal bytes,
     and are known by their hash."""
     return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
@@ -213,7 +213,7 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
             "device": request.device.type,
             "dtype": str(request.dtype).removeprefix("torch."),
         },
-        "recipe": {"name": recipe.name, "resolved": resolved_yaml(_told(recipe))},
+        "recipe": {"name": recipe.name, "resolved": resolved_yaml(_without_folder(recipe))},
         "source": dict(hashes),
         "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
     }

@@ -26,8 +26,13 @@ class Pace:
 
     def __init__(self, request: Request, done: int, weights: Sequence[int]) -> None:
         """weights: of the linears of every block."""
-        self.request, self.done, self.blocks, self._weights = request, done, len(weights), weights
-        self._first, self._started, self._last = done, time.monotonic(), 0.0
+        self.request = request
+        self.done = done
+        self.blocks = len(weights)
+        self._weights = weights
+        self._first = done
+        self._started = time.monotonic()
+        self._last = 0.0
         self._took: dict[int, list[float]] = {}
 
     @property
@@ -47,14 +52,18 @@ class Pace:
             means.get(weights, weights * each_weight) for weights in self._weights[self.done :]
         )
 
-    def finished(self) -> None:
+    def finish(self) -> None:
         """Tell about one more block."""
         now = time.monotonic() - self._started
-        took, self._last, self.done = now - self._last, now, self.done + 1
+        took = now - self._last
+        self._last = now
+        self.done += 1
         self._took.setdefault(self._weights[self.done - 1], []).append(took)
-        left, peak = self.left, peak_of(self.request.device)
+        left = self.left
+        peak = peak_of(self.request.device)
         memory = f", peak memory {gigabytes(peak)}" if peak else ""
         projected = duration(now + left)
-        told = f"block {self.done} of {self.blocks}: {duration(took)}, {duration(left)} left of {projected}{memory}"
+        place = f"block {self.done} of {self.blocks}"
+        told = f"{place}: {duration(took)}, {duration(left)} left of {projected}{memory}"
         log.info("%s", told, extra={"seconds": took})
         self.request.require_room()

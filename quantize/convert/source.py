@@ -18,7 +18,7 @@ from quantize.convert.allocation import SAMPLE_TOKENS
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress
 from quantize.files.checkpoint import require_finite_floats
-from quantize.files.disk import reported
+from quantize.files.disk import report_errors
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, place_states
 
@@ -134,6 +134,6 @@ def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
 def _scratch(plan: Plan) -> Path:
     """Folder for files without a name, which are gone when the process is."""
     folder = plan.request.work or plan.request.output.absolute().parent
-    with reported(folder):
+    with report_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -47,7 +47,8 @@ error of the scaling laws on top."""
 _WARM = 1.0
 """Seconds below which a run is repeated, since the first one of a process takes longer."""
 _PROBED = 64
-"""Tokens of the pass by which the amount of text is chosen."""
+"""Tokens of the pass by which the amount of text is chosen: enough for its products to be no
+single rows, and little time even for a slow machine."""
 _PLANNED_WEIGHTS = 1 << 22
 """Weights of a block up to which rounding every linear, twice, takes seconds."""
 _HASHED = 32 << 20
@@ -186,7 +187,8 @@ class _Trial:
     def _with_text(self, timed: TimedRun, index: int, text: Text) -> dict[str, float]:
         """Two runs with different amounts of text, drawn out to all of it; fits
         are measured in the first."""
-        fits, until = timed.fits, timed.fits.until
+        fits = timed.fits
+        until = fits.until
         first = text.portion(self._first_tokens(timed, index, text, until))
         timed = TimedRun.of(self.plan, timed.clock, fits, first.numel())
         fits.tokens_missing = text.tokens.numel() / first.numel()
@@ -198,13 +200,12 @@ class _Trial:
         if first.numel() < text.tokens.numel():
             affordable = (until - time.monotonic()) / max(sum(parts.values()), 1e-6)
             # Where more would take too long, less tells the line as well.
-            second = text.portion(
-                int(first.numel() * (min(affordable, 8.0) if affordable > 2 else 0.5))
-            )
-            runs = sorted(
-                [*runs, (second, self._once(timed, index, second))], key=lambda one: one[0].numel()
-            )
-        longest, wanted = runs[-1][0].shape[1], text.tokens.shape[1]
+            times = min(affordable, 8.0) if affordable > 2 else 0.5
+            second = text.portion(int(first.numel() * times))
+            runs.append((second, self._once(timed, index, second)))
+            runs.sort(key=lambda one: one[0].numel())
+        longest = runs[-1][0].shape[1]
+        wanted = text.tokens.shape[1]
         if longest < wanted:
             self.reduced.append(f"windows of {longest} tokens instead of {wanted}")
         out = {}
@@ -244,7 +245,8 @@ class _Trial:
         clock = timed.clock
         clock.parts = {}
         streams = None if windows is None else timed.streams(windows)
-        spent, started = timed.fits.spent, clock.now()
+        spent = timed.fits.spent
+        started = clock.now()
         tensors = timed.block(index, streams)
         whole = clock.now() - started - (timed.fits.spent - spent)
         clock.parts[AROUND] = max(0.0, whole - sum(clock.parts.values()))

@@ -25,7 +25,8 @@ _ROWS = 128
 """Rows of the smallest piece: far fewer would measure the solvers' loops over
 columns and not their products."""
 _GROUPS = 4
-"""Groups of inputs in the smallest piece."""
+"""Groups of inputs in the smallest piece: the loop over groups is taken more than once, and the
+Hessian stays small."""
 _SHARE = 0.35
 """Of the time that is left, what one group of linears may take: three fit, and
 text still gets its share."""
@@ -165,50 +166,49 @@ class Fits:
             self._groups[fit.names] = part, key
             repeated = fit.block.arch.is_routed(fit.names[0]) or time.monotonic() > self.until
             if not (repeated and key in self._known):
-                self._known[key] = self._measured(fit, part)
+                self._known[key] = self._measure(fit, part)
         elif all(name in self._encoded for name in fit.names):
             for name in fit.names:
                 before = self._encoded[name]
                 fit.block.encode(name, before.packed, before.fp8_activations)
         self.spent += self.clock.now() - started
 
-    def _measured(self, fit: Fit, part: str) -> float:
+    def _measure(self, fit: Fit, part: str) -> float:
         if fit.moments is not None:
             # Else experts that see few tokens of little text would be rounded and not fitted.
             fit.moments.tokens = int(fit.moments.tokens * self.tokens_missing)
-        rows, K = sum(N for N, _ in fit.shapes), fit.shapes[0][1]
+        rows = sum(N for N, _ in fit.shapes)
+        K = fit.shapes[0][1]
         by_inputs = (1, 1) if fit.moments is None else (3, 2)
         allowed = _SHARE * (self.until - time.monotonic())
         if allowed <= 0 and part in self._laws:
             return self._laws[part].seconds(rows, K)
-        few, inputs = (
-            min(_ROWS, fit.shapes[0][0]),
-            min(K, _GROUPS * getattr(fit.stage, "group_size", K)),
-        )
-        seconds = self._clocked(fit.piece(few, inputs))
+        few = min(_ROWS, fit.shapes[0][0])
+        inputs = min(K, _GROUPS * getattr(fit.stage, "group_size", K))
+        seconds = self._clock(fit.piece(few, inputs))
         while True:
             if seconds * rows / few * (K / inputs) ** by_inputs[0] <= allowed:
                 return self._whole(fit)
             if inputs == K or 2 ** by_inputs[0] * seconds > allowed:
                 break
             inputs = K if 2 * inputs > K else 2 * inputs
-            seconds = self._clocked(fit.piece(few, inputs))
+            seconds = self._clock(fit.piece(few, inputs))
         more = min(fit.shapes[0][0], int(few * min(8.0, max(2.0, allowed / seconds))))
-        longer = self._clocked(fit.piece(more, inputs)) if more > few else seconds
+        longer = self._clock(fit.piece(more, inputs)) if more > few else seconds
         each = min(max(0.0, (longer - seconds) / max(1, more - few)), longer / more)
         law = self._laws[part] = Law(longer - each * more, each, inputs, by_inputs)
         self.pieces = True
         return law.seconds(rows, K)
 
     def _whole(self, fit: Fit) -> float:
-        seconds = self._clocked(fit)
+        seconds = self._clock(fit)
         for name in fit.names:
             encoded = fit.block.module.get_submodule(name)
             assert isinstance(encoded, PackedLinear)
             self._encoded[name] = encoded
         return seconds
 
-    def _clocked(self, fit: Fit) -> float:
+    def _clock(self, fit: Fit) -> float:
         started = self.clock.now()
         fit.run()
         return self.clock.now() - started

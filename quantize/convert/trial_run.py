@@ -38,7 +38,7 @@ class TimedRun(Conversion):
             f"{place + 1}. {stage.method}": stage for place, stage in enumerate(plan.recipe.stages)
         }
         stages = tuple(
-            _timed(stage.for_trial(tokens), part, clock, fits) for part, stage in named.items()
+            _with_clock(stage.for_trial(tokens), part, clock, fits) for part, stage in named.items()
         )
         out = cls(plan.decide(recipe=plan.recipe.model_copy(update={"stages": stages})))
         out.clock, out.fits = clock, fits
@@ -92,7 +92,7 @@ class _TimedStreams(Streams[str]):
             super().advance(index, routes)
 
 
-def _timed(stage: Stage, part: str, clock: Clock, fits: Fits) -> Stage:
+def _with_clock(stage: Stage, part: str, clock: Clock, fits: Fits) -> Stage:
     """The same stage with a clock around `apply`, its fits of weights left to `fits`."""
     plain = type(stage)
 

@@ -13,7 +13,7 @@ FLOAT = 4
 """Bytes of what statistics and solvers compute in."""
 SOLVER_ROWS = 1024
 """Rows or columns of a large matrix that solvers work on at once, where all
-would take too much room."""
+would take too much room. Fewer take less, and give products that are less efficient."""
 
 
 _VISITS = 4
@@ -71,7 +71,7 @@ class BlockSizes:
         attention = (6 + 3 * self.kv_heads / self.heads) * self.hidden
         return int(self.itemsize * self.batch * max(3 * wide + 2 * self.hidden, attention))
 
-    def held(self, name: str, with_parent: bool) -> int:
+    def moment_bytes(self, name: str, with_parent: bool) -> int:
         """Bytes of the moments of a linear's inputs."""
         N, K = self.linears[name]
         if not with_parent or name in self.routed:
@@ -82,7 +82,7 @@ class BlockSizes:
         """Bytes at most while the moments of a linear's inputs are
         measured, themselves included."""
         N, K = self.linears[name]
-        held = self.held(name, with_parent)
+        held = self.moment_bytes(name, with_parent)
         if name in self.routed:  # several experts in one pass
             alike = sum(
                 1 for other in self.routed if other.rpartition(".")[2] == name.rpartition(".")[2]
@@ -112,7 +112,8 @@ class BlockSizes:
 
 
 ROUTED_BYTES = 1 << 30
-"""Most bytes of the moments of routed experts that are measured in one pass."""
+"""Most bytes of the moments of routed experts that are measured in one pass: more spare passes over
+the text, and raise the peak of a conversion."""
 
 
 def factoring(K: int) -> int:

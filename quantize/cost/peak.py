@@ -34,7 +34,7 @@ class Cost:
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[Cost]:
+def measure(device: torch.device) -> Iterator[Cost]:
     """Fill the yielded Cost when the block ends."""
     cost, started = Cost(), time.monotonic()
     if device.type == "cuda":

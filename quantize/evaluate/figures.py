@@ -14,8 +14,10 @@ from quantize.evaluate.protocols import Protocol, Windows
 from quantize.evaluate.records import Estimate, Records
 from quantize.evaluate.streamed import Model
 
-_WORST = 20
-_BEFORE, _AFTER = 32, 8  # tokens of context shown around one of the worst tokens
+_WORST = 20  # tokens that are kept by themselves: as many as a person reads
+# tokens of context shown around one of the worst tokens: what a line or two of a report hold
+_BEFORE = 32
+_AFTER = 8
 
 
 @dataclass(frozen=True)

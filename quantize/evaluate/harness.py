@@ -66,11 +66,11 @@ def run_tasks(
     Logits are taken to float32 before the softmax. Seeds are set as lm-eval sets
     them. Raises PqError subclasses.
     """
-    with _quiet(), ranks.explained():
+    with _quiet(), ranks.explain():
         task_model = _task_model_module()
         rest, dtype, numerics = _overrides(dict(model_args), dtype, numerics)
         options = task_model.model_options(rest, ("dtype", "numerics"))
-        batch, limit = _checked(batch_size, num_fewshot, limit)
+        batch, limit = _check_numbers(batch_size, num_fewshot, limit)
         place = device or torch.device("cpu")
         _seed()
         sources = resolve(tasks)
@@ -188,7 +188,7 @@ def _overrides(
     return arguments, _DTYPES[name] if name else dtype, "kernel" if choice == "kernel" else "stock"
 
 
-def _checked(
+def _check_numbers(
     batch_size: str, num_fewshot: int | None, limit: int | float | None
 ) -> tuple[int | None, int | float | None]:
     """Return (requests at once or None for auto, limit); UsageError for

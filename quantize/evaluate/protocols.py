@@ -103,14 +103,14 @@ def windows_of(
     """Read `dataset` and cut it as the protocol says; DataError when the text
     cannot be read or does not fit."""
     if protocol.kind == "strided":
-        windows = _strided(protocol, tokenizer, dataset, max_windows, text_field)
+        windows = _strided_windows(protocol, tokenizer, dataset, max_windows, text_field)
     else:
         windows = _rolling(protocol, tokenizer, dataset, max_windows, text_field)
     check_vocab(windows.inputs, vocab)
     return windows
 
 
-def _strided(
+def _strided_windows(
     protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     dataset: str,

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
 
-_BINS = 32  # of the curves by position
+_BINS = 32  # of the curves by position: what a chart's width shows, and still many tokens in each
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Records:
     def __len__(self) -> int:
         return len(self["token"])
 
-    def gathered(self, ranks: Ranks) -> Records:
+    def gather(self, ranks: Ranks) -> Records:
         """Records of all ranks, which measure consecutive windows each: rank 0's come first."""
         columns: dict[str, list[Tensor]] = {}
         for source in range(ranks.size):

@@ -31,8 +31,11 @@ from quantize.parallel.ranks import ALONE, Ranks
 Progress = Callable[[str, int, int], None]
 _Group = tuple[int, int, list[Span]]
 """First window, end, and the spans inside, which count windows from the first."""
-_LOGIT_BYTES = 1 << 26  # float32 logits compared at once
-_HIDDEN_BYTES = 1 << 29  # hidden states of one model held at once
+_LOGIT_BYTES = 1 << 26
+"""Of the float32 logits compared at once; what is computed of them takes several times as much."""
+_HIDDEN_BYTES = 1 << 29
+"""Of the hidden states of one model held at once: blocks are loaded anew for each such group of
+windows, so that less would read the model more often."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def measure(
     Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
-    with ranks.explained():
+    with ranks.explain():
         vocab = _vocabulary(models, baseline)
         told = {
             "protocol": protocol.name,
@@ -122,7 +125,7 @@ def measure(
         window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
         groups = list(_groups(windows, vocab, window_bytes, ranks))
         records = [
-            record.gathered(ranks) for record in _records(opened, parent, windows, groups, progress)
+            record.gather(ranks) for record in _records(opened, parent, windows, groups, progress)
         ]
         for model in everyone:
             model.count_together(ranks)

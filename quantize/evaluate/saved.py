@@ -12,7 +12,7 @@ from typing import Any
 from quantize.evaluate.run import Measured
 from quantize.evaluate.task_comparison import TaskScore
 from quantize.evaluate.task_results import TaskRun
-from quantize.files.disk import reported, write_text
+from quantize.files.disk import report_errors, write_text
 
 
 def results_folder(model: Path) -> Path:
@@ -28,7 +28,7 @@ def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
     figures = measured.figures
     kv = "" if figures.kv_cache == "16-bit" else f"-{_slug(figures.kv_cache)}"
     name = f"{figures.protocol}-{_slug(dataset)}-{figures.numerics}{kv}"
-    with reported(folder):
+    with report_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.parquet.part"
         try:

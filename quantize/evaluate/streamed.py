@@ -60,7 +60,8 @@ _ONLY = "hidden"
 """The one stream of an evaluation."""
 
 _BATCH_TOKENS = 4096
-"""Tokens per forward pass; bounds the memory of one pass."""
+"""Tokens per forward pass. More would take more memory; far fewer would leave the products of a
+layer small. Figures depend on it in their last bits alone, through the shapes of products."""
 
 
 class Model(Protocol):
@@ -141,7 +142,9 @@ class StreamedModel:
     ) -> None:
         self.source = Checkpoint(folder)
         require_readable(self.source)
-        self.device, self.dtype, self.numerics = device, dtype, numerics
+        self.device = device
+        self.dtype = dtype
+        self.numerics = numerics
         self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
         require_tied(self.source, self.arch, self.shape)
@@ -285,7 +288,7 @@ class StreamedModel:
 
     def count_together(self, ranks: Ranks) -> None:
         """Add up who visited the experts on all ranks."""
-        found = ranks.gathered([[index, *counts] for index, counts in self._visits.items()])
+        found = ranks.gather([[index, *counts] for index, counts in self._visits.items()])
         self._visits = {}
         for index, visits, tokens in itertools.chain.from_iterable(found):
             before = self._visits.get(index, (0, 0))

@@ -92,7 +92,8 @@ def _compare(
     baseline: float = parents["value"]
     higher: bool = ours["higher_is_better"]
     a, b = _influences(ours, parents, our_values, parent_values)
-    good, bad, good_i, bad_i = (value, baseline, a, b) if higher else (baseline, value, b, a)
+    good, bad = (value, baseline) if higher else (baseline, value)
+    good_i, bad_i = (a, b) if higher else (b, a)
     recovery = good / bad if bad and math.isfinite(good) and math.isfinite(bad) else None
     difference_error = recovery_error = None
     if a:

@@ -20,11 +20,14 @@ from quantize.model.transformers_api import logits_of
 from quantize.parallel.ranks import ALONE, Ranks
 
 _ANY_NUMBER = 2**30  # batches are cut here, not by HFLM
+# of all copies of the logits of a batch on a CPU: a bound that does not ask what is free
 _CPU_LOGIT_BYTES = 2**30
 _COPIES = 3  # of the logits, float32: as computed, as float32, as log-probabilities
+# tokens of a batch, and texts generated together, where an accelerator takes 16384 and 32: fewer
+# keep a CPU busy, and take less memory
 _MAX_TOKENS = {"cpu": 4096}
-_MAX_REQUESTS = 4096  # of one batch
 _GENERATED_TOGETHER = {"cpu": 8}
+_MAX_REQUESTS = 4096  # of one batch, however short they are
 
 Scored = tuple[float, bool]
 _Request = tuple[Any, list[int], list[int]]
@@ -61,7 +64,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         self.truncated = 0
         """Requests that were longer than the model's window and were cut from the left."""
         kind = self.device.type
-        affordable = min(ranks.gathered(_logit_bytes(self.device))) // (self.vocab * 4 * _COPIES)
+        affordable = min(ranks.gather(_logit_bytes(self.device))) // (self.vocab * 4 * _COPIES)
         self._tokens_at_once = min(_MAX_TOKENS.get(kind, 16384), affordable)
         self._generated_together = batch_size or _GENERATED_TOGETHER.get(kind, 32)
         self._generated = 0
@@ -112,7 +115,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         finally:
             self.batch_size_per_gpu = _ANY_NUMBER
         texts = [
-            next(filter(None, found), "") for found in zip(*self.ranks.gathered(texts), strict=True)
+            next(filter(None, found), "") for found in zip(*self.ranks.gather(texts), strict=True)
         ]
         self.progress("generating", len(requests), len(requests))
         return texts
@@ -122,7 +125,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
     ) -> Tensor:
         """context [B, T] → tokens [B, T + …]; nothing is added to a batch of another rank."""
         batch, self._generated = self._generated, self._generated + 1
-        # What is drawn at random hangs on all that was drawn before: every rank makes it.
+        # What is drawn at random depends on all that was drawn before: every rank makes it.
         drawn = options.get("do_sample") or options.get("temperature")
         if not drawn and batch % self.ranks.size != self.ranks.rank:
             return context
@@ -149,7 +152,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 if self.ranks.rank < len(batches)
                 else []
             )
-            for batch, found in zip(batches, self.ranks.gathered(self._scored(mine)), strict=False):
+            for batch, found in zip(batches, self.ranks.gather(self._score(mine)), strict=False):
                 if found is None:
                     self._shrink(len(batch), _length(requests[batch[0]]))
                     break
@@ -175,7 +178,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
             at += count
         return batches
 
-    def _scored(self, requests: Sequence[_Request]) -> list[Scored] | None:
+    def _score(self, requests: Sequence[_Request]) -> list[Scored] | None:
         """Scores of one batch; None where the memory runs out."""
         try:
             found = super()._loglikelihood_tokens(requests, disable_tqdm=True) if requests else []

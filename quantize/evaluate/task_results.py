@@ -58,7 +58,7 @@ def figures_of(results: Mapping[str, Any]) -> dict[str, Any]:
     reported = {**results["results"], **results.get("groups", {})}
     groups = {name: _members(name, results["group_subtasks"]) for name in results.get("groups", {})}
     for name, members in groups.items():
-        samples[name] = _pooled([(member, samples[member]) for member in members])
+        samples[name] = _pool([(member, samples[member]) for member in members])
         hashes[name] = hashlib.sha256(
             "".join(hashes[member] for member in members).encode()
         ).hexdigest()
@@ -122,7 +122,7 @@ def _members(group: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def _pooled(
+def _pool(
     members: Sequence[tuple[str, Mapping[str, Mapping[str, Value]]]],
 ) -> dict[str, dict[str, Value]]:
     """Documents of all members as one task; a group that is no mean over them fails to

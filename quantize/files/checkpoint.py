@@ -20,6 +20,7 @@ SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # buffers that early Llama checkpoints store and models compute anew
 _COMPUTED = (".rotary_emb.inv_freq",)
+# bytes, since all of a file is read; an index of 100,000 tensors has about ten MiB
 _MAX_JSON = 64 << 20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -14,7 +14,7 @@ from quantize.errors import OutputError
 
 
 @contextmanager
-def reported(path: Path) -> Iterator[None]:
+def report_errors(path: Path) -> Iterator[None]:
     """Turn what a file system can refuse into one line about `path`."""
     try:
         yield
@@ -37,7 +37,7 @@ def reported(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it appears whole or not at all; folders are made.
     OutputError when it cannot be."""
-    with reported(path):
+    with report_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:

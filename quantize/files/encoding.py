@@ -23,7 +23,7 @@ class Encoding(Protocol):
         """Bytes of tensor data so far."""
 
     @property
-    def written(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """What another one must know to go on (`restore`): plain JSON, without a key `hashes`."""
 
     def restore(self, written: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.files.disk import reported
+from quantize.files.disk import report_errors
 from quantize.parallel.ranks import ALONE, Ranks
 
 _FACTS = "facts"
@@ -64,7 +64,7 @@ class Memo:
         path = self._path(key)
         part = path.with_suffix(f".{os.getpid()}.part")
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with reported(path):
+        with report_errors(path):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file(plain, part, metadata={_FACTS: json.dumps(facts)})

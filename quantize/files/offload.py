@@ -18,13 +18,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from quantize.files.disk import reported
+from quantize.files.disk import report_errors
 
 Place = Literal["device", "host", "disk"]
 """Where hidden states are kept between two blocks; on a CPU, `device` and `host` are the same."""
 
 _HOME = "_pq_home"
-_LEAST = 1 << 16  # weights of a matrix that is worth being put away
+# weights of a matrix that is worth being put away: smaller ones would cost time and spare little
+_LEAST = 1 << 16
 _AT_ONCE = 1 << 30  # bytes of one write; Linux takes no more than 2 GiB
 
 
@@ -38,7 +39,7 @@ class Spilled(MutableSequence[Tensor]):
 
     def __init__(self, folder: Path, batches: Iterable[Tensor]) -> None:
         self.folder = folder
-        with reported(folder):
+        with report_errors(folder):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as this
         self._slots: list[tuple[int, int]] = []  # where, and how many bytes
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
@@ -69,7 +70,7 @@ class Spilled(MutableSequence[Tensor]):
         at, room = self._slots[index]
         if len(data) > room:
             raise ValueError(f"a batch of {len(data)} bytes, there is room for {room}")
-        with reported(self.folder):
+        with report_errors(self.folder):
             while data:
                 written = os.pwrite(self._file.fileno(), data[:_AT_ONCE], at)
                 data, at = data[written:], at + written
@@ -216,7 +217,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def _in_file(weight: Tensor, folder: Path) -> Tensor:
     """A copy of the weight in a mapped file that has no name any more."""
     size = weight.numel() * weight.element_size()
-    with reported(folder):
+    with report_errors(folder):
         handle, name = tempfile.mkstemp(dir=folder)
         try:
             # a write to a mapping that the disk has no room for would kill us

@@ -11,25 +11,26 @@ that is seeded where it is used.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.errors import OutputError, UsageError
+from quantize.errors import UsageError
 from quantize.files.checkpoint import sha256_file
-from quantize.files.disk import reported, sync
+from quantize.files.disk import report_errors, sync
+from quantize.files.lock import lock_folder
 from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
+from quantize.files.tensor_files import TensorFiles, portions
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,10 @@ Resume = Literal["auto", "required", "never"]
 """`auto`: go on where the state fits, else start anew; `required`: refuse to start anew; `never`:
 start anew, keep no state and remove that of an earlier run."""
 
-_FILE_BYTES = 1 << 28
-_LOCK, _STATE, _PARTIAL, _TENSORS = "lock", "state.json", "partial", "state-*.safetensors"
+_LOCK = "lock"
+_STATE = "state.json"
+_PARTIAL = "partial"
+_TENSORS = "state-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ class StateFolder:
 
     def __enter__(self) -> StateFolder:
         if self.folder is not None:
-            with reported(self.folder):
+            with report_errors(self.folder):
                 try:
-                    self._handle = _locked(self.folder)
+                    self._handle = lock_folder(self.folder, _LOCK)
                 except OSError:
                     _remove_if_empty(self.folder)
                     raise
@@ -123,7 +126,7 @@ class StateFolder:
             record = _record(self.folder)
             problem = difference(record["fingerprint"], json.loads(json.dumps(fingerprint)))
             if problem is None:
-                kept = _kept(self.folder, record)
+                kept = _read_state(self.folder, record)
                 log.info("goes on after block %d, from what %s keeps", kept.blocks, self.folder)
                 return kept
         except _DamagedError as err:
@@ -150,14 +153,14 @@ class StateFolder:
         if not self.keeps or self.folder is None:
             return
         files = {}
-        for number, some in enumerate(_portions(tensors)):
+        for number, some in enumerate(portions(tensors)):
             path = self.folder / _TENSORS.replace("*", f"{blocks:05d}-{number:05d}")
-            with reported(path):
+            with report_errors(path):
                 save_file(some, path)
                 sync(path)
                 files[path.name] = sha256_file(path)
         if (self.folder / _PARTIAL).exists():
-            with reported(self.folder / _PARTIAL):
+            with report_errors(self.folder / _PARTIAL):
                 sync(self.folder / _PARTIAL)
         record = {
             "fingerprint": fingerprint,
@@ -166,7 +169,7 @@ class StateFolder:
             "written": written,
             "tensors": files,
         }
-        with reported(self.folder / _STATE):
+        with report_errors(self.folder / _STATE):
             part = self.folder / f"{_STATE}.part"
             part.write_text(
                 canonical_json(record | {DIGEST: provenance_digest(record)}), encoding="utf-8"
@@ -197,7 +200,7 @@ def in_use(folder: Path) -> bool:
     return (folder / _LOCK).exists() or (folder / _STATE).exists()
 
 
-def blocks_kept(folder: Path) -> int | None:
+def count_kept_blocks(folder: Path) -> int | None:
     """Blocks that the state in the folder is after; None where there is none to be read."""
     try:
         return int(_record(folder)["blocks"])
@@ -214,7 +217,7 @@ def forget_finished(folder: Path, output: Path, own: bool) -> None:
     """
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if in_use(folder) and not (folder / _PARTIAL).exists() and blocks_kept(folder) != 0:
+    if in_use(folder) and not (folder / _PARTIAL).exists() and count_kept_blocks(folder) != 0:
         with StateFolder(folder, "never"):
             log.info("%s: cleared, %s is complete", folder, output)
     if own and not in_use(folder) and (output / PROVENANCE).exists():
@@ -240,44 +243,13 @@ def difference(kept: Any, now: Any, path: str = "") -> str | None:
     elif isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
         pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(kept, now, strict=True))]
     else:
-        return None if kept == now else f"{path} is {_shown(now)}, the state is of {_shown(kept)}"
+        return None if kept == now else f"{path} is {_show(now)}, the state is of {_show(kept)}"
     return next((found for name, one, two in pairs if (found := difference(one, two, name))), None)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _locked(folder: Path) -> int:
-    """Take the folder for this process → handle that holds it until it is
-    closed, or the process dies."""
-    path = folder / _LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 32).decode(errors="replace")
-            os.close(handle)
-            raise OutputError(
-                f"{folder}: process {owner or '?'} is at work there; wait until it is done"
-            ) from None
-        except OSError as err:  # file systems without locks
-            log.warning(
-                "%s: cannot be locked (%s); start no second process on it", folder, err.strerror
-            )
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            try:
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-            except OSError:
-                path.unlink()
-                os.close(handle)
-                raise
-            return handle
-        os.close(handle)  # its owner removed it between the two lines above
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -290,42 +262,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _portions(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Tensors by files of about `_FILE_BYTES`; writing a file takes its size again."""
-    some: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        some[name] = tensor.detach().cpu().contiguous()
-        size += tensor.numel() * tensor.element_size()
-        if size >= _FILE_BYTES:
-            yield some
-            some, size = {}, 0
-    if some:
-        yield some
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Tensors in files, each read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._where: dict[str, Path] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                self._where |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._where[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
-def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
+def _read_state(folder: Path, record: Mapping[str, Any]) -> Kept:
     """The state, after all files were compared with their hashes."""
     files = {folder / name: digest for name, digest in record["tensors"].items()}
     files |= {
@@ -336,7 +273,7 @@ def _kept(folder: Path, record: Mapping[str, Any]) -> Kept:
         for path, digest in files.items():
             if sha256_file(path) != digest:
                 raise _DamagedError(f"{path.name} is not what was written")
-        tensors = _Tensors(folder / name for name in record["tensors"])
+        tensors = TensorFiles(folder / name for name in record["tensors"])
     except (OSError, SafetensorError) as err:
         raise _DamagedError(str(err)) from None
     return Kept(record["blocks"], record["facts"], tensors, record["written"])

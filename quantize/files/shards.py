@@ -30,7 +30,7 @@ class Shards:
         return self._total_size
 
     @property
-    def written(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """What another one must know of the shards so far to go on."""
         return {"weight_map": self._weight_map, "total_size": self._total_size}
 

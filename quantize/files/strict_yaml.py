@@ -12,8 +12,6 @@ their scalars, not by a round trip, which would set spaces anew.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,23 +20,13 @@ import yaml
 from yaml import events as ev
 
 from quantize.errors import RecipeError
+from quantize.files.problems import Place, Problem, show_path, show_value
+from quantize.files.yaml_scalars import is_text, resolve_plain
 
 MAX_BYTES = 1 << 20
 """Two thousand times the longest shipped recipe: what is larger was named by mistake."""
 MAX_DEPTH = 20
 """Recipes and gate files need five; the parser's recursion is safe far beyond."""
-MAX_PROBLEMS = 20
-"""A broken file reports this many lines, then a count."""
-
-Path = tuple[str | int, ...]
-"""Keys and list indices from the root: `("stages", 0, "bits")`."""
-
-_WORDS: dict[str, bool | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
-_WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_MAX_DIGITS = 100  # of a number; Python itself reads no integer of more than 4300
 _SYNTAX_HINTS = {
     "'\\t'": "indent with spaces, not tabs",
     "mapping values are not allowed": "put a value that contains ': ' in quotes",
@@ -48,16 +36,6 @@ _SYNTAX_HINTS = {
 }
 
 
-@dataclass(frozen=True, order=True)
-class Problem:
-    """One thing wrong with a file; `line` and `column` count from 1."""
-
-    line: int
-    column: int
-    path: str
-    text: str
-
-
 @dataclass(frozen=True)
 class Document:
     """Plain data of one file, where each value (for a mapping entry: its key) stands,
@@ -65,15 +43,15 @@ class Document:
 
     source: str
     data: Any
-    marks: dict[Path, tuple[int, int]]
-    spans: dict[Path, tuple[int, int]]
+    marks: dict[Place, tuple[int, int]]
+    spans: dict[Place, tuple[int, int]]
     """First character of each scalar value in the decoded text (0 is the first after a byte order
     mark), and one past its last."""
     problems: list[Problem]
-    spoiled: set[Path]
+    spoiled: set[Place]
     """Paths whose value is refused, so that no further complaint about it helps."""
 
-    def problem(self, path: Path, text: str) -> Problem:
+    def problem(self, path: Place, text: str) -> Problem:
         """Return a Problem at `path`, or at its innermost enclosing value that the file has."""
         known = path
         while known and known not in self.marks:
@@ -92,82 +70,9 @@ def load(raw: str | bytes, source: str) -> Document:
     return _Builder(_text(raw, source), source).document()
 
 
-def resolve_plain(text: str) -> Any:
-    """Return what an unquoted scalar means in the core schema: None, bool, int,
-    float, else the text itself.
-
-    Raises ValueError for numbers that are not finite or absurdly long.
-    """
-    if text in _WORDS:
-        return _WORDS[text]
-    if _NOT_FINITE.fullmatch(text):
-        raise ValueError(f"{text} is not a finite number; write one, or put the text in quotes")
-    if not (_INT.fullmatch(text) or _FLOAT.fullmatch(text)):
-        return text
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"number of {len(text)} characters; at most {_MAX_DIGITS} are read")
-    if _INT.fullmatch(text):
-        # a leading 0 alone does not mean octal
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is too large for a float; write a smaller number")
-    return value
-
-
 def dump(data: dict[str, Any]) -> str:
     """Write plain data in its own order, so that `load` reads it back."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-def is_text(plain: str) -> bool:
-    """Tell whether an unquoted scalar reads as text."""
-    try:
-        return isinstance(resolve_plain(plain), str)
-    except ValueError:
-        return False
-
-
-def show_path(path: Path) -> str:
-    """Write `("stages", 0, "bits")` as `stages[0].bits`; keys that are
-    no plain words are quoted."""
-    parts = [f"[{p}]" if isinstance(p, int) else f".{show_key(p)}" for p in path]
-    return "".join(parts).removeprefix(".")
-
-
-def show_key(key: str) -> str:
-    """Return a short plain key as it is, any other one quoted and shortened."""
-    return key if re.fullmatch(r"[\w-]{1,60}", key) else show_value(key)
-
-
-def show_value(value: Any) -> str:
-    """Write a parsed value on one line of at most 60 characters, without control characters."""
-    if isinstance(value, dict | list | tuple):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:56]}...{text[-1]}"
-
-
-def no_mapping(data: Any, remedy: str) -> str:
-    """Say that a file's `data` is not the mapping that it should be."""
-    if data is None:
-        return f"the file is empty; {remedy}"
-    return f"must be a mapping (value {show_value(data)}); {remedy}"
-
-
-def error_of(source: str, problems: list[Problem]) -> RecipeError:
-    """Build one RecipeError with a line `source:line: path: text` for
-    each problem, in file order."""
-    ordered = sorted(set(problems))
-    lines = []
-    for problem in ordered[:MAX_PROBLEMS]:
-        where = f"{problem.path}: " if problem.path else ""
-        lines.append(f"{source}:{problem.line}: {where}{problem.text}")
-    if len(ordered) > MAX_PROBLEMS:
-        lines.append(f"{source}: and {len(ordered) - MAX_PROBLEMS} more problems; mend these first")
-    return RecipeError("\n".join(lines))
 
 
 def _text(raw: str | bytes, source: str) -> str:
@@ -202,10 +107,10 @@ class _Builder:
 
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
-        self.marks: dict[Path, tuple[int, int]] = {}
-        self.spans: dict[Path, tuple[int, int]] = {}
+        self.marks: dict[Place, tuple[int, int]] = {}
+        self.spans: dict[Place, tuple[int, int]] = {}
         self.problems: list[Problem] = []
-        self.spoiled: set[Path] = set()
+        self.spoiled: set[Place] = set()
         # reads on demand
         self.events: Iterator[ev.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
 
@@ -237,7 +142,7 @@ class _Builder:
             )
         return data
 
-    def _node(self, event: ev.Event, path: Path) -> Any:
+    def _node(self, event: ev.Event, path: Place) -> Any:
         self.marks.setdefault(path, _mark(event))
         self._limit_depth(event, len(path))
         if isinstance(event, ev.AliasEvent):
@@ -257,7 +162,7 @@ class _Builder:
             return self._sequence(path)
         return self._mapping(path)
 
-    def _scalar(self, event: ev.ScalarEvent, path: Path) -> Any:
+    def _scalar(self, event: ev.ScalarEvent, path: Place) -> Any:
         assert event.start_mark is not None
         assert event.end_mark is not None
         self.spans[path] = event.start_mark.index, event.end_mark.index
@@ -269,13 +174,13 @@ class _Builder:
             self._spoil(event, path, str(err))
             return None
 
-    def _sequence(self, path: Path) -> list[Any]:
+    def _sequence(self, path: Place) -> list[Any]:
         items: list[Any] = []
         while not isinstance(event := next(self.events), ev.SequenceEndEvent):
             items.append(self._node(event, (*path, len(items))))
         return items
 
-    def _mapping(self, path: Path) -> dict[str, Any]:
+    def _mapping(self, path: Place) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         while not isinstance(event := next(self.events), ev.MappingEndEvent):
             key = self._key(event, path, entries)
@@ -287,7 +192,7 @@ class _Builder:
                 entries[key] = self._node(value, (*path, key))
         return entries
 
-    def _key(self, event: ev.Event, path: Path, entries: dict[str, Any]) -> str | None:
+    def _key(self, event: ev.Event, path: Place, entries: dict[str, Any]) -> str | None:
         """Return the key at `event`, or None with a note when it cannot be used."""
         if not isinstance(event, ev.ScalarEvent) or (event.anchor, event.tag) != (None, None):
             self._skip(event, path)
@@ -315,7 +220,7 @@ class _Builder:
             return None
         return key
 
-    def _skip(self, event: ev.Event, path: Path) -> None:
+    def _skip(self, event: ev.Event, path: Place) -> None:
         """Consume the rest of the node that begins with `event`: what a refused
         entry holds does not matter."""
         depth = 0
@@ -329,12 +234,12 @@ class _Builder:
             self._limit_depth(event, len(path) + depth)
             event = next(self.events)
 
-    def _spoil(self, event: ev.Event, path: Path, text: str) -> None:
+    def _spoil(self, event: ev.Event, path: Place, text: str) -> None:
         """Note a problem and mark the value at `path` as unusable."""
         self.spoiled.add(path)
         self._note(event, path, text)
 
-    def _note(self, event: ev.Event, path: Path, text: str) -> None:
+    def _note(self, event: ev.Event, path: Place, text: str) -> None:
         line, column = _mark(event)
         self.problems.append(Problem(line, column, show_path(path), text))
 

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from quantize.errors import OutputError, UsageError, VerifyError
 from quantize.files.checkpoint import sha256_file
-from quantize.files.disk import reported, sync
+from quantize.files.disk import report_errors, sync
 from quantize.files.provenance import canonical_json
 
 _LONGEST = 224
@@ -40,7 +40,7 @@ def require_name(output: Path) -> None:
             f"--output {output.name[:40]}…: its name is too long; give one of at most {_LONGEST} "
             "bytes"
         )
-    with reported(output):
+    with report_errors(output):
         if output.is_symlink():
             raise OutputError(f"{output}: is a link; give the folder itself as --output")
 
@@ -48,7 +48,7 @@ def require_name(output: Path) -> None:
 def require_free(output: Path) -> None:
     """OutputError unless `output` is absent or an empty folder whose parent can be written to."""
     require_name(output)
-    with reported(output):
+    with report_errors(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise OutputError(
                 f"{output}: exists and is not an empty folder; give another --output or remove it"
@@ -95,7 +95,7 @@ class Transaction:
         self.folder = Path()
 
     def __enter__(self) -> Self:
-        with reported(self._kept or self.output):
+        with report_errors(self._kept or self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             if self._kept is None:
                 self.folder = self._temporary()
@@ -126,7 +126,7 @@ class Transaction:
     ) -> None:
         """Let `save` write the file `name`; `check` reads it once it would survive a power cut."""
         path = self.folder / name
-        with reported(path):
+        with report_errors(path):
             save(path)
             # safetensors creates files that only their owner can read.
             path.chmod(0o666 & ~_umask())
@@ -137,7 +137,7 @@ class Transaction:
     def discard(self, name: str) -> None:
         """Remove a file that was needed on the way alone."""
         path = self.folder / name
-        with reported(path):
+        with report_errors(path):
             path.unlink()
             del self._hashes[name]
 
@@ -158,7 +158,7 @@ class Transaction:
                     f"{self.folder / name}: reads back differently from what was written; check "
                     "the disk"
                 )
-        with reported(self.output):
+        with report_errors(self.output):
             sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
             require_free(self.output)

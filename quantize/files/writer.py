@@ -33,9 +33,9 @@ class CheckpointWriter(Transaction):
             encoding.restore(written)
 
     @property
-    def written(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
         """What another writer must know of the files so far to go on: plain JSON."""
-        return self._encoding.written | {"hashes": dict(self._hashes)}
+        return self._encoding.progress | {"hashes": dict(self._hashes)}
 
     @property
     def total_size(self) -> int:

@@ -47,7 +47,7 @@ class Check:
     """Whether `tolerance` is in percent of `expected`."""
 
     @property
-    def allowed(self) -> float:
+    def margin(self) -> float:
         """How far from `expected` the figure may be, in its own unit."""
         return abs(self.expected) * self.tolerance / 100 if self.percent else self.tolerance
 
@@ -133,14 +133,14 @@ def _unusable(figure: Measurement) -> _Outcome | None:
 def _by_value(check: Check, figure: Measurement) -> _Outcome:
     assert figure.value is not None
     worse = figure.value - check.expected
-    limit = check.expected + check.allowed
+    limit = check.expected + check.margin
     sign = "<="
     if figure.higher_is_better:
         worse = -worse
-        limit = check.expected - check.allowed
+        limit = check.expected - check.margin
         sign = ">="
     # Sums of floats end a few bits off; a tolerance of 0 means equal up to those.
-    allowed = check.allowed + 1e-9 * abs(check.expected)
+    allowed = check.margin + 1e-9 * abs(check.expected)
     if worse > allowed:
         return "FAIL", f"must be {sign} {limit:.6g}", None
     if worse < -allowed:

@@ -9,19 +9,18 @@ model where lower is better.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluate.protocols import PROTOCOLS, Protocol, ProtocolName
+from quantize.evaluate.protocols import Protocol, ProtocolName
 from quantize.files import strict_yaml
-from quantize.files.strict_yaml import Document, show_value
+from quantize.files.problems import Place, error_of, no_mapping, show_value
+from quantize.files.strict_yaml import Document
 from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
+from quantize.gate.fields import CHECK, ENTRY, EVALUATION, PERCENT, TEXT, TOP, Test, close
 from quantize.model.linear import Numerics
 from quantize.recipe.files import shipped_recipes
 from quantize.recipe.overrides import with_stage_fields
@@ -85,74 +84,13 @@ def parse_gate(raw: bytes, path: Path) -> GateFile:
     relative paths in it start from."""
     doc = strict_yaml.load(raw, str(path))
     if not isinstance(doc.data, dict):
-        text = strict_yaml.no_mapping(doc.data, "begin with 'recipes:'")
-        raise strict_yaml.error_of(doc.source, doc.problems or [doc.problem((), text)])
+        text = no_mapping(doc.data, "begin with 'recipes:'")
+        raise error_of(doc.source, doc.problems or [doc.problem((), text)])
     reader = _Reader(doc, path.parent)
     gate = reader.gate(path)
     if reader.problems:
-        raise strict_yaml.error_of(doc.source, reader.problems)
+        raise error_of(doc.source, reader.problems)
     return gate
-
-
-def close(word: str, options: Collection[str]) -> str:
-    """Return "did you mean 'option'? " for the option nearest to `word`, else nothing."""
-    found = difflib.get_close_matches(word, list(options), n=1)
-    return f"did you mean '{found[0]}'? " if found else ""
-
-
-_Test = tuple[Callable[[Any], bool], str]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(least: int) -> _Test:
-    return (
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
-        f"an integer >= {least}",
-    )
-
-
-def _choice(options: tuple[str, ...]) -> _Test:
-    return lambda v: v in options, " or ".join(options)
-
-
-_TEXT: _Test = (lambda v: isinstance(v, str) and bool(v), "a text")
-_TEXTS: _Test = (
-    lambda v: isinstance(v, list) and all(isinstance(x, str) and x for x in v),
-    "a list of texts",
-)
-_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
-_TOP: dict[str, _Test] = {
-    "model": _TEXT,
-    "calibration": (lambda v: isinstance(v, dict), "a mapping"),
-    "evaluation": (lambda v: isinstance(v, dict), "a mapping"),
-    "tasks": _TEXTS,
-    "task_limit": _count(1),
-    "recipes": (
-        lambda v: isinstance(v, dict) and bool(v),
-        "a mapping with one entry or more, 'NAME: {METRIC: ...}'",
-    ),
-    "history": (lambda v: isinstance(v, list), "a list, which pq itself appends to"),
-}
-_EVALUATION: dict[str, _Test] = {
-    "protocol": _choice(PROTOCOLS),
-    "dataset": _TEXT,
-    "seqlen": _count(8),
-    "max_windows": _count(1),
-    "context": _count(0),
-    "numerics": _choice(get_args(Numerics)),
-}
-_ENTRY: dict[str, _Test] = {"recipe": _TEXT, "set": _TEXTS}
-_CHECK: dict[str, _Test] = {
-    "value": (_number, "a number"),
-    "tolerance": (
-        lambda v: (_number(v) and v >= 0) or (isinstance(v, str) and bool(_PERCENT.fullmatch(v))),
-        "a number >= 0 or a percentage such as 30%",
-    ),
-    "recovery": (lambda v: _number(v) and 0 < v <= 1, "a number > 0 and <= 1, such as 0.95"),
-}
 
 
 class _Reader:
@@ -162,16 +100,16 @@ class _Reader:
         self.doc, self.folder = doc, folder
         self.problems = list(doc.problems)
 
-    def say(self, path: strict_yaml.Path, text: str) -> None:
+    def say(self, path: Place, text: str) -> None:
         """Note a problem, unless the value at `path` is refused already."""
         if not any(path[:n] in self.doc.spoiled for n in range(len(path) + 1)):
             self.problems.append(self.doc.problem(path, text))
 
     def fields(
         self,
-        path: strict_yaml.Path,
+        path: Place,
         data: Mapping[str, Any],
-        table: Mapping[str, _Test],
+        table: Mapping[str, Test],
     ) -> dict[str, Any]:
         """Return the values of a mapping that pass their tests; unknown keys are problems."""
         good: dict[str, Any] = {}
@@ -188,14 +126,14 @@ class _Reader:
         return good
 
     def gate(self, path: Path) -> GateFile:
-        top = self.fields((), self.doc.data, _TOP)
+        top = self.fields((), self.doc.data, TOP)
         if "recipes" not in self.doc.data:
             remedy = "add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'"
             self.say((), f"'recipes' is missing; {remedy}")
         settings = self.settings(top.get("evaluation", {}))
         # Other values are the recipe's to judge, when it takes them up.
-        known: dict[str, _Test] = dict.fromkeys(Calibration.model_fields, (lambda v: True, ""))
-        known["dataset"] = _TEXT
+        known: dict[str, Test] = dict.fromkeys(Calibration.model_fields, (lambda v: True, ""))
+        known["dataset"] = TEXT
         calibration = self.fields(("calibration",), top.get("calibration", {}), known)
         if "dataset" in calibration:
             calibration["dataset"] = self.beside(calibration["dataset"])
@@ -214,7 +152,7 @@ class _Reader:
         )
 
     def settings(self, data: Mapping[str, Any]) -> Settings:
-        values = self.fields(("evaluation",), data, _EVALUATION)
+        values = self.fields(("evaluation",), data, EVALUATION)
         if "dataset" in values:
             values["dataset"] = self.beside(values["dataset"])
         settings = Settings(**values)
@@ -236,10 +174,10 @@ class _Reader:
             return None
         own = self.fields(
             path,
-            {key: value for key, value in data.items() if key in _ENTRY},
-            _ENTRY,
+            {key: value for key, value in data.items() if key in ENTRY},
+            ENTRY,
         )
-        metrics = [metric for metric in data if metric not in _ENTRY]
+        metrics = [metric for metric in data if metric not in ENTRY]
         if not metrics:
             self.say(
                 path,
@@ -283,7 +221,7 @@ class _Reader:
             self.say((*path, "set"), str(err))
             return None
 
-    def metric(self, path: strict_yaml.Path, metric: str, settings: Settings, tasks: bool) -> bool:
+    def metric(self, path: Place, metric: str, settings: Settings, tasks: bool) -> bool:
         if "/" in metric:
             if not tasks:
                 self.say(
@@ -292,7 +230,7 @@ class _Reader:
                 )
             return tasks
         if metric not in HIGHER_IS_BETTER:
-            hint = close(metric, (*HIGHER_IS_BETTER, *_ENTRY))
+            hint = close(metric, (*HIGHER_IS_BETTER, *ENTRY))
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
             self.say(path, f"unknown metric; {hint}the metrics are {known}")
         elif metric in ROLLING_ONLY and settings.protocol != "rolling":
@@ -302,12 +240,12 @@ class _Reader:
             )
         return metric in HIGHER_IS_BETTER
 
-    def checks(self, path: strict_yaml.Path, metric: str, data: Any) -> list[Check]:
+    def checks(self, path: Place, metric: str, data: Any) -> list[Check]:
         remedy = "write {value: ..., tolerance: ...} or {recovery: ...}"
         if not isinstance(data, dict):
             self.say(path, f"must be a mapping (value {show_value(data)}); {remedy}")
             return []
-        good = self.fields(path, data, _CHECK)
+        good = self.fields(path, data, CHECK)
         if not data or ("tolerance" in data and "value" not in data):
             self.say(path, f"'value' is missing; {remedy}")
         if "value" in data and "tolerance" not in data:
@@ -317,7 +255,7 @@ class _Reader:
             )
         out: list[Check] = []
         if "value" in good and "tolerance" in good:
-            share = _PERCENT.fullmatch(str(good["tolerance"]))
+            share = PERCENT.fullmatch(str(good["tolerance"]))
             amount = float(share[1] if share else good["tolerance"])
             out.append(
                 Check(metric, "value", float(good["value"]), amount, percent=share is not None),

@@ -17,11 +17,12 @@ import torch
 from quantize.convert.loop import Request, convert
 from quantize.errors import ModelError, QualityError, UsageError, VerifyError
 from quantize.evaluate import evaluate
-from quantize.files import strict_yaml
 from quantize.files.checkpoint import Checkpoint
+from quantize.files.problems import error_of, show_value
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
-from quantize.gate.file import Entry, GateFile, close, load_gate
+from quantize.gate.fields import close
+from quantize.gate.file import Entry, GateFile, load_gate
 
 __all__ = ["GateResult", "Verdict", "run_gate"]
 
@@ -122,7 +123,7 @@ def _choose(
     for name in only or ():
         if name not in entries:
             known = f"{close(name, entries)}(entries: {', '.join(entries)})"
-            raise UsageError(f"{gate.path}: no entry {strict_yaml.show_value(name)}; {known}")
+            raise UsageError(f"{gate.path}: no entry {show_value(name)}; {known}")
     named = [entry for entry in gate.entries if only is None or entry.name in only]
     if model is not None:
         if baseline is None:
@@ -140,7 +141,7 @@ def _choose(
             ("model",),
             f"no such folder: {gate.model}; the path starts from this file's",
         )
-        raise strict_yaml.error_of(gate.document.source, [missing])
+        raise error_of(gate.document.source, [missing])
     return named, gate.model
 
 

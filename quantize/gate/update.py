@@ -15,7 +15,9 @@ from pathlib import Path
 import quantize
 from quantize.errors import OutputError, QualityError, RecipeError, UsageError
 from quantize.files import strict_yaml
+from quantize.files.problems import error_of
 from quantize.files.strict_yaml import Document
+from quantize.files.yaml_scalars import resolve_plain
 from quantize.gate.checks import Check, Verdict
 from quantize.gate.file import parse_gate, read_gate
 from quantize.gate.run import GateResult
@@ -53,7 +55,7 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
             start, end = gate.document.spans[path]
             edits.append((start, end, number))
             changes.append(f"{verdict.recipe}.{verdict.metric} {text[start:end]} -> {number}")
-            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = strict_yaml.resolve_plain(
+            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = resolve_plain(
                 number,
             )
     if changes:
@@ -88,7 +90,7 @@ def _new_number(
     if check is None or check.expected != verdict.expected:
         name = f"{verdict.recipe}.{verdict.metric}"
         raise UsageError(f"{file}: {name} has changed since the run; run the gate again")
-    error = check.allowed / 100  # rounding takes nothing that counts from the tolerance
+    error = check.margin / 100  # rounding takes nothing that counts from the tolerance
     if abs(check.expected - verdict.value) <= max(error, 1e-9 * abs(check.expected)):
         return None
     numbers = (f"{verdict.value:.{digits}g}" for digits in range(3, 17))
@@ -124,7 +126,7 @@ def _require(new: bytes, wanted: object, document: Document) -> None:
     except RecipeError:
         pass
     how = "write 'history:' as the last key with one '- ' an item"
-    raise strict_yaml.error_of(
+    raise error_of(
         document.source,
         [document.problem(("history",), f"cannot be edited; {how}")],
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
-from quantize.inspect.made import Made, read_made
+from quantize.inspect.origin import Origin, read_origin
 from quantize.model.arch import ARCHITECTURES
 from quantize.model.roles import ROUTER, natural, role_of
 from quantize.model.storage import Storage, storage_of
@@ -114,7 +114,7 @@ class Inspection:
     blocks: tuple[DecoderBlock, ...]
     outside: tuple[Other, ...]
     """Tensors that are in no block."""
-    made: Made | None
+    made: Origin | None
     """None where pq.json is absent or cannot be used."""
     made_problem: str | None
     """Why pq.json cannot be used."""
@@ -135,7 +135,7 @@ def inspect(folder: Path) -> Inspection:
     blocks, outside = _by_block(headers, stored, str(source.config.get("model_type")))
     blocks = _with_routing(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
-    made, problem = read_made(folder)
+    made, problem = read_origin(folder)
     return Inspection(
         folder=str(folder),
         model_type=str(source.config.get("model_type", "unknown")),

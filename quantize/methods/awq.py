@@ -52,7 +52,7 @@ class Awq(Stage):
         taken = [sizes.folding()]
         for group in sizes.groups:
             K = sizes.linears[group[0]][1]
-            trial = sizes.held(group[0], False) + 48 * SAMPLED_ROWS * K * len(group)
+            trial = sizes.moment_bytes(group[0], False) + 48 * SAMPLED_ROWS * K * len(group)
             taken += [sizes.measuring(group[0], False, False), trial]
         return max(taken)
 

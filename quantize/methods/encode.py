@@ -75,7 +75,7 @@ class Encode(Stage):
         """The largest linear's moments and fit."""
         taken = [0]
         for group in sizes.groups:
-            held = sizes.held(group[0], self.needs_parent) if self.needs_inputs else 0
+            held = sizes.moment_bytes(group[0], self.needs_parent) if self.needs_inputs else 0
             if self.needs_inputs:
                 taken.append(sizes.measuring(group[0], self.needs_parent, self.rounds_inputs))
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]

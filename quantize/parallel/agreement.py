@@ -13,7 +13,7 @@ from quantize.parallel.ranks import Ranks
 
 def require_equal(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     """UsageError unless all ranks agree on JSON data that decides what they compute."""
-    first, *others = ranks.gathered(dict(facts))
+    first, *others = ranks.gather(dict(facts))
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other.get(name) != value:

@@ -23,23 +23,24 @@ from quantize.errors import LostError, StoppedError, UsageError
 from quantize.parallel.ranks import ALONE, Ranks
 from quantize.parallel.watch import Watch
 
+# for processes that start apart: schedulers of clusters hand out machines one after the other
 _TO_JOIN = timedelta(minutes=30)
 # while another rank works: `Watch`, not a time limit, says that it is gone
 _TO_WAIT = timedelta(days=60)
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_rank() -> int:
     """Which of the launch's processes on this machine this is; 0 for one alone."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) if launched() else 0
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) if is_launched() else 0
 
 
 @contextmanager
-def joined(
+def join(
     remedy: str, abandon: Callable[[LostError], None], met: Callable[[], None] = lambda: None
 ) -> Iterator[Ranks]:
     """Join the other processes of the launch; for a process that works alone this does nothing.
@@ -49,7 +50,7 @@ def joined(
     could not unwind (it runs in another thread, and must not return). `met` is called once all
     processes are there, before any of them goes on.
     """
-    if not launched():
+    if not is_launched():
         yield ALONE
         return
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
@@ -79,7 +80,7 @@ def joined(
 
 def _leave(ranks: _Launch) -> None:
     """Wait until the first is done; LostError where it is gone. It waits for nobody."""
-    with suppress(RuntimeError) if ranks.first else ranks.explained():
+    with suppress(RuntimeError) if ranks.first else ranks.explain():
         ranks.tell(None)
 
 
@@ -96,13 +97,13 @@ class _Launch(Ranks):
 
     def tell(self, data: Any, source: int = 0) -> Any:
         text = bytearray(json.dumps(data).encode())
-        size = int(self.copied(torch.tensor([len(text)]), source))
+        size = int(self.copy(torch.tensor([len(text)]), source))
         buffer = text if self.rank == source else bytearray(size)
         return json.loads(
-            bytes(self.copied(torch.frombuffer(buffer, dtype=torch.uint8), source).numpy())
+            bytes(self.copy(torch.frombuffer(buffer, dtype=torch.uint8), source).numpy())
         )
 
-    def gathered(self, data: Any) -> list[Any]:
+    def gather(self, data: Any) -> list[Any]:
         return [self.tell(data, source) for source in range(self.size)]
 
     def tensors(self, named: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
@@ -118,20 +119,20 @@ class _Launch(Ranks):
                 if mine
                 else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             )
-            out[name] = self.copied(tensor, source)
+            out[name] = self.copy(tensor, source)
         return out
 
-    def copied(self, tensor: Tensor, source: int) -> Tensor:
+    def copy(self, tensor: Tensor, source: int) -> Tensor:
         plain = tensor.detach().contiguous()
         if plain.numel():
             dist.broadcast(plain.view(-1).view(torch.uint8), source, group=self._group)
         return plain
 
     def numbers(self, tasks: Sequence[Callable[[], float]]) -> list[float]:
-        found = self.gathered([task() for task in tasks[self.rank :: self.size]])
+        found = self.gather([task() for task in tasks[self.rank :: self.size]])
         return [found[i % self.size][i // self.size] for i in range(len(tasks))]
 
-    def added(self, total: Tensor | None, part: Tensor, present: int) -> Tensor:
+    def add(self, total: Tensor | None, part: Tensor, present: int) -> Tensor:
         # Every rank adds up a piece of the sum: each part travels once, not to all ranks.
         piece = -(-part.numel() // self.size)
         sent = part.flatten()
@@ -153,5 +154,5 @@ class _Launch(Ranks):
         if self.first:
             self.watch.ignore()
 
-    def explained(self) -> AbstractContextManager[None]:
-        return self.watch.explained()
+    def explain(self) -> AbstractContextManager[None]:
+        return self.watch.explain()

@@ -49,7 +49,7 @@ class Ranks:
         """JSON data of one rank, for all."""
         return data
 
-    def gathered(self, data: Any) -> list[Any]:
+    def gather(self, data: Any) -> list[Any]:
         """JSON data of every rank, in their order."""
         return [data]
 
@@ -57,7 +57,7 @@ class Ranks:
         """Tensors of one rank, for all, bit for bit; the others give None."""
         return dict(named or {})
 
-    def copied(self, tensor: Tensor, source: int) -> Tensor:
+    def copy(self, tensor: Tensor, source: int) -> Tensor:
         """The tensor of one rank, for all; the others give one of the same shape and
         dtype, which is overwritten."""
         return tensor
@@ -66,7 +66,7 @@ class Ranks:
         """Results of all tasks, each computed by one rank."""
         return [task() for task in tasks]
 
-    def added(self, total: Tensor | None, part: Tensor, present: int) -> Tensor:
+    def add(self, total: Tensor | None, part: Tensor, present: int) -> Tensor:
         """Add a round's parts, float32 [...], to a total: those of the first `present`
         ranks, in the order of ranks.
 
@@ -75,18 +75,18 @@ class Ranks:
         return part if total is None else total.add_(part)
 
     def whole(self, total: Tensor, shape: Sequence[int]) -> Tensor:
-        """The sum that `added` has made, with the shape of its parts."""
+        """The sum that `add` has made, with the shape of its parts."""
         return total
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
-        return any(self.gathered(flag))
+        return any(self.gather(flag))
 
     def release(self) -> None:
         """Say that all shared work is done: the first rank finishes alone, and no longer
         minds what befalls others."""
 
-    def explained(self) -> AbstractContextManager[None]:
+    def explain(self) -> AbstractContextManager[None]:
         """Turn errors of communication into what is known about the rank that failed."""
         return nullcontext()
 

@@ -25,10 +25,19 @@ from quantize.errors import LostError, PqError, StoppedError
 _SETTLE = 3.0
 # seconds to learn whom an error of communication is about; a busy machine takes some
 _TO_EXPLAIN = 60.0
-_UNWIND = 10.0  # seconds to leave by an exception before the process is abandoned
+# seconds to leave by an exception before the process is abandoned: files are closed in less, and a
+# call that waits for the lost rank never returns
+_UNWIND = 10.0
+# seconds for a connection once all ranks are there: a busy machine may be slow, and what takes
+# longer is taken for lost
 _TO_CONNECT = 300.0
-_FAILED, _OUT_OF_MEMORY, _INTERRUPTED = 1, 8, 130
-_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # seconds, seconds, probes
+# exit codes that a rank tells of itself (docs/troubleshooting.md)
+_FAILED = 1
+_OUT_OF_MEMORY = 8
+_INTERRUPTED = 130
+# seconds, seconds, probes: a machine that vanished is noticed after 90 s; sooner would take a short
+# break of the network for a loss
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,13 @@ class Watch:
         self._peers: dict[int, socket.socket] = {}
         self._server: socket.socket | None = None
         self._news: _News | None = None
-        self._lock, self._known, self._left = threading.Lock(), threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._known = threading.Event()
+        self._left = threading.Event()
 
     def listen(self, host: str) -> int:
         """Let the others connect (rank 0) → the port."""
-        family, address = _resolved(host, 0)
+        family, address = _resolve(host, 0)
         local = address.startswith("127.") or address == "::1"
         self._server = socket.create_server(
             (address if local else "", 0), family=family, backlog=self._size
@@ -122,7 +133,7 @@ class Watch:
         self._left.set()
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain(self) -> Iterator[None]:
         """Turn what torch.distributed raises where another rank is gone into
         the LostError that names it."""
         try:
@@ -141,10 +152,10 @@ class Watch:
                 said = json.loads(line)
                 if "over" in said:
                     return
-                self._heard(_News(said["rank"], said["code"], said["text"]))
-        self._heard(_News(peer, None, ""))
+                self._hear(_News(said["rank"], said["code"], said["text"]))
+        self._hear(_News(peer, None, ""))
 
-    def _heard(self, news: _News) -> None:
+    def _hear(self, news: _News) -> None:
         with self._lock:
             if self._news is not None or self._left.is_set():
                 return
@@ -170,7 +181,7 @@ class Watch:
             self._peers[peer].sendall(json.dumps(message).encode() + b"\n")
 
 
-def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, str]:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return family, str(address[0])
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from quantize.errors import RecipeError
 from quantize.files import strict_yaml
+from quantize.files.problems import error_of, show_value
 from quantize.files.resources import data_dir
-from quantize.files.strict_yaml import show_value
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def nearest(word: Any, options: Iterable[str]) -> str:
 def _listing(path: Path) -> Listing:
     document = strict_yaml.load(read_recipe(path, str(path)), str(path))
     if document.problems:
-        raise strict_yaml.error_of(document.source, document.problems)
+        raise error_of(document.source, document.problems)
     try:
         stages = document.data["stages"]
         return Listing(

@@ -10,7 +10,7 @@ from typing import get_args, get_origin
 from pydantic import ValidationError
 
 from quantize.errors import UsageError
-from quantize.files import strict_yaml
+from quantize.files.yaml_scalars import resolve_plain
 from quantize.methods.base import Stage
 from quantize.recipe.recipe import Recipe
 
@@ -57,8 +57,8 @@ def _several(annotation: object, raw: str) -> bool:
 def _value(assignment: str, raw: str, several: bool) -> object:
     try:
         if several:
-            return [strict_yaml.resolve_plain(part) for part in raw.split(",")] if raw else []
-        return strict_yaml.resolve_plain(raw)
+            return [resolve_plain(part) for part in raw.split(",")] if raw else []
+        return resolve_plain(raw)
     except ValueError as err:
         raise UsageError(f"--set {assignment}: {err}") from None
 

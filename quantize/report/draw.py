@@ -16,7 +16,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from quantize.pictures import Bars, Histogram, Lines, Number, Scatter
 from quantize.report.model import clean
 
-INK, RULE, MUTED, ACCENT = "#000001", "#000002", "#000003", "#000100"
+# Placeholders that report/svg.py replaces by the page's own colours, light or dark.
+INK = "#000001"
+RULE = "#000002"
+MUTED = "#000003"
+ACCENT = "#000100"
 SERIES = tuple(f"#0001{i:02x}" for i in range(6))
 _DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
 _MARKERS = "osD^vP"
@@ -103,7 +107,10 @@ def y_range(pictures: Sequence[Chart]) -> Range | None:
 def _axes(picture: Chart, frame: Frame) -> tuple[Figure, Axes]:
     series = {} if isinstance(picture, Histogram | Scatter) else picture.series
     rows = -(-len(series) // _legend_columns(series, frame)) if len(series) > 1 else 0
-    left, right, bottom = 62, 12, 44  # pixels: numbers and their label, a rim, two lines of text
+    # Margins in pixels.
+    left = 62  # numbers and their label
+    right = 12  # a rim
+    bottom = 44  # two lines of text
     top = 12 + 18 * rows  # the legend's rows
     fig = Figure(figsize=(frame.width / 72, frame.height / 72), dpi=72)
     box = (

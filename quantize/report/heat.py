@@ -39,11 +39,12 @@ class _Scale:
     log: bool
 
     @property
-    def named(self) -> bool:
+    def is_short(self) -> bool:
+        """Whether its values are few enough to be named one by one."""
         return len(self.values) <= _FEW
 
     def step(self, value: float) -> int:
-        if self.named:
+        if self.is_short:
             # Few values are spread over the colours by rank: 3, 4 and 16 bits stand apart.
             last = len(self.values) - 1
             return self.values.index(value) * (STEPS - 1) // last if last > 0 else _MIDDLE
@@ -164,7 +165,7 @@ def _labels(ax: Axes, picture: Heatmap, cell: float, height: float) -> None:
 
 def _key(ax: Axes, scale: _Scale, unit: str) -> None:
     """The legend: every value by itself where there are few, else the scale's ends and middle."""
-    if scale.named:
+    if scale.is_short:
         shares = len(scale.values)
         steps = [scale.step(value) for value in scale.values]
         marks = [(i + 0.5, format_number(v, 3)) for i, v in enumerate(scale.values)]

@@ -20,7 +20,7 @@ from quantize.pictures import (
     Table,
     block_map,
     facts,
-    folded,
+    fold_numbers,
 )
 from quantize.recipe.recipe import parse_recipe
 from quantize.report import draw
@@ -165,7 +165,7 @@ def _curves(
 
     Of names that differ by a number alone, such as those of experts, the largest ratio.
     """
-    names = dict.fromkeys(folded(name) for block in blocks for name in mapping(block, part))
+    names = dict.fromkeys(fold_numbers(name) for block in blocks for name in mapping(block, part))
     x = [_index(block, i) for i, block in enumerate(blocks)]
     out: dict[str, tuple[list[float], dict[str, list[Number]]]] = {}
     for name in names:
@@ -186,7 +186,7 @@ def _index(block: Mapping[str, Any], default: int) -> float:
 
 def _ratios(part: Mapping[str, Any], name: str, moment: str, above: str, below: str) -> list[float]:
     """Known ratios of all entries that fold to `name`."""
-    alike = [mapping(mapping(part, one), moment) for one in part if folded(one) == name]
+    alike = [mapping(mapping(part, one), moment) for one in part if fold_numbers(one) == name]
     ratios = [_ratio(data, above, below) for data in alike]
     return [ratio for ratio in ratios if ratio is not None]
 
@@ -196,7 +196,7 @@ def _group_title(sources: Sources, first: str) -> str:
     arch = sources.weights.arch if sources.weights else None
     rows = [] if arch is None else [arch, arch.with_experts(1)] if arch.experts else [arch]
     groups = (group for row in rows for group in row.calibration_order)
-    group = next((g for g in groups if folded(g[0]) == folded(first)), (first,))
+    group = next((g for g in groups if fold_numbers(g[0]) == fold_numbers(first)), (first,))
     return ", ".join([first, *(name.rpartition(".")[2] for name in group[1:])])
 
 
@@ -209,14 +209,16 @@ def _channels(sources: Sources, blocks: Sequence[Mapping[str, Any]]) -> Table:
             found = mapping(mapping(block, "inputs"), name)
             before, after = mapping(found, "before"), mapping(found, "after")
             ratio = _ratio(before, "absmax", "median")
-            if ratio is not None and (folded(name) not in worst or ratio > worst[folded(name)][0]):
+            if ratio is not None and (
+                fold_numbers(name) not in worst or ratio > worst[fold_numbers(name)][0]
+            ):
                 row: list[Cell] = [
                     _group_title(sources, name),
                     number(block, "index") or i,
                     number(before, "tokens"),
                 ]
                 row += [ratio, _ratio(after, "absmax", "median"), _top(before), _top(after)]
-                worst[folded(name)] = ratio, row
+                worst[fold_numbers(name)] = ratio, row
     rows = [row for _, row in worst.values()]
     columns = (
         "inputs of",

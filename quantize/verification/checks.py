@@ -45,6 +45,6 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
         )
 
 
-def counted(problems: list[str]) -> str:
+def summarize(problems: list[str]) -> str:
     """The first problem, and how many more there are."""
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

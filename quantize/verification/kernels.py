@@ -19,7 +19,7 @@ from quantize.model.attention import KvAttention
 from quantize.model.load import KV_SCALE, kv_attention, packed_linear
 from quantize.serving.native_linear import NativeLinear
 from quantize.serving.register import LINEARS
-from quantize.verification.checks import Skipped, counted
+from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Tick
 
@@ -27,10 +27,12 @@ _ROWS = (1, 17, 129)
 """Rows of activations: kernels for one token, for a few, and for many."""
 _TOKENS = ((1, 65), (33, 33))
 """New tokens and all tokens of attention: a step of decoding, and a prompt."""
-_FEW_ROWS, _FEW_OUTPUTS = (1, 17), 128
+_FEW_ROWS = (1, 17)
+_FEW_OUTPUTS = 128
 """For the interpreter, which is slow."""
 _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
-"""Of the norm of the difference relative to the twin's, by the dtype of activations."""
+"""Of the norm of the difference relative to the twin's, by the dtype of activations: a few
+times what rounding to 16 bits leaves. A lower limit would fault sums in another order."""
 
 
 @torch.no_grad()
@@ -69,7 +71,9 @@ def check_kernels(
         raise Skipped("no kernel takes any of its tensors")
     limit = _LIMITS[dtype]
     if wrong := [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= limit]:
-        raise VerifyError(f"a kernel differs from its twin (limit {limit:.0e}) in {counted(wrong)}")
+        raise VerifyError(
+            f"a kernel differs from its twin (limit {limit:.0e}) in {summarize(wrong)}"
+        )
     where = "the interpreter, sampled" if interpreted else str(device)
     return f"kernels compute {len(errors)} layers as their twins do, within {max(errors.values()):.1e} ({where})"
 
@@ -92,7 +96,7 @@ def _linear_error(
     worst = None
     for M in _FEW_ROWS if interpreted else _ROWS:
         x = _uneven(generator, M, K).to(device, dtype)
-        if not _taken(layer, x):
+        if not _has_kernel(layer, x):
             return None
         worst = max(worst or 0.0, _difference(layer(x), twin(x.float())[:, :kept]))
     return worst
@@ -116,7 +120,7 @@ def _native(
     return layer
 
 
-def _taken(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
+def _has_kernel(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
     scheme = layer.scheme
     if isinstance(scheme, IntScheme):
         return int4.takes(scheme.bits, scheme.group_size, x, scheme.fp8_activations)

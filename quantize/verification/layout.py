@@ -25,7 +25,7 @@ from quantize.model.load import (
     routing,
 )
 from quantize.model.skeleton import Skeleton
-from quantize.verification.checks import Skipped, counted
+from quantize.verification.checks import Skipped, summarize
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -88,7 +88,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     return layout
 
 
-def described(layout: Layout) -> str:
+def describe(layout: Layout) -> str:
     """What was found, in a line."""
     tensors, shards = len(layout.headers), len(layout.source.shards)
     return f"{tensors} tensors in {shards} shards, {len(layout.schemes)} packed linears"
@@ -127,11 +127,11 @@ def _check_coverage(layout: Layout) -> None:
     stored = {n.rpartition(".")[0] for n in layout.headers if n.endswith(PACKED_SUFFIXES)}
     if wrong := sorted(stored - set(layout.schemes)):
         raise VerifyError(
-            counted([f"{n} is packed but config.json does not say how" for n in wrong])
+            summarize([f"{n} is packed but config.json does not say how" for n in wrong])
         )
     if wrong := sorted(set(layout.schemes) - stored):
         raise VerifyError(
-            counted([f"config.json says that {n} is packed but it is not" for n in wrong])
+            summarize([f"config.json says that {n} is packed but it is not" for n in wrong])
         )
     quantization = layout.source.config.get("quantization_config") or {}
     named = list(quantization.get("ignore", ()))
@@ -144,7 +144,7 @@ def _check_coverage(layout: Layout) -> None:
     known = {*layout.linears, layout.arch.head, *layout.skeleton.routers()}
     if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(
-            counted(
+            summarize(
                 [f"config.json's quantization_config names {n}, which is no linear" for n in wrong]
             )
         )

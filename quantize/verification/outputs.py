@@ -25,11 +25,15 @@ from quantize.verification.parent import Parent, Tick
 
 _PARENT = "parent"
 """The stream through the parent's blocks."""
-_WINDOWS, _SEQLEN = 4, 128
+# Text that goes through parent and child: the errors looked for are large, few tokens show them.
+_WINDOWS = 4
+_SEQLEN = 128
 _USELESS = 0.9
 """An output of zeros has a relative squared error of 1."""
-_FLOOR, _SLACK = 0.1, 10.0
-"""Errors of a block's linears add up within it, and the text is another than in calibration."""
+_FLOOR = 0.1
+_SLACK = 10.0
+"""Least limit, and what recorded errors are multiplied by: errors of a block's linears add up within
+it, and the text is another than in calibration."""
 _MEASURED = {"output_error", "ffn_error"}
 _ERRORS = ("output_error", "ffn_error", "weight_error", "kv_error")
 _RANDOM = 3.0
@@ -76,7 +80,8 @@ def check_outputs(
             (entering,) = streams.batches[_PARENT]
             errors = _errors(layout, skeleton, basis, teacher, index, entering)
             limit = min(_USELESS, slack * _limit(layout, layers, index))
-            line = f"block {index}: {_figures(errors, layout.skeleton.block_arch(index))} (limit {limit:.2g})"
+            figures = _figures(errors, layout.skeleton.block_arch(index))
+            line = f"block {index}: {figures} (limit {limit:.2g})"
             found.append(line)
             if not all(error <= limit for error in errors.values()):  # NaN is above every limit
                 problems.append(line)

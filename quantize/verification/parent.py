@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.load import KV_SCALE
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe
-from quantize.verification.checks import Skipped, counted
+from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
 
 Tick = Callable[[int, int], None]
@@ -60,7 +61,7 @@ def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str
     return f"{len(hashes)} files of the parent are those that were converted"
 
 
-def restructured(recipe: Recipe | None) -> bool:
+def is_restructured(recipe: Recipe | None) -> bool:
     """Whether a recipe gives blocks another structure than the parent's."""
     return recipe is not None and any(stage.kind == "restructure" for stage in recipe.stages)
 
@@ -91,14 +92,14 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
             # A container may have biases where its source has none.
             if not (
                 name.endswith(".bias")
-                and restructured(recipe)
+                and is_restructured(recipe)
                 and not layout.source.tensor(name).any()
             ):
                 problems.append(f"{name} is not in the parent")
         elif not same_bytes(layout.source.tensor(name), parent.source.tensor(name)):
             problems.append(f"{name} differs from the parent's")
     if problems:
-        raise VerifyError(counted(problems))
+        raise VerifyError(summarize(problems))
     return f"config.json and {len(names)} tensors equal the parent's"
 
 
@@ -170,10 +171,10 @@ def check_recomputed(
     for done, part in enumerate(parts):
         tick(done, len(parts))
         if wrong := part.different(layout.source):
-            problems.append(f"{part.name} converted again differs in {counted(wrong)}")
+            problems.append(f"{part.name} converted again differs in {summarize(wrong)}")
     if problems and (elsewhere := _elsewhere(provenance, device)):
         raise Skipped(
-            f"{counted(problems)}, but it was converted {elsewhere}, which may round otherwise"
+            f"{summarize(problems)}, but it was converted {elsewhere}, which may round otherwise"
         )
     if problems:
         raise VerifyError("; ".join(problems))
@@ -214,8 +215,8 @@ def _outside(conversion: Conversion) -> list[_Part]:
         _Part(
             names[-1],
             tuple(f"{name}." for name in names),
-            lambda names=names: conversion.tensors_outside(*names),
-        )  # type: ignore[misc]
+            partial(conversion.tensors_outside, *names),
+        )
         for names in groups
     ]
 

@@ -16,9 +16,9 @@ from quantize.files.provenance import PROVENANCE, read_provenance, require_uncha
 from quantize.model.arch import architecture_of
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, parse_recipe
-from quantize.verification.checks import Check, Skipped, counted, run_check
+from quantize.verification.checks import Check, Skipped, run_check, summarize
 from quantize.verification.kernels import check_kernels
-from quantize.verification.layout import Layout, described, read_layout
+from quantize.verification.layout import Layout, describe, read_layout
 from quantize.verification.outputs import check_outputs
 from quantize.verification.parent import (
     Parent,
@@ -27,8 +27,8 @@ from quantize.verification.parent import (
     check_source,
     check_untouched,
     implied_config,
+    is_restructured,
     open_parent,
-    restructured,
 )
 from quantize.verification.values import check_packing, check_values
 
@@ -154,7 +154,7 @@ class _Run:
             "untouched": lambda tick: check_untouched(
                 self._fitting(), self._parent(), self.recipe, tick
             ),
-            "recomputed": self._recomputed,
+            "recomputed": self._recompute,
             "outputs": self._outputs,
         }
 
@@ -173,13 +173,13 @@ class _Run:
             ) from None
         return f"{PROVENANCE} is as pq {self.provenance['pq']} wrote it, recipe {made_by['name']}"
 
-    def _recorded(self) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         if self.provenance is None:
             raise Skipped(f"{PROVENANCE} {'cannot be used' if self.by_pq else 'is absent'}")
         return self.provenance
 
     def _files(self, tick: Tick) -> str:
-        recorded = self._recorded()["files"]
+        recorded = self._record()["files"]
         problems, size = [], 0
         for done, (name, digest) in enumerate(sorted(recorded.items())):
             tick(done, len(recorded))
@@ -198,12 +198,12 @@ class _Run:
             f"{name} does not belong here" for name in sorted(there - {PROVENANCE, *recorded})
         ]
         if problems:
-            raise VerifyError(counted(problems))
+            raise VerifyError(summarize(problems))
         return f"{len(recorded)} files, {size / 1e6:.1f} MB, are those that were written"
 
     def _layout(self) -> str:
         self.layout = read_layout(self.folder, self.by_pq, self.device)
-        return described(self.layout)
+        return describe(self.layout)
 
     def _fitting(self) -> Layout:
         if self.layout is None:
@@ -217,10 +217,12 @@ class _Run:
         """The parent, whose tensors must fit the child's architecture, or one that
         the recipe makes that of."""
         assert self.parent is not None
-        parent, layout, skeleton = self.parent, self._fitting(), self._fitting().skeleton
+        parent = self.parent
+        layout = self._fitting()
+        skeleton = layout.skeleton
         shape = replace(parent.shape, tied=layout.shape.tied)  # a stage may untie the head
         arch = parent.arch
-        if restructured(self.recipe):
+        if is_restructured(self.recipe):
             arch = architecture_of(implied_config(parent, self.recipe))
             skeleton = Skeleton(parent.source.folder, parent.arch, skeleton.device, skeleton.dtype)
         if (arch, shape) != (layout.arch, layout.shape):
@@ -230,10 +232,10 @@ class _Run:
 
     def _source(self, tick: Tick) -> str:
         assert self.parent is not None
-        return check_source(self.parent, self._recorded()["source"], tick)
+        return check_source(self.parent, self._record()["source"], tick)
 
-    def _recomputed(self, tick: Tick) -> str:
-        layout, recorded = self._fitting(), self._recorded()
+    def _recompute(self, tick: Tick) -> str:
+        layout, recorded = self._fitting(), self._record()
         if self.recipe is None:
             raise Skipped(f"the recipe in {PROVENANCE} cannot be used")
         return check_recomputed(

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantize.errors import VerifyError
 from quantize.formats.fp8 import representable_scale, row_factor
 from quantize.recipe.recipe import Recipe
-from quantize.verification.checks import Skipped, counted
+from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import FLOATS, Layout
 
 Tick = Callable[[int, int], None]
@@ -37,7 +37,7 @@ def check_values(layout: Layout, recipe: Recipe | None, tick: Tick) -> str:
             )
             problems += [f"{name} {problem}"] if problem else []
     if problems:
-        raise VerifyError(counted(problems))
+        raise VerifyError(summarize(problems))
     scales = sum(name.endswith(".weight_scale") for name in names)
     return f"{len(names)} float tensors are finite" + (
         f", {scales} of them usable scales" if scales else ""
@@ -87,5 +87,5 @@ def check_packing(layout: Layout, tick: Tick) -> str:
             if not torch.equal(again[suffix].view(torch.uint8), tensor.view(torch.uint8))
         ]
     if problems:
-        raise VerifyError(counted(problems))
+        raise VerifyError(summarize(problems))
     return f"{len(layout.schemes)} packed tensors unpack and pack to the same bytes"

@@ -14,7 +14,7 @@ from conftest import CPU, ModelMaker
 from resumed import model_of, request
 
 from quantize.convert.loop import convert
-from quantize.cost.peak import measured, peak_resident
+from quantize.cost.peak import measure, peak_resident
 from quantize.cost.units import parse_bytes
 from quantize.errors import RoomError
 
@@ -64,7 +64,7 @@ def test_a_limit_that_was_broken_ends_the_run(
 
 def test_the_peak_outlives_measurements_of_parts():
     before = peak_resident()
-    with measured(CPU) as cost:
+    with measure(CPU) as cost:
         pass
     assert before is not None
     assert cost.peak_bytes is not None

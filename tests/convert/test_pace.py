@@ -31,25 +31,25 @@ def test_equal_blocks_take_their_mean(now: list[float]):
     told = of([5, 5, 5, 5])
     assert (told.left, told.per_block) == (0, 0)
     now[0] = 3
-    told.finished()
+    told.finish()
     assert told.left == 9
     now[0] = 8
-    told.finished()
+    told.finish()
     assert (told.left, told.per_block) == (8, 4)
 
 
 def test_kinds_of_blocks_are_told_apart(now: list[float]):
     told = of([10, 40, 40, 10])
     now[0] = 2
-    told.finished()
+    told.finish()
     assert told.left == 2 * 8 + 2  # experts were not seen yet: four times the weights
     now[0] = 22
-    told.finished()
+    told.finish()
     assert told.left == 20 + 2
 
 
 def test_a_run_taken_up_counts_its_own_blocks(now: list[float]):
     told = of([1, 7, 7], done=1)
     now[0] = 6
-    told.finished()
+    told.finish()
     assert (told.left, told.per_block, told.done) == (6, 6, 2)

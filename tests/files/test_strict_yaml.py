@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from quantize.errors import RecipeError, UsageError
 from quantize.files import strict_yaml
 from quantize.methods import STAGES
-from quantize.recipe.recipe import METHODS, Calibration, Recipe, parse_recipe, resolved_yaml
+from quantize.recipe.recipe import Calibration, Recipe, parse_recipe, resolved_yaml
+from quantize.recipe.stages import METHODS
 
 GOOD = "description: plain\nstages:\n  - method: rtn\n"
 CALIBRATION = "description: d\ncalibration:\n  {}\nstages:\n  - method: rtn\n"

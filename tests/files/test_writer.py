@@ -317,7 +317,7 @@ def test_shards_go_on_where_others_stopped(tmp_path: Path):
     first, kept = Shards(2), tmp_path / "kept"
     with CheckpointWriter(tmp_path / "out", first, kept) as writer:
         writer.add(ONE)
-        written = json.loads(json.dumps(writer.written))
+        written = json.loads(json.dumps(writer.progress))
     with CheckpointWriter(tmp_path / "out", Shards(2), kept, written) as writer:
         writer.add(TWO)
         writer.finish({})

@@ -25,13 +25,13 @@ from quantize.evaluate import evaluate
 from quantize.methods import STAGES
 from quantize.methods.rtn import Rtn
 from quantize.recipe.recipe import (
-    METHODS,
     Recipe,
     allow_methods,
     parse_recipe,
     recipe_schema,
     resolved_yaml,
 )
+from quantize.recipe.stages import METHODS
 
 Installer = Callable[..., None]
 RECIPE = "format: compressed-tensors, stages: [{method: autoround-like, bits: 3, steps: 40}]"

@@ -26,7 +26,7 @@ from quantize.evaluate.records import Records
 from quantize.formats.routing import TopK
 from quantize.model.load import load_model
 from quantize.model.skeleton import load_tokenizer
-from quantize.parallel.launch import joined
+from quantize.parallel.launch import join
 
 SEQLEN = 24
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path
     shapes: list[int] = []
 
     def work(rank: int) -> None:
-        with joined(REMEDY, lambda err: os._exit(97)) as ranks:
+        with join(REMEDY, lambda err: os._exit(97)) as ranks:
             torch.manual_seed(0)
             model, tokenizer = (
                 load_model(tiny("llama"), CPU, torch.float32),

@@ -21,7 +21,7 @@ from quantize.block.measure import moments_of, routed_sums, sums_of
 from quantize.block.moments import Moments
 from quantize.block.teacher import freeze_layer
 from quantize.methods.gptq import Gptq
-from quantize.parallel.launch import joined
+from quantize.parallel.launch import join
 from quantize.parallel.ranks import ALONE, Ranks
 
 Check = Callable[[Ranks], None]
@@ -37,7 +37,7 @@ def on_all(size: int, check: Check, folder: Path) -> None:
     """Run a check on all ranks of a launch."""
 
     def work(rank: int) -> None:
-        with joined(REMEDY, lambda err: os._exit(97)) as ranks, torch.no_grad():
+        with join(REMEDY, lambda err: os._exit(97)) as ranks, torch.no_grad():
             assert (ranks.rank, ranks.size) == (rank, size)
             check(ranks)
 
@@ -72,7 +72,7 @@ def test_owners_share_the_load(sizes: list[int], size: int):
 
 def test_one_alone_needs_no_launch():
     assert ALONE.first
-    assert ALONE.gathered(3) == [3]
+    assert ALONE.gather(3) == [3]
     assert ALONE.any(True)
     assert not ALONE.any(False)
     assert ALONE.numbers([lambda: 1.5, lambda: 2.5]) == [1.5, 2.5]
@@ -111,7 +111,7 @@ def test_what_is_sent_arrives(tmp_path: Path, size: int):
                 )
             told = {"a": [1, 0.1, None, "ü"], "b": float("inf")}
             assert ranks.tell(told if ranks.rank == source else "nothing", source) == told
-        assert ranks.gathered(ranks.rank) == list(range(size))
+        assert ranks.gather(ranks.rank) == list(range(size))
         assert ranks.numbers([lambda i=i: i / 7 for i in range(5)]) == [i / 7 for i in range(5)]  # type: ignore[misc]
         assert ranks.numbers([]) == []
         assert ranks.any(ranks.rank == size - 1)
@@ -132,7 +132,7 @@ def test_sums_are_those_of_one_process(tmp_path: Path):
     def total(ranks: Ranks, many: list[Tensor]) -> Tensor:
         out = None
         for batch, present in ranks.rounds(len(many)):
-            out = ranks.added(out, many[batch].clone(), present)
+            out = ranks.add(out, many[batch].clone(), present)
         assert out is not None
         return ranks.whole(out, many[0].shape)
 
@@ -230,9 +230,7 @@ def test_every_linear_is_encoded_once(tmp_path: Path, make_block: BlockMaker):
 
     def check(ranks: Ranks) -> None:
         block, done = encoded(ranks)
-        assert sorted(name for mine in ranks.gathered(done) for name in mine) == sorted(
-            wanted.packed
-        )
+        assert sorted(name for mine in ranks.gather(done) for name in mine) == sorted(wanted.packed)
         assert done
         assert block.report == wanted.report
         for table in ("report", "packed", "histograms"):

@@ -10,11 +10,14 @@ import pytest
 
 from quantize.errors import RecipeError
 from quantize.files import strict_yaml
+from quantize.files.problems import MAX_PROBLEMS
 from quantize.files.resources import data_dir
 from quantize.methods import STAGES
 from quantize.methods.base import Kind, Stage
 from quantize.recipe import recipe as recipes
-from quantize.recipe.recipe import METHODS, parse_recipe, recipe_schema, resolved_yaml
+from quantize.recipe import stages
+from quantize.recipe.recipe import parse_recipe, recipe_schema, resolved_yaml
+from quantize.recipe.stages import METHODS
 
 SHIPPED = sorted(data_dir("recipes").glob("*.yaml"))
 GOOD = "description: plain\nstages:\n  - method: rtn\n"
@@ -203,7 +206,7 @@ stages:
 
 def test_a_wholly_wrong_file_stays_readable():
     lines = errors("".join(f"a{i}: 1\n" for i in range(500)))
-    assert len(lines) == strict_yaml.MAX_PROBLEMS + 1
+    assert len(lines) == MAX_PROBLEMS + 1
     assert lines[-1] == "r.yaml: and 482 more problems; mend these first"
     (line,) = errors(CALIBRATION.format(f"seed: {'x' * 500}"))
     assert len(line) < 200
@@ -232,7 +235,7 @@ def test_the_law_is_the_regular_expression():
     for word in itertools.chain.from_iterable(
         itertools.product(letters, repeat=n) for n in range(1, 6)
     ):
-        found = list(recipes._order_problems([letters[letter] for letter in word]))
+        found = list(stages.order_problems([letters[letter] for letter in word]))
         lawful = re.fullmatch("r*s*e*", "".join(word)) and {"r", "e"} & set(word)
         assert bool(found) != bool(lawful), word
 
@@ -254,13 +257,13 @@ def test_a_stage_out_of_order_is_sent_to_its_place(methods: str, message: str):
     text = "description: d\nstages:\n" + "".join(
         f"  - method: {method}\n" for method in methods.split()
     )
-    assert errors(text) == [message.format(recipes.LAW)]
+    assert errors(text) == [message.format(stages.LAW)]
 
 
 def test_a_recipe_without_encode_is_refused():
     (line,) = errors("description: d\nstages: [{method: cas}, {method: awq}]")
     assert line.startswith(
-        f"r.yaml:2: stages: no encode stage; the order is {recipes.LAW}, add one of rtn"
+        f"r.yaml:2: stages: no encode stage; the order is {stages.LAW}, add one of rtn"
     )
 
 

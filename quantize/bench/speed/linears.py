@@ -22,7 +22,7 @@ from quantize.kernels.int4.reference import Weight
 
 Shape = tuple[int, int]
 GROUP_SIZE = 128
-_EPS = 1e-5
+_EPS = 1e-5  # of RMSNorm, as in Llama's config
 _ROUNDING_LIMIT = 4e-2  # a step of E4M3 is a fourteenth of the largest value
 
 Products = dict[str, Sequence[Callable[[], Tensor]]]

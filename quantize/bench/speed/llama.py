@@ -27,6 +27,7 @@ from quantize.kernels.fp8 import api as fp8
 from quantize.kernels.int4 import api as int4
 from quantize.kernels.int4.reference import Weight
 
+# of RMSNorm and RoPE, as in Llama-3-8B's config
 _EPS = 1e-5
 _THETA = 500000.0
 
@@ -41,7 +42,7 @@ class Sizes:
     heads: Heads = field(default_factory=Heads)
 
     @property
-    def projected(self) -> int:
+    def qkv_outputs(self) -> int:
         """Outputs of query, key and value projections together."""
         return (self.heads.query + 2 * self.heads.key) * self.heads.channels
 
@@ -49,7 +50,7 @@ class Sizes:
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """[N, K] of a block's linears: query, key and value; o; gate; up; down."""
         mixed, gate = self.heads.query * self.heads.channels, (self.intermediate, self.hidden)
-        return (self.projected, self.hidden), (self.hidden, mixed), gate, gate, gate[::-1]
+        return (self.qkv_outputs, self.hidden), (self.hidden, mixed), gate, gate, gate[::-1]
 
 
 LLAMA_3_8B = Sizes()
@@ -185,7 +186,7 @@ def time_model(
     for tokens in contexts:
         for B in batches:
             where, x = place(stand, B, tokens, sizes.heads), stand.random(B, sizes.hidden)
-            packed = [_packed(stand, sizes, of_block, norm, tokens, B) for of_block in folded]
+            packed = [_packed_block(stand, sizes, of_block, norm, tokens, B) for of_block in folded]
             found, expected = packed[0](x, where), packed[0].exact(x, where)
             require_close(
                 found - x,
@@ -227,7 +228,7 @@ def _norm_plain(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, _EPS)
 
 
-def _packed(
+def _packed_block(
     stand: Stand, sizes: Sizes, weights: Sequence[Weight], norm: Tensor, tokens: int, B: int
 ) -> PackedBlock:
     qkv, o, gate, up, down = weights

@@ -72,9 +72,10 @@ def row_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tinygemm(stand: Stand, weight: Weight) -> Prepared:
     N, G = weight.scale.shape
-    codes = _unsigned(weight)
+    codes = _unsigned_codes(weight)
     packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-    weights, group_size = clones(stand, packed), codes.shape[1] // G
+    weights = clones(stand, packed)
+    group_size = codes.shape[1] // G
     scales = torch.stack([weight.scale.T, torch.zeros(G, N, device=codes.device)], dim=2).to(
         stand.dtype
     )
@@ -85,7 +86,8 @@ def _gemlite(stand: Stand, weight: Weight, name: str) -> Prepared:
     made = getattr(importlib.import_module("gemlite.helper"), name)(
         device=str(stand.device), dtype=stand.dtype
     )
-    codes, scale = _unsigned(weight), weight.scale.reshape(-1, 1).to(stand.dtype)
+    codes = _unsigned_codes(weight)
+    scale = weight.scale.reshape(-1, 1).to(stand.dtype)
     zero = torch.full_like(scale, 8)
     layers = [
         made.from_weights(codes, scale, zero) for _ in range(stand.copies(weight.packed.nbytes))
@@ -93,6 +95,6 @@ def _gemlite(stand: Stand, weight: Weight, name: str) -> Prepared:
     return lambda x: [partial(layer, x) for layer in layers]
 
 
-def _unsigned(weight: Weight) -> Tensor:
+def _unsigned_codes(weight: Weight) -> Tensor:
     # Codes + 8, uint8 [N, K].
     return (unpack_codes(weight.packed, 4, weight.packed.shape[1] * 8) + 8).to(torch.uint8)

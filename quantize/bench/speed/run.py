@@ -23,11 +23,17 @@ SHAPES: tuple[Shape, ...] = (
 )
 """[N, K] of both models' linears: k and v; q and o; q, k and v together; gate and up; down."""
 BATCHES = (1, 4, 16, 2048)
+"""Rows of products: a token of one sequence, of a few, of many, and a prompt."""
 FFN_ROWS = 16 * 1024
+"""Rows of FFNs in one more batch: 16 prompts of 1024 tokens."""
 CONTEXTS = (1024, 8192, 32768)
+"""Cached tokens of a sequence: from where weights dominate a step to where the cache does."""
 MODEL_CONTEXTS = (1024, 8192)
+"""Cached tokens in steps of a whole block: 8192 is the context of Llama-3-8B."""
 SEQUENCES = (1, 16)
+"""Sequences decoded together."""
 PREFILLED = (1024, 4096, 8192)
+"""Tokens of a prompt."""
 
 
 def kernels(

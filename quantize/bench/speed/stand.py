@@ -31,8 +31,12 @@ _PEER_LIMIT = 0.1  # E4M3 weights and activations rounded per row are off by 0.0
 _CACHES = 1 << 27
 # calls of a round: operands so small that these stay in the cache are read from it in a model, too
 _MOST = 64
+# bytes copied for the ceiling of the memory, far more than a GPU's caches hold; elsewhere the
+# tables are for trying a run out, so that little is enough
 _COPIED = {"cuda": 1 << 30}
 _COPIED_ELSEWHERE = 1 << 24
+# rows and columns of the product for the ceiling of arithmetic: it must keep all of a GPU busy;
+# elsewhere it only has to be quick
 _SQUARE = {"cuda": 8192}
 _SQUARE_ELSEWHERE = 256
 
@@ -42,7 +46,9 @@ class Stand:
     copies of operands exceed."""
 
     def __init__(self, device: torch.device, rounds: int = 20, cache_bytes: int = _CACHES) -> None:
-        self.device, self.rounds, self._cache_bytes = device, rounds, cache_bytes
+        self.device = device
+        self.rounds = rounds
+        self._cache_bytes = cache_bytes
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.plain = "bf16" if device.type == "cuda" else "float32"
         """What torch's own products are called."""

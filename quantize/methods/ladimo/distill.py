@@ -84,7 +84,7 @@ def distill(
         losses.append(_set_gradients(student, x[rows], y[rows], size, ranks))
         optimizer.step()
         schedule.step()
-    shares = zip(*ranks.gathered(losses), strict=True)
+    shares = zip(*ranks.gather(losses), strict=True)
     return [sum(chain.from_iterable(zip_longest(*step, fillvalue=0.0))) for step in shares]
 
 
@@ -109,7 +109,7 @@ def _set_gradients(
             gradients = torch.autograd.grad(loss, weights)
             student.requires_grad_(False)
         totals = [
-            ranks.added(total, one, present) for total, one in zip(totals, gradients, strict=True)
+            ranks.add(total, one, present) for total, one in zip(totals, gradients, strict=True)
         ]
         losses += [float(loss.detach())] if ranks.rank < present else []
     for weight, total in zip(weights, totals, strict=True):

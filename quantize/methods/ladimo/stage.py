@@ -16,7 +16,7 @@ from typing_extensions import Self
 from quantize.block.capture import inputs_of
 from quantize.block.teacher import keep_parent, parent_outputs
 from quantize.cost.footprint import FLOAT, BlockSizes
-from quantize.cost.peak import measured
+from quantize.cost.peak import measure
 from quantize.errors import ModelError
 from quantize.files.memo import digest
 from quantize.methods.base import Kind, Stage
@@ -220,7 +220,7 @@ class Ladimo(Stage):
         mean = self._means[block.index]
         if mean is None:
             return
-        with measured(block.device) as cost:
+        with measure(block.device) as cost:
             moe, facts = self._experts(block, mean)
         block.replace_ffn(moe, container(moe))
         block.note(FFN, **facts)

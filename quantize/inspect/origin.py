@@ -25,7 +25,7 @@ class Worst:
 
 
 @dataclass(frozen=True)
-class Made:
+class Origin:
     """What pq.json says about the conversion."""
 
     pq: str
@@ -40,7 +40,7 @@ class Made:
     worst: tuple[Worst, ...]
 
 
-def read_made(folder: Path) -> tuple[Made | None, str | None]:
+def read_origin(folder: Path) -> tuple[Origin | None, str | None]:
     """What pq.json of a checkpoint says, and why it cannot be used; None and
     None where there is none."""
     try:
@@ -49,7 +49,7 @@ def read_made(folder: Path) -> tuple[Made | None, str | None]:
         return None, str(err)
     if data is None:
         return None, None
-    made = Made(
+    origin = Origin(
         pq=data["pq"],
         recipe=data["recipe"]["name"],
         recipe_resolved=data["recipe"]["resolved"],
@@ -61,7 +61,7 @@ def read_made(folder: Path) -> tuple[Made | None, str | None]:
         fallbacks=tuple(name for name, facts in data["layers"].items() if facts.get("fallback")),
         worst=_worst(data["layers"]),
     )
-    return made, None
+    return origin, None
 
 
 def _worst(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Worst, ...]:
