@@ -26,6 +26,7 @@ from natives import (
     tokens,
 )
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModel
 
 from quantize.errors import ModelError
@@ -35,6 +36,7 @@ from quantize.formats.native import native_config
 from quantize.formats.packed_int import IntScheme
 from quantize.model.attention import KvAttention
 from quantize.model.load import load_model
+from quantize.model.moe import MoeFfn
 from quantize.serving.native_linear import NativeLinear
 
 CPU = torch.device("cpu")
@@ -149,15 +151,25 @@ def test_attention_is_attached_with_its_scale(converted: Maker, tmp_path: Path, 
     assert torch.isfinite(logits(model)).all()
 
 
+def is_stacked(module: nn.Module) -> bool:
+    return isinstance(module, MoeFfn) and module.is_stacked
+
+
 @pytest.mark.parametrize("recipe", ["fireq-paper", "fireq-kv"])
 def test_what_a_conversion_writes_loads(converted: Maker, recipe: str, model_type: str):
     folder = converted(recipe, model_type)
+    exact = logits(loaded(folder, torch.float32))
     for dtype in (torch.float32, torch.bfloat16):
         model, ours = loaded(folder, dtype), load_model(folder, CPU, dtype)
         assert sum(isinstance(m, NativeLinear) for m in model.modules()) == (
             linears_of(folder) if recipe == "fireq-paper" else 0
         )
-        assert difference(logits(model), logits(ours)) < 1e-5
+        found, expected = logits(model), logits(ours)
+        if dtype == torch.bfloat16 and any(is_stacked(m) for m in model.modules()):
+            # Stacked experts are summed in float32: that may only come nearer to the exact logits.
+            assert difference(found, exact) < 1.2 * difference(expected, exact)
+        else:
+            assert difference(found, expected) < 1e-5
         scales = [
             [m.scale for m in each.modules() if isinstance(m, KvAttention)]
             for each in (model, ours)

@@ -411,5 +411,5 @@ def test_loading_refuses_what_does_not_fit(
 @pytest.mark.parametrize("load", [loaded, lambda f: load_model(f, CPU, torch.float32)])
 def test_an_index_outside_the_cache_is_refused(ragged: Path, load: Callable[[Path], Any]):
     damaged(ragged, f"{DOWN0}.weight_index", with_entry(200))
-    with pytest.raises(ModelError, match=rf"{DOWN0}[^\n]+(outside a|of a) cache"):
+    with pytest.raises(ModelError, match=rf"{DOWN0}[^\n]+(outside a|of a) codebook"):
         load(ragged)
