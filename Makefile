@@ -17,7 +17,7 @@ else
 LOCKED += .ci/locks/cuda.txt
 endif
 
-.PHONY: demo test test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
+.PHONY: demo test test-all test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
 	gpu-session docs clean help
 
 help: ## Show the targets
@@ -59,8 +59,11 @@ demo: setup ## Convert the embedded reference model with fireq.yaml and measure 
 	$(BIN)/pq verify $(OUT) --parent eval/reference-model
 	$(BIN)/pq report $(OUT)
 
-test: setup ## Run the tests (about as long as a coffee)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
+test: setup ## Run the tests, but for sweeps (about as long as a coffee)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow"
+
+test-all: setup ## Run the tests and the sweeps that `make test` runs a part of
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu"
 
 LOWEST ?= .venv-lowest
 test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
@@ -70,7 +73,7 @@ test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml 
 		--extra test pyproject.toml --output-file $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
-	$(LOWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
+	$(LOWEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow and not shared"
 
 # As `make setup`, but with the newest releases, also of an environment that is there already; and no bytecode of
 # packages of which the smoke imports a part. Where torch is pinned it stays, or its CPU build would give way.
@@ -83,7 +86,7 @@ newest:
 		$(if $(TORCH),"$(TORCH)") --editable ".[test]"
 
 test-newest: newest ## Run the fast tests with the newest versions that pyproject.toml allows, in an environment of their own
-	$(NEWEST)/bin/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not shared"
+	$(NEWEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow and not shared"
 
 smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than .ci/locks/
 	$(NEWEST)/bin/python eval/smoke_newest.py --locked $(BIN)/python

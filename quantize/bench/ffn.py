@@ -211,7 +211,8 @@ def require_right(mixture: MoeFfn, x: Tensor) -> None:
         way = "stacked" if mixture.is_stacked else "looped"
         raise QualityError(
             f"{way} experts, {len(x)} rows: off by {difference:.1e} of the largest output (limit "
-            f"{_LIMITS[x.dtype]:.0e}), so they are not timed; run tests/test_experts_kernels.py"
+            f"{_LIMITS[x.dtype]:.0e}), so they are not timed; run "
+            "tests/kernels/test_experts_kernels.py"
         )
 
 

@@ -201,7 +201,7 @@ def require_correct(layer: BitVecLinear, x: Tensor) -> None:
         raise QualityError(
             f"bitvec product {shape}, {len(x)} rows: off by {float(difference):.1e} of the "
             f"largest output (limit {_LIMITS[x.dtype]:.0e}), so it is not timed; run "
-            "tests/test_bitvec_kernels.py"
+            "tests/kernels/test_bitvec_kernels.py"
         )
 
 

@@ -1,6 +1,6 @@
 """How much memory the steps of a conversion take, from sizes alone.
 
-Formulas count the tensors that are alive at once; tests/test_footprint.py holds
+Formulas count the tensors that are alive at once; tests/cost/test_footprint.py holds
 them against what is allocated.
 """
 
