@@ -106,8 +106,10 @@ def convert(
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
     ] = False,
 ) -> None:
-    """Quantize a model; the output appears whole or not at all. Beside it:
-    OUTPUT.log and OUTPUT.report.html."""
+    """Quantize a model; the output appears whole or not at all.
+
+    OUTPUT.log and OUTPUT.report.html stand beside it.
+    """
     from quantize.convert.estimate import within
     from quantize.convert.loop import Request
     from quantize.cost.peak import keep_little
