@@ -71,7 +71,6 @@ def test_the_peak_outlives_measurements_of_parts():
     assert cost.peak_bytes <= before <= (peak_resident() or 0)
 
 
-@pytest.mark.slow
 def test_the_peak_stays_below_the_limit(tiny: ModelMaker, tmp_path: Path):
     model = tiny("llama", num_hidden_layers=1, head_dim=128, **SIZES)
     text = tmp_path / "text.txt"

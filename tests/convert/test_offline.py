@@ -59,7 +59,6 @@ def run(commands: list[list[str]], folder: Path) -> tuple[list[int], list[list[s
     return codes, met
 
 
-@pytest.mark.slow
 def test_local_models_never_touch_the_network(tiny: ModelMaker, tmp_path: Path):
     model = str(shutil.copytree(tiny("llama"), tmp_path / "model"))
     greedy = str(_sends_for_code(shutil.copytree(tiny("llama"), tmp_path / "greedy")))

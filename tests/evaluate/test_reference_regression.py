@@ -25,7 +25,6 @@ CPU = torch.device("cpu")
 CEILING = 0.034
 CEILING_W4A16 = 0.022
 
-pytestmark = pytest.mark.slow
 Measure = Callable[..., Evaluation]
 
 

@@ -218,7 +218,6 @@ rtn: {arc/acc: {recovery: 0.91}}"""
     assert result.tasks["fireq"]["arc"]["acc"]["baseline"] == 0.5
 
 
-@pytest.mark.slow
 def test_a_broken_recipe_fails_the_shipped_gate(tmp_path: Path):
     text = BASELINES.read_text(encoding="utf-8").replace(
         "  fireq-linear:\n", "  fireq-linear:\n    set: [bits=2, activations=none]\n"

@@ -37,12 +37,10 @@ def test_dense_models(
     tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str, batch_tokens: int
 ):
     body = MORE.get(recipe, recipe)
-    same(
-        request(
-            body, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=batch_tokens
-        ),
-        tmp_path,
-    )
+    model = model_of(tiny, recipe)
+    asked = request(body, model, text_file, tmp_path / "out", batch_tokens=batch_tokens)
+    # Three ranks where the sweep below, which is slow, would come too late to tell.
+    same(asked, tmp_path, (2, 3) if recipe in ("rtn", "gptq", "fireq") else (2,))
 
 
 @pytest.mark.parametrize("recipe", ["experts-gptq", "experts-fireq"])

@@ -65,7 +65,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     if INTERPRETED or torch.cuda.is_available():
         from quantize.kernels.experts import launch as experts_launch
 
-        monkeypatch.setattr(experts_launch, "launch", counting("kernel", experts_launch.launch))
+        kernel = counting("kernel", experts_launch.routed_experts)
+        monkeypatch.setattr(experts_launch, "routed_experts", kernel)
     return counts
 
 
