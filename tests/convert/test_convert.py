@@ -291,7 +291,10 @@ def test_two_encode_stages_share_the_layers(tiny: Maker, text_file: Path, tmp_pa
     assert difference(our_logits(out), stock_logits(out)) < 1e-5
 
 
-@pytest.mark.parametrize("recipe", ["awq", "gptq", "fireq", "fireq-paper", "sbvr"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["awq", "gptq", "fireq", "fireq-paper", pytest.param("sbvr", marks=pytest.mark.slow)],
+)
 def test_computing_in_bfloat16_loses_little(
     recipe: str, tiny: Maker, converted: Maker, text_file: Path, tmp_path: Path
 ):

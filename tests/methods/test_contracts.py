@@ -42,8 +42,10 @@ def apply(make_block: BlockMaker, cls: type[Stage], model_type: str, **fields: A
 
 @functools.cache
 def encoded(make_block: BlockMaker, cls: type[Stage], model_type: str) -> Block:
-    """A block that a stage with its defaults encoded, made once: read it, never change it."""
-    return apply(make_block, cls, model_type)
+    """A block that a stage encoded, made once: read it, never change it. With the stage's defaults
+    on one architecture, with what makes it quicker on the others."""
+    fields = {} if model_type == "llama" else QUICK.get(named(cls), {})
+    return apply(make_block, cls, model_type, **fields)
 
 
 def outputs(block: Block, inputs: list[Tensor]) -> Tensor:
@@ -151,8 +153,8 @@ def test_error_falls_as_bits_rise(make_block: BlockMaker, cls: type[Stage], mode
 
 @pytest.mark.parametrize("cls", [cls for cls in STAGES if not cls().needs_plan], ids=named)
 def test_a_stage_repeats_bit_for_bit(make_block: BlockMaker, cls: type[Stage]):
-    one = encoded(make_block, cls, "qwen3")
-    two = apply(make_block, cls, "qwen3")
+    one = encoded(make_block, cls, "llama")
+    two = apply(make_block, cls, "llama")
     for (name, a), (_, b) in zip(
         one.module.named_parameters(), two.module.named_parameters(), strict=True
     ):
