@@ -20,6 +20,9 @@ from quantize.files.resources import data_dir
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 
+# `make gate`, which continuous integration runs beside the tests, holds every recipe to its figures.
+pytestmark = pytest.mark.slow
+
 MODEL = data_dir("eval") / "reference-model"
 CPU = torch.device("cpu")
 CEILING = 0.034

@@ -44,7 +44,9 @@ def test_a_layer_that_was_taught_is_taken_up(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "once")
 
 
-@pytest.mark.parametrize("recipe", ["ladimo-gptq", "ladimo-searched"])
+@pytest.mark.parametrize(
+    "recipe", ["ladimo-gptq", pytest.param("ladimo-searched", marks=pytest.mark.slow)]
+)
 def test_ladimo(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
     same(
         request(recipe, model_of(tiny, recipe), text_file, tmp_path / "out", batch_tokens=64),
