@@ -20,7 +20,6 @@ from quantize.report.model import clean
 INK = "#000001"
 RULE = "#000002"
 MUTED = "#000003"
-ACCENT = "#000100"
 SERIES = tuple(f"#0001{i:02x}" for i in range(6))
 _DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
 _MARKERS = "osD^vP"
