@@ -156,7 +156,9 @@ def test_a_model_whose_parts_do_not_fit_is_not_timed(here: Stand, monkeypatch: p
     append = attention_kernels.append_records
 
     def elsewhere(key: Tensor, value: Tensor, *facts: Any) -> None:
-        append(key.flip(-1), value, *facts)
+        # One token of ten: a key elsewhere alone may go unseen, a value of the wrong sign and size
+        # does not.
+        append(key.flip(-1), -4 * value.flip(-1), *facts)
 
     monkeypatch.setattr(attention_kernels, "append_records", elsewhere)
     with pytest.raises(QualityError, match="block with INT4 weights, batch 2, 9 tokens"):
