@@ -214,6 +214,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _llama_like("qwen2"),  # q/k/v biases; a bias is scaled like its row
         _llama_like("qwen3", qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
         _llama_like("helium", rope="interleaved"),
+        _llama_like("ministral"),
+        _llama_like("ministral3"),  # queries are scaled by position behind RoPE
+        _llama_like("seed_oss"),
+        _llama_like("smollm3"),  # some layers do not rotate, so pairs are free there
+        _llama_like("ernie4_5", rope="interleaved"),
         _llama_like("qwen2_moe", experts=Experts()),
     )
 }

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ModelMaker
+from conftest import COMMON, ModelMaker
 from hostile import Call, edit_config
-
-from quantize.model.arch import ARCHITECTURES
 
 SCRIPT = """
 import json, sys
@@ -154,7 +152,7 @@ TOKENIZER_MAP = {"AutoTokenizer": ["modeling_x.Tokenizer", "modeling_x.Tokenizer
 PLACES = ["config", "tokenizer", "tokenizer and its class"]
 PLACED = [
     *(("llama", [place]) for place in PLACES),
-    *((each, PLACES[:2]) for each in ARCHITECTURES),
+    *((each, PLACES[:2]) for each in COMMON),
 ]
 
 
