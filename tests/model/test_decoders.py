@@ -45,6 +45,15 @@ def stock_logits(folder: Path) -> Tensor:
     return logits
 
 
+def streamed_logits(folder: Path, cache: str) -> Tensor:
+    """Logits of pq's walk through the blocks. cache: how it must keep keys and values."""
+    model = open_model(folder, CPU, torch.float32, "kernel")
+    assert model.kv_cache.startswith(cache), model.kv_cache
+    windows, length = tokens().shape
+    spans = [(window, 0, length) for window in range(windows)]
+    return torch.stack(list(model.read(tokens(), lambda: None)(spans)))
+
+
 def divergence(parent: Tensor, child: Tensor) -> float:
     p, q = parent.log_softmax(-1), child.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
@@ -52,9 +61,7 @@ def divergence(parent: Tensor, child: Tensor) -> float:
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_streamed_logits_are_those_of_stock_transformers(tiny: Maker, model_type: str):
-    model = open_model(tiny(model_type), CPU, torch.float32, "kernel")
-    found = model.read(tokens(), lambda: None)([(window, 0, 40) for window in range(3)])
-    expected = stock_logits(tiny(model_type))
+    found, expected = streamed_logits(tiny(model_type), "16-bit"), stock_logits(tiny(model_type))
     assert float(expected.std()) > 0.1
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=2e-5 * float(theirs.abs().max()))
@@ -93,9 +100,7 @@ def test_stock_transformers_loads_what_is_converted(
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_an_int4_cache_is_close_to_the_parent(tiny: Maker, converted: Maker, model_type: str):
-    model = open_model(converted("fireq", model_type), CPU, torch.float32, "kernel")
-    assert model.kv_cache != "16-bit"
-    logits = torch.stack(list(model.read(tokens(), lambda: None)([(w, 0, 40) for w in range(3)])))
-    off = divergence(stock_logits(tiny(model_type)), logits)
-    alike = divergence(stock_logits(tiny(model_type)), stock_logits(tiny(model_type)).roll(1, 0))
+    parent = stock_logits(tiny(model_type))
+    off = divergence(parent, streamed_logits(converted("fireq", model_type), "int4"))
+    alike = divergence(parent, parent.roll(1, 0))
     assert off < 0.2 * alike, (off, alike)
