@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ class Command:
     ) -> list[int]:
         self.last = self.start(size, *more, before=before, output=output)
         return self.last.wait()
+
+    def has_begun(self, number: int) -> bool:
+        """Whether this first rank holds the work folder, which it takes once it has met the others, or has ended."""
+        if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        lock = self.work / "lock"
+        with suppress(FileNotFoundError):  # it is gone when the conversion is done
+            return lock.read_text() == str(number)
+        return False
 
 
 @pytest.fixture
@@ -280,7 +290,10 @@ def test_kills_at_random_moments(command: Command, expected: dict[str, bytes], s
     usual = time.monotonic() - started
     for _ in range(3):
         running = command.start(2)
-        time.sleep(chance.uniform(0.3, 1.2) * usual)
+        # A rank that never met the first is right to wait for it: half an hour, and so would the test.
+        while not command.has_begun(running.ids[0]):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 1) * usual)
         lost = chance.randrange(2)
         os.kill(running.ids[lost], signal.SIGKILL)
         codes = running.wait()
