@@ -26,7 +26,7 @@ from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.rotate import Rotate
-from quantize.model.arch import architecture_of
+from quantize.model.skeleton import Skeleton
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Recipe, load_recipe
 
@@ -130,7 +130,7 @@ def write_replaced(model: Path, folder: Path, round_trip: Callable[[Tensor], Ten
     """Write a plain checkpoint whose linears inside the blocks hold their weights
     after `round_trip`, in float32."""
     source = Checkpoint(model)
-    arch = architecture_of(source.config)
+    arch = Skeleton(model, torch.device("cpu"), torch.float32).arch
     inside = tuple(f".{name}.weight" for name in arch.roles)
     folder.mkdir()
     tensors = {name: source.tensor(name) for name in source.names()}

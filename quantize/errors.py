@@ -26,6 +26,10 @@ class ModelError(PqError):
     exit_code = 4
 
 
+class UnderivedError(ModelError):
+    """What stands where in the decoder could not be derived from the model; the line says why."""
+
+
 class DataError(PqError):
     """Calibration or evaluation text is missing, unreadable or too short."""
 

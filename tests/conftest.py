@@ -17,6 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from rows import ARCHITECTURES, architecture_of, block_architecture
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -26,14 +27,9 @@ from quantize.block.block import Block
 from quantize.block.walk import Pass
 from quantize.convert.loop import Request, convert
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from quantize.model.arch import (
-    ARCHITECTURES,
-    Architecture,
-    Shape,
-    architecture_of,
-    block_architecture,
-)
+from quantize.model.arch import Architecture, Shape
 from quantize.model.moe import place_experts
+from quantize.model.prove import prove
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
@@ -171,7 +167,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     place_experts(
-        model, architecture_of(config), config
+        model, "model.layers", config
     )  # checkpoints hold every expert's tensors apart
     generator = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
@@ -329,24 +325,24 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
     ) -> Block:
         folder = tiny(model_type)
         source = Checkpoint(folder)
-        arch, shape = architecture_of(source.config), Shape.of(source.config)
-        skeleton = Skeleton(folder, arch, CPU, torch.float32)
-        weights = source.tensors(f"{arch.blocks}.{index}.")
+        shape = Shape.of(source.config)
+        skeleton = Skeleton(folder, CPU, torch.float32)
+        weights = source.tensors(f"{skeleton.outer.blocks}.{index}.")
+        module = skeleton.layer(index, weights)
         generator = torch.Generator().manual_seed(seed)
         block_arch = skeleton.block_arch(index)
-        batches = batches or (3 if block_arch is arch else 14)
+        batches = batches or (14 if block_arch.experts else 3)
         inputs = [torch.randn(2, 24, shape.hidden, generator=generator) for _ in range(batches)]
         return Block(
             index=index,
-            arch=block_arch,
+            arch=prove(block_arch, module, Pass(skeleton, index), shape.hidden).arch,
             shape=shape,
-            module=skeleton.layer(index, weights),
+            module=module,
             storage={name: tensor.dtype for name, tensor in weights.items()},
             forward=Pass(skeleton, index),
             inputs=inputs,
             parent_inputs=[x.clone() for x in inputs] if with_parent else None,
             device=CPU,
-            rotary_dim=shape.head_dim,
             keeps_post_scales=True,
         )
 

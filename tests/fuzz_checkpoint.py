@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from conftest import CPU, SENTENCES, config_of, random_weights, save_model, save_side_files
+from rows import architecture_of
 from safetensors.torch import save
 
 from quantize.convert.loop import Request, convert
@@ -32,7 +33,7 @@ from quantize.files.checkpoint import INDEX_NAME, Checkpoint, require_finite_flo
 from quantize.files.headers import tensor_headers
 from quantize.files.provenance import read_provenance, require_unchanged
 from quantize.inspect.inspection import inspect
-from quantize.model.arch import Shape, architecture_of
+from quantize.model.arch import Shape
 from quantize.model.load import (
     attention_numerics,
     packed_schemes,

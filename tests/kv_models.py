@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker
+from rows import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache
 
 from quantize.formats.kv4 import KvScheme
-from quantize.model.arch import ARCHITECTURES
 from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
 from quantize.model.transformers_api import DecoderArguments, returned_cache
 from quantize.serving.kv_cache import use_int4_cache

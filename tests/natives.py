@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import architecture_of, block_architecture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from quantize.files.checkpoint import INDEX_NAME
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.packed_int import IntScheme
-from quantize.model.arch import Shape, architecture_of, block_architecture
+from quantize.model.arch import Shape
 
 Maker = Callable[..., Path]
 ATTENTION = {"kv_cache": KvScheme().as_json(), "query": "fp8", "probabilities": "fp8"}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import architecture_of
 from safetensors.torch import save_file
 
 from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.packed_int import IntScheme
-from quantize.model.arch import architecture_of
 from quantize.recipe.recipe import load_recipe, resolved_yaml
 from quantize.report import Report, as_json
 

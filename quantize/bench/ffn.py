@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantize.cost.stopwatch import Compared, device_name, take_turns, versions, watch
 from quantize.errors import ModelError, QualityError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import ExpertSizes, Shape, architecture_of
+from quantize.model.arch import CONTAINER, Experts, ExpertSizes, Shape
 from quantize.model.moe import Expert, MoeFfn, Threshold, TopK
 from quantize.model.skeleton import Skeleton
 
@@ -122,17 +122,16 @@ def bench_model(
     ModelError for a model without experts.
     """
     source = Checkpoint(folder)
-    arch = architecture_of(source.config)
-    if arch.experts is None:
-        raise ModelError(f"{folder}: a {arch.model_type} model has no experts; convert it first")
+    kind = source.config.get("model_type")
+    if kind != CONTAINER:
+        raise ModelError(f"{folder}: a {kind} model has no experts of LaDiMo's; convert it first")
     sizes, shape = ExpertSizes.of(source.config), Shape.of(source.config)
     index = min(set(range(shape.n_blocks)) - sizes.dense_blocks, default=None)
     if index is None:
         raise ModelError(f"{folder}: config.json says that every block is dense")
-    block = Skeleton(folder, arch, device, dtype).layer(
-        index, source.tensors(f"{arch.blocks}.{index}.")
-    )
-    mixture = block.get_submodule(arch.experts.ffn)
+    skeleton = Skeleton(folder, device, dtype)
+    block = skeleton.layer(index, source.tensors(f"{skeleton.outer.blocks}.{index}."))
+    mixture = block.get_submodule(Experts().ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)
     intermediate = form.shared + form.n * form.size
     makers = {form: lambda: _stack(copy.deepcopy(mixture))}

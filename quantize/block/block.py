@@ -23,6 +23,7 @@ from quantize.files.memo import Memo
 from quantize.files.offload import Parking
 from quantize.formats.scheme import Packed
 from quantize.model.arch import Architecture, Edge, Shape
+from quantize.model.fold import head_columns
 from quantize.model.hadamard import (
     apply_hadamard,
     keep_rotation,
@@ -58,8 +59,6 @@ class Block:
     inputs: MutableSequence[Tensor]
     parent_inputs: MutableSequence[Tensor] | None
     device: torch.device
-    rotary_dim: int
-    """Leading channels of a head that RoPE rotates."""
     keeps_post_scales: bool = False
     """Whether the checkpoint's format can hold post-RoPE scales."""
     packed: dict[str, Packed] = field(default_factory=dict)
@@ -78,6 +77,8 @@ class Block:
     memo: Memo = field(default_factory=lambda: Memo(None))
     ranks: Ranks = ALONE
     """The processes that convert the block together."""
+    unproved: dict[str, str] = field(default_factory=dict)
+    """What was taken to move without changing the block's function, and does not → why."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """What single parts took, for those who wait; no part of the reproducible output."""
     waiting: dict[str, Moments] = field(default_factory=dict)
@@ -159,6 +160,10 @@ class Block:
             if not any(self.rotates_inputs(sink) for sink in edge.sinks)
         )
 
+    def find_edge(self, name: str) -> Edge | None:
+        """The edge of that name, where a diagonal may still move over it."""
+        return next((edge for edge in self.edges if edge.name == name), None)
+
     def rotates_inputs(self, name: str) -> bool:
         """Whether the linear rotates its inputs at run time."""
         return rotates_inputs(self.module.get_submodule(name))
@@ -224,5 +229,5 @@ class Block:
         heads over their query group)."""
         if not edge.kv_group:
             return scale
-        heads = scale.view(self.shape.n_kv_heads, self.shape.head_dim)
-        return heads.repeat_interleave(self.shape.n_heads // self.shape.n_kv_heads, dim=0).flatten()
+        assert self.arch.heads is not None
+        return head_columns(scale, self.arch.heads)

@@ -27,16 +27,22 @@ def fold_edge(
     """
     source = module.get_submodule(edge.source)
     weight = source.get_parameter("weight")
+    first, end = edge.rows or (0, len(weight))
     if edge.source_kind == "norm":
-        before = weight.detach().float().clone()  # .float() alone may be the same tensor
-        after = (before / scale).to(stored)
+        before = weight.detach().float() + edge.offset
+        after = (before / scale - edge.offset).to(stored)
         weight.data = after.to(weight.dtype)
-        scale = torch.where(after == 0, scale, before / after.float())
+        kept = after.float() + edge.offset
+        scale = torch.where(kept == 0, scale, before / kept)
     else:
-        weight.data = (weight / scale[:, None]).to(weight.dtype)
-        bias = dict(source.named_parameters()).get("bias")
-        if bias is not None:
-            bias.data = (bias / scale).to(bias.dtype)
+        changed = weight.detach().clone()
+        changed[first:end] = (changed[first:end] / scale[:, None]).to(weight.dtype)
+        weight.data = changed
+    bias = dict(source.named_parameters()).get("bias")
+    if bias is not None:
+        moved = bias.detach().clone()
+        moved[first:end] = (moved[first:end] / scale).to(bias.dtype)
+        bias.data = moved
     columns = sink_columns(edge, scale)
     for sink in edge.sinks:
         linear = module.get_submodule(sink).get_parameter("weight")

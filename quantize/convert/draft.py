@@ -12,8 +12,8 @@ from quantize.convert.request import Request
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
-from quantize.model.arch import Architecture, Shape, architecture_of
-from quantize.model.load import require_tied
+from quantize.model.arch import Architecture, Shape
+from quantize.model.load import require_layers, require_tied
 from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
@@ -30,15 +30,10 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
             f"{source.folder}: is quantized already (config.json has quantization_config); give "
             "its parent"
         )
-    arch = architecture_of(source.config)
     shape = Shape.of(source.config)
-    last = f"{arch.blocks}.{shape.n_blocks - 1}."
-    if not source.names(last):  # before a skeleton of an absurd number of layers is built
-        raise ModelError(
-            f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
-            f"{last}*"
-        )
-    skeleton = Skeleton(request.model, arch, request.device, request.dtype)
+    require_layers(source, shape)
+    skeleton = Skeleton(request.model, request.device, request.dtype)
+    arch = skeleton.arch
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
     tokens = None
@@ -54,16 +49,6 @@ def _check(
     skeleton.check(source.shapes, shape.tied)
     require_tied(source, arch, shape)
     source.side_files()
-    unknown = [
-        n
-        for i in range(shape.n_blocks)
-        for n in skeleton.linear_shapes(i)
-        if n not in skeleton.block_arch(i).roles
-    ]
-    if unknown:
-        raise ModelError(
-            f"{arch.model_type}: linear {unknown[0]} has no role; add it in quantize/model/arch.py"
-        )
     if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):
         raise ModelError(
             f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"

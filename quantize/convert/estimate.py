@@ -160,7 +160,7 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
     streams = (2 if reference else 1) if inputs else 0
     states = _states(plan, request, tokens)
     block = max(kinds, key=lambda sizes: _working(plan, sizes))
-    outside = [_bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)]
+    outside = [_bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after)]
     output = _output(plan)
     packed = _block_bytes(plan, block)
     parts = {
@@ -257,7 +257,7 @@ def _output(plan: Plan) -> int:
         for name, shape in plan.skeleton.linear_shapes(index).items()
     )
     return int(blocks) + sum(
-        _bytes(plan, module) for module in (plan.arch.embedding, plan.arch.head)
+        _bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after)
     )
 
 

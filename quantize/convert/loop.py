@@ -132,7 +132,7 @@ def _write_blocks(
     """Convert and write all blocks that are not done."""
     plan = run.plan
     if not pace.done and plan.request.ranks.first:
-        writer.add(run.tensors_outside(plan.arch.embedding))
+        writer.add(run.tensors_outside(*plan.arch.before))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
@@ -152,7 +152,7 @@ def _finish(
 ) -> None:
     """Write what stands behind the blocks and let the output appear."""
     plan, state = run.plan, run.state
-    writer.add(run.tensors_outside(plan.arch.final_norm, plan.arch.head))
+    writer.add(run.tensors_outside(*plan.arch.after))
     for path in plan.format.side_files(plan.source.side_files()):
         writer.copy(path)
     config = output_config(plan, state)

@@ -32,9 +32,12 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
 
 def lost_in(plan: Plan, state: State) -> list[str]:
     """What the recipe asks for and its format cannot hold."""
-    experts = []
-    if plan.arch.experts:
-        inside = f".{plan.arch.experts.routed}."
-        experts = [name for name in plan.skeleton.linears() if inside in name]
+    archs = enumerate(map(plan.skeleton.block_arch, range(plan.shape.n_blocks)))
+    experts = [
+        f"{arch.blocks}.{index}.{name}"
+        for index, arch in archs
+        for name in arch.roles
+        if arch.is_routed(name)
+    ]
     schemes = {state.schemes.get(name) for name in experts}
     return plan.format.losses(plan.attention is not None, schemes)

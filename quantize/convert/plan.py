@@ -15,7 +15,6 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.fireq.attention import FireqAttention
 from quantize.model.arch import Architecture, Shape
-from quantize.model.rope import rotary_dim
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe
 
@@ -57,11 +56,6 @@ class Plan:
     def basis(self) -> Basis:
         """The basis that the recipe leaves the residual stream in."""
         return Basis(self.recipe.stages)
-
-    @cached_property
-    def rotary_dim(self) -> int:
-        """Leading channels of a head that RoPE rotates."""
-        return rotary_dim(self.source.config, self.shape.head_dim)
 
     @property
     def needs_decisions(self) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, MutableSequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.block.block import Block
@@ -21,6 +20,7 @@ from quantize.files.checkpoint import require_finite_floats
 from quantize.files.disk import report_errors
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, place_states
+from quantize.model.prove import prove
 
 
 def open_block(
@@ -50,19 +50,21 @@ def open_block(
     block = Block(
         index=index,
         arch=plan.skeleton.block_arch(index),
-        shape=plan.shape,
+        shape=plan.skeleton.block_shape(index, plan.shape),
         module=plan.skeleton.layer(index, weights, placed=True),
         storage=storage,
         forward=Pass(plan.skeleton, index, parking),
         inputs=inputs,
         parent_inputs=parent_inputs,
         device=request.device,
-        rotary_dim=plan.rotary_dim,
         keeps_post_scales=plan.format.keeps_post_scales,
         parking=parking,
         memo=Memo(request.work, request.ranks),
         ranks=request.ranks,
     )
+    if any(stage.kind in ("smooth", "cache") for stage in request.recipe.stages):
+        proof = prove(block.arch, block.module, block.forward, plan.shape.hidden)
+        block.arch, block.unproved = proof.arch, dict(proof.dropped)
     if parking:
         parking.away(block.module)
     if plan.basis.is_changed:
@@ -87,9 +89,9 @@ def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:
 def embed_windows(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
     """Token windows [B, T] → the hidden states [b, T, D] that enter block 0, batch by batch."""
     batch = max(1, plan.request.batch_tokens // windows.shape[1])
-    weight = outside(plan, plan.arch.embedding)[f"{plan.arch.embedding}.weight"]
+    weights = outside(plan, *plan.arch.before)
     for part in torch.split(windows, batch):
-        yield plan.skeleton.embed(weight, part)
+        yield plan.skeleton.embed(weights, part)
 
 
 def sample(plan: Plan, tokens: TokenSet) -> list[Tensor]:
@@ -107,17 +109,13 @@ def hold(plan: Plan, hidden: Iterable[Tensor]) -> MutableSequence[Tensor]:
 def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
     """The whole parent, as stages see it that plan ahead."""
     arch, request = plan.arch, plan.request
-    weights = outside(plan, arch.final_norm, arch.head)
-    head = weights.pop(f"{arch.head}.weight", None)
-    if head is None:
-        head = outside(plan, arch.embedding)[f"{arch.embedding}.weight"]
-    prefix = f"{arch.final_norm}."
-    of_norm = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    norm = plan.skeleton.final_norm(of_norm)
-    placed = head.to(request.device, request.dtype)
+    weights = outside(plan, *arch.after)
+    if f"{arch.head}.weight" not in weights:
+        weights |= outside(plan, arch.embedding)
+    tail = plan.skeleton.tail(weights)
 
     def log_probs(hidden: Tensor) -> Tensor:
-        return F.linear(norm(hidden), placed).float().log_softmax(dim=-1)
+        return tail(hidden).float().log_softmax(dim=-1)
 
     return ModelView(
         arch=arch,

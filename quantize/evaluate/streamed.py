@@ -11,19 +11,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
-from quantize.errors import ModelError
+from quantize.errors import ModelError, UnderivedError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import (
-    ARCHITECTURES,
-    ExpertSizes,
-    Shape,
-    architecture_of,
-    parameters_of_a_token,
-)
+from quantize.model.arch import ExpertSizes, Shape, parameters_of_a_token
 from quantize.model.attention import KvNumerics
 from quantize.model.linear import Numerics
 from quantize.model.load import (
@@ -34,12 +27,15 @@ from quantize.model.load import (
     load_model,
     packed_linear,
     packed_schemes,
+    require_layers,
     require_readable,
     require_tied,
     rotated_inputs,
     routing,
+    tensors_of,
 )
 from quantize.model.moe import MoeFfn
+from quantize.model.shell import Tail
 from quantize.model.skeleton import Skeleton
 from quantize.model.transformers_api import logits_of
 
@@ -114,12 +110,11 @@ def open_model(
     attention: how to attend where the checkpoint does not say, None: in full precision.
     """
     config = Checkpoint(folder).config
-    if config.get("quantization_config") or config.get("model_type") in ARCHITECTURES:
+    try:
         return StreamedModel(folder, device, dtype, numerics, attention)
-    if attention is not None:
-        raise ModelError(
-            f"{folder}: attention of {config.get('model_type')!r} on an INT4 cache is not emulated"
-        )
+    except UnderivedError:
+        if config.get("quantization_config") or attention is not None:
+            raise
     return WholeModel(folder, device, dtype)
 
 
@@ -145,10 +140,11 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.numerics = numerics
-        self.arch = architecture_of(self.source.config)
         self.shape = Shape.of(self.source.config)
+        require_layers(self.source, self.shape)
+        self.skeleton = Skeleton(folder, device, dtype, routing(self.source))
+        self.arch = self.skeleton.arch
         require_tied(self.source, self.arch, self.shape)
-        self.skeleton = Skeleton(folder, self.arch, device, dtype, routing(self.source))
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
         self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)
@@ -160,7 +156,7 @@ class StreamedModel:
         )
         self.units = self.shape.n_blocks
         self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens
-        self._norm, self._head = self._tail()
+        self._logits = self._tail()
 
     def _check(self) -> None:
         """Refuse what does not fit before any block is run; block by
@@ -186,20 +182,19 @@ class StreamedModel:
         }
         return sizes | {f"{name}.weight": self.linears[name] for name in self.schemes}
 
-    def _tail(self) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        """The final norm and the head."""
-        norm = self.skeleton.final_norm(self.source.tensors(f"{self.arch.final_norm}."))
-        head = self.arch.head
+    def _tail(self) -> Tail:
+        """What turns the hidden states behind the last block into logits."""
+        head, after = self.arch.head, self.arch.after
         if head in self.schemes:
             packed = packed_linear(
                 self.source, head, self.schemes[head], self.device, self.dtype, self.numerics
             )
-            return norm, packed
-        name = (
-            f"{head}.weight" if f"{head}.weight" in self.source else f"{self.arch.embedding}.weight"
-        )
-        weight = self.source.tensor(name).to(self.device, self.dtype)
-        return norm, lambda hidden: F.linear(hidden, weight)
+            others = tensors_of(self.source, [name for name in after if name != head])
+            return self.skeleton.tail(others, packed)
+        outside = tensors_of(self.source, after)
+        if f"{head}.weight" not in outside:
+            outside |= tensors_of(self.source, [self.arch.embedding])
+        return self.skeleton.tail(outside)
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states of so many tokens."""
@@ -228,8 +223,9 @@ class StreamedModel:
         sizes = self._sizes()
         total = float(parameters_of_a_token(self.arch, self.shape, sizes))
         for block, visited in self.experts_visited.items():
-            assert self.arch.experts is not None
-            inside = f"{self.arch.blocks}.{block}.{self.arch.experts.routed}."
+            experts = self.skeleton.block_arch(int(block)).experts
+            assert experts is not None
+            inside = f"{self.arch.blocks}.{block}.{experts.routed}."
             routed = sum(math.prod(size) for name, size in sizes.items() if name.startswith(inside))
             total -= routed * (1 - visited / ExpertSizes.of(self.source.config).n)
         return total
@@ -244,16 +240,16 @@ class StreamedModel:
         def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
             for window, first, end in spans:
                 states = hidden[window // batch][window % batch]
-                yield self._head(self._norm(states[first:end]))
+                yield self._logits(states[None, first:end])[0]
 
         return logits
 
     def _hidden(self, inputs: Tensor, batch: int, tick: Tick) -> MutableSequence[Tensor]:
         """inputs [B, T] → hidden states [B, T, D] that leave the last
         block, `batch` windows each."""
-        embedding = self.source.tensor(f"{self.arch.embedding}.weight")
-        embedded = [self.skeleton.embed(embedding, part) for part in torch.split(inputs, batch)]
-        del embedding
+        outside = tensors_of(self.source, self.arch.before)
+        embedded = [self.skeleton.embed(outside, part) for part in torch.split(inputs, batch)]
+        del outside
         # What overflows is what is measured: no window is left out.
         streams = Streams({_ONLY: embedded}, drops=False)
         del embedded

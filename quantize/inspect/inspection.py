@@ -13,8 +13,7 @@ from typing import Any
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
 from quantize.inspect.origin import Origin, read_origin
-from quantize.model.arch import ARCHITECTURES
-from quantize.model.roles import ROUTER, natural, role_of
+from quantize.model.roles import ROLES, ROUTER, natural, role_of
 from quantize.model.storage import Storage, storage_of
 
 _SIZES = (
@@ -182,19 +181,18 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _by_block(
-    headers: Mapping[str, Header], stored: Mapping[str, Storage], model_type: str
+    headers: Mapping[str, Header], stored: Mapping[str, Storage]
 ) -> tuple[tuple[DecoderBlock, ...], tuple[Other, ...]]:
     """Tensors by block, in order of the blocks, and those in none."""
     linears: dict[tuple[str, int], list[Linear]] = {}
     others: dict[tuple[str, int], list[Other]] = {}
     outside: list[Other] = []
-    arch = ARCHITECTURES.get(model_type)
     matrices = {part for storage in stored.values() for part in storage.parts}
     for name, storage in stored.items():
         if found := _BLOCK.fullmatch(name):
             key, local = (found["blocks"], int(found["index"])), found["local"]
             linears.setdefault(key, []).append(
-                _linear(local, role_of(arch, local) if arch else None, storage),
+                _linear(local, role_of(local), storage),
             )
     for name, header in headers.items():
         found = _BLOCK.fullmatch(name)
@@ -203,7 +201,7 @@ def _by_block(
         elif name not in matrices:
             other = Other(found["local"], header.dtype, header.shape, header.bytes)
             others.setdefault((found["blocks"], int(found["index"])), []).append(other)
-    order = [*arch.roles.values(), ROUTER] if arch else []
+    order = (*ROLES, ROUTER)
     blocks = []
     for key in sorted({*linears, *others}):
         mine = sorted(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.model.arch import Architecture, Shape
 
+# Largest difference of a rotated block's output, relative to what it adds to the stream: some
+# roundings of a sum over the hidden size.
+_SAME = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 # Of a matrix outside the blocks rotated at once: 32 MB in float64, where a whole embedding would
 # take gigabytes.
 _WEIGHTS = 1 << 22
@@ -89,7 +92,10 @@ class Rotate(Stage):
     def check_model(
         self, arch: Architecture, shape: Shape, linears: Mapping[str, tuple[int, int]]
     ) -> None:
-        """ModelError names a size without a known Hadamard matrix and the field to turn off."""
+        """ModelError names a size without a known Hadamard matrix, or what does not commute with a
+        rotation, and the field to turn off."""
+        if self.residual and (reason := _why_no_rotation(arch)):
+            raise ModelError(f"recipe stage rotate: {reason}; set residual: false")
         for field, what, size in self._rotated_sizes(arch, shape, linears):
             try:
                 hadamard_factors(size)
@@ -125,8 +131,8 @@ class Rotate(Stage):
         if embedding in tensors:
             self._rotate_rows(tensors[embedding])
         if head in tensors:
-            self._rotate_rows(tensors[head], tensors[norm])
-            tensors[norm].fill_(1)
+            self._rotate_rows(tensors[head], tensors[norm] + arch.final_offset)
+            tensors[norm].fill_(1 - arch.final_offset)
         return tensors
 
     def _rotate_rows(self, weight: Tensor, gamma: Tensor | None = None) -> None:
@@ -143,33 +149,73 @@ class Rotate(Stage):
         """Rotate what the fields ask for."""
         if self.residual:
             for module, arch in block.versions:
-                self._rotate_residual(module, arch)
+                self._rotate_residual_of(block, module, arch)
             block.map_inputs(self._rotation.apply)
         if self.values:
-            _rotate_values(block)
+            if block.find_edge("v_o") is None:
+                block.note(block.arch.attention, rotated_values=False)
+            else:
+                _rotate_values(block)
         if self.down:
             for name in (name for name, role in block.arch.roles.items() if role == "down"):
                 block.rotate_inputs(name)
+
+    def _rotate_residual_of(self, block: Block, module: nn.Module, arch: Architecture) -> None:
+        """Rotate one version of the block, and prove that it computes the same in the other basis."""
+        draw = torch.Generator().manual_seed(0)
+        first = next(module.parameters())
+        hidden = torch.randn(1, 12, block.shape.hidden, generator=draw).to(first)
+        with torch.no_grad():
+            before = block.forward(module, hidden).float()
+            self._rotate_residual(module, arch)
+            turned = block.forward(module, self._rotation.apply(hidden)).float()
+        error = (self._rotation.undo(turned) - before).abs().max()
+        size = (before - hidden.float()).abs().max()
+        if not error <= _SAME[first.dtype] * size:
+            raise ModelError(
+                f"{block.full_name('')[:-1]}: computes something else when its residual stream is "
+                f"rotated (difference {float(error / size):.2g}); set residual: false in stage rotate"
+            )
 
     def _rotate_residual(self, module: nn.Module, arch: Architecture) -> None:
         rotation = self._rotation
         for edge in arch.edges:
             if edge.source_kind != "norm":
                 continue
+            if edge.source not in arch.stream_norms:
+                continue
             gamma = module.get_submodule(edge.source).get_parameter("weight")
             for sink in edge.sinks:
                 weight = module.get_submodule(sink).get_parameter("weight")
-                weight.data = rotation.apply(widen(weight) * widen(gamma)).to(weight.dtype)
-            gamma.data = torch.ones_like(gamma)
-        for name in arch.residual:
+                factor = widen(gamma) + edge.offset
+                weight.data = rotation.apply(widen(weight) * factor).to(weight.dtype)
+            gamma.data = torch.full_like(gamma, 1 - edge.offset)
+        for name in arch.writers:
             _change_outputs(module.get_submodule(name), rotation.apply)
+
+
+def _why_no_rotation(arch: Architecture) -> str:
+    """Why the residual stream cannot be rotated; empty where nothing seen so far is against it."""
+    if arch.before != (arch.embedding,):
+        others = [name for name in arch.before if name != arch.embedding]
+        return f"{others[0]} changes what enters the first block"
+    if not arch.final_norm:
+        return "no single norm stands between the last block and the head"
+    moved = {edge.source for edge in arch.edges if edge.source_kind == "norm"}
+    for norm in arch.stream_norms:
+        if norm not in moved:
+            return f"the weight of {norm} cannot move into the linears that read it"
+    if not arch.writers:
+        return "what the block adds to the stream is no plain output of linears"
+    return ""
 
 
 def _rotate_values(block: Block) -> None:
     def per_head(x: Tensor) -> Tensor:
         return apply_hadamard(x.view(*x.shape[:-1], -1, block.shape.head_dim)).flatten(-2)
 
-    edge = block.arch.edge("v_o")
+    edge = block.find_edge("v_o")
+    assert edge is not None
     _change_outputs(block.linear(edge.source), per_head)
     for sink in map(block.linear, edge.sinks):
         sink.weight.data = per_head(widen(sink.weight)).to(sink.weight.dtype)

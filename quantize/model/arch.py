@@ -1,7 +1,7 @@
-"""Architectures as data: a new decoder is one row of ARCHITECTURES and one tiny
-config in tests/conftest.py.
+"""What pq knows of a decoder block: roles of its linears, scale edges, attention, experts.
 
-Module names are relative to a decoder block (`self_attn.q_proj`) unless a field says otherwise.
+All of it is derived from the model itself (`derive`) and proved on its weights (`prove`). Module
+names are relative to a decoder block (`self_attn.q_proj`) unless a field says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from quantize.errors import ModelError
 RopeLayout = Literal["half-split", "interleaved"]
 """Which channels form a rotation pair: (i, i + d/2) or (2i, 2i + 1)."""
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Role = Literal["q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "other"]
+"""What a linear does; `qkv` and `gate_up` do it for several at once, `other` is of no known kind."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,23 @@ class Edge:
     kv_group: bool = False
     """Sink column q·d+c reads source channel (q // (H/KV))·d+c: v_proj → o_proj
     under grouped-query attention."""
+    rows: tuple[int, int] | None = None
+    """Outputs [first, end) of a source that makes more than these, as a fused qkv_proj does."""
+    offset: float = 0.0
+    """A norm multiplies by offset + weight: 1 in Gemma's."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one block."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    """Leading channels of a head that RoPE rotates; 0: none."""
+    scores: bool = True
+    """Whether scaling rotation pairs of queries and keys against each other changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,15 @@ class Experts:
     """Linear of one output without bias; the shared expert's output is
     multiplied by its sigmoid."""
 
+    def home_of(self, name: str) -> str | None:
+        """The expert that a module of a block lies in, `mlp.experts.3` or
+        `mlp.shared_expert`; None outside of all."""
+        if name.startswith(f"{self.shared}."):
+            return self.shared
+        if name.startswith(f"{self.routed}."):
+            return f"{self.routed}.{name.removeprefix(f'{self.routed}.').partition('.')[0]}"
+        return None
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -62,34 +89,51 @@ class Architecture:
     """Groups of linears that share one input, in the order in which the block computes them."""
     edges: tuple[Edge, ...]
     residual: Mapping[str, str]
-    """Linear whose output is added to the residual stream → the norm that
+    """Linear whose output is added to the residual stream as it is → the norm that
     reads the stream just before."""
+    writers: tuple[str, ...] = ()
+    """Linears whose outputs, perhaps weighed token by token, are summed into the stream."""
+    stream_norms: tuple[str, ...] = ()
+    """Norms that read the stream."""
     rope: RopeLayout = "half-split"
     qk_norm: tuple[str, str] | None = None
     """RMSNorms over head_dim that follow q_proj and k_proj."""
+    qk_offset: float = 0.0
+    """What their weights are added to."""
     attention: str = "self_attn"
-    """The module that projects, rotates and attends."""
+    """The module that projects, rotates and attends; empty where a block has none."""
+    heads: Heads | None = None
+    """None where attention was not seen at work."""
+    no_cache: str = ""
+    """Why the block cannot attend on an INT4 cache; empty where it can."""
     experts: Experts | None = None
-    """Its Mixture of Experts; None where every FFN is dense. Of a model, not of each
-    block: see `with_experts`."""
+    """Its Mixture of Experts; None where its FFN is dense."""
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
+    """Empty where not one norm alone stands between the last block and the head."""
+    final_offset: float = 0.0
+    """What its weight is added to."""
     head: str = "lm_head"
+    before: tuple[str, ...] = ("model.embed_tokens",)
+    """Modules with tensors that run before the first block."""
+    after: tuple[str, ...] = ("model.norm", "lm_head")
+    """Modules with tensors that run behind the last block."""
+
+    def find_role(self, role: Role) -> str | None:
+        """Name of the first linear with this role; None without one."""
+        return next((name for name, found in self.roles.items() if found == role), None)
 
     def of_role(self, role: Role) -> str:
-        """Name of the linear with this role."""
-        return next(name for name, found in self.roles.items() if found == role)
+        """As `find_role`; ModelError without one."""
+        name = self.find_role(role)
+        if name is None:
+            raise ModelError(f"{self.model_type}: no linear of the block is its {role} projection")
+        return name
 
     def expert_of(self, name: str) -> str | None:
-        """The expert that a module of a block lies in, `mlp.experts.3` or
-        `mlp.shared_expert`; None outside of all."""
-        parts = self.experts
-        if parts is not None and name.startswith(f"{parts.shared}."):
-            return parts.shared
-        if parts is not None and name.startswith(f"{parts.routed}."):
-            return f"{parts.routed}.{name.removeprefix(f'{parts.routed}.').partition('.')[0]}"
-        return None
+        """As `Experts.home_of`; None without experts."""
+        return None if self.experts is None else self.experts.home_of(name)
 
     def is_routed(self, name: str) -> bool:
         """Whether a module of a block lies in an expert that sees only the tokens routed to it."""
@@ -105,14 +149,13 @@ class Architecture:
         )
 
     def with_experts(self, n: int) -> Architecture:
-        """The same decoder for a block whose FFN has n routed experts: the FFN's
-        linears stand once in every expert.
+        """The same dense block with n routed experts and a shared one in the place of its FFN
+        `mlp`, as LaDiMo's container names them: the FFN's linears stand once in every expert.
 
         Roles, groups and edges then name linears such as `mlp.experts.3.up_proj`; the norm before
         the FFN also feeds the router and the gate of the shared expert, which are never quantized.
         """
-        parts = self.experts
-        assert parts is not None, self.model_type
+        parts = Experts()
         homes = {"shared": parts.shared} | {str(e): f"{parts.routed}.{e}" for e in range(n)}
 
         def inside(name: str, home: str) -> str:
@@ -127,11 +170,10 @@ class Architecture:
         order = [group for group in self.calibration_order if not in_ffn(group[0])]
         edges = [edge for edge in self.edges if not any(map(in_ffn, edge.sinks))]
         residual = {name: norm for name, norm in self.residual.items() if not in_ffn(name)}
+        writers = [name for name in self.writers if not in_ffn(name)]
         for home in homes.values():
             roles |= {inside(name, home): role for name, role in self.roles.items() if in_ffn(name)}
-            residual |= {
-                inside(name, home): norm for name, norm in self.residual.items() if in_ffn(name)
-            }
+            writers += [inside(name, home) for name in self.writers if in_ffn(name)]
         for group in self.calibration_order:
             if in_ffn(group[0]):
                 order += [tuple(inside(name, home) for name in group) for home in homes.values()]
@@ -153,7 +195,14 @@ class Architecture:
                 everywhere = tuple(sink for group in sinks.values() for sink in group)
                 edges.append(replace(edge, sinks=(*everywhere, parts.router, parts.shared_gate)))
         return replace(
-            self, roles=roles, calibration_order=tuple(order), edges=tuple(edges), residual=residual
+            self,
+            model_type=CONTAINER,
+            roles=roles,
+            calibration_order=tuple(order),
+            edges=tuple(edges),
+            residual=residual,
+            writers=tuple(writers),
+            experts=parts,
         )
 
     def edge(self, name: str) -> Edge:
@@ -165,75 +214,6 @@ class Architecture:
             f"{self.model_type} has no scale edge '{name}'; it has "
             f"{', '.join(e.name for e in self.edges)}"
         )
-
-
-_GATED_MLP_ROLES: Mapping[str, Role] = {
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-}
-_GATED_MLP_ORDER = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-_PRE_NORM_EDGES = (
-    Edge("attn_norm", "input_layernorm", _GATED_MLP_ORDER[0], "norm"),
-    Edge("v_o", "self_attn.v_proj", _GATED_MLP_ORDER[1], "linear", kv_group=True),
-    Edge("mlp_norm", "post_attention_layernorm", _GATED_MLP_ORDER[2], "norm"),
-    Edge("up_down", "mlp.up_proj", _GATED_MLP_ORDER[3], "linear"),
-)
-
-_PRE_NORM_RESIDUAL = {
-    "self_attn.o_proj": "input_layernorm",
-    "mlp.down_proj": "post_attention_layernorm",
-}
-
-
-def _llama_like(model_type: str, **special: Any) -> Architecture:
-    return Architecture(
-        model_type,
-        _GATED_MLP_ROLES,
-        _GATED_MLP_ORDER,
-        _PRE_NORM_EDGES,
-        _PRE_NORM_RESIDUAL,
-        **special,
-    )
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    row.model_type: row
-    for row in (
-        _llama_like("llama"),
-        _llama_like("mistral"),
-        _llama_like("qwen2"),  # q/k/v biases; a bias is scaled like its row
-        _llama_like("qwen3", qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
-        _llama_like("helium", rope="interleaved"),
-        _llama_like("ministral"),
-        _llama_like("ministral3"),  # queries are scaled by position behind RoPE
-        _llama_like("seed_oss"),
-        _llama_like("smollm3"),  # some layers do not rotate, so pairs are free there
-        _llama_like("ernie4_5", rope="interleaved"),
-        _llama_like("qwen2_moe", experts=Experts()),
-    )
-}
-
-
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """Return the table row for a parsed config.json; ModelError says which table to extend."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ModelError(
-            f"config.json: model_type {model_type!r} is not supported (supported: "
-            f"{', '.join(ARCHITECTURES)}); to add it, write one row in ARCHITECTURES of "
-            "quantize/model/arch.py (see CONTRIBUTING.md)"
-        )
-    return ARCHITECTURES[model_type]
 
 
 @dataclass(frozen=True)
@@ -276,6 +256,9 @@ class Shape:
             )
         return shape
 
+
+CONTAINER = "qwen2_moe"
+"""The type of model that LaDiMo turns a dense one into, and whose experts pq computes itself."""
 
 ROUTERS = ("gate", "shared_expert_gate")
 """Linears of an FFN with experts, by their names within it, that no recipe quantizes."""
@@ -332,14 +315,6 @@ class ExpertSizes:
                 f"config.json: num_experts_per_tok {found.top_k} is above num_experts {found.n}"
             )
         return found
-
-
-def block_architecture(arch: Architecture, config: Mapping[str, Any], index: int) -> Architecture:
-    """The row of block `index` alone, with its experts written out where it has any."""
-    if arch.experts is None:
-        return arch
-    sizes = ExpertSizes.of(config)
-    return arch if index in sizes.dense_blocks else arch.with_experts(sizes.n)
 
 
 def parameters_of_a_token(

@@ -8,7 +8,8 @@ queries multiplied as Q/S, with the post-RoPE scale S of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +124,22 @@ class KvAttention(nn.Module):
         return quantize_activations(q) if self.numerics.fp8_query else q
 
 
+Watch = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Any]], None]
+"""Told of a call of attention: module, query, key, value, and what else changes what is computed."""
+
+_watches: list[Watch] = []
+
+
+@contextmanager
+def watch_attention(watch: Watch) -> Iterator[None]:
+    """Tell `watch` of every call of attention meanwhile."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+
+
 def attend_by_kv(
     module: nn.Module,
     query: Tensor,
@@ -130,13 +147,53 @@ def attend_by_kv(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
+    options: Mapping[str, Any],
 ) -> Tensor | None:
-    """What `module.kv` gives (`KvAttention`); None where the module carries none."""
+    """What `module.kv` gives (`KvAttention`); plain attention where it is asked for what SDPA cannot;
+    None leaves it to SDPA.
+
+    options: of `ATTENTION_OPTIONS`, those that are asked for.
+    """
+    for watch in _watches:
+        watch(module, query, key, value, options)
     kv = getattr(module, "kv", None)
-    if kv is None:
-        return None
-    mixed: Tensor = kv(query, key, value, mask, scaling)
-    return mixed
+    if kv is not None:
+        mixed: Tensor = kv(query, key, value, mask, scaling)
+        return mixed
+    return attend_plainly(query, key, value, mask, scaling, **options) if options else None
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention with capped scores c·tanh(s/c) (Gemma 2, arXiv 2408.00118) and sinks [H], scores of a
+    key without a value (gpt-oss, arXiv 2508.10925); [B, H, T, d].
+
+    query [B, H, T, d], key and value [B, Hkv, S, d]; mask bool or additive, None: causal.
+    """
+    repeated = query.shape[1] // key.shape[1]
+    k, v = key.repeat_interleave(repeated, 1), value.repeat_interleave(repeated, 1)
+    scores = (query @ k.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        T, S = scores.shape[2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    else:
+        scores = scores + mask
+    if s_aux is not None:
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), -1)
+    shares = scores.softmax(-1)[..., : k.shape[2]]
+    return shares.to(v.dtype) @ v
 
 
 register_attention(ATTENTION, attend_by_kv)

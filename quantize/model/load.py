@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
@@ -18,14 +18,15 @@ from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
-from quantize.model.arch import Architecture, Shape, architecture_of
+from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.linear import Numerics, PackedLinear
-from quantize.model.moe import Policy, Router, place_experts
+from quantize.model.moe import Policy, Router
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
-from quantize.model.transformers_api import load_pretrained, place_rotary_tables
+from quantize.model.transformers_api import load_pretrained
+from quantize.model.transformers_decoder import renew_buffers
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
@@ -49,8 +50,8 @@ def load_model(
     require_readable(source)
     if source.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
-    model, arch = meta_model(folder, dtype), architecture_of(source.config)
-    place_experts(model, arch, model.config.to_dict(), routing(source))
+    skeleton = Skeleton(folder, device, dtype, routing(source))
+    model, arch = skeleton.model, skeleton.arch
     linears = [
         n
         for n, m in model.named_modules()
@@ -59,11 +60,9 @@ def load_model(
     schemes = packed_schemes(source, linears)
     kv_numerics = attention_numerics(source) or attention
     if kv_numerics is not None:
-        for layer in model.get_submodule(arch.blocks):
-            layer.get_submodule(arch.attention).kv = kv_attention(
-                kv_numerics, Shape.of(source.config)
-            )
-    _materialize(model, source, arch, schemes, device, dtype, numerics)
+        for index, layer in enumerate(model.get_submodule(arch.blocks)):
+            place_kv(skeleton, index, layer, kv_numerics, Shape.of(source.config))
+    _materialize(model, source, schemes, device, dtype, numerics)
     rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
     _rotate_inputs(model, source)
     return _freeze(model.to(device))
@@ -91,6 +90,26 @@ def require_readable(source: Checkpoint) -> None:
         form.require_understood(quantization)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def tensors_of(source: Checkpoint, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Full name → tensor, of these modules; those that a checkpoint lacks (a tied head) are left out."""
+    return {
+        f"{module}.{name}": tensor
+        for module in modules
+        for name, tensor in source.tensors(f"{module}.").items()
+    }
+
+
+def require_layers(source: Checkpoint, shape: Shape) -> None:
+    """ModelError for more layers than the checkpoint has tensors of, before a skeleton of an absurd
+    number of them is built."""
+    last = f".{shape.n_blocks - 1}."
+    if not any(last in name for name in source.shapes):
+        raise ModelError(
+            f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
+            f"*{last}*"
+        )
 
 
 def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
@@ -233,7 +252,7 @@ def load_block(
         if name.startswith(prefix)
     }
     inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
-    scale = f"{prefix}{skeleton.arch.attention}.{KV_SCALE}"
+    scale = f"{prefix}{skeleton.block_arch(index).attention}.{KV_SCALE}"
     weights = {
         n.removeprefix(prefix): source.tensor(n)
         for n in source.names(prefix)
@@ -242,11 +261,24 @@ def load_block(
     layer = skeleton.layer(index, weights, packed)
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
-        kv = kv_attention(attention, Shape.of(source.config))
-        if scale in source:
+        kv = place_kv(skeleton, index, layer, attention, Shape.of(source.config))
+        if kv is not None and scale in source:
             kv.scale = source.tensor(scale)
-        layer.get_submodule(skeleton.arch.attention).kv = kv.to(skeleton.device)
+            kv.to(skeleton.device)
     return layer
+
+
+def place_kv(
+    skeleton: Skeleton, index: int, layer: nn.Module, numerics: KvNumerics, shape: Shape
+) -> KvAttention | None:
+    """Let block `index` attend on an INT4 cache, all scales 1; None where its kind of attention
+    cannot, which then keeps 16 bits."""
+    arch = skeleton.block_arch(index)
+    if arch.no_cache:
+        return None
+    kv = kv_attention(numerics, skeleton.block_shape(index, shape)).to(skeleton.device)
+    layer.get_submodule(arch.attention).kv = kv
+    return kv
 
 
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -265,7 +297,6 @@ def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mo
 def _materialize(
     model: nn.Module,
     source: Checkpoint,
-    arch: Architecture,
     schemes: dict[str, AnyScheme],
     device: torch.device,
     dtype: torch.dtype,
@@ -286,8 +317,7 @@ def _materialize(
         raise ModelError(
             f"{source.folder}: tensor {result.unexpected_keys[0]} has no place in the model"
         )
-    root, _, _ = arch.blocks.rpartition(".")
-    place_rotary_tables(model.get_submodule(root), model.config, device)
+    renew_buffers(model, model, device)
     if missing := [n for n, p in model.named_parameters() if p.is_meta]:
         raise ModelError(f"{source.folder}: tensor {missing[0]} is missing from the checkpoint")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantize.errors import ModelError
 from quantize.formats.routing import Policy, Threshold, TopK, policy_from_json
 from quantize.kernels.experts.api import routed_experts
-from quantize.model.arch import Architecture, ExpertSizes
+from quantize.model.arch import CONTAINER, Experts, ExpertSizes
 from quantize.model.hooks import is_hooked
 from quantize.model.transformers_api import activation, is_silu
 
@@ -79,6 +79,8 @@ class MoeFfn(nn.Module):
         self.shared_expert = Expert(hidden, sizes.shared, activation)
         self.shared_expert_gate = Router(hidden, 1, bias=False)
         self._stacked: _Stacked | None = None
+        self.every_token = False
+        """Recording: every expert gets the very tensor of all tokens; nothing depends on data."""
 
     def weights(self, x: Tensor) -> Tensor:
         """Routing weights [M, N] of tokens x [M, D] in x's dtype, 0 where a token
@@ -108,6 +110,9 @@ class MoeFfn(nn.Module):
 
     def _add_one_by_one(self, y: Tensor, x: Tensor, weights: Tensor) -> None:
         for index, expert in enumerate(self.experts):
+            if self.every_token:
+                y += expert(x) * weights[:, index, None]
+                continue
             # Experts that no token visits run on no rows, so that whoever
             # records inputs sees every expert.
             rows = weights[:, index].nonzero()[:, 0]
@@ -233,23 +238,24 @@ def stack_experts(model: nn.Module) -> int:
 
 def place_experts(
     model: nn.Module,
-    arch: Architecture,
+    blocks: str,
     config: Mapping[str, Any],
     policies: Mapping[str, Policy] = MappingProxyType({}),
 ) -> None:
     """Let the blocks of a transformers model compute their experts by `MoeFfn`,
     without weights on the meta device.
 
-    config: parsed config.json; policies: full name of an FFN → how it routes, where not as
-    config.json says. ModelError for sizes that config.json lacks and policies that do not fit. A
-    model whose FFNs are dense is left alone.
+    blocks: name of the list of layers. config: parsed config.json; policies: full name of an FFN →
+    how it routes, where not as config.json says. ModelError for sizes that config.json lacks and
+    policies that do not fit. A model that is no `qwen2_moe` is left alone: LaDiMo's container is one,
+    whose router may choose as many experts as a token needs.
     """
     ffns: dict[str, nn.Module] = {}
-    if arch.experts is not None:
+    if config.get("model_type") == CONTAINER:
         sizes = ExpertSizes.of(config)
-        for index, block in enumerate(model.get_submodule(arch.blocks).children()):
+        for index, block in enumerate(model.get_submodule(blocks).children()):
             if index not in sizes.dense_blocks:
-                name = f"{arch.blocks}.{index}.{arch.experts.ffn}"
+                name = f"{blocks}.{index}.{Experts().ffn}"
                 policy = policies.get(name)
                 if isinstance(policy, TopK) and policy.k > sizes.n:
                     raise ModelError(

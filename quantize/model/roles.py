@@ -3,27 +3,74 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Literal, get_args
 
-from quantize.model.arch import Architecture, Role
+from quantize.model.arch import Role
 
+ROLES: tuple[Role, ...] = get_args(Role)
+"""All roles, in the order in which a block computes them."""
 ROUTER: Literal["router"] = "router"
 """Role of a linear that decides how much of an expert a token gets."""
 
+_SYNONYMS: Mapping[str, Role] = {
+    "q_proj": "q",
+    "q_lin": "q",
+    "query": "q",
+    "wq": "q",
+    "k_proj": "k",
+    "key": "k",
+    "wk": "k",
+    "v_proj": "v",
+    "value": "v",
+    "wv": "v",
+    "o_proj": "o",
+    "out_proj": "o",
+    "wo": "o",
+    "qkv_proj": "qkv",
+    "query_key_value": "qkv",
+    "Wqkv": "qkv",
+    "c_attn": "qkv",
+    "attn_qkv": "qkv",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate_up",
+    "fc1": "up",
+    "c_fc": "up",
+    "fc_in": "up",
+    "dense_h_to_4h": "up",
+    "fc2": "down",
+    "fc_out": "down",
+    "dense_4h_to_h": "down",
+}
+"""Last part of a linear's name → its role, as families call it. `w1` and its kind follow below."""
+_GATED: Mapping[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
+_PLAIN: Mapping[str, Role] = {"w1": "up", "w2": "down"}
+_ROUTERS = re.compile(r".*(?:mlp|moe|ffn|feed_forward|experts?)\.(?:gate|router|shared_expert_gate)(?:\..*)?")
 
-def role_of(arch: Architecture, name: str) -> Role | Literal["router"] | None:
+
+def role_by_name(name: str, beside: Collection[str] = ()) -> Role:
+    """Role of a linear as families call it; `other` for a name that none of them uses.
+
+    beside: the linears around it, by which `w1` beside `w3` gates and alone does not.
+    """
+    parent, _, last = name.rpartition(".")
+    if last in _GATED:
+        gated = f"{parent}.w3" in beside or not beside
+        return _GATED[last] if gated else _PLAIN.get(last, "other")
+    if last in ("dense", "c_proj"):
+        return "o" if "att" in parent else "down"
+    return _SYNONYMS.get(last, "other")
+
+
+def role_of(name: str) -> Role | Literal["router"] | None:
     """Role of a linear by its name within a block, in an expert as in a dense FFN;
     None for one that has none."""
-    parts = arch.experts
-    if parts is not None:
-        if name in (parts.router, parts.shared_gate):
-            return ROUTER
-        name = re.sub(
-            rf"^(?:{re.escape(parts.routed)}\.\d+|{re.escape(parts.shared)})\.",
-            f"{parts.ffn}.",
-            name,
-        )
-    return arch.roles.get(name)
+    role = role_by_name(name)
+    if role != "other":
+        return role
+    return ROUTER if _ROUTERS.fullmatch(name) else None
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,18 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.errors import DataError, ModelError
-from quantize.model.arch import Architecture, block_architecture
+from quantize.errors import DataError, ModelError, UnderivedError
+from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import ATTENTION
-from quantize.model.moe import Policy, Router, place_experts
+from quantize.model.derive import derive
+from quantize.model.experts import Experts as SplitExperts
+from quantize.model.experts import split_experts
+from quantize.model.flow import Flow, record
+from quantize.model.moe import MoeFfn, Policy, Router, place_experts
+from quantize.model.rope import rotary_dim
+from quantize.model.shell import Shell, Tail
 from quantize.model.transformers_api import (
     LayerCall,
     build_model,
-    layer_calls,
     read_config,
     read_tokenizer,
     rope_types,
 )
+from quantize.model.transformers_decoder import mapped, parts_of, renew_buffers, text_config
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -43,6 +50,13 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}/config.json: transformers cannot build this model ({reason})"
         ) from None
     return model.eval().requires_grad_(False)
+
+
+def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})) -> Any:
+    """The same model with every linear of every expert a module of its own."""
+    place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
+    split_experts(model)
+    return model
 
 
 def _require_known_rope(folder: Path, config: Any) -> None:
@@ -79,18 +93,33 @@ class Skeleton:
     def __init__(
         self,
         folder: Path,
-        arch: Architecture,
         device: torch.device,
         dtype: torch.dtype,
         routing: Mapping[str, Policy] = MappingProxyType({}),
     ) -> None:
-        self.arch, self.device, self.dtype = arch, device, dtype
-        self.model = meta_model(folder, dtype)
+        self.device, self.dtype = device, dtype
+        self.model = split_model(meta_model(folder, dtype), routing)
+        self._settle()
+
+    @classmethod
+    def of_config(cls, config: Any, dtype: torch.dtype) -> Skeleton:
+        """The same of a config of transformers, on the CPU."""
+        found = cls.__new__(cls)
+        found.device, found.dtype = torch.device("cpu"), dtype
+        with torch.device("meta"):
+            model = build_model(config, dtype, ATTENTION)
+        found.model = split_model(model.eval().requires_grad_(False))
+        found._settle()
+        return found
+
+    def _settle(self) -> None:
         self.config = self.model.config
-        self._facts = self.config.to_dict()
-        place_experts(self.model, arch, self._facts, routing)
-        self._layers = self.model.get_submodule(arch.blocks)
+        self._shell = Shell(self.model, self.device, self.dtype)
+        self.outer = self._shell.outer
+        self._layers = self.model.get_submodule(self.outer.blocks)
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._derived: dict[Any, Architecture] = {}
+        self.arch = self.block_arch(0)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
         """ModelError unless a checkpoint's tensors (full name → shape) are
@@ -137,8 +166,65 @@ class Skeleton:
         return [name for name, module in self.model.named_modules() if isinstance(module, Router)]
 
     def block_arch(self, index: int) -> Architecture:
-        """Roles, groups and edges of block `index`, its experts written out."""
-        return block_architecture(self.arch, self._facts, index)
+        """What is derived of block `index`; nothing of it is proved yet."""
+        layer = self._layers[index]
+        kind = _kind(layer)
+        if kind not in self._derived:
+            flow, block = self._flow(index)
+            self._derived[kind] = derive(
+                block, flow, self.outer, _routed(layer), self._rotary_dim(flow)
+            )
+        return self._derived[kind]
+
+    def block_shape(self, index: int, shape: Shape) -> Shape:
+        """The model's sizes with those of the attention of block `index`."""
+        heads = self.block_arch(index).heads
+        if heads is None:
+            return shape
+        return replace(
+            shape, n_heads=heads.n_heads, n_kv_heads=heads.n_kv_heads, head_dim=heads.head_dim
+        )
+
+    def _rotary_dim(self, flow: Flow) -> int | None:
+        facts = text_config(self.model).to_dict()
+        return rotary_dim(facts, flow.attending[0].head_dim) if flow.attending else None
+
+    def _flow(self, index: int) -> tuple[Flow, nn.Module]:
+        """One pass through block `index` → (what was seen, the module that ran): on the meta device,
+        or with random weights where that cannot run it."""
+        name = f"{self.outer.blocks}.{index}"
+        call = self._call(1, _SEEN)[index]
+        try:
+            return self._record(index, call, torch.device("meta"))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            try:
+                return self._record(index, call, self.device)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as err:
+                reason = " ".join(str(err).split())[:200]
+                raise UnderivedError(f"{name}: pq cannot run this layer alone ({reason})") from None
+
+    def _record(
+        self, index: int, call: LayerCall, device: torch.device
+    ) -> tuple[Flow, nn.Module]:
+        block: nn.Module = copy.deepcopy(self._layers[index])
+        for module in block.modules():
+            if isinstance(module, MoeFfn | SplitExperts):
+                module.every_token = True
+        if device.type != "meta":
+            renew_buffers(block, self.model, device)
+            draw = torch.Generator().manual_seed(0)
+            for module in block.modules():
+                for name, held in module._parameters.items():
+                    if held is not None:
+                        made = 0.1 * torch.randn(held.shape, generator=draw)
+                        made = made.to(device, self.dtype)
+                        module._parameters[name] = nn.Parameter(made, requires_grad=False)
+        placed = mapped((call.args, dict(call.kwargs)), lambda tensor: tensor.to(device))
+        hidden = torch.zeros(1, _SEEN, self._shell.width, dtype=self.dtype)
+        if device.type != "meta":
+            hidden.normal_(generator=torch.Generator().manual_seed(1))
+        there = LayerCall(placed[0], placed[1])
+        return record(block, hidden.to(device), there.run), block
 
     def layer(
         self,
@@ -154,6 +240,7 @@ class Skeleton:
         dtype and stay where they are.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
+        renew_buffers(layer, self.model, self.device)
         for name in packed or {}:
             layer.set_submodule(name, nn.Identity())  # has no tensors to look for
         expected = {n: tuple(p.shape) for n, p in layer.state_dict().items()}
@@ -179,37 +266,59 @@ class Skeleton:
         layer.requires_grad_(False)
         return layer
 
-    def final_norm(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The norm behind the last block, with these weights."""
-        norm: nn.Module = copy.deepcopy(self.model.get_submodule(self.arch.final_norm))
-        norm.load_state_dict(
-            {name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True
-        )
-        return norm
-
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run block `index` on hidden [B, T, D], with the masks and rotary
         tables of that batch shape."""
         return self._call(hidden.shape[0], hidden.shape[1])[index].run(layer, hidden)
 
-    def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
-        """tokens [B, T] → the hidden states [B, T, D] that enter block 0."""
-        hidden = torch.nn.functional.embedding(tokens.to(self.device), weight.to(self.device)).to(
-            self.dtype
-        )
-        return self._replay(hidden)[0]
+    def embed(self, outside: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """tokens [B, T] → the hidden states [B, T, D] that enter block 0.
+
+        outside: full name → tensor of the modules `arch.before`.
+        """
+        return self._shell.embed(outside, tokens)
+
+    def tail(self, outside: Mapping[str, Tensor], head: nn.Module | None = None) -> Tail:
+        """What turns the hidden states behind the last block into logits.
+
+        outside: full name → tensor of the modules `arch.after`; the embedding's, where the head shares
+        it. head: stands in for the model's.
+        """
+        return self._shell.tail(outside, head)
 
     def _call(self, batch: int, length: int) -> list[LayerCall]:
         if (batch, length) not in self._calls:
-            hidden = torch.zeros(
-                batch, length, self.config.hidden_size, dtype=self.dtype, device=self.device
-            )
-            self._calls[batch, length] = self._replay(hidden)[1]
+            self._calls[batch, length] = self._shell.calls(batch, length)
         return self._calls[batch, length]
 
-    def _replay(self, hidden: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """Embedded tokens [B, T, D] → (input of block 0, arguments of every block)."""
-        root, _, layers = self.arch.blocks.rpartition(".")
-        final_norm = self.arch.final_norm.rpartition(".")[2]
-        decoder = self.model.get_submodule(root)
-        return layer_calls(decoder, layers, final_norm, hidden, self.config)
+
+_SEEN = 8
+"""Tokens of the pass that a block's architecture is derived from."""
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers have in common that do the same: their modules, sizes and settings."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if isinstance(value, bool | int | float | str) and key not in _NUMBERS
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
+"""Attributes that tell layers apart and nothing more."""
+
+
+def _routed(layer: nn.Module) -> tuple[str, ...]:
+    """Names within a layer of the modules whose children are its routed experts."""
+    found = [n for n, m in layer.named_modules() if isinstance(m, SplitExperts)]
+    found += [f"{n}.experts" for n, m in layer.named_modules() if isinstance(m, MoeFfn)]
+    return tuple(found)

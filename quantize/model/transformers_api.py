@@ -39,9 +39,14 @@ _CACHE_NAMES = ("cache", "past_key_values")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a call is given by position and by name."""
 
-Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
-"""(attention module, query [B, H, T, d], key and value [B, Hkv, S, d], mask, scaling) → mixed
-values [B, H, T, d]; None leaves them to SDPA."""
+Attend = Callable[
+    [nn.Module, Tensor, Tensor, Tensor, Tensor | None, float, Mapping[str, Any]], Tensor | None
+]
+"""(attention module, query [B, H, T, d], key and value [B, Hkv, S, d], mask, scaling, what is asked
+for of ATTENTION_OPTIONS) → mixed values [B, H, T, d]; None leaves them to SDPA."""
+
+ATTENTION_OPTIONS = ("softcap", "s_aux")
+"""What layers may ask of attention that SDPA cannot do: capped scores and sinks."""
 
 
 # Models
@@ -55,6 +60,14 @@ def read_config(folder: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def plain_config(config: Any) -> Any:
+    """A copy of a config that says nothing of quantization."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 def rope_types() -> list[str]:
@@ -105,14 +118,6 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
     return logits
 
 
-def place_rotary_tables(decoder: nn.Module, config: Any, device: torch.device) -> None:
-    """Compute a decoder's rotary tables: buffers absent from checkpoints
-    and from the meta device."""
-    decoder._modules["rotary_emb"] = type(decoder.get_submodule("rotary_emb"))(config=config).to(
-        device
-    )
-
-
 def activation(name: str) -> nn.Module:
     """The activation function that config.json calls by this name; KeyError for none."""
     module: nn.Module = ACT2FN[name]
@@ -142,50 +147,6 @@ class LayerCall:
         return states
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: passes hidden states on and keeps what else it was given."""
-
-    call: LayerCall
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        # Earlier releases choose a mask (sliding window or full) by this attribute of the layer.
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-            raise ModelError(
-                f"{_release()} gives layers a cache where none was asked for, which pq cannot "
-                "replay; install an earlier release"
-            )
-        self.call = LayerCall(args, kwargs)
-        return hidden_states
-
-
-def layer_calls(
-    decoder: nn.Module,
-    layers: str,
-    final_norm: str,
-    hidden: Tensor,
-    config: Any,
-) -> tuple[Tensor, list[LayerCall]]:
-    """Run a decoder's own forward without its layers → (input of the first one, calls of all).
-
-    layers, final_norm: names of these children. hidden: embedded tokens [B, T, D]. The decoder,
-    which may be on the meta device, stays as it is.
-    """
-    shell = copy.copy(decoder)
-    shell._modules = dict(shell._modules)
-    recorders = [_Recorder(layer) for layer in decoder.get_submodule(layers).children()]
-    shell._modules[layers] = nn.ModuleList(recorders)
-    shell._modules[final_norm] = nn.Identity()
-    place_rotary_tables(shell, config, hidden.device)
-    with torch.no_grad():
-        out = shell(inputs_embeds=hidden, use_cache=False)
-    return out.last_hidden_state, [recorder.call for recorder in recorders]
-
-
 # Attention
 
 
@@ -204,7 +165,8 @@ def register_attention(name: str, attend: Attend) -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        mixed = attend(module, query, key, value, attention_mask, scaling)
+        options = {n: kwargs[n] for n in ATTENTION_OPTIONS if kwargs.get(n) is not None}
+        mixed = attend(module, query, key, value, attention_mask, scaling, options)
         if mixed is None:
             out: tuple[Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, **kwargs
@@ -240,7 +202,7 @@ class DecoderArguments:
         cache = next((name for name in _CACHE_NAMES if name in names), None)
         if cache is None:
             raise ModelError(
-                f"{type(decoder).__name__} of {_release()} takes no argument "
+                f"{type(decoder).__name__} of {release()} takes no argument "
                 f"{' or '.join(_CACHE_NAMES)}, so that pq cannot give it an INT4 KV cache; "
                 "install an earlier release of transformers"
             )
@@ -301,10 +263,11 @@ def recomputes_layers(decoder: Any) -> bool:
 def unused_cache(decoder: nn.Module) -> ModelError:
     """The error for a decoder that took a cache and went on without it."""
     return ModelError(
-        f"{type(decoder).__name__} of {_release()} did not use the INT4 KV cache that pq gave it: "
+        f"{type(decoder).__name__} of {release()} did not use the INT4 KV cache that pq gave it: "
         "keys and values would take 16 bits; install an earlier release of transformers"
     )
 
 
-def _release() -> str:
+def release() -> str:
+    """What to call the library in a message."""
     return f"transformers {transformers.__version__}"

@@ -194,8 +194,7 @@ def _ratios(part: Mapping[str, Any], name: str, moment: str, above: str, below: 
 def _group_title(sources: Sources, first: str) -> str:
     """Names of the linears that share one input, of which `first` is the first."""
     arch = sources.weights.arch if sources.weights else None
-    rows = [] if arch is None else [arch, arch.with_experts(1)] if arch.experts else [arch]
-    groups = (group for row in rows for group in row.calibration_order)
+    groups = arch.calibration_order if arch else ()
     group = next((g for g in groups if fold_numbers(g[0]) == fold_numbers(first)), (first,))
     return ", ".join([first, *(name.rpartition(".")[2] for name in group[1:])])
 

@@ -18,7 +18,8 @@ from quantize.files.checkpoint import Checkpoint, read_json
 from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
-from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
+from quantize.model.arch import Architecture, Shape
+from quantize.model.skeleton import Skeleton
 from quantize.report.model import mapping
 
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
@@ -115,11 +116,13 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
         source = Checkpoint(folder)
-        arch, shape = architecture_of(source.config), Shape.of(source.config)
+        shape = Shape.of(source.config)
+        skeleton = Skeleton(folder, torch.device("cpu"), torch.float32)
+        arch = skeleton.arch
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
-        rows = [block_architecture(arch, source.config, index) for index in range(shape.n_blocks)]
+        rows = [skeleton.block_arch(index) for index in range(shape.n_blocks)]
         linears = [
             f"{arch.blocks}.{index}.{name}"
             for index, row in enumerate(rows)  # experts give each block its own

@@ -29,9 +29,10 @@ from quantize.formats.native import (
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
-from quantize.model.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.model.arch import CONTAINER, Shape
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.moe import Policy, Router, place_experts, stack_experts
+from quantize.model.transformers_api import plain_config
 from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
@@ -146,8 +147,7 @@ def _inner_prefix(model: Any) -> str:
 
 
 def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
-    arch = ARCHITECTURES.get(model.config.model_type)
-    if arch is None:
+    if model.config.model_type != CONTAINER:
         if policies:
             raise ValueError(
                 f"pq knows no experts of model_type {model.config.model_type!r}, which routing is "
@@ -156,22 +156,26 @@ def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
         return
     # A decoder alone has shorter names.
     whole = nn.ModuleDict({model.base_model_prefix: model.base_model})
-    place_experts(whole, arch, model.config.to_dict(), policies)
+    place_experts(whole, f"{model.base_model_prefix}.layers", model.config.to_dict(), policies)
 
 
 def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:
     from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
+    from quantize.model.skeleton import Skeleton
 
-    config = model.config.to_dict()
-    arch = architecture_of(config)
-    shape = Shape.of(config)
+    shape = Shape.of(model.config.to_dict())
     numerics = KvNumerics.from_json(facts)
-    blocks = model.base_model.get_submodule(arch.blocks.removeprefix(f"{model.base_model_prefix}."))
-    for block in blocks:
-        kv = KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
+    with torch.device("cpu"):  # the loader's is the model's
+        skeleton = Skeleton.of_config(plain_config(model.config), torch.float32)
+    inner = skeleton.outer.blocks.removeprefix(f"{model.base_model_prefix}.")
+    for index, block in enumerate(model.base_model.get_submodule(inner)):
+        arch, here = skeleton.block_arch(index), skeleton.block_shape(index, shape)
+        if arch.no_cache:
+            continue
+        kv = KvAttention(numerics, here.n_kv_heads, here.head_dim)
         # The loader gives a tensor the dtype of its place, and here the
         # default is that of the model.
-        kv.scale = torch.ones(shape.n_kv_heads, shape.head_dim, dtype=torch.float32)
+        kv.scale = torch.ones(here.n_kv_heads, here.head_dim, dtype=torch.float32)
         block.get_submodule(arch.attention).kv = kv
     model.set_attn_implementation(ATTENTION)
 

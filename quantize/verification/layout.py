@@ -13,7 +13,7 @@ from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.files.headers import Header, tensor_headers
 from quantize.formats.registry import format_in
 from quantize.formats.scheme import STORED_AS, AnyScheme
-from quantize.model.arch import ARCHITECTURES, Architecture, Shape, architecture_of
+from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvNumerics
 from quantize.model.load import (
     KV_SCALE,
@@ -58,13 +58,15 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     if not by_pq:
         _skip_foreign(source)
     require_readable(source)
-    arch, shape = architecture_of(source.config), Shape.of(source.config)
-    last = f"{arch.blocks}.{shape.n_blocks - 1}."
-    if not source.names(last):  # before a skeleton of an absurd number of layers is built
-        raise ModelError(
-            f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*"
-        )
-    skeleton = Skeleton(folder, arch, device, torch.float32, routing(source))
+    shape = Shape.of(source.config)
+    require_layers(source, shape)
+    try:
+        skeleton = Skeleton(folder, device, torch.float32, routing(source))
+    except ModelError as err:
+        if by_pq:
+            raise
+        raise Skipped(f"pq did not write this model and cannot read it ({err})") from None
+    arch = skeleton.arch
     linears = skeleton.linears()
     rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])
@@ -95,9 +97,6 @@ def describe(layout: Layout) -> str:
 
 
 def _skip_foreign(source: Checkpoint) -> None:
-    model_type = source.config.get("model_type")
-    if model_type not in list(ARCHITECTURES):
-        raise Skipped(f"pq did not write this model and does not know model_type {model_type!r}")
     quantization = source.config.get("quantization_config")
     if quantization is None:
         return

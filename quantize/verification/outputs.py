@@ -15,8 +15,8 @@ from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.methods.basis import Basis
-from quantize.model.arch import Architecture
-from quantize.model.load import load_block, routing
+from quantize.model.arch import CONTAINER, Architecture
+from quantize.model.load import load_block, routing, tensors_of
 from quantize.model.moe import Router
 from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe
@@ -59,13 +59,11 @@ def check_outputs(
     layers: facts of pq.json, whose output errors set the limit; None: unknown.
     VerifyError when a relative squared error is above its limit or not finite.
     """
-    policies = routing(layout.source) if parent.arch.experts else {}
-    skeleton = Skeleton(
-        parent.source.folder, parent.arch, layout.skeleton.device, torch.float32, policies
-    )
+    policies = routing(layout.source) if parent.skeleton.outer.model_type == CONTAINER else {}
+    skeleton = Skeleton(parent.source.folder, layout.skeleton.device, torch.float32, policies)
     basis = Basis(recipe.stages if recipe else ())
     tokens, text, slack = _tokens(parent, seed)
-    hidden = skeleton.embed(parent.source.tensor(f"{parent.arch.embedding}.weight"), tokens)
+    hidden = skeleton.embed(tensors_of(parent.source, parent.arch.before), tokens)
     streams = Streams({_PARENT: [hidden]}, drops=False)
     found, problems = [], []
     last = max(blocks)
@@ -146,7 +144,7 @@ def _errors(
     # and there is no row to compare.
     instead = {name: wanted[name] for name in routers}
     given = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
-    for name in {*arch.residual, *_ffn(arch)} & set(given):
+    for name in {*arch.writers, *_ffn(arch)} & set(given):
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
 
@@ -161,7 +159,7 @@ def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
     attends on an INT4 cache."""
     rescaled = {edge.source for edge in arch.edges}
     if rounds_keys and arch.qk_norm is None:
-        rescaled |= {arch.of_role("q"), arch.of_role("k")}  # by the pre-RoPE scale
+        rescaled |= {n for n, role in arch.roles.items() if role in ("q", "k")}  # by the pre-RoPE scale
     return [name for name in arch.roles if name not in rescaled]
 
 

@@ -18,7 +18,7 @@ from quantize.convert.request import Request
 from quantize.errors import ModelError, VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
-from quantize.model.arch import Architecture, Shape, architecture_of
+from quantize.model.arch import Architecture, Shape
 from quantize.model.load import KV_SCALE
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe
@@ -34,8 +34,13 @@ class Parent:
     """An unquantized checkpoint that fits the architecture table."""
 
     source: Checkpoint
-    arch: Architecture
+    skeleton: Skeleton
     shape: Shape
+
+    @property
+    def arch(self) -> Architecture:
+        """Its first block."""
+        return self.skeleton.arch
 
 
 def open_parent(folder: Path) -> Parent:
@@ -45,7 +50,9 @@ def open_parent(folder: Path) -> Parent:
         raise ModelError(
             f"{folder}: is quantized itself; give the model that was converted as the parent"
         )
-    return Parent(source, architecture_of(source.config), Shape.of(source.config))
+    shape = Shape.of(source.config)
+    require_layers(source, shape)
+    return Parent(source, Skeleton(folder, torch.device("cpu"), torch.float32), shape)
 
 
 def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
@@ -123,11 +130,11 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     scaled = {f"{edge.source}.{part}" for edge in arch.edges for part in ("weight", "bias")}
     if recipe is None or any(stage.kind == "cache" for stage in recipe.stages):
         # The pre-RoPE scale, and the post-RoPE scale that the parent does not have.
-        rotated = (arch.of_role("q"), arch.of_role("k"), *(arch.qk_norm or ()))
+        rotated = filter(None, (*map(arch.find_role, ("q", "k")), *(arch.qk_norm or ())))
         scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
         scaled.add(f"{arch.attention}.{KV_SCALE}")
     if turned:
-        scaled |= {f"{writer}.bias" for writer in arch.residual}
+        scaled |= {f"{writer}.bias" for writer in arch.writers}
     return local in scaled | {f"{sink}.weight" for edge in arch.edges for sink in edge.sinks}
 
 
@@ -159,7 +166,7 @@ def check_recomputed(
             f"pq.json's machine.dtype is {provenance['machine'].get('dtype')!r}, no dtype"
         )
     request = Request(parent.source.folder, recipe, layout.source.folder, device, dtype)
-    skeleton = Skeleton(parent.source.folder, parent.arch, device, dtype)
+    skeleton = Skeleton(parent.source.folder, device, dtype)
     plan = Plan(request, parent.source, parent.arch, parent.shape, skeleton, Decisions(recipe))
     conversion = Conversion(plan)
     outside = _outside(conversion) if turned else []
@@ -210,7 +217,7 @@ class _Part:
 
 def _outside(conversion: Conversion) -> list[_Part]:
     arch = conversion.plan.arch
-    groups = ((arch.embedding,), (arch.final_norm, arch.head))
+    groups = (arch.before, arch.after)
     return [
         _Part(
             names[-1],

@@ -13,7 +13,6 @@ import torch
 from quantize.errors import ModelError, RecipeError, VerifyError
 from quantize.files.checkpoint import sha256_file
 from quantize.files.provenance import PROVENANCE, read_provenance, require_unchanged
-from quantize.model.arch import architecture_of
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, parse_recipe
 from quantize.verification.checks import Check, Skipped, run_check, summarize
@@ -219,13 +218,15 @@ class _Run:
         assert self.parent is not None
         parent = self.parent
         layout = self._fitting()
-        skeleton = layout.skeleton
+        skeleton = skeleton_of_child = layout.skeleton
         shape = replace(parent.shape, tied=layout.shape.tied)  # a stage may untie the head
-        arch = parent.arch
+        known = parent.skeleton.outer
+        same = parent.arch == layout.arch
         if is_restructured(self.recipe):
-            arch = architecture_of(implied_config(parent, self.recipe))
-            skeleton = Skeleton(parent.source.folder, parent.arch, skeleton.device, skeleton.dtype)
-        if (arch, shape) != (layout.arch, layout.shape):
+            known = replace(known, model_type=implied_config(parent, self.recipe)["model_type"])
+            same = True  # its blocks are others
+            skeleton = Skeleton(parent.source.folder, skeleton.device, skeleton.dtype)
+        if not same or (known, shape) != (skeleton_of_child.outer, layout.shape):
             raise VerifyError(f"{parent.source.folder} is a model of another architecture or size")
         skeleton.check(parent.source.shapes, parent.shape.tied)
         return parent

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import row_of
+from rows import ARCHITECTURES, architecture_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from quantize.block.teacher import freeze_layer
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.fp8 import quantize_activations
-from quantize.model.arch import ARCHITECTURES, Shape, architecture_of
+from quantize.model.arch import Shape
 from quantize.model.linear import PackedLinear
 from quantize.model.skeleton import Skeleton
 from quantize.solvers.grid import Grid
@@ -49,8 +50,8 @@ def walk(folder: Path, tokens: Tensor) -> list[Tensor]:
     """Hidden states before each block and after the last, block by block."""
     source = Checkpoint(folder)
     arch, shape = architecture_of(source.config), Shape.of(source.config)
-    skeleton = Skeleton(folder, arch, CPU, torch.float32)
-    states = [skeleton.embed(source.tensor(f"{arch.embedding}.weight"), tokens)]
+    skeleton = Skeleton(folder, CPU, torch.float32)
+    states = [skeleton.embed(source.tensors(""), tokens)]
     for i in range(shape.n_blocks):
         layer = skeleton.layer(i, source.tensors(f"{arch.blocks}.{i}."))
         states.append(skeleton.forward(i, layer, states[-1]))

@@ -14,6 +14,7 @@ import torch
 from conftest import config_of, random_weights, request_for, save_model, save_side_files
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rows import architecture_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +29,6 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.files.resources import data_dir
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.registry import schemes_in
-from quantize.model.arch import architecture_of
 from quantize.model.linear import PackedLinear
 from quantize.model.load import load_model
 from quantize.recipe.recipe import load_recipe, parse_recipe

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import config_of, random_weights, request_for, save_model
+from rows import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from quantize.convert.loop import convert
 from quantize.evaluate import evaluate
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint, sha256_file
 from quantize.formats.packed_int import PackedInt
-from quantize.model.arch import ARCHITECTURES
 from quantize.model.linear import PackedLinear
 from quantize.model.load import load_model
 from quantize.model.skeleton import load_tokenizer

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import config_of, random_weights, request_for, row_of, save_model, save_side_files
+from rows import ARCHITECTURES
 
 from quantize.convert.allocation import Space
 from quantize.convert.loop import convert
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.rotate import Rotate
-from quantize.model.arch import ARCHITECTURES
 from quantize.recipe.recipe import parse_recipe
 
 Maker = Callable[..., Path]

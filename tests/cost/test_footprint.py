@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import CPU
+from rows import ARCHITECTURES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +25,7 @@ from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
 from quantize.methods.sbvr.stage import Sbvr
-from quantize.model.arch import ARCHITECTURES, Architecture
+from quantize.model.arch import Architecture
 
 FITS = {
     "rtn": Rtn(),

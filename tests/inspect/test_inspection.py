@@ -17,6 +17,7 @@ import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import ARCHITECTURES
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +28,6 @@ from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header
 from quantize.inspect.inspection import Inspection, Linear, inspect
-from quantize.model.arch import ARCHITECTURES
 from quantize.model.roles import natural, role_of
 from quantize.model.storage import storage_of
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows import ARCHITECTURES
 from torch import Tensor
 
 import quantize.methods.fireq.stage as fireq_module
@@ -19,7 +20,7 @@ from quantize.methods import Stage
 from quantize.methods.cas import Cas
 from quantize.methods.fireq.stage import Fireq, tensor_scale
 from quantize.methods.gptq import Gptq
-from quantize.model.arch import ARCHITECTURES, Edge
+from quantize.model.arch import Edge
 from quantize.solvers.feedback import Rounded
 from quantize.solvers.grid import Grid
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ModelMaker
+from rows import architecture_of
 from torch import Tensor, nn
 
 from quantize.errors import ModelError
@@ -22,7 +23,7 @@ from quantize.methods.ladimo.pruning import prune
 from quantize.methods.ladimo.routing import Budget as Visits
 from quantize.methods.ladimo.split import Layout, cluster, contiguous, shuffle
 from quantize.methods.ladimo.trial import Start
-from quantize.model.arch import ExpertSizes, Shape, architecture_of
+from quantize.model.arch import ExpertSizes, Shape
 from quantize.model.moe import MoeFfn
 
 LAYOUT = Layout(n=3, size=8, shared=16)

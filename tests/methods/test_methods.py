@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import ARCHITECTURES
 from torch import Tensor
 
 import quantize.methods.awq as awq_module
@@ -21,7 +22,7 @@ from quantize.methods.awq import Awq
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
-from quantize.model.arch import ARCHITECTURES, Edge
+from quantize.model.arch import Edge
 from quantize.solvers.grid import Grid
 
 BlockMaker = Callable[..., Block]

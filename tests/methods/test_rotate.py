@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import CPU, config_of, random_weights, save_model, save_side_files
 from pydantic import ValidationError
+from rows import ARCHITECTURES, block_architecture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ from quantize.methods.cas import Cas
 from quantize.methods.gptq import Gptq
 from quantize.methods.rotate import Rotate
 from quantize.methods.rtn import Rtn
-from quantize.model.arch import ARCHITECTURES, Shape, block_architecture
+from quantize.model.arch import Shape
 from quantize.model.hadamard import Rotation, apply_hadamard
 from quantize.model.load import load_model
 from quantize.recipe.recipe import Calibration, Recipe, parse_recipe

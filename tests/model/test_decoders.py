@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMON, TINY
+from rows import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantize.block.block import Block
 from quantize.evaluate.streamed import open_model
-from quantize.model.arch import ARCHITECTURES
 from quantize.model.rope import partners
 
 CPU = torch.device("cpu")

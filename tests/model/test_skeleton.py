@@ -12,10 +12,11 @@ import torch
 from conftest import config_of, random_weights, save_model
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import architecture_of
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import Shape, architecture_of
+from quantize.model.arch import Shape
 from quantize.model.skeleton import Skeleton, meta_model
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def layer_refused(folder: Path, says: str, **changes: object) -> None:
             del weights[name]
         else:
             weights[name] = tensor  # type: ignore[assignment]
-    skeleton = Skeleton(folder, architecture_of(source.config), CPU, torch.float32)
+    skeleton = Skeleton(folder, CPU, torch.float32)
     with pytest.raises(ModelError, match=says):
         skeleton.layer(0, weights)
 
@@ -70,7 +71,7 @@ def test_fields_that_transformers_refuses(single: Path, change: dict[str, object
     with pytest.raises(
         ModelError, match=r"config\.json: transformers cannot build this model \(.*\)$"
     ) as caught:
-        Skeleton(single, architecture_of(config), CPU, torch.float32)
+        Skeleton(single, CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
 

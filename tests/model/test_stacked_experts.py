@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, ModelMaker
+from rows import architecture_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import ExpertSizes, architecture_of
+from quantize.model.arch import ExpertSizes
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.moe import MoeFfn, Policy, Threshold, TopK, stack_experts
 from quantize.model.skeleton import Skeleton
@@ -187,7 +188,7 @@ def test_weights_that_take_the_place_of_stacked_ones_are_used(change: Callable[[
 def test_a_model_is_stacked_and_says_the_same(tiny: ModelMaker):
     folder = tiny("qwen2_moe")
     source = Checkpoint(folder)
-    skeleton = Skeleton(folder, architecture_of(source.config), CPU, torch.float32)
+    skeleton = Skeleton(folder, CPU, torch.float32)
     model = nn.ModuleList(
         [skeleton.layer(i, source.tensors(f"model.layers.{i}.")) for i in range(2)]
     )

@@ -108,13 +108,16 @@ class FireqAttention(Stage):
     def apply(self, block: Block) -> None:
         """Choose and fold the scales of one block, and let it attend as the
         kernel will from here on."""
-        shape, arch = block.shape, block.arch
+        shape, arch, heads = block.shape, block.arch, block.arch.heads
+        if arch.no_cache or heads is None:
+            block.note(arch.attention or "attention", kv_cache=f"16 bits: {arch.no_cache}")
+            return
         try:
             self.numerics.scheme.group(shape.head_dim)
         except ValueError as err:
             raise ModelError(f"{block.full_name(arch.attention)}: {err}") from None
         samples = [Sample.of(*inputs) for inputs in attention_inputs(block, _TOKENS)]
-        partner = partners(arch.rope, shape.head_dim, block.rotary_dim).to(block.device)
+        partner = partners(arch.rope, shape.head_dim, heads.rotary_dim).to(block.device)
         gram = _gram(block)
         one = torch.ones(shape.n_kv_heads, shape.head_dim, device=block.device)
         values, chosen = one, KeyScales(one, one)
@@ -144,6 +147,8 @@ class FireqAttention(Stage):
         """The key scales of every kv head, and the error that is left with them."""
         channel, pair = channel_maxima(samples, partner)
         post = self.post and block.keeps_post_scales
+        heads = block.arch.heads
+        pre = self.pre and heads is not None and heads.scores
         shared = block.arch.qk_norm is not None  # one norm weight for all heads
         if shared:
             pair = pair.amax(dim=0, keepdim=True).expand_as(pair)
@@ -163,9 +168,9 @@ class FireqAttention(Stage):
             )
 
         if not self.search:
-            alpha, beta = self.alpha if self.pre else 0.0, self.beta if post else 0.0
+            alpha, beta = self.alpha if pre else 0.0, self.beta if post else 0.0
             consider(paper_scales(channel, pair, partner, alpha, beta, self.top_k), forced=True)
-        for candidate in pre_candidates(pair) if self.search and self.pre else ():
+        for candidate in pre_candidates(pair) if self.search and pre else ():
             consider(candidate)
         for candidate in (
             post_candidates(channel, pair, partner, best.pre) if self.search and post else ()
@@ -178,7 +183,7 @@ class FireqAttention(Stage):
     ) -> Tensor:
         """λ [Hkv, d] on the v → o edge, by the same error."""
         one, key_scale = torch.ones_like(keys.pre), keys.pre * keys.post
-        if not self.values or not self.search:
+        if not self.values or not self.search or block.find_edge("v_o") is None:
             return one
         largest = torch.stack([s.v.abs().amax(dim=(0, 2)) for s in samples]).amax(dim=0)
         largest = largest.clamp_min(
@@ -202,7 +207,9 @@ class FireqAttention(Stage):
             return
         if arch.qk_norm is not None:
             query, key = (block.module.get_parameter(f"{name}.weight") for name in arch.qk_norm)
-            key.data, query.data = key * pre[0].to(key.dtype), query / pre[0].to(query.dtype)
+            added = arch.qk_offset
+            key.data = (key + added) * pre[0].to(key.dtype) - added
+            query.data = (query + added) / pre[0].to(query.dtype) - added
             return
         block.scale_rows(arch.of_role("k"), pre.flatten())
         queries = 1 / pre.repeat_interleave(shape.n_heads // shape.n_kv_heads, dim=0)
@@ -240,8 +247,13 @@ class FireqAttention(Stage):
 
 
 def _gram(block: Block) -> Tensor:
-    """Wᵀ W [H, d, d] of o_proj's columns for each query head."""
-    weight = block.linear(block.arch.of_role("o")).weight.float()
+    """Wᵀ W [H, d, d] of o_proj's columns for each query head; the identity where no linear reads
+    attention's output alone."""
+    name, size = block.arch.find_role("o"), block.shape.n_heads * block.shape.head_dim
+    if name is None or block.linear(name).in_features != size:
+        eye = torch.eye(block.shape.head_dim, device=block.device)
+        return eye.expand(block.shape.n_heads, -1, -1)
+    weight = block.linear(name).weight.float()
     heads = weight.view(weight.shape[0], block.shape.n_heads, block.shape.head_dim).transpose(0, 1)
     return heads.transpose(1, 2) @ heads
 

@@ -9,13 +9,13 @@ import torch
 
 from quantize.errors import ModelError
 from quantize.methods.ladimo.split import Layout
-from quantize.model.arch import ARCHITECTURES, Architecture, ExpertSizes, Role
+from quantize.model.arch import CONTAINER, Architecture, ExpertSizes, Role
 from quantize.model.moe import MoeFfn
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
 
-MODEL_TYPE = "qwen2_moe"
+MODEL_TYPE = CONTAINER
 FFN = "mlp"
 """Name of the FFN within a block, in the sources and in the container."""
 BIASED: tuple[Role, ...] = ("q", "k", "v")
@@ -69,9 +69,9 @@ def container_config(
     }  # fmt: skip
 
 
-def container(moe: MoeFfn) -> Architecture:
-    """The row of a block that holds these experts."""
-    return ARCHITECTURES[MODEL_TYPE].with_experts(len(moe.experts))
+def container(dense: Architecture, moe: MoeFfn) -> Architecture:
+    """A dense block with these experts in the place of its FFN."""
+    return dense.with_experts(len(moe.experts))
 
 
 def empty_moe(layout: Layout, mean: float, block: Block) -> MoeFfn:

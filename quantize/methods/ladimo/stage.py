@@ -222,7 +222,7 @@ class Ladimo(Stage):
             return
         with measure(block.device) as cost:
             moe, facts = self._experts(block, mean)
-        block.replace_ffn(moe, container(moe))
+        block.replace_ffn(moe, container(block.arch, moe))
         block.note(FFN, **facts)
         block.costs[FFN] = cost
 

@@ -1,0 +1,367 @@
+"""A decoder block's architecture from what one pass through it shows (`flow`).
+
+Names only tell apart what the flow cannot: which of the linears that share an input makes queries,
+which gates. What may move is a candidate here, and proved on the block's weights before its first
+use (`prove`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from quantize.model.arch import Architecture, Edge, Experts, Heads, Role
+from quantize.model.flow import Attending, Flow
+from quantize.model.moe import Router
+from quantize.model.roles import role_by_name
+
+@dataclass(frozen=True)
+class Outer:
+    """What stands around the blocks of a model."""
+
+    model_type: str
+    blocks: str
+    embedding: str
+    head: str
+    final_norm: str | None
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    final_offset: float = 0.0
+
+
+def derive(
+    block: nn.Module,
+    flow: Flow,
+    outer: Outer,
+    routed: Sequence[str] = (),
+    rotary_dim: int | None = None,
+) -> Architecture:
+    """The architecture of one block.
+
+    routed: names within the block of modules whose children `0`, `1`, … are routed experts.
+    rotary_dim: leading channels of a head that RoPE rotates; None: not known, all of them.
+    """
+    modules = dict(block.named_modules())
+    linears = _order(flow, modules)
+    attending = _attention(flow)
+    home = _homes(modules, routed)
+    heads = None if attending is None else _heads(attending, rotary_dim)
+    roles = _roles(flow, linears, attending)
+    groups = _groups(flow, linears, home)
+    edges = _edges(flow, modules, roles, groups, attending, home)
+    residual, writers, stream_norms = _residual(flow, modules, linears)
+    qk_norm, qk_offset = _qk_norm(flow, modules, roles, attending)
+    return Architecture(
+        model_type=outer.model_type,
+        roles=roles,
+        calibration_order=groups,
+        edges=edges,
+        residual=residual,
+        writers=writers,
+        stream_norms=stream_norms,
+        qk_norm=qk_norm,
+        qk_offset=qk_offset,
+        attention=attending.module if attending else _attention_module(linears, roles),
+        heads=heads,
+        no_cache=_why_no_cache(flow, attending),
+        experts=home.experts,
+        blocks=outer.blocks,
+        embedding=outer.embedding,
+        final_norm=outer.final_norm or "",
+        final_offset=outer.final_offset,
+        head=outer.head,
+        before=outer.before,
+        after=outer.after,
+    )
+
+
+def _order(flow: Flow, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Linears in the order of their first call."""
+    called = (call.name for call in flow.calls if isinstance(modules[call.name], nn.Linear))
+    return [name for name in dict.fromkeys(called) if not isinstance(modules[name], Router)]
+
+
+def _attention(flow: Flow) -> Attending | None:
+    """The call of attention of a block; None where it makes none, or several."""
+    return flow.attending[0] if len(flow.attending) == 1 else None
+
+
+def _heads(attending: Attending, rotary_dim: int | None) -> Heads:
+    rotated = attending.head_dim if rotary_dim is None else rotary_dim
+    return Heads(attending.n_heads, attending.n_kv_heads, attending.head_dim, rotated)
+
+
+def _why_no_cache(flow: Flow, attending: Attending | None) -> str:
+    """Why the block cannot attend on an INT4 cache; empty where it can."""
+    if not flow.attending:
+        return "its attention does not go through transformers' attention interface"
+    if attending is None:
+        return "it attends more than once"
+    if attending.head_dim != attending.value_dim:
+        return f"keys have {attending.head_dim} channels and values {attending.value_dim}"
+    if attending.n_heads % attending.n_kv_heads:
+        return f"{attending.n_heads} heads are no multiple of {attending.n_kv_heads} kv heads"
+    if attending.options:
+        return f"its attention has {', '.join(sorted(attending.options))}"
+    return ""
+
+
+def _attention_module(linears: Sequence[str], roles: Mapping[str, Role]) -> str:
+    return next((n.rpartition(".")[0] for n in linears if roles[n] in ("o", "q", "qkv")), "")
+
+
+# Roles
+
+
+def _roles(flow: Flow, linears: Sequence[str], attending: Attending | None) -> dict[str, Role]:
+    """Role of every linear: by its name, and by where its output goes."""
+    names = set(linears)
+    roles: dict[str, Role] = {name: role_by_name(name, names) for name in linears}
+    if attending is not None:  # what is seen goes before what it is called
+        for call in flow.calls:
+            if call.name in roles and call.gives == attending.value:
+                alone = attending.value not in (attending.query, attending.key)
+                roles[call.name] = "v" if alone else roles[call.name]
+    elif any(role in ("q", "k", "v") for role in roles.values()):
+        # Without attention that was seen, these are projections of something else.
+        roles = {n: "other" if role in ("q", "k", "v") else role for n, role in roles.items()}
+    return roles
+
+
+def _groups(flow: Flow, linears: Sequence[str], home: _Homes) -> tuple[tuple[str, ...], ...]:
+    """Linears by the values that they read in their first call, and by expert: each sees tokens of
+    its own. Experts' groups that read the same stand side by side."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    first: dict[int, int] = {}
+    for index, name in enumerate(linears):
+        reads = flow.reads_of(name)
+        assert reads is not None
+        first.setdefault(reads, index)
+        groups.setdefault((reads, home.of(name)), []).append(name)
+    order = sorted(groups, key=lambda key: first[key[0]])  # stable: of one input, as they were called
+    return tuple(tuple(groups[key]) for key in order)
+
+
+# Experts
+
+
+@dataclass(frozen=True)
+class _Homes:
+    """Which experts a block has."""
+
+    experts: Experts | None
+
+    def of(self, name: str) -> str:
+        """The expert that a linear lies in; empty outside of all."""
+        return "" if self.experts is None else self.experts.home_of(name) or ""
+
+    def label(self, name: str) -> str:
+        """What is behind the names of edges within this linear's expert."""
+        found = self.of(name)
+        if not found:
+            return ""
+        assert self.experts is not None
+        return ".shared" if found == self.experts.shared else f".{found.rpartition('.')[2]}"
+
+
+def _homes(modules: Mapping[str, nn.Module], routed: Sequence[str]) -> _Homes:
+    if not routed:
+        return _Homes(None)
+    place = routed[0]
+    ffn = place.rpartition(".")[0]
+    beside = {name.removeprefix(f"{ffn}.") for name in modules if name.startswith(f"{ffn}.")}
+    shared = next((n for n in _SHARED if n in beside), "shared_expert")
+    gate = next((n for n in ("shared_expert_gate",) if n in beside), "")
+    router = next((n for n in ("gate", "router") if n in beside), "")
+    prefix = f"{ffn}." if ffn else ""
+    return _Homes(
+        Experts(
+            ffn,
+            prefix + router if router else "",
+            place,
+            prefix + shared,
+            prefix + gate if gate else "",
+        )
+    )
+
+
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+"""What an expert is called that every token visits."""
+
+
+# What may move
+
+
+def _edges(
+    flow: Flow,
+    modules: Mapping[str, nn.Module],
+    roles: Mapping[str, Role],
+    groups: Sequence[tuple[str, ...]],
+    attending: Attending | None,
+    home: _Homes,
+) -> tuple[Edge, ...]:
+    found = [
+        *_norm_edges(flow, modules, roles),
+        *_value_edges(flow, roles, attending),
+        *_product_edges(flow, roles, home),
+    ]
+    place = {name: index for index, name in enumerate(modules)}
+    order = {name: index for index, group in enumerate(groups) for name in group}
+    found.sort(key=lambda edge: (min(order.get(s, len(order)) for s in edge.sinks), place[edge.source]))
+    names: dict[str, int] = {}
+    out = []
+    for edge in found:
+        count = names[edge.name] = names.get(edge.name, 0) + 1
+        out.append(edge if count == 1 else replace(edge, name=f"{edge.name}_{count}"))
+    return tuple(out)
+
+
+def _norm_edges(
+    flow: Flow,
+    modules: Mapping[str, nn.Module],
+    roles: Mapping[str, Role],
+) -> list[Edge]:
+    """Norm → all that read it, where these are products with matrices and nothing else."""
+    edges = []
+    for call in flow.calls:
+        if isinstance(modules[call.name], nn.Linear):
+            continue
+        sinks = [p.name for p in flow.projections if p.reads == call.gives]
+        sinks = list(dict.fromkeys(sinks))
+        if not sinks or flow.readers.get(call.gives, set()) - set(sinks):
+            continue
+        ours = [n for n in sinks if n in roles]
+        if not ours:
+            continue
+        # What recipes quantize first, routers and other readers behind.
+        sinks = [*ours, *(n for n in sinks if n not in roles)]
+        offset = norm_offset(modules[call.name])
+        if offset is not None:
+            name = _norm_name(ours, roles)
+            edges.append(Edge(name, call.name, tuple(sinks), "norm", offset=offset))
+    return edges
+
+
+def _norm_name(sinks: Sequence[str], roles: Mapping[str, Role]) -> str:
+    kinds = {roles[name] for name in sinks}
+    if kinds & {"q", "k", "v", "qkv"}:
+        return "norm" if kinds & {"gate", "up", "gate_up"} else "attn_norm"
+    return "mlp_norm" if kinds & {"gate", "up", "gate_up"} else "inner_norm"
+
+
+def _value_edges(
+    flow: Flow, roles: Mapping[str, Role], attending: Attending | None
+) -> list[Edge]:
+    """Values → what reads attention's output: diagonals pass through the weighted sum over tokens."""
+    if attending is None or attending.head_dim != attending.value_dim:
+        return []
+    source = next((n for n, role in roles.items() if role == "v"), None)
+    sink = next((n for n, role in roles.items() if role == "o"), None)
+    if source is None or sink is None:
+        return []
+    given = next(call.gives for call in flow.calls if call.name == source)
+    if given != attending.value:
+        return []
+    return [Edge("v_o", source, (sink,), "linear", kv_group=True)]
+
+
+def _product_edges(
+    flow: Flow, roles: Mapping[str, Role], home: _Homes
+) -> list[Edge]:
+    """Linear → those that read its elementwise product with something else (up → down)."""
+    gives = {call.gives: call.name for call in flow.calls if call.name in roles}
+    reads: dict[int, list[str]] = {}
+    for call in flow.calls:
+        if call.name in roles:
+            reads.setdefault(call.reads, []).append(call.name)
+    edges = []
+    for product, factors in flow.products.items():
+        sinks = list(dict.fromkeys(reads.get(product, ())))
+        readers = flow.readers.get(product, set())
+        sources = [gives[f] for f in factors if f in gives and roles[gives[f]] == "up"]
+        if sinks and len(sources) == 1 and readers <= set(sinks):
+            name = f"up_down{home.label(sources[0])}"
+            edges.append(Edge(name, sources[0], tuple(sinks), "linear"))
+    return edges
+
+
+def _residual(
+    flow: Flow, modules: Mapping[str, nn.Module], linears: Sequence[str]
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """(linear added as it is → norm that reads the stream before, all that write the stream, norms
+    that read it)."""
+    norms = [
+        call
+        for call in flow.calls
+        if call.reads in flow.streams and not isinstance(modules[call.name], nn.Linear)
+    ]
+    by_stream: dict[int, list[str]] = {}
+    for call in norms:
+        by_stream.setdefault(call.reads, []).append(call.name)
+    order = {name: index for index, name in enumerate(linears)}
+    exact: dict[int, list[str]] = {}
+    for name, as_is, stream in flow.added:
+        if as_is and name in order:
+            exact.setdefault(stream, []).append(name)
+    residual = {}
+    for stream, names in exact.items():
+        # Of several that are added at once (parallel attention) one alone may make up for what is
+        # missing, or it would be made up for twice.
+        last = max(names, key=lambda name: order[name])
+        if stream in by_stream:
+            residual[last] = by_stream[stream][-1]
+    writers = tuple(n for n in dict.fromkeys(name for name, _, _ in flow.added) if n in order)
+    return residual, writers, tuple(dict.fromkeys(call.name for call in norms))
+
+
+def _qk_norm(
+    flow: Flow,
+    modules: Mapping[str, nn.Module],
+    roles: Mapping[str, Role],
+    attending: Attending | None,
+) -> tuple[tuple[str, str] | None, float]:
+    """(norms that read queries and keys, what their weights are added to)."""
+    if attending is None:
+        return None, 0.0
+    found: dict[str, str] = {}
+    for role in ("q", "k"):
+        source = next((n for n, r in roles.items() if r == role), None)
+        gives = next((c.gives for c in flow.calls if c.name == source), None)
+        for call in flow.calls:
+            if call.reads == gives and call.name not in roles:
+                found[role] = call.name
+    if found.keys() != {"q", "k"}:
+        return None, 0.0
+    offsets = {norm_offset(modules[name]) for name in found.values()}
+    offset = offsets.pop() if len(offsets) == 1 else None
+    return (found["q"], found["k"]), offset or 0.0
+
+
+def norm_offset(norm: nn.Module) -> float | None:
+    """o, where a norm multiplies by o + weight: run with weights of zeros, ones and twos.
+
+    None for a module that does something else with its weight, or wants more than its input.
+    The norm may be on the meta device, and stays as it is.
+    """
+    trial = copy.deepcopy(norm)
+    size = trial.get_parameter("weight").shape
+    x = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    for name, parameter in norm.named_parameters():
+        trial._parameters[name] = nn.Parameter(torch.zeros(parameter.shape), requires_grad=False)
+    out = []
+    try:
+        for value in (0.0, 1.0, 2.0):
+            trial.get_parameter("weight").data.fill_(value)
+            with torch.no_grad():
+                out.append(trial(x).double())
+    except (TypeError, RuntimeError, AttributeError):
+        return None
+    step = out[1] - out[0]
+    if not torch.allclose(out[2] - out[1], step, rtol=1e-3, atol=1e-5) or not bool(step.any()):
+        return None
+    offset = round(float((out[0] * step).sum() / step.square().sum()), 3)
+    return offset if torch.allclose(out[0], offset * step, rtol=1e-3, atol=1e-5) else None

@@ -1,0 +1,37 @@
+"""A diagonal scale on its way from the outputs of one module into the inputs of others."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from quantize.model.arch import Edge, Heads
+
+
+def head_columns(scale: Tensor, heads: Heads) -> Tensor:
+    """λ [Hkv·d] per channel of the values → [H·d] per channel of attention's output: query heads
+    of a group read the same values."""
+    of_head = scale.view(heads.n_kv_heads, heads.head_dim)
+    return of_head.repeat_interleave(heads.n_heads // heads.n_kv_heads, dim=0).flatten()
+
+
+def scale_edge(
+    module: nn.Module, edge: Edge, scale: Tensor, columns: Tensor, offset: float = 0.0
+) -> None:
+    """Divide the source's outputs by λ [C], multiply the sinks' columns by it, in their dtypes.
+
+    columns: λ by the sinks' input. offset: what a norm adds to its weight.
+    """
+    source = module.get_submodule(edge.source)
+    first, end = edge.rows or (0, len(scale))
+    for name, parameter in source._parameters.items():
+        if parameter is None:
+            continue
+        added = offset if name == "weight" else 0.0
+        rows = scale.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
+        changed = (parameter.data[first:end] + added) / rows - added
+        whole = parameter.data.clone()
+        whole[first:end] = changed
+        parameter.data = whole
+    for sink in edge.sinks:
+        weight = module.get_submodule(sink).get_parameter("weight")
+        weight.data = weight.data * columns.to(weight.dtype)

@@ -1,0 +1,242 @@
+"""What a model does outside its layers: from tokens to the first, from the last to logits.
+
+It is the model's own forward (`transformers_decoder`), run on copies that hold no layers and only
+the tensors that are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import UnderivedError
+from quantize.model.derive import Outer, norm_offset
+from quantize.model.flow import is_norm
+from quantize.model.transformers_api import LayerCall
+from quantize.model.transformers_decoder import (
+    Recorder,
+    enter,
+    leave,
+    mapped,
+    parts_of,
+    renew_buffers,
+    returns_tuple,
+    without_layers,
+)
+
+Tail = Callable[[Tensor], Tensor]
+"""Hidden states [B, T, D] behind the last layer → logits [B, T, V]."""
+
+
+class Shell:
+    """A model without its layers. model: on the meta device; it stays as it is."""
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        parts = parts_of(model)
+        self._layers = list(model.get_submodule(parts.blocks))
+        self._model = without_layers(model, parts.blocks)
+        renew_buffers(self._model, model, device)
+        self._kind = type(model).__name__
+        self.width = int(model.get_submodule(parts.embedding).embedding_dim)
+        self._blocks, self._embedding, self._head = parts.blocks, parts.embedding, parts.head
+        self._tuples = [returns_tuple(layer) for layer in self._layers]
+        before = self._find_before()
+        self.outer = self._outer(model.config.model_type, before, self._find_after())
+
+    def calls(self, batch: int, length: int) -> list[LayerCall]:
+        """What every layer is given beside hidden states [batch, length, D]."""
+        shell = _filled(copy.deepcopy(self._model), length + _SPARE, self.device, self.dtype)
+        tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+        return [recorder.call for recorder in self._enter(shell, tokens)[1]]
+
+    def embed(self, outside: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """tokens [B, T] → the hidden states [B, T, D] that enter the first layer.
+
+        outside: full name → tensor of at least the modules `outer.before`.
+        """
+        shell = copy.deepcopy(self._model)
+        tokens = tokens.to(self.device)
+        name = f"{self._embedding}.weight"
+        # Only the rows that are asked for: a whole table in another dtype may take a gigabyte.
+        asked, places = tokens.unique(return_inverse=True)
+        rows = outside[name][asked.to(outside[name].device)]
+        rest = {n: t for n, t in outside.items() if _owner(n) in self.outer.before and n != name}
+        _place(shell, rest | {name: rows}, self.device, self.dtype)
+        table = shell.get_submodule(self._embedding)
+        table.padding_idx = None
+        table.register_forward_pre_hook(lambda module, args: (places,))
+        return self._enter(shell, tokens)[0]
+
+    def tail(self, outside: Mapping[str, Tensor], head: nn.Module | None = None) -> Tail:
+        """What the model does behind its last layer.
+
+        outside: full name → tensor of at least the modules `outer.after`; head: stands in for the
+        model's own, whose weight is then not needed. A head without a weight has the embedding's.
+        """
+        shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype)
+        given = {n: t for n, t in outside.items() if _owner(n) in self.outer.after}
+        if head is not None:
+            shell.set_submodule(self._head, head)
+            given = {n: t for n, t in given.items() if _owner(n) != self._head}
+        elif f"{self._head}.weight" not in given:
+            given[f"{self._head}.weight"] = outside[f"{self._embedding}.weight"]
+        _place(shell, given, self.device, self.dtype)
+
+        def logits(hidden: Tensor) -> Tensor:
+            return leave(shell, self._layers, self._tuples, self._blocks, hidden)
+
+        return logits
+
+    def _enter(self, shell: Any, tokens: Tensor) -> tuple[Tensor, list[Recorder]]:
+        last = len(self._layers) - 1
+        recorders = [
+            Recorder(layer, several, index == last)
+            for index, (layer, several) in enumerate(zip(self._layers, self._tuples, strict=True))
+        ]
+        shell.set_submodule(self._blocks, nn.ModuleList(recorders))
+        return enter(shell, recorders, tokens), recorders
+
+    def _find_before(self) -> tuple[str, ...]:
+        """Modules with tensors that run before the first layer.
+
+        Also finds how layers return their states where they do not say, and refuses a model whose
+        layers are given what depends on tokens.
+        """
+        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        recorded = []
+        used: list[str] = []
+        for seed in (0, 1):
+            shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype, seed)
+            note_used(shell, used)
+            try:
+                recorders = self._enter(shell, tokens)[1]
+            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError):
+                if seed:
+                    raise
+                # What a layer says of its forward is not what it does.
+                self._tuples = [not several for several in self._tuples]
+                shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype, seed)
+                note_used(shell, used)
+                recorders = self._enter(shell, tokens)[1]
+            recorded.append([recorder.call for recorder in recorders])
+        for index, (one, other) in enumerate(zip(*recorded, strict=True)):
+            if (name := _difference(one, other)) is not None:
+                raise UnderivedError(
+                    f"{self._kind}: layer {index} is given {name}, which depends on the tokens; pq "
+                    "takes decoders whose layers see tokens by their hidden states alone"
+                )
+        return tuple(used)
+
+    def _find_after(self) -> tuple[str, ...]:
+        """Modules with tensors that run behind the last layer, the head last."""
+        shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype)
+        shell.set_submodule(self._head, nn.Identity())
+        used: list[str] = []
+        hidden = torch.zeros(1, 2, self.width, device=self.device, dtype=self.dtype)
+
+        note_used(shell, used)
+        # What ran before the first layer is forgotten.
+        leave(shell, self._layers, self._tuples, self._blocks, hidden, used.clear)
+        return (*used, self._head)
+
+    def _outer(self, model_type: str, before: tuple[str, ...], after: tuple[str, ...]) -> Outer:
+        norms = [n for n in after if n != self._head and is_norm(self._model.get_submodule(n))]
+        norm = norms[0] if len(norms) == 1 and len(after) == 2 else None
+        offset = None if norm is None else norm_offset(self._model.get_submodule(norm))
+        return Outer(
+            model_type,
+            self._blocks,
+            self._embedding,
+            self._head,
+            None if offset is None else norm,
+            before,
+            after,
+            offset or 0.0,
+        )
+
+
+_SPARE = 16
+"""Rows of an embedding where values do not matter, beyond the positions asked for: tables of
+positions may begin with some that are not used."""
+
+
+def note_used(root: nn.Module, used: list[str]) -> None:
+    """From now on add to `used` the names of modules with parameters, as they are called first."""
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            if name not in used:
+                used.append(name)
+
+        return note
+
+    for name, module in root.named_modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            module.register_forward_hook(noting(name))
+
+
+def _filled(
+    shell: Any, rows: int, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """The same shell, whose modules get tensors of random values when they are called first."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def fill(module: nn.Module, args: Any) -> None:
+        for name, held in module._parameters.items():
+            if held is not None and held.is_meta:
+                shape = list(held.shape)
+                if isinstance(module, nn.Embedding):
+                    shape[0] = rows
+                    module.padding_idx = None
+                made = torch.randn(shape, generator=draw).to(device, dtype)
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+
+    for module in shell.modules():
+        if module._parameters:
+            module.register_forward_pre_hook(fill)
+    return shell
+
+
+def _place(shell: Any, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = shell.get_submodule(owner)
+        placed = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        if attribute in module._buffers:
+            module._buffers[attribute] = placed
+        else:
+            module._parameters[attribute] = nn.Parameter(placed, requires_grad=False)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _difference(one: LayerCall, other: LayerCall) -> str | None:
+    """Name of the first argument whose tensors differ; None where all are the same."""
+    named = {**{str(i): v for i, v in enumerate(one.args)}, **one.kwargs}
+    others = {**{str(i): v for i, v in enumerate(other.args)}, **other.kwargs}
+    for name, value in named.items():
+        mine, theirs = _tensors(value), _tensors(others.get(name))
+        same = len(mine) == len(theirs) and all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
+        )
+        if not same:
+            return name
+    return None
+
+
+def _tensors(value: Any) -> Sequence[Tensor]:
+    out: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        out.append(tensor)
+        return tensor
+
+    mapped(value, keep)
+    return out

@@ -1,0 +1,233 @@
+"""How a transformers model runs its text decoder: what it does before the first layer, what it gives
+every layer, and what it does behind the last.
+
+All of it is the model's own forward, run with other modules in the place of its layers, so that
+embedding multipliers, masks by layer type, learned positions and capped logits are the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import UnderivedError
+from quantize.model.transformers_api import Cache, LayerCall, release
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Full names of the parts of a text decoder."""
+
+    blocks: str
+    """The list of its layers, `model.layers`."""
+    embedding: str
+    head: str
+
+
+def parts_of(model: Any) -> Parts:
+    """Find them; UnderivedError names what is not as in other decoders."""
+    kind = type(model).__name__
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise UnderivedError(f"{kind}: get_input_embeddings() gives no embedding of tokens")
+    if not isinstance(head, nn.Linear):
+        raise UnderivedError(f"{kind}: get_output_embeddings() gives no linear, so that there is no head")
+    facts = model.config.get_text_config(decoder=True)
+    count = getattr(facts, "num_hidden_layers", None)
+    place = names[embedding]
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and not any(isinstance(layer, nn.Linear | nn.ModuleList) for layer in module)
+        and ".layers." not in f".{name}"
+    ]
+    # The decoder's layers stand beside its embedding; those of a tower stand elsewhere.
+    stacks.sort(key=lambda name: (-_shared(name, place), name.count(".")))
+    if not stacks:
+        raise UnderivedError(
+            f"{kind}: no list of {count} layers (num_hidden_layers) was found, so that pq does not "
+            "know its decoder"
+        )
+    return Parts(stacks[0], place, names[head])
+
+
+def _shared(one: str, other: str) -> int:
+    """How many names two paths begin with together."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")))
+
+
+def text_config(model: Any) -> Any:
+    """The config of the text decoder, which checkpoints with other towers keep below their own."""
+    return model.config.get_text_config(decoder=True)
+
+
+def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
+    """Compute the buffers that checkpoints do not hold, by the model's own rule, on `device`.
+
+    root: the model, or one of its layers, its parameters on the meta device, which stay as they are.
+    """
+    for module in root.modules():
+        absent = [
+            name
+            for name in module._non_persistent_buffers_set
+            if (held := module._buffers.get(name)) is not None and held.is_meta
+        ]
+        if not absent:
+            continue
+        for name in absent:
+            held = module._buffers[name]
+            assert held is not None
+            module._buffers[name] = torch.full_like(held, _UNSET, device=device)
+        parameters = dict(module._parameters)
+        module._parameters = {n: None if p is None else p.to("meta") for n, p in parameters.items()}
+        try:
+            with torch.no_grad():
+                model._init_weights(module)
+        finally:
+            module._parameters = parameters
+
+
+_UNSET = 0
+
+
+class StandIn(nn.Module):
+    """Stands in for a decoder layer; other attributes are the layer's."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self._layer = (layer,)  # a tuple keeps it out of the tree of modules
+        self._returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        # Models choose a layer's mask and rotary table by its attributes.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def result(self, hidden: Tensor) -> Any:
+        """What the layer would return for these hidden states."""
+        return (hidden, None) if self._returns_tuple else hidden
+
+
+class Recorder(StandIn):
+    """Passes hidden states on and keeps what else it was given."""
+
+    call: LayerCall
+    entered: Tensor
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool, last: bool) -> None:
+        super().__init__(layer, returns_tuple)
+        self._last = last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise UnderivedError(
+                f"{release()} gives layers a cache where none was asked for, which pq cannot "
+                "replay; install an earlier release"
+            )
+        self.call = LayerCall(args, kwargs)
+        self.entered = hidden_states
+        if self._last:
+            raise _Stop
+        return self.result(hidden_states)
+
+
+class _Returning(StandIn):
+    """Returns given hidden states whatever it is called with."""
+
+    def __init__(
+        self, layer: nn.Module, returns_tuple: bool, states: Tensor, met: Callable[[], None]
+    ) -> None:
+        super().__init__(layer, returns_tuple)
+        self._states, self._met = (states,), met
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._met()
+        return self.result(self._states[0])
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass once the last layer's input was seen."""
+
+
+def returns_tuple(layer: nn.Module) -> bool:
+    """Whether a layer returns hidden states first of a tuple, by what its forward says of itself."""
+    said = inspect.signature(layer.forward).return_annotation
+    return "tuple" in str(said).lower()
+
+
+def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
+    """Run a model whose layers are these recorders on tokens [B, T] → the hidden states [B, T, D]
+    that enter its first layer.
+
+    UnderivedError where it does something between two layers.
+    """
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except _Stop:
+        pass
+    first = recorders[0].entered
+    for index, recorder in enumerate(recorders):
+        entered = recorder.__dict__.get("entered")
+        if entered is not first:
+            raise UnderivedError(
+                f"{type(model).__name__}: hidden states change between layers {index - 1} and "
+                f"{index}, outside of both; pq takes decoders whose layers follow one another"
+            )
+    return first
+
+
+def leave(
+    model: Any,
+    layers: Sequence[nn.Module],
+    returns: Sequence[bool],
+    place: str,
+    hidden: Tensor,
+    met: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Hidden states [B, T, D] behind the last layer → logits [B, T, V], by the model's own forward.
+
+    returns: whether each layer returns a tuple. met: called where a layer would run.
+    """
+    given = [
+        _Returning(layer, several, hidden, met)
+        for layer, several in zip(layers, returns, strict=True)
+    ]
+    model.set_submodule(place, nn.ModuleList(given))
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def without_layers(model: Any, place: str) -> Any:
+    """A copy of a model on the meta device that has no layers."""
+    layers = model.get_submodule(place)
+    model.set_submodule(place, nn.ModuleList())
+    try:
+        return copy.deepcopy(model)
+    finally:
+        model.set_submodule(place, layers)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(one, change) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(one, change) for one in value)
+    return value
