@@ -166,9 +166,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Seeded bfloat16 weights; norms and biases are far from one and zero, and channels differ in size."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    place_experts(
-        model, "model.layers", config
-    )  # checkpoints hold every expert's tensors apart
+    place_experts(model, "model.layers", config)  # checkpoints hold every expert's tensors apart
     generator = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

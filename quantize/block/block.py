@@ -160,6 +160,12 @@ class Block:
             if not any(self.rotates_inputs(sink) for sink in edge.sinks)
         )
 
+    @property
+    def rotary_dim(self) -> int:
+        """Leading channels of a head that RoPE rotates."""
+        assert self.arch.heads is not None
+        return self.arch.heads.rotary_dim
+
     def find_edge(self, name: str) -> Edge | None:
         """The edge of that name, where a diagonal may still move over it."""
         return next((edge for edge in self.edges if edge.name == name), None)

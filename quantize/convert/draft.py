@@ -33,6 +33,7 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
     shape = Shape.of(source.config)
     require_layers(source, shape)
     skeleton = Skeleton(request.model, request.device, request.dtype)
+    skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
@@ -46,7 +47,6 @@ def _check(
     source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
 ) -> None:
     """Everything that can be refused before the first block is computed."""
-    skeleton.check(source.shapes, shape.tied)
     require_tied(source, arch, shape)
     source.side_files()
     if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):

@@ -143,13 +143,14 @@ class StreamedModel:
         self.shape = Shape.of(self.source.config)
         require_layers(self.source, self.shape)
         self.skeleton = Skeleton(folder, device, dtype, routing(self.source))
-        self.arch = self.skeleton.arch
-        require_tied(self.source, self.arch, self.shape)
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
-        self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)
+        head = self.skeleton.parts.head
+        self.linears[head] = (self.shape.vocab, self.shape.hidden)
         self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()
+        self.arch = self.skeleton.arch
+        require_tied(self.source, self.arch, self.shape)
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = (
             "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)

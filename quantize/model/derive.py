@@ -19,6 +19,7 @@ from quantize.model.flow import Attending, Flow
 from quantize.model.moe import Router
 from quantize.model.roles import role_by_name
 
+
 @dataclass(frozen=True)
 class Outer:
     """What stands around the blocks of a model."""
@@ -142,7 +143,9 @@ def _groups(flow: Flow, linears: Sequence[str], home: _Homes) -> tuple[tuple[str
         assert reads is not None
         first.setdefault(reads, index)
         groups.setdefault((reads, home.of(name)), []).append(name)
-    order = sorted(groups, key=lambda key: first[key[0]])  # stable: of one input, as they were called
+    order = sorted(
+        groups, key=lambda key: first[key[0]]
+    )  # stable: of one input, as they were called
     return tuple(tuple(groups[key]) for key in order)
 
 
@@ -211,7 +214,9 @@ def _edges(
     ]
     place = {name: index for index, name in enumerate(modules)}
     order = {name: index for index, group in enumerate(groups) for name in group}
-    found.sort(key=lambda edge: (min(order.get(s, len(order)) for s in edge.sinks), place[edge.source]))
+    found.sort(
+        key=lambda edge: (min(order.get(s, len(order)) for s in edge.sinks), place[edge.source])
+    )
     names: dict[str, int] = {}
     out = []
     for edge in found:
@@ -253,9 +258,7 @@ def _norm_name(sinks: Sequence[str], roles: Mapping[str, Role]) -> str:
     return "mlp_norm" if kinds & {"gate", "up", "gate_up"} else "inner_norm"
 
 
-def _value_edges(
-    flow: Flow, roles: Mapping[str, Role], attending: Attending | None
-) -> list[Edge]:
+def _value_edges(flow: Flow, roles: Mapping[str, Role], attending: Attending | None) -> list[Edge]:
     """Values → what reads attention's output: diagonals pass through the weighted sum over tokens."""
     if attending is None or attending.head_dim != attending.value_dim:
         return []
@@ -269,9 +272,7 @@ def _value_edges(
     return [Edge("v_o", source, (sink,), "linear", kv_group=True)]
 
 
-def _product_edges(
-    flow: Flow, roles: Mapping[str, Role], home: _Homes
-) -> list[Edge]:
+def _product_edges(flow: Flow, roles: Mapping[str, Role], home: _Homes) -> list[Edge]:
     """Linear → those that read its elementwise product with something else (up → down)."""
     gives = {call.gives: call.name for call in flow.calls if call.name in roles}
     reads: dict[int, list[str]] = {}

@@ -44,7 +44,9 @@ _KEEPS_VALUES = frozenset(
 _MULTIPLIES = frozenset(("mul", "mul_", "div", "div_"))
 _ADDS = frozenset(("add", "add_"))
 _GATHERS = frozenset(("index", "index_select", "slice", "select", "cat", "sum", "where", "gather"))
-_PUTS = frozenset(("index_add", "index_add_", "index_put", "index_put_", "scatter_add", "scatter_add_"))
+_PUTS = frozenset(
+    ("index_add", "index_add_", "index_put", "index_put_", "scatter_add", "scatter_add_")
+)
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"))
 
 
@@ -183,9 +185,7 @@ class _Recorder(TorchDispatchMode):
         elif operator in _GATHERS or operator in _PUTS:
             if all(value in self._sums for value in self._floating(given, before)):
                 self._sums[number] = {
-                    name: False
-                    for value in before
-                    for name in self._sums.get(value, ())
+                    name: False for value in before for name in self._sums.get(value, ())
                 }
 
     @staticmethod
@@ -241,7 +241,9 @@ def _flat(value: Any) -> Iterator[Tensor]:
             yield from _flat(one)
 
 
-def record(block: nn.Module, hidden: Tensor, forward: Callable[[nn.Module, Tensor], Tensor]) -> Flow:
+def record(
+    block: nn.Module, hidden: Tensor, forward: Callable[[nn.Module, Tensor], Tensor]
+) -> Flow:
     """Run a block once on hidden states [B, T, D] and say what was seen.
 
     forward: runs the block with its masks and rotary tables. The block may be on the meta device;
@@ -293,9 +295,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _noting(
-    recorder: _Recorder, within: list[str], name: str, module: nn.Module
-) -> Iterator[None]:
+def _noting(recorder: _Recorder, within: list[str], name: str, module: nn.Module) -> Iterator[None]:
     linear, norm = isinstance(module, nn.Linear), is_norm(module)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:

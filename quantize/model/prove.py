@@ -81,9 +81,7 @@ def _layout(trial: _Trial, arch: Architecture, heads: Heads) -> RopeLayout | Non
     if arch.find_role("q") is None or arch.find_role("k") is None:
         return None
     layouts: tuple[RopeLayout, ...] = ("half-split", "interleaved")
-    return next(
-        (layout for layout in layouts if trial.holds([trial.pairs(layout, heads)])), None
-    )
+    return next((layout for layout in layouts if trial.holds([trial.pairs(layout, heads)])), None)
 
 
 Change = tuple[Callable[[], None], Callable[[], None]]
@@ -202,4 +200,3 @@ def _same(now: Tensor, before: Tensor, given: Tensor) -> bool:
     # What the block adds is compared, not the stream, beside which it may be small.
     size = (before - given).abs().max()
     return bool((now - before).abs().max() <= TOLERANCE * size)
-

@@ -47,7 +47,9 @@ _SYNONYMS: Mapping[str, Role] = {
 """Last part of a linear's name → its role, as families call it. `w1` and its kind follow below."""
 _GATED: Mapping[str, Role] = {"w1": "gate", "w3": "up", "w2": "down"}
 _PLAIN: Mapping[str, Role] = {"w1": "up", "w2": "down"}
-_ROUTERS = re.compile(r".*(?:mlp|moe|ffn|feed_forward|experts?)\.(?:gate|router|shared_expert_gate)(?:\..*)?")
+_ROUTERS = re.compile(
+    r".*(?:mlp|moe|ffn|feed_forward|experts?)\.(?:gate|router|shared_expert_gate)(?:\..*)?"
+)
 
 
 def role_by_name(name: str, beside: Collection[str] = ()) -> Role:

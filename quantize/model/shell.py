@@ -180,9 +180,7 @@ def note_used(root: nn.Module, used: list[str]) -> None:
             module.register_forward_hook(noting(name))
 
 
-def _filled(
-    shell: Any, rows: int, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Any:
+def _filled(shell: Any, rows: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """The same shell, whose modules get tensors of random values when they are called first."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -202,7 +200,9 @@ def _filled(
     return shell
 
 
-def _place(shell: Any, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def _place(
+    shell: Any, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
         module = shell.get_submodule(owner)

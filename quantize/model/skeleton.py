@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.errors import DataError, ModelError, UnderivedError
+from quantize.files.checkpoint import read_json
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import ATTENTION
-from quantize.model.derive import derive
+from quantize.model.derive import Outer, derive
 from quantize.model.experts import Experts as SplitExperts
 from quantize.model.experts import split_experts
 from quantize.model.flow import Flow, record
@@ -27,6 +29,7 @@ from quantize.model.transformers_api import (
     build_model,
     read_config,
     read_tokenizer,
+    require_known_type,
     rope_types,
 )
 from quantize.model.transformers_decoder import mapped, parts_of, renew_buffers, text_config
@@ -35,6 +38,7 @@ from quantize.model.transformers_decoder import mapped, parts_of, renew_buffers,
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
     """The full-precision model that config.json describes, without memory; ModelError for
     what transformers refuses."""
+    require_known_type(folder, read_json(folder / "config.json"))
     try:
         config = read_config(folder)
         _require_known_rope(folder, config)
@@ -114,12 +118,25 @@ class Skeleton:
 
     def _settle(self) -> None:
         self.config = self.model.config
-        self._shell = Shell(self.model, self.device, self.dtype)
-        self.outer = self._shell.outer
-        self._layers = self.model.get_submodule(self.outer.blocks)
+        self.parts = parts_of(self.model)
+        self._layers = self.model.get_submodule(self.parts.blocks)
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
         self._derived: dict[Any, Architecture] = {}
-        self.arch = self.block_arch(0)
+
+    @cached_property
+    def _shell(self) -> Shell:
+        """Made when it is needed: sizes are checked before, by which absurd ones are found."""
+        return Shell(self.model, self.device, self.dtype)
+
+    @property
+    def outer(self) -> Outer:
+        """What stands around the blocks."""
+        return self._shell.outer
+
+    @property
+    def arch(self) -> Architecture:
+        """What is derived of the first block."""
+        return self.block_arch(0)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
         """ModelError unless a checkpoint's tensors (full name → shape) are
@@ -130,12 +147,12 @@ class Skeleton:
         expected = {name: tuple(p.shape) for name, p in self.model.state_dict().items()}
         if surplus := sorted(set(shapes) - set(expected)):
             raise ModelError(
-                f"tensor {surplus[0]} has no place in a {self.arch.model_type} model of "
+                f"tensor {surplus[0]} has no place in a {self.config.model_type} model of "
                 f"{len(self._layers)} layers; config.json and weights disagree"
             )
         for name, shape in expected.items():
             found = shapes.get(name)
-            if found is None and not (tied and name.startswith(f"{self.arch.head}.")):
+            if found is None and not (tied and name.startswith(f"{self.parts.head}.")):
                 raise ModelError(f"tensor {name} is missing from the checkpoint; download it again")
             if found not in (None, shape):
                 raise ModelError(
@@ -145,7 +162,7 @@ class Skeleton:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [N, K] of every nn.Linear of all blocks, by full name."""
         return {
-            f"{self.arch.blocks}.{index}.{name}": size
+            f"{self.parts.blocks}.{index}.{name}": size
             for index in range(len(self._layers))
             for name, size in self.linear_shapes(index).items()
         }
@@ -192,7 +209,7 @@ class Skeleton:
     def _flow(self, index: int) -> tuple[Flow, nn.Module]:
         """One pass through block `index` → (what was seen, the module that ran): on the meta device,
         or with random weights where that cannot run it."""
-        name = f"{self.outer.blocks}.{index}"
+        name = f"{self.parts.blocks}.{index}"
         call = self._call(1, _SEEN)[index]
         try:
             return self._record(index, call, torch.device("meta"))
@@ -203,9 +220,7 @@ class Skeleton:
                 reason = " ".join(str(err).split())[:200]
                 raise UnderivedError(f"{name}: pq cannot run this layer alone ({reason})") from None
 
-    def _record(
-        self, index: int, call: LayerCall, device: torch.device
-    ) -> tuple[Flow, nn.Module]:
+    def _record(self, index: int, call: LayerCall, device: torch.device) -> tuple[Flow, nn.Module]:
         block: nn.Module = copy.deepcopy(self._layers[index])
         for module in block.modules():
             if isinstance(module, MoeFfn | SplitExperts):

@@ -29,7 +29,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from quantize.errors import ModelError, UsageError
+from quantize.errors import ModelError, UnderivedError, UsageError
 
 __all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"]
 
@@ -50,6 +50,24 @@ ATTENTION_OPTIONS = ("softcap", "s_aux")
 
 
 # Models
+
+
+def require_known_type(folder: Path, facts: Mapping[str, Any]) -> None:
+    """UnderivedError for a config.json whose model is no class of this release of transformers."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = facts.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if facts.get("auto_map"):
+        raise UnderivedError(
+            f"{folder}/config.json: the model needs code of its own (auto_map), which pq does not "
+            "run; take one whose class is part of transformers"
+        )
+    raise UnderivedError(
+        f"{folder}/config.json: model_type {kind!r} is not supported: {release()} knows no such "
+        "model; a newer release may"
+    )
 
 
 def read_config(folder: Path) -> Any:

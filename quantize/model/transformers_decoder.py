@@ -38,7 +38,9 @@ def parts_of(model: Any) -> Parts:
     if not isinstance(embedding, nn.Embedding):
         raise UnderivedError(f"{kind}: get_input_embeddings() gives no embedding of tokens")
     if not isinstance(head, nn.Linear):
-        raise UnderivedError(f"{kind}: get_output_embeddings() gives no linear, so that there is no head")
+        raise UnderivedError(
+            f"{kind}: get_output_embeddings() gives no linear, so that there is no head"
+        )
     facts = model.config.get_text_config(decoder=True)
     count = getattr(facts, "num_hidden_layers", None)
     place = names[embedding]
@@ -63,7 +65,9 @@ def parts_of(model: Any) -> Parts:
 def _shared(one: str, other: str) -> int:
     """How many names two paths begin with together."""
     pairs = zip(one.split("."), other.split("."), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")))
+    return next(
+        (i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count("."))
+    )
 
 
 def text_config(model: Any) -> Any:

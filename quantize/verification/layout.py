@@ -20,6 +20,7 @@ from quantize.model.load import (
     PACKED_SUFFIXES,
     attention_numerics,
     packed_schemes,
+    require_layers,
     require_readable,
     rotated_inputs,
     routing,
@@ -35,7 +36,6 @@ class Layout:
     """A checkpoint whose tensors fit its config.json."""
 
     source: Checkpoint
-    arch: Architecture
     shape: Shape
     skeleton: Skeleton
     linears: Mapping[str, tuple[int, int]]
@@ -45,6 +45,11 @@ class Layout:
     headers: Mapping[str, Header]
     attention: KvNumerics | None
     """How it attends on an INT4 cache; None where it does not."""
+
+    @property
+    def arch(self) -> Architecture:
+        """Its first block."""
+        return self.skeleton.arch
 
 
 def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
@@ -66,15 +71,14 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         if by_pq:
             raise
         raise Skipped(f"pq did not write this model and cannot read it ({err})") from None
-    arch = skeleton.arch
+    head = skeleton.parts.head
     linears = skeleton.linears()
     rotated_inputs(source, linears)
-    schemes = packed_schemes(source, [*linears, arch.head])
-    if arch.head in schemes and not shape.tied:
-        linears[arch.head] = (shape.vocab, shape.hidden)
+    schemes = packed_schemes(source, [*linears, head])
+    if head in schemes and not shape.tied:
+        linears[head] = (shape.vocab, shape.hidden)
     layout = Layout(
         source,
-        arch,
         shape,
         skeleton,
         linears,

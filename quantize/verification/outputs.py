@@ -159,7 +159,9 @@ def _comparable(arch: Architecture, rounds_keys: bool) -> list[str]:
     attends on an INT4 cache."""
     rescaled = {edge.source for edge in arch.edges}
     if rounds_keys and arch.qk_norm is None:
-        rescaled |= {n for n, role in arch.roles.items() if role in ("q", "k")}  # by the pre-RoPE scale
+        rescaled |= {
+            n for n, role in arch.roles.items() if role in ("q", "k")
+        }  # by the pre-RoPE scale
     return [name for name in arch.roles if name not in rescaled]
 
 

@@ -19,7 +19,7 @@ from quantize.errors import ModelError, VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
-from quantize.model.load import KV_SCALE
+from quantize.model.load import KV_SCALE, require_layers
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize

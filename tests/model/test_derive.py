@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
-from conftest import CPU, TINY, ModelMaker, row_of
 import torch
+from conftest import CPU, TINY, ModelMaker, row_of
 
 from quantize.block.walk import Pass
 from quantize.files.checkpoint import Checkpoint

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, ModelMaker
-from rows import architecture_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
