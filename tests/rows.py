@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantize.model.arch import Architecture, Edge, Experts, ExpertSizes, Heads, Role
+from quantize.model.arch import Architecture, Edge, Experts, ExpertSizes, Heads, Role, Rows
 
 _GATED_MLP_ROLES: Mapping[str, Role] = {
     "self_attn.q_proj": "q",
@@ -40,6 +40,11 @@ _PRE_NORM_RESIDUAL = {
 }
 
 
+def _heads(n: int) -> Heads:
+    query, key = Rows("self_attn.q_proj", 0, 64 * n), Rows("self_attn.k_proj", 0, 128)
+    return Heads(n, 2, 64, 64, query, key)
+
+
 def _llama_like(model_type: str, **special: Any) -> Architecture:
     return Architecture(
         model_type,
@@ -49,7 +54,7 @@ def _llama_like(model_type: str, **special: Any) -> Architecture:
         _PRE_NORM_RESIDUAL,
         writers=tuple(_PRE_NORM_RESIDUAL),
         stream_norms=("input_layernorm", "post_attention_layernorm"),
-        heads=Heads(special.pop("heads", 4), 2, 64, 64),
+        heads=_heads(special.pop("heads", 4)),
         **special,
     )
 

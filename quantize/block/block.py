@@ -22,8 +22,8 @@ from quantize.errors import ModelError
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking
 from quantize.formats.scheme import Packed
-from quantize.model.arch import Architecture, Edge, Shape
-from quantize.model.fold import head_columns
+from quantize.model.arch import Architecture, Edge, Rows, Shape
+from quantize.model.fold import head_columns, scale_outputs
 from quantize.model.hadamard import (
     apply_hadamard,
     keep_rotation,
@@ -201,14 +201,11 @@ class Block:
         self.forget_moments()
         self.module.get_submodule(self.arch.attention).kv = kv.to(self.device)
 
-    def scale_rows(self, name: str, scale: Tensor) -> None:
-        """Multiply the outputs of a not yet encoded linear by scale [N]: weight rows and bias."""
-        linear = self.linear(name)
-        self.forget_moments(name)
-        scale = scale.to(linear.weight.device, linear.weight.dtype)
-        linear.weight.data = linear.weight * scale[:, None]
-        if linear.bias is not None:
-            linear.bias.data = linear.bias * scale
+    def scale_rows(self, rows: Rows, scale: Tensor) -> None:
+        """Multiply outputs of a not yet encoded linear by scale [N]: weight rows and bias."""
+        linear = self.linear(rows.linear)
+        self.forget_moments(rows.linear)
+        scale_outputs(linear, scale.to(linear.weight.device), rows.first, rows.end)
 
     def forget_moments(self, *names: str) -> None:
         """Drop waiting moments that a change of these modules may reach: all without a name.

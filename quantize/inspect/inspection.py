@@ -131,7 +131,7 @@ def inspect(folder: Path) -> Inspection:
         source.config.get("quantization_config"),
         noted_shapes(source, headers),
     )
-    blocks, outside = _by_block(headers, stored, str(source.config.get("model_type")))
+    blocks, outside = _by_block(headers, stored)
     blocks = _with_routing(blocks, _native(source.config, "routing"))
     file_bytes = sum((folder / shard).stat().st_size for shard in source.shards)
     made, problem = read_origin(folder)

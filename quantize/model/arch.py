@@ -42,6 +42,15 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Outputs [first, end) of a linear: all of q_proj, a third of a fused qkv_proj."""
+
+    linear: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Heads:
     """Attention of one block."""
 
@@ -50,6 +59,9 @@ class Heads:
     head_dim: int
     rotary_dim: int
     """Leading channels of a head that RoPE rotates; 0: none."""
+    query: Rows | None = None
+    """What makes queries before any norm over them; None where that is not seen."""
+    key: Rows | None = None
     scores: bool = True
     """Whether scaling rotation pairs of queries and keys against each other changes nothing."""
 

@@ -186,9 +186,8 @@ def attend_plainly(
         T, S = scores.shape[2:]
         mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
     if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
+        mask = torch.zeros_like(scores).masked_fill(~mask, float("-inf"))
+    scores = scores + mask
     if s_aux is not None:
         sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sinks), -1)

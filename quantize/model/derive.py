@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from quantize.model.arch import Architecture, Edge, Experts, Heads, Role
+from quantize.model.arch import Architecture, Edge, Experts, Heads, Role, Rows
 from quantize.model.flow import Attending, Flow
 from quantize.model.moe import Router
 from quantize.model.roles import role_by_name
@@ -50,7 +50,7 @@ def derive(
     linears = _order(flow, modules)
     attending = _attention(flow)
     home = _homes(modules, routed)
-    heads = None if attending is None else _heads(attending, rotary_dim)
+    heads = None if attending is None else _heads(flow, attending, rotary_dim)
     roles = _roles(flow, linears, attending)
     groups = _groups(flow, linears, home)
     edges = _edges(flow, modules, roles, groups, attending, home)
@@ -91,9 +91,50 @@ def _attention(flow: Flow) -> Attending | None:
     return flow.attending[0] if len(flow.attending) == 1 else None
 
 
-def _heads(attending: Attending, rotary_dim: int | None) -> Heads:
+def _heads(flow: Flow, attending: Attending, rotary_dim: int | None) -> Heads:
     rotated = attending.head_dim if rotary_dim is None else rotary_dim
-    return Heads(attending.n_heads, attending.n_kv_heads, attending.head_dim, rotated)
+    query, key = (_rows_of(flow, n) for n in _before_attention(flow, attending))
+    return Heads(
+        attending.n_heads, attending.n_kv_heads, attending.head_dim, rotated, query, key
+    )
+
+
+def _rows_of(flow: Flow, values: int | None) -> Rows | None:
+    part = None if values is None else flow.parts.get(values)
+    return None if part is None else Rows(*part)
+
+
+def _before_attention(flow: Flow, attending: Attending) -> tuple[int | None, int | None]:
+    """Values of queries and keys as linears put them out: the pieces of the module that attends
+    that are as long as its heads are wide, in order; values are known."""
+    sizes = (
+        attending.n_heads * attending.head_dim,
+        attending.n_kv_heads * attending.head_dim,
+    )
+    values = flow.parts.get(attending.value)
+    inside = [
+        number
+        for number, (linear, first, end) in flow.parts.items()
+        if linear.rpartition(".")[0] == attending.module
+        and (linear, first, end) != values
+        and role_by_name(linear) in ("q", "k", "qkv")
+    ]
+    queries = [n for n in inside if _size(flow, n) == sizes[0] and _role(flow, n) in ("q", "qkv")]
+    keys = [
+        n
+        for n in inside
+        if _size(flow, n) == sizes[1] and _role(flow, n) in ("k", "qkv") and n != (queries or [0])[0]
+    ]
+    return (queries or [None])[0], (keys or [None])[0]
+
+
+def _size(flow: Flow, number: int) -> int:
+    _, first, end = flow.parts[number]
+    return end - first
+
+
+def _role(flow: Flow, number: int) -> Role:
+    return role_by_name(flow.parts[number][0])
 
 
 def _why_no_cache(flow: Flow, attending: Attending | None) -> str:
@@ -258,23 +299,30 @@ def _norm_name(sinks: Sequence[str], roles: Mapping[str, Role]) -> str:
     return "mlp_norm" if kinds & {"gate", "up", "gate_up"} else "inner_norm"
 
 
-def _value_edges(flow: Flow, roles: Mapping[str, Role], attending: Attending | None) -> list[Edge]:
+def _value_edges(
+    flow: Flow, roles: Mapping[str, Role], attending: Attending | None
+) -> list[Edge]:
     """Values → what reads attention's output: diagonals pass through the weighted sum over tokens."""
     if attending is None or attending.head_dim != attending.value_dim:
         return []
-    source = next((n for n, role in roles.items() if role == "v"), None)
+    source = _rows_of(flow, attending.value)
     sink = next((n for n, role in roles.items() if role == "o"), None)
-    if source is None or sink is None:
+    if source is None or sink is None or source.linear not in roles:
         return []
-    given = next(call.gives for call in flow.calls if call.name == source)
-    if given != attending.value:
-        return []
-    return [Edge("v_o", source, (sink,), "linear", kv_group=True)]
+    edge = Edge("v_o", source.linear, (sink,), "linear", kv_group=True)
+    return [_of_rows(edge, source, roles, "v")]
 
 
-def _product_edges(flow: Flow, roles: Mapping[str, Role], home: _Homes) -> list[Edge]:
+def _of_rows(edge: Edge, source: Rows, roles: Mapping[str, Role], role: Role) -> Edge:
+    """The edge from these outputs of its source; from all of them where it makes nothing else."""
+    alone = roles[source.linear] == role
+    return edge if alone else replace(edge, rows=(source.first, source.end))
+
+
+def _product_edges(
+    flow: Flow, roles: Mapping[str, Role], home: _Homes
+) -> list[Edge]:
     """Linear → those that read its elementwise product with something else (up → down)."""
-    gives = {call.gives: call.name for call in flow.calls if call.name in roles}
     reads: dict[int, list[str]] = {}
     for call in flow.calls:
         if call.name in roles:
@@ -283,10 +331,15 @@ def _product_edges(flow: Flow, roles: Mapping[str, Role], home: _Homes) -> list[
     for product, factors in flow.products.items():
         sinks = list(dict.fromkeys(reads.get(product, ())))
         readers = flow.readers.get(product, set())
-        sources = [gives[f] for f in factors if f in gives and roles[gives[f]] == "up"]
+        sources = [
+            rows
+            for factor in factors
+            if (rows := _rows_of(flow, factor)) and roles.get(rows.linear) in ("up", "gate_up")
+        ]
         if sinks and len(sources) == 1 and readers <= set(sinks):
-            name = f"up_down{home.label(sources[0])}"
-            edges.append(Edge(name, sources[0], tuple(sinks), "linear"))
+            name = f"up_down{home.label(sources[0].linear)}"
+            edge = Edge(name, sources[0].linear, tuple(sinks), "linear")
+            edges.append(_of_rows(edge, sources[0], roles, "up"))
     return edges
 
 

@@ -47,6 +47,9 @@ _GATHERS = frozenset(("index", "index_select", "slice", "select", "cat", "sum", 
 _PUTS = frozenset(
     ("index_add", "index_add_", "index_put", "index_put_", "scatter_add", "scatter_add_")
 )
+_CUTS = frozenset(("split", "split_with_sizes", "chunk", "slice"))
+_MAKES = ("zeros", "new_zeros", "zero_", "empty_like", "ones_like", "full_like", "new_empty")
+"""How operators begin that read no values of what they are given."""
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"))
 
 
@@ -91,6 +94,8 @@ class Flow:
     """(linear, whether its output was added as it is, values of the stream it was added to)."""
     readers: dict[int, set[str]] = field(default_factory=dict)
     """Values → modules that read them; `` for the block's own code."""
+    parts: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    """Values → the linear that puts them out, and which of its outputs [first, end) they are."""
     products: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Values of an elementwise product → values of its factors."""
 
@@ -103,11 +108,11 @@ class Flow:
         return next((call for call in self.calls if call.gives == values), None)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers the values of all tensors of a pass."""
 
     def __init__(self, parameters: Mapping[int, str], modules: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Flow()
         self._parameters = parameters
         self._within = modules
@@ -117,6 +122,8 @@ class _Recorder(TorchDispatchMode):
         self._matrix: dict[int, str] = {}
         # Values → linears whose outputs they are a sum of, and whether each is in it as it is.
         self._sums: dict[int, dict[str, bool]] = {}
+        # Values joined along the last dimension → those of the pieces, and their widths.
+        self._joined: dict[int, list[tuple[int, int]]] = {}
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor's values."""
@@ -138,7 +145,9 @@ class _Recorder(TorchDispatchMode):
 
     def is_output_of(self, tensor: Tensor, linear: str) -> None:
         """Note that a linear has put this out."""
-        self._sums[self.number(tensor)] = {linear: True}
+        number = self.number(tensor)
+        self._sums[number] = {linear: True}
+        self.flow.parts[number] = (linear, 0, tensor.shape[-1])
 
     def stream(self, tensor: Tensor) -> None:
         """Note that this is the residual stream."""
@@ -148,7 +157,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         operator = func.overloadpacket.__name__
-        given = [value for value in _flat((args, kwargs or {}))]
+        given = list(_flat((args, kwargs or {})))
         # In-place operators change what their first operand holds: its number is read before.
         before = [self.number(value) for value in given]
         out = func(*args, **(kwargs or {}))
@@ -158,6 +167,11 @@ class _Recorder(TorchDispatchMode):
                 self.renew(tensor, before[0])
             return out
         numbers = [self.renew(tensor) for tensor in found]
+        if operator == "cat" and given and args[-1] in (-1, given[0].ndim - 1):
+            widths = [tensor.shape[-1] for tensor in given]
+            self._joined[numbers[0]] = list(zip(before, widths, strict=True))
+        if operator in _CUTS and given:
+            self._note_cut(given[0], before[0], found, args)
         if numbers:
             self._note(operator, given, before, found[0], numbers[0], args)
         return out
@@ -172,7 +186,7 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...],
     ) -> None:
         reader = self._within[-1] if self._within else ""
-        for value in before:
+        for value in () if operator.startswith(_MAKES) else before:
             self.flow.readers.setdefault(value, set()).add(reader)
         if operator in _PRODUCTS:
             self._note_product(before, number)
@@ -183,15 +197,37 @@ class _Recorder(TorchDispatchMode):
         elif operator in _MULTIPLIES and before:
             self._note_scaled(given, before, number)
         elif operator in _GATHERS or operator in _PUTS:
-            if all(value in self._sums for value in self._floating(given, before)):
-                self._sums[number] = {
-                    name: False for value in before for name in self._sums.get(value, ())
-                }
+            self._note_gathered(given, before, number)
 
-    @staticmethod
-    def _floating(given: list[Tensor], before: list[int]) -> list[int]:
+    def _note_gathered(self, given: list[Tensor], before: list[int], number: int) -> None:
         pairs = zip(given, before, strict=True)
-        return [value for tensor, value in pairs if tensor.is_floating_point()]
+        floats = [value for tensor, value in pairs if tensor.is_floating_point()]
+        if all(value in self._sums for value in floats):
+            self._sums[number] = {name: False for value in floats for name in self._sums[value]}
+
+    def _note_cut(
+        self, whole: Tensor, number: int, pieces: list[Tensor], args: tuple[Any, ...]
+    ) -> None:
+        """Note which outputs of a linear the pieces are that it was cut into along its outputs."""
+        joined = self._joined.get(number, ())
+        if [size for _, size in joined] == [piece.shape[-1] for piece in pieces]:
+            for piece, (original, _) in zip(pieces, joined, strict=True):
+                self.renew(piece, original)
+            return
+        part = self.flow.parts.get(number)
+        if part is None or whole.shape[-1] != part[2] - part[1]:
+            return
+        if sum(piece.shape[-1] for piece in pieces) == whole.shape[-1]:
+            start = 0
+        elif len(pieces) == 1 and args[1] in (-1, whole.ndim - 1):  # slice(x, dim, start, …)
+            start = args[2] or 0
+            start = start + whole.shape[-1] if start < 0 else start
+        else:
+            return
+        for piece in pieces:
+            first = part[1] + start
+            self.flow.parts[self.number(piece)] = (part[0], first, first + piece.shape[-1])
+            start += piece.shape[-1]
 
     def _note_product(self, before: list[int], number: int) -> None:
         named = [self._matrix[value] for value in before if value in self._matrix]
@@ -266,7 +302,9 @@ def record(
             recorder.flow.attending.append(
                 Attending(
                     names.get(module, ""),
-                    *(recorder.number(x) for x in (q, k, v)),
+                    recorder.number(q),
+                    recorder.number(k),
+                    recorder.number(v),
                     q.shape[1],
                     k.shape[1],
                     k.shape[3],

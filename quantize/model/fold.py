@@ -21,17 +21,25 @@ def scale_edge(
 
     columns: λ by the sinks' input. offset: what a norm adds to its weight.
     """
-    source = module.get_submodule(edge.source)
     first, end = edge.rows or (0, len(scale))
-    for name, parameter in source._parameters.items():
+    scale_outputs(module.get_submodule(edge.source), 1 / scale, first, end, offset)
+    for sink in edge.sinks:
+        weight = module.get_submodule(sink).get_parameter("weight")
+        weight.data = weight.data * columns.to(weight.dtype)
+
+
+def scale_outputs(
+    module: nn.Module, scale: Tensor, first: int, end: int, offset: float = 0.0
+) -> None:
+    """Multiply outputs [first, end) of a linear or norm by scale [end − first], its bias too.
+
+    offset: what a norm adds to its weight.
+    """
+    for name, parameter in module._parameters.items():
         if parameter is None:
             continue
         added = offset if name == "weight" else 0.0
         rows = scale.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
-        changed = (parameter.data[first:end] + added) / rows - added
         whole = parameter.data.clone()
-        whole[first:end] = changed
+        whole[first:end] = (whole[first:end] + added) * rows - added
         parameter.data = whole
-    for sink in edge.sinks:
-        weight = module.get_submodule(sink).get_parameter("weight")
-        weight.data = weight.data * columns.to(weight.dtype)

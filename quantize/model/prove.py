@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from quantize.model.arch import Architecture, Edge, Heads, RopeLayout
-from quantize.model.fold import head_columns, scale_edge
+from quantize.model.arch import Architecture, Edge, Heads, RopeLayout, Rows
+from quantize.model.fold import head_columns, scale_edge, scale_outputs
 from quantize.model.rope import partners
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -24,8 +24,8 @@ TOLERANCE = 1e-5
 _TOKENS = 12
 # Hidden states as a norm leaves them, and far larger ones, which reach what is clamped.
 _SIZES = (1.0, 30.0)
-_POWERS = (-3, 4)
-"""Diagonals are 2^n, n from −3 up to 3."""
+_POWERS = (-6, 7)
+"""Diagonals are 2^n, n from −6 up to 6: what is clamped is reached."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _reason(edge: Edge) -> str:
 
 def _layout(trial: _Trial, arch: Architecture, heads: Heads) -> RopeLayout | None:
     """How channels rotate, by which pairs may be scaled; None where none may."""
-    if arch.find_role("q") is None or arch.find_role("k") is None:
+    if heads.query is None or heads.key is None:
         return None
     layouts: tuple[RopeLayout, ...] = ("half-split", "interleaved")
     return next((layout for layout in layouts if trial.holds([trial.pairs(layout, heads)])), None)
@@ -156,22 +156,22 @@ class _Trial:
         partner = partners(layout, heads.head_dim, heads.rotary_dim)
         free = self._powers(heads.head_dim)
         scale = free[torch.minimum(partner, torch.arange(heads.head_dim))]
-        names = [self._arch.find_role("q"), self._arch.find_role("k")]
-        counts = (heads.n_heads, heads.n_kv_heads)
-        if self._arch.qk_norm is not None:
-            names, counts = list(self._arch.qk_norm), (1, 1)
-        modules = [self._module.get_submodule(name or "") for name in names]
+        assert heads.query is not None
+        assert heads.key is not None
+        rows = [heads.query, heads.key]
+        counts, norms = (heads.n_heads, heads.n_kv_heads), self._arch.qk_norm
+        if norms is not None:
+            rows, counts = [Rows(name, 0, heads.head_dim) for name in norms], (1, 1)
+        modules = [self._module.get_submodule(one.linear) for one in rows]
         touched = [p for m in modules for p in m._parameters.values() if p is not None]
-        offset = self._arch.qk_offset if self._arch.qk_norm is not None else 0.0
+        offset = 0.0 if norms is None else self._arch.qk_offset
 
         def apply() -> None:
-            for module, count, factor in zip(modules, counts, (1 / scale, scale), strict=True):
-                rows = factor.repeat(count).to(touched[0].device)
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        added = offset if name == "weight" and p.ndim == 1 else 0.0
-                        wide = rows.view(-1, *[1] * (p.ndim - 1))
-                        p.data = (p.data + added) * wide - added
+            for module, one, count, factor in zip(
+                modules, rows, counts, (1 / scale, scale), strict=True
+            ):
+                scaled = factor.repeat(count).to(touched[0].device)
+                scale_outputs(module, scaled, one.first, one.end, offset)
 
         return self._change(touched, apply)
 

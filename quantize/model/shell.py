@@ -63,7 +63,7 @@ class Shell:
         tokens = tokens.to(self.device)
         name = f"{self._embedding}.weight"
         # Only the rows that are asked for: a whole table in another dtype may take a gigabyte.
-        asked, places = tokens.unique(return_inverse=True)
+        asked, places = torch.unique(tokens, return_inverse=True)
         rows = outside[name][asked.to(outside[name].device)]
         rest = {n: t for n, t in outside.items() if _owner(n) in self.outer.before and n != name}
         _place(shell, rest | {name: rows}, self.device, self.dtype)

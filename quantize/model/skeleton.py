@@ -307,6 +307,11 @@ class Skeleton:
         return self._calls[batch, length]
 
 
+def skeleton_on_cpu(folder: Path) -> Skeleton:
+    """What only is looked at."""
+    return Skeleton(folder, torch.device("cpu"), torch.float32)
+
+
 _SEEN = 8
 """Tokens of the pass that a block's architecture is derived from."""
 

@@ -93,7 +93,9 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
             assert held is not None
             module._buffers[name] = torch.full_like(held, _UNSET, device=device)
         parameters = dict(module._parameters)
-        module._parameters = {n: None if p is None else p.to("meta") for n, p in parameters.items()}
+        for name, held in parameters.items():
+            if held is not None:
+                module._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
         try:
             with torch.no_grad():
                 model._init_weights(module)
@@ -135,6 +137,7 @@ class Recorder(StandIn):
         self._last = last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep what a layer is given."""
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise UnderivedError(
                 f"{release()} gives layers a cache where none was asked for, which pq cannot "
@@ -157,6 +160,7 @@ class _Returning(StandIn):
         self._states, self._met = (states,), met
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Give what it stands in for."""
         self._met()
         return self.result(self._states[0])
 

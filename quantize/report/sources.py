@@ -19,7 +19,7 @@ from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
-from quantize.model.skeleton import Skeleton
+from quantize.model.skeleton import skeleton_on_cpu
 from quantize.report.model import mapping
 
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
@@ -117,7 +117,7 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
         source = Checkpoint(folder)
         shape = Shape.of(source.config)
-        skeleton = Skeleton(folder, torch.device("cpu"), torch.float32)
+        skeleton = skeleton_on_cpu(folder)
         arch = skeleton.arch
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)

@@ -130,7 +130,7 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     scaled = {f"{edge.source}.{part}" for edge in arch.edges for part in ("weight", "bias")}
     if recipe is None or any(stage.kind == "cache" for stage in recipe.stages):
         # The pre-RoPE scale, and the post-RoPE scale that the parent does not have.
-        rotated = filter(None, (*map(arch.find_role, ("q", "k")), *(arch.qk_norm or ())))
+        rotated = filter(None, (arch.find_role("q"), arch.find_role("k"), *(arch.qk_norm or ())))
         scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
         scaled.add(f"{arch.attention}.{KV_SCALE}")
     if turned:

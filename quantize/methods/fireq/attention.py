@@ -211,9 +211,12 @@ class FireqAttention(Stage):
             key.data = (key + added) * pre[0].to(key.dtype) - added
             query.data = (query + added) / pre[0].to(query.dtype) - added
             return
-        block.scale_rows(arch.of_role("k"), pre.flatten())
+        assert arch.heads is not None
+        assert arch.heads.key is not None
+        assert arch.heads.query is not None
+        block.scale_rows(arch.heads.key, pre.flatten())
         queries = 1 / pre.repeat_interleave(shape.n_heads // shape.n_kv_heads, dim=0)
-        block.scale_rows(arch.of_role("q"), queries.flatten())
+        block.scale_rows(arch.heads.query, queries.flatten())
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Error of the attention output by block, with and without scales."""
