@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from quantize.cost.stopwatch import Compared, device_name, take_turns, versions, watch
 from quantize.errors import ModelError, QualityError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import CONTAINER, Experts, ExpertSizes, Shape
+from quantize.model.arch import CONTAINER, Experts, ExpertSizes
+from quantize.model.load import shape_of
 from quantize.model.moe import Expert, MoeFfn, Threshold, TopK
 from quantize.model.skeleton import Skeleton
 
@@ -125,7 +126,7 @@ def bench_model(
     kind = source.config.get("model_type")
     if kind != CONTAINER:
         raise ModelError(f"{folder}: a {kind} model has no experts of LaDiMo's; convert it first")
-    sizes, shape = ExpertSizes.of(source.config), Shape.of(source.config)
+    sizes, shape = ExpertSizes.of(source.config), shape_of(source)
     index = min(set(range(shape.n_blocks)) - sizes.dense_blocks, default=None)
     if index is None:
         raise ModelError(f"{folder}: config.json says that every block is dense")

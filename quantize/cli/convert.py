@@ -263,6 +263,13 @@ def _print(summary: Summary) -> None:
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.restructured:
         print_restructuring(console, summary.restructured, summary.activated_reduction)
+    for reason, names in summary.cache_16bit.items():
+        console.print(
+            f"[yellow]{len(names)} layers keep a 16-bit cache[/yellow] ({reason}): "
+            f"{_list_names(names)}"
+        )
+    for reason, names in summary.unmoved.items():
+        console.print(f"in {len(names)} blocks no scales move over {reason}")
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:

@@ -152,6 +152,8 @@ class Conversion:
         for name, module in block.module.named_modules():
             if isinstance(module, MoeFfn):
                 state.routing[prefix + name] = module.policy
+        if block.unproved:
+            state.report[prefix.removesuffix(".")] = {"unmoved": block.unproved}
         for name, facts in block.report.items():
             state.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)

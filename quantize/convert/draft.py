@@ -13,7 +13,7 @@ from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
-from quantize.model.load import require_layers, require_tied
+from quantize.model.load import require_layers, require_tied, shape_of
 from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
@@ -30,7 +30,7 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
             f"{source.folder}: is quantized already (config.json has quantization_config); give "
             "its parent"
         )
-    shape = Shape.of(source.config)
+    shape = shape_of(source)
     require_layers(source, shape)
     skeleton = Skeleton(request.model, request.device, request.dtype)
     skeleton.check(source.shapes, shape.tied)

@@ -3,6 +3,7 @@ provenance."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +42,10 @@ class Summary:
     promoted: list[str]
     """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
     fallbacks: list[str]
+    unmoved: dict[str, list[str]]
+    """What scales could not move over without changing what a block computes, and why → blocks."""
+    cache_16bit: dict[str, list[str]]
+    """Why attention cannot work on an INT4 cache → the modules that keep 16 bits."""
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
     untied_head_bytes: int
@@ -75,6 +80,12 @@ def summary_of(
         peak_bytes=peak_of(plan.request.device),
         promoted=list(allocation.promoted) if allocation else [],
         fallbacks=[name for name, facts in state.report.items() if facts.get("fallback")],
+        unmoved=_unmoved(state),
+        cache_16bit=_by_reason(
+            (name, str(facts["cache_16bit"]))
+            for name, facts in state.report.items()
+            if "cache_16bit" in facts
+        ),
         lost=lost_in(plan, state),
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
@@ -88,6 +99,21 @@ def summary_of(
         activated_reduction=state.report.get("ladimo", {}).get("activated_reduction"),
         mean_output_error=sum(errors) / len(errors) if errors else None,
     )
+
+
+def _unmoved(state: State) -> dict[str, list[str]]:
+    return _by_reason(
+        (name, f"{edge}: {why}")
+        for name, facts in state.report.items()
+        for edge, why in facts.get("unmoved", {}).items()
+    )
+
+
+def _by_reason(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name, reason in found:
+        out.setdefault(reason, []).append(name)
+    return out
 
 
 def results_of(plan: Plan, state: State, dropped: int) -> dict[str, Any]:

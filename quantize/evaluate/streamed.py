@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.arch import ExpertSizes, Shape, parameters_of_a_token
+from quantize.model.arch import ExpertSizes, parameters_of_a_token
 from quantize.model.attention import KvNumerics
 from quantize.model.linear import Numerics
 from quantize.model.load import (
@@ -32,6 +32,7 @@ from quantize.model.load import (
     require_tied,
     rotated_inputs,
     routing,
+    shape_of,
     tensors_of,
 )
 from quantize.model.moe import MoeFfn
@@ -140,7 +141,7 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.numerics = numerics
-        self.shape = Shape.of(self.source.config)
+        self.shape = shape_of(self.source)
         require_layers(self.source, self.shape)
         self.skeleton = Skeleton(folder, device, dtype, routing(self.source))
         self.linears = self.skeleton.linears()

@@ -94,9 +94,7 @@ def _attention(flow: Flow) -> Attending | None:
 def _heads(flow: Flow, attending: Attending, rotary_dim: int | None) -> Heads:
     rotated = attending.head_dim if rotary_dim is None else rotary_dim
     query, key = (_rows_of(flow, n) for n in _before_attention(flow, attending))
-    return Heads(
-        attending.n_heads, attending.n_kv_heads, attending.head_dim, rotated, query, key
-    )
+    return Heads(attending.n_heads, attending.n_kv_heads, attending.head_dim, rotated, query, key)
 
 
 def _rows_of(flow: Flow, values: int | None) -> Rows | None:
@@ -119,22 +117,15 @@ def _before_attention(flow: Flow, attending: Attending) -> tuple[int | None, int
         and (linear, first, end) != values
         and role_by_name(linear) in ("q", "k", "qkv")
     ]
-    queries = [n for n in inside if _size(flow, n) == sizes[0] and _role(flow, n) in ("q", "qkv")]
-    keys = [
-        n
-        for n in inside
-        if _size(flow, n) == sizes[1] and _role(flow, n) in ("k", "qkv") and n != (queries or [0])[0]
-    ]
-    return (queries or [None])[0], (keys or [None])[0]
+    queries = next((n for n in inside if _is(flow, n, sizes[0], "q")), None)
+    others = (n for n in inside if n != queries)
+    return queries, next((n for n in others if _is(flow, n, sizes[1], "k")), None)
 
 
-def _size(flow: Flow, number: int) -> int:
-    _, first, end = flow.parts[number]
-    return end - first
-
-
-def _role(flow: Flow, number: int) -> Role:
-    return role_by_name(flow.parts[number][0])
+def _is(flow: Flow, number: int, size: int, role: Role) -> bool:
+    """Whether these values are `size` outputs of a linear of that role, or of a fused one."""
+    linear, first, end = flow.parts[number]
+    return end - first == size and role_by_name(linear) in (role, "qkv")
 
 
 def _why_no_cache(flow: Flow, attending: Attending | None) -> str:
@@ -299,9 +290,7 @@ def _norm_name(sinks: Sequence[str], roles: Mapping[str, Role]) -> str:
     return "mlp_norm" if kinds & {"gate", "up", "gate_up"} else "inner_norm"
 
 
-def _value_edges(
-    flow: Flow, roles: Mapping[str, Role], attending: Attending | None
-) -> list[Edge]:
+def _value_edges(flow: Flow, roles: Mapping[str, Role], attending: Attending | None) -> list[Edge]:
     """Values → what reads attention's output: diagonals pass through the weighted sum over tokens."""
     if attending is None or attending.head_dim != attending.value_dim:
         return []
@@ -319,9 +308,7 @@ def _of_rows(edge: Edge, source: Rows, roles: Mapping[str, Role], role: Role) ->
     return edge if alone else replace(edge, rows=(source.first, source.end))
 
 
-def _product_edges(
-    flow: Flow, roles: Mapping[str, Role], home: _Homes
-) -> list[Edge]:
+def _product_edges(flow: Flow, roles: Mapping[str, Role], home: _Homes) -> list[Edge]:
     """Linear → those that read its elementwise product with something else (up → down)."""
     reads: dict[int, list[str]] = {}
     for call in flow.calls:

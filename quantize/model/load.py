@@ -25,7 +25,7 @@ from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
-from quantize.model.transformers_api import load_pretrained
+from quantize.model.transformers_api import decoder_facts, load_pretrained
 from quantize.model.transformers_decoder import renew_buffers
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
@@ -61,7 +61,7 @@ def load_model(
     kv_numerics = attention_numerics(source) or attention
     if kv_numerics is not None:
         for index, layer in enumerate(model.get_submodule(arch.blocks)):
-            place_kv(skeleton, index, layer, kv_numerics, Shape.of(source.config))
+            place_kv(skeleton, index, layer, kv_numerics, shape_of(source))
     _materialize(model, source, schemes, device, dtype, numerics)
     rotated_inputs(source, [name for name in linears if name.startswith(f"{arch.blocks}.")])
     _rotate_inputs(model, source)
@@ -90,6 +90,11 @@ def require_readable(source: Checkpoint) -> None:
         form.require_understood(quantization)
     except ValueError as err:
         raise ModelError(f"{source.folder}/config.json: quantization_config: {err}") from None
+
+
+def shape_of(source: Checkpoint) -> Shape:
+    """Sizes of a checkpoint's text decoder; ModelError names a missing or absurd field."""
+    return Shape.of(decoder_facts(source.folder, source.config))
 
 
 def tensors_of(source: Checkpoint, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -261,7 +266,7 @@ def load_block(
     layer = skeleton.layer(index, weights, packed)
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
-        kv = place_kv(skeleton, index, layer, attention, Shape.of(source.config))
+        kv = place_kv(skeleton, index, layer, attention, shape_of(source))
         if kv is not None and scale in source:
             kv.scale = source.tensor(scale)
             kv.to(skeleton.device)

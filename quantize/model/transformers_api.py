@@ -88,6 +88,36 @@ def plain_config(config: Any) -> Any:
     return plain
 
 
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def decoder_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of the text decoder under the names that most models use, also where config.json calls
+    them otherwise, keeps them in a section of its own or leaves them to its class.
+
+    facts: config.json as it is; what it says under these names goes before.
+    """
+    found: dict[str, Any] = {}
+    try:
+        text = read_config(folder).get_text_config(decoder=True)
+        for name in _SIZES:
+            value = getattr(text, name, None)
+            # Layers of several sizes: each block's own are derived.
+            found[name] = max(value) if isinstance(value, list | tuple) and value else value
+    except Exception:
+        found = {}
+    return found | {k: v for k, v in facts.items() if k in _SIZES and not isinstance(v, list)}
+
+
 def rope_types() -> list[str]:
     """The values of `rope_type` that transformers knows."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

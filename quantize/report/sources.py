@@ -19,6 +19,7 @@ from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
+from quantize.model.load import shape_of
 from quantize.model.skeleton import skeleton_on_cpu
 from quantize.report.model import mapping
 
@@ -116,7 +117,7 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
         source = Checkpoint(folder)
-        shape = Shape.of(source.config)
+        shape = shape_of(source)
         skeleton = skeleton_on_cpu(folder)
         arch = skeleton.arch
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]

@@ -24,6 +24,7 @@ from quantize.model.load import (
     require_readable,
     rotated_inputs,
     routing,
+    shape_of,
 )
 from quantize.model.skeleton import Skeleton
 from quantize.verification.checks import Skipped, summarize
@@ -63,7 +64,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     if not by_pq:
         _skip_foreign(source)
     require_readable(source)
-    shape = Shape.of(source.config)
+    shape = shape_of(source)
     require_layers(source, shape)
     try:
         skeleton = Skeleton(folder, device, torch.float32, routing(source))

@@ -19,7 +19,7 @@ from quantize.errors import ModelError, VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
-from quantize.model.load import KV_SCALE, require_layers
+from quantize.model.load import KV_SCALE, require_layers, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize
@@ -50,7 +50,7 @@ def open_parent(folder: Path) -> Parent:
         raise ModelError(
             f"{folder}: is quantized itself; give the model that was converted as the parent"
         )
-    shape = Shape.of(source.config)
+    shape = shape_of(source)
     require_layers(source, shape)
     return Parent(source, Skeleton(folder, torch.device("cpu"), torch.float32), shape)
 

@@ -110,7 +110,7 @@ class FireqAttention(Stage):
         kernel will from here on."""
         shape, arch, heads = block.shape, block.arch, block.arch.heads
         if arch.no_cache or heads is None:
-            block.note(arch.attention or "attention", kv_cache=f"16 bits: {arch.no_cache}")
+            block.note(arch.attention or "attention", cache_16bit=arch.no_cache)
             return
         try:
             self.numerics.scheme.group(shape.head_dim)
