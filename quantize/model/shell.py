@@ -50,7 +50,7 @@ class Shell:
 
     def calls(self, batch: int, length: int) -> list[LayerCall]:
         """What every layer is given beside hidden states [batch, length, D]."""
-        shell = _filled(copy.deepcopy(self._model), length + _SPARE, self.device, self.dtype)
+        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
         tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         return [recorder.call for recorder in self._enter(shell, tokens)[1]]
 
@@ -78,7 +78,7 @@ class Shell:
         outside: full name → tensor of at least the modules `outer.after`; head: stands in for the
         model's own, whose weight is then not needed. A head without a weight has the embedding's.
         """
-        shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype)
+        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
         given = {n: t for n, t in outside.items() if _owner(n) in self.outer.after}
         if head is not None:
             shell.set_submodule(self._head, head)
@@ -111,7 +111,7 @@ class Shell:
         recorded = []
         used: list[str] = []
         for seed in (0, 1):
-            shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype, seed)
+            shell = _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
             note_used(shell, used)
             try:
                 recorders = self._enter(shell, tokens)[1]
@@ -120,7 +120,7 @@ class Shell:
                     raise
                 # What a layer says of its forward is not what it does.
                 self._tuples = [not several for several in self._tuples]
-                shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype, seed)
+                shell = _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
                 note_used(shell, used)
                 recorders = self._enter(shell, tokens)[1]
             recorded.append([recorder.call for recorder in recorders])
@@ -134,8 +134,8 @@ class Shell:
 
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
-        shell = _filled(copy.deepcopy(self._model), _SPARE, self.device, self.dtype)
-        shell.set_submodule(self._head, nn.Identity())
+        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
+        shell.set_submodule(self._head, _NoHead(self.dtype))
         used: list[str] = []
         hidden = torch.zeros(1, 2, self.width, device=self.device, dtype=self.dtype)
 
@@ -160,9 +160,16 @@ class Shell:
         )
 
 
-_SPARE = 16
-"""Rows of an embedding where values do not matter, beyond the positions asked for: tables of
-positions may begin with some that are not used."""
+_ROWS = 1 << 24
+"""Rows of tables whose values do not matter: more than any position or token."""
+
+
+class _NoHead(nn.Identity):
+    """Stands in for a head that is not needed; models ask for the dtype of its weight."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.empty(0, dtype=dtype)
 
 
 def note_used(root: nn.Module, used: list[str]) -> None:
@@ -180,7 +187,7 @@ def note_used(root: nn.Module, used: list[str]) -> None:
             module.register_forward_hook(noting(name))
 
 
-def _filled(shell: Any, rows: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+def _filled(shell: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """The same shell, whose modules get tensors of random values when they are called first."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -188,10 +195,13 @@ def _filled(shell: Any, rows: int, device: torch.device, dtype: torch.dtype, see
         for name, held in module._parameters.items():
             if held is not None and held.is_meta:
                 shape = list(held.shape)
-                if isinstance(module, nn.Embedding):
-                    shape[0] = rows
+                table = isinstance(module, nn.Embedding)
+                if table:
                     module.padding_idx = None
-                made = torch.randn(shape, generator=draw).to(device, dtype)
+                made = torch.randn([1, *shape[1:]] if table else shape, generator=draw)
+                made = made.to(device, dtype)
+                # All rows of a table are one, which takes no memory.
+                made = made.expand(_ROWS, *shape[1:]) if table else made
                 module._parameters[name] = nn.Parameter(made, requires_grad=False)
 
     for module in shell.modules():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,36 @@ def rope_types() -> list[str]:
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """The causal language model of a config, its weights not initialized by any checkpoint."""
-    return transformers.AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attention
-    )
+    auto = transformers.AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        auto = transformers.AutoModelForImageTextToText
+    plain = copy.deepcopy(config)  # which building a model writes to
+    try:
+        model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    except KeyError:  # a table of its own of the attention that it knows
+        return auto.from_config(plain, dtype=dtype)
+    if _reads_attention_name(model) or not (
+        model._supports_sdpa or model._supports_attention_backend
+    ):
+        return auto.from_config(plain, dtype=dtype)
+    if not model._supports_sdpa:
+        # Such models add a mask themselves, which is left out where SDPA would know it to be causal.
+        model.set_attn_implementation(f"{attention}{MASKED}")
+    return model
+
+
+MASKED = "-masked"
+"""Behind the name of an attention implementation: the same, always given a mask of numbers."""
+
+_READS_NAME = re.compile(
+    r"""_attn_implementation\s*(?:[!=]=|in\b|not in\b)[^\n]*["'](?:sdpa|eager)["']"""
+)
+
+
+def _reads_attention_name(model: Any) -> bool:
+    """Whether a model's code does otherwise for attention that is called otherwise."""
+    module = inspect.getmodule(type(model))
+    return module is not None and bool(_READS_NAME.search(inspect.getsource(module)))
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
@@ -202,7 +230,7 @@ def register_attention(name: str, attend: Attend) -> None:
     """Make `name` an attention implementation: what `attend` gives, SDPA where that is None."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     def forward(
         module: nn.Module,
@@ -222,8 +250,9 @@ def register_attention(name: str, attend: Attend) -> None:
             return out
         return mixed.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    for called, mask in ((name, sdpa_mask), (f"{name}{MASKED}", eager_mask)):
+        AttentionInterface.register(called, forward)
+        AttentionMaskInterface.register(called, mask)
 
 
 def attention_name(model: Any) -> str:

@@ -42,24 +42,28 @@ def parts_of(model: Any) -> Parts:
             f"{kind}: get_output_embeddings() gives no linear, so that there is no head"
         )
     facts = model.config.get_text_config(decoder=True)
-    count = getattr(facts, "num_hidden_layers", None)
     place = names[embedding]
-    stacks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and not any(isinstance(layer, nn.Linear | nn.ModuleList) for layer in module)
-        and ".layers." not in f".{name}"
-    ]
+    counts = [getattr(facts, "num_hidden_layers", None), getattr(facts, "num_layers", None)]
+    stacks = next(filter(None, (_stacks(model, count) for count in counts if count)), [])
     # The decoder's layers stand beside its embedding; those of a tower stand elsewhere.
     stacks.sort(key=lambda name: (-_shared(name, place), name.count(".")))
     if not stacks:
         raise UnderivedError(
-            f"{kind}: no list of {count} layers (num_hidden_layers) was found, so that pq does not "
+            f"{kind}: no list of {counts[0]} layers (num_hidden_layers) was found, so that pq does not "
             "know its decoder"
         )
     return Parts(stacks[0], place, names[head])
+
+
+def _stacks(model: nn.Module, count: int) -> list[str]:
+    """Lists of so many modules that are no part of such a list themselves."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        plain = any(isinstance(layer, nn.Linear | nn.ModuleList) for layer in module.children())
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside and not plain:
+            found.append(name)
+    return found
 
 
 def _shared(one: str, other: str) -> int:
@@ -91,7 +95,8 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
         for name in absent:
             held = module._buffers[name]
             assert held is not None
-            module._buffers[name] = torch.full_like(held, _UNSET, device=device)
+            unset = float("nan") if held.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(held, unset, device=device)
         parameters = dict(module._parameters)
         for name, held in parameters.items():
             if held is not None:
@@ -101,9 +106,34 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
                 model._init_weights(module)
         finally:
             module._parameters = parameters
+        unset = [name for name in absent if _is_unset(module._buffers[name])]
+        if unset:
+            _remake_buffers(module, model, unset, device)
 
 
-_UNSET = 0
+def _is_unset(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any())
+
+
+def _remake_buffers(
+    module: nn.Module, model: Any, names: Sequence[str], device: torch.device
+) -> None:
+    """Take buffers from a second module of the same kind, which computes them when it is made."""
+    given = (text_config(model), getattr(module, "layer_idx", None))
+    for arguments in (given, given[:1], ()):
+        try:
+            with torch.device(device):
+                made = type(module)(*arguments)
+            for name in names:
+                module._buffers[name] = made.get_buffer(name).to(device)
+        except (TypeError, AttributeError, RuntimeError, KeyError):
+            continue
+        if not any(_is_unset(module._buffers[name]) for name in names):
+            return
+    raise UnderivedError(
+        f"{type(model).__name__}: buffer {names[0]} of {type(module).__name__} is in no checkpoint, "
+        "and pq does not know how to compute it"
+    )
 
 
 class StandIn(nn.Module):
