@@ -256,6 +256,16 @@ class Checkpoint:
         for name, tensor in self._read(self.names()):
             require_finite_floats({name: tensor}, "")
 
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What the header of its shard says of every tensor: dtype, shape and data_offsets."""
+        # The safetensors library, which had checked every header, does not tell byte ranges.
+        return {
+            name: entry
+            for shard in self.shards
+            for name, entry in header_entries(self.folder / shard).items()
+            if name in self
+        }
+
     def side_files(self) -> list[Path]:
         """Every file that is not a weight, its index or config.json:
         tokenizer, templates, licence, …

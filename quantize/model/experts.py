@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantize.errors import ModelError
 
-__all__ = ["Experts", "Layout", "proves", "split_experts"]
+__all__ = ["Experts", "Layout", "expert_layouts", "proves", "split_experts"]
 
 
 @dataclass(frozen=True)
@@ -199,24 +199,26 @@ def _roles_hold(experts: Experts, draw: torch.Generator) -> bool:
     return bool(torch.allclose(middle, (y + z) / 2, rtol=1e-9) and torch.allclose(moved, mixed))
 
 
-def split_experts(model: nn.Module) -> tuple[str, ...]:
-    """Replace every module of stacked experts by `Experts` → names of the modules replaced.
+def expert_layouts(model: nn.Module) -> dict[str, Layout]:
+    """How every module of stacked experts holds them, by name, each layout proven once a class.
 
     The model may be on the meta device. ModelError names a module that cannot be split.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(p is not None and p.ndim == 3 for p in module._parameters.values())
-        and type(module).__name__.endswith("Experts")
-    ]
     proven: set[tuple[type, Layout]] = set()
-    split: list[tuple[str, Experts]] = []
-    for name, module in found:
+    layouts: dict[str, Layout] = {}
+    for name, module in model.named_modules():
+        if not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+            continue
+        if not type(module).__name__.endswith("Experts"):
+            continue
         names = set(module._parameters)
         first = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
         known = {first, "down_proj"}
         if names not in (known, known | {f"{n}_bias" for n in known}):
+            raise _unsplittable(name, module)
+        counts = {len(stack) for stack in module._parameters.values() if stack is not None}
+        if counts != {getattr(module, "num_experts", max(counts))}:
+            # Such as experts without weights, which a router may choose all the same.
             raise _unsplittable(name, module)
         layout = Layout.of(module)
         if (type(module), layout) not in proven:
@@ -227,10 +229,19 @@ def split_experts(model: nn.Module) -> tuple[str, ...]:
             if not good:
                 raise _unsplittable(name, module)
             proven.add((type(module), layout))
-        split.append((name, Experts(module, layout)))
-    for name, experts in split:
-        model.set_submodule(name, experts)
-    return tuple(name for name, _ in split)
+        layouts[name] = layout
+    return layouts
+
+
+def split_experts(model: nn.Module) -> tuple[str, ...]:
+    """Replace every module of stacked experts by `Experts` → names of the modules replaced.
+
+    As `expert_layouts`.
+    """
+    layouts = expert_layouts(model)
+    for name, layout in layouts.items():
+        model.set_submodule(name, Experts(model.get_submodule(name), layout))
+    return tuple(layouts)
 
 
 def _unsplittable(name: str, module: nn.Module) -> ModelError:

@@ -1,0 +1,165 @@
+"""A checkpoint that speaks in the names of the model's modules, each expert by itself.
+
+Names and forms on disk are not those in memory: experts come one by one or stacked, in the words of
+whoever published them, with and without prefixes. `StoredCheckpoint` follows transformers' own
+conversion without reading, and then reads what is asked for and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import ModelError
+from quantize.files.checkpoint import Checkpoint
+from quantize.model.conversion import Homes, loaded, published_names, renamed_like, split
+from quantize.model.experts import expert_layouts
+from quantize.model.lazy import lazy, where
+from quantize.model.transformers_api import Conversion
+from quantize.model.where import Part, Where, fetch, names_in, whole
+
+__all__ = ["StoredCheckpoint"]
+
+_TORCH: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors names of dtypes → torch's."""
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint by the names of a model's modules: `model.layers.0.mlp.experts.3.gate_proj`.
+
+    source: what is on the disk. model: what config.json describes as transformers builds it, on the
+    meta device, its experts stacked; it is not kept. Hashes, shards and side files are the source's.
+    Stored tensors that the model has no place for keep their names, so that checks see them.
+
+    ModelError for experts that cannot be told apart, and for parts of a converted tensor that are
+    missing or do not fit each other.
+    """
+
+    def __init__(self, source: Checkpoint, model: nn.Module) -> None:
+        self.stored = source
+        self.folder, self.config, self.shards = source.folder, source.config, source.shards
+        self.dequantized = source.dequantized
+        conversion, layouts = Conversion(model), expert_layouts(model)
+        given = {
+            name: lazy(name, shape, _TORCH.get(source.dtypes[name], torch.uint8))
+            for name, shape in source.shapes.items()
+        }
+        try:
+            tensors, unplaced = loaded(conversion, given)
+            parts = {name: where(tensor) for name, tensor in split(tensors, layouts).items()}
+        except ModelError as err:
+            raise ModelError(f"{source.folder}: {err}") from None
+        expected = split(conversion.tensors, layouts)
+        self._published = published_names(conversion, layouts)
+        homes = Homes(conversion, self._published, expected)
+        beside = {key: homes.name(key) for key in unplaced}
+        self._places: dict[str, Where] = dict(parts)
+        for key, (name, _) in beside.items():
+            free = name if name not in self._places else key
+            self._places[free] = whole(key, source.shapes[key])
+        tied = conversion.tied
+        self.missing = tuple(
+            name
+            for name in expected
+            if name not in parts and not any(other in parts for other in tied.get(name, ()))
+        )
+        """Tensors of the model that the checkpoint lacks; one that is tied to another is there.
+        A packed linear lacks its weight."""
+        self.surplus = tuple(key for key, (_, is_part) in beside.items() if not is_part)
+        """Stored tensors that the model has no place for, by their names on the disk. Those of an
+        INT4 cache are among them."""
+        self.shapes = {name: place.shape for name, place in self._places.items()}
+        self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
+        places = self._places.items()
+        self._where = {name: source._where[names_in(place)[0]] for name, place in places}
+        # Of a type that is published expert by expert, but stored as stacks: readers other than
+        # transformers know the published names alone, so that all are written in these.
+        self._restores = any(
+            name in self._published and not _is_stored(place) for name, place in places
+        )
+
+    def _dtype(self, place: Where) -> str:
+        kinds = dict.fromkeys(self.stored.dtypes[name] for name in names_in(place))
+        if len(kinds) > 1:
+            raise ModelError(
+                f"{self.folder}: {', '.join(names_in(place)[:2])} are of different dtypes "
+                f"({', '.join(kinds)}), but are parts of one matrix"
+            )
+        return next(iter(kinds))
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """As `Checkpoint.rows`; of a stored tensor, whole entries of its first dimension are
+        read."""
+        self._place(name)
+        place = self._places[name]
+        if not place.shape or not 0 <= first < end <= place.shape[0]:
+            raise ModelError(
+                f"{self.folder}: {name} is {list(place.shape)} and has no entries {first} to {end}"
+            )
+        return fetch(place.sliced(0, first, end - first, 1), self._rows)
+
+    def _rows(self, name: str, first: int | None, end: int | None) -> Tensor:
+        if first is None or end is None:
+            return self.stored.tensor(name)
+        return self.stored.rows(name, first, end)
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            self._place(name)
+            yield name, fetch(self._places[name], self._rows)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """As `Checkpoint.entries`; data_offsets of what is a part of a stored tensor tell its
+        size alone."""
+        stored = self.stored.entries()
+        out: dict[str, dict[str, Any]] = {}
+        for name, place in self._places.items():
+            known = stored.get(names_in(place)[0]) if _is_stored(place) else None
+            size = math.prod(place.shape) * _TORCH.get(self.dtypes[name], torch.uint8).itemsize
+            computed = {"dtype": self.dtypes[name], "shape": place.shape, "data_offsets": (0, size)}
+            out[name] = known or computed
+        return out
+
+    def output_name(self, name: str) -> str:
+        """The name under which a tensor is written: the stored one, unless the source is in a form
+        that no other reader knows. Parts of packed linears follow their weights."""
+        owner, _, part = name.rpartition(".")
+        for known, end in ((name, ""), (f"{owner}.weight", "weight")):
+            if (found := self._known_name(known)) is not None and found.endswith(end):
+                return f"{found.removesuffix(end)}{part}" if end else found
+        return renamed_like(name, self._names)
+
+    def _known_name(self, name: str) -> str | None:
+        place = self._places.get(name)
+        if not self._restores and place is not None and _is_stored(place):
+            return names_in(place)[0]
+        return self._published.get(name)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Name → name to write, of all that are known."""
+        known = {name: self._known_name(name) for name in (*self._places, *self._published)}
+        return {name: found for name, found in known.items() if found is not None}
+
+
+def _is_stored(place: Where) -> bool:
+    """Whether a tensor is stored as it stands."""
+    return isinstance(place, Part) and isinstance(place.source, str) and place.is_whole
