@@ -21,6 +21,7 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import ExpertSizes, Shape, architecture_of
 from quantize.model.moe import Expert, MoeFfn, Threshold, TopK
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -129,8 +130,9 @@ def bench_model(
     index = min(set(range(shape.n_blocks)) - sizes.dense_blocks, default=None)
     if index is None:
         raise ModelError(f"{folder}: config.json says that every block is dense")
-    block = Skeleton(folder, arch, device, dtype).layer(
-        index, source.tensors(f"{arch.blocks}.{index}.")
+    stored, model = open_stored(source, dtype)
+    block = Skeleton(folder, arch, device, dtype, model=model).layer(
+        index, stored.tensors(f"{arch.blocks}.{index}.")
     )
     mixture = block.get_submodule(arch.experts.ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)

@@ -15,6 +15,7 @@ from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.load import require_tied
 from quantize.model.skeleton import Skeleton, load_tokenizer
+from quantize.model.stored import StoredCheckpoint, holds_block, open_stored
 from quantize.recipe.recipe import Recipe, format_problems
 
 
@@ -24,21 +25,23 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
 
     Raises what `convert` raises before it loads weights.
     """
-    source = Checkpoint(request.model)
-    if source.config.get("quantization_config"):
+    on_disk = Checkpoint(request.model)
+    if on_disk.config.get("quantization_config"):
         raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give "
+            f"{on_disk.folder}: is quantized already (config.json has quantization_config); give "
             "its parent"
         )
-    arch = architecture_of(source.config)
-    shape = Shape.of(source.config)
-    last = f"{arch.blocks}.{shape.n_blocks - 1}."
-    if not source.names(last):  # before a skeleton of an absurd number of layers is built
+    arch = architecture_of(on_disk.config)
+    shape = Shape.of(on_disk.config)
+    last = shape.n_blocks - 1
+    # before a skeleton of an absurd number of layers is built
+    if not holds_block(on_disk, arch.blocks, last):
         raise ModelError(
-            f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
-            f"{last}*"
+            f"{on_disk.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
+            f"{arch.blocks}.{last}.*"
         )
-    skeleton = Skeleton(request.model, arch, request.device, request.dtype)
+    source, model = open_stored(on_disk, request.dtype)
+    skeleton = Skeleton(request.model, arch, request.device, request.dtype, model=model)
     _check(source, arch, shape, skeleton, request.recipe)
     space = _space(request, arch, skeleton.linears())
     tokens = None
@@ -48,7 +51,7 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
 
 
 def _check(
-    source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
+    source: StoredCheckpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
 ) -> None:
     """Everything that can be refused before the first block is computed."""
     skeleton.check(source.shapes, shape.tied)

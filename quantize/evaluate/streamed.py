@@ -41,6 +41,7 @@ from quantize.model.load import (
 )
 from quantize.model.moe import MoeFfn
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
@@ -140,15 +141,16 @@ class StreamedModel:
         numerics: Numerics,
         attention: KvNumerics | None = None,
     ) -> None:
-        self.source = Checkpoint(folder)
-        require_readable(self.source)
+        on_disk = Checkpoint(folder)
+        require_readable(on_disk)
         self.device = device
         self.dtype = dtype
         self.numerics = numerics
-        self.arch = architecture_of(self.source.config)
-        self.shape = Shape.of(self.source.config)
+        self.arch = architecture_of(on_disk.config)
+        self.shape = Shape.of(on_disk.config)
+        self.source, model = open_stored(on_disk, dtype)
         require_tied(self.source, self.arch, self.shape)
-        self.skeleton = Skeleton(folder, self.arch, device, dtype, routing(self.source))
+        self.skeleton = Skeleton(folder, self.arch, device, dtype, routing(self.source), model)
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
         self.linears[self.arch.head] = (self.shape.vocab, self.shape.hidden)

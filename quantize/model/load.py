@@ -25,6 +25,7 @@ from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router, place_experts
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
+from quantize.model.stored import open_stored
 from quantize.model.transformers_api import load_pretrained, place_rotary_tables
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
@@ -45,11 +46,12 @@ def load_model(
     attention: how to attend where the checkpoint does not say, None: in full precision.
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
-    source = Checkpoint(folder)
-    require_readable(source)
-    if source.config.get("quantization_config") is None and attention is None:
+    on_disk = Checkpoint(folder)
+    require_readable(on_disk)
+    if on_disk.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
-    model, arch = meta_model(folder, dtype), architecture_of(source.config)
+    arch = architecture_of(on_disk.config)
+    source, model = open_stored(on_disk, dtype)
     place_experts(model, arch, model.config.to_dict(), routing(source))
     linears = [
         n

@@ -73,7 +73,8 @@ class Skeleton:
     """Builds decoder layers on demand and replays the arguments the full model would give them.
 
     routing: full names of FFNs with experts → how they route, where
-    that is not as config.json says.
+    that is not as config.json says. model: `meta_model` of the folder where there is one already,
+    which becomes the skeleton's own.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype,
         routing: Mapping[str, Policy] = MappingProxyType({}),
+        model: Any = None,
     ) -> None:
         self.arch, self.device, self.dtype = arch, device, dtype
-        self.model = meta_model(folder, dtype)
+        self.model = meta_model(folder, dtype) if model is None else model
         self.config = self.model.config
         self._facts = self.config.to_dict()
         place_experts(self.model, arch, self._facts, routing)

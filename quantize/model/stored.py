@@ -20,10 +20,11 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.model.conversion import Homes, loaded, published_names, renamed_like, split
 from quantize.model.experts import expert_layouts
 from quantize.model.lazy import lazy, where
+from quantize.model.skeleton import meta_model
 from quantize.model.transformers_api import Conversion
 from quantize.model.where import Part, Where, fetch, names_in, whole
 
-__all__ = ["StoredCheckpoint"]
+__all__ = ["StoredCheckpoint", "holds_block", "open_stored"]
 
 _TORCH: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,6 +41,22 @@ _TORCH: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Safetensors names of dtypes → torch's."""
+
+
+def open_stored(source: Checkpoint, dtype: torch.dtype) -> tuple[StoredCheckpoint, Any]:
+    """A checkpoint by the names of its model's modules, and the model without weights that its
+    config.json describes, experts stacked. ModelError as `meta_model` and `StoredCheckpoint`."""
+    model = meta_model(source.folder, dtype)
+    return StoredCheckpoint(source, model), model
+
+
+def holds_block(source: Checkpoint, blocks: str, index: int) -> bool:
+    """Whether a checkpoint has any tensor of a block, whatever prefixes its names have.
+
+    blocks: name of the list of blocks, such as `model.layers`.
+    """
+    inside = f".{blocks.rpartition('.')[2]}.{index}."
+    return any(inside in f".{name}" for name in source.shapes)
 
 
 class StoredCheckpoint(Checkpoint):

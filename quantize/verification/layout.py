@@ -25,6 +25,7 @@ from quantize.model.load import (
     routing,
 )
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import StoredCheckpoint, holds_block, open_stored
 from quantize.verification.checks import Skipped, summarize
 
 FLOATS = ("F32", "F16", "BF16")
@@ -34,7 +35,7 @@ FLOATS = ("F32", "F16", "BF16")
 class Layout:
     """A checkpoint whose tensors fit its config.json."""
 
-    source: Checkpoint
+    source: StoredCheckpoint
     arch: Architecture
     shape: Shape
     skeleton: Skeleton
@@ -54,17 +55,20 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is
     Skipped. PqError for any misfit.
     """
-    source = Checkpoint(folder)
+    on_disk = Checkpoint(folder)
     if not by_pq:
-        _skip_foreign(source)
-    require_readable(source)
-    arch, shape = architecture_of(source.config), Shape.of(source.config)
-    last = f"{arch.blocks}.{shape.n_blocks - 1}."
-    if not source.names(last):  # before a skeleton of an absurd number of layers is built
+        _skip_foreign(on_disk)
+    require_readable(on_disk)
+    arch, shape = architecture_of(on_disk.config), Shape.of(on_disk.config)
+    last = shape.n_blocks - 1
+    # before a skeleton of an absurd number of layers is built
+    if not holds_block(on_disk, arch.blocks, last):
         raise ModelError(
-            f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor {last}*"
+            f"{folder}: config.json says {shape.n_blocks} layers but there is no tensor "
+            f"{arch.blocks}.{last}.*"
         )
-    skeleton = Skeleton(folder, arch, device, torch.float32, routing(source))
+    source, model = open_stored(on_disk, torch.float32)
+    skeleton = Skeleton(folder, arch, device, torch.float32, routing(source), model)
     linears = skeleton.linears()
     rotated_inputs(source, linears)
     schemes = packed_schemes(source, [*linears, arch.head])

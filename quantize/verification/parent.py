@@ -21,6 +21,7 @@ from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.load import KV_SCALE
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
@@ -33,7 +34,7 @@ Tick = Callable[[int, int], None]
 class Parent:
     """An unquantized checkpoint that fits the architecture table."""
 
-    source: Checkpoint
+    source: StoredCheckpoint
     arch: Architecture
     shape: Shape
 
@@ -45,7 +46,8 @@ def open_parent(folder: Path) -> Parent:
         raise ModelError(
             f"{folder}: is quantized itself; give the model that was converted as the parent"
         )
-    return Parent(source, architecture_of(source.config), Shape.of(source.config))
+    arch, shape = architecture_of(source.config), Shape.of(source.config)
+    return Parent(open_stored(source, torch.float32)[0], arch, shape)
 
 
 def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
