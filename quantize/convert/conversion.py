@@ -85,8 +85,7 @@ class Conversion:
             self._record(block, prefix)
             packed = {prefix + name: weight for name, weight in block.packed.items()}
             plain = {prefix + name: tensor for name, tensor in _plain(block).items()}
-            made = plan.format.tensors(packed, plain)
-            shard.update({plan.source.output_name(name): t for name, t in made.items()})
+            shard.update(plan.source.output.written(plan.format.tensors(packed, plain)))
 
         walk(streams, [index], open_it, visit, leave)
         return shard
@@ -112,7 +111,7 @@ class Conversion:
                 plan.arch.head,
                 state.untied_head_bytes,
             )
-        return {plan.source.output_name(name): tensor for name, tensor in stored.items()}
+        return plan.source.output.written(stored)
 
     def _head(self, weight: Tensor, bits: int) -> Packed:
         """Encode lm_head [V, D]."""

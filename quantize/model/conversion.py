@@ -14,9 +14,18 @@ from quantize.errors import ModelError
 from quantize.model.experts import Layout
 from quantize.model.lazy import lazy, where
 from quantize.model.transformers_api import Conversion
-from quantize.model.where import Where, names_in
+from quantize.model.where import View, Where, names_in, whole
 
-__all__ = ["Homes", "loaded", "owner_of", "published_names", "renamed_like", "split"]
+__all__ = [
+    "Homes",
+    "loaded",
+    "owner_of",
+    "parts_of",
+    "published",
+    "published_names",
+    "renamed_like",
+    "split",
+]
 
 
 def loaded(
@@ -67,7 +76,7 @@ def _unfit(
     conversion: Conversion, name: str, stored: Mapping[str, Tensor], what: str
 ) -> ModelError:
     """The error for a converted tensor that is not what the model has."""
-    made_from = [key for key, place in _published(conversion).items() if name in names_in(place)]
+    made_from = [key for key, place in published(conversion).items() if name in names_in(place)]
     ends = {key.removeprefix(f"{conversion.prefix}.") for key in stored}
     if absent := [k for k in made_from if k.removeprefix(f"{conversion.prefix}.") not in ends]:
         return ModelError(f"tensor {absent[0]} is missing from the checkpoint; download it again")
@@ -77,44 +86,47 @@ def _unfit(
     )
 
 
-def _own(conversion: Conversion) -> dict[str, Tensor]:
-    return {n: lazy(n, tuple(t.shape), t.dtype) for n, t in conversion.tensors.items()}
-
-
-def _published(conversion: Conversion) -> dict[str, Where]:
+def published(conversion: Conversion) -> dict[str, Where]:
     """Names of the tensors of a published checkpoint → where in the model's they come from."""
-    return {name: where(tensor) for name, tensor in conversion.store(_own(conversion)).items()}
+    tensors = conversion.tensors
+    own = {name: lazy(name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return {name: where(tensor) for name, tensor in conversion.store(own).items()}
 
 
-def published_names(conversion: Conversion, layouts: Mapping[str, Layout]) -> dict[str, str]:
+def parts_of(conversion: Conversion, layouts: Mapping[str, Layout]) -> dict[str, Where]:
+    """Names of the model's tensors, experts by themselves → where in the model's they lie."""
+    tensors = conversion.tensors
+    return split({name: whole(name, tuple(t.shape)) for name, t in tensors.items()}, layouts)
+
+
+def published_names(parts: Mapping[str, Where], form: Mapping[str, Where]) -> dict[str, str]:
     """Name of a tensor, experts by themselves → its name in a checkpoint as its type is published.
 
-    Tensors that such a checkpoint has no counterpart for, such as one expert of a stack, are left
-    out.
+    parts: `parts_of`. form: `published`. Tensors that such a checkpoint has no counterpart for,
+    such as one expert of a stack, are left out.
     """
-    at = {place: name for name, place in _published(conversion).items()}
-    parts = {name: where(tensor) for name, tensor in split(_own(conversion), layouts).items()}
+    at = {place: name for name, place in form.items()}
     return {name: at[place] for name, place in parts.items() if place in at}
 
 
-def split(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+def split(places: Mapping[str, Where], layouts: Mapping[str, Layout]) -> dict[str, Where]:
     """Tensors of a model → the same with every expert's by themselves, under the names that
     `split_experts` gives them.
 
     ModelError for a stack that is not one.
     """
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    out: dict[str, Where] = {}
+    for name, place in places.items():
         module, _, stack = name.rpartition(".")
-        layout = layouts.get(module)
+        layout, shape = layouts.get(module), place.shape
         if layout is None:
-            out[name] = tensor
+            out[name] = place
             continue
-        if tensor.ndim != (2 if stack.endswith("_bias") else 3):
-            raise ModelError(f"tensor {name} is {list(tensor.shape)}, which is no stack of experts")
-        for expert in range(tensor.shape[0]):
-            for part, one in layout.parts(stack, tensor, expert).items():
-                out[f"{module}.{expert}.{part}"] = one
+        if len(shape) != (2 if stack.endswith("_bias") else 3):
+            raise ModelError(f"tensor {name} is {list(shape)}, which is no stack of experts")
+        for expert in range(shape[0]):
+            parts: dict[str, Any] = layout.parts(stack, View(place), expert)
+            out |= {f"{module}.{expert}.{part}": one.place for part, one in parts.items()}
     return out
 
 
@@ -146,6 +158,7 @@ class Homes:
         renamed, converter, _ = self._conversion.place(stored)
         for name in self._prefixed(renamed if converter is None else stored):
             near = {name.rsplit(".", levels)[0] for levels in (1, 2)}
+            near -= {"", self._conversion.prefix}  # near to everything
             if near & self._conversion.modules:
                 return name, False
         return stored, False

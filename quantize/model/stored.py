@@ -17,9 +17,17 @@ from torch import Tensor, nn
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
-from quantize.model.conversion import Homes, loaded, published_names, renamed_like, split
+from quantize.model.conversion import (
+    Homes,
+    loaded,
+    parts_of,
+    published,
+    published_names,
+    split,
+)
 from quantize.model.experts import expert_layouts
 from quantize.model.lazy import lazy, where
+from quantize.model.output_names import OutputNames
 from quantize.model.skeleton import meta_model
 from quantize.model.transformers_api import Conversion
 from quantize.model.where import Part, Where, fetch, names_in, whole
@@ -74,20 +82,23 @@ class StoredCheckpoint(Checkpoint):
         self.stored = source
         self.folder, self.config, self.shards = source.folder, source.config, source.shards
         self.dequantized = source.dequantized
-        conversion, layouts = Conversion(model), expert_layouts(model)
+        self._layouts = layouts = expert_layouts(model)
+        self._conversion = conversion = Conversion(model)
         given = {
             name: lazy(name, shape, _TORCH.get(source.dtypes[name], torch.uint8))
             for name, shape in source.shapes.items()
         }
         try:
             tensors, unplaced = loaded(conversion, given)
-            parts = {name: where(tensor) for name, tensor in split(tensors, layouts).items()}
+            held = {name: where(tensor) for name, tensor in tensors.items()}
+            parts = split(held, layouts)
         except ModelError as err:
             raise ModelError(f"{source.folder}: {err}") from None
-        expected = split(conversion.tensors, layouts)
-        self._published = published_names(conversion, layouts)
-        homes = Homes(conversion, self._published, expected)
-        beside = {key: homes.name(key) for key in unplaced}
+        self._expected = expected = parts_of(conversion, layouts)
+        beside: dict[str, tuple[str, bool]] = {}
+        if unplaced:
+            homes = Homes(conversion, published_names(expected, self._form), expected)
+            beside = {key: homes.name(key) for key in unplaced}
         self._places: dict[str, Where] = dict(parts)
         for key, (name, _) in beside.items():
             free = name if name not in self._places else key
@@ -98,8 +109,8 @@ class StoredCheckpoint(Checkpoint):
             for name in expected
             if name not in parts and not any(other in parts for other in tied.get(name, ()))
         )
-        """Tensors of the model that the checkpoint lacks; one that is tied to another is there.
-        A packed linear lacks its weight."""
+        """Tensors of the model that the checkpoint lacks, one that is tied to another apart; of
+        a packed linear it lacks the weight."""
         self.surplus = tuple(key for key, (_, is_part) in beside.items() if not is_part)
         """Stored tensors that the model has no place for, by their names on the disk. Those of an
         INT4 cache are among them."""
@@ -107,11 +118,6 @@ class StoredCheckpoint(Checkpoint):
         self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
         places = self._places.items()
         self._where = {name: source._where[names_in(place)[0]] for name, place in places}
-        # Of a type that is published expert by expert, but stored as stacks: readers other than
-        # transformers know the published names alone, so that all are written in these.
-        self._restores = any(
-            name in self._published and not _is_stored(place) for name, place in places
-        )
 
     def _dtype(self, place: Where) -> str:
         kinds = dict.fromkeys(self.stored.dtypes[name] for name in names_in(place))
@@ -155,26 +161,17 @@ class StoredCheckpoint(Checkpoint):
             out[name] = known or computed
         return out
 
-    def output_name(self, name: str) -> str:
-        """The name under which a tensor is written: the stored one, unless the source is in a form
-        that no other reader knows. Parts of packed linears follow their weights."""
-        owner, _, part = name.rpartition(".")
-        for known, end in ((name, ""), (f"{owner}.weight", "weight")):
-            if (found := self._known_name(known)) is not None and found.endswith(end):
-                return f"{found.removesuffix(end)}{part}" if end else found
-        return renamed_like(name, self._names)
-
-    def _known_name(self, name: str) -> str | None:
-        place = self._places.get(name)
-        if not self._restores and place is not None and _is_stored(place):
-            return names_in(place)[0]
-        return self._published.get(name)
+    @cached_property
+    def output(self) -> OutputNames:
+        """Under which names a model made of this one is written."""
+        places = self._places.items()
+        stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
+        parts, form = self._expected, self._form
+        return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
 
     @cached_property
-    def _names(self) -> dict[str, str]:
-        """Name → name to write, of all that are known."""
-        known = {name: self._known_name(name) for name in (*self._places, *self._published)}
-        return {name: found for name, found in known.items() if found is not None}
+    def _form(self) -> dict[str, Where]:
+        return published(self._conversion)
 
 
 def _is_stored(place: Where) -> bool:

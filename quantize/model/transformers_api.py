@@ -333,6 +333,9 @@ class Conversion:
         self.tied = {name: tuple(same[id(tensor)]) for name, tensor in held.items()}
         """Every name of a tensor that has several."""
         self.modules = frozenset(name for name, _ in model.named_modules())
+        self.unstacked = frozenset(n for n, m in model.named_modules() if _unstacks_packed(m))
+        """Modules of stacked experts that the loader of compressed-tensors replaces by a linear for
+        each expert and role."""
         self.prefix: str = model.base_model_prefix
         """What names of the whole model have before those of its part without a head."""
         self.config = model.config
@@ -392,3 +395,12 @@ class Conversion:
         ] + [one for one in self._legacy if one.was_used()]
         made: dict[str, Tensor] = revert_weight_conversion(self, dict(tensors))
         return made
+
+
+def _unstacks_packed(experts: nn.Module) -> bool:
+    from transformers.quantizers import base
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    table = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    entry = table.get(type(experts).__name__)
+    return bool(entry and QuantizationMethod.COMPRESSED_TENSORS in entry["quantization_methods"])

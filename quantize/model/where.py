@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cat", "Computed", "Part", "Rows", "Where", "fetch", "names_in", "whole"]
+__all__ = ["Cat", "Computed", "Part", "Rows", "View", "Where", "fetch", "names_in", "whole"]
 
 Rows = Callable[[str, int | None, int | None], Tensor]
 """(name, first, end) → entries of a stored tensor's first dimension; None, None: all of it."""
@@ -141,6 +141,34 @@ Where = Part | Cat
 def whole(source: str | Computed, shape: tuple[int, ...]) -> Part:
     """All of a tensor."""
     return Part(source, shape, tuple((0, size, 1) for size in shape), tuple(range(len(shape))))
+
+
+@dataclass(frozen=True)
+class View:
+    """As much of a tensor as taking experts out of a stack needs, hundreds of times as fast."""
+
+    place: Where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of every dimension."""
+        return self.place.shape
+
+    @property
+    def T(self) -> View:  # noqa: N802  # as torch calls it
+        """Its dimensions in the opposite order."""
+        return View(self.place.permuted(tuple(reversed(range(len(self.shape))))))
+
+    def __getitem__(self, index: int | slice) -> View:
+        if isinstance(index, int):
+            return View(self.place.sliced(0, range(self.shape[0])[index], 1, 1).dropped(0))
+        taken = range(self.shape[0])[index]
+        return View(self.place.sliced(0, taken.start, len(taken), taken.step))
+
+    def chunk(self, parts: int) -> tuple[View, ...]:
+        """Equal parts of the first dimension, the last of which may be shorter."""
+        size = -(-self.shape[0] // parts)
+        return tuple(self[at : at + size] for at in range(0, self.shape[0], size))
 
 
 def names_in(place: Where) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def test_a_checkpoint_of_the_model_without_its_head_has_no_prefix(
     assert "embed_tokens.weight" in source
     found = stored(tmp_path / "base")
     require_same(found, loaded(tmp_path / "base"), tied=True)
-    assert {found.output_name(name) for name in found.names()} == set(source.names())
+    assert {found.output.name(name) for name in found.names()} == set(source.names())
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
@@ -162,7 +162,7 @@ def test_prefixes_of_a_text_decoder_in_a_larger_model(prefix: str, tmp_path: Pat
     found = StoredCheckpoint(source, empty)
     wanted = Gemma3ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     require_same(found, wanted.state_dict(), tied=True)
-    assert {found.output_name(name) for name in found.names()} == set(source.names())
+    assert {found.output.name(name) for name in found.names()} == set(source.names())
 
 
 def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -190,16 +190,18 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
             del tensors[name]
         tensors["model.layers.2.eh_proj.weight"] = torch.ones(2, 3)
         tensors["visual.patch.weight"] = torch.ones(4)
+        tensors["visual.x"] = torch.ones(4)
 
     found = stored(changed(tmp_path, change))
     experts = [n for n in found.missing if n.startswith("model.layers.0.mlp.experts.")]
     count = json.loads((tmp_path / "config.json").read_text())["num_local_experts"]
     assert len(experts) == 3 * count
     assert set(found.missing) - set(experts) == {"model.layers.1.self_attn.q_norm.weight"}
-    assert set(found.surplus) == {"model.layers.2.eh_proj.weight", "visual.patch.weight"}
+    surplus = {"model.layers.2.eh_proj.weight", "visual.patch.weight", "visual.x"}
+    assert set(found.surplus) == surplus
     for name in found.surplus:  # checks see them, and what they hold can be carried over
         assert found.tensor(name).eq(1).all()
-        assert found.output_name(name) == name
+        assert found.output.name(name) == name
 
 
 def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
@@ -240,6 +242,21 @@ def test_only_what_is_asked_for_is_read(
         assert size <= sum(read) <= size * (1 if "down" in name else 2)
 
 
+@pytest.mark.parametrize("published", [True, False], ids=["published", "stacked"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_untouched_tensors_are_written_as_they_were_published(
+    kind: str, published: bool, tmp_path: Path
+) -> None:
+    model = build(kind)
+    for folder, form in ((tmp_path / "source", published), (tmp_path / "published", True)):
+        model.save_pretrained(folder, save_original_format=form)
+    found, wanted = stored(tmp_path / "source"), Checkpoint(tmp_path / "published")
+    tensors = found.output.written({name: found.tensor(name) for name in found.names()})
+    assert set(tensors) == set(wanted.names())
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, wanted.tensor(name)), name
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "phimoe", "lfm2_moe", "nemotron_h"])
 def test_names_to_write_are_the_published_ones_whatever_the_source(
     kind: str, tmp_path: Path
@@ -260,9 +277,9 @@ def test_names_to_write_are_the_published_ones_whatever_the_source(
         folder = tmp_path / str(published)
         model.save_pretrained(folder, save_original_format=published)
         found = stored(folder)
-        names[published] = {found.output_name(name) for name in found.names()}
+        names[published] = {found.output.name(name) for name in found.names()}
         packed = next(n for n in found.names() if n.endswith("experts.0.up_proj.weight"))
-        assert found.output_name(f"{packed}_packed") == f"{found.output_name(packed)}_packed"
+        assert found.output.name(f"{packed}_packed") == f"{found.output.name(packed)}_packed"
     assert names[True] == names[False] == set(Checkpoint(tmp_path / "True").names())
 
 
@@ -281,9 +298,9 @@ def test_parts_of_packed_linears_are_found_under_their_published_names(tmp_path:
     found = stored(changed(tmp_path, pack))
     name = "model.layers.0.mlp.experts.2.gate_proj.weight_packed"
     assert torch.equal(found.tensor(name), codes + 1)
-    assert found.output_name(name) == f"{expert}.weight_packed"
+    assert found.output.name(name) == f"{expert}.weight_packed"
     assert found.tensor(f"{attention}.kv.scale").eq(1).all()
-    assert found.output_name(f"{attention}.kv.scale") == f"{attention}.kv.scale"
+    assert found.output.name(f"{attention}.kv.scale") == f"{attention}.kv.scale"
 
 
 OPERATIONS: list[Callable[[Tensor], Tensor]] = [
