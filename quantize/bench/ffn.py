@@ -22,6 +22,7 @@ from quantize.model.arch import CONTAINER, Experts, ExpertSizes
 from quantize.model.load import shape_of
 from quantize.model.moe import Expert, MoeFfn, Threshold, TopK
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -130,8 +131,9 @@ def bench_model(
     index = min(set(range(shape.n_blocks)) - sizes.dense_blocks, default=None)
     if index is None:
         raise ModelError(f"{folder}: config.json says that every block is dense")
-    skeleton = Skeleton(folder, device, dtype)
-    block = skeleton.layer(index, source.tensors(f"{skeleton.outer.blocks}.{index}."))
+    stored, model = open_stored(source, dtype)
+    skeleton = Skeleton(folder, device, dtype, model=model)
+    block = skeleton.layer(index, stored.tensors(f"{skeleton.parts.blocks}.{index}."))
     mixture = block.get_submodule(Experts().ffn)
     form = Form(sizes.shared, sizes.n, sizes.size, sizes.top_k)
     intermediate = form.shared + form.n * form.size

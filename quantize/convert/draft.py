@@ -15,6 +15,7 @@ from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
 from quantize.model.load import require_layers, require_tied, shape_of
 from quantize.model.skeleton import Skeleton, load_tokenizer
+from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.recipe.recipe import Recipe, format_problems
 
 
@@ -24,15 +25,16 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
 
     Raises what `convert` raises before it loads weights.
     """
-    source = Checkpoint(request.model)
-    if source.config.get("quantization_config"):
+    on_disk = Checkpoint(request.model)
+    if on_disk.config.get("quantization_config"):
         raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give "
+            f"{on_disk.folder}: is quantized already (config.json has quantization_config); give "
             "its parent"
         )
-    shape = shape_of(source)
-    require_layers(source, shape)
-    skeleton = Skeleton(request.model, request.device, request.dtype)
+    shape = shape_of(on_disk)
+    require_layers(on_disk, shape)
+    source, model = open_stored(on_disk, request.dtype)
+    skeleton = Skeleton(request.model, request.device, request.dtype, model=model)
     skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch
     _check(source, arch, shape, skeleton, request.recipe)
@@ -44,7 +46,7 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
 
 
 def _check(
-    source: Checkpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
+    source: StoredCheckpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
 ) -> None:
     """Everything that can be refused before the first block is computed."""
     require_tied(source, arch, shape)

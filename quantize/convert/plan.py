@@ -9,13 +9,13 @@ from typing import Any
 
 from quantize.convert.allocation import Allocation
 from quantize.convert.request import Request
-from quantize.files.checkpoint import Checkpoint
 from quantize.formats.output import OutputFormat
 from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.fireq.attention import FireqAttention
 from quantize.model.arch import Architecture, Shape
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import StoredCheckpoint
 from quantize.recipe.recipe import Recipe
 
 
@@ -36,7 +36,7 @@ class Plan:
     """One conversion: what is asked for, the model, and what was decided on."""
 
     request: Request
-    source: Checkpoint
+    source: StoredCheckpoint
     arch: Architecture
     shape: Shape
     skeleton: Skeleton

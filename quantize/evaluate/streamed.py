@@ -38,6 +38,7 @@ from quantize.model.load import (
 from quantize.model.moe import MoeFfn
 from quantize.model.shell import Tail
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
@@ -136,14 +137,15 @@ class StreamedModel:
         numerics: Numerics,
         attention: KvNumerics | None = None,
     ) -> None:
-        self.source = Checkpoint(folder)
-        require_readable(self.source)
+        on_disk = Checkpoint(folder)
+        require_readable(on_disk)
         self.device = device
         self.dtype = dtype
         self.numerics = numerics
-        self.shape = shape_of(self.source)
-        require_layers(self.source, self.shape)
-        self.skeleton = Skeleton(folder, device, dtype, routing(self.source))
+        self.shape = shape_of(on_disk)
+        require_layers(on_disk, self.shape)
+        self.source, model = open_stored(on_disk, dtype)
+        self.skeleton = Skeleton(folder, device, dtype, routing(self.source), model)
         self.linears = self.skeleton.linears()
         rotated_inputs(self.source, self.linears)
         head = self.skeleton.parts.head

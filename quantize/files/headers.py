@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantize.files.checkpoint import Checkpoint, header_entries
+from quantize.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,10 @@ class Header:
 def tensor_headers(source: Checkpoint) -> dict[str, Header]:
     """Header of every tensor of a checkpoint by full name; ModelError for a
     shard that cannot be read."""
-    # `Checkpoint` had the safetensors library check every header; the
-    # library does not tell byte ranges.
     out: dict[str, Header] = {}
-    for shard in source.shards:
-        for name, entry in header_entries(source.folder / shard).items():
-            if name in source:
-                first, end = entry["data_offsets"]
-                out[name] = Header(entry["dtype"], tuple(entry["shape"]), end - first)
+    for name, entry in source.entries().items():
+        first, end = entry["data_offsets"]
+        out[name] = Header(entry["dtype"], tuple(entry["shape"]), end - first)
     return out
 
 

@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from quantize.errors import ModelError
 
-__all__ = ["Experts", "Layout", "proves", "split_experts"]
+__all__ = [
+    "KEPT_WHOLE",
+    "Experts",
+    "Layout",
+    "expert_layouts",
+    "kept_whole",
+    "proves",
+    "split_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,20 @@ class Layout:
             return {f"{role}.{kind}": one}
         gate, up = (one[::2], one[1::2]) if self.interleaved else one.chunk(2)
         return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
+
+    def stacked(self, name: str, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Undo `parts`: a stack, from what every expert has in it."""
+        bias = name.endswith("_bias")
+        role, kind = (name.removesuffix("_bias"), "bias") if bias else (name, "weight")
+        rows = []
+        for expert in parts:
+            if role != "gate_up_proj":
+                one = expert[f"{role}.{kind}"]
+            else:
+                both = (expert[f"gate_proj.{kind}"], expert[f"up_proj.{kind}"])
+                one = torch.stack(both, 1).flatten(0, 1) if self.interleaved else torch.cat(both)
+            rows.append(one.T if self.transposed and not bias else one)
+        return torch.stack(rows)
 
 
 class Experts(nn.Module):
@@ -143,27 +167,31 @@ def _linears(tensors: dict[str, Tensor]) -> nn.Module:
         weight, bias = tensors.get(f"{role}.weight"), tensors.get(f"{role}.bias")
         if weight is None:
             continue
-        outputs, inputs = weight.shape
-        linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+        linear = nn.Linear.__new__(nn.Linear)  # whose weights would be drawn, at ten times the cost
+        nn.Module.__init__(linear)
+        linear.out_features, linear.in_features = weight.shape
+        for part, tensor in (("weight", weight), ("bias", bias)):
+            own = None if tensor is None else nn.Parameter(tensor.detach().contiguous(), False)
+            linear.register_parameter(part, own)
         holder.add_module(role, linear)
     return holder
 
 
 def proves(original: nn.Module, layout: Layout) -> bool:
     """Whether experts split by `layout` compute what `original` does, and gate is gate and up is up:
-    float64, random weights and routing, on a copy of the module with small matrices (D = 6, I = 4).
+    float64, random weights and routing, on a copy of the module with small matrices (D = 6, I = 4)
+    and few experts.
     """
-    hidden, size = 6, 4
+    hidden, size, most = 6, 4, 5
     small: Any = copy.copy(original)
     small._parameters = {}
     if hasattr(small, "config"):
         small.config = copy.copy(small.config)
         small.config._experts_implementation = "eager"
-    if hasattr(small, "hidden_size"):
-        small.hidden_size = hidden
+    count = min(most, len(original._parameters["down_proj"]))  # type: ignore[arg-type]
+    for name, value in (("hidden_size", hidden), ("num_experts", count)):
+        if hasattr(small, name):
+            setattr(small, name, value)
     draw = torch.Generator().manual_seed(0)
     for name, stack in original._parameters.items():
         assert stack is not None
@@ -172,9 +200,8 @@ def proves(original: nn.Module, layout: Layout) -> bool:
         shape = (out,) if name.endswith("_bias") else (out, into)
         shape = shape[::-1] if layout.transposed else shape
         small._parameters[name] = nn.Parameter(
-            torch.randn(len(stack), *shape, generator=draw, dtype=torch.float64), False
+            torch.randn(count, *shape, generator=draw, dtype=torch.float64), False
         )
-    count = len(small._parameters["down_proj"])
     tokens = torch.randn(2 * count, hidden, generator=draw, dtype=torch.float64)
     index = torch.rand(2 * count, count, generator=draw).topk(min(2, count)).indices
     weights = torch.rand(index.shape, generator=draw, dtype=torch.float64)
@@ -199,24 +226,26 @@ def _roles_hold(experts: Experts, draw: torch.Generator) -> bool:
     return bool(torch.allclose(middle, (y + z) / 2, rtol=1e-9) and torch.allclose(moved, mixed))
 
 
-def split_experts(model: nn.Module) -> tuple[str, ...]:
-    """Replace every module of stacked experts by `Experts` → names of the modules replaced.
+def expert_layouts(model: nn.Module) -> dict[str, Layout]:
+    """How every module of stacked experts holds them, by name, each layout proven once a class.
 
     The model may be on the meta device. ModelError names a module that cannot be split.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(p is not None and p.ndim == 3 for p in module._parameters.values())
-        and type(module).__name__.endswith("Experts")
-    ]
     proven: set[tuple[type, Layout]] = set()
-    split: list[tuple[str, Experts]] = []
-    for name, module in found:
+    layouts: dict[str, Layout] = {}
+    for name, module in model.named_modules():
+        if not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+            continue
+        if not type(module).__name__.endswith("Experts"):
+            continue
         names = set(module._parameters)
         first = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
         known = {first, "down_proj"}
         if names not in (known, known | {f"{n}_bias" for n in known}):
+            raise _unsplittable(name, module)
+        counts = {len(stack) for stack in module._parameters.values() if stack is not None}
+        if counts != {getattr(module, "num_experts", max(counts))}:
+            # Such as experts without weights, which a router may choose all the same.
             raise _unsplittable(name, module)
         layout = Layout.of(module)
         if (type(module), layout) not in proven:
@@ -227,10 +256,51 @@ def split_experts(model: nn.Module) -> tuple[str, ...]:
             if not good:
                 raise _unsplittable(name, module)
             proven.add((type(module), layout))
-        split.append((name, Experts(module, layout)))
-    for name, experts in split:
-        model.set_submodule(name, experts)
-    return tuple(name for name, _ in split)
+        layouts[name] = layout
+    return layouts
+
+
+def split_experts(model: nn.Module, layouts: Mapping[str, Layout] | None = None) -> tuple[str, ...]:
+    """Replace every module of stacked experts by `Experts` → names of the modules replaced.
+
+    layouts: `expert_layouts` of the model, where they are known already.
+    """
+    layouts = expert_layouts(model) if layouts is None else layouts
+    for name, layout in layouts.items():
+        model.set_submodule(name, Experts(model.get_submodule(name), layout))
+    return tuple(layouts)
+
+
+KEPT_WHOLE: Mapping[tuple[str, str], str] = {
+    ("ZambaMambaMixer", "x_proj_weight"): "projections of a state-space scan, by group of heads",
+    ("ZambaMambaMixer", "dt_proj_weight"): "projections of a state-space scan, by group of heads",
+    ("ZambaMambaMixer", "A_log"): "decay rates of a state-space scan",
+    ("RecurrentGemmaRglru", "input_gate_weight"): "block-diagonal gates of a recurrence",
+    ("RecurrentGemmaRglru", "recurrent_gate_weight"): "block-diagonal gates of a recurrence",
+}
+"""Class and parameter → why it stays as it is, though it holds several matrices."""
+
+
+def kept_whole(model: nn.Module) -> dict[str, str]:
+    """Parameters of several matrices that are none of a linear, by name → why they stay.
+
+    model: with its experts split; its text decoder, where it has other parts. ModelError for one
+    that is neither a convolution's nor in KEPT_WHOLE: its matrices would go unseen.
+    """
+    kept = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if sum(size > 1 for size in parameter.shape) < 3 or isinstance(module, _ConvNd):
+            continue
+        reason = KEPT_WHOLE.get((type(module).__name__, last))
+        if reason is None:
+            raise ModelError(
+                f"{name} ({type(module).__name__}) holds {list(parameter.shape)}, matrices that pq "
+                "cannot split into linears; convert a model of another type"
+            )
+        kept[name] = reason
+    return kept
 
 
 def _unsplittable(name: str, module: nn.Module) -> ModelError:

@@ -25,6 +25,7 @@ from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
+from quantize.model.stored import open_stored
 from quantize.model.transformers_api import decoder_facts, load_pretrained
 from quantize.model.transformers_decoder import renew_buffers
 
@@ -46,11 +47,12 @@ def load_model(
     attention: how to attend where the checkpoint does not say, None: in full precision.
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
-    source = Checkpoint(folder)
-    require_readable(source)
-    if source.config.get("quantization_config") is None and attention is None:
+    on_disk = Checkpoint(folder)
+    require_readable(on_disk)
+    if on_disk.config.get("quantization_config") is None and attention is None:
         return _load_plain(folder, device, dtype)
-    skeleton = Skeleton(folder, device, dtype, routing(source))
+    source, built = open_stored(on_disk, dtype)
+    skeleton = Skeleton(folder, device, dtype, routing(source), built)
     model, arch = skeleton.model, skeleton.arch
     linears = [
         n

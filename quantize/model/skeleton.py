@@ -91,7 +91,8 @@ class Skeleton:
     """Builds decoder layers on demand and replays the arguments the full model would give them.
 
     routing: full names of FFNs with experts → how they route, where
-    that is not as config.json says.
+    that is not as config.json says. model: `meta_model` of the folder where there is one already,
+    which becomes the skeleton's own.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype,
         routing: Mapping[str, Policy] = MappingProxyType({}),
+        model: Any = None,
     ) -> None:
         self.device, self.dtype = device, dtype
-        self.model = split_model(meta_model(folder, dtype), routing)
+        built = meta_model(folder, dtype) if model is None else model
+        self.model = split_model(built, routing)
         self._settle()
 
     @classmethod

@@ -95,8 +95,8 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
         for name in absent:
             held = module._buffers[name]
             assert held is not None
-            unset = float("nan") if held.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(held, unset, device=device)
+            blank = float("nan") if held.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(held, blank, device=device)
         parameters = dict(module._parameters)
         for name, held in parameters.items():
             if held is not None:

@@ -27,6 +27,7 @@ from quantize.model.load import (
     shape_of,
 )
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.verification.checks import Skipped, summarize
 
 FLOATS = ("F32", "F16", "BF16")
@@ -36,7 +37,7 @@ FLOATS = ("F32", "F16", "BF16")
 class Layout:
     """A checkpoint whose tensors fit its config.json."""
 
-    source: Checkpoint
+    source: StoredCheckpoint
     shape: Shape
     skeleton: Skeleton
     linears: Mapping[str, tuple[int, int]]
@@ -60,14 +61,15 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is
     Skipped. PqError for any misfit.
     """
-    source = Checkpoint(folder)
+    on_disk = Checkpoint(folder)
     if not by_pq:
-        _skip_foreign(source)
-    require_readable(source)
-    shape = shape_of(source)
-    require_layers(source, shape)
+        _skip_foreign(on_disk)
+    require_readable(on_disk)
+    shape = shape_of(on_disk)
+    require_layers(on_disk, shape)
     try:
-        skeleton = Skeleton(folder, device, torch.float32, routing(source))
+        source, model = open_stored(on_disk, torch.float32)
+        skeleton = Skeleton(folder, device, torch.float32, routing(source), model)
     except ModelError as err:
         if by_pq:
             raise

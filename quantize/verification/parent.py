@@ -21,6 +21,7 @@ from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
 from quantize.model.load import KV_SCALE, require_layers, shape_of
 from quantize.model.skeleton import Skeleton
+from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
@@ -33,7 +34,7 @@ Tick = Callable[[int, int], None]
 class Parent:
     """An unquantized checkpoint that fits the architecture table."""
 
-    source: Checkpoint
+    source: StoredCheckpoint
     skeleton: Skeleton
     shape: Shape
 
@@ -52,7 +53,8 @@ def open_parent(folder: Path) -> Parent:
         )
     shape = shape_of(source)
     require_layers(source, shape)
-    return Parent(source, Skeleton(folder, torch.device("cpu"), torch.float32), shape)
+    stored, model = open_stored(source, torch.float32)
+    return Parent(stored, Skeleton(folder, torch.device("cpu"), torch.float32, model=model), shape)
 
 
 def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:

@@ -1,0 +1,179 @@
+"""A checkpoint that speaks in the names of the model's modules, each expert by itself.
+
+Names and forms on disk are not those in memory: experts come one by one or stacked, in the words of
+whoever published them, with and without prefixes. `StoredCheckpoint` follows transformers' own
+conversion without reading, and then reads what is asked for and no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import ModelError
+from quantize.files.checkpoint import Checkpoint
+from quantize.model.conversion import (
+    Homes,
+    loaded,
+    parts_of,
+    published,
+    published_names,
+    split,
+)
+from quantize.model.experts import expert_layouts
+from quantize.model.lazy import lazy, where
+from quantize.model.output_names import OutputNames
+from quantize.model.skeleton import meta_model
+from quantize.model.transformers_api import Conversion
+from quantize.model.where import Part, Where, fetch, names_in, whole
+
+__all__ = ["StoredCheckpoint", "holds_block", "open_stored"]
+
+_TORCH: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors names of dtypes → torch's."""
+
+
+def open_stored(source: Checkpoint, dtype: torch.dtype) -> tuple[StoredCheckpoint, Any]:
+    """A checkpoint by the names of its model's modules, and the model without weights that its
+    config.json describes, experts stacked. ModelError as `meta_model` and `StoredCheckpoint`."""
+    model = meta_model(source.folder, dtype)
+    return StoredCheckpoint(source, model), model
+
+
+def holds_block(source: Checkpoint, blocks: str, index: int) -> bool:
+    """Whether a checkpoint has any tensor of a block, whatever prefixes its names have.
+
+    blocks: name of the list of blocks, such as `model.layers`.
+    """
+    inside = f".{blocks.rpartition('.')[2]}.{index}."
+    return any(inside in f".{name}" for name in source.shapes)
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint by the names of a model's modules: `model.layers.0.mlp.experts.3.gate_proj`.
+
+    source: what is on the disk. model: what config.json describes as transformers builds it, on the
+    meta device, its experts stacked; it is not kept. Hashes, shards and side files are the source's.
+    Stored tensors that the model has no place for keep their names, so that checks see them.
+
+    ModelError for experts that cannot be told apart, and for parts of a converted tensor that are
+    missing or do not fit each other.
+    """
+
+    def __init__(self, source: Checkpoint, model: nn.Module) -> None:
+        self.stored = source
+        self.folder, self.config, self.shards = source.folder, source.config, source.shards
+        self.dequantized = source.dequantized
+        self._layouts = layouts = expert_layouts(model)
+        self._conversion = conversion = Conversion(model)
+        given = {
+            name: lazy(name, shape, _TORCH.get(source.dtypes[name], torch.uint8))
+            for name, shape in source.shapes.items()
+        }
+        try:
+            tensors, unplaced = loaded(conversion, given)
+            held = {name: where(tensor) for name, tensor in tensors.items()}
+            parts = split(held, layouts)
+        except ModelError as err:
+            raise ModelError(f"{source.folder}: {err}") from None
+        self._expected = expected = parts_of(conversion, layouts)
+        beside: dict[str, tuple[str, bool]] = {}
+        if unplaced:
+            homes = Homes(conversion, published_names(expected, self._form), expected)
+            beside = {key: homes.name(key) for key in unplaced}
+        self._places: dict[str, Where] = dict(parts)
+        for key, (name, _) in beside.items():
+            free = name if name not in self._places else key
+            self._places[free] = whole(key, source.shapes[key])
+        tied = conversion.tied
+        self.missing = tuple(
+            name
+            for name in expected
+            if name not in parts and not any(other in parts for other in tied.get(name, ()))
+        )
+        """Tensors of the model that the checkpoint lacks, one that is tied to another apart; of
+        a packed linear it lacks the weight."""
+        self.surplus = tuple(key for key, (_, is_part) in beside.items() if not is_part)
+        """Stored tensors that the model has no place for, by their names on the disk. Those of an
+        INT4 cache are among them."""
+        self.shapes = {name: place.shape for name, place in self._places.items()}
+        self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
+        places = self._places.items()
+        self._where = {name: source._where[names_in(place)[0]] for name, place in places}
+
+    def _dtype(self, place: Where) -> str:
+        kinds = dict.fromkeys(self.stored.dtypes[name] for name in names_in(place))
+        if len(kinds) > 1:
+            raise ModelError(
+                f"{self.folder}: {', '.join(names_in(place)[:2])} are of different dtypes "
+                f"({', '.join(kinds)}), but are parts of one matrix"
+            )
+        return next(iter(kinds))
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """As `Checkpoint.rows`; of a stored tensor, whole entries of its first dimension are
+        read."""
+        self._place(name)
+        place = self._places[name]
+        if not place.shape or not 0 <= first < end <= place.shape[0]:
+            raise ModelError(
+                f"{self.folder}: {name} is {list(place.shape)} and has no entries {first} to {end}"
+            )
+        return fetch(place.sliced(0, first, end - first, 1), self._rows)
+
+    def _rows(self, name: str, first: int | None, end: int | None) -> Tensor:
+        if first is None or end is None:
+            return self.stored.tensor(name)
+        return self.stored.rows(name, first, end)
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            self._place(name)
+            yield name, fetch(self._places[name], self._rows)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """As `Checkpoint.entries`; data_offsets of what is a part of a stored tensor tell its
+        size alone."""
+        stored = self.stored.entries()
+        out: dict[str, dict[str, Any]] = {}
+        for name, place in self._places.items():
+            known = stored.get(names_in(place)[0]) if _is_stored(place) else None
+            size = math.prod(place.shape) * _TORCH.get(self.dtypes[name], torch.uint8).itemsize
+            computed = {"dtype": self.dtypes[name], "shape": place.shape, "data_offsets": (0, size)}
+            out[name] = known or computed
+        return out
+
+    @cached_property
+    def output(self) -> OutputNames:
+        """Under which names a model made of this one is written."""
+        places = self._places.items()
+        stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
+        parts, form = self._expected, self._form
+        return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
+
+    @cached_property
+    def _form(self) -> dict[str, Where]:
+        return published(self._conversion)
+
+
+def _is_stored(place: Where) -> bool:
+    """Whether a tensor is stored as it stands."""
+    return isinstance(place, Part) and isinstance(place.source, str) and place.is_whole
