@@ -197,7 +197,7 @@ def _filled(shell: Any, device: torch.device, dtype: torch.dtype, seed: int = 0)
                 shape = list(held.shape)
                 table = isinstance(module, nn.Embedding)
                 if table:
-                    module.padding_idx = None
+                    module.padding_idx = None  # type: ignore[assignment]
                 made = torch.randn([1, *shape[1:]] if table else shape, generator=draw)
                 made = made.to(device, dtype)
                 # All rows of a table are one, which takes no memory.
