@@ -62,7 +62,10 @@ def find_blocks(model: nn.Module, run: Callable[[], object]) -> Blocks:
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in candidates)
         if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) and not inside:
-            candidates[name] = [(f"{name}.{key}", child) for key, child in module.named_children()]
+            # Lists of rotary embeddings, linears and the like are none of blocks.
+            children = [(key, child) for key, child in module.named_children()]
+            if children and all(is_block_like(child) for _, child in children):
+                candidates[name] = [(f"{name}.{key}", child) for key, child in children]
     ran: list[nn.Module] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -93,6 +96,11 @@ def find_blocks(model: nn.Module, run: Callable[[], object]) -> Blocks:
     return Blocks(tuple(name for name, _ in called), tuple(child for _, child in called))
 
 
+def is_block_like(module: nn.Module) -> bool:
+    """Whether a module has both parameters and modules in it."""
+    return next(module.parameters(), None) is not None and next(module.children(), None) is not None
+
+
 def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The hidden states that a call is given: its first tensor of floating point."""
     for value in (*args, kwargs.get("hidden_states"), kwargs.get("x")):
@@ -105,5 +113,7 @@ def first_tensor(out: Any) -> Tensor | None:
     """A tensor, or the first one of a tuple or mapping."""
     if isinstance(out, Tensor):
         return out
-    values = out.values() if hasattr(out, "values") else out if isinstance(out, tuple) else ()
+    values = (
+        out.values() if hasattr(out, "values") else out if isinstance(out, tuple | list) else ()
+    )
     return next((value for value in values if isinstance(value, Tensor)), None)

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from models.shrink import FIRST_TOKEN, LAST_TOKEN, shrunken
+from models.shrink import shrunken
+from models.shrink_tables import FIRST_TOKEN, LAST_TOKEN
 from models.stack import Blocks, find_blocks
 
 ENTROPY = (1.0, 5.0)
@@ -32,6 +33,8 @@ CHANGE = (0.1, 1.0)
 """Bounds of a block's change of its stream, ‖out − in‖ / ‖in‖."""
 AIM_ENTROPY, AIM_CHANGE = 3.0, 0.4
 ROUNDS = 12
+ONLY_TUPLES = ("Llama4ForConditionalGeneration",)
+"""Whose output as transformers 5.24 makes it misses what it reads from it (`image_outputs`)."""
 SENTENCES = (
     "Seven small boats went down the river before noon.",
     "The price of 128 bolts is 3.20, of 64 it is 1.75; nails cost less.",
@@ -75,6 +78,9 @@ def tokens(batch: int = 2, length: int = 48, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [B, T, V] of one pass over text alone, without a cache."""
+    if type(model).__name__ in ONLY_TUPLES:
+        first: Tensor = model(input_ids=ids, use_cache=False, return_dict=False)[0]
+        return first
     out: Tensor = model(input_ids=ids, use_cache=False).logits
     return out
 
@@ -138,7 +144,9 @@ def balance(model: PreTrainedModel) -> None:
     """
     ids = tokens(seed=12345)
     blocks = find_blocks(model, lambda: logits(model, ids))
-    volumes = [Volume(block) for block in blocks.modules]
+    volumes: list[Volume] = []
+    for block in blocks.modules:
+        volumes.append(Volume(block, shared=[p for volume in volumes for p in volume.parameters]))
     head = head_weights(model)
     for _ in range(ROUNDS):
         scores = settle(model, blocks, volumes, ids)
@@ -168,12 +176,23 @@ def settle(model: PreTrainedModel, blocks: Blocks, volumes: list[Volume], ids: T
 class Volume:
     """Scales how much a block adds to its stream: by its matrices, or by norms where these undo that."""
 
-    def __init__(self, block: nn.Module) -> None:
-        parameters = list(block.parameters())
-        self.matrices = [p for p in parameters if not is_vector(p) and not is_structured(p)]
+    def __init__(self, block: nn.Module, shared: list[nn.Parameter]) -> None:
+        """`shared` parameters are of blocks before this one, which turn them alone."""
+        others = {id(p) for p in shared}
+        self.parameters = [p for p in block.parameters() if id(p) not in others]
+        biases = {
+            id(p)
+            for name, p in block.named_parameters()
+            if name.endswith("bias") and not is_structured(p)
+        }
+        self.matrices = [
+            p for p in self.parameters if id(p) in biases or not (is_vector(p) or is_structured(p))
+        ]
         # A norm multiplies by w, or by 1 + w where w is around zero: both are to scale alike.
         self.vectors = [
-            (p, 0.0 if float(p.mean()) > 0.5 else 1.0) for p in parameters if is_vector(p)
+            (p, 0.0 if float(p.mean()) > 0.5 else 1.0)
+            for name, p in block.named_parameters()
+            if is_vector(p) and id(p) not in biases | others and "norm" in name
         ]
         self.power = 2.0
         """By which power of its matrices' scale the block's change goes; two for most, one after another."""
@@ -184,7 +203,7 @@ class Volume:
         if self.last is not None:
             before, factor = self.last
             seen = math.log(max(change, 1e-9) / max(before, 1e-9)) / math.log(factor)
-            self.power = min(max(seen, 0.0), 4.0)
+            self.power = min(max(seen, 0.0), 8.0)
         wanted = min(max(aim / max(change, 1e-9), 1e-3), 1e3)
         if self.power > 0.5:
             factor = min(max(wanted ** (1 / self.power), 0.2), 5.0)
