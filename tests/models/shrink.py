@@ -88,7 +88,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
             if default is not None:
                 out[name] = [kept.index(i) for i in value if i in kept]
         elif is_per_layer(value, total):
-            out[name] = [value[i] for i in kept]
+            out[name] = [small_entry(name, value[i], config) for i in kept]
         elif isinstance(value, int) and not isinstance(value, bool) and default is not None:
             small = size(name, value, config)
             if small != value:
@@ -99,6 +99,12 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         if small_rope != parameters:
             out["rope_parameters"] = small_rope
     return out
+
+
+def small_entry(name: str, value: Any, config: PretrainedConfig) -> Any:
+    """One layer's entry of a list: a size where the list is named after one."""
+    single = name.removesuffix("_per_layer")
+    return value if single == name else size(single, value, config)
 
 
 def size(name: str, value: int, config: PretrainedConfig) -> int:

@@ -29,7 +29,7 @@ CEILINGS: dict[str, int] = {
     name: ceiling
     for ceiling, names in {
         HIDDEN: (
-            "hidden_size d_model n_embd dim emb_dim embed_dim embedding_dim word_embed_proj_dim "
+            "hidden_size text_hidden_size d_model n_embd dim emb_dim embed_dim embedding_dim word_embed_proj_dim "
             "embedding_size input_embedding_size output_embedding_size out_hidden_size "
             "projection_dim projector_input_dim projector_output_dim vision_output_dim lru_width "
             "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
@@ -177,11 +177,54 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 32,
         "swa_v_head_dim": 32,
     },
-    # Their models divide heads of 128 among three axes unless told otherwise.
+    # Their models divide heads of the default width among axes unless told otherwise.
     "qwen2_vl_text": {"rope_parameters": _rope_in_sections(4, 6, 6)},
     "qwen2_5_vl_text": {"rope_parameters": _rope_in_sections(4, 6, 6)},
+    "qwen2_5_omni_text": {"rope_parameters": _rope_in_sections(4, 6, 6)},
     "qwen3_vl_text": {"rope_parameters": _rope_in_sections(6, 5, 5)},
     "qwen3_vl_moe_text": {"rope_parameters": _rope_in_sections(6, 5, 5)},
+    "qwen3_omni_moe_text": {"rope_parameters": _rope_in_sections(6, 5, 5)},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _rope_in_sections(5, 5, 6)},
+    "paddleocr_vl_text": {"rope_parameters": _rope_in_sections(8, 12, 12)},
+    "hunyuan_vl_text": {"rope_parameters": _rope_in_sections(4, 4, 4, 4)},
+    "glm4v_text": {"rope_parameters": _rope_in_sections(4, 6, 6)},
+    "glm_ocr_text": {"rope_parameters": _rope_in_sections(4, 6, 6)},
+    "glm4v_moe_text": {
+        "rope_parameters": _rope_in_sections(2, 3, 3) | {"partial_rotary_factor": 0.5}
+    },
+    # The default shows one kind of layer where published checkpoints have two or more.
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
+    "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    # A pattern of three kinds, repeated over the layers.
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    # Pairs of attention and FFN are one layer; the layers between the first and the last run twice.
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
+    # Windows of 128 tokens would never be compressed in short texts.
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    },
+    # Which layers of the image tower feed which of the decoder, or are pooled.
+    "granite4_vision": {"deepstack_layer_map": [[1, 0]]},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    # A default of the whole that its image tower's own configuration does not have.
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    # Images come as tokens, of which the default has none.
+    "chameleon": {"vocabulary_map": {"<image>": 511}},
+    "emu3": {"vocabulary_map": {"<image>": 511}},
     # Layers attend to the results of groups of layers, of which there are two; the loop goes over the second.
     "inkling2_text": {"num_hidden_layers": 4, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "inkling2_loop_text": {
