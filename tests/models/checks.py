@@ -1,12 +1,10 @@
-"""What the sweep asks of every model by itself: is it alive, causal, and the same after a round trip?"""
+"""What the sweep asks of every model by itself: is it alive, and the same after a round trip?"""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from models import zoo
 from models.subject import Check, Row, Subject
@@ -30,17 +28,6 @@ def alive(subject: Subject) -> Row:
     }
 
 
-def causal(subject: Subject) -> Row:
-    """Whether logits do not depend on tokens after them; models that look both ways are no decoders."""
-    ids = zoo.tokens(seed=8)
-    other = ids.clone()
-    cut = ids.shape[1] // 2
-    other[:, cut:] = zoo.tokens(seed=9)[:, cut:]
-    first, second = zoo.logits(subject.model, ids), zoo.logits(subject.model, other)
-    before, after = apart(first[:, :cut], second[:, :cut]), apart(first[:, cut:], second[:, cut:])
-    return {"ok": before < 1e-4 < after, "before": rounded(before), "after": rounded(after)}
-
-
 def round_trip(subject: Subject) -> Row:
     """Whether the saved model loads whole and gives the same logits."""
     loader = zoo.loader_of(subject.item.model_type, subject.item.image_text)
@@ -48,19 +35,9 @@ def round_trip(subject: Subject) -> Row:
         subject.folder, dtype=torch.float32, output_loading_info=True
     )
     ids = zoo.tokens(seed=10)
-    difference = apart(zoo.logits(subject.model, ids), zoo.logits(loaded.eval(), ids))
+    difference = zoo.apart(zoo.logits(subject.model, ids), zoo.logits(loaded.eval(), ids))
     wrong = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}
     return {"ok": difference < 1e-5 and not wrong, "difference": rounded(difference), "keys": wrong}
-
-
-def attention(model: PreTrainedModel) -> bool:
-    """Whether any module is attention by its name, linear attention included."""
-    return any("attn" in name or "attention" in name for name, _ in model.named_modules())
-
-
-def apart(first: Tensor, second: Tensor) -> float:
-    """The greatest difference of logits, relative to the greatest logit."""
-    return float((first - second).abs().max() / first.abs().max())
 
 
 def rounded(value: float) -> float | str:
@@ -68,5 +45,5 @@ def rounded(value: float) -> float | str:
     return float(f"{value:.4g}") if math.isfinite(value) else str(value)
 
 
-CHECKS: tuple[Check, ...] = (alive, causal, round_trip)
+CHECKS: tuple[Check, ...] = (alive, round_trip)
 """What `sweep.main` runs when told no others."""

@@ -56,7 +56,7 @@ CEILINGS: dict[str, int] = {
             "linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim mamba_headdim "
             "qk_nope_head_dim v_head_dim index_head_dim dim_head d_head d_kv attention_head_size "
             "swa_head_dim kv_channels prompt_mid_dim prompt_length position_bias_num_buckets "
-            "dim_model_base centroid_intermediate_top_k"
+            "dim_model_base centroid_intermediate_top_k base_channels"
         ),
         16: (
             "qk_rope_head_dim sliding_window sliding_window_size attention_chunk_size "
@@ -218,7 +218,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
     },
     # Which layers of the image tower feed which of the decoder, or are pooled.
-    "granite4_vision": {"deepstack_layer_map": [[1, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[1, 0]], "downsample_rate": "1/2"},
+    # Its tokenizer of sound has no projection between these sizes.
+    "apertus1p5": {"audio_config": {"codebook_dim": 128}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     # A default of the whole that its image tower's own configuration does not have.
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
@@ -238,9 +240,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     # How many experts see every token is open.
     "dots1": {"n_shared_experts": 1},
-    # A causal model only when told; positions are factors of the context, whose embeddings add up to the hidden size.
+    # A causal model only when told, its hashes random; positions are factors of the context, and the widths of their
+    # embeddings add up to the hidden size.
     "reformer": {
         "is_decoder": True,
+        "hash_seed": 1,
         "axial_pos_shape": [8, 32],
         "axial_pos_embds_dim": [64, 64],
     },

@@ -34,7 +34,7 @@ class Subject:
         self.item = item
         self.work = work
         """A folder that is removed after the last check."""
-        self.model: PreTrainedModel = zoo.build(item.model_type, image_text=item.image_text)
+        self.model: PreTrainedModel = zoo.outline(item.model_type, image_text=item.image_text)
 
     @cached_property
     def folder(self) -> Path:

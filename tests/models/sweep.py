@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT,
 )
 
+from models import zoo
 from models.shrink import default_config
 from models.subject import Check, Item, Row, Subject
 
@@ -41,23 +42,29 @@ def all_items() -> list[Item]:
 def examine(item: Item, checks: Iterable[Check]) -> Row:
     """The row of one type, in this process."""
     row: Row = {"type": item.model_type, "auto": "image-text" if item.image_text else "causal"}
+    status = "does not build"
     try:
-        row["encoder_decoder"] = bool(
-            getattr(default_config(item.model_type), "is_encoder_decoder", False)
-        )
         with tempfile.TemporaryDirectory(prefix="zoo-") as work:
             subject = Subject(item, Path(work))
-            row |= {
-                "status": "builds",
-                "class": type(subject.model).__name__,
-                "parameters": sum(p.numel() for p in subject.model.parameters()),
-                "checks": {},
-            }
+            row["class"] = type(subject.model).__name__
+            status = "takes more than text"
+            zoo.liven(subject.model)
+            row |= {"kind": kind(subject), "status": "builds", "checks": {}}
+            row["parameters"] = sum(p.numel() for p in subject.model.parameters())
             for check in checks:
                 row["checks"][check.__name__] = outcome(check, subject)
     except Exception as error:
-        row |= {"status": "does not build", "why": line_of(error), "where": place_of(error)}
+        row |= {"status": status, "why": line_of(error), "where": place_of(error)}
     return row
+
+
+def kind(subject: Subject) -> str:
+    """What a model is by what it does; its own default configuration decides, nobody's use of it."""
+    config = default_config(subject.item.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        return "decoder of an encoder-decoder"
+    before, after = zoo.causality(subject.model)
+    return "decoder-only" if before < 1e-4 < after else "not causal"
 
 
 def outcome(check: Check, subject: Subject) -> Row:
@@ -154,7 +161,9 @@ def summary(row: Row) -> str:
     failed = [name for name, figures in row.get("checks", {}).items() if not figures["ok"]]
     if row["status"] != "builds":
         return f"{row['status']}: {row['why']}"
-    return f"{row['seconds']} s, " + (f"not {', '.join(failed)}" if failed else "all checks hold")
+    return f"{row['kind']}, {row['seconds']} s, " + (
+        f"not {', '.join(failed)}" if failed else "all checks hold"
+    )
 
 
 def write(out: Path, rows: Sequence[Row]) -> None:

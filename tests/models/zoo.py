@@ -7,13 +7,10 @@ stream, weights of norms that are not all alike, biases that are not zero.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
@@ -21,20 +18,29 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT,
 )
-from transformers.pytorch_utils import Conv1D
 
+from models.balance import CHANGE, ENTROPY, balance, enliven
+from models.passes import apart, causality, entropy, logits, measure, tokens
 from models.shrink import shrunken
-from models.shrink_tables import FIRST_TOKEN, LAST_TOKEN
-from models.stack import Blocks, find_blocks
+from models.stack import find_blocks
 
-ENTROPY = (1.0, 5.0)
-"""Bounds of the mean entropy of the next token, nats; 512 tokens alike have 6.2."""
-CHANGE = (0.1, 1.0)
-"""Bounds of a block's change of its stream, ‖out − in‖ / ‖in‖."""
-AIM_ENTROPY, AIM_CHANGE = 3.0, 0.4
-ROUNDS = 12
-ONLY_TUPLES = ("Llama4ForConditionalGeneration",)
-"""Whose output as transformers 5.24 makes it misses what it reads from it (`image_outputs`)."""
+__all__ = [
+    "CHANGE",
+    "ENTROPY",
+    "apart",
+    "build",
+    "causality",
+    "entropy",
+    "find_blocks",
+    "liven",
+    "loader_of",
+    "logits",
+    "measure",
+    "outline",
+    "save",
+    "tokens",
+]
+
 SENTENCES = (
     "Seven small boats went down the river before noon.",
     "The price of 128 bolts is 3.20, of 64 it is 1.75; nails cost less.",
@@ -54,195 +60,31 @@ def loader_of(model_type: str, image_text: bool | None = None) -> Any:
     return AutoModelForImageTextToText if image_text else AutoModelForCausalLM
 
 
-def build(
+def outline(
     model_type: str, seed: int = 0, image_text: bool | None = None, **changes: Any
 ) -> PreTrainedModel:
-    """A random float32 model of a type on the CPU that is not degenerate; `changes` are of its config."""
+    """A small float32 model of a type as its class initializes it; `changes` are of its config."""
     loader = loader_of(model_type, image_text)
     torch.manual_seed(seed)
     model: PreTrainedModel = loader.from_config(
         shrunken(model_type, **changes), dtype=torch.float32
     )
-    model.eval()
-    enliven(model, torch.Generator().manual_seed(seed + 1))
-    balance(model)
+    return model.eval()
+
+
+def build(
+    model_type: str, seed: int = 0, image_text: bool | None = None, **changes: Any
+) -> PreTrainedModel:
+    """The same with weights that are not degenerate."""
+    model = outline(model_type, seed, image_text, **changes)
+    liven(model, seed)
     return model
 
 
-def tokens(batch: int = 2, length: int = 48, seed: int = 0) -> Tensor:
-    """Tokens [B, T] that are special in no model of the zoo."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(FIRST_TOKEN, LAST_TOKEN, (batch, length), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of one pass over text alone, without a cache."""
-    if type(model).__name__ in ONLY_TUPLES:
-        first: Tensor = model(input_ids=ids, use_cache=False, return_dict=False)[0]
-        return first
-    out: Tensor = model(input_ids=ids, use_cache=False).logits
-    return out
-
-
-def entropy(scores: Tensor) -> float:
-    """Mean entropy of softmax(scores [.., V]) in nats."""
-    log = scores.float().log_softmax(-1)
-    return float(-(log.exp() * log).sum(-1).mean())
-
-
-@torch.no_grad()
-def enliven(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter values of a trained model's kind, by its shape and what the model made it."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.is_floating_point():
-                continue
-            seen.add(id(parameter))
-            noise = torch.randn(parameter.shape, generator=generator)
-            if is_vector(parameter) or is_structured(parameter):
-                # Norms, biases, gates and decay rates: near what the model needs them to be.
-                parameter.add_(noise * 0.2 * parameter.abs().clamp(0.5, 1.0))
-            elif isinstance(module, nn.Embedding):
-                parameter.copy_(noise)
-                if module.padding_idx is not None:
-                    parameter[module.padding_idx] = 0
-            else:
-                parameter.copy_(noise * fan_in(module, name, parameter) ** -0.5)
-
-
-def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter has one axis longer than one."""
-    return sum(size > 1 for size in parameter.shape) < 2
-
-
-def is_structured(parameter: Tensor) -> bool:
-    """Whether the model made a matrix of anything but noise around zero: constants, decay rates."""
-    values = parameter.float()
-    if not bool(torch.isfinite(values).all()):
-        return False
-    deviation = float(values.std())
-    return abs(float(values.mean())) > 0.5 * deviation and float(values.abs().max()) > 0
-
-
-def fan_in(module: nn.Module, name: str, parameter: Tensor) -> float:
-    """How many terms a sum over this weight has; for stacked experts, whose order varies, a mean."""
-    if isinstance(module, Conv1D):
-        return parameter.shape[0]
-    if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
-        return math.sqrt(parameter.shape[1] * parameter.shape[2])
-    return parameter[0].numel()
-
-
-@torch.no_grad()
-def balance(model: PreTrainedModel) -> None:
-    """Scale embeddings, heads and blocks until entropy and the blocks' changes lie in their bounds.
-
-    It stops after ROUNDS in any case: checks, not this, say whether a model is degenerate. Blocks are
-    settled anew before every look at the entropy: where head and embedding are one, both depend on it.
-    """
-    ids = tokens(seed=12345)
-    blocks = find_blocks(model, lambda: logits(model, ids))
-    volumes: list[Volume] = []
-    for block in blocks.modules:
-        volumes.append(Volume(block, shared=[p for volume in volumes for p in volume.parameters]))
-    head = head_weights(model)
-    for _ in range(ROUNDS):
-        scores = settle(model, blocks, volumes, ids)
-        found = entropy(scores)
-        if ENTROPY[0] * 1.5 < found < ENTROPY[1] * 0.85:
-            break
-        rescale(head, found, scores)
-
-
-def settle(model: PreTrainedModel, blocks: Blocks, volumes: list[Volume], ids: Tensor) -> Tensor:
-    """Turn the blocks' volumes until each changes its stream by some tens of percent → logits."""
-    low, high = CHANGE[0] * 1.8, CHANGE[1] * 0.75
-    for _ in range(ROUNDS):
-        changes, scores = measure(model, blocks, ids)
-        wrong = [
-            (volume, change)
-            for volume, change in zip(volumes, changes, strict=True)
-            if math.isfinite(change) and not low < change < high
-        ]
-        if not wrong:
-            break
-        for volume, change in wrong:
-            volume.turn(change, AIM_CHANGE)
-    return scores
-
-
-class Volume:
-    """Scales how much a block adds to its stream: by its matrices, or by norms where these undo that."""
-
-    def __init__(self, block: nn.Module, shared: list[nn.Parameter]) -> None:
-        """`shared` parameters are of blocks before this one, which turn them alone."""
-        others = {id(p) for p in shared}
-        self.parameters = [p for p in block.parameters() if id(p) not in others]
-        biases = {
-            id(p)
-            for name, p in block.named_parameters()
-            if name.endswith("bias") and not is_structured(p)
-        }
-        self.matrices = [
-            p for p in self.parameters if id(p) in biases or not (is_vector(p) or is_structured(p))
-        ]
-        # A norm multiplies by w, or by 1 + w where w is around zero: both are to scale alike.
-        self.vectors = [
-            (p, 0.0 if float(p.mean()) > 0.5 else 1.0)
-            for name, p in block.named_parameters()
-            if is_vector(p) and id(p) not in biases | others and "norm" in name
-        ]
-        self.power = 2.0
-        """By which power of its matrices' scale the block's change goes; two for most, one after another."""
-        self.last: tuple[float, float] | None = None
-
-    def turn(self, change: float, aim: float) -> None:
-        """Scale towards `aim` from `change`, going by what the last turn did."""
-        if self.last is not None:
-            before, factor = self.last
-            seen = math.log(max(change, 1e-9) / max(before, 1e-9)) / math.log(factor)
-            self.power = min(max(seen, 0.0), 8.0)
-        wanted = min(max(aim / max(change, 1e-9), 1e-3), 1e3)
-        if self.power > 0.5:
-            factor = min(max(wanted ** (1 / self.power), 0.2), 5.0)
-            for matrix in self.matrices:
-                matrix.mul_(factor)
-            self.last = (change, factor)
-            return
-        factor = min(max(wanted**0.7, 0.2), 5.0)
-        for vector, shift in self.vectors:
-            vector.copy_((vector + shift) * factor - shift)
-        self.last = None
-
-
-def measure(model: PreTrainedModel, blocks: Blocks, ids: Tensor) -> tuple[list[float], Tensor]:
-    """Each block's change of its stream in one pass, and the logits [B, T, V]."""
-    with blocks.recorded() as record:
-        scores = logits(model, ids)
-    return [record.change(block) for block in blocks.modules], scores
-
-
-def rescale(head: list[nn.Parameter], found: float, scores: Tensor) -> None:
-    """Scale the weights that logits are linear in towards the entropy aimed at."""
-    if not math.isfinite(found):
-        factor = 0.5
-    else:
-        low, high = 1e-3, 1e3
-        for _ in range(40):
-            factor = math.sqrt(low * high)
-            low, high = (low, factor) if entropy(scores * factor) < AIM_ENTROPY else (factor, high)
-    for weight in head:
-        weight.mul_(min(max(factor, 0.05), 20.0))
-
-
-def head_weights(model: PreTrainedModel) -> list[nn.Parameter]:
-    """What turns the last hidden states into logits; tied, it is the embedding as well."""
-    head = model.get_output_embeddings()
-    if head is None:
-        return []
-    return [p for p in head.parameters() if not is_vector(p)]
+def liven(model: PreTrainedModel, seed: int = 0) -> None:
+    """Give a model the weights that `build` gives it."""
+    enliven(model, torch.Generator().manual_seed(seed + 1))
+    balance(model)
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:
@@ -255,6 +97,3 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     lines = [f"{SENTENCES[i % 4]} That was line {i * 37 % 101}." for i in range(80)]
     (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
-
-
-Build = Callable[..., PreTrainedModel]
