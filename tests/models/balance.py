@@ -128,6 +128,8 @@ class Volume:
         self.power = 2.0
         """By which power of its matrices' scale the block's change goes; two for most, one after another."""
         self.last: tuple[float, float] | None = None
+        self.quiet: float | None = None
+        """The block's change before norms were scaled last."""
         self.turns = 0
         self.made = [p.clone() for p in self.parameters]
         self.stuck = False
@@ -150,12 +152,16 @@ class Volume:
             factor = min(max(wanted ** (1 / self.power), 0.2), 5.0)
             for matrix in self.matrices:
                 matrix.mul_(factor)
-            self.last = (change, factor)
+            self.last, self.quiet = (change, factor), None
             return
         factor = min(max(wanted**0.7, 0.2), 5.0)
+        if self.quiet is not None and abs(math.log(change / self.quiet)) < 0.1 * math.log(5.0):
+            # Initialized as if it were the other form, as some classes' norms of 1 + w are.
+            self.vectors = [(vector, 1.0 - shift) for vector, shift in self.vectors]
         for vector, shift in self.vectors:
             vector.copy_((vector + shift) * factor - shift)
         self.last = None
+        self.quiet = change
 
 
 def rescale(head: list[nn.Parameter], found: float, scores: Tensor) -> None:

@@ -29,7 +29,8 @@ CEILINGS: dict[str, int] = {
     name: ceiling
     for ceiling, names in {
         HIDDEN: (
-            "hidden_size text_hidden_size d_model n_embd dim emb_dim embed_dim embedding_dim word_embed_proj_dim "
+            "hidden_size text_hidden_size projector_hidden_size moe_hidden_size image_token_embed_dim "
+            "alignment_intermediate_size d_model n_embd dim emb_dim embed_dim embedding_dim word_embed_proj_dim "
             "embedding_size input_embedding_size output_embedding_size out_hidden_size "
             "projection_dim projector_input_dim projector_output_dim vision_output_dim lru_width "
             "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
@@ -46,7 +47,7 @@ CEILINGS: dict[str, int] = {
         ),
         VOCABULARY: (
             "vocab_size vocab_size_per_layer_input decoder_vocab_size ngram_vocab_size_base "
-            "unpadded_vocab_size encoder_hash_byte_group_vocab audio_vocab_size codebook_size "
+            "num_embeddings unpadded_vocab_size encoder_hash_byte_group_vocab audio_vocab_size codebook_size "
             "pronunciation_vocab_size shape_vocab_size num_centroids"
         ),
         64: "embedding_size_per_layer pronunciation_embed_dim shape_embed_dim router_hidden_size",
