@@ -18,8 +18,8 @@ CHANGE = (0.1, 1.0)
 """Bounds of a block's change of its stream, ‖out − in‖ / ‖in‖."""
 AIM_ENTROPY, AIM_CHANGE = 3.0, 0.4
 ROUNDS = 12
-PATIENCE = 40
-"""Turns of one block; most need one to five."""
+FARTHEST = 50.0
+"""The most that a block is scaled in all; what needs more does not answer to its scale."""
 
 
 @torch.no_grad()
@@ -90,6 +90,8 @@ def balance(model: PreTrainedModel) -> None:
 def settle(model: PreTrainedModel, blocks: Blocks, volumes: list[Volume], ids: Tensor) -> Tensor:
     """Turn the blocks' volumes until each changes its stream by some tens of percent → logits."""
     low, high = CHANGE[0] * 1.8, CHANGE[1] * 0.75
+    for volume in volumes:
+        volume.last = volume.quiet = None  # of before the embedding was scaled
     for _ in range(ROUNDS):
         changes, scores = measure(model, blocks, ids)
         wrong = [
@@ -127,29 +129,30 @@ class Volume:
         ]
         self.power = 2.0
         """By which power of its matrices' scale the block's change goes; two for most, one after another."""
+        self.unmoved = 0
+        """How many turns in a row of its matrices changed nothing."""
         self.last: tuple[float, float] | None = None
         self.quiet: float | None = None
         """The block's change before norms were scaled last."""
-        self.turns = 0
+        self.scales = [1.0, 1.0]
+        """Of matrices and of norms, since this was made."""
         self.made = [p.clone() for p in self.parameters]
         self.stuck = False
         """Whether this block's change cannot be turned: what it gives is not its stream with something added."""
 
     def turn(self, change: float, aim: float) -> None:
         """Scale towards `aim` from `change`, going by what the last turn did."""
-        self.turns += 1
-        if self.turns > PATIENCE:
-            self.stuck = True
-            for parameter, made in zip(self.parameters, self.made, strict=True):
-                parameter.copy_(made)
-            return
         if self.last is not None:
             before, factor = self.last
             seen = math.log(max(change, 1e-9) / max(before, 1e-9)) / math.log(factor)
-            self.power = min(max(seen, 0.0), 8.0)
+            # Blocks before it turn at the same time: once is no proof that its matrices do nothing.
+            self.unmoved = self.unmoved + 1 if seen < 0.5 else 0
+            self.power = 0.0 if self.unmoved > 1 else min(max(seen, 1.0), 8.0)
         wanted = min(max(aim / max(change, 1e-9), 1e-3), 1e3)
         if self.power > 0.5:
             factor = min(max(wanted ** (1 / self.power), 0.2), 5.0)
+            if self.gives_up(0, factor):
+                return
             for matrix in self.matrices:
                 matrix.mul_(factor)
             self.last, self.quiet = (change, factor), None
@@ -158,10 +161,22 @@ class Volume:
         if self.quiet is not None and abs(math.log(change / self.quiet)) < 0.1 * math.log(5.0):
             # Initialized as if it were the other form, as some classes' norms of 1 + w are.
             self.vectors = [(vector, 1.0 - shift) for vector, shift in self.vectors]
+        if self.gives_up(1, factor):
+            return
         for vector, shift in self.vectors:
             vector.copy_((vector + shift) * factor - shift)
         self.last = None
         self.quiet = change
+
+    def gives_up(self, which: int, factor: float) -> bool:
+        """Note a scale; where it goes too far the block becomes what it was made, for good."""
+        self.scales[which] *= factor
+        if 1 / FARTHEST < self.scales[which] < FARTHEST:
+            return False
+        self.stuck = True
+        for parameter, made in zip(self.parameters, self.made, strict=True):
+            parameter.copy_(made)
+        return True
 
 
 def rescale(head: list[nn.Parameter], found: float, scores: Tensor) -> None:
