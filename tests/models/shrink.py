@@ -62,8 +62,11 @@ def read(config: PretrainedConfig, name: str) -> Any:
         return config._getattr_without_heterogeneous_validation(name, None)
 
 
-def small_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """What to tell a configuration's class so that it makes a small one: field → value."""
+def small_fields(config: PretrainedConfig, inner: bool = False) -> dict[str, Any]:
+    """What to tell a configuration's class so that it makes a small one: field → value.
+
+    inner: it is a part of another, whose class may have set other defaults than its own class has.
+    """
     raw = {field.name: field.default for field in fields(config)}  # type: ignore[arg-type]
     subs = getattr(config, "sub_configs", {})
     total = next((read(config, n) for n in LAYER_COUNTS if isinstance(raw.get(n), int)), None)
@@ -74,11 +77,13 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         value = read(config, name)
         if name in subs:
             if isinstance(value, PretrainedConfig):
-                inner = merged(small_fields(value), EXCEPTIONS.get(value.model_type, {}))
-                out[name] = {"model_type": value.model_type} | inner
+                part = merged(small_fields(value, True), EXCEPTIONS.get(value.model_type, {}))
+                out[name] = {"model_type": value.model_type} | part
         elif value is None:
             if name in WITHOUT_DEFAULT:
                 out[name] = WITHOUT_DEFAULT[name]
+            elif inner and isinstance(default, bool | int | float | str):
+                out[name] = None
         elif name in LAYER_COUNTS and isinstance(value, int) and default is not None:
             out[name] = min(value, len(kept) or 2)
         elif is_token(name):
@@ -91,8 +96,10 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
             out[name] = [small_entry(name, value[i], config) for i in kept]
         elif isinstance(value, int) and not isinstance(value, bool) and default is not None:
             small = size(name, value, config)
-            if small != value:
+            if small != (default if inner else value):
                 out[name] = small
+        elif inner and isinstance(default, bool | float | str) and value != default:
+            out[name] = value
     parameters = read(config, "rope_parameters")
     if "rope_parameters" in raw and isinstance(parameters, dict):
         small_rope = rope(parameters, out)

@@ -239,6 +239,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     # Its attention reads what the class of its own sub-configuration does not set.
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    # Its sliding layers have no window by default.
+    "step3p5": {"sliding_window": 16},
     # How many experts see every token is open.
     "dots1": {"n_shared_experts": 1},
     # A causal model only when told, its hashes random; positions are factors of the context, and the widths of their

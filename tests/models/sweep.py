@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one type")
     parser.add_argument("--check", action="append", type=named, help="module:function, repeatable")
-    told = parser.parse_args()
+    told = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
