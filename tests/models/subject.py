@@ -1,0 +1,46 @@
+"""One model under examination, and what an examination of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from models import zoo
+
+Row = dict[str, Any]
+"""What is found out about one type, as JSON has it."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One type under one of the two auto classes."""
+
+    model_type: str
+    image_text: bool
+
+    def __str__(self) -> str:
+        return self.model_type + (":image-text" if self.image_text else "")
+
+
+class Subject:
+    """The model of one type that checks look at; each sees what those before it left."""
+
+    def __init__(self, item: Item, work: Path) -> None:
+        self.item = item
+        self.work = work
+        """A folder that is removed after the last check."""
+        self.model: PreTrainedModel = zoo.outline(item.model_type, image_text=item.image_text)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model as a checkpoint."""
+        return zoo.save(self.model, self.work / "model")
+
+
+Check = Callable[[Subject], Row]
+"""Figures of a subject, with "ok": bool; what it raises is a failed check."""
