@@ -18,7 +18,7 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
     for stage in plan.recipe.stages:
         config, linears = stage.config(config), stage.linears(linears)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
-    names = (plan.arch.head, *linears, *routers)
+    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers()))
     alone = [name for name in names if name not in state.schemes]
     routing = {}
     if state.routing:

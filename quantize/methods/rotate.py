@@ -10,6 +10,7 @@ nothing before them commutes with a rotation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -147,34 +148,38 @@ class Rotate(Stage):
 
     def apply(self, block: Block) -> None:
         """Rotate what the fields ask for."""
+        with self._proof(block):
+            if self.residual:
+                for module, arch in block.versions:
+                    self._rotate_residual(module, arch)
+            if self.values:
+                if block.find_edge("v_o") is None:
+                    block.note(block.arch.attention, rotated_values=False)
+                else:
+                    _rotate_values(block)
         if self.residual:
-            for module, arch in block.versions:
-                self._rotate_residual_of(block, module, arch)
             block.map_inputs(self._rotation.apply)
-        if self.values:
-            if block.find_edge("v_o") is None:
-                block.note(block.arch.attention, rotated_values=False)
-            else:
-                _rotate_values(block)
         if self.down:
             for name in (name for name, role in block.arch.roles.items() if role == "down"):
                 block.rotate_inputs(name)
 
-    def _rotate_residual_of(self, block: Block, module: nn.Module, arch: Architecture) -> None:
-        """Rotate one version of the block, and prove that it computes the same in the other basis."""
+    @contextmanager
+    def _proof(self, block: Block) -> Iterator[None]:
+        """Hold the block that comes out against the one that went in; ModelError where it computes
+        something else."""
         draw = torch.Generator().manual_seed(0)
-        first = next(module.parameters())
+        first = next(block.module.parameters())
         hidden = torch.randn(1, 12, block.shape.hidden, generator=draw).to(first)
         with torch.no_grad():
-            before = block.forward(module, hidden).float()
-            self._rotate_residual(module, arch)
-            turned = block.forward(module, self._rotation.apply(hidden)).float()
-        error = (self._rotation.undo(turned) - before).abs().max()
+            before = block.forward(block.module, hidden).float()
+            yield
+            turned = block.forward(block.module, self.to_basis(hidden)).float()
+        error = (self.from_basis(turned) - before).abs().max()
         size = (before - hidden.float()).abs().max()
         if not error <= _SAME[first.dtype] * size:
             raise ModelError(
-                f"{block.full_name('')[:-1]}: computes something else when its residual stream is "
-                f"rotated (difference {float(error / size):.2g}); set residual: false in stage rotate"
+                f"{block.full_name('')[:-1]}: computes something else when it is "
+                f"rotated (difference {float(error / size):.2g}); remove stage rotate"
             )
 
     def _rotate_residual(self, module: nn.Module, arch: Architecture) -> None:
@@ -216,15 +221,24 @@ def _rotate_values(block: Block) -> None:
 
     edge = block.find_edge("v_o")
     assert edge is not None
-    _change_outputs(block.linear(edge.source), per_head)
+    _change_outputs(block.linear(edge.source), per_head, edge.rows)
     for sink in map(block.linear, edge.sinks):
         sink.weight.data = per_head(widen(sink.weight)).to(sink.weight.dtype)
 
 
-def _change_outputs(linear: nn.Module, rotate: Callable[[Tensor], Tensor]) -> None:
+def _change_outputs(
+    linear: nn.Module,
+    rotate: Callable[[Tensor], Tensor],
+    rows: tuple[int, int] | None = None,
+) -> None:
     """Make a linear's outputs [..., N] those that `rotate` makes of them: its
-    weight's columns and its bias."""
+    weight's columns and its bias. rows: [first, end) of the outputs that are meant, None: all."""
     weight, bias = linear.get_parameter("weight"), dict(linear.named_parameters()).get("bias")
-    weight.data = rotate(widen(weight).T).T.to(weight.dtype).contiguous()
+    first, end = rows or (0, len(weight))
+    changed = weight.detach().clone()
+    changed[first:end] = rotate(widen(weight[first:end]).T).T.to(weight.dtype)
+    weight.data = changed
     if bias is not None:
-        bias.data = rotate(widen(bias)).to(bias.dtype)
+        moved = bias.detach().clone()
+        moved[first:end] = rotate(widen(bias[first:end])).to(bias.dtype)
+        bias.data = moved

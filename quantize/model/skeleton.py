@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.model.roles import is_router
 from quantize.errors import DataError, ModelError, UnderivedError
 from quantize.files.checkpoint import read_json
 from quantize.model.arch import Architecture, Shape
@@ -60,6 +61,9 @@ def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})
     """The same model with every linear of every expert a module of its own."""
     place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
     split_experts(model)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and is_router(name, module.out_features):
+            module.__class__ = Router
     return model
 
 
