@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantize.calibration import text_sources
+from quantize.calibration.bos import Bos, bos_of
 from quantize.calibration.text_sources import Row, Text
 from quantize.errors import DataError
 
@@ -44,7 +45,7 @@ class TokenSet:
     """For people: which text this is."""
     origin: dict[str, object]
     """For provenance: data set, split, licence, text_sha256, nsamples, seqlen,
-    seed, packing, chat_template.
+    seed, packing, chat_template, bos (whether windows begin with it).
 
     A file is known by its name; paths are left out. `nsamples` counts the windows there are.
     """
@@ -59,6 +60,7 @@ def calibration_tokens(
     seed: int,
     chat_template: bool = False,
     text_field: str | None = None,
+    bos: Bos = "auto",
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
@@ -67,12 +69,14 @@ def calibration_tokens(
     One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents
     are shuffled by `seed` and packed, an EOS token after each where the tokenizer has one. No
     other special tokens are added.
+    bos: whether each window is BOS and `seqlen` - 1 tokens of the text instead.
     chat_template: render each row's messages, or its text as one user turn, with
     the tokenizer's chat template.
     Raises DataError when the text cannot be read or gives fewer windows ("builtin"
     may give fewer, at least one).
     """
     _check_sizes(nsamples, seqlen)
+    prefix = bos_of(tokenizer, bos)
     wanted = nsamples * seqlen
     pool = max(_POOL_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
     text = text_sources.load(dataset, "calibration", text_field, pool)
@@ -85,6 +89,8 @@ def calibration_tokens(
         ids = _encode(tokenizer, _join(text))
     else:
         ids = _pack(tokenizer, _shuffle(text.rows, seed), wanted, chat_template)
+    if prefix is not None:
+        ids = _begin_windows(ids, seqlen, prefix, nsamples)
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
         problem = f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}"
@@ -92,7 +98,7 @@ def calibration_tokens(
         remedy = f"{fewer}lower seqlen or give more text"
         raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
     use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
-    return _token_set(text, ids, windows, seqlen, use)
+    return _token_set(text, ids, windows, seqlen, use | {"bos": prefix is not None})
 
 
 def evaluation_tokens(
@@ -103,6 +109,7 @@ def evaluation_tokens(
     max_windows: int | None = None,
     text_field: str | None = None,
     overlap: int = 0,
+    bos: int | None = None,
 ) -> TokenSet:
     """Return the first `max_windows` (None: all) windows [B, seqlen] of one
     continuous token stream, in order.
@@ -110,24 +117,32 @@ def evaluation_tokens(
     Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special
     tokens; the remainder that fills no window is dropped.
     dataset, text_field: as for `calibration_tokens`.
-    overlap: tokens that a window shares with the one before.
+    overlap: tokens of the text that a window shares with the one before.
+    bos: the id that each window begins with, before `seqlen` - 1 tokens of the text.
     Raises DataError when the text cannot be read or is shorter than one window.
     """
     _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
     limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    stride = seqlen - overlap
-    wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
+    own = seqlen - (bos is not None)
+    stride = own - overlap
+    wanted = None if max_windows is None else (max_windows - 1) * stride + own
     ids = _first_tokens(tokenizer, _join(text), wanted)
-    if len(ids) < seqlen:
-        problem = f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}"
+    if len(ids) < own:
+        problem = f"{text.source} holds {len(ids)} tokens, not one window of {own}"
         raise DataError(f"{problem}; lower seqlen or give more text")
-    windows = 1 + (len(ids) - seqlen) // stride
+    windows = 1 + (len(ids) - own) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
     use: dict[str, object] = {"seed": None, "packing": "stream", "chat_template": False}
+    use["bos"] = bos is not None
     _check_sizes(windows, seqlen, count="windows")
-    return _token_set(text, ids, windows, seqlen, use, stride)
+    used = ids[: (windows - 1) * stride + own]
+    if bos is not None:
+        starts = range(0, windows * stride, stride)
+        used = [token for at in starts for token in (bos, *used[at : at + own])]
+        stride = seqlen
+    return _token_set(text, used, windows, seqlen, use, stride)
 
 
 @dataclass(frozen=True)
@@ -261,6 +276,21 @@ def _pack(
         if document and eos is not None and document[-1] != eos:
             ids.append(eos)
     return ids
+
+
+def _begin_windows(ids: list[int], seqlen: int, bos: int, most: int) -> list[int]:
+    """Return up to `most` whole windows of the stream, one after the other, each beginning with
+    BOS: its own where the stream has one there (chat templates write them), else one added."""
+    out: list[int] = []
+    at = 0
+    while len(out) < most * seqlen and at < len(ids):
+        added = int(ids[at] != bos)
+        window = ids[at : at + seqlen - added]
+        if len(window) + added < seqlen:
+            break
+        out += [bos] * added + window
+        at += len(window)
+    return out
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> str:

@@ -55,6 +55,13 @@ def convert(
     text_field: Annotated[
         str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")
     ] = None,
+    bos: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether calibration windows begin with BOS: auto (where the tokenizer adds "
+            "it), always, never."
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +140,7 @@ def convert(
             seed=seed,
             chat_template=chat_template,
             text_field=text_field,
+            bos=bos,
         )
         chosen = with_stage_fields(chosen, assignments or [])
         kept = work or output.with_name(output.name + ".work")

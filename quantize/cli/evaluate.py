@@ -20,6 +20,7 @@ from quantize.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from quantize.evaluate.protocols import Bos
     from quantize.evaluate.run import Measured
     from quantize.evaluate.task_comparison import TaskScore
     from quantize.evaluate.task_results import TaskRun
@@ -55,6 +56,7 @@ def evaluate(
     seqlen: options.Seqlen = 512,
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
+    bos: options.BosOption = "auto",
     tasks: Annotated[
         str | None,
         typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE."),
@@ -108,6 +110,7 @@ def evaluate(
     --protocol or --dataset is given.
     """
     options.check_choices(protocol, numerics)
+    begins = options.bos_choice(bos)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
             if ranks.size > 1:
@@ -128,6 +131,11 @@ def evaluate(
             raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
         if model is None:
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
+        if bos != "auto" and tasks and not (protocol or dataset):
+            raise UsageError(
+                f"--bos {bos} belongs to perplexity; for tasks give --model-args add_bos_token=true "
+                "or false"
+            )
         quiet_libraries()
         if not ranks.first:
             logging.getLogger("quantize").addHandler(logging.NullHandler())
@@ -156,6 +164,7 @@ def evaluate(
                     seqlen,
                     context,
                     max_windows,
+                    begins,
                     progress,
                 )
             if tasks:
@@ -227,6 +236,7 @@ def _perplexity(
     seqlen: int,
     context: int,
     max_windows: int | None,
+    bos: Bos,
     progress: Any,
 ) -> Measured:
     from quantize.evaluate.protocols import Protocol
@@ -240,6 +250,7 @@ def _perplexity(
         dataset=dataset,
         text_field=text_field,
         max_windows=max_windows,
+        bos=bos,
         device=setting.device,
         dtype=setting.dtype,
         numerics=setting.numerics,

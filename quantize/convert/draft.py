@@ -115,6 +115,7 @@ def _calibration(request: Request, shape: Shape) -> TokenSet:
         seed=c.seed,
         chat_template=c.chat_template,
         text_field=c.text_field,
+        bos=c.bos,
     )
     check_vocab(tokens.tokens, shape.vocab)
     return tokens

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from quantize.calibration.bos import Bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
@@ -55,6 +56,7 @@ def evaluate(
     max_windows: int | None = None,
     protocol: ProtocolName = "strided",
     context: int = 0,
+    bos: Bos = "auto",
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
@@ -70,6 +72,7 @@ def evaluate(
         Protocol(protocol, seqlen, context),
         dataset=dataset,
         max_windows=max_windows,
+        bos=bos,
         device=device,
         dtype=dtype,
         numerics=numerics,
@@ -88,6 +91,7 @@ def measure(
     dataset: str = "builtin",
     text_field: str | None = None,
     max_windows: int | None = None,
+    bos: Bos = "auto",
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
@@ -101,6 +105,7 @@ def measure(
     first model's tokenizer cuts it.
     attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
+    bos: whether strided windows begin with BOS; auto: where the first model's tokenizer adds it.
     ranks: divide the windows among themselves; all of them return what
     one process would, bit for bit.
     Raises PqError subclasses.
@@ -108,6 +113,8 @@ def measure(
     device = device or torch.device("cpu")
     with ranks.explain():
         vocab = _vocabulary(models, baseline)
+        tokenizer = load_tokenizer(models[0])
+        protocol = protocol.with_bos(tokenizer, bos)
         told = {
             "protocol": protocol.name,
             "numerics": numerics,
@@ -115,7 +122,6 @@ def measure(
             "attention": str(attention),
         }
         require_alike(ranks, device, [*models, *([baseline] if baseline else [])], told)
-        tokenizer = load_tokenizer(models[0])
         windows = shared_windows(
             ranks, lambda: windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
         )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, get_args
 
-from quantize.evaluate.protocols import PROTOCOLS
+from quantize.evaluate.protocols import BOS, PROTOCOLS
 from quantize.model.linear import Numerics
 
 
@@ -63,6 +63,7 @@ EVALUATION: dict[str, Test] = {
     "max_windows": _count(1),
     "context": _count(0),
     "numerics": _choice(get_args(Numerics)),
+    "bos": _choice(BOS),
 }
 """Fields of its `evaluation`."""
 ENTRY: dict[str, Test] = {"recipe": TEXT, "set": _TEXTS}

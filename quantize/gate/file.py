@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluate.protocols import Protocol, ProtocolName
+from quantize.evaluate.protocols import Bos, Protocol, ProtocolName
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, error_of, no_mapping, show_value
 from quantize.files.strict_yaml import Document
@@ -47,6 +47,7 @@ class Settings:
     max_windows: int | None = None
     context: int = 0
     numerics: Numerics = "kernel"
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True)
