@@ -151,7 +151,7 @@ def test_long_text_gives_no_length_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("word " * 100)
-    calibrate(tmp_path / "a.txt", tokenizer=byte_tokenizer())
+    calibrate(tmp_path / "a.txt", tokenizer=byte_tokenizer(), bos="auto")
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
 
