@@ -48,9 +48,9 @@ def write_gate(path: Path, model: Path, entries: str, *top: str) -> Path:
     return path
 
 
-def result_of(path: Path, **figures: Any) -> GateResult:
+def result_of(path: Path, protocol: str = "strided-256", **figures: Any) -> GateResult:
     """A run in which every recipe had these figures."""
     checks = [(entry.name, check) for entry in load_gate(path).entries for check in entry.checks]
     figures = dataclasses.asdict(evaluation(**figures))
     verdicts = [judge(n, c, quantize.gate.run.figure_of(figures, c.metric)) for n, c in checks]
-    return GateResult(str(path), tuple(verdicts), 1.0, {}, {})
+    return GateResult(str(path), tuple(verdicts), 1.0, {}, {}, protocol)

@@ -6,7 +6,6 @@ from themselves without one; others never saw one.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Literal
 
 from quantize.errors import UsageError
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
 Bos = Literal["auto", "always", "never"]
 BOS: tuple[Bos, ...] = ("auto", "always", "never")
-
-log = logging.getLogger(__name__)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -30,16 +27,9 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, choice: Bos) -> int | None:
     """Return the id that each window begins with, or None.
 
     choice: auto does what the tokenizer does to a text, always and never say so.
-    UsageError for always without a BOS token; never is warned of where the tokenizer adds one.
+    UsageError for always without a BOS token.
     """
-    if choice == "always" and tokenizer.bos_token_id is None:
+    bos = tokenizer.bos_token_id
+    if choice == "always" and bos is None:
         raise UsageError("bos always: the tokenizer has no BOS token; choose auto or never")
-    adds = adds_bos(tokenizer)
-    if choice == "never" and adds:
-        log.warning(
-            "bos never: this model's tokenizer begins texts with BOS, and windows here have none; "
-            "figures may say little of the model (choose auto)"
-        )
-    if choice == "always" or (choice == "auto" and adds):
-        return int(tokenizer.bos_token_id)
-    return None
+    return int(bos) if choice == "always" or (choice == "auto" and adds_bos(tokenizer)) else None

@@ -12,8 +12,9 @@ import typer
 
 from quantize.errors import PqError
 
-_SHOWN = ("quantize.files.lock", "quantize.files.resume")
-"""Loggers all of whose lines are shown: what becomes of an earlier run's state."""
+_SHOWN = ("quantize.files.lock", "quantize.files.resume", "quantize.calibration.fit")
+"""Loggers all of whose lines are shown: what becomes of an earlier run's state, and that the
+windows do not suit the model."""
 
 
 @contextmanager

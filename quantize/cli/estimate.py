@@ -28,6 +28,7 @@ def estimate(
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    bos: options.CalibrationBos = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +61,9 @@ def estimate(
     from quantize.recipe.recipe import load_recipe
 
     keep_little()  # as `pq convert` does, whose memory this is about
-    chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen)
+    chosen = load_recipe(recipe).with_overrides(
+        dataset=dataset, nsamples=nsamples, seqlen=seqlen, bos=bos
+    )
     chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()
     place = pick_device(device)

@@ -124,6 +124,7 @@ def check_gate(
             None if model is None else local_model(model),
             None if baseline is None else local_model(baseline),
             only or None,
+            renew=reason is not None,
             device=pick_device(device),
             progress=progress,
         )

@@ -35,7 +35,15 @@ BosOption = Annotated[
     str,
     typer.Option(
         "--bos",
-        help="Whether strided windows begin with BOS: auto (where the tokenizer adds it), "
+        help="Whether strided windows and texts of tasks begin with BOS: auto (where the "
+        "tokenizer adds it), always, never.",
+    ),
+]
+CalibrationBos = Annotated[
+    str | None,
+    typer.Option(
+        "--bos",
+        help="Whether calibration windows begin with BOS: auto (where the tokenizer adds it), "
         "always, never.",
     ),
 ]

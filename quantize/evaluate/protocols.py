@@ -7,9 +7,9 @@ windows of N tokens that do not overlap; each predicts its tokens 2 … N. The r
 tokens (the first window all but its first token), so every token but the first is predicted once,
 with C … N − 1 tokens before it.
 
-`strided-N-bos`, `strided-N-context-C-bos`: every window is BOS and N - 1 tokens of the stream, of
-which it predicts all, the first from BOS alone (with a context all but its first C, save in the
-first window).
+`strided-N-bos`, `strided-N-context-C-bos`: every window of N positions is BOS and N − 1 tokens of
+the stream. BOS is never predicted; the tokens all are, the first of them from BOS alone (with a
+context all but the first C, save in the first window).
 
 `rolling-N` (lm-eval's `loglikelihood_rolling`): each document is encoded with the tokenizer's own
 special tokens and preceded by its BOS (else EOS) token; the model reads N tokens at a time and
@@ -30,6 +30,7 @@ from torch import Tensor
 from quantize.calibration.bos import BOS as BOS
 from quantize.calibration.bos import Bos as Bos
 from quantize.calibration.bos import bos_of
+from quantize.calibration.fit import said_once as said_once
 from quantize.calibration.tokens import check_vocab, evaluation_documents, evaluation_tokens
 from quantize.errors import DataError, UsageError
 
@@ -51,7 +52,6 @@ class Protocol:
     """Tokens that the model reads at once."""
     context: int = 0
     """Tokens at the start of a strided window that are read but not predicted again."""
-
     bos: bool = False
     """Whether strided windows begin with BOS; rolling ones always have a token in front."""
 
@@ -64,6 +64,8 @@ class Protocol:
             raise UsageError(
                 "context belongs to the strided protocol; rolling windows carry their own"
             )
+        if self.bos and self.kind != "strided":
+            raise UsageError("bos belongs to the strided protocol; rolling windows carry their own")
         if not 0 <= self.context < self.seqlen - self.bos:
             own = f" - 1 ({self.seqlen - 1}), BOS being one" if self.bos else f" {self.seqlen}"
             raise UsageError(f"context {self.context} must be at least 0 and below seqlen{own}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from quantize.calibration.bos import Bos
+from quantize.calibration.fit import warn_of_length, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
@@ -125,6 +126,9 @@ def measure(
         windows = shared_windows(
             ranks, lambda: windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
         )
+        if ranks.first:
+            warn_without_bos(tokenizer, bos)
+            warn_of_length(windows.inputs.shape[1], Checkpoint(models[0]).config)
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
         everyone = [*opened, *([parent] if parent else [])]

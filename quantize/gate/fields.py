@@ -43,6 +43,7 @@ _TEXTS: Test = (
     "a list of texts",
 )
 PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+_PROTOCOL = re.compile(r"strided-[0-9]+(-context-[0-9]+)?(-bos)?|rolling-[0-9]+")
 TOP: dict[str, Test] = {
     "model": TEXT,
     "calibration": (lambda v: isinstance(v, dict), "a mapping"),
@@ -66,7 +67,14 @@ EVALUATION: dict[str, Test] = {
     "bos": _choice(BOS),
 }
 """Fields of its `evaluation`."""
-ENTRY: dict[str, Test] = {"recipe": TEXT, "set": _TEXTS}
+ENTRY: dict[str, Test] = {
+    "recipe": TEXT,
+    "set": _TEXTS,
+    "protocol": (
+        lambda v: isinstance(v, str) and bool(_PROTOCOL.fullmatch(v)),
+        "a protocol's name such as strided-2048 or strided-2048-bos",
+    ),
+}
 """Fields of a recipe's entry; all others are metrics."""
 CHECK: dict[str, Test] = {
     "value": (_number, "a number"),

@@ -143,6 +143,7 @@ def test_text_file_origin_has_the_name_and_no_path(tmp_path: Path) -> None:
         "packing": "stream",
         "chat_template": False,
         "bos": False,
+        "bos_token_id": None,
     }
     assert str(tmp_path) not in json.dumps(result.origin) + result.source
 

@@ -21,6 +21,7 @@ model: "MODEL"   # where it is
 recipes:
   # the best one
   fireq:
+    protocol: strided-256
     kld_mean:   { tolerance: 30%, value: 0.0249 }   # measured: 0.0249
     perplexity: {recovery: 0.95, value: 10.50, tolerance: 0.1}
     "bits_per_weight":
@@ -30,6 +31,7 @@ recipes:
     set: []
   rtn:
     kld_mean: {value: 0.0249, tolerance: 100%}
+    protocol: "strided-256"
 """
 
 
