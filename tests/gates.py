@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import quantize.gate.run
 from quantize.evaluate import Evaluation
@@ -36,6 +39,29 @@ def evaluation(**changes: Any) -> Evaluation:
         "by_position": {},
     }
     return Evaluation(**(values | changes))  # type: ignore[arg-type]
+
+
+def stub_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Let the gate convert and measure nothing: stub(kld_mean=0.03) → the list of what is asked for."""
+
+    def stub(error: Exception | None = None, **figures: Any) -> list[Any]:
+        asked: list[Any] = []
+
+        def convert(request: Any, progress: Any) -> None:
+            asked.append(request)
+            shutil.copytree(request.model, request.output)
+
+        def evaluate(model: Path, baseline: Path, **settings: Any) -> Evaluation:
+            asked.append((model, baseline, settings))
+            if error:
+                raise error
+            return evaluation(**figures)
+
+        monkeypatch.setattr(quantize.gate.run, "convert", convert)
+        monkeypatch.setattr(quantize.gate.run, "evaluate", evaluate)
+        return asked
+
+    return stub
 
 
 def write_gate(path: Path, model: Path, entries: str, *top: str) -> Path:
