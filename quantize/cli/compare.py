@@ -12,6 +12,7 @@ import typer
 import quantize
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.told import warnings_told
 
 
 def compare(
@@ -48,7 +49,7 @@ def compare(
     quiet_libraries()
     folders = [local_model(model) for model in models]
     place = pick_device(device)
-    with progress_bar() as progress:
+    with progress_bar() as progress, warnings_told():
         measured = measure(
             folders,
             local_model(baseline),

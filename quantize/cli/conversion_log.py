@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+from quantize.cli.told import Told
 from quantize.errors import PqError
 
 _SHOWN = ("quantize.files.lock", "quantize.files.resume", "quantize.calibration.fit")
@@ -30,8 +31,8 @@ def log_run(output: Path, work: Path) -> Iterator[None]:
         file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("quantize")
-    told = _Told()
-    slow = _Told()
+    told = Told()
+    slow = Told()
     slow.addFilter(_worth_a_line)
     logger.setLevel(logging.INFO)
     logger.addHandler(file)
@@ -75,10 +76,3 @@ class _Log(logging.FileHandler):
         """Close the file, written to its end or not."""
         with suppress(OSError):
             super().close()
-
-
-class _Told(logging.Handler):
-    """Shows log lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"pq: {record.getMessage()}", err=True)

@@ -11,6 +11,7 @@ import typer
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.options import size_option
+from quantize.cli.told import warnings_told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,8 @@ def estimate(
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )
-    found = found_for(within(request), timed)
+    with warnings_told():
+        found = found_for(within(request), timed)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from quantize.cli.gate import check_gate
 from quantize.cli.launches import joining
 from quantize.cli.measure import Setting, output_folder, perplexity
 from quantize.cli.measure import tasks as run_tasks
+from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,8 +117,6 @@ def evaluate(
         if model is None:
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
         quiet_libraries()
-        if not ranks.first:
-            logging.getLogger("quantize").addHandler(logging.NullHandler())
         place = pick_device(device, local_rank)
         folder = local_model(model)
         setting = Setting(
@@ -133,9 +131,7 @@ def evaluate(
             begins,
         )
         measured = scored = None
-        from quantize.evaluate.protocols import said_once
-
-        with progress_bar(ranks.first) as progress, said_once():
+        with progress_bar(ranks.first) as progress, warnings_told(ranks.first):
             if not tasks or protocol or dataset:
                 chosen = protocol or "strided"
                 text = dataset or "builtin"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import SENTENCES, with_added_bos
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -36,14 +35,7 @@ Maker = Callable[..., Path]
 @pytest.fixture
 def with_bos(tiny: Maker, tmp_path: Path) -> Path:
     """A model whose tokenizer writes a BOS token itself."""
-    folder = tiny("llama")
-    copy = shutil.copytree(folder, tmp_path / "bos")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokenizer.save_pretrained(copy)
-    return copy
+    return with_added_bos(tiny("llama"), tmp_path / "bos")
 
 
 def stream(folder: Path, text: Path) -> list[int]:

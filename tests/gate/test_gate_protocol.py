@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import with_added_bos
 from gates import GOOD, Maker, stub_runs, write_gate
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 from quantize.errors import RecipeError
 from quantize.gate.run import run_gate
@@ -28,17 +26,6 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 def gate_file(tmp_path: Path, tiny: Maker) -> Callable[..., Path]:
     """Write a gate file on a tiny model, whose tokenizer adds no BOS."""
     return functools.partial(write_gate, tmp_path / "gate.yaml", tiny("llama"))
-
-
-def adding_bos(folder: Path, copy: Path) -> Path:
-    """The same model with a tokenizer that writes BOS."""
-    shutil.copytree(folder, copy)
-    tokenizer = AutoTokenizer.from_pretrained(copy)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokenizer.save_pretrained(copy)
-    return copy
 
 
 NO_FIGURES = "fireq: {perplexity: {recovery: 0.9}, bits_per_weight: {value: 4.125, tolerance: 0}}"
@@ -69,7 +56,7 @@ def test_figures_of_other_protocols_are_not_compared(
     says: str | None,
 ):
     asked = stubbed()
-    model = adding_bos(tiny("llama"), tmp_path / "adding")
+    model = with_added_bos(tiny("llama"), tmp_path / "adding")
     path = write_gate(tmp_path / "gate.yaml", model, entry, f"evaluation: {{{settings}}}")
     if says is None:
         assert run_gate(path).ok
@@ -85,7 +72,7 @@ def test_one_line_tells_of_all_entries(
     stubbed: Callable[..., list[Any]], tiny: Maker, tmp_path: Path
 ):
     stubbed()
-    model = adding_bos(tiny("llama"), tmp_path / "adding")
+    model = with_added_bos(tiny("llama"), tmp_path / "adding")
     entries = "\n".join(f"{n}: {{kld_mean: {{value: 1, tolerance: 1}}}}" for n in ("rtn", "gptq"))
     path = write_gate(
         tmp_path / "gate.yaml", model, f"{entries}\nawq: {{perplexity: {{recovery: 0.1}}}}"
@@ -99,7 +86,7 @@ def test_old_figures_are_renewed_under_the_new_protocol(
     stubbed: Callable[..., list[Any]], tiny: Maker, tmp_path: Path
 ):
     stubbed(kld_mean=0.02, protocol="strided-512-bos")
-    model = adding_bos(tiny("llama"), tmp_path / "adding")
+    model = with_added_bos(tiny("llama"), tmp_path / "adding")
     path = write_gate(tmp_path / "gate.yaml", model, GOOD)
     result = run_gate(path, renew=True)
     assert result.protocol == "strided-512-bos"
