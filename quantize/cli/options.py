@@ -35,8 +35,8 @@ BosOption = Annotated[
     str,
     typer.Option(
         "--bos",
-        help="Whether strided windows and texts of tasks begin with BOS: auto (where the "
-        "tokenizer adds it), always, never.",
+        help="Whether what is read begins with BOS: auto (where the tokenizer adds it), always, "
+        "never. Rolling windows always do.",
     ),
 ]
 CalibrationBos = Annotated[

@@ -12,8 +12,13 @@ from conftest import with_added_bos
 from gates import GOOD, Maker, stub_runs, write_gate
 
 from quantize.errors import RecipeError
+from quantize.evaluate.protocols import Protocol
+from quantize.files.resources import data_dir
+from quantize.gate.file import load_gate
+from quantize.gate.protocol import protocol_of
 from quantize.gate.run import run_gate
 from quantize.gate.update import update_baselines
+from quantize.model.skeleton import load_tokenizer
 
 
 @pytest.fixture
@@ -26,6 +31,20 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 def gate_file(tmp_path: Path, tiny: Maker) -> Callable[..., Path]:
     """Write a gate file on a tiny model, whose tokenizer adds no BOS."""
     return functools.partial(write_gate, tmp_path / "gate.yaml", tiny("llama"))
+
+
+def test_the_shipped_baselines_are_of_what_the_gate_measures():
+    """The reference model's tokenizer adds no BOS, so that auto leaves its windows as they were."""
+    gate = load_gate(data_dir("eval") / "baselines.yaml")
+    assert gate.model is not None
+    assert protocol_of(gate, gate.model).name == "strided-256"
+    assert {entry.protocol for entry in gate.entries} == {"strided-256"}
+
+
+@pytest.mark.shared
+def test_nor_does_the_yardstick_add_bos(shared_dir: Path):
+    tokenizer = load_tokenizer(shared_dir / "models" / "yardstick")
+    assert Protocol("strided", 512).with_bos(tokenizer, "auto").name == "strided-512"
 
 
 NO_FIGURES = "fireq: {perplexity: {recovery: 0.9}, bits_per_weight: {value: 4.125, tolerance: 0}}"
