@@ -87,7 +87,7 @@ def test_another_choice_starts_anew(
 
 @pytest.mark.parametrize("name", ["convert", "estimate"])
 def test_windows_that_do_not_suit_the_model_are_named_once(
-    pq: Call, command: list[object], tmp_path: Path, name: str, text_file: Path
+    pq: Call, command: list[object], name: str, caplog: pytest.LogCaptureFixture
 ):
     command = command[1:]
     if name == "estimate":
@@ -99,6 +99,8 @@ def test_windows_that_do_not_suit_the_model_are_named_once(
     code, _, err = pq(name, *command, "--bos", "never", "--max-ram", "900GB")
     assert code == 0, err
     assert err.count(WITHOUT) == err.count(LONGER) == 1
+    # nor is there one that nobody shows
+    assert sum(WITHOUT in line or LONGER in line for line in caplog.messages) == 2
     for line in err.splitlines():
         assert line.startswith("pq: ") or not (WITHOUT in line or LONGER in line)
 
