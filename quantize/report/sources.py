@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint, read_json
@@ -19,6 +21,7 @@ from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of, block_architecture
+from quantize.model.stored import open_stored
 from quantize.report.model import mapping
 
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
@@ -114,8 +117,9 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
-        source = Checkpoint(folder)
-        arch, shape = architecture_of(source.config), Shape.of(source.config)
+        on_disk = Checkpoint(folder)
+        arch, shape = architecture_of(on_disk.config), Shape.of(on_disk.config)
+        source = open_stored(on_disk, torch.float32)[0]
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
