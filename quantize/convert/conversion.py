@@ -85,7 +85,7 @@ class Conversion:
             self._record(block, prefix)
             packed = {prefix + name: weight for name, weight in block.packed.items()}
             plain = {prefix + name: tensor for name, tensor in _plain(block).items()}
-            shard.update(plan.source.output.written(plan.format.tensors(packed, plain)))
+            shard.update(plan.format.tensors(packed, plain))
 
         walk(streams, [index], open_it, visit, leave)
         return shard
@@ -111,7 +111,7 @@ class Conversion:
                 plan.arch.head,
                 state.untied_head_bytes,
             )
-        return plan.source.output.written(stored)
+        return stored
 
     def _head(self, weight: Tensor, bits: int) -> Packed:
         """Encode lm_head [V, D]."""

@@ -131,13 +131,14 @@ def _write_blocks(
 ) -> None:
     """Convert and write all blocks that are not done."""
     plan = run.plan
+    written = plan.source.output.written
     if not pace.done and plan.request.ranks.first:
-        writer.add(run.tensors_outside(*plan.arch.before))
+        writer.add(written(run.tensors_outside(*plan.arch.before)))
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)
         require_same_block(plan.request.ranks, index, tensors)
-        writer.add(tensors)
+        writer.add(written(tensors))
         if streams and index + 1 == keeper.blocks:
             streams.clear()
         pace.finish()
@@ -152,7 +153,7 @@ def _finish(
 ) -> None:
     """Write what stands behind the blocks and let the output appear."""
     plan, state = run.plan, run.state
-    writer.add(run.tensors_outside(*plan.arch.after))
+    writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
     for path in plan.format.side_files(plan.source.side_files()):
         writer.copy(path)
     config = output_config(plan, state)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.model.roles import is_router
 from quantize.errors import DataError, ModelError, UnderivedError
 from quantize.files.checkpoint import read_json
 from quantize.model.arch import Architecture, Shape
@@ -23,6 +22,7 @@ from quantize.model.experts import Experts as SplitExperts
 from quantize.model.experts import split_experts
 from quantize.model.flow import Flow, record
 from quantize.model.moe import MoeFfn, Policy, Router, place_experts
+from quantize.model.roles import is_router
 from quantize.model.rope import rotary_dim
 from quantize.model.shell import Shell, Tail
 from quantize.model.transformers_api import (
@@ -312,11 +312,6 @@ class Skeleton:
         if (batch, length) not in self._calls:
             self._calls[batch, length] = self._shell.calls(batch, length)
         return self._calls[batch, length]
-
-
-def skeleton_on_cpu(folder: Path) -> Skeleton:
-    """What only is looked at."""
-    return Skeleton(folder, torch.device("cpu"), torch.float32)
 
 
 _SEEN = 8

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint, read_json
@@ -20,7 +22,8 @@ from quantize.formats.registry import schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.load import shape_of
-from quantize.model.skeleton import skeleton_on_cpu
+from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 from quantize.report.model import mapping
 
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
@@ -116,9 +119,10 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
-        source = Checkpoint(folder)
-        shape = shape_of(source)
-        skeleton = skeleton_on_cpu(folder)
+        on_disk = Checkpoint(folder)
+        shape = shape_of(on_disk)
+        source, model = open_stored(on_disk, torch.float32)
+        skeleton = Skeleton(folder, torch.device("cpu"), torch.float32, model=model)
         arch = skeleton.arch
         packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
