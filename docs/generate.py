@@ -113,28 +113,17 @@ def _yaml(value: Any) -> str:
     return f'"{value}"' if value == "*" else str(value)
 
 
-def model_table() -> str:
-    """The decoders that pq knows, from the table that the code itself reads."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from quantize.model.arch import ARCHITECTURES
-
-    head = ("`model_type`", "class in transformers", "FFN", "pairs of RoPE", "norms over q and k")
-    lines = [_row(head), "|---" * len(head) + "|"]
-    for name, row in ARCHITECTURES.items():
-        ffn = f"experts (`{row.experts.routed}`)" if row.experts else "dense"
-        norms = ", ".join(f"`{norm}`" for norm in row.qk_norm or ()) or "none"
-        architecture = f"`{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}`"
-        lines.append(_row((f"`{name}`", architecture, ffn, row.rope, norms)))
-    return "\n".join(lines)
-
-
 def edge_table() -> str:
     """The scale edges of a dense decoder."""
-    from quantize.model.arch import ARCHITECTURES
+    import torch
+    from transformers import AutoConfig
 
+    from quantize.model.skeleton import Skeleton
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 8}
+    config = AutoConfig.for_model("llama", num_hidden_layers=1, num_key_value_heads=2, **sizes)
     lines = ["| edge | divided by λ | multiplied by λ |", "|---|---|---|"]
-    for edge in ARCHITECTURES["llama"].edges:
+    for edge in Skeleton.of_config(config, torch.float32).arch.edges:
         sinks = ", ".join(f"`{sink}`" for sink in edge.sinks)
         lines.append(_row((f"`{edge.name}`", f"`{edge.source}`", sinks)))
     return "\n".join(lines)
@@ -189,7 +178,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "recipes": recipe_table,
     "stages": stage_fields,
     "recipe fields": recipe_fields,
-    "models": model_table,
     "edges": edge_table,
     "commands": command_reference,
     "calibration text": calibration_text,
