@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from quantize.model.transformers_decoder import (
     parts_of,
     renew_buffers,
     returns_tuple,
+    use_attention,
     without_layers,
 )
 
@@ -32,10 +34,24 @@ Tail = Callable[[Tensor], Tensor]
 """Hidden states [B, T, D] behind the last layer → logits [B, T, V]."""
 
 
-class Shell:
-    """A model without its layers. model: on the meta device; it stays as it is."""
+@dataclass(frozen=True)
+class Found:
+    """What running a model without its layers has shown."""
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    outer: Outer
+    returns_tuple: tuple[bool, ...]
+    """Whether each layer returns its states first of a tuple."""
+
+
+class Shell:
+    """A model without its layers.
+
+    model: on the meta device; it stays as it is. known: what another shell of the same config found.
+    """
+
+    def __init__(
+        self, model: Any, device: torch.device, dtype: torch.dtype, known: Found | None = None
+    ) -> None:
         self.device, self.dtype = device, dtype
         parts = parts_of(model)
         self._layers = list(model.get_submodule(parts.blocks))
@@ -44,13 +60,26 @@ class Shell:
         self._kind = type(model).__name__
         self.width = int(model.get_submodule(parts.embedding).embedding_dim)
         self._blocks, self._embedding, self._head = parts.blocks, parts.embedding, parts.head
+        if known is not None:
+            self.outer, self._tuples = known.outer, list(known.returns_tuple)
+            return
         self._tuples = [returns_tuple(layer) for layer in self._layers]
         before = self._find_before()
         self.outer = self._outer(model.config.model_type, before, self._find_after())
 
-    def calls(self, batch: int, length: int) -> list[LayerCall]:
-        """What every layer is given beside hidden states [batch, length, D]."""
+    @property
+    def found(self) -> Found:
+        """What can be given to another shell of the same config."""
+        return Found(self.outer, tuple(self._tuples))
+
+    def calls(self, batch: int, length: int, attention: str | None = None) -> list[LayerCall]:
+        """What every layer is given beside hidden states [batch, length, D].
+
+        attention: name of another implementation than the model's own.
+        """
         shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
+        if attention is not None:
+            use_attention(shell, attention)
         tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
         return [recorder.call for recorder in self._enter(shell, tokens)[1]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,16 +24,24 @@ from quantize.model.flow import Flow, record
 from quantize.model.moe import MoeFfn, Policy, Router, place_experts
 from quantize.model.roles import is_router
 from quantize.model.rope import rotary_dim
-from quantize.model.shell import Shell, Tail
+from quantize.model.shell import Found, Shell, Tail
 from quantize.model.transformers_api import (
     LayerCall,
+    attention_name,
     build_model,
     read_config,
     read_tokenizer,
     require_known_type,
     rope_types,
 )
-from quantize.model.transformers_decoder import mapped, parts_of, renew_buffers, text_config
+from quantize.model.transformers_decoder import (
+    mapped,
+    parts_of,
+    renew_buffers,
+    stock_attention,
+    text_config,
+    use_attention,
+)
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -128,12 +136,16 @@ class Skeleton:
         self.parts = parts_of(self.model)
         self._layers = self.model.get_submodule(self.parts.blocks)
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
-        self._derived: dict[Any, Architecture] = {}
+        facts = self.config.to_json_string(use_diff=False)
+        key = (type(self.model), facts, self.dtype, self.device.type)
+        self._known = _KNOWN.setdefault(key, _Known())
 
     @cached_property
     def _shell(self) -> Shell:
         """Made when it is needed: sizes are checked before, by which absurd ones are found."""
-        return Shell(self.model, self.device, self.dtype)
+        shell = Shell(self.model, self.device, self.dtype, self._known.shell)
+        self._known.shell = shell.found
+        return shell
 
     @property
     def outer(self) -> Outer:
@@ -193,12 +205,36 @@ class Skeleton:
         """What is derived of block `index`; nothing of it is proved yet."""
         layer = self._layers[index]
         kind = _kind(layer)
-        if kind not in self._derived:
+        if kind not in self._known.blocks:
             flow, block = self._flow(index)
-            self._derived[kind] = derive(
+            self._known.blocks[kind] = derive(
                 block, flow, self.outer, _routed(layer), self._rotary_dim(flow)
             )
-        return self._derived[kind]
+        return self._known.blocks[kind]
+
+    def _require_own_attention(self, index: int, layer: nn.Module) -> None:
+        """UnderivedError where a layer computes something else than with the attention that
+        transformers would take: its code does otherwise for names that it does not know."""
+        kind, stock = _kind(self._layers[index]), stock_attention(self.model)
+        if kind in self._known.attends or not attention_name(self.model).startswith(ATTENTION):
+            return
+        draw = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, _SEEN, self._shell.width, generator=draw)
+        hidden = hidden.to(self.device, self.dtype)
+        # It shares its weights with the layer, and has configs of its own.
+        usual = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+        use_attention(usual, stock)
+        with torch.no_grad():
+            ours = self._call(1, _SEEN)[index].run(layer, hidden).float()
+            theirs = self._shell.calls(1, _SEEN, stock)[index].run(usual, hidden).float()
+        error = (ours - theirs).abs().max()
+        size = (theirs - hidden.float()).abs().max()
+        if not error <= _SAME * size and bool(theirs.isfinite().all()):
+            raise UnderivedError(
+                f"{self.parts.blocks}.{index}: computes something else with pq's attention than with "
+                f"transformers' {stock!r} (difference {float(error / size):.2g})"
+            )
+        self._known.attends.add(kind)
 
     def block_shape(self, index: int, shape: Shape) -> Shape:
         """The model's sizes with those of the attention of block `index`."""
@@ -286,6 +322,8 @@ class Skeleton:
         for name, module in (packed or {}).items():
             layer.set_submodule(name, module)
         layer.requires_grad_(False)
+        if not packed:
+            self._require_own_attention(index, layer)
         return layer
 
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -316,6 +354,24 @@ class Skeleton:
 
 _SEEN = 8
 """Tokens of the pass that a block's architecture is derived from."""
+
+
+# Of what a layer adds to the stream, in the coarsest dtype.
+_SAME = 5e-2
+
+
+@dataclass
+class _Known:
+    """What is known of a config, whose models all are alike."""
+
+    shell: Found | None = None
+    blocks: dict[Any, Architecture] = field(default_factory=dict)
+    """Kind of layer → what was derived of it."""
+    attends: set[Any] = field(default_factory=set)
+    """Kinds of layers that compute with pq's attention what they do with transformers'."""
+
+
+_KNOWN: dict[Any, _Known] = {}
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -136,6 +136,19 @@ def _remake_buffers(
     )
 
 
+def stock_attention(model: Any) -> str:
+    """The attention that transformers itself would take for a model."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def use_attention(root: nn.Module, name: str) -> None:
+    """Let all modules below, whose configs must be their own, attend by another implementation."""
+    for module in root.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
 class StandIn(nn.Module):
     """Stands in for a decoder layer; other attributes are the layer's."""
 
