@@ -33,12 +33,19 @@ def tensor_headers(source: Checkpoint) -> dict[str, Header]:
 
 
 def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
-    """[N, K] of the linears whose planes alone do not tell it, by full name,
-    from the note beside them."""
-    planes = [
+    """[N, K] of the linears whose packed tensors alone do not tell it, by full name, from the note
+    beside them: bit planes fill whole words, and so do rows of codes that share one scale."""
+    unclear = [
         name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")
     ]
-    notes = {name: headers.get(f"{name}.weight_shape") for name in planes}
+    unclear += [
+        module
+        for name, header in headers.items()
+        if name.endswith(".weight_scale")
+        and header.shape[1:] == (1,)
+        and f"{(module := name.removesuffix('.weight_scale'))}.weight_packed" in headers
+    ]
+    notes = {name: headers.get(f"{name}.weight_shape") for name in unclear}
     found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
     sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}
     return {name: (N, K) for name, (N, K) in sizes.items()}
