@@ -70,7 +70,7 @@ def _line(fact: Any) -> str | None:
         sizes.append(f"{fact.get('inputs')} inputs")
     if "activations" in fact and not _divides(FP8_TILE, fact.get("outputs")):
         sizes.append(f"{fact.get('outputs')} outputs")
-    return f"{', '.join(parts)} ({', '.join(sizes) or 'as the linears packed with them'})"
+    return f"{', '.join(parts)} ({', '.join(sizes) or 'as the linears packed with it'})"
 
 
 def _divides(group: int, size: Any) -> bool:
