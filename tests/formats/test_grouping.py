@@ -60,7 +60,16 @@ def encoded(K: int, bits: int, asked: int, seed: int) -> PackedInt:
     module.o = nn.Linear(K, 6, bias=False).requires_grad_(False)
     module.o.weight.data = torch.randn(6, K, generator=torch.Generator().manual_seed(seed))
     block = Block(
-        0, ARCH, None, module, {}, None, [], None, torch.device("cpu"), 0  # type: ignore[arg-type]
+        0,
+        ARCH,
+        None,
+        module,
+        {},
+        None,
+        [],
+        None,
+        torch.device("cpu"),
+        0,  # type: ignore[arg-type]
     )
     Rtn(bits=bits, group_size=asked).apply(block)
     found = block.packed["o"]
@@ -70,7 +79,12 @@ def encoded(K: int, bits: int, asked: int, seed: int) -> PackedInt:
 
 
 @settings(max_examples=60)
-@given(st.integers(16, 1100), st.sampled_from([4, 8]), st.sampled_from([128, 64, 96, 256]), st.integers(0, 99))
+@given(
+    st.integers(16, 1100),
+    st.sampled_from([4, 8]),
+    st.sampled_from([128, 64, 96, 256]),
+    st.integers(0, 99),
+)
 @example(100, 4, 128, 0)
 @example(172, 4, 128, 0)
 @example(576, 8, 128, 0)
@@ -119,9 +133,7 @@ def test_whole_rows_are_one_group_and_no_other():
 
 
 def test_changes_are_told_together():
-    layers = {
-        f"q{i}": {ADAPTED: adaptation((64, 576), 128, 64, lost_fp8=False)} for i in range(3)
-    }
+    layers = {f"q{i}": {ADAPTED: adaptation((64, 576), 128, 64, lost_fp8=False)} for i in range(3)}
     layers |= {
         "a": {ADAPTED: adaptation((64, 172), 128, None, lost_fp8=False)},
         "b": {ADAPTED: adaptation((192, 576), 128, 64, lost_fp8=True)},

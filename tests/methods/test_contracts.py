@@ -204,7 +204,9 @@ def test_shapes_are_refused_before_any_work(cls: type[Stage], fields: dict[str, 
 @pytest.mark.parametrize("cls", INTEGER, ids=named)
 def test_shapes_that_fit_pass(cls: type[Stage]):
     cls(activations="none", group_size=32, strict=True).check(LINEARS)
-    cls(activations="fp8", layers=("model.layers.0.*",), ignore=("*.b",), strict=True).check(LINEARS)
+    cls(activations="fp8", layers=("model.layers.0.*",), ignore=("*.b",), strict=True).check(
+        LINEARS
+    )
     cls().check(LINEARS)  # what is not strict gives way
 
 
