@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 GROUPS = (128, 64, 32)
 """Groups that kernels multiply with, ours and other engines': what is taken for one that does not
@@ -54,24 +54,23 @@ def _line(fact: Any) -> str | None:
     if not isinstance(fact, dict):
         return None
     parts: list[str] = []
-    whole = True
+    reasons: list[str] = []
+    inputs, outputs = fact.get("inputs"), fact.get("outputs")
     if isinstance(group := fact.get("group_size"), dict):
         asked, used = group.get("asked"), group.get("used")
-        whole = isinstance(asked, int) and _divides(asked, fact.get("inputs"))
         got = "one group a row" if used is None else f"group {used}"
         parts.append(f"{got} instead of {'group ' * (used is None)}{asked}")
+        if _whole(asked) and _whole(inputs) and fitting_group(asked, [inputs]) == used:
+            reasons.append(f"{inputs} inputs")
     if isinstance(fact.get("activations"), dict):
         parts.append("16-bit activations instead of FP8")
-        whole = whole and _divides(FP8_TILE, fact.get("inputs"))
-    if not parts:
-        return None
-    sizes = []
-    if not whole:
-        sizes.append(f"{fact.get('inputs')} inputs")
-    if "activations" in fact and not _divides(FP8_TILE, fact.get("outputs")):
-        sizes.append(f"{fact.get('outputs')} outputs")
-    return f"{', '.join(parts)} ({', '.join(sizes) or 'as the linears packed with it'})"
+        if _whole(inputs) and inputs % FP8_TILE and not reasons:
+            reasons.append(f"{inputs} inputs")
+        if _whole(outputs) and outputs % FP8_TILE:
+            reasons.append(f"{outputs} outputs")
+    why = ", ".join(reasons) or "as the linears packed with it"
+    return f"{', '.join(parts)} ({why})" if parts else None
 
 
-def _divides(group: int, size: Any) -> bool:
-    return isinstance(size, int) and group > 0 and size % group == 0
+def _whole(size: Any) -> TypeGuard[int]:
+    return isinstance(size, int) and size > 0

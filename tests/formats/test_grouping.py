@@ -139,7 +139,8 @@ def test_changes_are_told_together():
         "b": {ADAPTED: adaptation((192, 576), 128, 64, lost_fp8=True)},
         "c": {ADAPTED: adaptation((256, 256), 128, 128, lost_fp8=True)},
         "d": {ADAPTED: adaptation((256, 256), 128, 64, lost_fp8=False)},
-        "e": {"weight_error": 0.1},
+        "e": {ADAPTED: adaptation((64, 192), 128, 32, lost_fp8=False)},
+        "f": {"weight_error": 0.1},
         "odd": {ADAPTED: "?"},
         "older": {ADAPTED: {"group_size": 3}},
     }
@@ -150,4 +151,5 @@ def test_changes_are_told_together():
         "1 linear: group 64 instead of 128, 16-bit activations instead of FP8 (576 inputs, 192 outputs)",
         "1 linear: 16-bit activations instead of FP8 (as the linears packed with it)",
         "1 linear: group 64 instead of 128 (as the linears packed with it)",
+        "1 linear: group 32 instead of 128 (as the linears packed with it)",
     ]
