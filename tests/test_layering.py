@@ -38,7 +38,7 @@ ROOMS: dict[str, str] = {
     "solvers": "cost formats",
     "model": "errors files formats kernels",
     "serving": "errors formats kernels model tested",
-    "inspect": "errors files model",
+    "inspect": "errors files formats model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",

@@ -263,6 +263,8 @@ def _print(summary: Summary) -> None:
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.restructured:
         print_restructuring(console, summary.restructured, summary.activated_reduction)
+    for adapted in summary.adapted:
+        console.print(f"[yellow]not as asked for:[/yellow] {adapted}")
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     if summary.untied_head_bytes:

@@ -12,6 +12,7 @@ from quantize.convert.request import Request
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
+from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.load import require_tied
 from quantize.model.skeleton import Skeleton, load_tokenizer
@@ -68,10 +69,11 @@ def _check(
         raise ModelError(
             f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"
         )
-    if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
+    strict = any(isinstance(stage, IntEncode) and stage.strict for stage in recipe.stages)
+    if recipe.head_bits is not None and strict and shape.hidden % HEAD_GROUP:
         raise ModelError(
             f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group "
-            f"{HEAD_GROUP}"
+            f"{HEAD_GROUP}; set strict to false or remove head_bits"
         )
     for index, field, problem in format_problems(recipe):
         raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")

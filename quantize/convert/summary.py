@@ -10,6 +10,7 @@ from quantize.convert.output import lost_in
 from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.cost.peak import peak_of
+from quantize.formats.grouping import adapted_lines
 
 RESTRUCTURED = (
     "policy",
@@ -41,6 +42,9 @@ class Summary:
     promoted: list[str]
     """Linears that got more bits than their stage's own, to spend a target of bits per weight."""
     fallbacks: list[str]
+    adapted: list[str]
+    """What linears got instead of the group or activations that the recipe asks for, where their
+    sizes do not allow those: a line for all that got the same."""
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
     untied_head_bytes: int
@@ -75,6 +79,7 @@ def summary_of(
         peak_bytes=peak_of(plan.request.device),
         promoted=list(allocation.promoted) if allocation else [],
         fallbacks=[name for name, facts in state.report.items() if facts.get("fallback")],
+        adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),
         untied_head_bytes=state.untied_head_bytes,
         restructured=[

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantize.errors import ModelError
 from quantize.files.provenance import read_provenance
+from quantize.formats.grouping import adapted_lines
 
 _WORST = 5  # a terminal shows what follows them, too
 
@@ -37,6 +38,8 @@ class Origin:
     machine: Mapping[str, str]
     dropped_sequences: int
     fallbacks: tuple[str, ...]
+    adapted: tuple[str, ...]
+    """What linears got instead of what the recipe asks for, because of their sizes."""
     worst: tuple[Worst, ...]
 
 
@@ -59,6 +62,7 @@ def read_origin(folder: Path) -> tuple[Origin | None, str | None]:
         machine=data["machine"],
         dropped_sequences=data["dropped_sequences"],
         fallbacks=tuple(name for name, facts in data["layers"].items() if facts.get("fallback")),
+        adapted=tuple(adapted_lines(data["layers"])),
         worst=_worst(data["layers"]),
     )
     return origin, None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -18,15 +19,17 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.packed_int import stored_bits
+from quantize.formats.grouping import ADAPTED, FP8_TILE, adaptation, fitting_group
+from quantize.formats.packed_int import IntScheme, PackedInt, stored_bits
 from quantize.methods.base import Kind, Stage
+from quantize.model.linear import PackedLinear
+from quantize.model.roles import packed_alike
 from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
-
-_FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
+    from quantize.model.arch import Architecture
 
 
 class Encode(Stage):
@@ -63,13 +66,28 @@ class Encode(Stage):
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_parent:
             freeze_layer(block)
+        encoders = self.encoders(block)
+
+        def encode(block: Block, names: Sequence[str], moments: Moments | None) -> None:
+            stage, scheme = encoders[names[0]]
+            stage.encode_group(block, names, moments)
+            if scheme is not None:
+                self.declare(block, names, scheme)
+
         for groups in self._waves(block):
-            share_out(
-                block,
-                [(names, self.measure(block, names[0])) for names in groups],
-                self.encode_group,
-            )
+            measured = [
+                (names, encoders[names[0]].stage.measure(block, names[0])) for names in groups
+            ]
+            share_out(block, measured, encode)
+            del measured
             give_back()
+
+    def encoders(self, block: Block) -> Mapping[str, Encoder]:
+        """What encodes every selected linear of a block; the same for all that share an input."""
+        return dict.fromkeys(self.selection(block), Encoder(self, None))
+
+    def declare(self, block: Block, names: Sequence[str], scheme: IntScheme) -> None:
+        """Let linears that were just encoded say in which scheme they are."""
 
     def room(self, sizes: BlockSizes) -> int:
         """The largest linear's moments and fit."""
@@ -95,6 +113,13 @@ class Encode(Stage):
     @abstractmethod
     def stored_bits(self, N: int, K: int) -> float:
         """Bits of a weight in the checkpoint, all that belongs to it counted."""
+
+    def schemes(
+        self, arch: Architecture, linears: Mapping[str, tuple[int, int]]
+    ) -> dict[str, IntScheme]:
+        """How each of these linears of one block, relative name → [N, K], is packed and run, where
+        shapes alone decide that; empty for other layouts."""
+        return {}
 
     def _waves(self, block: Block) -> Iterator[list[list[str]]]:
         """Groups of linears that share an input, in the order in which the block computes them.
@@ -136,10 +161,14 @@ class IntEncode(Encode):
     """Consecutive inputs of one output row that share a scale."""
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+    strict: bool = False
+    """Whether a linear that does not divide into groups, or into the tiles of `activations: fp8`,
+    is refused. Else its group is the largest of 128, 64 and 32 below `group_size` that divides its
+    inputs, or a whole row, and its activations stay 16-bit; the summary says so."""
 
     @model_validator(mode="after")
     def _kernel_exists(self) -> Self:
-        if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
+        if self.activations == "fp8" and (self.bits, self.group_size) != (4, FP8_TILE):
             raise ValueError(
                 "activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels "
                 "there are"
@@ -158,25 +187,89 @@ class IntEncode(Encode):
 
     def stored_bits(self, N: int, K: int) -> float:
         """Codes, and a 16-bit scale for each group."""
-        return stored_bits(self.bits, self.group_size)
+        return stored_bits(self.bits, fitting_group(self.group_size, [K]), K)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for a shape the packed layout or its kernels cannot hold, or
-        patterns that match nothing."""
+        """ModelError for patterns that match nothing, and where the stage is strict or has an
+        `apply` of its own, which takes what was asked for, for linears that cannot have it."""
         super().check(linears)
+        if not self.strict and type(self).apply is Encode.apply:
+            return
         for name, (N, K) in linears.items():
             if not self.selects(name):
                 continue
             if K % self.group_size:
                 raise ModelError(
                     f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
-                    f"set group_size to a divisor of {K} or add the layer to ignore"
+                    f"set group_size to a divisor of {K}{self._lenient} or add the layer to ignore"
                 )
-            if self.fp8 and N % _FP8_TILE:
+            if self.fp8 and N % FP8_TILE:
                 raise ModelError(
-                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels "
-                    "need; use activations: none or add the layer to ignore"
+                    f"{name}: {N} outputs are no multiple of {FP8_TILE}, which INT4×FP8 kernels "
+                    f"need; use activations: none{self._lenient} or add the layer to ignore"
                 )
+
+    @property
+    def _lenient(self) -> str:
+        return ", strict to false" if self.strict else ""
+
+    def schemes(
+        self, arch: Architecture, linears: Mapping[str, tuple[int, int]]
+    ) -> dict[str, IntScheme]:
+        """How each of these linears of one block, relative name → [N, K], is packed and run.
+
+        All that loaders want packed alike get the largest group that suits all of them, and
+        E4M3 activations only where all can have them.
+        """
+        out: dict[str, IntScheme] = {}
+        for names in packed_alike(arch, linears):
+            shapes = [linears[name] for name in names]
+            group = fitting_group(self.group_size, [K for _, K in shapes])
+            fp8 = self.fp8 and not any(N % FP8_TILE or K % FP8_TILE for N, K in shapes)
+            out |= dict.fromkeys(names, IntScheme(self.bits, group, fp8))
+        return out
+
+    def encoders(self, block: Block) -> Mapping[str, Encoder]:
+        """The stage with the group and the activations that each linear can have."""
+        shapes = {name: _shape(block, name) for name in self.selection(block)}
+        made: dict[tuple[int, bool], IntEncode] = {(self.group_size, self.fp8): self}
+        out: dict[str, Encoder] = {}
+        for name, scheme in self.schemes(block.arch, shapes).items():
+            group, fp8 = scheme.group(shapes[name][1]), scheme.fp8_activations
+            if (group, fp8) not in made:
+                changes = {"group_size": group, "activations": "fp8" if fp8 else "none"}
+                made[group, fp8] = self.model_copy(update=changes)
+            out[name] = Encoder(made[group, fp8], scheme)
+        return out
+
+    def declare(self, block: Block, names: Sequence[str], scheme: IntScheme) -> None:
+        """Mark whole rows as such, and note what is not as this stage asks for it."""
+        lost_fp8 = self.fp8 and not scheme.fp8_activations
+        for name in names:
+            packed = block.packed.get(name)
+            if not isinstance(packed, PackedInt):  # a trial encodes pieces alone
+                continue
+            if scheme.group_size is None:
+                linear = block.module.get_submodule(name)
+                assert isinstance(linear, PackedLinear)
+                linear.packed = block.packed[name] = replace(packed, channelwise=True)
+            change = adaptation(packed.shape, self.group_size, scheme.group_size, lost_fp8)
+            if change:
+                block.note(name, **{ADAPTED: change})
+
+
+class Encoder(NamedTuple):
+    """What encodes a linear: the stage, but for what the linear cannot have as it was asked for."""
+
+    stage: Encode
+    scheme: IntScheme | None
+    """What the stage aims at; None where that follows from its own fields."""
+
+
+def _shape(block: Block, name: str) -> tuple[int, int]:
+    """[N, K] of a linear, which may be put away or encoded already."""
+    linear: Any = block.module.get_submodule(name)
+    return linear.out_features, linear.in_features
 
 
 def _alike(block: Block, name: str, other: str) -> bool:

@@ -148,6 +148,8 @@ def _warnings(sources: Sources, evaluation: Mapping[str, Any] | None) -> list[st
     out = []
     if fallen := layers.fallbacks(sources):
         out.append(_list_first("Not encoded as the recipe says", fallen))
+    if adapted := layers.adapted(sources):
+        out.append(_list_first("Not as the recipe asks for, because of sizes", adapted))
     if dropped := number(sources.provenance, "dropped_sequences"):
         what = f"{dropped:.0f} calibration sequences"
         out.append(f"{what} were left out because their activations were not finite.")

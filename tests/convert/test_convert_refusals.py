@@ -104,8 +104,8 @@ def test_our_own_output_is_refused_as_input(converted: Maker, text_file: Path, t
     ("stage", "says"),
     [
         (
-            "group_size: 96",
-            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128",
+            "group_size: 96, strict: true",
+            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128, strict to",
         ),
         (
             "layers: ['*.qproj']",
@@ -129,9 +129,10 @@ def test_fp8_kernels_need_whole_tiles(tiny: Maker, text_file: Path, tmp_path: Pa
         tmp_path,
         r"k_proj: 64 outputs are no multiple of 128, which",
         "activations=fp8",
+        "strict=true",
     )
     (tmp_path / "r.yaml").write_text(
-        "description: d\nstages: [{method: rtn, activations: fp8, ignore: ['*.k_proj', '*.v_proj']}]"
+        "description: d\nstages: [{method: rtn, activations: fp8, strict: true, ignore: ['*.k_proj', '*.v_proj']}]"
     )
     convert(request_for(model, str(tmp_path / "r.yaml"), tmp_path / "out", text_file))
     assert (tmp_path / "out" / "config.json").exists()

@@ -121,7 +121,7 @@ def test_sizes_of_experts_that_do_not_fit(
 ):
     model = tiny("qwen2_moe", moe_intermediate_size=96)
     with pytest.raises(ModelError, match=rf"^model\.layers\.0\.{says}[^\n]*$"):
-        convert(request_for(model, recipe, tmp_path / "out", text_file))
+        convert(request_for(model, recipe, tmp_path / "out", text_file, "strict=true"))
 
 
 def test_rotations_need_a_matrix_for_every_expert():
