@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_model, save_side_files
+from conftest import CPU, save_model, save_side_files
+from gates import write_gate
 from hostile import Call, refused
 from safetensors.torch import load_file, save_file
 from small_sources import float_quantized, fp8, gpt_oss
 from transformers import AutoModelForCausalLM
 
 from quantize.files.checkpoint import SINGLE_NAME, Checkpoint, sha256_file
+from quantize.gate.run import run_gate
 from quantize.model.dequantized import open_source
 
 Run = Callable[..., str]
@@ -103,28 +105,29 @@ def test_evaluation(run: Run, small: Path, plain: Path, text_file: Path, tmp_pat
     converted(run, small, tmp_path / "out")
     found = json.loads(run("eval", tmp_path / "out", "--baseline", small, *args))
     assert found == json.loads(run("eval", tmp_path / "out", "--baseline", plain, *args)) | {
-        "baseline": str(small)
+        "baseline": small.name
     }
     assert found["baseline_perplexity"] == alone["perplexity"]
 
 
-def test_the_parent_of_a_verification_and_of_a_gate(
-    run: Run, pq: Call, small: Path, text_file: Path, tmp_path: Path
-):
+def test_the_parent_of_a_verification(run: Run, small: Path, tmp_path: Path):
     converted(run, small, tmp_path / "out")
-    found = json.loads(run("verify", tmp_path / "out", "--parent", small, "--json"))
+    args = ("--parent", small, "--blocks", 1, "--json")
+    found = json.loads(run("verify", tmp_path / "out", *args))
     checks = {check["name"]: check["ok"] for check in found["checks"]}
-    assert all(checks[name] for name in ("source", "untouched", "recomputed")), found
-    other = fp8(tmp_path / "other", dtype=torch.bfloat16)  # its scales, and so its weights, differ
-    code, out, _ = pq("verify", tmp_path / "out", "--parent", other, "--json")
-    assert code == 7
-    assert {c["name"]: c["ok"] for c in json.loads(out)["checks"]}["recomputed"] is False
-    gate = tmp_path / "gate.yaml"
-    gate.write_text(
-        f"model: {small}\nprotocol: strided-32\ndataset: {text_file}\nmax_windows: 2\n"
-        "recipes:\n  rtn:\n    kld_mean: {max: 1.0}\n"
+    assert all(checks[name] for name in ("source", "untouched", "recomputed", "outputs")), found
+
+
+def test_the_model_of_a_gate(small: Path, text_file: Path, tmp_path: Path):
+    file = write_gate(
+        tmp_path / "gate.yaml",
+        small,
+        "rtn:\n  kld_mean: {value: 0.5, tolerance: 0.5}",
+        f"evaluation: {{dataset: {text_file}, seqlen: 32, max_windows: 2}}",
     )
-    run("gate", gate, "--device", "cpu")
+    result = run_gate(file, device=CPU)
+    assert [verdict.ok for verdict in result.verdicts] == [True], result.verdicts
+    assert 0 < result.figures["rtn"]["kld_mean"] < 1
 
 
 def test_an_estimate_counts_the_16_bit_model(run: Run, small: Path, plain: Path):
