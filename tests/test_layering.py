@@ -42,7 +42,7 @@ ROOMS: dict[str, str] = {
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
-    "bench": "cost errors files formats kernels methods model serving solvers",
+    "bench": "cost errors formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",

@@ -261,6 +261,8 @@ def _print(summary: Summary) -> None:
     memory = f", peak memory {gigabytes(summary.peak_bytes)}" if summary.peak_bytes else ""
     took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
+    if summary.dequantized:
+        console.print(f"the source is stored small: {summary.dequantized}")
     if summary.restructured:
         print_restructuring(console, summary.restructured, summary.activated_reduction)
     for adapted in summary.adapted:

@@ -165,6 +165,8 @@ def _add_provenance(root: Tree, found: Inspection) -> None:
     source = branch.add("source, SHA-256")
     for name, digest in made.source.items():
         source.add(printable(f"{name} {_short(digest)}"))
+    if made.dequantized:
+        source.add(printable(f"stored small: {made.dequantized}"))
     if made.fallbacks:
         more = len(made.fallbacks) - _NAMED
         names = ", ".join(made.fallbacks[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -14,6 +14,7 @@ from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
 from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape, architecture_of
+from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_tied
 from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
@@ -25,12 +26,8 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
 
     Raises what `convert` raises before it loads weights.
     """
-    source = Checkpoint(request.model)
-    if source.config.get("quantization_config"):
-        raise ModelError(
-            f"{source.folder}: is quantized already (config.json has quantization_config); give "
-            "its parent"
-        )
+    source = open_source(request.model)
+    require_source(source)
     arch = architecture_of(source.config)
     shape = Shape.of(source.config)
     last = f"{arch.blocks}.{shape.n_blocks - 1}."

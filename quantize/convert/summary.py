@@ -33,6 +33,9 @@ class Summary:
     quantized_linears: int
     bits_per_weight: float
     source_bytes: int
+    """As it is stored."""
+    dequantized: str | None
+    """How the source is stored, where that is small (FP8, MXFP4) and was dequantized."""
     output_bytes: int
     seconds: float
     seconds_per_block: float
@@ -65,14 +68,15 @@ def summary_of(
 ) -> Summary:
     """Totals of a finished run."""
     errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
-    allocation = plan.decisions.allocation
+    allocation, small = plan.decisions.allocation, plan.source.dequantized
     return Summary(
         output=str(plan.request.output),
         recipe=plan.recipe.name,
         blocks=plan.shape.n_blocks,
         quantized_linears=len(state.schemes),
         bits_per_weight=state.bits_per_weight,
-        source_bytes=state.source_bytes,
+        source_bytes=small.stored_bytes if small else state.source_bytes,
+        dequantized=str(small) if small else None,
         output_bytes=output_bytes,
         seconds=round(seconds, 2),
         seconds_per_block=round(seconds_per_block, 3),

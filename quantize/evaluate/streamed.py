@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError
-from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import (
     ARCHITECTURES,
     ExpertSizes,
@@ -25,6 +24,7 @@ from quantize.model.arch import (
     parameters_of_a_token,
 )
 from quantize.model.attention import KvNumerics
+from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import (
     KV_SCALE,
@@ -113,7 +113,7 @@ def open_model(
 
     attention: how to attend where the checkpoint does not say, None: in full precision.
     """
-    config = Checkpoint(folder).config
+    config = open_source(folder).config
     if config.get("quantization_config") or config.get("model_type") in ARCHITECTURES:
         return StreamedModel(folder, device, dtype, numerics, attention)
     if attention is not None:
@@ -140,7 +140,7 @@ class StreamedModel:
         numerics: Numerics,
         attention: KvNumerics | None = None,
     ) -> None:
-        self.source = Checkpoint(folder)
+        self.source = open_source(folder)
         require_readable(self.source)
         self.device = device
         self.dtype = dtype

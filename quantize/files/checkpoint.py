@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantize.errors import ModelError
 from quantize.files import strict_json
+from quantize.files.small import Dequantized
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -76,6 +77,9 @@ class Checkpoint:
     Links are followed within the folder and to the Hub cache's blobs, nowhere else.
     """
 
+    dequantized: Dequantized | None = None
+    """What of it is stored small and dequantized when it is read; None where nothing is."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
@@ -89,6 +93,8 @@ class Checkpoint:
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of every tensor by name, from the headers alone."""
+        self.dtypes: dict[str, str] = {}
+        """What the safetensors format calls the dtype of every tensor (BF16, F8_E4M3), by name."""
         self._where = self._read_index()
         self.shards = sorted(set(self._where.values()))
 
@@ -102,12 +108,12 @@ class Checkpoint:
                 raise ModelError(f"{index}: weight_map must map tensor names to shard files")
             where = dict(weight_map)
         elif (self.folder / SINGLE_NAME).exists():
-            where = dict.fromkeys(self._shapes_in(SINGLE_NAME), SINGLE_NAME)
+            where = dict.fromkeys(self._kinds_in(SINGLE_NAME), SINGLE_NAME)
         else:
             raise ModelError(self._no_weights())
-        held = {shard: self._shapes_in(shard) for shard in sorted(set(where.values()))}
-        for shard, shapes in held.items():
-            listed, present = {name for name, s in where.items() if s == shard}, set(shapes)
+        held = {shard: self._kinds_in(shard) for shard in sorted(set(where.values()))}
+        for shard, kinds in held.items():
+            listed, present = {name for name, s in where.items() if s == shard}, set(kinds)
             if missing := sorted(listed - present):
                 raise ModelError(
                     f"{self.folder / shard}: tensor {missing[0]} is in the index but not in the "
@@ -121,9 +127,10 @@ class Checkpoint:
                 )
         if not where:
             raise ModelError(f"{self.folder}: the checkpoint holds no tensors")
-        self.shapes = {
-            n: s for shapes in held.values() for n, s in shapes.items() if not n.endswith(_COMPUTED)
-        }
+        stored = {n: kind for kinds in held.values() for n, kind in kinds.items()}
+        wanted = [name for name in stored if not name.endswith(_COMPUTED)]
+        self.dtypes = {name: stored[name][0] for name in wanted}
+        self.shapes = {name: stored[name][1] for name in wanted}
         return {name: shard for name, shard in where.items() if name in self.shapes}
 
     def _no_weights(self) -> str:
@@ -133,6 +140,11 @@ class Checkpoint:
                 f"{self.folder / pickles[0]}: pickle weights can run code and are not read; "
                 "convert them first (load in transformers and save_pretrained with "
                 "safe_serialization=True)"
+            )
+        if gguf := sorted(self.folder.glob("*.gguf")):
+            return (
+                f"{gguf[0]}: GGUF files are quantized already and are not read; give the model "
+                "that it was made from, in safetensors"
             )
         return f"{self.folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}"
 
@@ -165,17 +177,19 @@ class Checkpoint:
             )
         return path
 
-    def _shapes_in(self, shard: str) -> dict[str, tuple[int, ...]]:
+    def _kinds_in(self, shard: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of every tensor in a shard."""
         path = self._shard_path(shard)
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                kinds = {n: (str(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
         except (SafetensorError, OSError, ValueError) as err:
             raise ModelError(
                 f"{path}: not a readable safetensors file ({err}); download it again"
             ) from None
         header_entries(path)  # the library takes the last of two tensors of one name
-        return shapes
+        return kinds
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -194,12 +208,37 @@ class Checkpoint:
             name.removeprefix(prefix): tensor for name, tensor in self._read(self.names(prefix))
         }
 
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """Entries `first` to `end` (which is not among them) of a tensor's first dimension;
+        the others are not read. ModelError where it has none such."""
+        shard, shape = self._place(name), self.shapes[name]
+        if not shape or not 0 <= first < end <= shape[0]:
+            raise ModelError(
+                f"{self.folder}: {name} is {list(shape)} and has no entries {first} to {end}"
+            )
+        path = self._shard_path(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                rows: Tensor = file.get_slice(name)[first:end].clone()
+        except (SafetensorError, OSError) as err:
+            raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
+        return rows
+
+    def slice(self, name: str, index: int) -> Tensor:
+        """Entry `index` of a tensor's first dimension, such as one expert of several; the
+        others are not read. ModelError as `rows`."""
+        return self.rows(name, index, index + 1)[0]
+
+    def _place(self, name: str) -> str:
+        """The shard that holds a tensor; ModelError for a tensor that there is not."""
+        if name not in self._where:
+            raise ModelError(f"{self.folder}: tensor {name} is missing from the checkpoint")
+        return self._where[name]
+
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         by_shard: dict[str, list[str]] = {}
         for name in names:
-            if name not in self._where:
-                raise ModelError(f"{self.folder}: tensor {name} is missing from the checkpoint")
-            by_shard.setdefault(self._where[name], []).append(name)
+            by_shard.setdefault(self._place(name), []).append(name)
         for shard, wanted in by_shard.items():
             path = self._shard_path(shard)
             try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantize.errors import ModelError
 from quantize.files.provenance import read_provenance
+from quantize.files.small import Dequantized
 from quantize.formats.grouping import adapted_lines
 
 _WORST = 5  # a terminal shows what follows them, too
@@ -34,6 +35,8 @@ class Origin:
     recipe_resolved: str
     calibration: Mapping[str, Any] | None
     source: Mapping[str, str]
+    dequantized: str | None
+    """How the source was stored, where that was small and was dequantized."""
     versions: Mapping[str, str]
     machine: Mapping[str, str]
     dropped_sequences: int
@@ -52,12 +55,14 @@ def read_origin(folder: Path) -> tuple[Origin | None, str | None]:
         return None, str(err)
     if data is None:
         return None, None
+    small = Dequantized.read(data.get("dequantized"))
     origin = Origin(
         pq=data["pq"],
         recipe=data["recipe"]["name"],
         recipe_resolved=data["recipe"]["resolved"],
         calibration=data["calibration"],
         source=data["source"],
+        dequantized=None if small is None else str(small),
         versions=data["versions"],
         machine=data["machine"],
         dropped_sequences=data["dropped_sequences"],

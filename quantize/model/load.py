@@ -12,7 +12,6 @@ from torch import nn
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
-from quantize.files.headers import tensor_headers
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
@@ -20,12 +19,13 @@ from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape, architecture_of
 from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router, place_experts
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
-from quantize.model.transformers_api import load_pretrained, place_rotary_tables
+from quantize.model.transformers_api import load_pretrained, load_tensors, place_rotary_tables
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
@@ -45,10 +45,10 @@ def load_model(
     attention: how to attend where the checkpoint does not say, None: in full precision.
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
-    source = Checkpoint(folder)
+    source = open_source(folder)
     require_readable(source)
     if source.config.get("quantization_config") is None and attention is None:
-        return _load_plain(folder, device, dtype)
+        return _load_plain(source, device, dtype)
     model, arch = meta_model(folder, dtype), architecture_of(source.config)
     place_experts(model, arch, model.config.to_dict(), routing(source))
     linears = [
@@ -74,10 +74,10 @@ def require_readable(source: Checkpoint) -> None:
     without a word in config.json."""
     quantization = source.config.get("quantization_config")
     if quantization is None:
-        for name, header in tensor_headers(source).items():
-            if header.dtype not in DTYPES:
+        for name, dtype in source.dtypes.items():
+            if dtype not in DTYPES:
                 raise ModelError(
-                    f"{source.folder}: {name} is {header.dtype}, but config.json has no "
+                    f"{source.folder}: {name} is {dtype}, but config.json has no "
                     "quantization_config that says what it means; give the original model"
                 )
         return
@@ -249,10 +249,14 @@ def load_block(
     return layer
 
 
-def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _load_plain(source: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    folder = source.folder
     meta_model(folder, dtype)  # refuses a broken config.json in one line
     try:
-        model, missing = load_pretrained(folder, dtype)
+        if source.dequantized:  # as pq reads it, wherever transformers would run it
+            model, missing = load_tensors(folder, source.tensors(""), dtype)
+        else:
+            model, missing = load_pretrained(folder, dtype)
     except (RuntimeError, ValueError, OSError) as err:
         reason = " ".join(str(err).split())[:300]
         raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None

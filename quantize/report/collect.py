@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize.files.small import Dequantized
 from quantize.pictures import Cell, Table
 from quantize.report import layers, quality
 from quantize.report.model import Headline, Listing, Note, Report, Section, mapping, number, text
@@ -172,6 +173,7 @@ def _provenance(sources: Sources) -> Section:
     found = sources.provenance
     versions = {"pq": found["pq"], **mapping(found, "versions"), **mapping(found, "machine")}
     calibration = found["calibration"]
+    small = Dequantized.read(found.get("dequantized"))
     shown = [
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
         if calibration
@@ -188,6 +190,7 @@ def _provenance(sources: Sources) -> Section:
             ("name", "value"),
             versions,
         ),
+        *([Note(f"The source is stored small: {small}.")] if small else ()),
         Listing(
             "Recipe",
             "With every default filled in.",
