@@ -69,7 +69,11 @@ METHODS_NEVER = tuple(
     )
 )
 # What methods share among themselves; nothing else of one is another's business.
-METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
+METHODS_SHARE = (
+    "quantize.methods.adaptation",
+    "quantize.methods.base",
+    "quantize.methods.encode",
+)
 # Third-party package → the only modules that may import it.
 OWNERS: dict[str, tuple[str, ...]] = {
     "typer": ("quantize.cli",),

@@ -269,6 +269,8 @@ def _print(summary: Summary) -> None:
         console.print(f"[yellow]not as asked for:[/yellow] {adapted}")
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
+    for unserved in summary.unserved:
+        console.print(f"[yellow]not in vLLM:[/yellow] {unserved}")
     if summary.untied_head_bytes:
         console.print(
             "the head no longer shares the embedding's weight: "

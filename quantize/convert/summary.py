@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantize.convert.output import lost_in
+from quantize.convert.output import lost_in, unserved_in
 from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.cost.peak import peak_of
@@ -50,6 +50,8 @@ class Summary:
     sizes do not allow those: a line for all that got the same."""
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
+    unserved: list[str]
+    """What of an output in vLLM's own format vLLM would refuse, and what to do."""
     untied_head_bytes: int
     """What a head takes that shared the embedding's weight and got one of its own; 0 where none
     did."""
@@ -85,6 +87,7 @@ def summary_of(
         fallbacks=[name for name, facts in state.report.items() if facts.get("fallback")],
         adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),
+        unserved=unserved_in(plan, state),
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
             {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -19,11 +18,15 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.grouping import ADAPTED, FP8_TILE, adaptation, fitting_group
-from quantize.formats.packed_int import IntScheme, PackedInt, stored_bits
+from quantize.formats.grouping import FP8_TILE, fitting_group
+from quantize.formats.packed_int import IntScheme, stored_bits
+from quantize.methods.adaptation import (
+    fitting_schemes,
+    fitting_stages,
+    note_adaptation,
+    require_as_asked,
+)
 from quantize.methods.base import Kind, Stage
-from quantize.model.linear import PackedLinear
-from quantize.model.roles import packed_alike
 from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
@@ -193,69 +196,23 @@ class IntEncode(Encode):
         """ModelError for patterns that match nothing, and where the stage is strict or has an
         `apply` of its own, which takes what was asked for, for linears that cannot have it."""
         super().check(linears)
-        if not self.strict and type(self).apply is Encode.apply:
-            return
-        for name, (N, K) in linears.items():
-            if not self.selects(name):
-                continue
-            if K % self.group_size:
-                raise ModelError(
-                    f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
-                    f"set group_size to a divisor of {K}{self._lenient} or add the layer to ignore"
-                )
-            if self.fp8 and N % FP8_TILE:
-                raise ModelError(
-                    f"{name}: {N} outputs are no multiple of {FP8_TILE}, which INT4×FP8 kernels "
-                    f"need; use activations: none{self._lenient} or add the layer to ignore"
-                )
-
-    @property
-    def _lenient(self) -> str:
-        return ", strict to false" if self.strict else ""
+        if self.strict or type(self).apply is not Encode.apply:
+            require_as_asked(self, {n: size for n, size in linears.items() if self.selects(n)})
 
     def schemes(
         self, arch: Architecture, linears: Mapping[str, tuple[int, int]]
     ) -> dict[str, IntScheme]:
-        """How each of these linears of one block, relative name → [N, K], is packed and run.
-
-        All that loaders want packed alike get the largest group that suits all of them, and
-        E4M3 activations only where all can have them.
-        """
-        out: dict[str, IntScheme] = {}
-        for names in packed_alike(arch, linears):
-            shapes = [linears[name] for name in names]
-            group = fitting_group(self.group_size, [K for _, K in shapes])
-            fp8 = self.fp8 and not any(N % FP8_TILE or K % FP8_TILE for N, K in shapes)
-            out |= dict.fromkeys(names, IntScheme(self.bits, group, fp8))
-        return out
+        """As `fitting_schemes`."""
+        return fitting_schemes(arch, linears, self.bits, self.group_size, self.fp8)
 
     def encoders(self, block: Block) -> Mapping[str, Encoder]:
         """The stage with the group and the activations that each linear can have."""
-        shapes = {name: _shape(block, name) for name in self.selection(block)}
-        made: dict[tuple[int, bool], IntEncode] = {(self.group_size, self.fp8): self}
-        out: dict[str, Encoder] = {}
-        for name, scheme in self.schemes(block.arch, shapes).items():
-            group, fp8 = scheme.group(shapes[name][1]), scheme.fp8_activations
-            if (group, fp8) not in made:
-                changes = {"group_size": group, "activations": "fp8" if fp8 else "none"}
-                made[group, fp8] = self.model_copy(update=changes)
-            out[name] = Encoder(made[group, fp8], scheme)
-        return out
+        found = fitting_stages(self, block, self.selection(block))
+        return {name: Encoder(stage, scheme) for name, (stage, scheme) in found.items()}
 
     def declare(self, block: Block, names: Sequence[str], scheme: IntScheme) -> None:
         """Mark whole rows as such, and note what is not as this stage asks for it."""
-        lost_fp8 = self.fp8 and not scheme.fp8_activations
-        for name in names:
-            packed = block.packed.get(name)
-            if not isinstance(packed, PackedInt):  # a trial encodes pieces alone
-                continue
-            if scheme.group_size is None:
-                linear = block.module.get_submodule(name)
-                assert isinstance(linear, PackedLinear)
-                linear.packed = block.packed[name] = replace(packed, channelwise=True)
-            change = adaptation(packed.shape, self.group_size, scheme.group_size, lost_fp8)
-            if change:
-                block.note(name, **{ADAPTED: change})
+        note_adaptation(self, block, names, scheme)
 
 
 class Encoder(NamedTuple):
@@ -264,12 +221,6 @@ class Encoder(NamedTuple):
     stage: Encode
     scheme: IntScheme | None
     """What the stage aims at; None where that follows from its own fields."""
-
-
-def _shape(block: Block, name: str) -> tuple[int, int]:
-    """[N, K] of a linear, which may be put away or encoded already."""
-    linear: Any = block.module.get_submodule(name)
-    return linear.out_features, linear.in_features
 
 
 def _alike(block: Block, name: str, other: str) -> bool:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from small_sources import float_quantized, fp8, gpt_oss
 from transformers import AutoModelForCausalLM
 
-from quantize.files.checkpoint import SINGLE_NAME, Checkpoint, sha256_file
+from quantize.files.checkpoint import SINGLE_NAME, Checkpoint
+from quantize.files.hashing import sha256_file
 from quantize.gate.run import run_gate
 from quantize.model.dequantized import open_source
 

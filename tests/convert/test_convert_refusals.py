@@ -105,7 +105,7 @@ def test_our_own_output_is_refused_as_input(converted: Maker, text_file: Path, t
     [
         (
             "group_size: 96, strict: true",
-            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128, strict to",
+            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to 64 or strict to false, or",
         ),
         (
             "layers: ['*.qproj']",

@@ -108,7 +108,7 @@ def test_the_head_is_packed_beside_experts(tiny: Maker, text_file: Path, tmp_pat
     [
         (
             "rtn",
-            r"mlp\.experts\.0\.down_proj: 96 inputs are no multiple of the group 128; set group_size to a divisor",
+            r"mlp\.experts\.0\.down_proj: 96 inputs are no multiple of the group 128; set group_size to",
         ),
         (
             "fireq-linear",

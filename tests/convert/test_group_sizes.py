@@ -234,10 +234,10 @@ def test_strict_stages_refuse(tiny: Maker, text_file: Path, tmp_path: Path):
     model = tiny("llama", **SMOLLM2)
     for body, says in (
         ("stages: [{method: gptq, strict: true}]", "q_proj: 576 inputs are no multiple of the group 128; "
-         "set group_size to a divisor of 576, strict to false or add the layer to ignore"),
+         "set group_size to 64 or strict to false, or add it to ignore"),
         ("stages: [{method: fireq, strict: true, layers: ['*.down_proj']}]",
-         "down_proj: 576 outputs are no multiple of 128, which INT4×FP8 kernels need; use "
-         "activations: none, strict to false or add the layer to ignore"),
+         "down_proj: 576 outputs are no multiple of 128, which INT4×FP8 kernels need; set "
+         "activations to none or strict to false, or add it to ignore"),
         ("head_bits: 4, stages: [{method: rtn, group_size: 64, strict: true}]",
          "head_bits: 576 inputs of lm_head are no multiple of the group 128; set strict to false"),
     ):  # fmt: skip

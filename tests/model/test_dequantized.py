@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quantize.errors import ModelError
-from quantize.files.checkpoint import SINGLE_NAME, Checkpoint, require_finite_floats
+from quantize.files.checkpoint import SINGLE_NAME, Checkpoint
+from quantize.files.finite import require_finite_floats
 from quantize.model import dequantized
 from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import load_model, require_readable
