@@ -13,6 +13,7 @@ from typing import Any
 from quantize.files.headers import Header
 from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.packed_int import stored_bits
+from quantize.model.stacked_storage import stacked_of
 
 DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
@@ -96,6 +97,11 @@ def storage_of(
             out[module] = Storage(
                 tuple(names.values()), *facts, sum(sizes.values()), code_bytes, expected
             )
+    for name, found in stacked_of(headers).items():
+        size = sum(headers[part].bytes for part in found.parts)
+        label = _label(quantization, {}) or found.kind
+        facts = (None, found.weights, label, found.bits, found.group_size, "none", True)
+        out[name] = Storage(found.parts, *facts, size, size, found.expected_bits)
     return out
 
 

@@ -300,3 +300,14 @@ def test_a_folder_with_a_gguf_file_alone(tmp_path: Path):
         ModelError, match=r"model-Q4_K_M.gguf: GGUF files are quantized already .* in safetensors"
     ):
         open_source(tmp_path)
+
+
+def test_transforms_at_run_time_are_not_read(tmp_path: Path):
+    """Rotated weights are another model without the rotation of what they are multiplied with."""
+    folder = float_quantized(tmp_path / "model", "channel")
+    edit(folder, lambda c: c["quantization_config"].update(transform_config={"config_groups": {}}))
+    assert open_source(folder).dequantized
+    rotated = {"config_groups": {"R4": {"type": "hadamard", "apply": []}}}
+    edit(folder, lambda c: c["quantization_config"].update(transform_config=rotated))
+    with pytest.raises(ModelError, match="transform_config changes activations at run time; give"):
+        open_source(folder)

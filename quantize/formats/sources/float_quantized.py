@@ -47,6 +47,8 @@ class FloatQuantized(SourceFormat):
 
     def stored(self, section: Section, kinds: Kinds) -> Stored:
         """What is FP8; which group it is of is told by the shape of its scale."""
+        if _of(section.get("transform_config")).get("config_groups"):
+            raise ValueError("transform_config changes activations at run time; give its parent")
         groups = section["config_groups"].values()
         blocks = list(dict.fromkeys(_block(_weights(group)) for group in groups))
         dropped = {name for name in kinds if name.endswith(_DROPPED)}
