@@ -243,6 +243,7 @@ def _linears_bytes(plan: Plan, index: int, linears: Mapping[str, tuple[int, int]
     """Bytes of the linears of a block in the output."""
     total = 0.0
     left = dict(linears)
+    target = plan.recipe.target_bpw if plan.request.target_bpw is None else plan.request.target_bpw
     for stage in plan.recipe.stages:
         if not isinstance(stage, Encode):
             continue
@@ -250,8 +251,9 @@ def _linears_bytes(plan: Plan, index: int, linears: Mapping[str, tuple[int, int]
         mine = {name: left.pop(name) for name in taken}
         known = stage.schemes(plan.skeleton.block_arch(index), mine)
         for name, (N, K) in mine.items():
-            scheme = known.get(name, stage)
-            total += N * K * scheme.stored_bits(N, K) / 8
+            # What is known to have a scheme shares a target of bits, which choices come close to.
+            bits = known.get(name, stage).stored_bits(N, K)
+            total += N * K * (target if target and name in known else bits) / 8
     return total + sum(2 * N * K for N, K in left.values())
 
 
