@@ -45,13 +45,19 @@ def open_source(folder: Path) -> Checkpoint:
 
 
 def require_source(source: Checkpoint) -> None:
-    """ModelError for a checkpoint that `open_source` found quantized in a way that is not read:
-    it can be no parent."""
+    """ModelError for a checkpoint that `open_source` found quantized in a way that is not read, or
+    FP8 without a word about its scales: it can be no parent."""
     if section := source.config.get("quantization_config"):
         read = ", ".join(form.name for form in SOURCE_FORMATS)
         raise ModelError(
             f"{source.folder}: is quantized already ({described(section)}); give its parent (of "
             f"quantized models pq reads {read})"
+        )
+    eights = (name for name, dtype in source.dtypes.items() if dtype.startswith("F8_"))
+    if name := next(eights, None):
+        raise ModelError(
+            f"{source.folder}: {name} is {source.dtypes[name]}, but config.json has no "
+            "quantization_config that says what it means; give the model's own config.json"
         )
 
 

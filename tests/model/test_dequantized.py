@@ -269,6 +269,8 @@ def test_fp8_without_a_word_in_config_json_stays_refused(tmp_path: Path):
         ModelError, match=r"is F8_E4M3, but config\.json has no quantization_config"
     ):
         require_readable(source)
+    with pytest.raises(ModelError, match=r"F8_E4M3, .* give the model's own config\.json"):
+        require_source(source)
     with pytest.raises(ModelError, match="float8_e4m3fn is not a plain float"):
         require_finite_floats({DOWN: source.tensor(DOWN)}, "")
 
