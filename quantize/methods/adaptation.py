@@ -48,9 +48,10 @@ def require_as_asked(stage: Asking, linears: Mapping[str, tuple[int, int]]) -> N
     """ModelError for the first of these linears, full name → [N, K], whose sizes do not allow what
     the stage asks for, with remedies that the stage takes and kernels multiply with."""
     common = fitting_group(stage.group_size, [K for _, K in linears.values()])
-    other = f"group_size to {common}" if common else ""
-    if stage.fp8:  # whose only group is 128
-        other = f"activations to none{f' and {other}' if other and common != FP8_TILE else ''}"
+    changes = [f"group_size to {common}"] if common not in (None, stage.group_size) else []
+    if stage.fp8 and common is not None:  # whose only group is 128
+        changes.insert(0, "activations to none")
+    other = " and ".join(changes)
     lenient = "strict to false" if stage.strict else ""
     settings = " or ".join(remedy for remedy in (other, lenient) if remedy)
     remedy = f"set {settings}, or add it to ignore" if settings else "add it to ignore"
