@@ -66,7 +66,7 @@ def put(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
     ("change", "fields", "says"),
     [
         (put(NAME, lambda t: t.to(torch.int8)), {}, f"{NAME}: dtype int8 .* quantized already"),
-        (put(NAME, lambda t: t.to(torch.float8_e4m3fn)), {}, "float8_e4m3fn .* quantized already"),
+        (put(NAME, lambda t: t.to(torch.float8_e4m3fn)), {}, "F8_E4M3, .* no quantization_config"),
         (put(NAME, lambda t: t[:64].clone()), {}, rf"{NAME} is \[64, 128\], .* implies \[128, 128\]"),
         (lambda w: w.pop(NAME), {}, f"tensor {NAME} is missing"),
         (lambda w: w.pop("model.norm.weight"), {}, "tensor model.norm.weight is missing"),
