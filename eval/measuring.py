@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import transformers
 
 import quantize
+from quantize.evaluate.protocols import Protocol
+from quantize.model.skeleton import load_tokenizer
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -32,7 +35,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def head(args: argparse.Namespace) -> dict[str, Any]:
     """Protocol, machine and versions, without which a figure says nothing."""
     return {
-        "protocol": f"strided-{args.seqlen}, {args.windows} windows of {Path(args.text).name}; "
+        "protocol": f"{_protocols(args.model, args.seqlen)}, {args.windows} windows of {Path(args.text).name}; "
         "parent and model in float32; "
         f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
         "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
@@ -44,6 +47,13 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
         },
         "rows": [],
     }
+
+
+def _protocols(models: Sequence[Path], seqlen: int) -> str:
+    """The protocols that `evaluate` measures these models by: with BOS where the tokenizer adds it."""
+    plain = Protocol("strided", seqlen)
+    names = [plain.with_bos(load_tokenizer(model), "auto").name for model in models]
+    return " and ".join(dict.fromkeys(names))
 
 
 def keep(results: dict[str, Any], output: Path | None) -> None:

@@ -19,8 +19,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from quantize.block.block import Block
 from quantize.block.walk import Pass
@@ -235,6 +241,17 @@ def save_side_files(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
     )
+
+
+def with_added_bos(folder: Path, copy: Path) -> Path:
+    """The same model with a tokenizer that writes BOS in front of a text itself, as Llama's do."""
+    shutil.copytree(folder, copy)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(copy)
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import quantize.gate.run
 from quantize.evaluate import Evaluation
@@ -38,6 +41,29 @@ def evaluation(**changes: Any) -> Evaluation:
     return Evaluation(**(values | changes))  # type: ignore[arg-type]
 
 
+def stub_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Let the gate convert and measure nothing: stub(kld_mean=0.03) → the list of what is asked for."""
+
+    def stub(error: Exception | None = None, **figures: Any) -> list[Any]:
+        asked: list[Any] = []
+
+        def convert(request: Any, progress: Any) -> None:
+            asked.append(request)
+            shutil.copytree(request.model, request.output)
+
+        def evaluate(model: Path, baseline: Path, **settings: Any) -> Evaluation:
+            asked.append((model, baseline, settings))
+            if error:
+                raise error
+            return evaluation(**figures)
+
+        monkeypatch.setattr(quantize.gate.run, "convert", convert)
+        monkeypatch.setattr(quantize.gate.run, "evaluate", evaluate)
+        return asked
+
+    return stub
+
+
 def write_gate(path: Path, model: Path, entries: str, *top: str) -> Path:
     """Write a gate file: write_gate(path, folder, "fireq: {...}", "tasks: [...]")."""
     lines = [f"model: {json.dumps(str(model))}", *top, "recipes:"]
@@ -48,9 +74,9 @@ def write_gate(path: Path, model: Path, entries: str, *top: str) -> Path:
     return path
 
 
-def result_of(path: Path, **figures: Any) -> GateResult:
+def result_of(path: Path, protocol: str = "strided-256", **figures: Any) -> GateResult:
     """A run in which every recipe had these figures."""
     checks = [(entry.name, check) for entry in load_gate(path).entries for check in entry.checks]
     figures = dataclasses.asdict(evaluation(**figures))
     verdicts = [judge(n, c, quantize.gate.run.figure_of(figures, c.metric)) for n, c in checks]
-    return GateResult(str(path), tuple(verdicts), 1.0, {}, {})
+    return GateResult(str(path), tuple(verdicts), 1.0, {}, {}, protocol)

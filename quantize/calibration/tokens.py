@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantize.calibration import text_sources
-from quantize.calibration.text_sources import Row, Text
+from quantize.calibration.bos import Bos, bos_of
+from quantize.calibration.encoding import (
+    begin_windows,
+    encode,
+    first_tokens,
+    join_rows,
+    pack,
+    plain_text,
+    shuffled,
+)
+from quantize.calibration.text_sources import Text
 from quantize.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,8 +33,6 @@ MAX_TOKENS = 2**28
 _POOL_CHARACTERS = 2**25
 """A large Hub set is shuffled within at least so many characters, about 10,000 web pages: enough
 that neighbours in the set are not neighbours in the sample, little enough to download."""
-_NEAR_THE_CUT = 256
-"""Tokens that a cut in the text may have changed, generously."""
 _CHARACTERS_PER_TOKEN = 16
 """Well above what text gives (4 to 6), so that what is read of a stream
 suffices for the tokens wanted."""
@@ -44,10 +50,17 @@ class TokenSet:
     """For people: which text this is."""
     origin: dict[str, object]
     """For provenance: data set, split, licence, text_sha256, nsamples, seqlen,
-    seed, packing, chat_template.
+    seed, packing, chat_template, bos (whether windows begin with it) and bos_token_id
+    (that token, else None).
 
     A file is known by its name; paths are left out. `nsamples` counts the windows there are.
     """
+
+    @property
+    def bos(self) -> int | None:
+        """The BOS token that every window begins with; None where they have none."""
+        bos = self.origin["bos_token_id"]
+        return bos if isinstance(bos, int) else None
 
 
 def calibration_tokens(
@@ -59,6 +72,7 @@ def calibration_tokens(
     seed: int,
     chat_template: bool = False,
     text_field: str | None = None,
+    bos: Bos = "auto",
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
@@ -67,12 +81,14 @@ def calibration_tokens(
     One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents
     are shuffled by `seed` and packed, an EOS token after each where the tokenizer has one. No
     other special tokens are added.
+    bos: whether each window is BOS and `seqlen` - 1 tokens of the text instead.
     chat_template: render each row's messages, or its text as one user turn, with
     the tokenizer's chat template.
     Raises DataError when the text cannot be read or gives fewer windows ("builtin"
     may give fewer, at least one).
     """
     _check_sizes(nsamples, seqlen)
+    prefix = bos_of(tokenizer, bos)
     wanted = nsamples * seqlen
     pool = max(_POOL_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
     text = text_sources.load(dataset, "calibration", text_field, pool)
@@ -82,17 +98,20 @@ def calibration_tokens(
                 f"{text.source} is one text without chat turns; "
                 "turn chat_template off, or give a .jsonl or .parquet file with one chat per row"
             )
-        ids = _encode(tokenizer, _join(text))
+        ids = encode(tokenizer, join_rows(text))
     else:
-        ids = _pack(tokenizer, _shuffle(text.rows, seed), wanted, chat_template)
+        ids = pack(tokenizer, shuffled(text.rows, seed), wanted, chat_template)
+    found = len(ids)
+    if prefix is not None:
+        ids = begin_windows(ids, seqlen, prefix, nsamples)
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
-        problem = f"{text.source} holds {len(ids)} tokens, {windows} windows of {seqlen}"
+        problem = f"{text.source} holds {found} tokens, {windows} windows of {seqlen}"
         fewer = f"lower nsamples to {windows}, " if windows else ""
         remedy = f"{fewer}lower seqlen or give more text"
         raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
     use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
-    return _token_set(text, ids, windows, seqlen, use)
+    return _token_set(text, ids, windows, seqlen, use | _bos_facts(prefix))
 
 
 def evaluation_tokens(
@@ -103,6 +122,7 @@ def evaluation_tokens(
     max_windows: int | None = None,
     text_field: str | None = None,
     overlap: int = 0,
+    bos: int | None = None,
 ) -> TokenSet:
     """Return the first `max_windows` (None: all) windows [B, seqlen] of one
     continuous token stream, in order.
@@ -110,24 +130,32 @@ def evaluation_tokens(
     Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special
     tokens; the remainder that fills no window is dropped.
     dataset, text_field: as for `calibration_tokens`.
-    overlap: tokens that a window shares with the one before.
+    overlap: tokens of the text that a window shares with the one before.
+    bos: the id that each window begins with, before `seqlen` - 1 tokens of the text.
     Raises DataError when the text cannot be read or is shorter than one window.
     """
     _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
     limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    stride = seqlen - overlap
-    wanted = None if max_windows is None else (max_windows - 1) * stride + seqlen
-    ids = _first_tokens(tokenizer, _join(text), wanted)
-    if len(ids) < seqlen:
-        problem = f"{text.source} holds {len(ids)} tokens, not one window of {seqlen}"
+    own = seqlen - (bos is not None)
+    stride = own - overlap
+    wanted = None if max_windows is None else (max_windows - 1) * stride + own
+    ids = first_tokens(tokenizer, join_rows(text), wanted)
+    if len(ids) < own:
+        problem = f"{text.source} holds {len(ids)} tokens, not one window of {own}"
         raise DataError(f"{problem}; lower seqlen or give more text")
-    windows = 1 + (len(ids) - seqlen) // stride
+    windows = 1 + (len(ids) - own) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
     use: dict[str, object] = {"seed": None, "packing": "stream", "chat_template": False}
+    use |= _bos_facts(bos)
     _check_sizes(windows, seqlen, count="windows")
-    return _token_set(text, ids, windows, seqlen, use, stride)
+    used = ids[: (windows - 1) * stride + own]
+    if bos is not None:
+        starts = range(0, windows * stride, stride)
+        used = [token for at in starts for token in (bos, *used[at : at + own])]
+        stride = seqlen
+    return _token_set(text, used, windows, seqlen, use, stride)
 
 
 @dataclass(frozen=True)
@@ -165,13 +193,13 @@ def evaluation_documents(
     """
     limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
     text = text_sources.load(dataset, "evaluation", text_field, limit)
-    rows = [_join(text)] if text.packing == "stream" else text.rows
+    rows = [join_rows(text)] if text.packing == "stream" else text.rows
     documents: list[Document] = []
     left = MAX_TOKENS if max_tokens is None else max_tokens
     for row in rows:
         if left <= 0:
             break
-        plain = _plain(tokenizer, row, chat_template=False)
+        plain = plain_text(tokenizer, row, chat_template=False)
         ids = list(tokenizer(plain, verbose=False)["input_ids"])
         if len(ids) > left:
             ids = ids[:left]
@@ -209,82 +237,8 @@ def _check_sizes(nsamples: int, seqlen: int, count: str = "nsamples") -> None:
         )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Whole, never in pieces: a tokenizer may merge across any cut. verbose=False: the
-    # model never sees all at once.
-    encoding = tokenizer(text, add_special_tokens=False, verbose=False)
-    return list(encoding["input_ids"])
-
-
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | None) -> list[int]:
-    """At least the first `wanted` tokens of the text (None: all), the same as
-    if all of it were encoded."""
-    characters = len(text) if wanted is None else 6 * wanted  # most texts have fewer a token
-    while True:
-        ids = _encode(tokenizer, text[:characters])
-        # What stands far behind the last window cannot change its tokens; a
-        # few next to the cut may differ.
-        if characters >= len(text) or (wanted is not None and len(ids) >= wanted + _NEAR_THE_CUT):
-            return ids
-        characters *= 2
-
-
-def _join(text: Text) -> str:
-    rows = [row for row in text.rows if isinstance(row, str)]
-    if len(rows) < len(text.rows):
-        problem = f"{text.source} holds chat messages where plain text is read"
-        raise DataError(f"{problem}; name a text field with strings")
-    return text.joiner.join(rows)
-
-
-def _shuffle(rows: list[Row], seed: int) -> list[Row]:
-    rows = rows.copy()
-    random.Random(seed).shuffle(rows)
-    return rows
-
-
-def _pack(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    wanted: int,
-    chat_template: bool,
-) -> list[int]:
-    """Return the documents one after the other, as many as give `wanted` tokens, or all."""
-    eos = tokenizer.eos_token_id
-    ids: list[int] = []
-    for row in rows:
-        if len(ids) >= wanted:
-            break
-        document = _encode(tokenizer, _plain(tokenizer, row, chat_template))
-        ids += document
-        # A chat template may have written the EOS itself.
-        if document and eos is not None and document[-1] != eos:
-            ids.append(eos)
-    return ids
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> str:
-    if not chat_template:
-        if isinstance(row, str):
-            return row
-        raise DataError(
-            "rows hold chat messages; turn chat_template on, or name a text field with strings",
-        )
-    if isinstance(row, str) and not row.strip():
-        return ""
-    if not getattr(tokenizer, "chat_template", None):
-        remedy = "turn chat_template off, or use the chat model's tokenizer"
-        raise DataError(f"the tokenizer has no chat template; {remedy}")
-    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # Templates are programs of the model's author and raise what they like (say,
-    # when roles do not alternate).
-    except Exception as error:
-        start = str(messages[0]["content"])[:40]
-        reason = text_sources.first_line(error)
-        problem = f"the tokenizer's chat template refuses the row that starts {start!r}"
-        raise DataError(f"{problem}: {reason}") from error
+def _bos_facts(bos: int | None) -> dict[str, object]:
+    return {"bos": bos is not None, "bos_token_id": bos}
 
 
 def _token_set(

@@ -12,6 +12,7 @@ import typer
 import quantize
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.told import warnings_told
 
 
 def compare(
@@ -26,6 +27,7 @@ def compare(
     seqlen: options.Seqlen = 512,
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
+    bos: options.BosOption = "auto",
     numerics: options.NumericsOption = "kernel",
     kv_cache: options.KvCache = "auto",
     device: options.Device = "auto",
@@ -47,7 +49,7 @@ def compare(
     quiet_libraries()
     folders = [local_model(model) for model in models]
     place = pick_device(device)
-    with progress_bar() as progress:
+    with progress_bar() as progress, warnings_told():
         measured = measure(
             folders,
             local_model(baseline),
@@ -55,6 +57,7 @@ def compare(
             dataset=dataset or "builtin",
             text_field=text_field,
             max_windows=max_windows,
+            bos=options.bos_choice(bos),
             device=place,
             dtype=pick_dtype(dtype, place),
             attention=options.kv_numerics(kv_cache),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import typer
 
+from quantize.cli.told import Told
 from quantize.errors import PqError
 
-_SHOWN = ("quantize.files.lock", "quantize.files.resume")
-"""Loggers all of whose lines are shown: what becomes of an earlier run's state."""
+_SHOWN = ("quantize.files.lock", "quantize.files.resume", "quantize.calibration.fit")
+"""Loggers all of whose lines are shown: what becomes of an earlier run's state, and that the
+windows do not suit the model."""
 
 
 @contextmanager
@@ -29,8 +31,8 @@ def log_run(output: Path, work: Path) -> Iterator[None]:
         file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("quantize")
-    told = _Told()
-    slow = _Told()
+    told = Told()
+    slow = Told()
     slow.addFilter(_worth_a_line)
     logger.setLevel(logging.INFO)
     logger.addHandler(file)
@@ -74,10 +76,3 @@ class _Log(logging.FileHandler):
         """Close the file, written to its end or not."""
         with suppress(OSError):
             super().close()
-
-
-class _Told(logging.Handler):
-    """Shows log lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"pq: {record.getMessage()}", err=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from quantize.cli import options
 from quantize.cli.common import (
     local_model,
     pick_device,
@@ -55,6 +56,7 @@ def convert(
     text_field: Annotated[
         str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")
     ] = None,
+    bos: options.CalibrationBos = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +135,7 @@ def convert(
             seed=seed,
             chat_template=chat_template,
             text_field=text_field,
+            bos=bos,
         )
         chosen = with_stage_fields(chosen, assignments or [])
         kept = work or output.with_name(output.name + ".work")
@@ -263,6 +266,8 @@ def _print(summary: Summary) -> None:
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
     if summary.dequantized:
         console.print(f"the source is stored small: {summary.dequantized}")
+    if summary.bos:
+        console.print(f"calibration windows began with BOS (token {summary.bos_token_id})")
     if summary.restructured:
         print_restructuring(console, summary.restructured, summary.activated_reduction)
     for adapted in summary.adapted:

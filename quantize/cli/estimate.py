@@ -11,6 +11,7 @@ import typer
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.options import size_option
+from quantize.cli.told import warnings_told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,7 @@ def estimate(
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    bos: options.CalibrationBos = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +62,9 @@ def estimate(
     from quantize.recipe.recipe import load_recipe
 
     keep_little()  # as `pq convert` does, whose memory this is about
-    chosen = load_recipe(recipe).with_overrides(dataset=dataset, nsamples=nsamples, seqlen=seqlen)
+    chosen = load_recipe(recipe).with_overrides(
+        dataset=dataset, nsamples=nsamples, seqlen=seqlen, bos=bos
+    )
     chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()
     place = pick_device(device)
@@ -75,7 +79,8 @@ def estimate(
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )
-    found = found_for(within(request), timed)
+    with warnings_told():
+        found = found_for(within(request), timed)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
         return

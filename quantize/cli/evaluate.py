@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,32 +13,15 @@ from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
 from quantize.cli.gate import check_gate
 from quantize.cli.launches import joining
+from quantize.cli.measure import Setting, output_folder, perplexity
+from quantize.cli.measure import tasks as run_tasks
+from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from quantize.evaluate.run import Measured
     from quantize.evaluate.task_comparison import TaskScore
     from quantize.evaluate.task_results import TaskRun
-    from quantize.model.attention import KvNumerics
-    from quantize.model.linear import Numerics
-    from quantize.parallel.ranks import Ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """What perplexity and tasks have in common."""
-
-    model: Path
-    baseline: Path | None
-    device: torch.device
-    dtype: torch.dtype
-    numerics: Numerics
-    attention: KvNumerics | None
-    output: Path | None
-    """Folder for results; None saves nothing."""
-    ranks: Ranks
 
 
 def evaluate(
@@ -55,6 +36,7 @@ def evaluate(
     seqlen: options.Seqlen = 512,
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
+    bos: options.BosOption = "auto",
     tasks: Annotated[
         str | None,
         typer.Option(help="lm-eval tasks, separated by commas: names, .yaml files, TEMPLATE:FILE."),
@@ -108,11 +90,17 @@ def evaluate(
     --protocol or --dataset is given.
     """
     options.check_choices(protocol, numerics)
+    begins = options.bos_choice(bos)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
             if ranks.size > 1:
                 raise UsageError(
                     "--gate converts and measures in one process; start it without a launcher",
+                )
+            if bos != "auto":
+                raise UsageError(
+                    f"--bos {bos}: the gate's file says how it measures; write bos: {bos} under "
+                    "its evaluation"
                 )
             check_gate(
                 gate,
@@ -129,26 +117,25 @@ def evaluate(
         if model is None:
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
         quiet_libraries()
-        if not ranks.first:
-            logging.getLogger("quantize").addHandler(logging.NullHandler())
         place = pick_device(device, local_rank)
         folder = local_model(model)
-        setting = _Setting(
+        setting = Setting(
             folder,
             None if baseline is None else local_model(baseline),
             place,
             pick_dtype(dtype, place),
             "kernel" if numerics == "kernel" else "stock",
             options.kv_numerics(kv_cache),
-            _output(folder, output_path, log_samples),
+            output_folder(folder, output_path, log_samples),
             ranks,
+            begins,
         )
         measured = scored = None
-        with progress_bar(ranks.first) as progress:
+        with progress_bar(ranks.first) as progress, warnings_told(ranks.first):
             if not tasks or protocol or dataset:
                 chosen = protocol or "strided"
                 text = dataset or "builtin"
-                measured = _perplexity(
+                measured = perplexity(
                     setting,
                     chosen,
                     text,
@@ -165,7 +152,7 @@ def evaluate(
                     "batch_size": batch_size,
                     "apply_chat_template": apply_chat_template,
                 }
-                scored = _tasks(
+                scored = run_tasks(
                     setting,
                     _names(tasks),
                     how,
@@ -179,7 +166,7 @@ def evaluate(
 
 
 def _tell(
-    setting: _Setting,
+    setting: Setting,
     measured: Measured | None,
     scored: tuple[TaskRun, list[TaskScore]] | None,
     as_json: bool,
@@ -192,7 +179,7 @@ def _tell(
         if scored:
             from quantize.evaluate.saved import tasks_json
 
-            out["tasks"] = tasks_json(scored[0], _name(setting.baseline), scored[1])
+            out["tasks"] = tasks_json(scored[0], setting.parent, scored[1])
         typer.echo(json.dumps(out, indent=2))
         return
     if measured:
@@ -204,93 +191,6 @@ def _tell(
             f"saved in {setting.output}; pq report {setting.model} makes a page of it",
             err=True,
         )
-
-
-def _output(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
-    from quantize.evaluate.saved import results_folder
-    from quantize.files.provenance import PROVENANCE
-
-    if wanted is not None or (model / PROVENANCE).is_file():
-        return wanted or results_folder(model)
-    if log_samples:
-        raise UsageError(
-            "--log-samples: say where to with --output-path (pq did not make this model)",
-        )
-    return None
-
-
-def _perplexity(
-    setting: _Setting,
-    protocol: str,
-    dataset: str,
-    text_field: str | None,
-    seqlen: int,
-    context: int,
-    max_windows: int | None,
-    progress: Any,
-) -> Measured:
-    from quantize.evaluate.protocols import Protocol
-    from quantize.evaluate.run import measure
-    from quantize.evaluate.saved import save_measured
-
-    measured = measure(
-        [setting.model],
-        setting.baseline,
-        Protocol("rolling" if protocol == "rolling" else "strided", seqlen, context),
-        dataset=dataset,
-        text_field=text_field,
-        max_windows=max_windows,
-        device=setting.device,
-        dtype=setting.dtype,
-        numerics=setting.numerics,
-        attention=setting.attention,
-        progress=progress,
-        ranks=setting.ranks,
-    )[0]
-    if setting.output and setting.ranks.first:
-        save_measured(measured, dataset, setting.output)
-    return measured
-
-
-def _tasks(
-    setting: _Setting,
-    names: Sequence[str],
-    how: dict[str, Any],
-    model_args: dict[str, str],
-    log_samples: bool,
-    progress: Any,
-) -> tuple[TaskRun, list[TaskScore]]:
-    from quantize.evaluate.harness import run_tasks
-    from quantize.evaluate.saved import save_tasks
-    from quantize.evaluate.task_comparison import compare_tasks
-
-    def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
-        samples = None
-        if log_samples and setting.output:
-            samples = setting.output / "samples" / folder.name
-        return run_tasks(
-            folder,
-            names,
-            log_samples=samples,
-            model_args=model_args,
-            device=setting.device,
-            dtype=setting.dtype,
-            numerics=setting.numerics,
-            attention=attention,
-            progress=progress,
-            ranks=setting.ranks,
-            **how,
-        )
-
-    ours = run(setting.model, setting.attention)
-    scores = compare_tasks(ours, run(setting.baseline)) if setting.baseline else []
-    if setting.output and setting.ranks.first:
-        save_tasks(ours, _name(setting.baseline), scores, setting.output)
-    return ours, scores
-
-
-def _name(folder: Path | None) -> str | None:
-    return None if folder is None else folder.name
 
 
 def _names(text: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from quantize.cli.common import local_model, pick_device, progress_bar, quiet_libraries
+from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,12 +119,13 @@ def check_gate(
         raise UsageError(
             "--update-baselines: say why with --reason TEXT; it is kept in the file's history",
         )
-    with progress_bar() as progress:
+    with progress_bar() as progress, warnings_told():
         result = run_gate(
             file,
             None if model is None else local_model(model),
             None if baseline is None else local_model(baseline),
             only or None,
+            renew=reason is not None,
             device=pick_device(device),
             progress=progress,
         )

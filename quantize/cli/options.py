@@ -10,6 +10,7 @@ from quantize.cost.units import parse_bytes
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantize.evaluate.protocols import Bos
     from quantize.model.attention import KvNumerics
 
 Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
@@ -29,6 +30,22 @@ Seqlen = Annotated[int, typer.Option(min=2, help="Window length in tokens.")]
 Context = Annotated[
     int,
     typer.Option(min=0, help="Tokens that strided windows share, read but not scored."),
+]
+BosOption = Annotated[
+    str,
+    typer.Option(
+        "--bos",
+        help="Whether what is read begins with BOS: auto (where the tokenizer adds it), always, "
+        "never. Rolling windows always do.",
+    ),
+]
+CalibrationBos = Annotated[
+    str | None,
+    typer.Option(
+        "--bos",
+        help="Whether calibration windows begin with BOS: auto (where the tokenizer adds it), "
+        "always, never.",
+    ),
 ]
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
 NumericsOption = Annotated[
@@ -69,6 +86,16 @@ def kv_numerics(choice: str) -> KvNumerics | None:
     from quantize.model.attention import KvNumerics
 
     return KvNumerics()
+
+
+def bos_choice(text: str) -> Bos:
+    """The choice that --bos names; UsageError for another."""
+    from quantize.evaluate.protocols import BOS
+
+    for known in BOS:
+        if text == known:
+            return known
+    raise UsageError(f"--bos {text}: choose {', '.join(BOS)}")
 
 
 def check_choices(protocol: str | None, numerics: str) -> None:

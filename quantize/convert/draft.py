@@ -3,6 +3,7 @@ sizes, the calibration text."""
 
 from __future__ import annotations
 
+from quantize.calibration.fit import warn_of_length, warn_without_bos
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
@@ -20,10 +21,11 @@ from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
 
-def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
+def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, TokenSet | None]:
     """The plan so far, what a target of bits per weight lets choose, and
     calibration text where any is needed.
 
+    aloud: whether to warn of windows that do not suit the model.
     Raises what `convert` raises before it loads weights.
     """
     source = open_source(request.model)
@@ -41,7 +43,7 @@ def draft(request: Request) -> tuple[Plan, Space | None, TokenSet | None]:
     space = _space(request, arch, skeleton.linears())
     tokens = None
     if space or any(stage.needs_inputs for stage in request.recipe.stages):
-        tokens = shared_tokens(request.ranks, lambda: _calibration(request, shape))
+        tokens = shared_tokens(request.ranks, lambda: _calibration(request, source, shape, aloud))
     return Plan(request, source, arch, shape, skeleton, Decisions(request.recipe)), space, tokens
 
 
@@ -104,16 +106,21 @@ def _space(
     return None if target is None else Space.of(request.recipe, arch, linears, target)
 
 
-def _calibration(request: Request, shape: Shape) -> TokenSet:
+def _calibration(request: Request, source: Checkpoint, shape: Shape, aloud: bool) -> TokenSet:
     c = request.recipe.calibration
+    tokenizer = load_tokenizer(request.model)
     tokens = calibration_tokens(
-        load_tokenizer(request.model),
+        tokenizer,
         dataset=c.dataset,
         nsamples=c.nsamples,
         seqlen=c.seqlen,
         seed=c.seed,
         chat_template=c.chat_template,
         text_field=c.text_field,
+        bos=c.bos,
     )
     check_vocab(tokens.tokens, shape.vocab)
+    if aloud:
+        warn_without_bos(tokenizer, c.bos)
+        warn_of_length(c.seqlen, source.config)
     return tokens

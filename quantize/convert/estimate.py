@@ -89,7 +89,8 @@ def within(request: Request) -> Request:
     if request.max_ram is None and request.max_vram is None:
         return request
     with request.ranks.explain():
-        plan, _, tokens = draft(request)
+        # what is to be said of the text is said where the request is carried out
+        plan, _, tokens = draft(request, aloud=False)
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)

@@ -95,7 +95,7 @@ def convert(
                 _finish(run, streams, writer, _provenance(run.plan, hashes, tokens))
         state.clear()
     seconds = time.monotonic() - started
-    return summary_of(run.plan, run.state, seconds, pace.per_block, writer.total_size)
+    return summary_of(run.plan, run.state, tokens, seconds, pace.per_block, writer.total_size)
 
 
 @dataclass(frozen=True)
@@ -216,5 +216,5 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
         "recipe": {"name": recipe.name, "resolved": resolved_yaml(_without_folder(recipe))},
         "source": dict(hashes),
         "dequantized": asdict(plan.source.dequantized) if plan.source.dequantized else None,
-        "calibration": None if tokens is None else {"sha256": tokens.sha256, **tokens.origin},
+        "calibration": None if tokens is None else {**tokens.origin, "sha256": tokens.sha256},
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantize.calibration.tokens import TokenSet
 from quantize.convert.output import lost_in, unserved_in
 from quantize.convert.plan import Plan
 from quantize.convert.state import State
@@ -60,15 +61,25 @@ class Summary:
     memory."""
     activated_reduction: float | None
     """Share of the parameters a token meets that was saved; None without a restructure stage."""
+    bos: bool | None
+    """Whether calibration windows begin with BOS; None for data-free recipes."""
+    bos_token_id: int | None
+    """That token; None where they do not."""
     mean_output_error: float | None
     """Mean over linears of the relative squared output error on calibration text; None for
     data-free recipes."""
 
 
 def summary_of(
-    plan: Plan, state: State, seconds: float, seconds_per_block: float, output_bytes: int
+    plan: Plan,
+    state: State,
+    tokens: TokenSet | None,
+    seconds: float,
+    seconds_per_block: float,
+    output_bytes: int,
 ) -> Summary:
-    """Totals of a finished run."""
+    """Totals of a finished run. tokens: what it was calibrated on."""
+    bos = None if tokens is None else tokens.bos
     errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
     allocation, small = plan.decisions.allocation, plan.source.dequantized
     return Summary(
@@ -98,6 +109,8 @@ def summary_of(
             for name, cost in state.costs.items()
         ],
         activated_reduction=state.report.get("ladimo", {}).get("activated_reduction"),
+        bos=None if tokens is None else bos is not None,
+        bos_token_id=bos,
         mean_output_error=sum(errors) / len(errors) if errors else None,
     )
 

@@ -73,6 +73,8 @@ class Evaluation:
     experts_visited: dict[str, float] | None = None
     """Block with experts → mean number of routed ones that a token visits;
     None where there are none."""
+    bos_token_id: int | None = None
+    """The BOS token that each strided window begins with; None without one."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Run:
             activated_parameters=model.activated_parameters,
             baseline_activated_parameters=parent.activated_parameters if parent else None,
             experts_visited=dict(model.experts_visited) or None,
+            bos_token_id=int(self.tokenizer.bos_token_id) if self.protocol.bos else None,
         )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from quantize.calibration.bos import Bos, bos_of
+from quantize.calibration.fit import warn_without_bos
 from quantize.errors import DataError, ModelError, UsageError
 from quantize.evaluate.sharing import require_alike
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
@@ -43,6 +45,7 @@ def run_tasks(
     apply_chat_template: bool = False,
     log_samples: Path | None = None,
     model_args: Mapping[str, str] = {},
+    bos: Bos = "auto",
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
@@ -61,15 +64,19 @@ def run_tasks(
     log_samples: folder for samples_TASK.jsonl, what lm-eval knows of each document.
     model_args: arguments of lm-eval's HFLM; `dtype` and `numerics` override
     the parameters of that name.
+    bos: whether texts begin with BOS; auto: where the tokenizer adds it. What stands before the first
+    token of a text that nothing stands before is lm-eval's to say.
     ranks: divide the batches among themselves; all of them return what one process
     would, the first writes samples.
     Logits are taken to float32 before the softmax. Seeds are set as lm-eval sets
     them. Raises PqError subclasses.
     """
     with _quiet(), ranks.explain():
-        task_model = _task_model_module()
+        task_model, task_arguments = _lm_eval_modules()
         rest, dtype, numerics = _overrides(dict(model_args), dtype, numerics)
-        options = task_model.model_options(rest, ("dtype", "numerics"))
+        options = task_arguments.model_options(rest, ("dtype", "numerics"))
+        if bos != "auto" and "add_bos_token" in options:
+            raise UsageError(f"bos {bos} and the model argument add_bos_token: give one of them")
         batch, limit = _check_numbers(batch_size, num_fewshot, limit)
         place = device or torch.device("cpu")
         _seed()
@@ -88,6 +95,7 @@ def run_tasks(
             "batch size": batch_size,
             "chat template": apply_chat_template,
             "model arguments": rest,
+            "bos": bos,
         }
         require_alike(ranks, place, [folder], told, "lm_eval")
         loaded = load_tasks(sources)
@@ -95,8 +103,15 @@ def run_tasks(
         if log_samples is not None and ranks.first:
             make_folder(log_samples)
         tokenizer = _tokenizer(folder, apply_chat_template)
+        begins = bos_of(tokenizer, bos)
+        if ranks.first:
+            warn_without_bos(tokenizer, bos)
+        if bos != "auto":
+            options["add_bos_token"] = bos == "always"
         model = load_model(folder, place, dtype, numerics, attention)
-        lm = task_model.TaskModel(model, tokenizer, batch, progress, ranks, **options)
+        lm = task_model.TaskModel(
+            model, tokenizer, batch, progress, ranks, begins if bos == "always" else None, **options
+        )
         results = _evaluate(lm, loaded, limit, apply_chat_template, folder)
         if log_samples is not None and ranks.first:
             write_samples(log_samples, results["samples"])
@@ -111,6 +126,7 @@ def run_tasks(
         limit=limit,
         chat_template=apply_chat_template,
         model_args=dict(model_args),
+        bos_token_id=None if options.get("add_bos_token") is False else begins,
         max_length=lm.max_length,
         truncated=lm.truncated,
         numerics=numerics,
@@ -125,19 +141,19 @@ def run_tasks(
     )
 
 
-def _task_model_module() -> Any:
+def _lm_eval_modules() -> tuple[Any, Any]:
     try:
         from lm_eval.tasks import TaskManager
 
         TaskManager.load  # noqa: B018 - absent from older releases
-        from quantize.evaluate import task_model
+        from quantize.evaluate import task_arguments, task_model
     # Releases of lm-eval that are too old for transformers 5 fail with AttributeError as well.
     except (ImportError, AttributeError) as err:
         raise UsageError(
             f"tasks need lm-eval 0.4.12 or later ({' '.join(str(err).split())[:200]}); "
             "install it with: pip install -U 'lm-eval>=0.4.12'"
         ) from err
-    return task_model
+    return task_model, task_arguments
 
 
 class _ToLog(io.TextIOBase):

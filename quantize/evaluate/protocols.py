@@ -7,6 +7,10 @@ windows of N tokens that do not overlap; each predicts its tokens 2 … N. The r
 tokens (the first window all but its first token), so every token but the first is predicted once,
 with C … N − 1 tokens before it.
 
+`strided-N-bos`, `strided-N-context-C-bos`: every window of N positions is BOS and N − 1 tokens of
+the stream. BOS is never predicted; the tokens all are, the first of them from BOS alone (with a
+context all but the first C, save in the first window).
+
 `rolling-N` (lm-eval's `loglikelihood_rolling`): each document is encoded with the tokenizer's own
 special tokens and preceded by its BOS (else EOS) token; the model reads N tokens at a time and
 predicts every token of the document once.
@@ -17,12 +21,16 @@ word (separated by white space) and per UTF-8 byte.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from quantize.calibration.bos import BOS as BOS
+from quantize.calibration.bos import Bos as Bos
+from quantize.calibration.bos import bos_of
+from quantize.calibration.fit import said_once as said_once
 from quantize.calibration.tokens import check_vocab, evaluation_documents, evaluation_tokens
 from quantize.errors import DataError, UsageError
 
@@ -44,6 +52,8 @@ class Protocol:
     """Tokens that the model reads at once."""
     context: int = 0
     """Tokens at the start of a strided window that are read but not predicted again."""
+    bos: bool = False
+    """Whether strided windows begin with BOS; rolling ones always have a token in front."""
 
     def __post_init__(self) -> None:
         if self.kind not in PROTOCOLS:
@@ -54,16 +64,30 @@ class Protocol:
             raise UsageError(
                 "context belongs to the strided protocol; rolling windows carry their own"
             )
-        if not 0 <= self.context < self.seqlen:
-            raise UsageError(
-                f"context {self.context} must be at least 0 and below seqlen {self.seqlen}"
-            )
+        if self.bos and self.kind != "strided":
+            raise UsageError("bos belongs to the strided protocol; rolling windows carry their own")
+        if not 0 <= self.context < self.seqlen - self.bos:
+            own = f" - 1 ({self.seqlen - 1}), BOS being one" if self.bos else f" {self.seqlen}"
+            raise UsageError(f"context {self.context} must be at least 0 and below seqlen{own}")
 
     @property
     def name(self) -> str:
         """What every printed perplexity carries: strided-2048,
-        strided-2048-context-1024, rolling-2048."""
-        return f"{self.kind}-{self.seqlen}" + (f"-context-{self.context}" if self.context else "")
+        strided-2048-context-1024, strided-2048-bos, rolling-2048."""
+        context = f"-context-{self.context}" if self.context else ""
+        return f"{self.kind}-{self.seqlen}{context}" + ("-bos" if self.bos else "")
+
+    def with_bos(self, tokenizer: PreTrainedTokenizerBase, choice: Bos) -> Protocol:
+        """Return the protocol with BOS as `choice` says for this tokenizer; UsageError for what
+        it lacks, and for a choice about rolling windows, whose definition leaves none."""
+        if self.kind == "strided":
+            return replace(self, bos=bos_of(tokenizer, choice) is not None)
+        if choice != "auto":
+            raise UsageError(
+                f"bos {choice} belongs to the strided protocol; rolling windows always begin "
+                "with BOS, else EOS"
+            )
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +148,14 @@ def _strided_windows(
         max_windows=max_windows,
         text_field=text_field,
         overlap=protocol.context,
+        bos=tokenizer.bos_token_id if protocol.bos else None,
     )
     tokens = text.tokens
     targets = torch.full_like(tokens, UNSCORED)
     targets[:, :-1] = tokens[:, 1:]
     if protocol.context:
-        targets[1:, : protocol.context - 1] = UNSCORED
+        # without BOS no position predicts the first token
+        targets[1:, : protocol.context - 1 + protocol.bos] = UNSCORED
     return Windows(tokens, targets, text.source, text.sha256)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from quantize.calibration.bos import Bos
+from quantize.calibration.fit import warn_of_length, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
@@ -55,6 +57,7 @@ def evaluate(
     max_windows: int | None = None,
     protocol: ProtocolName = "strided",
     context: int = 0,
+    bos: Bos = "auto",
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
@@ -70,6 +73,7 @@ def evaluate(
         Protocol(protocol, seqlen, context),
         dataset=dataset,
         max_windows=max_windows,
+        bos=bos,
         device=device,
         dtype=dtype,
         numerics=numerics,
@@ -88,6 +92,7 @@ def measure(
     dataset: str = "builtin",
     text_field: str | None = None,
     max_windows: int | None = None,
+    bos: Bos = "auto",
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
@@ -101,6 +106,7 @@ def measure(
     first model's tokenizer cuts it.
     attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
+    bos: whether strided windows begin with BOS; auto: where the first model's tokenizer adds it.
     ranks: divide the windows among themselves; all of them return what
     one process would, bit for bit.
     Raises PqError subclasses.
@@ -108,6 +114,8 @@ def measure(
     device = device or torch.device("cpu")
     with ranks.explain():
         vocab = _vocabulary(models, baseline)
+        tokenizer = load_tokenizer(models[0])
+        protocol = protocol.with_bos(tokenizer, bos)
         told = {
             "protocol": protocol.name,
             "numerics": numerics,
@@ -115,10 +123,12 @@ def measure(
             "attention": str(attention),
         }
         require_alike(ranks, device, [*models, *([baseline] if baseline else [])], told)
-        tokenizer = load_tokenizer(models[0])
         windows = shared_windows(
             ranks, lambda: windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
         )
+        if ranks.first:
+            warn_without_bos(tokenizer, bos)
+            warn_of_length(windows.inputs.shape[1], open_source(models[0]).config)
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
         everyone = [*opened, *([parent] if parent else [])]

@@ -3,11 +3,9 @@ tokens and nothing printed."""
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +35,8 @@ class TaskModel(HFLM):  # type: ignore[misc]
     """HFLM around a model in memory. `batch_size` None: as many requests as
     the memory for logits holds.
 
+    bos: a token that texts shall begin with though the tokenizer does not write it; lm-eval's
+    `add_bos_token` does no more than let the tokenizer do what it does.
     Ranks divide the batches, not the documents, so that each batch is that of one process: every
     rank is to be given all requests and gets all answers.
     """
@@ -48,8 +48,10 @@ class TaskModel(HFLM):  # type: ignore[misc]
         batch_size: int | None,
         progress: Callable[[str, int, int], None],
         ranks: Ranks = ALONE,
+        bos: int | None = None,
         **options: Any,
     ) -> None:
+        self.bos = bos
         self.vocab: int = model.get_input_embeddings().weight.shape[0]
         super().__init__(
             pretrained=model,
@@ -83,6 +85,46 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 f"prefix_token_id={token} is outside the model's vocabulary of {self.vocab}"
             )
         return token
+
+    def tok_encode(self, string: str, **options: Any) -> list[int]:
+        """The ids of a text, with special tokens unless `add_special_tokens` is False."""
+        most = options.pop("left_truncate_len", None)
+        ids = list(super().tok_encode(string, **options))
+        if options.get("add_special_tokens") is not False:
+            ids = self._begin(ids)
+        return ids[-most:] if most else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts as ids and mask [B, T], with special tokens."""
+        if self.bos is None:
+            found: tuple[Tensor, Tensor] = super().tok_batch_encode(
+                strings,
+                padding_side=padding_side,
+                left_truncate_len=left_truncate_len,
+                truncation=truncation,
+            )
+            return found
+        ids, mask = super().tok_batch_encode(
+            strings, padding_side=padding_side, truncation=truncation
+        )
+        rows = [self._begin(row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
+        rows = [row[-left_truncate_len:] for row in rows] if left_truncate_len else rows
+        T, empty = max(map(len, rows)), self.tokenizer.pad_token_id
+        ids = torch.full((len(rows), T), empty, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(T - len(row), T) if padding_side == "left" else slice(len(row))
+            ids[index, place], mask[index, place] = torch.tensor(row), 1
+        return ids, mask
+
+    def _begin(self, ids: list[int]) -> list[int]:
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     @torch.no_grad()
     def _model_call(
@@ -248,63 +290,3 @@ def _physical_memory() -> float:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):  # not every system tells
         return math.inf
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _whole(text)
-    if not value:
-        raise ValueError
-    return value
-
-
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
-_ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "max_length": ("a positive whole number", _positive),
-    "add_bos_token": ("true or false", _truth),
-    "prefix_token_id": ("a token id", _whole),
-    "truncation": ("true or false", _truth),
-    "logits_cache": ("true or false", _truth),
-    "think_end_token": ("a token", str),
-    "enable_thinking": ("true or false", _truth),
-    "chat_template_args": ("a JSON object", _mapping),
-}
-"""Arguments of HFLM that mean something for a model that is already loaded."""
-
-
-def model_options(arguments: Mapping[str, str], others: Sequence[str] = ()) -> dict[str, Any]:
-    """Turn `k=v` model arguments into HFLM's keyword arguments.
-
-    others: further keys, for the message alone. UsageError for a key that this
-    lm-eval lacks and for a bad value.
-    """
-    accepted = set(inspect.signature(HFLM.__init__).parameters)
-    known = [key for key in _ARGUMENTS if key in accepted]
-    options: dict[str, Any] = {}
-    for key, text in arguments.items():
-        if key not in known:
-            raise UsageError(
-                f"model argument {key}={text}: unknown; choose among {', '.join([*others, *known])}"
-            )
-        says, parse = _ARGUMENTS[key]
-        try:
-            options[key] = parse(text)
-        except (ValueError, KeyError):
-            raise UsageError(f"model argument {key}={text}: give {says}") from None
-    return options

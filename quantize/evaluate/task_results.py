@@ -45,6 +45,8 @@ class TaskRun:
     """task (or task file) → {"task": as asked for, "sha256": of the local file}."""
     samples: dict[str, dict[str, dict[str, Value]]]
     """task → metric → document id → its value, or [log-likelihood, words or bytes]."""
+    bos_token_id: int | None = None
+    """The BOS token that texts begin with; None without one."""
 
 
 def figures_of(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, get_args
 
-from quantize.evaluate.protocols import PROTOCOLS
+from quantize.evaluate.protocols import BOS, PROTOCOLS
 from quantize.model.linear import Numerics
 
 
@@ -43,6 +43,7 @@ _TEXTS: Test = (
     "a list of texts",
 )
 PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+_PROTOCOL = re.compile(r"strided-[0-9]+(-context-[0-9]+)?(-bos)?|rolling-[0-9]+")
 TOP: dict[str, Test] = {
     "model": TEXT,
     "calibration": (lambda v: isinstance(v, dict), "a mapping"),
@@ -63,9 +64,17 @@ EVALUATION: dict[str, Test] = {
     "max_windows": _count(1),
     "context": _count(0),
     "numerics": _choice(get_args(Numerics)),
+    "bos": _choice(BOS),
 }
 """Fields of its `evaluation`."""
-ENTRY: dict[str, Test] = {"recipe": TEXT, "set": _TEXTS}
+ENTRY: dict[str, Test] = {
+    "recipe": TEXT,
+    "set": _TEXTS,
+    "protocol": (
+        lambda v: isinstance(v, str) and bool(_PROTOCOL.fullmatch(v)),
+        "a protocol's name such as strided-2048 or strided-2048-bos",
+    ),
+}
 """Fields of a recipe's entry; all others are metrics."""
 CHECK: dict[str, Test] = {
     "value": (_number, "a number"),

@@ -5,6 +5,7 @@ mistake in a file is one line.
 unit, or in percent of the value.
 `recovery` is the least share of the parent's accuracy: model / parent, or parent /
 model where lower is better.
+`protocol` of an entry names the one under which its values were measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluate.protocols import Protocol, ProtocolName
+from quantize.evaluate.protocols import Bos, Protocol, ProtocolName
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, error_of, no_mapping, show_value
 from quantize.files.strict_yaml import Document
@@ -35,6 +36,8 @@ class Entry:
     recipe: Recipe
     """With the file's calibration and the entry's `set` applied."""
     checks: tuple[Check, ...]
+    protocol: str | None = None
+    """Name of the one under which the checks' values were measured."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Settings:
     max_windows: int | None = None
     context: int = 0
     numerics: Numerics = "kernel"
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,11 @@ class _Reader:
             Protocol(settings.protocol, settings.seqlen, settings.context)
         except UsageError as err:
             self.say(("evaluation", "context"), str(err))
+        if settings.protocol == "rolling" and settings.bos != "auto":
+            self.say(
+                ("evaluation", "bos"),
+                f"{settings.bos} belongs to the strided protocol; remove it",
+            )
         return settings
 
     def entry(
@@ -190,7 +199,7 @@ class _Reader:
             for check in self.checks((*path, metric), metric, data[metric])
         ]
         recipe = self.recipe(path, own, calibration)
-        return Entry(name, recipe, tuple(checks)) if recipe else None
+        return Entry(name, recipe, tuple(checks), own.get("protocol")) if recipe else None
 
     def recipe(
         self,

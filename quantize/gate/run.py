@@ -17,12 +17,20 @@ import torch
 from quantize.convert.loop import Request, convert
 from quantize.errors import ModelError, QualityError, UsageError, VerifyError
 from quantize.evaluate import evaluate
+from quantize.evaluate.protocols import Protocol, said_once
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.problems import error_of, show_value
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
 from quantize.gate.fields import close
 from quantize.gate.file import Entry, GateFile, load_gate
+from quantize.gate.protocol import (
+    baseline_protocol,
+    is_measured,
+    protocol_of,
+    require_same,
+    unfit,
+)
 
 __all__ = ["GateResult", "Verdict", "run_gate"]
 
@@ -44,6 +52,8 @@ class GateResult:
     """Of each recipe: its Evaluation; absent where the recipe could not be measured."""
     tasks: dict[str, dict[str, Any]]
     """Of each recipe: task → metric → value, stderr, baseline, higher_is_better."""
+    protocol: str
+    """Name of the one that measured."""
 
     @property
     def ok(self) -> bool:
@@ -76,6 +86,7 @@ def run_gate(
     baseline: Path | None = None,
     only: Sequence[str] | None = None,
     *,
+    renew: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda what, done, total: None,
@@ -86,6 +97,8 @@ def run_gate(
     temporary folder and measured against it. With `model` nothing is converted: `baseline` is its
     parent, and its entry is the one of its recipe's name, or the one in `only`. A model that cannot
     be made or used fails all of its checks.
+    renew: the figures are to take the place of the file's values, which may then be of
+    another protocol; else RecipeError for such.
     Raises PqError subclasses: RecipeError for a broken file, UsageError for
     arguments that contradict each other.
     """
@@ -94,8 +107,24 @@ def run_gate(
     entries, parent = _choose(gate, model, baseline, only)
     for folder in (parent, *([] if model is None else [model])):
         Checkpoint(folder)  # a wrong path is no failed check
+    protocol = protocol_of(gate, model or parent)
+    if not renew:
+        require_same(gate, entries, protocol)
     run = _Run(gate, parent, device or torch.device("cpu"), dtype, progress)
-    parents_tasks = _tasks(run, parent, "parent") if gate.tasks else {}
+    with said_once():
+        verdicts, figures, tasks = _check(run, entries, model, protocol)
+    seconds = round(time.monotonic() - started, 2)
+    return GateResult(
+        str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks), protocol.name
+    )
+
+
+def _check(
+    run: _Run, entries: Sequence[Entry], model: Path | None, protocol: Protocol
+) -> tuple[list[Verdict], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Verdicts on all entries, their figures and those of their tasks."""
+    gate = run.file
+    parents_tasks = _tasks(run, run.baseline, "parent") if gate.tasks else {}
     verdicts: list[Verdict] = []
     figures: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
@@ -106,13 +135,17 @@ def run_gate(
             tasks[entry.name] = _beside_parent(ours, parents_tasks)
         except (ModelError, VerifyError) as err:
             missing = str(err)
+        others = baseline_protocol(gate, entry) if unfit(gate, entry, protocol) else None
         for check in entry.checks:
             figure = Measurement(None, missing=missing)
             if not missing:
                 figure = _measurement(check.metric, figures[entry.name], tasks[entry.name])
-            verdicts.append(judge(entry.name, check, figure))
-    seconds = round(time.monotonic() - started, 2)
-    return GateResult(str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks))
+            verdict = judge(entry.name, check, figure)
+            if others and verdict.value is not None and is_measured(entry, check):
+                detail = f"the baseline is of {others}"
+                verdict = dataclasses.replace(verdict, status="FAIL", detail=detail)
+            verdicts.append(verdict)
+    return verdicts, figures, tasks
 
 
 def _choose(
@@ -202,6 +235,7 @@ def _tasks(run: _Run, model: Path, name: str) -> Tasks:
         device=run.device,
         dtype=run.dtype,
         numerics=run.file.evaluation.numerics,
+        bos=run.file.evaluation.bos,
         progress=lambda what, done, total: run.progress(f"{name}: {what}", done, total),
     )
     tasks: Tasks = done.tasks

@@ -15,11 +15,12 @@ from pathlib import Path
 import quantize
 from quantize.errors import OutputError, QualityError, RecipeError, UsageError
 from quantize.files import strict_yaml
-from quantize.files.problems import error_of
+from quantize.files.problems import Place, error_of
 from quantize.files.strict_yaml import Document
 from quantize.files.yaml_scalars import resolve_plain
 from quantize.gate.checks import Check, Verdict
-from quantize.gate.file import parse_gate, read_gate
+from quantize.gate.file import Entry, parse_gate, read_gate
+from quantize.gate.protocol import is_measured
 from quantize.gate.run import GateResult
 
 _BOM = b"\xef\xbb\xbf"
@@ -28,7 +29,7 @@ _VERSIONED = ("torch", "transformers")
 
 def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
     """Write the figures of `result` over the `value:` numbers they were checked
-    against, and note it in `history:`.
+    against, the run's protocol beside them, and note it in `history:`.
 
     Returns the changes, "fireq.kld_mean 0.0249 -> 0.0231" each; without any the file stays as it
     is. A new number has as few digits as keep its rounding below a hundredth of its tolerance.
@@ -58,6 +59,12 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
             wanted["recipes"][verdict.recipe][verdict.metric]["value"] = resolve_plain(
                 number,
             )
+    for entry in gate.entries:
+        if edit := _named(entry, result, gate.document, text):
+            edits.append(edit)
+            old = f" {entry.protocol} ->" if entry.protocol else ""
+            changes.append(f"{entry.name}.protocol{old} {result.protocol}")
+            wanted["recipes"][entry.name]["protocol"] = result.protocol
     if changes:
         today = datetime.date.today().isoformat()
         note: dict[str, object] = {
@@ -95,6 +102,29 @@ def _new_number(
         return None
     numbers = (f"{verdict.value:.{digits}g}" for digits in range(3, 17))
     return next((n for n in numbers if abs(float(n) - verdict.value) <= error), repr(verdict.value))
+
+
+def _named(
+    entry: Entry, result: GateResult, document: Document, text: str
+) -> tuple[int, int, str] | None:
+    """The edit that names the run's protocol in an entry whose values it measured; None where
+    it stands there already, or the run measured none of them."""
+    measured = {v.metric for v in result.verdicts if v.recipe == entry.name and v.kind == "value"}
+    values = {check.metric for check in entry.checks if is_measured(entry, check)}
+    if entry.protocol == result.protocol or not values & measured:
+        return None
+    if values - measured:
+        name = f"{entry.name}.{min(values - measured)}"
+        raise UsageError(f"{document.source}: {name} has changed since the run; run the gate again")
+    path: Place = ("recipes", entry.name)
+    if entry.protocol:
+        return *document.spans[(*path, "protocol")], result.protocol
+    line, column = min(document.marks[(*path, key)] for key in document.data["recipes"][entry.name])
+    start = sum(map(len, text.splitlines(keepends=True)[: line - 1])) + column - 1
+    newline = "\r\n" if "\r\n" in text else "\n"
+    inline = text[:start].rstrip().endswith("{")
+    behind = ", " if inline else newline + " " * (column - 1)
+    return start, start, f"protocol: {result.protocol}{behind}"
 
 
 def _with_note(text: str, document: Document, note: dict[str, object]) -> str:

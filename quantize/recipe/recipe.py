@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -52,6 +52,8 @@ class Calibration(BaseModel):
     """Whether conversations go through the tokenizer's chat template."""
     text_field: str | None = None
     """Column that holds the text; null: the set's own."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether every sequence begins with the BOS token; auto: where the tokenizer adds it."""
 
 
 def _formats(schema: dict[str, Any]) -> None:
@@ -121,13 +123,14 @@ class Recipe(BaseModel):
         seed: int | None = None,
         chat_template: bool | None = None,
         text_field: str | None = None,
+        bos: str | None = None,
     ) -> Recipe:
         """Return a copy whose calibration has the given values; None keeps the recipe's own.
 
         Raises UsageError, one line per value out of range.
         """
         given = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
-        given |= {"chat_template": chat_template, "text_field": text_field}
+        given |= {"chat_template": chat_template, "text_field": text_field, "bos": bos}
         changes = {key: value for key, value in given.items() if value is not None}
         try:
             calibration = Calibration(**self.calibration.model_dump() | changes)

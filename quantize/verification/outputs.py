@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
+from quantize.calibration.fit import context_of
 from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.methods.basis import Basis
@@ -99,8 +100,7 @@ def _tokens(parent: Parent, seed: int) -> tuple[Tensor, str, float]:
     """Windows [B, T] of the built-in text, or of random tokens for want of a
     tokenizer; their name, their slack."""
     vocab = parent.shape.vocab
-    longest = parent.source.config.get("max_position_embeddings")
-    seqlen = min(_SEQLEN, longest) if type(longest) is int and longest > 0 else _SEQLEN
+    seqlen = min(_SEQLEN, context_of(parent.source.config) or _SEQLEN)
     try:
         tokenizer = load_tokenizer(parent.source.folder)
         text = evaluation_tokens(tokenizer, dataset="builtin", seqlen=seqlen, max_windows=_WINDOWS)

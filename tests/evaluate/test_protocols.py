@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import lm_eval.utils
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import with_added_bos
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantize.errors import DataError, UsageError
@@ -109,7 +108,7 @@ def test_rolling_perplexity_is_that_of_lm_eval(
 ):
     folder = tiny("llama")
     if adds_bos:
-        folder = with_bos(folder, tmp_path)
+        folder = with_added_bos(folder, tmp_path / "bos")
     path, texts = documents_file(tmp_path)
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     total = -sum(harness(folder, length).loglikelihood_rolling(requests, disable_tqdm=True))
@@ -120,18 +119,6 @@ def test_rolling_perplexity_is_that_of_lm_eval(
     assert figures.word_perplexity == pytest.approx(math.exp(total / words), rel=1e-4)
     assert figures.byte_perplexity == pytest.approx(math.exp(total / size), rel=1e-4)
     assert figures.bits_per_byte == pytest.approx(total / size / math.log(2), rel=1e-4)
-
-
-def with_bos(folder: Path, tmp_path: Path) -> Path:
-    """The same model with a tokenizer that writes a BOS token itself, as Llama's do."""
-    copy = shutil.copytree(folder, tmp_path / "bos")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokenizer.save_pretrained(copy)
-    assert AutoTokenizer.from_pretrained(copy)("a")["input_ids"][0] == tokenizer.bos_token_id
-    return copy
 
 
 @given(st.lists(st.integers(0, 99), max_size=40), st.integers(1, 12))

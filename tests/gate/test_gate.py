@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gates import GOOD, Maker, evaluation, write_gate
+from gates import GOOD, Maker, stub_runs, write_gate
 
-import quantize.gate.run
 from quantize.errors import DataError, ModelError, QualityError, RecipeError, UsageError
-from quantize.evaluate import Evaluation
 from quantize.files.resources import data_dir
 from quantize.gate.run import run_gate
 
@@ -24,27 +21,9 @@ BASELINES = data_dir("eval") / "baselines.yaml"
 
 
 @pytest.fixture
-def stubbed(monkeypatch: pytest.MonkeyPatch, tiny: Maker) -> Callable[..., list[Any]]:
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Nothing is converted or measured; returns the list of what was asked for: stubbed(kld_mean=0.03)."""
-
-    def stub(error: Exception | None = None, **figures: Any) -> list[Any]:
-        asked: list[Any] = []
-
-        def convert(request: Any, progress: Any) -> None:
-            asked.append(request)
-            shutil.copytree(request.model, request.output)
-
-        def evaluate(model: Path, baseline: Path, **settings: Any) -> Evaluation:
-            asked.append((model, baseline, settings))
-            if error:
-                raise error
-            return evaluation(**figures)
-
-        monkeypatch.setattr(quantize.gate.run, "convert", convert)
-        monkeypatch.setattr(quantize.gate.run, "evaluate", evaluate)
-        return asked
-
-    return stub
+    return stub_runs(monkeypatch)
 
 
 @pytest.fixture
@@ -199,7 +178,8 @@ def test_tasks_are_compared_with_the_parents(
   arc/accc: {recovery: 0.1}
   other/acc: {value: 0.5, tolerance: 1}
 rtn: {arc/acc: {recovery: 0.91}}"""
-    result = run_gate(gate_file(entries, "tasks: ['multiple_choice:arc.jsonl']", "task_limit: 7"))
+    top = ("tasks: ['multiple_choice:arc.jsonl']", "task_limit: 7", "evaluation: {bos: never}")
+    result = run_gate(gate_file(entries, *top))
     assert [(v.metric, v.kind, v.status) for v in result.verdicts] == [
         ("arc/acc", "value", "FAIL"),
         ("arc/acc", "recovery", "pass"),
@@ -214,7 +194,8 @@ rtn: {arc/acc: {recovery: 0.91}}"""
         False,
         False,
     ]  # the parent once
-    assert all(options["limit"] == 7 and options["numerics"] == "kernel" for _, options in calls)
+    for _, options in calls:
+        assert (options["limit"], options["numerics"], options["bos"]) == (7, "kernel", "never")
     assert result.tasks["fireq"]["arc"]["acc"]["baseline"] == 0.5
 
 

@@ -21,6 +21,7 @@ model: "MODEL"   # where it is
 recipes:
   # the best one
   fireq:
+    protocol: strided-256
     kld_mean:   { tolerance: 30%, value: 0.0249 }   # measured: 0.0249
     perplexity: {recovery: 0.95, value: 10.50, tolerance: 0.1}
     "bits_per_weight":
@@ -30,6 +31,7 @@ recipes:
     set: []
   rtn:
     kld_mean: {value: 0.0249, tolerance: 100%}
+    protocol: "strided-256"
 """
 
 
@@ -57,6 +59,51 @@ def test_an_update_changes_only_the_numbers(tmp_path: Path, newline: str, bom: s
     assert [(item["reason"], item["changes"]) for item in history] == [("a better solver", changes)]
     assert {"pq", "python", "torch", "transformers"} == set(history[0]["versions"])
     assert [p.name for p in tmp_path.iterdir()] == ["gate.yaml"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (  # a block, its first key under a comment
+            "  fireq:\n    # why\n    kld_mean: {value: 0.02, tolerance: 0}\n    set: []\n",
+            "  fireq:\n    # why\n    protocol: strided-256-bos\n"
+            "    kld_mean: {value: 0.02, tolerance: 0}\n    set: []\n",
+        ),
+        (  # on one line
+            "  fireq: { kld_mean: {value: 0.02, tolerance: 0} }\n",
+            "  fireq: { protocol: strided-256-bos, kld_mean: {value: 0.02, tolerance: 0} }\n",
+        ),
+        (  # another name in its place
+            "  fireq:\n    kld_mean: {value: 0.02, tolerance: 0}\n    protocol: 'strided-256' # p\n",
+            "  fireq:\n    kld_mean: {value: 0.02, tolerance: 0}\n    protocol: strided-256-bos # p\n",
+        ),
+        (  # demands, and what no text decides
+            "  fireq: {perplexity: {recovery: 0.9}, bits_per_weight: {value: 4.125, tolerance: 0}}\n",
+            None,
+        ),
+    ],
+)
+def test_an_update_names_the_protocol(tmp_path: Path, before: str, after: str | None, newline: str):
+    path = tmp_path / "gate.yaml"
+    path.write_bytes(("recipes:\n" + before).replace("\n", newline).encode())
+    changes = update_baselines(path, result_of(path, "strided-256-bos", kld_mean=0.02), "why")
+    text = path.read_bytes().decode()
+    assert text.startswith(("recipes:\n" + (after or before)).replace("\n", newline))
+    old = "strided-256 -> " if "'strided-256'" in before else ""
+    assert changes == ([f"fireq.protocol {old}strided-256-bos"] if after else [])
+    assert update_baselines(path, result_of(path, "strided-256-bos", kld_mean=0.02), "again") == []
+
+
+def test_figures_that_the_run_lacks_get_no_new_name(tmp_path: Path):
+    path = tmp_path / "gate.yaml"
+    path.write_text("recipes: {fireq: {kld_mean: {value: 0.02, tolerance: 0}}}\n")
+    result = result_of(path, "strided-256-bos")
+    path.write_text(
+        "recipes: {fireq: {kld_mean: {value: 0.02, tolerance: 0}, kld_p99: {value: 1, tolerance: 0}}}\n"
+    )
+    with pytest.raises(UsageError, match=r"fireq\.kld_p99 has changed since the run"):
+        update_baselines(path, result, "why")
 
 
 def test_history_grows_and_nothing_changed_changes_nothing(tmp_path: Path):

@@ -73,7 +73,8 @@ def parse_stage(method: str, **fields: Any) -> str:
         ("method: rtn", "method: unknown field 'method' (value 'rtn'); it belongs to a stage"),
         (
             "zzz: 3",
-            "zzz: unknown field 'zzz' (value 3); fields: dataset, nsamples, seqlen, seed, chat_template, text_field",
+            "zzz: unknown field 'zzz' (value 3); fields: dataset, nsamples, seqlen, seed, chat_template, "
+            "text_field, bos",
         ),
     ],
 )

@@ -1,0 +1,68 @@
+"""Warnings about windows that do not suit the model they are for, one line each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantize.calibration.bos import Bos, adds_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_CONTEXT = "max_position_embeddings"
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Positions that a model was made for: max_position_embeddings of a parsed config.json, or of
+    its text_config; None where neither says."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        value = part.get(_CONTEXT)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def warn_of_length(length: int, config: Mapping[str, Any]) -> None:
+    """Warn of windows of `length` tokens that are longer than the model's context."""
+    context = context_of(config)
+    if context is not None and length > context:
+        log.warning(
+            "windows of %d tokens are longer than the model's context of %d (%s); "
+            "what it says beyond that is not what it was trained for: lower seqlen",
+            length,
+            context,
+            _CONTEXT,
+        )
+
+
+def warn_without_bos(tokenizer: PreTrainedTokenizerBase, choice: Bos) -> None:
+    """Warn of texts that are to begin without BOS though the tokenizer adds it."""
+    if choice == "never" and adds_bos(tokenizer):
+        log.warning(
+            "bos never: this model's tokenizer begins texts with BOS, and here they have none; "
+            "figures may say little of the model (choose auto)"
+        )
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Say each of these lines once however often it comes up inside."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
