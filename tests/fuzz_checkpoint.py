@@ -29,7 +29,8 @@ from safetensors.torch import save
 
 from quantize.convert.loop import Request, convert
 from quantize.errors import ModelError, PqError
-from quantize.files.checkpoint import INDEX_NAME, Checkpoint, require_finite_floats
+from quantize.files.checkpoint import INDEX_NAME, Checkpoint
+from quantize.files.finite import require_finite_floats
 from quantize.files.headers import tensor_headers
 from quantize.files.provenance import read_provenance, require_unchanged
 from quantize.inspect.inspection import inspect

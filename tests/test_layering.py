@@ -38,11 +38,11 @@ ROOMS: dict[str, str] = {
     "solvers": "cost formats",
     "model": "errors files formats kernels",
     "serving": "errors formats kernels model tested",
-    "inspect": "errors files model",
+    "inspect": "errors files formats model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
-    "bench": "cost errors files formats kernels methods model serving solvers",
+    "bench": "cost errors formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
@@ -69,7 +69,11 @@ METHODS_NEVER = tuple(
     )
 )
 # What methods share among themselves; nothing else of one is another's business.
-METHODS_SHARE = ("quantize.methods.base", "quantize.methods.encode")
+METHODS_SHARE = (
+    "quantize.methods.adaptation",
+    "quantize.methods.base",
+    "quantize.methods.encode",
+)
 # Third-party package → the only modules that may import it.
 OWNERS: dict[str, tuple[str, ...]] = {
     "typer": ("quantize.cli",),

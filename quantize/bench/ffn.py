@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from quantize.cost.stopwatch import Compared, device_name, take_turns, versions, watch
 from quantize.errors import ModelError, QualityError
-from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import CONTAINER, Experts, ExpertSizes
+from quantize.model.dequantized import open_source
 from quantize.model.load import shape_of
 from quantize.model.moe import Expert, MoeFfn, Threshold, TopK
 from quantize.model.skeleton import Skeleton
@@ -123,7 +123,7 @@ def bench_model(
     Copies of the mixture take turns; activations are random. QualityError as `time_mixture`,
     ModelError for a model without experts.
     """
-    source = Checkpoint(folder)
+    source = open_source(folder)
     kind = source.config.get("model_type")
     if kind != CONTAINER:
         raise ModelError(f"{folder}: a {kind} model has no experts of LaDiMo's; convert it first")

@@ -124,7 +124,10 @@ class Collected:
         histograms = {}
         for (role, bits, group_size), counts in self.histograms.items():
             edge = SPAN * 2 ** (bits - 1)
-            histograms[f"{role}/{bits}"] = {
+            key = f"{role}/{bits}"
+            if key in histograms:  # linears of one role with different numbers of inputs
+                key = f"{key}/{group_size}"
+            histograms[key] = {
                 "role": role,
                 "bits": bits,
                 "group_size": group_size,

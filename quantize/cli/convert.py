@@ -264,6 +264,8 @@ def _print(summary: Summary) -> None:
     memory = f", peak memory {gigabytes(summary.peak_bytes)}" if summary.peak_bytes else ""
     took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
     console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
+    if summary.dequantized:
+        console.print(f"the source is stored small: {summary.dequantized}")
     if summary.bos:
         console.print(f"calibration windows began with BOS (token {summary.bos_token_id})")
     if summary.restructured:
@@ -275,8 +277,12 @@ def _print(summary: Summary) -> None:
         )
     for reason, names in summary.unmoved.items():
         console.print(f"in {len(names)} blocks no scales move over {reason}")
+    for adapted in summary.adapted:
+        console.print(f"[yellow]not as asked for:[/yellow] {adapted}")
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
+    for unserved in summary.unserved:
+        console.print(f"[yellow]not in vLLM:[/yellow] {unserved}")
     if summary.untied_head_bytes:
         console.print(
             "the head no longer shares the embedding's weight: "

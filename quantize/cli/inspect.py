@@ -165,10 +165,14 @@ def _add_provenance(root: Tree, found: Inspection) -> None:
     source = branch.add("source, SHA-256")
     for name, digest in made.source.items():
         source.add(printable(f"{name} {_short(digest)}"))
+    if made.dequantized:
+        source.add(printable(f"stored small: {made.dequantized}"))
     if made.fallbacks:
         more = len(made.fallbacks) - _NAMED
         names = ", ".join(made.fallbacks[:_NAMED]) + (f" and {more} more" if more > 0 else "")
         branch.add(printable(f"rounded to nearest for want of a usable Hessian: {names}"))
+    for line in made.adapted:
+        branch.add(printable(f"not as asked for: {line}"))
     if made.worst:
         worst = branch.add(f"largest {made.worst[0].kind} (relative, squared)")
         for layer in made.worst:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quantize.block.walk import Route, Streams, walk
-from quantize.convert.allocation_groups import expert_patterns, tied_groups
+from quantize.convert.allocation_groups import expert_patterns, place_of, tied_groups
 from quantize.convert.sensitivity import sensitivities
 from quantize.errors import UsageError
-from quantize.formats.packed_int import IntScheme, stored_bits
+from quantize.formats.packed_int import IntScheme
 from quantize.methods.encode import IntEncode
 from quantize.parallel.ranks import ALONE, Ranks
 from quantize.recipe.recipe import Recipe
@@ -85,6 +85,8 @@ class Space:
     """Full name → index of the stage that takes it."""
     groups: tuple[tuple[str, ...], ...]
     """Linears that must get the same bits."""
+    own: Mapping[str, IntScheme]
+    """Full name → what its stage makes of it."""
     candidates: tuple[int, ...] = (8,)
     """Bits that a linear may get instead of its stage's own, if more than these."""
     experts: Mapping[str, set[str]] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class Space:
             {n: shapes[n] for n in taken},
             taken,
             groups,
+            _own_schemes(recipe, arch, shapes, taken),
             candidates,
             expert_patterns(arch, shapes),
         )
@@ -148,10 +151,9 @@ class Space:
 
     def schemes(self, name: str) -> tuple[IntScheme, ...]:
         """Ways to round a linear, the stage's own first, then by bits."""
-        stage = self._stage(name)
-        own = IntScheme(stage.bits, stage.group_size, stage.fp8)
-        more = sorted(bits for bits in set(self.candidates) if bits > stage.bits)
-        return own, *(IntScheme(bits, stage.group_size, False) for bits in more)
+        own = self.own[name]
+        more = sorted(bits for bits in set(self.candidates) if bits > own.bits)
+        return own, *(IntScheme(bits, own.group_size, False) for bits in more)
 
     def bits_per_weight(self, picks: Sequence[int]) -> float:
         """Mean stored bits where group i gets its schemes[picks[i]]."""
@@ -249,10 +251,7 @@ class Space:
 
     def _costs(self, name: str) -> list[int]:
         N, K = self.shapes[name]
-        return [
-            round(stored_bits(scheme.bits, scheme.group_size) * N * K)
-            for scheme in self.schemes(name)
-        ]
+        return [round(scheme.stored_bits(N, K) * N * K) for scheme in self.schemes(name)]
 
     def _split(self, index: int, bits: Mapping[str, int]) -> Iterator[Any]:
         """A stage as it is for the linears that keep its bits, then a copy for each
@@ -283,6 +282,26 @@ class Space:
             for name in inside
         }
         return tuple(dict.fromkeys(whole.get(name, name) for name in names))
+
+
+def _own_schemes(
+    recipe: Recipe,
+    arch: Architecture,
+    shapes: Mapping[str, tuple[int, int]],
+    taken: Mapping[str, int],
+) -> dict[str, IntScheme]:
+    """Full name → how its stage packs it. taken: full name → index of the stage."""
+    blocks: dict[tuple[int, str], dict[str, str]] = {}
+    for name, index in taken.items():
+        block, inside = place_of(arch, name)
+        blocks.setdefault((index, block), {})[inside] = name
+    out: dict[str, IntScheme] = {}
+    for (index, _), names in blocks.items():
+        stage: Any = recipe.stages[index]
+        linears = {inside: shapes[name] for inside, name in names.items()}
+        found = stage.schemes(arch, linears)
+        out |= {names[inside]: scheme for inside, scheme in found.items()}
+    return out
 
 
 def _replace(stage: Any, **fields: Any) -> Any:

@@ -23,7 +23,7 @@ def tied_groups(
     place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
     groups: dict[tuple[str, str, int, int], list[str]] = {}
     for name, stage in stages.items():
-        block, inside = _place(arch, name)
+        block, inside = place_of(arch, name)
         routed = arch.is_routed(inside)
         where = (
             ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
@@ -37,13 +37,13 @@ def expert_patterns(arch: Architecture, names: Iterable[str]) -> dict[str, set[s
     every block that has any."""
     out: dict[str, set[str]] = {}
     for name in names:
-        block, inside = _place(arch, name)
+        block, inside = place_of(arch, name)
         if arch.experts is not None and arch.is_routed(inside):
             out.setdefault(f"{arch.blocks}.{block}.{arch.experts.routed}.*", set()).add(name)
     return out
 
 
-def _place(arch: Architecture, name: str) -> tuple[str, str]:
+def place_of(arch: Architecture, name: str) -> tuple[str, str]:
     """Full name of a linear → (number of its block, its name there)."""
     block, _, inside = name.removeprefix(f"{arch.blocks}.").partition(".")
     return block, inside

@@ -116,9 +116,9 @@ class Conversion:
     def _head(self, weight: Tensor, bits: int) -> Packed:
         """Encode lm_head [V, D]."""
         name = self.plan.arch.head
-        packed, error = encode_head(weight, bits, self.plan.request.device)
+        packed, facts = encode_head(weight, bits, self.plan.request.device)
         self._count(name, packed, fp8_activations=False)
-        self.state.report[name] = {"weight_error": error}
+        self.state.report[name] = facts
         return packed
 
     def _apply_stages(self, block: Block) -> None:

@@ -13,7 +13,9 @@ from quantize.convert.request import Request
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
+from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape
+from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_layers, require_tied, shape_of
 from quantize.model.skeleton import Skeleton, load_tokenizer
 from quantize.model.stored import StoredCheckpoint, open_stored
@@ -27,12 +29,8 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     aloud: whether to warn of windows that do not suit the model.
     Raises what `convert` raises before it loads weights.
     """
-    on_disk = Checkpoint(request.model)
-    if on_disk.config.get("quantization_config"):
-        raise ModelError(
-            f"{on_disk.folder}: is quantized already (config.json has quantization_config); give "
-            "its parent"
-        )
+    on_disk = open_source(request.model)
+    require_source(on_disk)
     shape = shape_of(on_disk)
     require_layers(on_disk, shape)
     source, model = open_stored(on_disk, request.dtype)
@@ -57,10 +55,11 @@ def _check(
         raise ModelError(
             f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"
         )
-    if recipe.head_bits is not None and shape.hidden % HEAD_GROUP:
+    strict = any(isinstance(stage, IntEncode) and stage.strict for stage in recipe.stages)
+    if recipe.head_bits is not None and strict and shape.hidden % HEAD_GROUP:
         raise ModelError(
             f"head_bits: {shape.hidden} inputs of {arch.head} are no multiple of the group "
-            f"{HEAD_GROUP}"
+            f"{HEAD_GROUP}; set strict to false or remove head_bits"
         )
     for index, field, problem in format_problems(recipe):
         raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")

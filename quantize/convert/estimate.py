@@ -237,25 +237,32 @@ def _encoded_bytes(request: Request, sizes: BlockSizes, reference: bool) -> int:
 
 def _block_bytes(plan: Plan, sizes: BlockSizes) -> int:
     """Bytes of the first block's linears in the output."""
-    return int(sum(_linear_bytes(plan, 0, name, shape) for name, shape in sizes.linears.items()))
+    return int(_linears_bytes(plan, 0, sizes.linears))
 
 
-def _linear_bytes(plan: Plan, index: int, name: str, shape: tuple[int, int]) -> float:
-    """Bytes of a linear in the output."""
-    full = f"{plan.arch.blocks}.{index}.{name}"
-    encoder = next(
-        (s for s in plan.recipe.stages if isinstance(s, Encode) and s.selects(full)), None
-    )
-    bits = 16.0 if encoder is None else encoder.stored_bits(*shape)
-    return shape[0] * shape[1] * bits / 8
+def _linears_bytes(plan: Plan, index: int, linears: Mapping[str, tuple[int, int]]) -> float:
+    """Bytes of the linears of a block in the output."""
+    total = 0.0
+    left = dict(linears)
+    target = plan.recipe.target_bpw if plan.request.target_bpw is None else plan.request.target_bpw
+    for stage in plan.recipe.stages:
+        if not isinstance(stage, Encode):
+            continue
+        taken = [name for name in left if stage.selects(f"{plan.arch.blocks}.{index}.{name}")]
+        mine = {name: left.pop(name) for name in taken}
+        known = stage.schemes(plan.skeleton.block_arch(index), mine)
+        for name, (N, K) in mine.items():
+            # What is known to have a scheme shares a target of bits, which choices come close to.
+            bits = known.get(name, stage).stored_bits(N, K)
+            total += N * K * (target if target and name in known else bits) / 8
+    return total + sum(2 * N * K for N, K in left.values())
 
 
 def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _linear_bytes(plan, index, name, shape)
+        _linears_bytes(plan, index, plan.skeleton.linear_shapes(index))
         for index in range(plan.shape.n_blocks)
-        for name, shape in plan.skeleton.linear_shapes(index).items()
     )
     return int(blocks) + sum(
         _bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after)

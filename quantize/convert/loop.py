@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,5 +216,6 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
         },
         "recipe": {"name": recipe.name, "resolved": resolved_yaml(_without_folder(recipe))},
         "source": dict(hashes),
+        "dequantized": asdict(plan.source.dequantized) if plan.source.dequantized else None,
         "calibration": None if tokens is None else {**tokens.origin, "sha256": tokens.sha256},
     }

@@ -57,7 +57,8 @@ def round_linear(linear: nn.Linear, scheme: IntScheme) -> PackedLinear:
     which needs no calibration."""
     fp8 = scheme.fp8_activations
     weight = linear.weight.float()
-    grid = Grid(scheme.bits, scheme.group_size, product=fp8, fp8_scales=fp8)
+    group = scheme.group(linear.in_features)
+    grid = Grid(scheme.bits, group, product=fp8, fp8_scales=fp8)
     scale, factor = grid.fit_scale(weight)
     packed = grid.pack(grid.round(weight, scale, factor)[0], scale)
     module = PackedLinear(packed, linear.bias, fp8, linear.weight.dtype, "kernel")

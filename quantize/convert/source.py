@@ -16,8 +16,8 @@ from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress
-from quantize.files.checkpoint import require_finite_floats
 from quantize.files.disk import report_errors
+from quantize.files.finite import require_finite_floats
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, place_states
 from quantize.model.prove import prove

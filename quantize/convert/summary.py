@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.output import lost_in
+from quantize.convert.output import lost_in, unserved_in
 from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.cost.peak import peak_of
+from quantize.formats.grouping import adapted_lines
 
 RESTRUCTURED = (
     "policy",
@@ -34,6 +35,9 @@ class Summary:
     quantized_linears: int
     bits_per_weight: float
     source_bytes: int
+    """As it is stored."""
+    dequantized: str | None
+    """How the source is stored, where that is small (FP8, MXFP4) and was dequantized."""
     output_bytes: int
     seconds: float
     seconds_per_block: float
@@ -47,8 +51,13 @@ class Summary:
     """What scales could not move over without changing what a block computes, and why → blocks."""
     cache_16bit: dict[str, list[str]]
     """Why attention cannot work on an INT4 cache → the modules that keep 16 bits."""
+    adapted: list[str]
+    """What linears got instead of the group or activations that the recipe asks for, where their
+    sizes do not allow those: a line for all that got the same."""
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
+    unserved: list[str]
+    """What of an output in vLLM's own format vLLM would refuse, and what to do."""
     untied_head_bytes: int
     """What a head takes that shared the embedding's weight and got one of its own; 0 where none
     did."""
@@ -77,14 +86,15 @@ def summary_of(
     """Totals of a finished run. tokens: what it was calibrated on."""
     bos = None if tokens is None else tokens.bos
     errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
-    allocation = plan.decisions.allocation
+    allocation, small = plan.decisions.allocation, plan.source.dequantized
     return Summary(
         output=str(plan.request.output),
         recipe=plan.recipe.name,
         blocks=plan.shape.n_blocks,
         quantized_linears=len(state.schemes),
         bits_per_weight=state.bits_per_weight,
-        source_bytes=state.source_bytes,
+        source_bytes=small.stored_bytes if small else state.source_bytes,
+        dequantized=str(small) if small else None,
         output_bytes=output_bytes,
         seconds=round(seconds, 2),
         seconds_per_block=round(seconds_per_block, 3),
@@ -97,7 +107,9 @@ def summary_of(
             for name, facts in state.report.items()
             if "cache_16bit" in facts
         ),
+        adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),
+        unserved=unserved_in(plan, state),
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
             {

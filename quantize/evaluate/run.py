@@ -23,8 +23,8 @@ from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows
 from quantize.evaluate.records import Records
 from quantize.evaluate.sharing import require_alike, shared_windows
 from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
-from quantize.files.checkpoint import Checkpoint
 from quantize.model.attention import KvNumerics
+from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
 from quantize.model.skeleton import load_tokenizer
@@ -128,7 +128,7 @@ def measure(
         )
         if ranks.first:
             warn_without_bos(tokenizer, bos)
-            warn_of_length(windows.inputs.shape[1], Checkpoint(models[0]).config)
+            warn_of_length(windows.inputs.shape[1], open_source(models[0]).config)
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
         everyone = [*opened, *([parent] if parent else [])]
@@ -194,7 +194,7 @@ def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
 
 
 def _vocabulary_of(folder: Path) -> int:
-    source = Checkpoint(folder)
+    source = open_source(folder)
     # before the tokenizer, which stumbles over a broken config.json in words of its own
     require_readable(source)
     size = source.config.get("vocab_size")

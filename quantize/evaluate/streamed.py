@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
-from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import ExpertSizes, parameters_of_a_token
 from quantize.model.attention import KvNumerics
+from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import (
     KV_SCALE,
@@ -111,7 +111,7 @@ def open_model(
 
     attention: how to attend where the checkpoint does not say, None: in full precision.
     """
-    config = Checkpoint(folder).config
+    config = open_source(folder).config
     try:
         return StreamedModel(folder, device, dtype, numerics, attention)
     except UnderivedError:
@@ -137,7 +137,7 @@ class StreamedModel:
         numerics: Numerics,
         attention: KvNumerics | None = None,
     ) -> None:
-        on_disk = Checkpoint(folder)
+        on_disk = open_source(folder)
         require_readable(on_disk)
         self.device = device
         self.dtype = dtype

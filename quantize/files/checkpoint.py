@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantize.errors import ModelError
 from quantize.files import strict_json
+from quantize.files.finite import require_finite_floats
+from quantize.files.hashing import sha256_file
 from quantize.files.small import Dequantized
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,7 +23,6 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPUTED = (".rotary_emb.inv_freq",)
 # bytes, since all of a file is read; an index of 100,000 tensors has about ten MiB
 _MAX_JSON = 64 << 20
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,24 +48,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return data
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    # Python 3.10 lacks hashlib.file_digest.
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Checkpoint:
@@ -315,17 +296,3 @@ def _is_file_name(name: str) -> bool:
         return "\0" not in name and len(name.encode()) < 256
     except UnicodeEncodeError:
         return False
-
-
-def require_finite_floats(tensors: dict[str, Tensor], where: str) -> None:
-    """ModelError for a tensor that holds NaN or Inf, or is not a float
-    the pipeline can quantize."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise ModelError(
-                f"{where}{name}: dtype {str(tensor.dtype).removeprefix('torch.')} is not a plain "
-                "float; the source seems to be quantized already, give the original model"
-            )
-        # In pieces: the work space of isfinite is larger than the tensor, and embeddings are large.
-        if not all(torch.isfinite(piece).all() for piece in torch.split(tensor.flatten(), 1 << 24)):
-            raise ModelError(f"{where}{name}: holds NaN or Inf; the source checkpoint is broken")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from quantize.files.checkpoint import Checkpoint
 
@@ -29,12 +30,27 @@ def tensor_headers(source: Checkpoint) -> dict[str, Header]:
 
 
 def noted_shapes(source: Checkpoint, headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
-    """[N, K] of the linears whose planes alone do not tell it, by full name,
-    from the note beside them."""
-    planes = [
+    """[N, K] of the linears whose packed tensors alone do not tell it, by full name, from the note
+    beside them: bit planes fill whole words, and so do rows of codes that share one scale."""
+    unclear = [
         name.removesuffix(".weight_planes") for name in headers if name.endswith(".weight_planes")
     ]
-    notes = {name: headers.get(f"{name}.weight_shape") for name in planes}
+    if _has_whole_rows(source.config.get("quantization_config")):
+        modules = [
+            name.removesuffix(".weight_scale")
+            for name, header in headers.items()
+            if name.endswith(".weight_scale") and header.shape[1:] == (1,)
+        ]
+        unclear += [module for module in modules if f"{module}.weight_packed" in headers]
+    notes = {name: headers.get(f"{name}.weight_shape") for name in unclear}
     found = [n for n, note in notes.items() if note and (note.dtype, note.shape) == ("I64", (2,))]
     sizes = {name: source.tensor(f"{name}.weight_shape").tolist() for name in found}
     return {name: (N, K) for name, (N, K) in sizes.items()}
+
+
+def _has_whole_rows(section: Any) -> bool:
+    """Whether some entry of config_groups gives a whole row one scale."""
+    groups = section.get("config_groups") if isinstance(section, dict) else None
+    entries = groups.values() if isinstance(groups, dict) else ()
+    weights = [entry.get("weights") for entry in entries if isinstance(entry, dict)]
+    return any(isinstance(one, dict) and one.get("strategy") == "channel" for one in weights)

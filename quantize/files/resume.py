@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.files.checkpoint import sha256_file
 from quantize.files.disk import report_errors, sync
+from quantize.files.hashing import sha256_file
 from quantize.files.lock import lock_folder
 from quantize.files.provenance import DIGEST, PROVENANCE, canonical_json, provenance_digest
 from quantize.files.tensor_files import TensorFiles, portions

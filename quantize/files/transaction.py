@@ -14,8 +14,8 @@ from typing import Any
 from typing_extensions import Self
 
 from quantize.errors import OutputError, UsageError, VerifyError
-from quantize.files.checkpoint import sha256_file
 from quantize.files.disk import report_errors, sync
+from quantize.files.hashing import sha256_file
 from quantize.files.provenance import canonical_json
 
 _LONGEST = 224

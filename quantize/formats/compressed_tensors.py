@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.formats.groups import config_groups, read_groups
 from quantize.formats.output import Finished, OutputFormat, Section
+from quantize.formats.vllm import refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,15 @@ class CompressedTensors(OutputFormat):
         elif any(scheme and scheme.fp8_activations for scheme in experts):
             lines.append("transformers runs routed experts with 16-bit activations, not FP8 ones")
         return lines
+
+    def unserved(
+        self,
+        schemes: Mapping[str, AnyScheme],
+        shapes: Mapping[str, tuple[int, int]],
+        fused: Collection[tuple[str, ...]],
+    ) -> list[str]:
+        """As `quantize.formats.vllm.refusals`."""
+        return refusals(schemes, shapes, fused)
 
     def tensors(
         self,

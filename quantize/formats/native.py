@@ -222,7 +222,8 @@ def packed_linears(config: Mapping[str, Any], linears: Sequence[str]) -> dict[st
     if strangers := sorted(targets - set(linears), key=str):
         raise ValueError(f"config_groups targets {strangers[0]}, which is no linear of the model")
     for scheme in schemes.values():
-        if not _whole(scheme.bits, 2, 8) or not _whole(scheme.group_size, 1, 1 << 20):
+        group = 1 if scheme.group_size is None else scheme.group_size
+        if not _whole(scheme.bits, 2, 8) or not _whole(group, 1, 1 << 20):
             raise ValueError(
                 f"{scheme.bits!r} bits in groups of {scheme.group_size!r} cannot be read"
             )

@@ -75,6 +75,18 @@ class OutputFormat(ABC):
         """
         return []
 
+    def unserved(
+        self,
+        schemes: Mapping[str, AnyScheme],
+        shapes: Mapping[str, tuple[int, int]],
+        fused: Collection[tuple[str, ...]],
+    ) -> list[str]:
+        """What vLLM, for which the format may be meant, would refuse, in lines for people.
+
+        schemes: of packed linears. shapes: [N, K] of all. fused: those that share an input.
+        """
+        return []
+
     # What is written
 
     def tensors(

@@ -29,9 +29,13 @@ def words_per_row(columns: int, bits: int) -> int:
     return math.ceil(columns * bits / 32)
 
 
-def stored_bits(bits: int, group_size: int) -> float:
-    """Bits that one weight takes, its share of the group's bfloat16 scale counted."""
-    return bits + 16 / group_size
+def stored_bits(bits: int, group_size: int | None, K: int) -> float:
+    """Bits that one weight of a row of K takes, its share of the group's bfloat16 scale and of
+    the row's last word counted: bits + 16 / group_size where K is a multiple of 32.
+
+    group_size: None where a whole row shares one scale.
+    """
+    return (32 * words_per_row(K, bits) + 16 * (K // (K if group_size is None else group_size))) / K
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -91,30 +95,35 @@ def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     return run.view(N, runs * 32)[:, :columns].contiguous()
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class IntScheme:
     """How one set of linears is stored and run."""
 
     bits: int
-    group_size: int
+    group_size: int | None
+    """None: a whole row shares one scale (channel-wise), however many inputs it has."""
     fp8_activations: bool
 
     suffixes = SUFFIXES
 
+    def group(self, K: int) -> int:
+        """Inputs that share a scale in a linear with K of them."""
+        return K if self.group_size is None else self.group_size
+
     def layout(self, N: int, K: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor of a linear [N, K], by suffix; ValueError
         where groups do not divide K."""
-        if K % self.group_size:
+        if K % self.group(K):
             raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
         return {
             "weight_packed": (torch.int32, (N, words_per_row(K, self.bits))),
-            "weight_scale": (torch.bfloat16, (N, K // self.group_size)),
+            "weight_scale": (torch.bfloat16, (N, K // self.group(K))),
             "weight_shape": (torch.int64, (2,)),
         }
 
     def stored_bits(self, N: int, K: int) -> float:
         """Bits that one weight takes, its share of the group's scale counted."""
-        return stored_bits(self.bits, self.group_size)
+        return stored_bits(self.bits, self.group_size, K)
 
     def read(self, tensors: Mapping[str, Tensor]) -> PackedInt:
         """The weight stored in `tensors` by suffix; ValueError when they do not fit the scheme."""
@@ -138,7 +147,7 @@ class IntScheme:
                 "num_bits": self.bits,
                 "type": "int",
                 "symmetric": True,
-                "strategy": "group",
+                "strategy": "channel" if self.group_size is None else "group",
                 "group_size": self.group_size,
                 "dynamic": False,
                 "actorder": None,
@@ -152,11 +161,18 @@ class IntScheme:
         """Undo `as_json`; ValueError for a scheme that pq does not write."""
         weights, activations = group["weights"], group.get("input_activations")
         kind, strategy = weights["type"], weights.get("strategy")
-        if kind != "int" or not weights["symmetric"] or strategy != "group":
+        if kind != "int" or not weights["symmetric"] or strategy not in ("group", "channel"):
             raise ValueError(f"weights are {kind}/{strategy}, only symmetric int groups are read")
+        group_size = weights.get("group_size")
+        if strategy == "channel" and group_size not in (None, -1):
+            raise ValueError(f"weights have strategy channel and groups of {group_size!r} inputs")
+        if strategy == "group" and group_size is None:
+            raise ValueError("weights have strategy group and no group_size, only groups are read")
         if activations and (activations["type"] != "float" or activations["strategy"] != "token"):
             raise ValueError("activations are not dynamic per-token FP8")
-        return cls(weights["num_bits"], weights["group_size"], bool(activations))
+        return cls(
+            weights["num_bits"], None if strategy == "channel" else group_size, bool(activations)
+        )
 
 
 @dataclass(frozen=True)
@@ -172,11 +188,15 @@ class PackedInt:
     scale: Tensor  # bfloat16 [N, K / group_size]
     bits: int
     group_size: int
+    channelwise: bool = False
+    """Whether the one group of a row is declared as the row, not as a group of so many inputs."""
 
     def __post_init__(self) -> None:
         N, K = self.codes.shape
         if K % self.group_size:
             raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
+        if self.channelwise and self.group_size != K:
+            raise ValueError(f"{K} inputs in groups of {self.group_size} are not channel-wise")
         if self.codes.dtype != torch.int8 or self.scale.dtype != torch.bfloat16:
             raise ValueError("codes must be int8 and scale bfloat16")
         if tuple(self.scale.shape) != (N, K // self.group_size):
@@ -192,11 +212,12 @@ class PackedInt:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales counted."""
-        return stored_bits(self.bits, self.group_size)
+        return stored_bits(self.bits, self.group_size, self.shape[1])
 
     def scheme(self, fp8_activations: bool) -> IntScheme:
         """How it is stored and run."""
-        return IntScheme(self.bits, self.group_size, fp8_activations)
+        group_size = None if self.channelwise else self.group_size
+        return IntScheme(self.bits, group_size, fp8_activations)
 
     def unit(self) -> Tensor:
         """Step between neighbouring codes of every group, float32 [N, G]."""
@@ -216,8 +237,11 @@ class PackedInt:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> PackedInt:
-        """Read back `tensors()`; ValueError when shapes or dtypes disagree."""
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], bits: int, group_size: int | None
+    ) -> PackedInt:
+        """Read back `tensors()`; ValueError when shapes or dtypes disagree. group_size: None
+        where a whole row shares one scale."""
         N, K = noted_shape(tensors, SUFFIXES)
         packed = tensors["weight_packed"]
         if tuple(packed.shape) != (N, words_per_row(K, bits)) or packed.dtype != torch.int32:
@@ -225,7 +249,10 @@ class PackedInt:
                 f"weight_packed is {packed.dtype} {tuple(packed.shape)}, expected int32 for "
                 f"{(N, K)}"
             )
-        return cls(unpack_codes(packed, bits, K), tensors["weight_scale"], bits, group_size)
+        codes, scale = unpack_codes(packed, bits, K), tensors["weight_scale"]
+        if group_size is None:
+            return cls(codes, scale, bits, K, channelwise=True)
+        return cls(codes, scale, bits, group_size)
 
     def unpack(self) -> Tensor:
         """Weight [N, K] in float32: what stock loaders compute (code · bfloat16 scale)."""

@@ -83,8 +83,8 @@ class AnyScheme(Protocol):
         """Bits of a weight code."""
 
     @property
-    def group_size(self) -> int:
-        """Consecutive inputs of one output row that share a code book."""
+    def group_size(self) -> int | None:
+        """Consecutive inputs of one output row that share a code book; None: all of them."""
 
     @property
     def fp8_activations(self) -> bool:

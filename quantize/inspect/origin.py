@@ -10,6 +10,8 @@ from typing import Any
 
 from quantize.errors import ModelError
 from quantize.files.provenance import read_provenance
+from quantize.files.small import Dequantized
+from quantize.formats.grouping import adapted_lines
 
 _WORST = 5  # a terminal shows what follows them, too
 
@@ -33,10 +35,14 @@ class Origin:
     recipe_resolved: str
     calibration: Mapping[str, Any] | None
     source: Mapping[str, str]
+    dequantized: str | None
+    """How the source was stored, where that was small and was dequantized."""
     versions: Mapping[str, str]
     machine: Mapping[str, str]
     dropped_sequences: int
     fallbacks: tuple[str, ...]
+    adapted: tuple[str, ...]
+    """What linears got instead of what the recipe asks for, because of their sizes."""
     worst: tuple[Worst, ...]
 
 
@@ -49,16 +55,19 @@ def read_origin(folder: Path) -> tuple[Origin | None, str | None]:
         return None, str(err)
     if data is None:
         return None, None
+    small = Dequantized.read(data.get("dequantized"))
     origin = Origin(
         pq=data["pq"],
         recipe=data["recipe"]["name"],
         recipe_resolved=data["recipe"]["resolved"],
         calibration=data["calibration"],
         source=data["source"],
+        dequantized=None if small is None else str(small),
         versions=data["versions"],
         machine=data["machine"],
         dropped_sequences=data["dropped_sequences"],
         fallbacks=tuple(name for name, facts in data["layers"].items() if facts.get("fallback")),
+        adapted=tuple(adapted_lines(data["layers"])),
         worst=_worst(data["layers"]),
     )
     return origin, None

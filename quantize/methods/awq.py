@@ -18,6 +18,7 @@ from quantize.block.smoothing import (
     search,
 )
 from quantize.cost.footprint import BlockSizes
+from quantize.formats.grouping import fitting_group
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.grid import Grid
@@ -39,8 +40,8 @@ class Awq(Stage):
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
     group_size: int = Field(default=128, ge=16, le=1024)
-    """Group of that rounding; where it does not divide the inputs, their
-    largest divisor below it."""
+    """Group of that rounding; where it does not divide the inputs, the one that encode stages
+    take then."""
     grid: int = Field(default=20, ge=2, le=100)
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)
@@ -63,7 +64,8 @@ class Awq(Stage):
             if too_little := too_few(block.arch, edge.sinks[0], moments):
                 block.note(edge.name, search_ratio=1.0, left_alone=too_little)
                 continue
-            rounding = Grid(self.bits, _divisor(len(moments.hessian), self.group_size))
+            K = len(moments.hessian)
+            rounding = Grid(self.bits, fitting_group(self.group_size, [K]) or K)
             candidates = self._candidates(block, edge, moments.absmean)
             scale, ratio = search(block, edge, candidates, moments.hessian, rounding)
             block.note(edge.name, search_ratio=ratio)
@@ -90,8 +92,3 @@ class Awq(Stage):
             a = step / self.grid
             for b in self.weight_exponents:
                 yield balance(x**a / w ** (b * (1 - a)))
-
-
-def _divisor(inputs: int, most: int) -> int:
-    """Largest divisor of a number of inputs that is not above `most`."""
-    return next(d for d in range(min(most, inputs), 0, -1) if inputs % d == 0)

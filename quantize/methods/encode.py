@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -18,15 +18,21 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.packed_int import stored_bits
+from quantize.formats.grouping import FP8_TILE, fitting_group
+from quantize.formats.packed_int import IntScheme, stored_bits
+from quantize.methods.adaptation import (
+    fitting_schemes,
+    fitting_stages,
+    note_adaptation,
+    require_as_asked,
+)
 from quantize.methods.base import Kind, Stage
 from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
-
-_FP8_TILE = 128  # rows and inputs of an INT4×FP8 kernel's tile, and its only group size
+    from quantize.model.arch import Architecture
 
 
 class Encode(Stage):
@@ -63,13 +69,28 @@ class Encode(Stage):
         """Encode the selected linears in the order in which the block computes them."""
         if self.needs_parent:
             freeze_layer(block)
+        encoders = self.encoders(block)
+
+        def encode(block: Block, names: Sequence[str], moments: Moments | None) -> None:
+            stage, scheme = encoders[names[0]]
+            stage.encode_group(block, names, moments)
+            if scheme is not None:
+                self.declare(block, names, scheme)
+
         for groups in self._waves(block):
-            share_out(
-                block,
-                [(names, self.measure(block, names[0])) for names in groups],
-                self.encode_group,
-            )
+            measured = [
+                (names, encoders[names[0]].stage.measure(block, names[0])) for names in groups
+            ]
+            share_out(block, measured, encode)
+            del measured
             give_back()
+
+    def encoders(self, block: Block) -> Mapping[str, Encoder]:
+        """What encodes every selected linear of a block; the same for all that share an input."""
+        return dict.fromkeys(self.selection(block), Encoder(self, None))
+
+    def declare(self, block: Block, names: Sequence[str], scheme: IntScheme) -> None:
+        """Let linears that were just encoded say in which scheme they are."""
 
     def room(self, sizes: BlockSizes) -> int:
         """The largest linear's moments and fit."""
@@ -95,6 +116,13 @@ class Encode(Stage):
     @abstractmethod
     def stored_bits(self, N: int, K: int) -> float:
         """Bits of a weight in the checkpoint, all that belongs to it counted."""
+
+    def schemes(
+        self, arch: Architecture, linears: Mapping[str, tuple[int, int]]
+    ) -> dict[str, IntScheme]:
+        """How each of these linears of one block, relative name → [N, K], is packed and run, where
+        shapes alone decide that; empty for other layouts."""
+        return {}
 
     def _waves(self, block: Block) -> Iterator[list[list[str]]]:
         """Groups of linears that share an input, in the order in which the block computes them.
@@ -136,10 +164,14 @@ class IntEncode(Encode):
     """Consecutive inputs of one output row that share a scale."""
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+    strict: bool = False
+    """Whether a linear that does not divide into groups, or into the tiles of `activations: fp8`,
+    is refused. Else its group is the largest of 128, 64 and 32 below `group_size` that divides its
+    inputs, or a whole row, and its activations stay 16-bit; the summary says so."""
 
     @model_validator(mode="after")
     def _kernel_exists(self) -> Self:
-        if self.activations == "fp8" and (self.bits, self.group_size) != (4, _FP8_TILE):
+        if self.activations == "fp8" and (self.bits, self.group_size) != (4, FP8_TILE):
             raise ValueError(
                 "activations: fp8 needs bits: 4 and group_size: 128, the only INT4×FP8 kernels "
                 "there are"
@@ -158,25 +190,37 @@ class IntEncode(Encode):
 
     def stored_bits(self, N: int, K: int) -> float:
         """Codes, and a 16-bit scale for each group."""
-        return stored_bits(self.bits, self.group_size)
+        return stored_bits(self.bits, fitting_group(self.group_size, [K]), K)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for a shape the packed layout or its kernels cannot hold, or
-        patterns that match nothing."""
+        """ModelError for patterns that match nothing, and where the stage is strict or has an
+        `apply` of its own, which takes what was asked for, for linears that cannot have it."""
         super().check(linears)
-        for name, (N, K) in linears.items():
-            if not self.selects(name):
-                continue
-            if K % self.group_size:
-                raise ModelError(
-                    f"{name}: {K} inputs are no multiple of the group {self.group_size}; "
-                    f"set group_size to a divisor of {K} or add the layer to ignore"
-                )
-            if self.fp8 and N % _FP8_TILE:
-                raise ModelError(
-                    f"{name}: {N} outputs are no multiple of {_FP8_TILE}, which INT4×FP8 kernels "
-                    "need; use activations: none or add the layer to ignore"
-                )
+        if self.strict or type(self).apply is not Encode.apply:
+            require_as_asked(self, {n: size for n, size in linears.items() if self.selects(n)})
+
+    def schemes(
+        self, arch: Architecture, linears: Mapping[str, tuple[int, int]]
+    ) -> dict[str, IntScheme]:
+        """As `fitting_schemes`."""
+        return fitting_schemes(arch, linears, self.bits, self.group_size, self.fp8)
+
+    def encoders(self, block: Block) -> Mapping[str, Encoder]:
+        """The stage with the group and the activations that each linear can have."""
+        found = fitting_stages(self, block, self.selection(block))
+        return {name: Encoder(stage, scheme) for name, (stage, scheme) in found.items()}
+
+    def declare(self, block: Block, names: Sequence[str], scheme: IntScheme) -> None:
+        """Mark whole rows as such, and note what is not as this stage asks for it."""
+        note_adaptation(self, block, names, scheme)
+
+
+class Encoder(NamedTuple):
+    """What encodes a linear: the stage, but for what the linear cannot have as it was asked for."""
+
+    stage: Encode
+    scheme: IntScheme | None
+    """What the stage aims at; None where that follows from its own fields."""
 
 
 def _alike(block: Block, name: str, other: str) -> bool:

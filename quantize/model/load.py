@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
-from quantize.files.headers import tensor_headers
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
@@ -20,13 +19,14 @@ from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router
 from quantize.model.skeleton import Skeleton, meta_model
 from quantize.model.storage import DTYPES
 from quantize.model.stored import open_stored
-from quantize.model.transformers_api import decoder_facts, load_pretrained
+from quantize.model.transformers_api import decoder_facts, load_pretrained, load_tensors
 from quantize.model.transformers_decoder import renew_buffers
 
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
@@ -47,10 +47,10 @@ def load_model(
     attention: how to attend where the checkpoint does not say, None: in full precision.
     ModelError for a packing that pq does not read or tensors that do not match it.
     """
-    on_disk = Checkpoint(folder)
+    on_disk = open_source(folder)
     require_readable(on_disk)
     if on_disk.config.get("quantization_config") is None and attention is None:
-        return _load_plain(folder, device, dtype)
+        return _load_plain(on_disk, device, dtype)
     source, built = open_stored(on_disk, dtype)
     skeleton = Skeleton(folder, device, dtype, routing(source), built)
     model, arch = skeleton.model, skeleton.arch
@@ -75,10 +75,10 @@ def require_readable(source: Checkpoint) -> None:
     without a word in config.json."""
     quantization = source.config.get("quantization_config")
     if quantization is None:
-        for name, header in tensor_headers(source).items():
-            if header.dtype not in DTYPES:
+        for name, dtype in source.dtypes.items():
+            if dtype not in DTYPES:
                 raise ModelError(
-                    f"{source.folder}: {name} is {header.dtype}, but config.json has no "
+                    f"{source.folder}: {name} is {dtype}, but config.json has no "
                     "quantization_config that says what it means; give the original model"
                 )
         return
@@ -288,10 +288,14 @@ def place_kv(
     return kv
 
 
-def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _load_plain(source: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    folder = source.folder
     meta_model(folder, dtype)  # refuses a broken config.json in one line
     try:
-        model, missing = load_pretrained(folder, dtype)
+        if source.dequantized:  # as pq reads it, wherever transformers would run it
+            model, missing = load_tensors(folder, source.tensors(""), dtype)
+        else:
+            model, missing = load_pretrained(folder, dtype)
     except (RuntimeError, ValueError, OSError) as err:
         reason = " ".join(str(err).split())[:300]
         raise ModelError(f"{folder}: transformers cannot load this model ({reason})") from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, get_args
 
-from quantize.model.arch import Role
+from quantize.model.arch import Architecture, Role
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """All roles, in the order in which a block computes them."""
@@ -97,3 +97,21 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     return [
         (number >= 0, number, part) for number, part in zip(numbers, name.split("."), strict=True)
     ]
+
+
+def packed_alike(arch: Architecture, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Linears of one block, by their names in it, in the sets that loaders want packed alike.
+
+    Those that share an input are one matrix in vLLM; of all routed experts transformers makes one
+    tensor, and vLLM refuses any that differ.
+    """
+    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
+    sets: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        if arch.is_routed(name):
+            key = ("routed", -1)
+        else:
+            at = place.get(name, place.get(arch.dense_name(name), -1))
+            key = (arch.expert_of(name) or "", at)
+        sets.setdefault(key, []).append(name)
+    return [tuple(found) for found in sets.values()]

@@ -13,6 +13,7 @@ from typing import Any
 from quantize.files.headers import Header
 from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.packed_int import stored_bits
+from quantize.model.stacked_storage import stacked_of
 
 DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
@@ -75,7 +76,8 @@ def storage_of(
     """Every weight matrix by full module name. quantization: config.json's
     quantization_config, whatever it is.
 
-    shapes: [N, K] of bit vectors by module; those that are missing are taken to fill their words.
+    shapes: [N, K] by module of those whose tensors alone do not tell it; those that are missing are
+    taken to fill their words.
     """
     quantization = quantization if isinstance(quantization, dict) else {}
     modules: dict[str, dict[str, str]] = {}
@@ -95,6 +97,11 @@ def storage_of(
             out[module] = Storage(
                 tuple(names.values()), *facts, sum(sizes.values()), code_bytes, expected
             )
+    for name, found in stacked_of(headers).items():
+        size = sum(headers[part].bytes for part in found.parts)
+        label = _label(quantization, {}) or found.kind
+        facts = (None, found.weights, label, found.bits, found.group_size, "none", True)
+        out[name] = Storage(found.parts, *facts, size, size, found.expected_bits)
     return out
 
 
@@ -111,7 +118,7 @@ def _facts(
     if "weight_planes" in parts:
         return _bitvec(module, parts, quantization, shape)
     if "weight_packed" in parts:
-        return _packed_int(module, parts, quantization)
+        return _packed_int(module, parts, quantization, shape)
     if "qweight" in parts:
         return _gptq_or_awq(parts, quantization)
     weight = parts.get("weight")
@@ -149,7 +156,10 @@ def _facts(
 
 
 def _packed_int(
-    module: str, parts: Mapping[str, Header], quantization: Mapping[str, Any]
+    module: str,
+    parts: Mapping[str, Header],
+    quantization: Mapping[str, Any],
+    noted: tuple[int, int] | None,
 ) -> _Facts:
     packed, scale = parts["weight_packed"], parts.get("weight_scale")
     bits, group_size, activations = _scheme(module, quantization)
@@ -161,8 +171,12 @@ def _packed_int(
             bits, shape = bits or 4, (N, 2 * words)
         elif bits and group_size and scale is not None and len(scale.shape) == 2:
             shape = (N, scale.shape[1] * group_size)  # exact also where rows end within a word
+        elif noted is not None:
+            shape = noted
         elif bits:
             shape = (N, words * 32 // bits)
+        if shape and scale is not None and scale.shape == (N, 1):
+            group_size = group_size or shape[1]  # one scale a row: strategy channel names no group
     return shape, math.prod(shape) if shape else None, label, bits, group_size, activations, True
 
 
@@ -186,8 +200,10 @@ def _expected_bits(module: str, facts: _Facts, quantization: Mapping[str, Any]) 
     if not (quantized and weights and bits and group_size):
         return None
     group = _group(module, quantization)
-    if group.get("format") != "bitvec" or shape is None:
-        return weights * stored_bits(bits, group_size)
+    if shape is None:
+        return None
+    if group.get("format") != "bitvec":
+        return weights * stored_bits(bits, group_size, shape[1])
     try:
         return weights * BitVecScheme.from_json(group).stored_bits(*shape)
     except (ValueError, KeyError, TypeError, AttributeError):

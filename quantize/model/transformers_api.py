@@ -173,6 +173,19 @@ def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     return model, sorted(info["missing_keys"])
 
 
+def load_tensors(
+    folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """Load the causal language model of a folder's config.json from tensors in memory, by the
+    names that its checkpoint has for them → (model, names that were missing)."""
+    config = read_config(folder)
+    cls = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    return model, sorted(info["missing_keys"])
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; a broken one raises plain Exception or any other class."""
     return transformers.AutoTokenizer.from_pretrained(

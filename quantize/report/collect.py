@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize.files.small import Dequantized
 from quantize.pictures import Cell, Table
 from quantize.report import layers, quality
 from quantize.report.model import Headline, Listing, Note, Report, Section, mapping, number, text
@@ -148,6 +149,8 @@ def _warnings(sources: Sources, evaluation: Mapping[str, Any] | None) -> list[st
     out = []
     if fallen := layers.fallbacks(sources):
         out.append(_list_first("Not encoded as the recipe says", fallen))
+    if adapted := layers.adapted(sources):
+        out.append(_list_first("Not as the recipe asks for, because of sizes", adapted))
     if dropped := number(sources.provenance, "dropped_sequences"):
         what = f"{dropped:.0f} calibration sequences"
         out.append(f"{what} were left out because their activations were not finite.")
@@ -170,6 +173,7 @@ def _provenance(sources: Sources) -> Section:
     found = sources.provenance
     versions = {"pq": found["pq"], **mapping(found, "versions"), **mapping(found, "machine")}
     calibration = found["calibration"]
+    small = Dequantized.read(found.get("dequantized"))
     shown = [
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
         if calibration
@@ -186,6 +190,7 @@ def _provenance(sources: Sources) -> Section:
             ("name", "value"),
             versions,
         ),
+        *([Note(f"The source is stored small: {small}.")] if small else ()),
         Listing(
             "Recipe",
             "With every default filled in.",

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantize.block.statistics import STATISTICS
 from quantize.errors import RecipeError
+from quantize.formats.grouping import adapted_lines
 from quantize.formats.scheme import AnyScheme
 from quantize.pictures import (
     Cell,
@@ -273,8 +274,11 @@ def _scheme_names(schemes: Iterable[AnyScheme]) -> list[str]:
     """Each way of packing once, by bits and group."""
     kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in schemes}
     return [
-        f"{bits}-bit g{group} {layout} with {'FP8' if fp8 else '16-bit'} activations"
-        for bits, group, fp8, layout in sorted(kinds)
+        f"{bits}-bit {f'g{group}' if group else 'channel-wise'} {layout} with "
+        f"{'FP8' if fp8 else '16-bit'} activations"
+        for bits, group, fp8, layout in sorted(
+            kinds, key=lambda kind: (kind[0], kind[1] or 0, *kind[2:])
+        )
     ]
 
 
@@ -327,6 +331,11 @@ def fallbacks(sources: Sources) -> list[str]:
     """Names of linears that could not be encoded as the recipe says, with the reason."""
     reasons = {name: noted.get("fallback") for name, noted in sources.layers.items()}
     return [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+def adapted(sources: Sources) -> list[str]:
+    """What linears got instead of what the recipe asks for, because of their sizes."""
+    return adapted_lines(sources.layers)
 
 
 SECTIONS: tuple[Callable[[Sources], Section], ...] = (errors, outliers, weights, methods)

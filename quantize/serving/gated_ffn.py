@@ -48,7 +48,8 @@ class GatedFfn(nn.Module):
         learns = x.requires_grad and torch.is_grad_enabled()
         if learns or gate.scheme != up.scheme or not all(map(_is_plain, (gate, up))):
             return False
-        return takes(gate.scheme.bits, gate.scheme.group_size, x, gate.scheme.fp8_activations)
+        group_size = gate.scheme.group(gate.in_features)
+        return takes(gate.scheme.bits, group_size, x, gate.scheme.fp8_activations)
 
 
 def place_gated_ffns(model: nn.Module) -> None:

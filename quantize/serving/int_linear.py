@@ -32,7 +32,7 @@ class IntLinear(NativeLinear[IntScheme]):
         """x [..., K] → [..., N] in x's dtype; the kernel has no gradient, so
         what needs one is decoded."""
         bits = self.scheme.bits
-        group_size = self.scheme.group_size
+        group_size = self.scheme.group(self.in_features)
         fp8 = self.scheme.fp8_activations
         if takes(bits, group_size, x, fp8) and not (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.detach()
@@ -81,7 +81,7 @@ class IntLinear(NativeLinear[IntScheme]):
         packed, scale = self.weight_packed[first:last], self.weight_scale[first:last]
         bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)
         codes = _unsigned_codes(packed, bits, self.in_features).view(
-            *scale.shape, self.scheme.group_size
+            *scale.shape, self.scheme.group(self.in_features)
         )
         if self.scheme.fp8_activations:
             # A group's products are few: looked up, as the kernel does it, they

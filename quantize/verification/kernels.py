@@ -123,7 +123,7 @@ def _native(
 def _has_kernel(layer: NativeLinear[AnyScheme], x: Tensor) -> bool:
     scheme = layer.scheme
     if isinstance(scheme, IntScheme):
-        return int4.takes(scheme.bits, scheme.group_size, x, scheme.fp8_activations)
+        return int4.takes(scheme.bits, scheme.group(x.shape[-1]), x, scheme.fp8_activations)
     return has_kernel(x)
 
 

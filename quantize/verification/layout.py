@@ -119,11 +119,11 @@ def _skip_foreign(source: Checkpoint) -> None:
 def _check_coverage(layout: Layout) -> None:
     """quantization_config and the tensors agree on which linears are packed."""
     for name, scheme in layout.schemes.items():
-        numbers = (scheme.bits, scheme.group_size)
+        group = 1 if scheme.group_size is None else scheme.group_size  # None: whole rows
         if (
-            not all(type(n) is int for n in numbers)
+            not all(type(n) is int for n in (scheme.bits, group))
             or not 2 <= scheme.bits <= 8
-            or scheme.group_size < 1
+            or group < 1
         ):
             raise VerifyError(
                 f"config.json gives {name} {scheme.bits} bits in groups of {scheme.group_size}"

@@ -15,10 +15,11 @@ from torch import Tensor
 from quantize.convert.conversion import Conversion
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
-from quantize.errors import ModelError, VerifyError
+from quantize.errors import VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
+from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import KV_SCALE, require_layers, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
@@ -46,11 +47,8 @@ class Parent:
 
 def open_parent(folder: Path) -> Parent:
     """Open the checkpoint given as parent; ModelError when it cannot be one."""
-    source = Checkpoint(folder)
-    if source.config.get("quantization_config"):
-        raise ModelError(
-            f"{folder}: is quantized itself; give the model that was converted as the parent"
-        )
+    source = open_source(folder)
+    require_source(source)
     shape = shape_of(source)
     require_layers(source, shape)
     stored, model = open_stored(source, torch.float32)

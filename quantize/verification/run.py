@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quantize.errors import ModelError, RecipeError, VerifyError
-from quantize.files.checkpoint import sha256_file
+from quantize.files.hashing import sha256_file
 from quantize.files.provenance import PROVENANCE, read_provenance, require_unchanged
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, parse_recipe

@@ -18,7 +18,8 @@ from quantize.block.block import Block
 from quantize.calibration.tokens import calibration_tokens
 from quantize.convert.loop import convert
 from quantize.evaluate import evaluate
-from quantize.files.checkpoint import INDEX_NAME, Checkpoint, sha256_file
+from quantize.files.checkpoint import INDEX_NAME, Checkpoint
+from quantize.files.hashing import sha256_file
 from quantize.formats.packed_int import PackedInt
 from quantize.model.linear import PackedLinear
 from quantize.model.load import load_model

@@ -66,7 +66,7 @@ def put(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
     ("change", "fields", "says"),
     [
         (put(NAME, lambda t: t.to(torch.int8)), {}, f"{NAME}: dtype int8 .* quantized already"),
-        (put(NAME, lambda t: t.to(torch.float8_e4m3fn)), {}, "float8_e4m3fn .* quantized already"),
+        (put(NAME, lambda t: t.to(torch.float8_e4m3fn)), {}, "F8_E4M3, .* no quantization_config"),
         (put(NAME, lambda t: t[:64].clone()), {}, rf"{NAME} is \[64, 128\], .* implies \[128, 128\]"),
         (lambda w: w.pop(NAME), {}, f"tensor {NAME} is missing"),
         (lambda w: w.pop("model.norm.weight"), {}, "tensor model.norm.weight is missing"),
@@ -104,8 +104,8 @@ def test_our_own_output_is_refused_as_input(converted: Maker, text_file: Path, t
     ("stage", "says"),
     [
         (
-            "group_size: 96",
-            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to a divisor of 128",
+            "group_size: 96, strict: true",
+            r"q_proj: 128 inputs are no multiple of the group 96; set group_size to 64 or strict to false, or",
         ),
         (
             "layers: ['*.qproj']",
@@ -129,9 +129,10 @@ def test_fp8_kernels_need_whole_tiles(tiny: Maker, text_file: Path, tmp_path: Pa
         tmp_path,
         r"k_proj: 64 outputs are no multiple of 128, which",
         "activations=fp8",
+        "strict=true",
     )
     (tmp_path / "r.yaml").write_text(
-        "description: d\nstages: [{method: rtn, activations: fp8, ignore: ['*.k_proj', '*.v_proj']}]"
+        "description: d\nstages: [{method: rtn, activations: fp8, strict: true, ignore: ['*.k_proj', '*.v_proj']}]"
     )
     convert(request_for(model, str(tmp_path / "r.yaml"), tmp_path / "out", text_file))
     assert (tmp_path / "out" / "config.json").exists()

@@ -108,7 +108,7 @@ def test_a_limit_changes_no_byte(tiny: ModelMaker, text_file: Path, tmp_path: Pa
 
 def test_what_convert_refuses_is_refused(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     asked = request(
-        "format: compressed-tensors, stages: [{method: rtn, group_size: 48}]",
+        "format: compressed-tensors, stages: [{method: rtn, group_size: 48, strict: true}]",
         tiny("llama"),
         text_file,
         tmp_path / "o",

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from rows import ARCHITECTURES
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_sources import fp8, gpt_oss
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -28,6 +29,7 @@ from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header
 from quantize.inspect.inspection import Inspection, Linear, inspect
+from quantize.model.dequantized import open_source
 from quantize.model.roles import natural, role_of
 from quantize.model.storage import storage_of
 
@@ -443,3 +445,42 @@ def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path: Path):
     ).output
     assert "\x1b" not in output
     assert "a\ufffd[31mb\ufffd" in output
+
+
+# Sources that are stored small
+
+
+def test_gpt_oss_counts_weights_and_not_bytes(tmp_path: Path):
+    """Two codes stand in a byte, and scales are no weights."""
+    folder = gpt_oss(tmp_path / "model")
+    found = inspect(folder)
+    plain = open_source(folder).shapes
+    experts = [name for name in plain if name.endswith(("gate_up_proj", "down_proj"))]
+    assert found.totals.parameters == sum(map(math.prod, plain.values()))
+    assert found.totals.quantized_parameters == sum(math.prod(plain[name]) for name in experts)
+    assert found.totals.quantized_bits_per_weight == 4.25
+    assert found.totals.expected_bytes == found.totals.tensor_bytes
+    linears = {name: linear for name, linear in linears_of(found).items() if linear.quantized}
+    assert sorted(linears) == sorted(experts)
+    assert {(x.format, x.bits, x.group_size, x.activations) for x in linears.values()} == {
+        ("mxfp4", 4, 32, "none")
+    }
+    assert "_scales" not in str([block.others for block in found.blocks])
+
+
+@pytest.mark.parametrize("kind", ["blocks", "tensor", "stacked"])
+def test_fp8_counts_weights_and_not_scales(kind: str, tmp_path: Path):
+    if kind == "stacked":
+        tensors = {
+            "model.layers.0.mlp.experts.up_proj": torch.ones(2, 256, 128).to(torch.float8_e4m3fn),
+            "model.layers.0.mlp.experts.up_proj_scale_inv": torch.ones(2, 2, 1),
+        }
+        folder = other_model(tmp_path / "model", tensors, {"quant_method": "fp8"})
+        weights = 2 * 256 * 128
+    else:
+        folder = fp8(tmp_path / "model", block=128 if kind == "blocks" else None)
+        weights = sum(map(math.prod, open_source(folder).shapes.values()))
+    found = inspect(folder)
+    assert found.totals.parameters == weights
+    assert {x.bits for x in linears_of(found).values() if x.quantized} == {8}
+    assert {x.format for x in linears_of(found).values() if x.quantized} == {"fp8"}

@@ -181,29 +181,30 @@ def test_a_head_that_equals_the_embedding_may_be_tied(pq: Call, model: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "quantization",
+    ("quantization", "named"),
     [
-        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-        {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": 128,
-            "version": "gemm",
-            "zero_point": True,
-        },
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {"quant_method": "pq", "version": 1},
-        "fp8",
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors pack-quantized",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, "awq 4-bit"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "gptq 4-bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit"),
+        ({"quant_method": "pq", "version": 1}, "pq"),
+        ("fp8", "fp8"),
     ],
-    ids=lambda q: q["quant_method"] if isinstance(q, dict) else q,
 )
 def test_models_that_others_quantized(
-    refuse: Callable[..., None], model: Path, quantization: object
+    refuse: Callable[..., None], model: Path, quantization: object, named: str
 ):
     edit_config(model, quantization_config=quantization)
-    refuse("is quantized already (config.json has quantization_config); give its parent")
+    refuse(f"is quantized already ({named}); give its parent (of quantized models pq reads fp8, ")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_models_that_only_say_they_are_small(refuse: Callable[..., None], model: Path, method: str):
+    edit_config(model, quantization_config={"quant_method": method})
+    refuse(f"{method} source: config.json says {method} but no tensor is stored so")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
@@ -214,7 +215,12 @@ def test_packed_weights_without_a_word_in_config_json(
         model,
         lambda t: t.update({n: w.to(dtype) for n, w in t.items() if n.endswith("_proj.weight")}),
     )
-    refuse("the source seems to be quantized already, give the original model")
+    eight = dtype == torch.float8_e4m3fn  # whose scales a config.json could tell of
+    refuse(
+        "but config.json has no quantization_config that says what it means"
+        if eight
+        else "the source seems to be quantized already, give the original model"
+    )
     code, _, err = pq("eval", model, "--dataset", text_file, "--seqlen", 32, "--device", "cpu")
     assert code == 4
     assert (

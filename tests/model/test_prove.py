@@ -33,7 +33,9 @@ class Norm(nn.Module):
 class Ffn(nn.Module):
     """A block that is one gated FFN, with what a test wants otherwise."""
 
-    def __init__(self, offset: float = 0.0, clamp: float | None = None, peeks: bool = False) -> None:
+    def __init__(
+        self, offset: float = 0.0, clamp: float | None = None, peeks: bool = False
+    ) -> None:
         super().__init__()
         self.norm = Norm(offset)
         self.gate_proj = nn.Linear(WIDTH, INNER, bias=True)

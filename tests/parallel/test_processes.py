@@ -49,6 +49,19 @@ def test_experts(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str)
     same(asked, tmp_path)
 
 
+def test_sizes_that_no_group_divides(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    """Ranks pass on linears in groups of 64 and in whole rows, and what was noted of them."""
+    model = tiny(
+        "llama",
+        hidden_size=192,
+        intermediate_size=172,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+    )
+    body = "stages: [{method: gptq}]"
+    same(request(body, model, text_file, tmp_path / "out", batch_tokens=96), tmp_path, (2,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3"])

@@ -267,7 +267,7 @@ def test_refusals_are_told_once(command: Command):
     for arguments, code, text in (
         (["--resume", "maybe"], 2, "--resume maybe: choose"),
         (["--resume", "required"], 2, "no state is kept"),
-        (["--set", "group_size=48"], 4, "group"),
+        (["--set", "group_size=48", "--set", "strict=true"], 4, "group"),
         (["--dtype", "int8"], 2, "--dtype int8"),
     ):
         assert command.codes(2, *arguments) == [code, code], command.last.texts()
