@@ -25,9 +25,8 @@ def tied_groups(
     for name, stage in stages.items():
         block, inside = place_of(arch, name)
         routed = arch.is_routed(inside)
-        where = (
-            ("", -1) if routed else (arch.expert_of(inside) or "", place[arch.dense_name(inside)])
-        )
+        at = place.get(inside, place.get(arch.dense_name(inside), -1))
+        where = ("", -1) if routed else (arch.expert_of(inside) or "", at)
         groups.setdefault((block, *where, stage), []).append(name)
     yield from map(tuple, groups.values())
 

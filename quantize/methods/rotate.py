@@ -22,6 +22,7 @@ from quantize.cost.footprint import BlockSizes
 from quantize.errors import ModelError
 from quantize.methods.base import Kind, Stage
 from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widen
+from quantize.model.roles import role_by_name
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -113,13 +114,9 @@ class Rotate(Stage):
         if self.values:
             yield "values", "head size", shape.head_dim
         if self.down:
-            down = arch.of_role("down")
-            within = {
-                name: name.removeprefix(f"{arch.blocks}.").partition(".")[2] for name in linears
-            }
-            sizes = {K for name, (_, K) in linears.items() if arch.dense_name(within[name]) == down}
-            for size in sorted(sizes):
-                yield "down", f"inputs of {down}", size
+            sizes = {K: name for name, (_, K) in linears.items() if role_by_name(name) == "down"}
+            for size, name in sorted(sizes.items()):
+                yield "down", f"inputs of {name.rpartition('.')[2]}", size
 
     def outside(self, tensors: dict[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
         """Rotate the embedding's rows; fold the final norm into the head and

@@ -7,7 +7,7 @@ names are relative to a decoder block (`self_attn.q_proj`) unless a field says o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -131,6 +131,32 @@ class Architecture:
     """Modules with tensors that run before the first block."""
     after: tuple[str, ...] = ("model.norm", "lm_head")
     """Modules with tensors that run behind the last block."""
+
+    def with_others(self, others: Iterable[Architecture]) -> Architecture:
+        """What all blocks of a model have together: each is asked for itself where it matters."""
+        out = self
+        for other in others:
+            if other is self:
+                continue
+            edges = {
+                (edge.name, edge.source, edge.sinks): edge for edge in (*out.edges, *other.edges)
+            }
+            out = replace(
+                out,
+                roles={**other.roles, **out.roles},
+                calibration_order=tuple(
+                    dict.fromkeys((*out.calibration_order, *other.calibration_order))
+                ),
+                edges=tuple(edges.values()),
+                residual={**other.residual, **out.residual},
+                writers=tuple(dict.fromkeys((*out.writers, *other.writers))),
+                stream_norms=tuple(dict.fromkeys((*out.stream_norms, *other.stream_norms))),
+                qk_norm=out.qk_norm or other.qk_norm,
+                attention=out.attention or other.attention,
+                heads=out.heads or other.heads,
+                experts=out.experts or other.experts,
+            )
+        return out
 
     def find_role(self, role: Role) -> str | None:
         """Name of the first linear with this role; None without one."""

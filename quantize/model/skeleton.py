@@ -152,10 +152,12 @@ class Skeleton:
         """What stands around the blocks."""
         return self._shell.outer
 
-    @property
+    @cached_property
     def arch(self) -> Architecture:
-        """What is derived of the first block."""
-        return self.block_arch(0)
+        """What is derived of all blocks together."""
+        blocks = [self.block_arch(index) for index in range(len(self._layers))]
+        different = {id(arch): arch for arch in blocks}
+        return blocks[0].with_others(different.values())
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
         """ModelError unless a checkpoint's tensors (full name → shape) are
