@@ -132,7 +132,7 @@ def test_rotations_need_a_matrix_for_every_expert():
     }
     with pytest.raises(
         ModelError,
-        match=r"inputs of mlp\.down_proj 130: no Hadamard matrix [^\n]+; set down: false$",
+        match=r"inputs of down_proj 130: no Hadamard matrix [^\n]+; set down: false$",
     ):
         stage.check_model(arch, None, shapes)  # type: ignore[arg-type]
     stage.check_model(arch, None, {"model.layers.0.mlp.shared_expert.down_proj": (128, 256)})  # type: ignore[arg-type]

@@ -374,7 +374,7 @@ def test_a_format_that_cannot_hold_it_is_refused_whoever_asks(exact: Maker, tmp_
         (
             {"intermediate_size": 536},
             Rotate(down=True),
-            r"inputs of mlp\.down_proj 536: .*; set down: false",
+            r"inputs of down_proj 536: .*; set down: false",
         ),
     ],
 )
