@@ -119,6 +119,21 @@ class StoredCheckpoint(Checkpoint):
         places = self._places.items()
         self._where = {name: source._where[names_in(place)[0]] for name, place in places}
 
+    def misfit(self) -> str | None:
+        """What the model lacks here and what it has no place for, in one line; None where nothing.
+
+        Tensors of the model have its names, stored ones those on the disk.
+        """
+        lines = [
+            f"{said} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for said, names in (
+                ("lacks", self.missing),
+                ("has no place in the model for", self.surplus),
+            )
+            if names
+        ]
+        return f"{self.folder}: the checkpoint {' and '.join(lines)}" if lines else None
+
     def _dtype(self, place: Where) -> str:
         kinds = dict.fromkeys(self.stored.dtypes[name] for name in names_in(place))
         if len(kinds) > 1:

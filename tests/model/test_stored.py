@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from quantize.errors import ModelError
 from quantize.files.checkpoint import SINGLE_NAME, Checkpoint
 from quantize.files.headers import tensor_headers
-from quantize.model.experts import split_experts
+from quantize.formats.compressed_tensors import quantization_config
+from quantize.formats.packed_int import SUFFIXES, IntScheme, PackedInt
+from quantize.model.experts import kept_whole, split_experts
 from quantize.model.lazy import lazy, where
 from quantize.model.skeleton import meta_model
 from quantize.model.stored import StoredCheckpoint
@@ -105,6 +107,7 @@ def require_same(found: StoredCheckpoint, wanted: dict[str, Tensor], tied: bool 
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # holds no other expert
     assert found.missing == found.surplus == ()
+    assert found.misfit() is None
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["published", "stacked"])
@@ -199,6 +202,10 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
     assert set(found.missing) - set(experts) == {"model.layers.1.self_attn.q_norm.weight"}
     surplus = {"model.layers.2.eh_proj.weight", "visual.patch.weight", "visual.x"}
     assert set(found.surplus) == surplus
+    told = found.misfit()
+    assert told is not None
+    assert f"and {len(found.missing) - 1} more" in told
+    assert "has no place in the model for" in told
     for name in found.surplus:  # checks see them, and what they hold can be carried over
         assert found.tensor(name).eq(1).all()
         assert found.output.name(name) == name
@@ -301,6 +308,99 @@ def test_parts_of_packed_linears_are_found_under_their_published_names(tmp_path:
     assert found.output.name(name) == f"{expert}.weight_packed"
     assert found.tensor(f"{attention}.kv.scale").eq(1).all()
     assert found.output.name(f"{attention}.kv.scale") == f"{attention}.kv.scale"
+
+
+def packed(found: StoredCheckpoint, linears: list[str]) -> dict[str, Tensor]:
+    """What is written of a model with these linears rounded to 8 bits."""
+    out: dict[str, Tensor] = {}
+    for name in found.names():
+        owner, _, part = name.rpartition(".")
+        if owner not in linears or part != "weight":
+            out[name] = found.tensor(name)
+            continue
+        weight = found.tensor(name).float()
+        groups = weight.unflatten(1, (-1, 8))
+        scale = (groups.abs().amax(-1) / 127).bfloat16()
+        codes = (groups / scale.float()[..., None]).round().clamp(-128, 127).flatten(1)
+        one = PackedInt(codes.to(torch.int8), scale, 8, 8)
+        out |= {f"{owner}.{part}": tensor for part, tensor in one.tensors().items()}
+    return found.output.written(out)
+
+
+LOADED = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "llama4_text", "deepseek_v3", "lfm2_moe")
+REFUSED = ("gpt_oss", "granitemoe")
+
+
+@pytest.mark.parametrize("kind", [*LOADED, *REFUSED])
+def test_stock_transformers_loads_packed_experts_but_where_it_is_said_that_it_does_not(
+    kind: str, tmp_path: Path
+) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    build(kind).save_pretrained(parent)
+    found = stored(parent)
+    skeleton = meta_model(parent, torch.bfloat16)
+    homes = split_experts(skeleton)
+    linears = [n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)]
+    experts = [n for n in linears if any(n.startswith(f"{home}.") for home in homes)]
+    child.mkdir()
+    scheme = IntScheme(8, 8, False)
+    section = quantization_config(dict.fromkeys(experts, scheme), sorted({*linears} - {*experts}))
+    config = json.loads((parent / "config.json").read_text()) | {"quantization_config": section}
+    (child / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in packed(found, experts).items()}
+    save_file(tensors, child / SINGLE_NAME, metadata={"format": "pt"})
+    again = stored(child)  # which knows its own names
+    parts = {f"{name}.{part}" for name in experts for part in SUFFIXES}
+    assert parts <= set(again.names())
+    assert not again.surplus
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        child, dtype=torch.float32, output_loading_info=True
+    )
+    clean = not info["missing_keys"] and not info["unexpected_keys"]
+    assert clean == (not found.output.unloadable(experts)) == (kind in LOADED)
+    if not clean:
+        assert set(found.output.unloadable(experts)) == set(homes)
+        return
+    reference = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    split_experts(reference)
+    for name in experts:
+        parts_of_one = {part: again.tensor(f"{name}.{part}") for part in SUFFIXES}
+        weight = PackedInt.from_tensors(parts_of_one, 8, 8).unpack()
+        reference.get_submodule(name).weight.data = weight
+    tokens = torch.arange(64).unsqueeze(1)
+    with torch.no_grad():
+        logits, wanted = (m(tokens, use_cache=False).logits[:, 0] for m in (model, reference))
+    far = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    # Stock transformers rounds experts to bfloat16, which may send a token to other ones.
+    assert far.quantile(0.9) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_linear_is_called_in_config_json_as_each_reader_looks_for_it(
+    kind: str, tmp_path: Path
+) -> None:
+    build(kind).save_pretrained(tmp_path)
+    names = stored(tmp_path).output
+    expert, query = "model.layers.1.mlp.experts.2.gate_proj", "model.layers.0.self_attn.q_proj"
+    moe = "model.layers.1.block_sparse_moe.experts.2"
+    aliases = (f"{moe}.w1", f"{moe}.gate_proj") if kind == "mixtral" else ()
+    assert names.in_config(expert) == (expert, *aliases)
+    assert names.in_config(query) == (query,)
+
+
+def test_matrices_that_are_no_linear_are_refused_by_name_or_kept_with_a_reason() -> None:
+    model = build("qwen3_moe")
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        kept_whole(model)
+    split_experts(model)
+    assert kept_whole(model) == {}
+    assert kept_whole(build("lfm2_moe").model.layers[0]) == {}  # a convolution
+    model.model.layers[1].mlp.stack = torch.nn.Parameter(torch.ones(2, 3, 4))
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.stack"):
+        kept_whole(model)
+    recurrent = build("recurrent_gemma", lru_width=32, num_hidden_layers=3, head_dim=8)
+    assert any(name.endswith("input_gate_weight") for name in kept_whole(recurrent))
 
 
 OPERATIONS: list[Callable[[Tensor], Tensor]] = [
