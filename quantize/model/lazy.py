@@ -140,11 +140,13 @@ def _unsqueeze(x: _Lazy, dim: int) -> Where:
     return x.place.widened(dim % (x.ndim + 1))
 
 
-def _squeeze(x: _Lazy, dim: Any = None) -> Where | None:
-    if not isinstance(dim, int):
-        return None
-    dim = dim % x.ndim
-    return x.place.dropped(dim) if x.shape[dim] == 1 else x.place
+def _squeeze(x: _Lazy, dim: Any = None) -> Where:
+    given = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    place = x.place
+    for one in sorted({d % x.ndim for d in given}, reverse=True):
+        if x.shape[one] == 1:
+            place = place.dropped(one)
+    return place
 
 
 def _join(tensors: Any, dim: int = 0) -> Where | None:

@@ -370,7 +370,8 @@ def test_stock_transformers_loads_packed_experts_but_where_it_is_said_that_it_do
         reference.get_submodule(name).weight.data = weight
     tokens = torch.arange(64).unsqueeze(1)
     with torch.no_grad():
-        logits, wanted = (m(tokens, use_cache=False).logits[:, 0] for m in (model, reference))
+        both = (model.float(), reference)  # releases before 5.24 leave experts in bfloat16
+        logits, wanted = (m(tokens, use_cache=False).logits[:, 0] for m in both)
     far = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     # Stock transformers rounds experts to bfloat16, which may send a token to other ones.
     assert far.quantile(0.9) < 0.02
@@ -412,6 +413,8 @@ OPERATIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.reshape(3, 2, 6, 4)[1, 1],  # is computed
     lambda x: x.flip(0)[1],
     lambda x: torch.chunk(x, 3)[1].squeeze(0),
+    lambda x: torch.chunk(x, 3)[1].squeeze(),
+    lambda x: x[1:2, 3:4].squeeze((0, 1)),
     lambda x: torch.stack(list(x.unbind(0)), 1)[:, 2],
     lambda x: torch.split(x, [1, 2])[1][:, 4:8, 1],
 ]
