@@ -370,7 +370,10 @@ def test_stock_transformers_loads_packed_experts_but_where_it_is_said_that_it_do
         reference.get_submodule(name).weight.data = weight
     tokens = torch.arange(64).unsqueeze(1)
     with torch.no_grad():
-        both = (model.float(), reference)  # releases before 5.24 leave experts in bfloat16
+        both = (
+            torch.nn.Module.float(model),
+            reference,
+        )  # releases before 5.24 leave experts in bfloat16
         logits, wanted = (m(tokens, use_cache=False).logits[:, 0] for m in both)
     far = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     # Stock transformers rounds experts to bfloat16, which may send a token to other ones.
