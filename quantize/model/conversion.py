@@ -39,30 +39,31 @@ def loaded(
     """
     out: dict[str, Tensor] = {}
     taken: dict[str, str] = {}
-    collected: dict[str, tuple[Any, dict[str, list[Tensor]]]] = {}
+    collected: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     unplaced = []
     for key in conversion.in_order(stored):
         name, converter, pattern = conversion.place(key)
         if name not in conversion.tensors:
             unplaced.append(key)
         elif converter is not None:
-            parts = collected.setdefault(name, (converter, {}))[1]
-            parts.setdefault(pattern, []).append(stored[key])
+            collected.setdefault(name, (converter, []))[1].append((pattern, key))
         elif name in out:
             raise ModelError(f"tensors {taken[name]} and {key} are both {name}; remove one")
         else:
             out[name], taken[name] = stored[key], key
-    for name, (converter, parts) in collected.items():
-        try:
-            made = conversion.convert(name, converter, parts)
-        except (ValueError, RuntimeError, IndexError, KeyError, AttributeError) as err:
-            raise _unfit(conversion, name, stored, str(err)) from None
+    published_form: dict[str, Where] | None = None
+    for name, (converter, keys) in collected.items():
+        parts: dict[str, list[Tensor]] = {}
+        for pattern, key in keys:
+            parts.setdefault(pattern, []).append(stored[key])
+        made = _converted(conversion, name, converter, parts)
+        if isinstance(made, str):
+            published_form = published_form or published(conversion)
+            if not _rest_is_packed(conversion, name, stored, published_form):
+                raise ModelError(f"the stored parts of {name} do not fit config.json ({made})")
+            unplaced += [key for _, key in keys]
+            continue
         for made_name, tensor in made.items():
-            known = conversion.tensors.get(made_name)
-            if known is None:
-                raise ModelError(f"tensor {made_name} has no place in the model")
-            if tensor.shape != known.shape:
-                raise _unfit(conversion, made_name, stored, f"they make {list(tensor.shape)}")
             if made_name in out:
                 raise ModelError(
                     f"tensor {made_name} is stored in two forms, one of them "
@@ -72,18 +73,44 @@ def loaded(
     return out, unplaced
 
 
-def _unfit(
-    conversion: Conversion, name: str, stored: Mapping[str, Tensor], what: str
-) -> ModelError:
-    """The error for a converted tensor that is not what the model has."""
-    made_from = [key for key, place in published(conversion).items() if name in names_in(place)]
-    ends = {key.removeprefix(f"{conversion.prefix}.") for key in stored}
-    if absent := [k for k in made_from if k.removeprefix(f"{conversion.prefix}.") not in ends]:
-        return ModelError(f"tensor {absent[0]} is missing from the checkpoint; download it again")
-    return ModelError(
-        f"the stored parts of {name} do not fit config.json, which implies "
-        f"{list(conversion.tensors[name].shape)} ({' '.join(what.split())[:200]})"
-    )
+def _converted(
+    conversion: Conversion, name: str, converter: Any, parts: Mapping[str, list[Tensor]]
+) -> dict[str, Tensor] | str:
+    """What one converter makes of the tensors that it collected, or why that is not the model's."""
+    try:
+        made = conversion.convert(name, converter, parts)
+    except (ValueError, RuntimeError, IndexError, KeyError, AttributeError) as err:
+        return " ".join(str(err).split())[:200]
+    for made_name, tensor in made.items():
+        known = conversion.tensors.get(made_name)
+        if known is None:
+            return f"{made_name} has no place in the model"
+        if tensor.shape != known.shape:
+            return f"they make {list(tensor.shape)}, it implies {list(known.shape)}"
+    return made
+
+
+def _rest_is_packed(
+    conversion: Conversion,
+    name: str,
+    stored: Mapping[str, Tensor],
+    form: Mapping[str, Where],
+) -> bool:
+    """Whether what a tensor lacks of its parts is there packed, so that the others stand alone.
+
+    ModelError for parts that are not there at all.
+    """
+
+    def bare(key: str) -> str:
+        return key.removeprefix(f"{conversion.prefix}.")
+
+    there = {bare(key) for key in stored}
+    packed = {owner_of(key) for key in there if not key.endswith((".weight", ".bias"))}
+    absent = [key for key, place in form.items() if name in names_in(place)]
+    absent = [key for key in absent if bare(key) not in there]
+    if lost := [key for key in absent if owner_of(bare(key)) not in packed]:
+        raise ModelError(f"tensor {lost[0]} is missing from the checkpoint; download it again")
+    return bool(absent)
 
 
 def published(conversion: Conversion) -> dict[str, Where]:

@@ -107,7 +107,8 @@ class StoredCheckpoint(Checkpoint):
         self.missing = tuple(
             name
             for name in expected
-            if name not in parts and not any(other in parts for other in tied.get(name, ()))
+            if name not in self._places
+            and not any(other in self._places for other in tied.get(name, ()))
         )
         """Tensors of the model that the checkpoint lacks, one that is tied to another apart; of
         a packed linear it lacks the weight."""

@@ -290,6 +290,25 @@ def test_names_to_write_are_the_published_ones_whatever_the_source(
     assert names[True] == names[False] == set(Checkpoint(tmp_path / "True").names())
 
 
+def test_experts_that_were_left_alone_among_packed_ones(tmp_path: Path) -> None:
+    model = build("mixtral", num_local_experts=3)
+    model.save_pretrained(tmp_path)
+    wanted = loaded(tmp_path)
+    plain = "model.layers.1.mlp.experts.1.up_proj.weight"
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n and ".experts.1.w3" not in n]:
+            tensors[f"{name}_packed"] = tensors.pop(name)
+
+    found = stored(changed(tmp_path, pack))
+    assert torch.equal(found.tensor(plain), wanted[plain])
+    assert plain not in found.missing
+    assert f"{plain}_packed" not in found
+    assert f"{plain.replace('up', 'gate')}_packed" in found
+    assert not found.surplus
+    assert found.output.name(plain).endswith("block_sparse_moe.experts.1.w3.weight")
+
+
 def test_parts_of_packed_linears_are_found_under_their_published_names(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path)
     expert, attention = "model.layers.0.block_sparse_moe.experts.2.w1", "model.layers.0.self_attn"
