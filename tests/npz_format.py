@@ -38,7 +38,7 @@ class Npz(OutputFormat):
         self,
         attention: bool,
         experts: Collection[AnyScheme | None],
-        unstacked: Sequence[str] = (),
+        unloadable: Sequence[str] = (),
     ) -> list[str]:
         return ["NumPy has no INT4 cache"] if attention else []
 

@@ -28,10 +28,10 @@ class CompressedTensors(OutputFormat):
         self,
         attention: bool,
         experts: Collection[AnyScheme | None],
-        unstacked: Sequence[str] = (),
+        unloadable: Sequence[str] = (),
     ) -> list[str]:
-        """The INT4 cache, experts of several kinds, of types that have them stacked, and FP8 inputs
-        of experts."""
+        """The INT4 cache, experts of several kinds, FP8 inputs of experts, and what stock
+        transformers does not load."""
         lines = []
         if attention:
             lines += [
@@ -40,14 +40,10 @@ class CompressedTensors(OutputFormat):
                 "int4_per_token_head, which rotates and rounds in another way than "
                 "pq eval --kv-cache int4 does)",
             ]
-        if unstacked:
-            more = f" and {len(unstacked) - 1} more" if len(unstacked) > 1 else ""
-            lines.append(
-                f"stock transformers does not load packed experts of this type, which it knows as "
-                f"stacks alone ({unstacked[0]}{more}); pq reads them, and ignore: ['*.experts.*'] "
-                "leaves them 16-bit"
-            )
-        elif len(experts) > 1 or None in experts:
+        lines += [f"stock transformers does not load this: {why}" for why in unloadable]
+        if unloadable:
+            return lines
+        if len(experts) > 1 or None in experts:
             lines.append(
                 "transformers reads experts only where all are packed alike, which they are not "
                 "here (format: pq loads them in transformers)"

@@ -71,13 +71,13 @@ class OutputFormat(ABC):
         self,
         attention: bool,
         experts: Collection[AnyScheme | None],
-        unstacked: Sequence[str] = (),
+        unloadable: Sequence[str] = (),
     ) -> list[str]:
         """What the format does not hold, or its loaders do not make of it, in lines for people.
 
         attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed
-        experts, None for those that stay 16-bit; empty where there are none. unstacked: modules of
-        experts that are packed one by one where stock transformers knows them as stacks alone.
+        experts, None for those that stay 16-bit; empty where there are none. unloadable: why stock
+        transformers does not load the model with these linears packed; empty where it does.
         """
         return []
 

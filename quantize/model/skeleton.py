@@ -271,7 +271,7 @@ class Skeleton:
             if isinstance(module, MoeFfn | SplitExperts):
                 module.every_token = True
         if device.type != "meta":
-            renew_buffers(block, self.model, device)
+            renew_buffers(block, self.model, device, index)
             draw = torch.Generator().manual_seed(0)
             for module in block.modules():
                 for name, held in module._parameters.items():
@@ -300,7 +300,7 @@ class Skeleton:
         dtype and stay where they are.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
-        renew_buffers(layer, self.model, self.device)
+        renew_buffers(layer, self.model, self.device, index)
         for name in packed or {}:
             layer.set_submodule(name, nn.Identity())  # has no tensors to look for
         expected = {n: tuple(p.shape) for n, p in layer.state_dict().items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,15 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
+def renew_buffers(
+    root: nn.Module, model: Any, device: torch.device, index: int | None = None
+) -> None:
     """Compute the buffers that checkpoints do not hold, by the model's own rule, on `device`.
 
     root: the model, or one of its layers, its parameters on the meta device, which stay as they are.
+    index: which of its layers.
     """
+    unset: list[tuple[nn.Module, list[str]]] = []
     for module in root.modules():
         absent = [
             name
@@ -106,9 +110,30 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
                 model._init_weights(module)
         finally:
             module._parameters = parameters
-        unset = [name for name in absent if _is_unset(module._buffers[name])]
-        if unset:
-            _remake_buffers(module, model, unset, device)
+        unset.append((module, absent))
+    if index is not None and any(_left(*one) for one in unset):
+        _set_by_owner(root, model, index)
+    for module, names in unset:
+        if left := _left(module, names):
+            _remake_buffers(module, model, left, device)
+
+
+def _left(module: nn.Module, names: Sequence[str]) -> list[str]:
+    return [name for name in names if _is_unset(module._buffers[name])]
+
+
+def _set_by_owner(root: nn.Module, model: Any, index: int) -> None:
+    """Let what holds the layers set the buffers of one, which stands in the place of its own
+    (Falcon-H1: `mup_vector`)."""
+    place, _, listed = parts_of(model).blocks.rpartition(".")
+    owner = model.get_submodule(place)
+    stand_in = copy.copy(owner)
+    stand_in._modules = dict(owner._modules)
+    layers = list(owner.get_submodule(listed))
+    layers[index] = root
+    stand_in._modules[listed] = nn.ModuleList(layers)
+    with torch.no_grad():
+        model._init_weights(stand_in)
 
 
 def _is_unset(buffer: Tensor | None) -> bool:
@@ -147,6 +172,25 @@ def use_attention(root: nn.Module, name: str) -> None:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = name
+
+
+def needs_weights(model: Any, linears: Iterable[str]) -> str | None:
+    """Class of linears without whose weights the model's own rule for new ones fails, which runs
+    also where a checkpoint has them packed (Falcon); None where there is none. The linears are
+    full names."""
+    kinds = {}
+    for name in linears:
+        module = model.get_submodule(name)
+        kinds.setdefault(type(module), module)
+    for kind, module in kinds.items():
+        packed = copy.copy(module)
+        packed._parameters = {n: held for n, held in module._parameters.items() if n != "weight"}
+        try:
+            with torch.no_grad():
+                model._init_weights(packed)
+        except AttributeError:
+            return str(kind.__name__)
+    return None
 
 
 class StandIn(nn.Module):
