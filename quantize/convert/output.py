@@ -71,7 +71,6 @@ def _linears(plan: Plan) -> dict[str, tuple[int, int]]:
     return linears
 
 
-
 def _not_stock(plan: Plan, state: State) -> list[str]:
     """Why stock transformers does not load the output, in which these linears are packed."""
     why = []
