@@ -81,7 +81,5 @@ def _not_stock(plan: Plan, state: State) -> list[str]:
             "and ignore: ['*.experts.*'] leaves them 16-bit"
         )
     if kind := needs_weights(plan.skeleton.model, state.schemes):
-        why.append(
-            f"its own code asks each {kind} for the weight that a packed one lacks; pq reads it"
-        )
+        why.append(f"its own code asks {kind} for weights that packed linears lack; pq reads it")
     return why

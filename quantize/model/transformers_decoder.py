@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,22 +174,23 @@ def use_attention(root: nn.Module, name: str) -> None:
             config._attn_implementation = name
 
 
-def needs_weights(model: Any, linears: Iterable[str]) -> str | None:
-    """Class of linears without whose weights the model's own rule for new ones fails, which runs
-    also where a checkpoint has them packed (Falcon); None where there is none. The linears are
-    full names."""
-    kinds = {}
-    for name in linears:
-        module = model.get_submodule(name)
-        kinds.setdefault(type(module), module)
-    for kind, module in kinds.items():
-        packed = copy.copy(module)
-        packed._parameters = {n: held for n, held in module._parameters.items() if n != "weight"}
-        try:
-            with torch.no_grad():
-                model._init_weights(packed)
-        except AttributeError:
-            return str(kind.__name__)
+def needs_weights(model: Any, linears: Collection[str]) -> str | None:
+    """Class of a module whose new weights, by the model's own rule, are asked of linears that have
+    none: the rule runs also where a checkpoint has them packed (Falcon, GPT-BigCode). None where
+    there is none. The linears are full names."""
+    place = parts_of(model).blocks
+    layers = model.get_submodule(place)
+    for index in {0, len(layers) - 1}:
+        layer = copy.deepcopy(layers[index])
+        for name, module in layer.named_modules():
+            if f"{place}.{index}.{name}" in linears:
+                module._parameters.pop("weight", None)
+        for module in layer.modules():
+            try:
+                with torch.no_grad():
+                    model._init_weights(module)
+            except AttributeError:
+                return type(module).__name__
     return None
 
 
@@ -210,7 +211,16 @@ class StandIn(nn.Module):
 
     def result(self, hidden: Tensor) -> Any:
         """What the layer would return for these hidden states."""
-        return (hidden, None) if self._returns_tuple else hidden
+        return (hidden, BESIDE) if self._returns_tuple else hidden
+
+
+class _Beside:
+    """Stands for what a layer returns beside hidden states. A model may hand it to the next layer;
+    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) fails, and
+    so is refused, where None might mean something to it."""
+
+
+BESIDE = _Beside()
 
 
 class Recorder(StandIn):
