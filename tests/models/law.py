@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import zoo
 from models.subject import Check, Row, Subject
@@ -80,6 +80,10 @@ def proofs(subject: Subject) -> Row:
     archs = [skeleton.block_arch(index) for index in range(shape_of(source).n_blocks)]
     derived = time.perf_counter()
     schemes = packed_schemes(source, list(skeleton.linears()))
+    routes = any(arch.experts for arch in archs)
+    layers = skeleton.model.get_submodule(skeleton.parts.blocks)
+    # Linear attention and state-space models have a short convolution in front.
+    convolves = any(isinstance(module, nn.Conv1d) for module in layers.modules())
     proved: dict[str, int] = {}
     dropped: dict[str, str] = {}
     cache: dict[str, int] = {}
@@ -105,8 +109,7 @@ def proofs(subject: Subject) -> Row:
         "proved": dict(sorted(proved.items())),
         "dropped": dropped,
         "cache_16bit": cache,
-        "experts": any(arch.experts for arch in archs),
-        "attention": sum(arch.heads is not None for arch in archs),
+        "kind": "hybrid" if convolves else "experts" if routes else "dense",
         "derive_seconds": round(derived - start, 2),
         "prove_seconds": round(spent, 2),
     }
