@@ -34,7 +34,12 @@ class Npz(OutputFormat):
             if getattr(stage, "bits", 4) > 4:
                 yield index, "bits", "has no place in 'format: npz'; take 4 or less"
 
-    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+    def losses(
+        self,
+        attention: bool,
+        experts: Collection[AnyScheme | None],
+        unloadable: Sequence[str] = (),
+    ) -> list[str]:
         return ["NumPy has no INT4 cache"] if attention else []
 
     def tensors(

@@ -180,7 +180,12 @@ def _plain(block: Block) -> dict[str, Tensor]:
                 out[f"{name}.bias"] = module.bias.to(block.storage[f"{name}.bias"])
         elif not isinstance(module, nn.ModuleList):
             own = module._parameters | module._buffers
-            named = {f"{name}.{key}": tensor for key, tensor in own.items() if tensor is not None}
+            named = {
+                f"{name}.{key}": tensor
+                for key, tensor in own.items()
+                # What models compute by themselves (Falcon-H1's mup_vector) is in no checkpoint.
+                if tensor is not None and key not in module._non_persistent_buffers_set
+            }
             # What a stage added (post-RoPE scales) keeps its own dtype.
             for key, tensor in named.items():
                 out[key] = tensor.to(block.storage.get(key, tensor.dtype))

@@ -10,6 +10,7 @@ from quantize.convert.state import State
 from quantize.formats.output import Finished
 from quantize.model.arch import ROUTERS, Architecture, ExpertSizes
 from quantize.model.moe import TopK
+from quantize.model.transformers_decoder import needs_weights
 
 
 def output_config(plan: Plan, state: State) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def lost_in(plan: Plan, state: State) -> list[str]:
         if arch.is_routed(name)
     ]
     schemes = {state.schemes.get(name) for name in experts}
-    return plan.format.losses(plan.attention is not None, schemes)
+    return plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
 
 
 def unserved_in(plan: Plan, state: State) -> list[str]:
@@ -68,3 +69,17 @@ def _linears(plan: Plan) -> dict[str, tuple[int, int]]:
     for stage in plan.recipe.stages:
         linears = stage.linears(linears)
     return linears
+
+
+def _not_stock(plan: Plan, state: State) -> list[str]:
+    """Why stock transformers does not load the output, in which these linears are packed."""
+    why = []
+    if stacks := plan.source.output.unloadable(state.schemes):
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+        why.append(
+            f"it knows the experts of this type as stacks alone ({stacks[0]}{more}); pq reads them, "
+            "and ignore: ['*.experts.*'] leaves them 16-bit"
+        )
+    if kind := needs_weights(plan.skeleton.model, state.schemes):
+        why.append(f"its own code asks {kind} for weights that packed linears lack; pq reads it")
+    return why

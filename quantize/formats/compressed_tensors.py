@@ -24,8 +24,14 @@ class CompressedTensors(OutputFormat):
     name = "compressed-tensors"
     about = "loads in stock transformers and vLLM"
 
-    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
-        """The INT4 cache, experts of several kinds, and FP8 inputs of experts."""
+    def losses(
+        self,
+        attention: bool,
+        experts: Collection[AnyScheme | None],
+        unloadable: Sequence[str] = (),
+    ) -> list[str]:
+        """The INT4 cache, experts of several kinds, FP8 inputs of experts, and what stock
+        transformers does not load."""
         lines = []
         if attention:
             lines += [
@@ -34,6 +40,9 @@ class CompressedTensors(OutputFormat):
                 "int4_per_token_head, which rotates and rounds in another way than "
                 "pq eval --kv-cache int4 does)",
             ]
+        lines += [f"stock transformers does not load this: {why}" for why in unloadable]
+        if unloadable:
+            return lines
         if len(experts) > 1 or None in experts:
             lines.append(
                 "transformers reads experts only where all are packed alike, which they are not "

@@ -67,11 +67,17 @@ class OutputFormat(ABC):
                 text = "needs 'format: pq', no other loader can do this; add it or turn this off"
                 yield index, stage.native_field, text
 
-    def losses(self, attention: bool, experts: Collection[AnyScheme | None]) -> list[str]:
+    def losses(
+        self,
+        attention: bool,
+        experts: Collection[AnyScheme | None],
+        unloadable: Sequence[str] = (),
+    ) -> list[str]:
         """What the format does not hold, or its loaders do not make of it, in lines for people.
 
         attention: whether a recipe has attention on an INT4 cache. experts: schemes of all routed
-        experts, None for those that stay 16-bit; empty where there are none.
+        experts, None for those that stay 16-bit; empty where there are none. unloadable: why stock
+        transformers does not load the model with these linears packed; empty where it does.
         """
         return []
 

@@ -295,7 +295,10 @@ def _value_edges(flow: Flow, roles: Mapping[str, Role], attending: Attending | N
     if attending is None or attending.head_dim != attending.value_dim:
         return []
     source = _rows_of(flow, attending.value)
-    sink = next((n for n, role in roles.items() if role == "o"), None)
+    # A state-space model beside attention has an output projection of its own (Falcon-H1).
+    outputs = [n for n, role in roles.items() if role == "o"]
+    outputs.sort(key=lambda name: name.rpartition(".")[0] != attending.module)
+    sink = next(iter(outputs), None)
     if source is None or sink is None or source.linear not in roles:
         return []
     edge = Edge("v_o", source.linear, (sink,), "linear", kv_group=True)

@@ -9,6 +9,7 @@ where the policy selects expert e, else 0.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -34,12 +35,49 @@ __all__ = [
     "TopK",
     "place_experts",
     "policy_from_json",
+    "set_routers_apart",
 ]
 
 
 class Router(nn.Linear):
     """A linear that decides how much of an expert a token gets; never quantized,
     and no linear to recipes."""
+
+
+def set_routers_apart(model: nn.Module, routes: Callable[[str, int], bool]) -> None:
+    """Make routers of a model's linears that route, by full name and outputs, and of those whose
+    class computes something else than x Wᵀ + b (Llama 4's router)."""
+    linear: dict[type, bool] = {nn.Linear: True, Router: True}
+    apart: dict[type, type] = {nn.Linear: Router}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if not isinstance(module, nn.Linear) or isinstance(module, Router):
+            continue
+        if kind not in linear:
+            linear[kind] = _computes_linear(module)
+        if not linear[kind] or routes(name, module.out_features):
+            if kind not in apart:
+                apart[kind] = type(kind.__name__, (kind, Router), {})
+            module.__class__ = apart[kind]
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a module of the same class and three outputs of five inputs is x Wᵀ + b."""
+    draw = torch.Generator().manual_seed(0)
+    trial = copy.copy(module)
+    trial.in_features, trial.out_features = 5, 3
+    weight, bias = torch.randn(3, 5, generator=draw), torch.randn(3, generator=draw)
+    trial._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if module.bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    x = torch.randn(4, 5, generator=draw)
+    try:
+        out = trial(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    want = nn.functional.linear(x, weight, trial.bias)
+    return isinstance(out, Tensor) and out.shape == want.shape and torch.allclose(out, want, 1e-4)
 
 
 class Expert(nn.Module):

@@ -58,6 +58,7 @@ class Shell:
         self._model = without_layers(model, parts.blocks)
         renew_buffers(self._model, model, device)
         self._kind = type(model).__name__
+        self._require_bare(parts.blocks)
         self.width = int(model.get_submodule(parts.embedding).embedding_dim)
         self._blocks, self._embedding, self._head = parts.blocks, parts.embedding, parts.head
         if known is not None:
@@ -66,6 +67,18 @@ class Shell:
         self._tuples = [returns_tuple(layer) for layer in self._layers]
         before = self._find_before()
         self.outer = self._outer(model.config.model_type, before, self._find_after())
+
+    def _require_bare(self, blocks: str) -> None:
+        """UnderivedError where what holds the layers has parameters of its own (ZAYA): whether they
+        act before or behind the layers is not seen by which modules are called."""
+        holders = {"", *(blocks[:at] for at, sign in enumerate(blocks) if sign == ".")}
+        for holder in holders:
+            for name, held in self._model.get_submodule(holder)._parameters.items():
+                if held is not None:
+                    raise UnderivedError(
+                        f"{self._kind}: {holder}.{name} stands beside the layers in no module of "
+                        "its own, and pq does not know where it acts"
+                    )
 
     @property
     def found(self) -> Found:
@@ -144,14 +157,18 @@ class Shell:
             note_used(shell, used)
             try:
                 recorders = self._enter(shell, tokens)[1]
-            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError):
+            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as err:
                 if seed:
                     raise
+                first = err
                 # What a layer says of its forward is not what it does.
                 self._tuples = [not several for several in self._tuples]
                 shell = _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
                 note_used(shell, used)
-                recorders = self._enter(shell, tokens)[1]
+                try:
+                    recorders = self._enter(shell, tokens)[1]
+                except Exception:
+                    raise first from None
             recorded.append([recorder.call for recorder in recorders])
         for index, (one, other) in enumerate(zip(*recorded, strict=True)):
             if (name := _difference(one, other)) is not None:
@@ -258,8 +275,10 @@ def _owner(name: str) -> str:
 
 def _difference(one: LayerCall, other: LayerCall) -> str | None:
     """Name of the first argument whose tensors differ; None where all are the same."""
-    named = {**{str(i): v for i, v in enumerate(one.args)}, **one.kwargs}
-    others = {**{str(i): v for i, v in enumerate(other.args)}, **other.kwargs}
+    named, others = (
+        {**{f"positional argument {i + 2}": v for i, v in enumerate(call.args)}, **call.kwargs}
+        for call in (one, other)
+    )
     for name, value in named.items():
         mine, theirs = _tensors(value), _tensors(others.get(name))
         same = len(mine) == len(theirs) and all(

@@ -21,7 +21,7 @@ from quantize.model.derive import Outer, derive
 from quantize.model.experts import Experts as SplitExperts
 from quantize.model.experts import split_experts
 from quantize.model.flow import Flow, record
-from quantize.model.moe import MoeFfn, Policy, Router, place_experts
+from quantize.model.moe import MoeFfn, Policy, Router, place_experts, set_routers_apart
 from quantize.model.roles import is_router
 from quantize.model.rope import rotary_dim
 from quantize.model.shell import Found, Shell, Tail
@@ -69,9 +69,7 @@ def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})
     """The same model with every linear of every expert a module of its own."""
     place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
     split_experts(model)
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and is_router(name, module.out_features):
-            module.__class__ = Router
+    set_routers_apart(model, is_router)
     return model
 
 
@@ -143,7 +141,13 @@ class Skeleton:
     @cached_property
     def _shell(self) -> Shell:
         """Made when it is needed: sizes are checked before, by which absurd ones are found."""
-        shell = Shell(self.model, self.device, self.dtype, self._known.shell)
+        try:
+            shell = Shell(self.model, self.device, self.dtype, self._known.shell)
+        except _FAILURES as err:
+            raise UnderivedError(
+                f"{type(self.model).__name__}: pq cannot run what stands around its layers without "
+                f"them ({_reason(err)})"
+            ) from None
         self._known.shell = shell.found
         return shell
 
@@ -271,7 +275,7 @@ class Skeleton:
             if isinstance(module, MoeFfn | SplitExperts):
                 module.every_token = True
         if device.type != "meta":
-            renew_buffers(block, self.model, device)
+            renew_buffers(block, self.model, device, index)
             draw = torch.Generator().manual_seed(0)
             for module in block.modules():
                 for name, held in module._parameters.items():
@@ -300,7 +304,7 @@ class Skeleton:
         dtype and stay where they are.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
-        renew_buffers(layer, self.model, self.device)
+        renew_buffers(layer, self.model, self.device, index)
         for name in packed or {}:
             layer.set_submodule(name, nn.Identity())  # has no tensors to look for
         expected = {n: tuple(p.shape) for n, p in layer.state_dict().items()}
@@ -352,6 +356,14 @@ class Skeleton:
         if (batch, length) not in self._calls:
             self._calls[batch, length] = self._shell.calls(batch, length)
         return self._calls[batch, length]
+
+
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code raises where it is run in another way than it was written for."""
+
+
+def _reason(err: Exception) -> str:
+    return " ".join(f"{type(err).__name__}: {err}".split())[:200]
 
 
 _SEEN = 8

@@ -230,9 +230,9 @@ class LayerCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Call a layer on hidden states [B, T, D], which releases return
-        alone or first of a tuple."""
+        alone or first of several."""
         out = layer(hidden, *self.args, **self.kwargs)
-        states: Tensor = out[0] if isinstance(out, tuple) else out
+        states: Tensor = out[0] if isinstance(out, tuple | list) else out
         return states
 
 

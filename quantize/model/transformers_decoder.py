@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,15 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
+def renew_buffers(
+    root: nn.Module, model: Any, device: torch.device, index: int | None = None
+) -> None:
     """Compute the buffers that checkpoints do not hold, by the model's own rule, on `device`.
 
     root: the model, or one of its layers, its parameters on the meta device, which stay as they are.
+    index: which of its layers.
     """
+    unset: list[tuple[nn.Module, list[str]]] = []
     for module in root.modules():
         absent = [
             name
@@ -106,9 +110,30 @@ def renew_buffers(root: nn.Module, model: Any, device: torch.device) -> None:
                 model._init_weights(module)
         finally:
             module._parameters = parameters
-        unset = [name for name in absent if _is_unset(module._buffers[name])]
-        if unset:
-            _remake_buffers(module, model, unset, device)
+        unset.append((module, absent))
+    if index is not None and any(_left(*one) for one in unset):
+        _set_by_owner(root, model, index)
+    for module, names in unset:
+        if left := _left(module, names):
+            _remake_buffers(module, model, left, device)
+
+
+def _left(module: nn.Module, names: Sequence[str]) -> list[str]:
+    return [name for name in names if _is_unset(module._buffers[name])]
+
+
+def _set_by_owner(root: nn.Module, model: Any, index: int) -> None:
+    """Let what holds the layers set the buffers of one, which stands in the place of its own
+    (Falcon-H1: `mup_vector`)."""
+    place, _, listed = parts_of(model).blocks.rpartition(".")
+    owner = model.get_submodule(place)
+    stand_in = copy.copy(owner)
+    stand_in._modules = dict(owner._modules)
+    layers = list(owner.get_submodule(listed))
+    layers[index] = root
+    stand_in._modules[listed] = nn.ModuleList(layers)
+    with torch.no_grad():
+        model._init_weights(stand_in)
 
 
 def _is_unset(buffer: Tensor | None) -> bool:
@@ -149,6 +174,26 @@ def use_attention(root: nn.Module, name: str) -> None:
             config._attn_implementation = name
 
 
+def needs_weights(model: Any, linears: Collection[str]) -> str | None:
+    """Class of a module whose new weights, by the model's own rule, are asked of linears that have
+    none: the rule runs also where a checkpoint has them packed (Falcon, GPT-BigCode). None where
+    there is none. The linears are full names."""
+    place = parts_of(model).blocks
+    layers = model.get_submodule(place)
+    for index in {0, len(layers) - 1}:
+        layer = copy.deepcopy(layers[index])
+        for name, module in layer.named_modules():
+            if f"{place}.{index}.{name}" in linears:
+                module._parameters.pop("weight", None)
+        for module in layer.modules():
+            try:
+                with torch.no_grad():
+                    model._init_weights(module)
+            except AttributeError:
+                return type(module).__name__
+    return None
+
+
 class StandIn(nn.Module):
     """Stands in for a decoder layer; other attributes are the layer's."""
 
@@ -166,7 +211,16 @@ class StandIn(nn.Module):
 
     def result(self, hidden: Tensor) -> Any:
         """What the layer would return for these hidden states."""
-        return (hidden, None) if self._returns_tuple else hidden
+        return (hidden, BESIDE) if self._returns_tuple else hidden
+
+
+class _Beside:
+    """Stands for what a layer returns beside hidden states. A model may hand it to the next layer;
+    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) fails, and
+    so is refused, where None might mean something to it."""
+
+
+BESIDE = _Beside()
 
 
 class Recorder(StandIn):

@@ -212,7 +212,7 @@ def _cut(tensor: Tensor, place: Part, ranges: tuple[tuple[int, int, int], ...]) 
     tensor = tensor[index] if index else tensor
     kept = [d for d in place.order if d is not None]
     gone = [d for d in range(tensor.ndim) if d not in kept]
-    tensor = tensor.permute(*kept, *gone).reshape(place.shape)
+    tensor = tensor.permute((*kept, *gone)).reshape(place.shape)
     # A part of what was read would hold all of it.
     return tensor if place.is_whole else tensor.clone(memory_format=torch.contiguous_format)
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models import zoo
@@ -40,6 +42,18 @@ class Subject:
     def folder(self) -> Path:
         """The model as a checkpoint."""
         return zoo.save(self.model, self.work / "model")
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Tokens that nothing was fitted on."""
+        return zoo.tokens(seed=21)
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """Logits of these tokens by transformers, [B, T, V] float32, from the checkpoint."""
+        loader = zoo.loader_of(self.item.model_type, self.item.image_text)
+        model = loader.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return zoo.logits(model, self.ids).float()
 
 
 Check = Callable[[Subject], Row]

@@ -39,8 +39,8 @@ def all_items() -> list[Item]:
     return [Item(name, False) for name in CAUSAL] + [Item(name, True) for name in IMAGE_TEXT]
 
 
-def examine(item: Item, checks: Iterable[Check]) -> Row:
-    """The row of one type, in this process."""
+def examine(item: Item, checks: Iterable[Check], only: str | None = None) -> Row:
+    """The row of one type, in this process. only: the kind of model that is put to the checks."""
     row: Row = {"type": item.model_type, "auto": "image-text" if item.image_text else "causal"}
     status = "does not build"
     try:
@@ -51,7 +51,7 @@ def examine(item: Item, checks: Iterable[Check]) -> Row:
             zoo.liven(subject.model)
             row |= {"kind": kind(subject), "status": "builds", "checks": {}}
             row["parameters"] = sum(p.numel() for p in subject.model.parameters())
-            for check in checks:
+            for check in checks if only in (None, row["kind"]) else ():
                 row["checks"][check.__name__] = outcome(check, subject)
     except Exception as error:
         row |= {"status": status, "why": line_of(error), "where": place_of(error)}
@@ -94,8 +94,10 @@ def sweep(
     workers: int = 2,
     limit: float = 120.0,
     tell: Callable[[str], None] = lambda line: None,
+    only: str | None = None,
 ) -> list[Row]:
-    """Examine all items, each in a fork that ends after `limit` seconds, and write their rows to `out`."""
+    """Examine all items, each in a fork that ends after `limit` seconds, and write their rows to
+    `out`. only: as `examine`."""
     rows: dict[Item, Row] = {}
     waiting = list(items)
     running: dict[int, tuple[Item, float, Path]] = {}
@@ -104,7 +106,7 @@ def sweep(
             while waiting and len(running) < workers:
                 item = waiting.pop(0)
                 place = Path(folder) / str(item)
-                running[fork(item, checks, place)] = (item, time.monotonic(), place)
+                running[fork(item, checks, place, only)] = (item, time.monotonic(), place)
             for pid, (item, start, place) in list(running.items()):
                 done, state = os.waitpid(pid, os.WNOHANG)
                 seconds = time.monotonic() - start
@@ -122,7 +124,7 @@ def sweep(
     return [rows[item] for item in items]
 
 
-def fork(item: Item, checks: Sequence[Check], place: Path) -> int:
+def fork(item: Item, checks: Sequence[Check], place: Path, only: str | None = None) -> int:
     """Start the examination of an item in a copy of this process → its id."""
     pid = os.fork()
     if pid:
@@ -131,7 +133,7 @@ def fork(item: Item, checks: Sequence[Check], place: Path) -> int:
         log = os.open(f"{place}.log", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        row = examine(item, checks)
+        row = examine(item, checks, only)
         Path(f"{place}.json").write_text(json.dumps(row), encoding="utf-8")
     except BaseException:
         traceback.print_exc()
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one type")
     parser.add_argument("--check", action="append", type=named, help="module:function, repeatable")
+    parser.add_argument("--only", help="the kind of model to check, such as decoder-only")
     told = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -206,6 +209,7 @@ def main() -> None:
         told.workers,
         told.limit,
         lambda line: print(line, flush=True),  # noqa: T201
+        told.only,
     )
 
 
