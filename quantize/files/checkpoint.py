@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantize.errors import ModelError
 from quantize.files import strict_json
-from quantize.files.finite import require_finite_floats
+from quantize.files.finite import FLOATS, require_finite_floats
 from quantize.files.hashing import sha256_file
 from quantize.files.small import Dequantized
 
@@ -236,7 +236,7 @@ class Checkpoint:
         memory holds one at a time. copied: whether a tensor is not quantized, and may be of any
         dtype."""
         for name, tensor in self._read(self.names()):
-            if tensor.dtype in _FLOATS or not copied(name):
+            if tensor.dtype in FLOATS or not copied(name):
                 require_finite_floats({name: tensor}, "")
 
     def entries(self) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,9 +70,18 @@ def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})
     place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
     split_experts(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and is_router(name, module.out_features):
-            module.__class__ = Router
+        plain = isinstance(module, nn.Linear) and not isinstance(module, Router)
+        if plain and is_router(name, module.out_features):
+            module.__class__ = _router_class(type(module))
     return model
+
+
+@lru_cache(maxsize=None)
+def _router_class(linear: type[nn.Linear]) -> type[Router]:
+    """The class of routers that compute as these linears do: some return more than scores."""
+    if linear is nn.Linear:
+        return Router
+    return type(linear.__name__, (Router, linear), {})
 
 
 def _require_known_rope(folder: Path, config: Any) -> None:
