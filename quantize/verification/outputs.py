@@ -183,7 +183,7 @@ def _outputs(
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], Any]:
         def record(linear: nn.Module, _: tuple[Tensor, ...], out: Any) -> Any:
             whole[name] = out
-            # Of what routers return, scores or logits, the last is rounded least.
+            # Some routers return what they made of their scores too, before them.
             scores: Tensor = out[-1] if isinstance(out, tuple) else out
             # A large bias would hide what became of the weights.
             bias = getattr(linear, "bias", None)
