@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from quantize.calibration.tokens import TokenSet
+from quantize.convert.beside import part_sizes
 from quantize.convert.draft import draft
 from quantize.convert.plan import Plan
 from quantize.convert.request import Request
@@ -169,7 +170,7 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
         "what was encoded of it": _encoded_bytes(request, block, reference),
         "work on one layer": _working(plan, block),
     }
-    writing = 2 * max(*outside, packed)
+    writing = 2 * max(*outside, packed, *part_sizes(plan))
     computed = max(sum(parts.values()), writing if cpu else 0)
     if computed == writing:
         parts = {"embedding and its copy": writing}
@@ -264,9 +265,8 @@ def _output(plan: Plan) -> int:
         _linears_bytes(plan, index, plan.skeleton.linear_shapes(index))
         for index in range(plan.shape.n_blocks)
     )
-    return int(blocks) + sum(
-        _bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after)
-    )
+    outside = sum(_bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after))
+    return int(blocks) + outside + sum(part_sizes(plan))
 
 
 def _bytes(plan: Plan, module: str) -> int:

@@ -18,6 +18,7 @@ from quantize.block.statistics import STATISTICS
 from quantize.block.walk import Streams
 from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
+from quantize.convert.beside import part_sizes, tensors_beside
 from quantize.convert.conversion import Conversion
 from quantize.convert.decide import decide
 from quantize.convert.draft import draft
@@ -74,7 +75,7 @@ def convert(
         kept = shared_state(ranks, state.take_up(keeper.fingerprint))
         if not kept and ranks.first:  # now, since what later blocks find would end a run of hours
             progress("checking source", 0, blocks)
-            plan.source.require_finite()
+            plan.source.require_finite(plan.arch.is_beside)
         streams: Streams[str] | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
@@ -85,7 +86,8 @@ def convert(
                 keeper.keep(run, 0, None, {})
         if not done:
             streams = run.embed(tokens)
-        with _writer(request, blocks + 2, state.partial, written) as writer:
+        parts = blocks + 2 + len(part_sizes(plan))
+        with _writer(request, parts, state.partial, written) as writer:
             weights = [plan.skeleton.linear_shapes(index).values() for index in range(blocks)]
             pace = Pace(request, done, [sum(N * K for N, K in shapes) for shapes in weights])
             _write_blocks(run, streams, pace, writer, keeper, progress)
@@ -131,9 +133,13 @@ def _write_blocks(
 ) -> None:
     """Convert and write all blocks that are not done."""
     plan = run.plan
+    if not pace.done:
+        run.state.source_bytes += sum(part_sizes(plan))
     written = plan.source.output.written
     if not pace.done and plan.request.ranks.first:
         writer.add(written(run.tensors_outside(*plan.arch.before)))
+        for copied in tensors_beside(plan):
+            writer.add(copied)
     for index in range(pace.done, keeper.blocks):
         progress("quantizing", index, keeper.blocks)
         tensors = run.block(index, streams)

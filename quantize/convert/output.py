@@ -20,7 +20,8 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         config = stage.config(config)
     linears = _linears(plan)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
-    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers()))
+    beside = plan.skeleton.linears_beside()
+    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
     alone = [name for name in names if name not in state.schemes]
     routing = {}
     if state.routing:

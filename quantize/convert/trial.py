@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS, Space
+from quantize.convert.beside import part_sizes
 from quantize.convert.decide import decide
 from quantize.convert.plan import Plan
 from quantize.convert.source import embed_windows, open_block
@@ -269,7 +270,7 @@ class _Trial:
         # The source is hashed, then all of it is checked; the output is hashed
         # once more before it appears.
         matrices = (f"{name}.weight" for name in (self.plan.arch.embedding, self.plan.arch.head))
-        outside = 2 * sum(
+        outside = sum(part_sizes(self.plan)) + 2 * sum(
             int(torch.Size(source.shapes.get(name, (0,))).numel()) for name in matrices
         )
         return (read + output) / hashed + read / self.loaded + outside / self.written

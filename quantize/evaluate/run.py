@@ -28,6 +28,7 @@ from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
 from quantize.model.skeleton import load_tokenizer
+from quantize.model.transformers_api import decoder_facts
 from quantize.parallel.ranks import ALONE, Ranks
 
 Progress = Callable[[str, int, int], None]
@@ -197,7 +198,7 @@ def _vocabulary_of(folder: Path) -> int:
     source = open_source(folder)
     # before the tokenizer, which stumbles over a broken config.json in words of its own
     require_readable(source)
-    size = source.config.get("vocab_size")
+    size = decoder_facts(folder, source.config).get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise ModelError(
             f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer"

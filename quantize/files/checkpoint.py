@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantize.errors import ModelError
 from quantize.files import strict_json
-from quantize.files.finite import require_finite_floats
+from quantize.files.finite import FLOATS, require_finite_floats
 from quantize.files.hashing import sha256_file
 from quantize.files.small import Dequantized
 
@@ -231,11 +231,13 @@ class Checkpoint:
             except (SafetensorError, OSError) as err:
                 raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
 
-    def require_finite(self) -> None:
+    def require_finite(self, copied: Callable[[str], bool] = lambda name: False) -> None:
         """ModelError for a tensor that cannot be quantized (`require_finite_floats`);
-        memory holds one at a time."""
+        memory holds one at a time. copied: whether a tensor is not quantized, and may be of any
+        dtype."""
         for name, tensor in self._read(self.names()):
-            require_finite_floats({name: tensor}, "")
+            if tensor.dtype in FLOATS or not copied(name):
+                require_finite_floats({name: tensor}, "")
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """What the header of its shard says of every tensor: dtype, shape and data_offsets."""

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from quantize.errors import ModelError
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What can be quantized."""
 
 
 def require_finite_floats(tensors: dict[str, Tensor], where: str) -> None:
     """ModelError for a tensor that holds NaN or Inf, or is not a float
     the pipeline can quantize."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ModelError(
                 f"{where}{name}: dtype {str(tensor.dtype).removeprefix('torch.')} is not a plain "
                 "float; the source seems to be quantized already, give the original model"

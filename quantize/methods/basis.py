@@ -12,6 +12,8 @@ from torch import Tensor
 from quantize.methods.base import Stage
 from quantize.model.arch import Architecture, Shape
 
+_TIED = "tie_word_embeddings"
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -48,4 +50,12 @@ class Basis:
 
     def config(self, parent: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
         """config.json of the parent as it has to read for the output."""
-        return {**parent, "tie_word_embeddings": False} if self.unties(shape) else dict(parent)
+        if not self.unties(shape):
+            return dict(parent)
+        # Some classes let a section of the text decoder decide where the whole says no.
+        sections = {
+            name: {**section, _TIED: False}
+            for name, section in parent.items()
+            if isinstance(section, Mapping) and (name == "text_config" or section.get(_TIED))
+        }
+        return {**parent, _TIED: False, **sections}

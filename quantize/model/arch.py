@@ -131,6 +131,12 @@ class Architecture:
     """Modules with tensors that run before the first block."""
     after: tuple[str, ...] = ("model.norm", "lm_head")
     """Modules with tensors that run behind the last block."""
+    beside: tuple[str, ...] = ()
+    """Modules, and tensors of the model itself, that text does not pass: towers and projectors."""
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a module or tensor, by its full name, is one that text does not pass."""
+        return any(name == part or name.startswith(f"{part}.") for part in self.beside)
 
     def with_others(self, others: Iterable[Architecture]) -> Architecture:
         """What all blocks of a model have together: each is asked for itself where it matters."""
@@ -358,7 +364,7 @@ class ExpertSizes:
 def parameters_of_a_token(
     arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """Parameters that a token would be multiplied with if it visited all experts:
+    """Parameters that a token of text would be multiplied with if it visited all experts:
     all but the embedding table's.
 
     sizes: full name → shape of every tensor, none packed; a head that shares
@@ -366,5 +372,7 @@ def parameters_of_a_token(
     """
     tied = shape.vocab * shape.hidden if shape.tied else 0
     return tied + sum(
-        math.prod(size) for name, size in sizes.items() if not name.startswith(f"{arch.embedding}.")
+        math.prod(size)
+        for name, size in sizes.items()
+        if not name.startswith(f"{arch.embedding}.") and not arch.is_beside(name)
     )

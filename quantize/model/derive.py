@@ -31,6 +31,7 @@ class Outer:
     final_norm: str | None
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     final_offset: float = 0.0
 
 
@@ -77,6 +78,7 @@ def derive(
         head=outer.head,
         before=outer.before,
         after=outer.after,
+        beside=outer.beside,
     )
 
 

@@ -190,6 +190,20 @@ class Shell:
         leave(shell, self._layers, self._tuples, self._blocks, hidden, used.clear)
         return (*used, self._head)
 
+    def _beside(self, before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
+        """The fewest modules and tensors that hold all which neither runs on text nor is a layer."""
+        used = (self._blocks, *before, *after)
+        found: dict[str, None] = {}
+        for name in self._model.state_dict():
+            levels = name.split(".")
+            if any(name.startswith(f"{part}.") for part in used):
+                continue
+            paths = (".".join(levels[: count + 1]) for count in range(len(levels)))
+            found[next(p for p in paths if not any(f"{u}.".startswith(f"{p}.") for u in used))] = (
+                None
+            )
+        return tuple(found)
+
     def _outer(self, model_type: str, before: tuple[str, ...], after: tuple[str, ...]) -> Outer:
         norms = [n for n in after if n != self._head and is_norm(self._model.get_submodule(n))]
         norm = norms[0] if len(norms) == 1 and len(after) == 2 else None
@@ -202,6 +216,7 @@ class Shell:
             None if offset is None else norm,
             before,
             after,
+            self._beside(before, after),
             offset or 0.0,
         )
 

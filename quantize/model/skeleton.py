@@ -202,6 +202,13 @@ class Skeleton:
             if not isinstance(m, Router)
         }
 
+    def linears_beside(self) -> list[str]:
+        """Full names of the linears that text does not pass, such as those of towers, which are
+        never quantized."""
+        modules = self.model.named_modules()
+        linears = [name for name, module in modules if isinstance(module, nn.Linear)]
+        return [name for name in linears if self.arch.is_beside(name)]
+
     def routers(self) -> list[str]:
         """Full names of the linears that decide how much of an expert a token gets,
         which are never quantized."""

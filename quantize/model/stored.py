@@ -8,7 +8,7 @@ conversion without reading, and then reads what is asked for and no more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -175,6 +175,18 @@ class StoredCheckpoint(Checkpoint):
             size = math.prod(place.shape) * _TORCH.get(self.dtypes[name], torch.uint8).itemsize
             computed = {"dtype": self.dtypes[name], "shape": place.shape, "data_offsets": (0, size)}
             out[name] = known or computed
+        return out
+
+    def kept_names(self, modules: Sequence[str]) -> dict[str, str]:
+        """Names on the disk of all that modules, and tensors, are stored as → under which names the
+        same is written, in order. What is stored as the model has it takes the names of the output,
+        what transformers converts when it loads stays as it is."""
+        out: dict[str, str] = {}
+        for name in sorted(self._places):
+            if any(name == module or name.startswith(f"{module}.") for module in modules):
+                place = self._places[name]
+                alike = _is_stored(place)
+                out |= {n: self.output.name(name) if alike else n for n in names_in(place)}
         return out
 
     @cached_property

@@ -109,11 +109,19 @@ def decoder_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     try:
-        text = read_config(folder).get_text_config(decoder=True)
+        config = read_config(folder)
+        text = config.get_text_config(decoder=True)
         for name in _SIZES:
             value = getattr(text, name, None)
             # Layers of several sizes: each block's own are derived.
             found[name] = max(value) if isinstance(value, list | tuple) and value else value
+        if text is not config:
+            # Names outside the section may be of a tower. Whether the head is tied is the whole
+            # model's to say, whose class knows older files that say it in the section.
+            found["tie_word_embeddings"] = getattr(
+                config, "tie_word_embeddings", found["tie_word_embeddings"]
+            )
+            return found
     except Exception:
         found = {}
     return found | {k: v for k, v in facts.items() if k in _SIZES and not isinstance(v, list)}
@@ -128,9 +136,7 @@ def rope_types() -> list[str]:
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """The causal language model of a config, its weights not initialized by any checkpoint."""
-    auto = transformers.AutoModelForCausalLM
-    if type(config) not in auto._model_mapping:
-        auto = transformers.AutoModelForImageTextToText
+    auto = _auto_class(config)
     plain = copy.deepcopy(config)  # which building a model writes to
     try:
         model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -144,6 +150,30 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
         # Such models add a mask themselves, which is left out where SDPA would know it to be causal.
         model.set_attn_implementation(f"{attention}{MASKED}")
     return model
+
+
+def _auto_class(config: Any) -> Any:
+    """What makes the model of a config: that of the class that `architectures` names; without it,
+    and where both know a type, that of causal models."""
+    causal, image_text = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    known = [auto for auto in (causal, image_text) if type(config) in auto._model_mapping]
+    named = getattr(config, "architectures", None) or ()
+    fitting = (a for a in known if a._model_mapping[type(config)].__name__ in named)
+    return next(fitting, known[0] if known else causal)
+
+
+_TEXT_MODEL = {
+    # Its forward reads `image_outputs` of its decoder's output, which has none in transformers 5.24.
+    "Llama4ForConditionalGeneration": "language_model",
+}
+"""Classes that fail on text alone → the part of them that does what they would do."""
+
+
+def text_model(model: Any) -> Any:
+    """What of a model to give text to: the model, or where that fails on text alone its decoder
+    with its head."""
+    part = _TEXT_MODEL.get(type(model).__name__)
+    return model if part is None else model.get_submodule(part)
 
 
 MASKED = "-masked"
@@ -161,9 +191,9 @@ def _reads_attention_name(model: Any) -> bool:
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Load a causal language model by transformers → (model, names of
+    """Load a model by transformers → (model, names of
     tensors that were missing)."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = _auto_class(read_config(folder)).from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -203,7 +233,7 @@ def silence() -> None:
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
     """tokens [B, T] → logits [B, T, V] of one pass that keeps no keys and values."""
-    logits: Tensor = model(tokens, use_cache=False).logits
+    logits: Tensor = text_model(model)(tokens, use_cache=False).logits
     return logits
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.errors import UnderivedError
-from quantize.model.transformers_api import Cache, LayerCall, release
+from quantize.model.transformers_api import Cache, LayerCall, release, text_model
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
     """
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            text_model(model)(input_ids=tokens, use_cache=False)
     except _Stop:
         pass
     first = recorders[0].entered
@@ -313,7 +313,7 @@ def leave(
     model.set_submodule(place, nn.ModuleList(given))
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     with torch.no_grad():
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = text_model(model)(input_ids=tokens, use_cache=False).logits
     return logits
 
 

@@ -147,7 +147,8 @@ def _check_coverage(layout: Layout) -> None:
         for t in g["targets"]
         if t != "Linear"
     ]
-    known = {*layout.linears, layout.arch.head, *layout.skeleton.routers()}
+    skeleton = layout.skeleton
+    known = {*layout.linears, layout.arch.head, *skeleton.routers(), *skeleton.linears_beside()}
     if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(
             summarize(
@@ -203,7 +204,7 @@ def _check_plain(layout: Layout) -> None:
         del shapes[name]
     layout.skeleton.check(shapes, layout.shape.tied)
     for name, header in plain.items():
-        if header.dtype not in FLOATS:
+        if header.dtype not in FLOATS and not layout.arch.is_beside(name):
             raise VerifyError(f"{name} is {header.dtype}, expected one of {', '.join(FLOATS)}")
 
 

@@ -139,11 +139,11 @@ def _errors(
     student = load_block(
         layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention
     )
-    wanted = _outputs(teacher, names, Pass(skeleton, index), hidden)
+    wanted, whole = _outputs(teacher, names, Pass(skeleton, index), hidden)
     # A token at the edge of an expert may visit it in one block and not in the other,
     # and there is no row to compare.
-    instead = {name: wanted[name] for name in routers}
-    given = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
+    instead = {name: whole[name] for name in routers}
+    given, _ = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
     for name in {*arch.writers, *_ffn(arch)} & set(given):
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
@@ -170,20 +170,25 @@ def _outputs(
     names: Sequence[str],
     send: Pass,
     hidden: Tensor,
-    instead: Mapping[str, Tensor] = MappingProxyType({}),
-) -> dict[str, Tensor]:
+    instead: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Outputs [..., N] of the named linears without their biases, as hidden states
-    [B, T, D] go through the layer.
+    [B, T, D] go through the layer; and all that they return, which of some routers is more.
 
-    instead: outputs that the layer goes on with in place of those.
+    instead: what the layer goes on with in place of that.
     """
     seen: dict[str, Tensor] = {}
+    whole: dict[str, Any] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def record(linear: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], Any]:
+        def record(linear: nn.Module, _: tuple[Tensor, ...], out: Any) -> Any:
+            whole[name] = out
+            # Some routers return what they made of their scores too, before them.
+            scores: Tensor = out[-1] if isinstance(out, tuple) else out
             # A large bias would hide what became of the weights.
             bias = getattr(linear, "bias", None)
-            seen[name] = out - bias if isinstance(bias, Tensor) else out
+            alone = isinstance(bias, Tensor) and not isinstance(out, tuple)
+            seen[name] = scores - bias if alone else scores
             return instead.get(name)
 
         return record
@@ -191,7 +196,7 @@ def _outputs(
     for name in names:
         layer.get_submodule(name).register_forward_hook(recorder(name))
     send(layer, hidden)
-    return seen
+    return seen, whole
 
 
 def _relative(wanted: Tensor, given: Tensor) -> float:

@@ -32,6 +32,16 @@ _DROPPED = (
 )
 
 
+def require_source(parent: Mapping[str, Any]) -> None:
+    """ModelError for a config.json of a type that has no container."""
+    kind = parent.get("model_type")
+    if kind not in _SOURCES:
+        raise ModelError(
+            f"ladimo: a {kind} model fits no stock Mixture of Experts (those that do: "
+            f"{', '.join(_SOURCES)})"
+        )
+
+
 def container_config(
     parent: Mapping[str, Any], layout: Layout, top_k: int, dense_blocks: Collection[int]
 ) -> dict[str, Any]:
@@ -41,12 +51,7 @@ def container_config(
     top_k: experts a token visits where nothing else is said. dense_blocks:
     those whose FFN stays as it is.
     """
-    kind = parent.get("model_type")
-    if kind not in _SOURCES:
-        raise ModelError(
-            f"ladimo: a {kind} model fits no stock Mixture of Experts (those that do: "
-            f"{', '.join(_SOURCES)})"
-        )
+    require_source(parent)
     for field in ("attention_bias", "mlp_bias"):
         if parent.get(field):
             raise ModelError(

@@ -21,7 +21,14 @@ from quantize.errors import ModelError
 from quantize.files.memo import digest
 from quantize.methods.base import Kind, Stage
 from quantize.methods.ladimo.budget import COUNTED, Budget, ffn_neurons, unit_of
-from quantize.methods.ladimo.container import BIASED, FFN, container, container_config, empty_moe
+from quantize.methods.ladimo.container import (
+    BIASED,
+    FFN,
+    container,
+    container_config,
+    empty_moe,
+    require_source,
+)
 from quantize.methods.ladimo.distill import Training
 from quantize.methods.ladimo.pictures import pictures
 from quantize.methods.ladimo.search import Searcher
@@ -154,6 +161,7 @@ class Ladimo(Stage):
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the container; ModelError for a model that does not fit it."""
         # before it is planned
+        require_source(parent)
         layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)
         means = self.mean_experts if isinstance(self.mean_experts, tuple) else ()
         dense = [index for index, mean in enumerate(means) if mean is None]
