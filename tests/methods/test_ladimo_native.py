@@ -101,16 +101,32 @@ def test_the_class_stays_and_every_loader_computes_the_same(
     assert "experts " in checks_of(result)["outputs"].detail
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_all_experts_together_are_the_dense_ffn(
+    model_type: str, tiny: ModelMaker, text_file: Path, tmp_path: Path
+):
+    """Nothing is taught and every token visits every expert: the parent's function."""
+    stage = "{method: ladimo, mean_experts: 2, shared: 128, experts: 2, teaching: none}"
+    run(parent(tiny, model_type), tmp_path / "out", text_file, stage)
+    source = parent(tiny, model_type)
+    wanted = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    assert difference(logits(loaded(tmp_path / "out")), wanted) < 2e-3
+
+
 @pytest.mark.parametrize(
-    "behind", [", {method: awq}, {method: rtn, group_size: 64}", ", {method: gptq, group_size: 64}"]
+    ("model_type", "behind", "packed"),
+    [
+        ("qwen3", ", {method: awq}, {method: rtn, group_size: 64}", 4 + 9 + 7),
+        ("gemma3_text", ", {method: gptq, group_size: 64}", 4 + 9 + 7),
+        # gate and up projection are one in the dense block alone
+        ("phi3", ", {method: awq}, {method: rtn, group_size: 64}", 2 + 9 + 4),
+    ],
 )
 def test_experts_are_quantized_by_the_stages_behind(
-    model_type: str, behind: str, made: Callable[..., Path], tiny: ModelMaker
+    model_type: str, behind: str, packed: int, made: Callable[..., Path], tiny: ModelMaker
 ):
     out = made(model_type, behind)
-    packed = {n for n in tensors_of(out) if n.endswith("weight_packed")}
-    assert len(packed) == 4 + 9 + 7
+    assert sum(name.endswith("weight_packed") for name in tensors_of(out)) == packed
     assert difference(logits(loaded(out)), streamed(out)) < 1e-5
     result = verify(out, parent(tiny, model_type))
     assert result.ok, result.first_failure
