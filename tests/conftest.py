@@ -163,7 +163,9 @@ def shared_dir() -> Path:
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
     """Parsed config.json of a tiny model, as transformers writes it."""
-    config = AutoConfig.for_model(model_type, **(SIZES | TINY[model_type] | changes)).to_dict()
+    config = AutoConfig.for_model(
+        model_type, **(SIZES | TINY.get(model_type, {}) | changes)
+    ).to_dict()
     cls = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(model_type))]
     return config | {"architectures": [cls.__name__], "dtype": "bfloat16"}
 

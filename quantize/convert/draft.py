@@ -12,6 +12,7 @@ from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
+from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape
@@ -65,6 +66,8 @@ def _check(
         raise RecipeError(f"recipe {recipe.name}: stages[{index}].{field}: {problem}")
     config = source.config
     for stage in recipe.stages:
+        if not FORMATS[recipe.format].keeps_experts and (reason := stage.needs_native(config)):
+            raise ModelError(reason)
         config = stage.config(config)
     if not any(stage.needs_plan for stage in recipe.stages):  # else its linears are not known yet
         check_linears(recipe, arch, shape, skeleton.linears())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.formats.output import Finished
-from quantize.model.arch import ROUTERS, Architecture, ExpertSizes
+from quantize.model.arch import CONTAINER, ROUTERS, Architecture, ExpertSizes
 from quantize.model.moe import TopK
 from quantize.model.transformers_decoder import needs_weights
 
@@ -23,14 +23,23 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
     beside = plan.skeleton.linears_beside()
     names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
     alone = [name for name in names if name not in state.schemes]
-    routing = {}
-    if state.routing:
+    routing, ours = state.routing, None
+    if state.routing and config.get("model_type") != CONTAINER:
+        ours = _expert_sizes(next(iter(state.routing)), linears)
+    elif state.routing:
         sizes = ExpertSizes.of(config)
         usual = TopK(sizes.top_k, sizes.renormalize)
         routing = {name: policy for name, policy in state.routing.items() if policy != usual}
-    finished = Finished(state.schemes, alone, plan.attention, state.rotated_inputs, routing)
+    finished = Finished(state.schemes, alone, plan.attention, state.rotated_inputs, routing, ours)
     section = plan.format.config_section(finished)
     return config if section is None else config | {"quantization_config": section}
+
+
+def _expert_sizes(ffn: str, linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Sizes of the experts that a stage put in the place of an FFN, the same in every block."""
+    ends = {name: N for name, (N, _) in linears.items() if name.endswith(".up_proj")}
+    routed = [N for name, N in ends.items() if name.startswith(f"{ffn}.experts.")]
+    return {"n": len(routed), "size": routed[0], "shared": ends[f"{ffn}.shared_expert.up_proj"]}
 
 
 def lost_in(plan: Plan, state: State) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
-from quantize.model.arch import ExpertSizes, parameters_of_a_token
+from quantize.model.arch import parameters_of_a_token
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
@@ -231,7 +231,8 @@ class StreamedModel:
             assert experts is not None
             inside = f"{self.arch.blocks}.{block}.{experts.routed}."
             routed = sum(math.prod(size) for name, size in sizes.items() if name.startswith(inside))
-            total -= routed * (1 - visited / ExpertSizes.of(self.source.config).n)
+            n = len(self.skeleton.model.get_submodule(inside.removesuffix(".")))
+            total -= routed * (1 - visited / n)
         return total
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:

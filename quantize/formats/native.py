@@ -5,12 +5,16 @@ attention on an INT4 KV cache.
      "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null,
      "probabilities": "fp8" | null},
      "rotated_inputs": ["model.layers.0.mlp.down_proj", …],
-     "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …}}
+     "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …},
+     "experts": {"n": 8, "size": 128, "shared": 1024}}
 
 `rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before
 anything else is done with them; `quantize.model.hadamard` says which matrix H_K is. `routing`
 (absent: none) are Mixtures of Experts that do not route as the model's own fields say;
-`quantize.formats.routing` has the policies.
+`quantize.formats.routing` has the policies. `experts` (absent: the model's class has its own) says that
+every FFN in `routing` is a Mixture of Experts where the model's class has a dense FFN: n routed experts
+of `size` hidden neurons and a shared one of `shared`, named below the FFN as in a `qwen2_moe`
+checkpoint, with the dense FFN's activation.
 
 Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format
 bitvec). With attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]:
@@ -33,8 +37,9 @@ if TYPE_CHECKING:
 NATIVE = "pq"
 VERSION = 1
 _KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
-_OPTIONAL = {"rotated_inputs", "routing"}
+_OPTIONAL = {"rotated_inputs", "routing", "experts"}
 _ATTENTION_KEYS = {"kv_cache", "query", "probabilities"}
+_EXPERTS_KEYS = {"n", "size", "shared"}
 
 
 class Native(OutputFormat):
@@ -43,6 +48,7 @@ class Native(OutputFormat):
     name = NATIVE
     about = "also holds post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)"
     keeps_post_scales = True
+    keeps_experts = True
 
     def problems(self, stages: Sequence[Asking]) -> Iterator[tuple[int, str, str]]:
         """It holds everything."""
@@ -58,6 +64,7 @@ class Native(OutputFormat):
             model.attention,
             model.rotated_inputs,
             model.routing,
+            model.experts,
         )
 
     def require_understood(self, section: Section) -> None:
@@ -84,6 +91,10 @@ class Native(OutputFormat):
         """The checked `rotated_inputs` part."""
         return rotated_inputs_of(section, linears)
 
+    def experts(self, section: Section) -> Mapping[str, int] | None:
+        """The checked `experts` part."""
+        return experts_of(section)
+
     def routing(self, section: Section) -> dict[str, Policy]:
         """The checked `routing` part."""
         return routing_of(section)
@@ -95,17 +106,20 @@ def native_config(
     attention: Mapping[str, Any] | None,
     rotated_inputs: Sequence[str] = (),
     routing: Mapping[str, Policy] = MappingProxyType({}),
+    experts: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone`
     are linears that stay 16-bit.
 
     attention: None, or the keys kv_cache, query and probabilities as config.json holds them.
     rotated_inputs: full names of linears that rotate their inputs. routing: full name of an FFN
-    with experts → how it routes, where that is not as the model's own fields say.
+    with experts → how it routes, where that is not as the model's own fields say. experts: their sizes
+    `n`, `size` and `shared`, where the model's class has dense FFNs.
     """
     optional = {
         "rotated_inputs": list(rotated_inputs),
         "routing": {name: policy.as_json() for name, policy in routing.items()},
+        "experts": dict(experts or {}),
     }
     return {
         "quant_method": NATIVE,
@@ -132,7 +146,7 @@ def require_understood(config: Mapping[str, Any]) -> None:
         raise ValueError(f"field '{missing[0]}' is missing")
     attention_of(config)
     rotated_inputs_of(config)
-    routing_of(config)
+    experts_of(config)
 
 
 def rotated_inputs_of(
@@ -170,6 +184,32 @@ def routing_of(config: Mapping[str, Any]) -> dict[str, Policy]:
         except ValueError as err:
             raise ValueError(f"routing of {name}: {err}") from None
     return out
+
+
+def experts_of(config: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """The checked `experts` part: sizes n, size and shared of the experts in the places of the dense
+    FFNs that `routing` names; None where the model's own class has what experts there are.
+
+    ValueError for what is not understood.
+    """
+    from quantize.formats.routing import TopK
+
+    routing, found = routing_of(config), config.get("experts")
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or set(found) != _EXPERTS_KEYS:
+        raise ValueError(f"experts must have the fields {', '.join(sorted(_EXPERTS_KEYS))}")
+    for key, value in found.items():
+        if not _whole(value, 1, 1 << 20):
+            raise ValueError(f"experts.{key} is {value!r}, expected a positive integer")
+    if not routing:
+        raise ValueError("experts without routing: no FFN has them")
+    for name, policy in routing.items():
+        if isinstance(policy, TopK) and policy.k > found["n"]:
+            raise ValueError(
+                f"routing sends tokens of {name} to {policy.k} of {found['n']} experts"
+            )
+    return found
 
 
 def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -46,6 +46,9 @@ class Finished:
     """Linears that rotate their inputs."""
     routing: Mapping[str, Policy] = field(default_factory=dict)
     """FFNs with experts that do not route as the model's own fields say."""
+    experts: Mapping[str, int] | None = None
+    """Sizes `n`, `size` and `shared` of the experts of these FFNs, where the model's class has dense
+    ones in their places; None: its own."""
 
 
 class OutputFormat(ABC):
@@ -57,6 +60,8 @@ class OutputFormat(ABC):
     """What it is for, after its name, for the editor's help."""
     keeps_post_scales: ClassVar[bool] = False
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
+    keeps_experts: ClassVar[bool] = False
+    """Whether experts may stand where the model's class has a dense FFN."""
 
     # What it can hold
 
@@ -159,6 +164,11 @@ class OutputFormat(ABC):
     ) -> tuple[str, ...]:
         """Full names of linears that rotate inputs; ValueError for what is none of `linears`."""
         return ()
+
+    def experts(self, section: Section) -> Mapping[str, int] | None:
+        """Sizes of the experts that stand in the places of dense FFNs, those that `routing` names;
+        None without any. ValueError for what is not understood."""
+        return None
 
     def routing(self, section: Section) -> dict[str, Policy]:
         """FFNs with experts → how they route, where that is not as the model's own fields say.

@@ -60,6 +60,11 @@ class Stage(BaseModel):
         where every format will do."""
         return None
 
+    def needs_native(self, parent: Mapping[str, Any]) -> str | None:
+        """Why only `format: pq` can hold what the stage makes of a model with this config.json, in
+        a line with the remedy; None where every format will do."""
+        return None
+
     @property
     def changes_basis(self) -> bool:
         """Whether the residual stream leaves the parent's basis: then a head cannot

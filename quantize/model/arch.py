@@ -80,6 +80,12 @@ class Experts:
     """Linear of one output without bias; the shared expert's output is
     multiplied by its sigmoid."""
 
+    @classmethod
+    def of_ffn(cls, ffn: str) -> Experts:
+        """The parts of pq's own experts in the place of the FFN of this name."""
+        parts = ("gate", "experts", "shared_expert", "shared_expert_gate")
+        return cls(ffn, *(f"{ffn}.{part}" for part in parts))
+
     def home_of(self, name: str) -> str | None:
         """The expert that a module of a block lies in, `mlp.experts.3` or
         `mlp.shared_expert`; None outside of all."""
@@ -192,21 +198,24 @@ class Architecture:
             else self.experts.ffn + name.removeprefix(expert)
         )
 
-    def with_experts(self, n: int) -> Architecture:
-        """The same dense block with n routed experts and a shared one in the place of its FFN
-        `mlp`, as LaDiMo's container names them: the FFN's linears stand once in every expert.
+    def with_experts(self, n: int, model_type: str = "") -> Architecture:
+        """The same dense block with n routed experts and a shared one in the place of its gated FFN,
+        as LaDiMo's containers name them: `gate_proj`, `up_proj` and `down_proj` in every expert.
 
         Roles, groups and edges then name linears such as `mlp.experts.3.up_proj`; the norm before
         the FFN also feeds the router and the gate of the shared expert, which are never quantized.
+        model_type: the container's; empty: the block's own.
         """
-        parts = Experts()
+        ffn = self.of_role("down").rpartition(".")[0]
+        parts = Experts.of_ffn(ffn)
         homes = {"shared": parts.shared} | {str(e): f"{parts.routed}.{e}" for e in range(n)}
 
-        def inside(name: str, home: str) -> str:
-            return home + name.removeprefix(parts.ffn)
+        def inside(names: Iterable[str], home: str) -> tuple[str, ...]:
+            found = (_PARTS[self.roles[name]] for name in names)
+            return tuple(f"{home}.{part}" for several in found for part in several)
 
         def in_ffn(name: str) -> bool:
-            return name.startswith(f"{parts.ffn}.")
+            return name.startswith(f"{ffn}.")
 
         roles: dict[str, Role] = {
             name: role for name, role in self.roles.items() if not in_ffn(name)
@@ -216,31 +225,33 @@ class Architecture:
         residual = {name: norm for name, norm in self.residual.items() if not in_ffn(name)}
         writers = [name for name in self.writers if not in_ffn(name)]
         for home in homes.values():
-            roles |= {inside(name, home): role for name, role in self.roles.items() if in_ffn(name)}
-            writers += [inside(name, home) for name in self.writers if in_ffn(name)]
+            roles |= {f"{home}.{role}_proj": role for role in _EXPERT_ROLES}
+            writers += inside(filter(in_ffn, self.writers), home)
         for group in self.calibration_order:
             if in_ffn(group[0]):
-                order += [tuple(inside(name, home) for name in group) for home in homes.values()]
+                order += [inside(group, home) for home in homes.values()]
         for edge in (edge for edge in self.edges if any(map(in_ffn, edge.sinks))):
-            sinks = {
-                key: tuple(inside(sink, home) for sink in edge.sinks) for key, home in homes.items()
-            }
+            ours = [sink for sink in edge.sinks if in_ffn(sink)]
+            sinks = {key: inside(ours, home) for key, home in homes.items()}
             if in_ffn(edge.source):
                 edges += [
                     replace(
                         edge,
                         name=f"{edge.name}.{key}",
-                        source=inside(edge.source, home),
+                        source=f"{home}.up_proj",
                         sinks=sinks[key],
+                        rows=None,
                     )
                     for key, home in homes.items()
                 ]
             else:
-                everywhere = tuple(sink for group in sinks.values() for sink in group)
-                edges.append(replace(edge, sinks=(*everywhere, parts.router, parts.shared_gate)))
+                others = [sink for sink in edge.sinks if sink not in ours]
+                everywhere = (sink for group in sinks.values() for sink in group)
+                new = (*everywhere, *others, parts.router, parts.shared_gate)
+                edges.append(replace(edge, sinks=new))
         return replace(
             self,
-            model_type=CONTAINER,
+            model_type=model_type or self.model_type,
             roles=roles,
             calibration_order=tuple(order),
             edges=tuple(edges),
@@ -258,6 +269,16 @@ class Architecture:
             f"{self.model_type} has no scale edge '{name}'; it has "
             f"{', '.join(e.name for e in self.edges)}"
         )
+
+
+_EXPERT_ROLES: tuple[Role, ...] = ("gate", "up", "down")
+_PARTS: Mapping[Role, tuple[str, ...]] = {
+    "gate": ("gate_proj",),
+    "up": ("up_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""Role of a linear of a dense FFN → what does it in an expert."""
 
 
 @dataclass(frozen=True)

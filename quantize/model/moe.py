@@ -285,8 +285,9 @@ def place_experts(
 
     blocks: name of the list of layers. config: parsed config.json; policies: full name of an FFN →
     how it routes, where not as config.json says. ModelError for sizes that config.json lacks and
-    policies that do not fit. A model that is no `qwen2_moe` is left alone: LaDiMo's container is one,
-    whose router may choose as many experts as a token needs.
+    policies that do not fit. A model that is no `qwen2_moe` is left alone: LaDiMo's stock container is
+    one, whose router may choose as many experts as a token needs. Experts that stand already
+    (`dense_ffn.place_native_experts`) stay as they are.
     """
     ffns: dict[str, nn.Module] = {}
     if config.get("model_type") == CONTAINER:
@@ -304,7 +305,8 @@ def place_experts(
                     act = activation(config.get("hidden_act", "silu"))
                     made = MoeFfn(config["hidden_size"], sizes, act, policy)
                 ffns[name] = made.to(next(block.parameters()).dtype).eval().requires_grad_(False)
-    if strangers := sorted(set(policies) - set(ffns)):
+    standing = {name for name, module in model.named_modules() if isinstance(module, MoeFfn)}
+    if strangers := sorted(set(policies) - set(ffns) - standing):
         raise ModelError(
             f"config.json: routing names {strangers[0]}, which has no experts in this model"
         )

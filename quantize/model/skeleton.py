@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from quantize.errors import DataError, ModelError, UnderivedError
 from quantize.files.checkpoint import read_json
+from quantize.formats.registry import format_in
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import ATTENTION
+from quantize.model.dense_ffn import place_native_experts
 from quantize.model.derive import Outer, derive
 from quantize.model.experts import Experts as SplitExperts
 from quantize.model.experts import split_experts
@@ -45,9 +47,10 @@ from quantize.model.transformers_decoder import (
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The full-precision model that config.json describes, without memory; ModelError for
-    what transformers refuses."""
-    require_known_type(folder, read_json(folder / "config.json"))
+    """The full-precision model that config.json describes, without memory, with the experts of pq's
+    own format in the places of its dense FFNs; ModelError for what transformers refuses."""
+    facts = read_json(folder / "config.json")
+    require_known_type(folder, facts)
     try:
         config = read_config(folder)
         _require_known_rope(folder, config)
@@ -62,7 +65,19 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{folder}/config.json: transformers cannot build this model ({reason})"
         ) from None
+    _place_experts_of(facts.get("quantization_config"), folder, model)
     return model.eval().requires_grad_(False)
+
+
+def _place_experts_of(section: Any, folder: Path, model: nn.Module) -> None:
+    form = format_in(section)
+    if form is None:
+        return
+    try:
+        if sizes := form.experts(section):
+            place_native_experts(model, sizes, form.routing(section))
+    except (ValueError, ModelError) as err:
+        raise ModelError(f"{folder}/config.json: quantization_config: {err}") from None
 
 
 def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})) -> Any:

@@ -21,6 +21,7 @@ from quantize.formats.bitvec import BitVecScheme
 from quantize.formats.native import (
     NATIVE,
     attention_of,
+    experts_of,
     packed_linears,
     require_understood,
     rotated_inputs_of,
@@ -30,6 +31,7 @@ from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import STORED_AS
 from quantize.model.arch import CONTAINER, Shape
+from quantize.model.dense_ffn import place_native_experts
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.moe import Policy, Router, place_experts, stack_experts
 from quantize.model.transformers_api import plain_config
@@ -82,7 +84,7 @@ class PqQuantizer(Quantizer):
     def prepare(self, model: Any, files: Sequence[str]) -> None:
         """Place packed linears, experts and attention; ModelError for tensors that do not fit."""
         try:
-            _place_experts(model, routing_of(self.quantization_config.to_dict()))
+            _place_experts(model, self.quantization_config.to_dict())
             self._place_linears(model)
             place_gated_ffns(model)
             if attention := attention_of(self.quantization_config.to_dict()):
@@ -146,7 +148,13 @@ def _inner_prefix(model: Any) -> str:
     return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
 
 
-def _place_experts(model: Any, policies: Mapping[str, Policy]) -> None:
+def _place_experts(model: Any, section: Mapping[str, Any]) -> None:
+    policies: Mapping[str, Policy] = routing_of(section)
+    if sizes := experts_of(section):
+        missing = "" if _inner_prefix(model) else f"{model.base_model_prefix}."
+        here = {name.removeprefix(missing): policy for name, policy in policies.items()}
+        place_native_experts(model, sizes, here)
+        return
     if model.config.model_type != CONTAINER:
         if policies:
             raise ValueError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quantize.errors import ModelError
 from quantize.methods.ladimo.split import Layout
 from quantize.model.arch import Architecture, Shape, parameters_of_a_token
+from quantize.model.dense_ffn import dense_ffn_of
 from quantize.solvers.knapsack import knapsack
 
 UNIT = 128
@@ -121,9 +122,22 @@ class Budget:
 
 
 def ffn_neurons(arch: Architecture, shape: Shape, sizes: Mapping[str, tuple[int, ...]]) -> int:
-    """Hidden neurons of every FFN of a dense model; sizes: full name → shape of its tensors."""
-    down = arch.of_role("down")
-    return sizes[f"{arch.blocks}.{shape.n_blocks - 1}.{down}.weight"][1]
+    """Hidden neurons of every FFN of a dense model; sizes: full name → shape of its tensors.
+
+    ModelError for a model whose FFNs are of several kinds or sizes.
+    """
+    dense_ffn_of(arch)
+    down = f"{arch.of_role('down')}.weight"
+    found = [sizes.get(f"{arch.blocks}.{i}.{down}") for i in range(shape.n_blocks)]
+    for index, size in enumerate(found):
+        if size is None or size != found[0]:
+            what = "has no" if size is None else f"has {list(size)} for"
+            raise ModelError(
+                f"ladimo: block {index} {what} {down}: it takes models whose FFNs are all dense and "
+                "of one size"
+            )
+    assert found[0] is not None
+    return found[0][1]
 
 
 def unit_of(neurons: int) -> int:

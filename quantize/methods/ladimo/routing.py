@@ -47,7 +47,11 @@ class Budget:
 
     def policy(self, scores: Tensor) -> Policy:
         """What routes a token so, given the router's scores [M, N] on many."""
-        return Threshold(threshold(scores, self.mean)) if self.adaptive else TopK(self.k)
+        if not self.adaptive:
+            return TopK(self.k)
+        value = threshold(scores, self.mean)
+        # Below all scores: a checkpoint holds no infinite threshold.
+        return Threshold(value) if value > -math.inf else TopK(scores.shape[1])
 
 
 def threshold(scores: Tensor, mean: float) -> float:

@@ -19,6 +19,7 @@ from quantize.methods.ladimo.budget import Budget, Levels
 from quantize.methods.ladimo.routing import Budget as Visits
 from quantize.methods.ladimo.split import Construction
 from quantize.methods.ladimo.trial import Start, Trial, dense_ffn
+from quantize.model.dense_ffn import dense_ffn_of
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -28,7 +29,6 @@ Prefix = tuple[float | None, ...]
 """What became of each block so far: its level, None where it is dense. Plans that agree
 on it share hidden states."""
 
-_FFN = "mlp"
 # Reductions whose error is measured beside the one that was asked for, for the report: each costs
 # one more plan in the pass over the calibration text.
 _CURVE = (0.1, 0.2, 0.3, 0.4)
@@ -186,11 +186,12 @@ class Searcher:
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
     ) -> dict[float | None, Trial | None]:
-        x = torch.cat([inputs for (inputs,) in inputs_of(block, [_FFN])])
+        place = dense_ffn_of(block.arch)
+        x = torch.cat([inputs for (inputs,) in inputs_of(block, [place])])
         x = x[x.isfinite().all(dim=1)]
         if not len(x):
             raise ModelError(
-                f"{block.full_name(_FFN)}: no finite calibration inputs; try --dtype float32"
+                f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
             )
         ffn = dense_ffn(block)
         start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
@@ -220,5 +221,5 @@ def _prefix(plan: Levels, blocks: int) -> Prefix:
 
 def _outputs(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:
     """Outputs of a block whose FFN is tried; None: of the block as it is."""
-    with stand_in(block.module, {_FFN: trial} if trial else {}):
+    with stand_in(block.module, {dense_ffn_of(block.arch): trial} if trial else {}):
         return block.forward(block.module, hidden)

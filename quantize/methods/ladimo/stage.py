@@ -23,11 +23,13 @@ from quantize.methods.base import Kind, Stage
 from quantize.methods.ladimo.budget import COUNTED, Budget, ffn_neurons, unit_of
 from quantize.methods.ladimo.container import (
     BIASED,
-    FFN,
     container,
     container_config,
     empty_moe,
-    require_source,
+    expert_linears,
+    fits_stock,
+    is_of_experts,
+    stock_misfit,
 )
 from quantize.methods.ladimo.distill import Training
 from quantize.methods.ladimo.pictures import pictures
@@ -35,12 +37,14 @@ from quantize.methods.ladimo.search import Searcher
 from quantize.methods.ladimo.split import Construction, Layout
 from quantize.methods.ladimo.teach import Lesson, Teacher, Teaching
 from quantize.methods.ladimo.trial import dense_ffn
+from quantize.model.dense_ffn import dense_ffn_of
 from quantize.model.moe import MoeFfn, policy_from_json
 from quantize.pictures import Picture, place_of
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.view import ModelView
+    from quantize.model.arch import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +120,22 @@ class Ladimo(Stage):
         """No other format has thresholds."""
         return "policy" if self.policy == "adaptive" else None
 
+    def needs_native(self, parent: Mapping[str, Any]) -> str | None:
+        """Models without a stock container."""
+        why = stock_misfit(parent)
+        return None if why is None else f"ladimo: {why}; 'format: pq' holds it, in its own class"
+
     def plan(self, view: ModelView) -> tuple[Stage, dict[str, Any]]:
         """The stage with its sizes and layers settled, and what the search measured."""
         layout = self._layout(ffn_neurons(view.arch, view.shape, view.sizes))
         budget = Budget.of(view.arch, view.shape, view.sizes, self.activated_reduction, layout)
         layout, facts = budget.layout, {}
+        if self.aim == "parent" and self._stream_norm(view.arch) is None:
+            log.warning(
+                "ladimo: what the FFNs of a %s model put out is not added to the residual stream by "
+                "itself and as it is: each learns its own outputs (aim: layer)",
+                view.arch.model_type,
+            )
         means = self._means_of_recipe(view.shape.n_blocks)
         if means is None:
             searcher = Searcher(
@@ -159,9 +174,10 @@ class Ladimo(Stage):
         }
 
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json of the container; ModelError for a model that does not fit it."""
+        """config.json of the container: the parent's own where no stock one fits."""
+        if stock_misfit(parent):
+            return dict(parent)
         # before it is planned
-        require_source(parent)
         layout = self._layout(parent["intermediate_size"]) or Layout(1, 1, 1)
         means = self.mean_experts if isinstance(self.mean_experts, tuple) else ()
         dense = [index for index, mean in enumerate(means) if mean is None]
@@ -170,28 +186,18 @@ class Ladimo(Stage):
 
     def rewrites(self, index: int, name: str) -> bool:
         """The FFN where it became experts."""
-        return self._means[index] is not None and name.startswith(f"{FFN}.")
+        return self._means[index] is not None and is_of_experts(name)
 
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """The experts' linears in the place of the dense FFN's, where the plan has any."""
         means = self._means
         out: dict[str, tuple[int, int]] = {}
         for name, (N, K) in linears.items():
-            index, local = place_of(name) or (-1, name)
-            if not local.startswith(f"{FFN}.") or means[index] is None:
-                out[name] = (N, K)
-                continue
-            wide = local.endswith(".down_proj")
-            layout = self._layout(K if wide else N)
-            assert layout is not None
-            stem = name.removesuffix(local)
-            homes = {"shared_expert": layout.shared} | {
-                f"experts.{e}": layout.size for e in range(layout.n)
-            }
-            for home, size in homes.items():
-                out[f"{stem}{FFN}.{home}.{local.removeprefix(f'{FFN}.')}"] = (
-                    (N, size) if wide else (size, K)
-                )
+            index, _ = place_of(name) or (-1, name)
+            routed = None
+            if index >= 0 and means[index] is not None:
+                routed = expert_linears(name, (N, K), self._layout)
+            out |= {name: (N, K)} if routed is None else routed
         return out
 
     def room(self, sizes: BlockSizes) -> int:
@@ -223,16 +229,18 @@ class Ladimo(Stage):
     def apply(self, block: Block) -> None:
         """Give the block the container's biases, and experts where the plan has them."""
         keep_parent(block)
-        for role in BIASED:
+        stock = fits_stock(block)
+        for role in BIASED if stock else ():
             block.add_bias(block.arch.of_role(role))
         mean = self._means[block.index]
         if mean is None:
             return
         with measure(block.device) as cost:
             moe, facts = self._experts(block, mean)
-        block.replace_ffn(moe, container(block.arch, moe))
-        block.note(FFN, **facts)
-        block.costs[FFN] = cost
+        place = dense_ffn_of(block.arch)
+        block.replace_ffn(moe, container(block.arch, moe, stock))
+        block.note(place, **facts)
+        block.costs[place] = cost
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Show sensitivities, errors against the baselines, routing scores
@@ -295,7 +303,9 @@ class Ladimo(Stage):
             )
             block.memo.keep(key, *kept)
         else:
-            log.info("%s was taught before and is taken up", block.full_name(FFN))
+            log.info(
+                "%s was taught before and is taken up", block.full_name(dense_ffn_of(block.arch))
+            )
         tensors, facts = kept
         # as it will be read
         moe.load_state_dict({name: tensor.to(stored) for name, tensor in tensors.items()})
@@ -304,12 +314,13 @@ class Ladimo(Stage):
 
     def _lesson(self, block: Block) -> Lesson:
         """Inputs of the FFN as they reach it, and what it should add to the residual stream."""
-        norm = block.arch.residual[block.arch.of_role("down")]
+        place, norm = dense_ffn_of(block.arch), self._stream_norm(block.arch)
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
         ffn, tokens = dense_ffn(block), 0
-        for batch, (residual, x) in enumerate(inputs_of(block, [norm, FFN])):
-            y = ffn(x) if self.aim == "layer" else parent_outputs(block, batch) - residual
+        recorded = [place] if norm is None else [norm, place]
+        for batch, (*residual, x) in enumerate(inputs_of(block, recorded)):
+            y = parent_outputs(block, batch) - residual[0] if residual else ffn(x)
             finite = (x.isfinite() & y.isfinite()).all(dim=1)
             inputs.append(x[finite])
             targets.append(y[finite])
@@ -319,9 +330,18 @@ class Ladimo(Stage):
         lesson = Lesson(torch.cat(inputs)[: self.tokens], torch.cat(targets)[: self.tokens])
         if not len(lesson.x):
             raise ModelError(
-                f"{block.full_name(FFN)}: no finite calibration inputs; try --dtype float32"
+                f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
             )
         return lesson
+
+    def _stream_norm(self, arch: Architecture) -> str | None:
+        """The norm that reads the residual stream which the FFN's output is added to; None where
+        the aim is the layer, or where what is added is not the FFN's output alone and as it is
+        (norms behind FFNs, FFNs beside attention)."""
+        alone = all(writer in arch.residual for writer in arch.writers)
+        if self.aim == "layer" or not alone:
+            return None
+        return arch.residual.get(arch.of_role("down"))
 
     def _layout(self, neurons: int) -> Layout | None:
         """The sizes that the recipe gives for FFNs of so many neurons; ModelError

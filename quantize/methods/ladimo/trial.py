@@ -3,16 +3,19 @@ what training starts from."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from quantize.errors import ModelError
 from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.routing import Budget, fit_router
 from quantize.methods.ladimo.split import Construction, Layout, Split, split
 from quantize.methods.ladimo.student import Student
+from quantize.model.dense_ffn import DenseParts, dense_ffn_of
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -21,12 +24,37 @@ if TYPE_CHECKING:
 _SAMPLE = 16384
 
 
+# Relative error of float32 sums in another order; an FFN that does anything else is far beyond.
+_SAME = 1e-4
+
+
+@torch.no_grad()
 def dense_ffn(block: Block) -> Ffn:
-    """The weights of a block's dense FFN, in float32."""
+    """The weights of a block's dense FFN, in float32, proved to be all that it does; ModelError
+    for one that does something else."""
+    place = dense_ffn_of(block.arch)
+    name, module = block.full_name(place), block.module.get_submodule(place)
+    parts = DenseParts.of(name, module)
     gate, up, down = (
-        block.linear(block.arch.of_role(role)).weight.float() for role in ("gate", "up", "down")
+        block.linear(f"{place}.{part}").weight.float()
+        for part in (parts.gate, parts.up, parts.down)
     )
-    return Ffn(gate, up, down, block.module.get_submodule("mlp").get_submodule("act_fn"))
+    # A fused linear has the gate first as far as anybody knows; here it is seen.
+    orders = [(gate, up)]
+    if parts.is_fused:
+        one, other = gate.chunk(2)
+        orders = [(one, other), (other, one)]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(32, parts.hidden, generator=draw).to(down.device)
+    wanted = copy.deepcopy(module).float()(x)
+    for gate, up in orders:
+        found = Ffn(gate, up, down, parts.act)
+        if (found(x) - wanted).norm() <= _SAME * wanted.norm():
+            return found
+    raise ModelError(
+        f"{name}: {type(module).__name__} computes something else than (act(x G) * x U) D, which is "
+        "what ladimo makes experts of"
+    )
 
 
 @dataclass(frozen=True)
