@@ -187,8 +187,9 @@ def _outputs(
             scores: Tensor = out[-1] if isinstance(out, tuple) else out
             # A large bias would hide what became of the weights.
             bias = getattr(linear, "bias", None)
-            alone = isinstance(bias, Tensor) and not isinstance(out, tuple)
-            seen[name] = scores - bias if alone else scores
+            if isinstance(bias, Tensor) and not isinstance(out, tuple):
+                scores = scores - bias
+            seen[name] = scores
             return instead.get(name)
 
         return record
