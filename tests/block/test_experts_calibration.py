@@ -28,7 +28,7 @@ from quantize.methods.gptq import Gptq
 from quantize.methods.rotate import Rotate
 from quantize.methods.rtn import Rtn
 from quantize.methods.sbvr.stage import Sbvr
-from quantize.model.arch import ExpertSizes
+from quantize.model.arch import ExpertSizes, Rows
 from quantize.model.moe import MoeFfn, Router
 from quantize.solvers.grid import Grid
 
@@ -158,8 +158,8 @@ def test_experts_in_one_pass_or_one_by_one(make_block: BlockMaker, monkeypatch: 
         lambda b: encode_nearest(b, "mlp.experts.2.up_proj"),
         lambda b: b.fold(b.arch.edge("mlp_norm"), torch.linspace(0.5, 2, 128)),
         lambda b: b.fold(b.arch.edge("up_down.2"), torch.linspace(0.5, 2, 128)),
-        lambda b: b.scale_rows("mlp.experts.2.up_proj", torch.linspace(0.5, 2, 128)),
-        lambda b: b.scale_rows("self_attn.q_proj", torch.full((256,), 0.1)),
+        lambda b: b.scale_rows(Rows("mlp.experts.2.up_proj", 0, 128), torch.linspace(0.5, 2, 128)),
+        lambda b: b.scale_rows(Rows("self_attn.q_proj", 0, 256), torch.full((256,), 0.1)),
         lambda b: b.map_inputs(lambda x: x * torch.linspace(-1, 1, 128)),
         lambda b: b.rotate_inputs(DOWNS[2]),
         lambda b: Rotate(down=True).apply(b),

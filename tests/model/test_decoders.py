@@ -80,9 +80,9 @@ def test_scales_within_pairs_commute_with_rotation(
         partner = partners(block.arch.rope, shape.head_dim, block.rotary_dim)
         lower = torch.minimum(torch.arange(shape.head_dim), partner)
         pre = heads[:, lower]  # both channels of a pair get the scale of the lower one
-        block.scale_rows(block.arch.of_role("k"), pre.flatten())
+        block.scale_rows(block.arch.heads.key, pre.flatten())
         queries = pre.repeat_interleave(shape.n_heads // shape.n_kv_heads, dim=0)
-        block.scale_rows(block.arch.of_role("q"), 1 / queries.flatten())
+        block.scale_rows(block.arch.heads.query, 1 / queries.flatten())
         after = block.forward(block.module, x)
     assert float((after - before).norm() / before.norm()) < 1e-5
 
