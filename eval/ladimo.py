@@ -28,7 +28,6 @@ from quantize.block.teacher import keep_parent
 from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
 from quantize.methods.ladimo.budget import neurons_for
-from quantize.methods.ladimo.container import FFN
 from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.distill import Training, distill, refit_down
 from quantize.methods.ladimo.pruning import prune
@@ -36,6 +35,7 @@ from quantize.methods.ladimo.split import Layout, Split
 from quantize.methods.ladimo.stage import Ladimo
 from quantize.methods.ladimo.student import Student
 from quantize.methods.ladimo.trial import dense_ffn
+from quantize.model.dense_ffn import dense_ffn_of
 from quantize.model.moe import Threshold
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Recipe, load_recipe
@@ -103,7 +103,7 @@ class StaticPruning(Ladimo):
         error = float(
             (kept(held[0]) + found.bias - held[1]).square().sum() / held[1].square().sum()
         )
-        block.note(FFN, ffn_error=error, mean_experts=mean)
+        block.note(dense_ffn_of(block.arch), ffn_error=error, mean_experts=mean)
 
 
 def rows(levels: str, everywhere: str) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -213,7 +213,11 @@ def test_exit_codes_are_the_documented_ones():
             4,
             "no such folder; give a local model folder or a Hub id",
         ),
-        (["--recipe", "rtn", "--set", "group_size=96"], 4, "no multiple of the group 96"),
+        (
+            ["--recipe", "rtn", "--set", "group_size=96", "--set", "strict=true"],
+            4,
+            "no multiple of the group 96",
+        ),
         (["--recipe", "gptq", "--dataset", "none.txt"], 5, "none.txt: no such file"),
         (["--recipe", "gptq", "--seqlen", "100000"], 5, "lower"),
     ],
