@@ -107,24 +107,30 @@ def decoder_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     facts: config.json as it is; what it says under these names goes before.
     """
-    found: dict[str, Any] = {}
     try:
         config = read_config(folder)
-        text = config.get_text_config(decoder=True)
-        for name in _SIZES:
-            value = getattr(text, name, None)
-            # Layers of several sizes: each block's own are derived.
-            found[name] = max(value) if isinstance(value, list | tuple) and value else value
-        if text is not config:
-            # Names outside the section may be of a tower. Whether the head is tied is the whole
-            # model's to say, whose class knows older files that say it in the section.
-            found["tie_word_embeddings"] = getattr(
-                config, "tie_word_embeddings", found["tie_word_embeddings"]
-            )
-            return found
+        found = sizes_of(config)
+        if config.get_text_config(decoder=True) is not config:
+            return found  # names outside the section may be of a tower
     except Exception:
         found = {}
     return found | {k: v for k, v in facts.items() if k in _SIZES and not isinstance(v, list)}
+
+
+def sizes_of(config: Any) -> dict[str, Any]:
+    """Sizes of the text decoder of a config as `decoder_facts` calls them."""
+    text = config.get_text_config(decoder=True)
+    found: dict[str, Any] = {}
+    for name in _SIZES:
+        value = getattr(text, name, None)
+        # Layers of several sizes: each block's own are derived.
+        found[name] = max(value) if isinstance(value, list | tuple) and value else value
+    if text is not config:
+        # Whether the head is tied is the whole model's to say; its class knows older files that say
+        # it in the section.
+        tied = getattr(config, "tie_word_embeddings", found["tie_word_embeddings"])
+        found["tie_word_embeddings"] = tied
+    return found
 
 
 def rope_types() -> list[str]:

@@ -34,7 +34,7 @@ from quantize.model.arch import CONTAINER, Shape
 from quantize.model.dense_ffn import place_native_experts
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.moe import Policy, Router, place_experts, stack_experts
-from quantize.model.transformers_api import plain_config
+from quantize.model.transformers_api import Conversion, plain_config, sizes_of
 from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear
@@ -139,13 +139,30 @@ class PqQuantizer(Quantizer):
 def _full_name(model: Any, name: str) -> str:
     """Name that a module or tensor of `model` has in the causal language model,
     and so in the checkpoint."""
-    return name if _inner_prefix(model) else f"{model.base_model_prefix}.{name}"
+    return name if _has_head(model) else f"{model.base_model_prefix}.{name}"
+
+
+def _has_head(model: Any) -> bool:
+    """Whether it is more than the decoder alone."""
+    return hasattr(model, model.base_model_prefix) or model.get_output_embeddings() is not None
 
 
 def _inner_prefix(model: Any) -> str:
     """What the names of the decoder start with inside `model`: empty where the
     model is the decoder alone."""
     return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+
+
+def _stored_by_own_names(
+    model: Any, found: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Stored tensors by the names that `model` has for them."""
+    conversion = Conversion(model)
+    places = ((name, conversion.place(name)) for name in found)
+    return {
+        (place if converter is None else name): found[name]
+        for name, (place, converter, _) in places
+    }
 
 
 def _place_experts(model: Any, section: Mapping[str, Any]) -> None:
@@ -171,13 +188,16 @@ def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:
     from quantize.model.attention import ATTENTION, KvAttention, KvNumerics
     from quantize.model.skeleton import Skeleton
 
-    shape = Shape.of(model.config.to_dict())
+    shape = Shape.of(sizes_of(model.config))
     numerics = KvNumerics.from_json(facts)
     with torch.device("cpu"):  # the loader's is the model's
         skeleton = Skeleton.of_config(plain_config(model.config), torch.float32)
-    inner = skeleton.outer.blocks.removeprefix(f"{model.base_model_prefix}.")
-    for index, block in enumerate(model.base_model.get_submodule(inner)):
-        arch, here = skeleton.block_arch(index), skeleton.block_shape(index, shape)
+        inner = skeleton.outer.blocks.removeprefix(f"{model.base_model_prefix}.")
+        blocks = model.base_model.get_submodule(inner)
+        kinds = [
+            (skeleton.block_arch(i), skeleton.block_shape(i, shape)) for i in range(len(blocks))
+        ]
+    for block, (arch, here) in zip(blocks, kinds, strict=True):
         if arch.no_cache:
             continue
         kv = KvAttention(numerics, here.n_kv_heads, here.head_dim)
@@ -211,21 +231,23 @@ def _require_tensors(model: Any, found: Mapping[str, tuple[str, tuple[int, ...]]
     inner, tied = _inner_prefix(model), getattr(model, "all_tied_weights_keys", {})
     head = {id(t) for t in _tensors_of(model.get_output_embeddings())}
     expected = {
-        _full_name(model, name): tensor
+        name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in tied and (name.startswith(inner) or id(tensor) in head)
     }
+    stored = _stored_by_own_names(model, found)
     for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(f"tensor {name} is missing from the checkpoint; download it again")
-        dtype, shape = found[name]
+        full = _full_name(model, name)
+        if name not in stored:
+            raise ValueError(f"tensor {full} is missing from the checkpoint; download it again")
+        dtype, shape = stored[name]
         wanted = STORED_AS[tensor.dtype] if name.rpartition(".")[2] in _PACKED else dtype
         if (dtype, shape) != (wanted, tuple(tensor.shape)):
             raise ValueError(
-                f"tensor {name} is {dtype} {list(shape)}, config.json implies {wanted} "
+                f"tensor {full} is {dtype} {list(shape)}, config.json implies {wanted} "
                 f"{list(tensor.shape)}"
             )
-    if surplus := sorted(name for name in set(found) - set(expected) if name.endswith(_OURS)):
+    if surplus := sorted(name for name in set(stored) - set(expected) if name.endswith(_OURS)):
         raise ValueError(
             f"tensor {surplus[0]} has no place in the model; config.json and weights disagree"
         )
