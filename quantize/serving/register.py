@@ -168,7 +168,7 @@ def _stored_by_own_names(
 def _place_experts(model: Any, section: Mapping[str, Any]) -> None:
     policies: Mapping[str, Policy] = routing_of(section)
     if sizes := experts_of(section):
-        missing = "" if _inner_prefix(model) else f"{model.base_model_prefix}."
+        missing = "" if _has_head(model) else f"{model.base_model_prefix}."
         here = {name.removeprefix(missing): policy for name, policy in policies.items()}
         place_native_experts(model, sizes, here)
         return
