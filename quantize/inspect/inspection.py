@@ -27,6 +27,7 @@ _SIZES = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
+_TOWER = re.compile("vis|patch|image|audio")
 _BLOCK = re.compile(r"(?P<blocks>.*?)\.(?P<index>\d{1,6})\.(?P<local>.+)")
 
 
@@ -196,7 +197,7 @@ def _by_block(
             )
     for name, header in headers.items():
         found = _BLOCK.fullmatch(name)
-        if not found:
+        if not found or not _in_block(found, linears):
             outside.append(Other(name, header.dtype, header.shape, header.bytes))
         elif name not in matrices:
             other = Other(found["local"], header.dtype, header.shape, header.bytes)
@@ -212,6 +213,12 @@ def _by_block(
         size = sum(x.bytes for x in mine) + sum(x.bytes for x in rest)
         blocks.append(DecoderBlock(f"{key[0]}.{key[1]}", key[1], tuple(mine), tuple(rest), size))
     return tuple(blocks), tuple(sorted(outside, key=lambda x: x.name))
+
+
+def _in_block(found: re.Match[str], linears: Mapping[tuple[str, int], object]) -> bool:
+    """Whether a tensor `X.3.weight` is of a block 3 of X: where that has linears. Otherwise X is a
+    row of modules, such as a projector, of which the linear or norm 3 has the tensor."""
+    return (found["blocks"], int(found["index"])) in linears or "." in found["local"]
 
 
 def _linear(local: str, role: str | None, storage: Storage) -> Linear:
@@ -261,7 +268,8 @@ def _totals(
 
 
 def _is_embedding(name: str) -> bool:
-    return "embed" in name or ".wte." in f".{name}"  # GPT-2's tables are called wte
+    # GPT-2's tables are called wte; patches of images are no tokens.
+    return ("embed" in name and not _TOWER.search(name)) or ".wte." in f".{name}"
 
 
 def _expected_bytes(quantized: list[Storage], plain_bytes: int) -> int | None:
