@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, CompressedTensorsConfig
+from transformers import AutoConfig
 
 from models import zoo
 from quantize.convert.loop import Request, convert
@@ -106,7 +107,6 @@ def require_copied(parent: Path, output: Path) -> None:
         assert (output / name).read_bytes() == (parent / name).read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("kind", TYPES)
 def test_eight_bits(kind: str, parents: Callable[[str], Path], tmp_path: Path):
     parent, output, ids = parents(kind), tmp_path / "out", zoo.tokens(seed=21)
@@ -115,9 +115,11 @@ def test_eight_bits(kind: str, parents: Callable[[str], Path], tmp_path: Path):
     wanted = zoo.logits(whole, ids)
     torch.testing.assert_close(streamed(parent, ids), wanted, rtol=1e-5, atol=1e-5)
     require_copied(parent, output)
-    # Llama 4's own forward, by which a loader unpacks, fails on text in transformers 5.24.
-    unpacked = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    loaded, wrong = stock(kind, output, **(unpacked if kind == "llama4" else {}))
+    loaded, wrong = stock(kind, output)
+    if kind == "llama4":
+        # Its own forward, before which a loader unpacks, fails on text in transformers 5.24.
+        with contextlib.suppress(AttributeError):
+            loaded(input_ids=ids)
     assert not wrong
     assert type(loaded) is type(whole)
     ours, theirs = streamed(output, ids), zoo.logits(loaded, ids)
