@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import same
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -183,6 +184,14 @@ def test_smoothed_rounded_and_resumed(parents: Callable[[str], Path], tmp_path: 
     # Whole in memory, as tasks run it.
     whole = load_model(output, CPU, torch.float32)
     assert divergence(theirs, zoo.logits(whole, ids)) < 1e-8
+
+
+def test_several_processes_write_the_same(parents: Callable[[str], Path], tmp_path: Path):
+    same(
+        request(parents("mistral3"), tmp_path / "out", "[{method: gptq, group_size: 32}]"),
+        tmp_path,
+        (2,),
+    )
 
 
 def test_a_damaged_tower_is_found(parents: Callable[[str], Path], tmp_path: Path):
