@@ -125,6 +125,11 @@ def bench_model(
     """
     source = open_source(folder)
     kind = source.config.get("model_type")
+    if kind != CONTAINER and (source.config.get("quantization_config") or {}).get("experts"):
+        raise ModelError(
+            f"{folder}: experts of a {kind} model route by policies of their own, which this does "
+            "not time; give their sizes by --form instead"
+        )
     if kind != CONTAINER:
         raise ModelError(f"{folder}: a {kind} model has no experts of LaDiMo's; convert it first")
     sizes, shape = ExpertSizes.of(source.config), shape_of(source)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,6 +23,16 @@ class Estimate:
 
     mean: float
     stderr: float | None
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Logits [P, V] → log probabilities [P, V] in float32.
+
+    torch's log_softmax and cross_entropy sum a row one number after the other, and lose up to 1e-4
+    nats of it at 262,144 tokens on a CPU; its logsumexp adds in pairs and loses 1e-6.
+    """
+    found = logits.float()
+    return found - found.logsumexp(-1, keepdim=True)
 
 
 @dataclass
@@ -45,9 +54,10 @@ class Records:
             "token": targets.int(),
         }
         if parent is None:
-            found["nll"] = F.cross_entropy(logits.float(), targets, reduction="none")
+            wanted = logits.gather(1, targets[:, None])[:, 0].float()
+            found["nll"] = logits.float().logsumexp(-1) - wanted
         else:
-            log_q, log_p = logits.float().log_softmax(-1), parent.float().log_softmax(-1)
+            log_q, log_p = log_probs(logits), log_probs(parent)
             found["nll"] = -log_q.gather(1, targets[:, None])[:, 0]
             found["baseline_nll"] = -log_p.gather(1, targets[:, None])[:, 0]
             found["top1"], found["baseline_top1"] = log_q.argmax(-1).int(), log_p.argmax(-1).int()

@@ -54,6 +54,8 @@ class DenseParts:
     """Inputs and outputs D."""
     neurons: int
     """Hidden neurons F."""
+    biased: tuple[str, ...] = ()
+    """Names of the linears that have a bias, which no expert has."""
 
     @classmethod
     def of(cls, name: str, ffn: nn.Module) -> DenseParts:
@@ -65,16 +67,21 @@ class DenseParts:
         ]
         if set(roles) not in _GATED or len(acts) != 1 or [*acts[0].parameters()]:
             raise ModelError(f"{name}: {type(ffn).__name__} is no dense gated FFN that pq knows")
-        if biased := [n for n, linear in linears.items() if linear.bias is not None]:
-            raise ModelError(f"{name}.{biased[0]} has a bias, which experts have no place for")
         down = linears[roles["down"]]
         gate, up = (roles.get(role) or roles["gate_up"] for role in ("gate", "up"))
-        return cls(gate, up, roles["down"], acts[0], down.out_features, down.in_features)
+        biased = tuple(n for n, linear in linears.items() if linear.bias is not None)
+        return cls(gate, up, roles["down"], acts[0], down.out_features, down.in_features, biased)
 
     @property
     def is_fused(self) -> bool:
         """Whether one linear is gate and up projection."""
         return self.gate == self.up
+
+
+def require_unbiased(name: str, parts: DenseParts) -> None:
+    """ModelError for biases. name: the FFN's, for messages."""
+    if parts.biased:
+        raise ModelError(f"{name}.{parts.biased[0]} has a bias, which experts have no place for")
 
 
 def empty_experts(
@@ -85,6 +92,7 @@ def empty_experts(
     name: for messages. ModelError for an FFN of another kind.
     """
     parts = DenseParts.of(name, ffn)
+    require_unbiased(name, parts)
     if sizes.n * sizes.size + sizes.shared != parts.neurons:
         raise ModelError(
             f"{name}: {sizes.n} experts of {sizes.size} and a shared one of {sizes.shared} are not "

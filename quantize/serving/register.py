@@ -174,10 +174,7 @@ def _place_experts(model: Any, section: Mapping[str, Any]) -> None:
         return
     if model.config.model_type != CONTAINER:
         if policies:
-            raise ValueError(
-                f"pq knows no experts of model_type {model.config.model_type!r}, which routing is "
-                "for"
-            )
+            raise ValueError(f"routing names {min(policies)}, which has no experts in this model")
         return
     # A decoder alone has shorter names.
     whole = nn.ModuleDict({model.base_model_prefix: model.base_model})

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from quantize.errors import ModelError, VerifyError
+from quantize.errors import ModelError, UnderivedError, VerifyError
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.files.headers import Header, tensor_headers
-from quantize.formats.registry import format_in
+from quantize.formats.native import NATIVE
+from quantize.formats.registry import FORMATS, format_in
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvNumerics
@@ -71,7 +72,9 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         source, model = open_stored(on_disk, torch.float32)
         skeleton = Skeleton(folder, device, torch.float32, routing(source), model)
     except ModelError as err:
-        if by_pq:
+        # What pq's own format says of a model that pq knows is wrong, whoever wrote it.
+        ours = format_in(on_disk.config.get("quantization_config")) is FORMATS[NATIVE]
+        if by_pq or (ours and not isinstance(err, UnderivedError)):
             raise
         raise Skipped(f"pq did not write this model and cannot read it ({err})") from None
     head = skeleton.parts.head

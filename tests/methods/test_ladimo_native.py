@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ModelMaker
+from conftest import CPU, ModelMaker, row_of
 from damage import checks_of, failed, sign
 from natives import difference, edited, loaded, logits, rewritten, tensors_of, tokens
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from quantize.convert.loop import Request, Summary, convert
 from quantize.errors import ModelError, StoppedError
 from quantize.evaluate.streamed import StreamedModel
 from quantize.inspect.inspection import inspect
-from quantize.model.arch import ExpertSizes
+from quantize.methods.ladimo.trial import dense_ffn
+from quantize.model.arch import ExpertSizes, Role
 from quantize.model.dense_ffn import DenseParts, empty_experts, place_native_experts
 from quantize.model.load import load_model
 from quantize.model.moe import MoeFfn, TopK
@@ -272,6 +275,53 @@ class Clamped(nn.Module):
         self.up_proj = nn.Linear(8, 16, bias=False)
         self.down_proj = nn.Linear(16, 8, bias=False)
         self.act_fn = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        out: Tensor = self.down_proj(h.clamp(-0.1, 0.1))
+        return out
+
+
+class UpFirst(nn.Module):
+    """One linear for both, the gate behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(8, 32, bias=False)
+        self.down_proj = nn.Linear(16, 8, bias=False)
+        self.activation_fn = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.activation_fn(gate) * up)
+        return out
+
+
+def block_of(ffn: nn.Module, roles: dict[str, Role]) -> Any:
+    """What is read of a block with this FFN."""
+    module = nn.Module()
+    module.mlp = ffn
+    arch = replace(row_of("llama"), roles={f"mlp.{name}": role for name, role in roles.items()})
+    return SimpleNamespace(
+        arch=arch,
+        module=module.requires_grad_(False),
+        linear=module.get_submodule,
+        full_name=lambda name: f"model.layers.3.{name}",
+    )
+
+
+def test_an_ffn_that_does_more_is_refused():
+    block = block_of(Clamped(), {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"})
+    with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp: Clamped computes something else"):
+        dense_ffn(block)
+
+
+@torch.no_grad()
+def test_which_rows_of_a_fused_linear_gate_is_seen():
+    ffn = UpFirst()
+    found = dense_ffn(block_of(ffn, {"gate_up_proj": "gate_up", "down_proj": "down"}))
+    assert torch.equal(found.up, ffn.gate_up_proj.weight[:16])
+    assert torch.equal(found.gate, ffn.gate_up_proj.weight[16:])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.routing import Budget, fit_router
 from quantize.methods.ladimo.split import Construction, Layout, Split, split
 from quantize.methods.ladimo.student import Student
-from quantize.model.dense_ffn import DenseParts, dense_ffn_of
+from quantize.model.dense_ffn import DenseParts, dense_ffn_of, require_unbiased
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -39,6 +39,8 @@ def dense_ffn(block: Block) -> Ffn:
         block.linear(f"{place}.{part}").weight.float()
         for part in (parts.gate, parts.up, parts.down)
     )
+    if any(module.get_parameter(f"{part}.bias").any() for part in parts.biased):
+        require_unbiased(name, parts)
     # A fused linear has the gate first as far as anybody knows; here it is seen.
     orders = [(gate, up)]
     if parts.is_fused:
