@@ -86,7 +86,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "triton": ("quantize.kernels",),
     "yaml": ("quantize.files.strict_yaml",),
     "huggingface_hub": ("quantize.cli",),
-    "transformers": ("quantize.model.transformers_api", "quantize.serving.transformers_quantizer"),
+    "transformers": (
+        "quantize.model.transformers_api",
+        "quantize.model.transformers_decoder",
+        "quantize.serving.transformers_quantizer",
+    ),
 }
 ADAPTERS = OWNERS["transformers"]
 # What models and layers of transformers take and return, in any release.
@@ -239,8 +243,8 @@ def test_the_adapter_alone_names_what_transformers_takes():
     for module, tree in TREES.items():
         wrong = [(word, line) for word, line in words(tree) if word in NAMES_OF_TRANSFORMERS]
         assert not wrong or below(module, ADAPTERS), f"{module}: {wrong}"
-    adapter = {word for word, _ in words(TREES[ADAPTERS[0]])}
-    assert {"past_key_values", "use_cache", "inputs_embeds", "attn_implementation"} <= adapter
+    adapter = {word for name in ADAPTERS for word, _ in words(TREES[name])}
+    assert {"past_key_values", "use_cache", "attn_implementation"} <= adapter
 
 
 def compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
