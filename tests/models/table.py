@@ -106,9 +106,7 @@ def table(sweep: Mapping[str, Any]) -> dict[str, Any]:
             types[name] = short(row)
     works = [row["works"] for row in types.values()]
     counts = {verdict: works.count(verdict) for verdict in ("yes", "in part", "no", "wrong")}
-    families = {
-        name: [kind for kind in kinds if kind in types] for name, kinds in FAMILIES.items()
-    }
+    families = {name: [kind for kind in kinds if kind in types] for name, kinds in FAMILIES.items()}
     good = [
         name
         for name, kinds in families.items()
@@ -128,15 +126,28 @@ def table(sweep: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def merged(sweeps: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row a type, with the checks of all sweeps in the order of the law; where several did the
+    same check the last one counts."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in (row for sweep in sweeps for row in sweep["rows"]):
+        key = row["type"], row["auto"]
+        before = rows.get(key, {}).get("checks", {})
+        checks = before | row.get("checks", {})
+        order = [check.__name__ for check in CHECKS if check.__name__ in checks]
+        rows[key] = row | ({"checks": {name: checks[name] for name in order}} if checks else {})
+    return [rows[key] for key in sorted(rows)]
+
+
 def main() -> None:
     """Write both files."""
     parser = argparse.ArgumentParser(description="Make the table of models from a sweep.")
-    parser.add_argument("sweeps", type=Path, nargs="+", help="later ones take the place of earlier")
+    parser.add_argument("sweeps", type=Path, nargs="+", help="later ones add to earlier")
     told = parser.parse_args()
     read = [json.loads(path.read_text(encoding="utf-8")) for path in told.sweeps]
-    rows = {(row["type"], row["auto"]): row for sweep in read for row in sweep["rows"]}
-    found = table(read[-1] | {"rows": list(rows.values())})
-    full = {name: found[name] for name in ("versions", "counts")} | {"rows": list(rows.values())}
+    rows = merged(read)
+    found = table(read[-1] | {"rows": rows})
+    full = {name: found[name] for name in ("versions", "counts")} | {"rows": rows}
     write(ROOT / "eval" / "results" / "models.json", full)
     write(ROOT / "quantize" / "model" / "known.json", found)
 
