@@ -17,7 +17,7 @@ else
 LOCKED += .ci/locks/cuda.txt
 endif
 
-.PHONY: demo test test-all test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
+.PHONY: demo test test-all test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
 	gpu-session docs clean help
 
 help: ## Show the targets
@@ -64,6 +64,13 @@ test: setup ## Run the tests, but for sweeps (about as long as a coffee)
 
 test-all: setup ## Run the tests and the sweeps that `make test` runs a part of
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu"
+
+test-models: setup ## Put every type of the installed transformers to the law, and write the table of models anew
+	mkdir -p out
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 PQ_NO_VERSION_NOTICE=1 PYTHONPATH=tests:. \
+		$(BIN)/python -W ignore -m models.sweep out/models.json --law
+	PYTHONPATH=tests:. $(BIN)/python -m models.table out/models.json
+	$(BIN)/python docs/generate.py
 
 LOWEST ?= .venv-lowest
 test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own

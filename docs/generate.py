@@ -129,6 +129,63 @@ def edge_table() -> str:
     return "\n".join(lines)
 
 
+def model_families() -> str:
+    """Counts, and the families that people download with what holds for each."""
+    from quantize.cli.models import known, summary
+
+    table = known()
+    lines = [f"{summary(table)}.", "", *_model_head("family")]
+    for family, types in table["families"].items():
+        rows = [(f"{family}: `{name}`", table["types"][name]) for name in types]
+        lines += [_model_row(name, row) for name, row in rows]
+        if not rows:
+            lines.append(_row((family, *[""] * (len(_MODEL_HEADS) - 1), "not swept")))
+    return "\n".join(lines)
+
+
+def model_types() -> str:
+    """All types of the sweep."""
+    from quantize.cli.models import known
+
+    rows = known()["types"].items()
+    return "\n".join(_model_head("type") + [_model_row(f"`{name}`", row) for name, row in rows])
+
+
+_MODEL_HEADS = ("kind", "works", "W8 KLD", "logits, smoothed", "proved", "stock", "not with")
+
+
+def _model_head(first: str) -> list[str]:
+    return [_row((first, *_MODEL_HEADS)), "|---" * (1 + len(_MODEL_HEADS)) + "|"]
+
+
+def _model_row(name: str, row: Mapping[str, Any]) -> str:
+    from quantize.cli.models import RECIPES
+
+    changes = [row["change"][check] for check in ("smooth", "rotate") if check in row["change"]]
+    kld = row["kld"].get("rtn8")
+    stock = {"": "", "loads": "loads"}.get(row.get("stock", ""), "does not load, as pq says")
+    lacks = [
+        f"{', '.join(RECIPES[check] for check in checks)}: {why}"
+        for why, checks in row.get("refused", {}).items()
+    ]
+    lacks += [
+        f"{RECIPES[check]}: {status}"
+        for check, status in row["status"].items()
+        if status == "wrong"
+    ]
+    cells = (
+        name,
+        row.get("kind", ""),
+        row["works"],
+        "" if kld is None else f"{kld:.1e}",
+        f"{max(changes):.0e}" if changes else "",
+        ", ".join(row.get("proved", {})),
+        stock,
+        "; ".join(lacks),
+    )
+    return _row(cells)
+
+
 def command_reference() -> str:
     """Every command with its arguments and options."""
     import typer
@@ -179,6 +236,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "stages": stage_fields,
     "recipe fields": recipe_fields,
     "edges": edge_table,
+    "families": model_families,
+    "types": model_types,
     "commands": command_reference,
     "calibration text": calibration_text,
 }

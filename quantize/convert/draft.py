@@ -77,6 +77,11 @@ def check_linears(
     recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]
 ) -> None:
     """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
+    if not linears:
+        raise ModelError(
+            f"the blocks of this {arch.model_type} model have no linears (nn.Linear), so that there "
+            "is nothing to convert; take a model of another type"
+        )
     for stage in recipe.stages:
         stage.check_model(arch, shape, linears)
         stage.check(linears)

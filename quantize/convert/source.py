@@ -73,14 +73,16 @@ def open_block(
 
 
 def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:
-    """Tensors of modules outside the blocks after all stages; a tied head has none unless a stage
-    unties it."""
+    """Tensors of modules outside the blocks after all stages; a tied head has no weight unless a
+    stage unties it."""
     out: dict[str, Tensor] = {}
     for module in modules:
-        if module != plan.arch.head or not plan.shape.tied:
-            found = plan.source.tensors(f"{module}.")
-            out |= {f"{module}.{name}": tensor for name, tensor in found.items()}
-        elif plan.basis.unties(plan.shape):
+        tied = module == plan.arch.head and plan.shape.tied
+        found = plan.source.tensors(f"{module}.")
+        # A bias is the head's own, tied or not (CTRL).
+        own = {name: tensor for name, tensor in found.items() if not tied or name != "weight"}
+        out |= {f"{module}.{name}": tensor for name, tensor in own.items()}
+        if tied and plan.basis.unties(plan.shape):
             out[f"{module}.weight"] = plan.source.tensor(f"{plan.arch.embedding}.weight")
     require_finite_floats(out, "")
     return plan.basis.outside(out, plan.arch)

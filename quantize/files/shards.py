@@ -79,7 +79,12 @@ def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             back = file.get_tensor(name)
             same = back.dtype == tensor.dtype and back.shape == tensor.shape
-            if not same or not torch.equal(back.view(torch.uint8), tensor.view(torch.uint8)):
+            if not same or not torch.equal(_bits(back), _bits(tensor)):
                 raise VerifyError(
                     f"{path}: {name} reads back differently from what was written; check the disk"
                 )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, also of one without axes."""
+    return tensor.reshape(-1).view(torch.uint8)

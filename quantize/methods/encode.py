@@ -52,11 +52,6 @@ class Encode(Stage):
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """ModelError for patterns that match nothing."""
-        if not linears:
-            raise ModelError(
-                f"recipe stage {self.method}: the blocks of this model have no linears (nn.Linear), "
-                "so that there is nothing to encode; convert a model of another type"
-            )
         for pattern in (*self.layers, *self.ignore):
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise ModelError(

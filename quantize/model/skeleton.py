@@ -192,7 +192,7 @@ class Skeleton:
             )
         for name, shape in expected.items():
             found = shapes.get(name)
-            if found is None and not (tied and name.startswith(f"{self.parts.head}.")):
+            if found is None and not (tied and name == f"{self.parts.head}.weight"):
                 raise ModelError(f"tensor {name} is missing from the checkpoint; download it again")
             if found not in (None, shape):
                 raise ModelError(

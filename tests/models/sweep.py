@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests:. python -m models.sweep out.json            # all types, two at a time
     PYTHONPATH=tests:. python -m models.sweep out.json llama gpt2 # these
+    PYTHONPATH=tests:. python -m models.sweep out.json --law      # as `make test-models`
     PYTHONPATH=tests:. python -m models.sweep out.json --shard 1/4 --check models.checks:causal
 
 A crash, a hang or an exhausted memory costs one type its row, and no other. The file is written anew
@@ -194,11 +195,18 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one type")
     parser.add_argument("--check", action="append", type=named, help="module:function, repeatable")
     parser.add_argument("--only", help="the kind of model to check, such as decoder-only")
+    parser.add_argument(
+        "--law", action="store_true", help="the checks of models.law, of decoder-only types"
+    )
     told = parser.parse_intermixed_args()
+    if told.law:
+        told.check, told.only = importlib.import_module("models.law").CHECKS, "decoder-only"
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     items = [i for i in all_items() if not told.types or str(i) in told.types]
+    if told.types:  # in the order in which they are told
+        items.sort(key=lambda item: told.types.index(str(item)))
     first, count = map(int, told.shard.split("/"))
     # Imported once, before the forks.
     importlib.import_module("conftest")
