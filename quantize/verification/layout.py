@@ -11,8 +11,7 @@ import torch
 from quantize.errors import ModelError, UnderivedError, VerifyError
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.files.headers import Header, tensor_headers
-from quantize.formats.native import NATIVE
-from quantize.formats.registry import FORMATS, format_in
+from quantize.formats.registry import format_in
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvNumerics
@@ -73,7 +72,8 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         skeleton = Skeleton(folder, device, torch.float32, routing(source), model)
     except ModelError as err:
         # What pq's own format says of a model that pq knows is wrong, whoever wrote it.
-        ours = format_in(on_disk.config.get("quantization_config")) is FORMATS[NATIVE]
+        form = format_in(on_disk.config.get("quantization_config"))
+        ours = form is not None and form.keeps_experts
         if by_pq or (ours and not isinstance(err, UnderivedError)):
             raise
         raise Skipped(f"pq did not write this model and cannot read it ({err})") from None
