@@ -158,9 +158,11 @@ def _stored_by_own_names(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Stored tensors by the names that `model` has for them."""
     conversion = Conversion(model)
+    missing = "" if _has_head(model) else f"{model.base_model_prefix}."
     places = ((name, conversion.place(name)) for name in found)
+    # Experts that stand by themselves are under their own names, which transformers would stack.
     return {
-        (place if converter is None else name): found[name]
+        (place if converter is None else name.removeprefix(missing)): found[name]
         for name, (place, converter, _) in places
     }
 
