@@ -89,6 +89,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": (
         "quantize.model.transformers_api",
         "quantize.model.transformers_decoder",
+        "quantize.model.transformers_names",
         "quantize.serving.transformers_quantizer",
     ),
 }

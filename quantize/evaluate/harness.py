@@ -24,9 +24,9 @@ from quantize.evaluate.sharing import require_alike
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluate.task_sources import Source, load_tasks, resolve
 from quantize.model.attention import KvNumerics
+from quantize.model.build import load_tokenizer
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model
-from quantize.model.skeleton import load_tokenizer
 from quantize.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)

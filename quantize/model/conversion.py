@@ -13,7 +13,7 @@ from torch import Tensor
 from quantize.errors import ModelError
 from quantize.model.experts import Layout
 from quantize.model.lazy import lazy, where
-from quantize.model.transformers_api import Conversion
+from quantize.model.transformers_names import Conversion
 from quantize.model.where import View, Where, names_in, whole
 
 __all__ = [

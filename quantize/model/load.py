@@ -19,11 +19,12 @@ from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.build import meta_model
 from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router
-from quantize.model.skeleton import Skeleton, meta_model
+from quantize.model.skeleton import Skeleton
 from quantize.model.storage import DTYPES
 from quantize.model.stored import open_stored
 from quantize.model.transformers_api import decoder_facts, load_pretrained, load_tensors

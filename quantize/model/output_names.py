@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantize.model.conversion import owner_of, published_names, renamed_like
 from quantize.model.experts import Layout
-from quantize.model.transformers_api import Conversion
+from quantize.model.transformers_names import Conversion
 from quantize.model.where import Where, names_in
 
 

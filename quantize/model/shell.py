@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.errors import UnderivedError
-from quantize.model.derive import Outer, norm_offset
+from quantize.model.derive import Outer
+from quantize.model.edges import norm_offset
 from quantize.model.flow import is_norm
 from quantize.model.transformers_api import LayerCall
 from quantize.model.transformers_decoder import (

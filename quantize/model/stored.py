@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
+from quantize.model.build import meta_model
 from quantize.model.conversion import (
     Homes,
     loaded,
@@ -28,8 +29,7 @@ from quantize.model.conversion import (
 from quantize.model.experts import expert_layouts
 from quantize.model.lazy import lazy, where
 from quantize.model.output_names import OutputNames
-from quantize.model.skeleton import meta_model
-from quantize.model.transformers_api import Conversion
+from quantize.model.transformers_names import Conversion
 from quantize.model.where import Part, Where, fetch, names_in, whole
 
 __all__ = ["StoredCheckpoint", "holds_block", "open_stored"]

@@ -34,7 +34,8 @@ from quantize.model.arch import CONTAINER, Shape
 from quantize.model.dense_ffn import place_native_experts
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.moe import Policy, Router, place_experts, stack_experts
-from quantize.model.transformers_api import Conversion, plain_config, sizes_of
+from quantize.model.transformers_api import plain_config, sizes_of
+from quantize.model.transformers_names import Conversion
 from quantize.serving.bitvec_linear import BitVecLinear
 from quantize.serving.gated_ffn import place_gated_ffns
 from quantize.serving.int_linear import IntLinear

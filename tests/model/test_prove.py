@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.model.arch import Architecture, Edge
-from quantize.model.derive import norm_offset
+from quantize.model.edges import norm_offset
 from quantize.model.prove import prove
 
 WIDTH, INNER = 16, 24

@@ -14,7 +14,8 @@ from conftest import config_of, random_weights, save_model
 from quantize.errors import ModelError, UnderivedError
 from quantize.files.checkpoint import Checkpoint
 from quantize.model.arch import Shape
-from quantize.model.skeleton import Skeleton, meta_model
+from quantize.model.build import meta_model
+from quantize.model.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 

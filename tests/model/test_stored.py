@@ -20,9 +20,9 @@ from quantize.files.checkpoint import SINGLE_NAME, Checkpoint
 from quantize.files.headers import tensor_headers
 from quantize.formats.compressed_tensors import quantization_config
 from quantize.formats.packed_int import SUFFIXES, IntScheme, PackedInt
+from quantize.model.build import meta_model
 from quantize.model.experts import kept_whole, split_experts
 from quantize.model.lazy import lazy, where
-from quantize.model.skeleton import meta_model
 from quantize.model.stored import StoredCheckpoint
 from quantize.model.where import fetch
 

@@ -1,0 +1,94 @@
+"""A transformers model without weights, as pq computes it; and the tokenizer beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.errors import DataError, ModelError
+from quantize.files.checkpoint import read_json
+from quantize.formats.registry import format_in
+from quantize.model.attention import ATTENTION
+from quantize.model.dense_ffn import place_native_experts
+from quantize.model.experts import split_experts
+from quantize.model.moe import Policy, place_experts, set_routers_apart
+from quantize.model.roles import is_router
+from quantize.model.transformers_api import (
+    build_model,
+    read_config,
+    read_tokenizer,
+    require_known_type,
+    rope_types,
+)
+from quantize.model.transformers_decoder import parts_of
+
+
+def meta_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The full-precision model that config.json describes, without memory, with the experts of pq's
+    own format in the places of its dense FFNs; ModelError for what transformers refuses."""
+    facts = read_json(folder / "config.json")
+    require_known_type(folder, facts)
+    try:
+        config = read_config(folder)
+        _require_known_rope(folder, config)
+        with torch.device("meta"):
+            model = build_model(config, dtype, ATTENTION)
+    except ModelError:
+        raise
+    except Exception as err:
+        # A bad field gives KeyError, AttributeError, RuntimeError,
+        # AssertionError or a validator's own class.
+        reason = " ".join(f"{type(err).__name__}: {err}".split())[:300]
+        raise ModelError(
+            f"{folder}/config.json: transformers cannot build this model ({reason})"
+        ) from None
+    _place_experts_of(facts.get("quantization_config"), folder, model)
+    return model.eval().requires_grad_(False)
+
+
+def _place_experts_of(section: Any, folder: Path, model: nn.Module) -> None:
+    form = format_in(section)
+    if form is None:
+        return
+    try:
+        if sizes := form.experts(section):
+            place_native_experts(model, sizes, form.routing(section))
+    except (ValueError, ModelError) as err:
+        raise ModelError(f"{folder}/config.json: quantization_config: {err}") from None
+
+
+def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})) -> Any:
+    """The same model with every linear of every expert a module of its own."""
+    place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
+    split_experts(model)
+    set_routers_apart(model, is_router)
+    return model
+
+
+def _require_known_rope(folder: Path, config: Any) -> None:
+    # transformers would say no more than KeyError.
+    parameters = getattr(config, "rope_parameters", None)
+    kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+    known = rope_types()
+    if kind not in known:
+        raise ModelError(
+            f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that stands beside the weights; DataError when there is none that works."""
+    try:
+        return read_tokenizer(folder)
+    except Exception as err:
+        # The tokenizers library raises plain Exception for a broken file,
+        # transformers half a dozen classes.
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise DataError(
+            f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside the weights"
+        ) from None
