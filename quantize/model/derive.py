@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantize.model.arch import Architecture, Heads, Role
-from quantize.model.edges import edges_of, homes_of, qk_norm_of, residual_of, rows_of
+from quantize.model.edges import Homes, edges_of, homes_of, qk_norm_of, residual_of, rows_of
 from quantize.model.flow import Attending, Flow
 from quantize.model.moe import Router
 from quantize.model.roles import role_by_name
