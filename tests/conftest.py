@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from rows import ARCHITECTURES, architecture_of, block_architecture
+from rows import ARCHITECTURES, block_architecture
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -33,7 +33,7 @@ from quantize.block.block import Block
 from quantize.block.walk import Pass
 from quantize.convert.loop import Request, convert
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from quantize.model.arch import Architecture, Shape
+from quantize.model.arch import CONTAINER, Architecture, Shape
 from quantize.model.moe import place_experts
 from quantize.model.prove import prove
 from quantize.model.skeleton import Skeleton
@@ -289,7 +289,7 @@ def request_for(model: Path, recipe: str, output: Path, text: Path, *changes: st
 
     Calibrated on 6 windows of 32 tokens, of which an expert would see too few.
     """
-    nsamples = 48 if architecture_of(Checkpoint(model).config).experts else 6
+    nsamples = 48 if Checkpoint(model).config.get("model_type") == CONTAINER else 6
     chosen = with_stage_fields(
         load_recipe(recipe).with_overrides(str(text), nsamples=nsamples, seqlen=32), changes
     )

@@ -113,11 +113,13 @@ def require_layers(source: Checkpoint, shape: Shape) -> None:
     """ModelError for more layers than the checkpoint has tensors of, before a skeleton of an absurd
     number of them is built."""
     last = f".{shape.n_blocks - 1}."
-    if not any(last in name for name in source.shapes):
-        raise ModelError(
-            f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
-            f"*{last}*"
-        )
+    if any(last in f".{name}" for name in source.shapes):
+        return
+    first = next((name.partition(".0.")[0] for name in source.shapes if ".0." in name), "*")
+    raise ModelError(
+        f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
+        f"{first}{last}*"
+    )
 
 
 def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:

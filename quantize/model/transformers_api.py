@@ -125,6 +125,8 @@ def sizes_of(config: Any) -> dict[str, Any]:
         value = getattr(text, name, None)
         # Layers of several sizes: each block's own are derived.
         found[name] = max(value) if isinstance(value, list | tuple) and value else value
+    if found["num_attention_heads"] is None:
+        found["num_attention_heads"] = 1  # of a model without attention (Mamba); nobody asks
     if text is not config:
         # Whether the head is tied is the whole model's to say; its class knows older files that say
         # it in the section.
