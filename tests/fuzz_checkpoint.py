@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from conftest import CPU, SENTENCES, config_of, random_weights, save_model, save_side_files
-from rows import architecture_of
 from safetensors.torch import save
 
 from quantize.convert.loop import Request, convert
@@ -34,14 +33,17 @@ from quantize.files.finite import require_finite_floats
 from quantize.files.headers import tensor_headers
 from quantize.files.provenance import read_provenance, require_unchanged
 from quantize.inspect.inspection import inspect
-from quantize.model.arch import Shape
 from quantize.model.load import (
     attention_numerics,
     packed_schemes,
+    require_layers,
     require_readable,
     rotated_inputs,
     routing,
+    shape_of,
 )
+from quantize.model.skeleton import Skeleton
+from quantize.model.stored import open_stored
 from quantize.recipe.recipe import parse_recipe
 from quantize.verification.checks import run_check
 from quantize.verification.layout import read_layout
@@ -198,8 +200,11 @@ def read(folder: Path) -> None:
     with suppress(ModelError):
         source = Checkpoint(folder)
         require_finite_floats(source.tensors(""), "")
-        architecture_of(source.config)
-        Shape.of(source.config)
+        require_layers(source, shape_of(source))
+        stored, model = open_stored(source, torch.float32)
+        Skeleton(folder, torch.device("cpu"), torch.float32, model=model).check(
+            stored.shapes, tied=False
+        )
 
 
 RECIPE = """{description: d, format: pq, calibration: {dataset: TEXT, nsamples: 4, seqlen: 16}, stages: [

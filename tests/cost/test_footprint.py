@@ -67,7 +67,6 @@ def one_linear(N: int, K: int) -> Block:
         inputs=[],
         parent_inputs=None,
         device=CPU,
-        rotary_dim=0,
     )
 
 

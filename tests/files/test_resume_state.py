@@ -70,7 +70,7 @@ def changed_request(asked: Request, field: str, tmp_path: Path) -> Request:
         "machine.dtype",
         "batch_tokens",
         "pq",
-        "calibration.sha256",
+        "calibration.text_sha256",
     ],
 )
 def test_what_differs_is_named(
@@ -87,7 +87,7 @@ def test_what_differs_is_named(
     other = changed_request(asked, field, tmp_path)
     if field == "pq":
         monkeypatch.setattr(quantize, "__version__", "0.0.0")
-    if field == "calibration.sha256":
+    if field == "calibration.text_sha256":
         text.write_text(text.read_text()[::-1])
     with pytest.raises(UsageError, match=r"^--resume required: ") as caught:
         convert(dataclasses.replace(other, resume="required"))

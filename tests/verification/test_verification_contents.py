@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit(
         lambda config: config.update(num_hidden_layers=10**9),
         lambda config: config.update(hidden_size=64),
         lambda config: config.update(model_type=["llama"]),
-        lambda config: config.update(model_type="mixtral"),
+        lambda config: config.update(model_type="gpt9"),
         lambda config: config.clear(),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_conversion_without_its_pq_json(copied: Maker, tiny: Maker):
         lambda config: config["quantization_config"].update(ignore=["re:.*lm_head"]),
         lambda config: config["quantization_config"].update(format="float-quantized"),
         group_edit("actorder", "group"),
-        lambda config: config.update(model_type="mixtral"),
+        lambda config: config.update(model_type="gpt9"),
         lambda config: config.update(model_type=None),
     ],
 )
@@ -277,7 +277,7 @@ def test_arguments_that_are_no_models_are_refused(copied: Maker, tmp_path: Path)
     folder = copied()
     with pytest.raises(ModelError, match="no such folder"):
         verify(tmp_path / "absent")
-    with pytest.raises(ModelError, match="quantized itself"):
+    with pytest.raises(ModelError, match="is quantized already"):
         verify(folder, folder)
 
 
