@@ -28,6 +28,7 @@ from quantize.convert.pace import Pace
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress, Request
 from quantize.convert.snapshot import pack_run, state_layout, unpack_run
+from quantize.convert.source import has_tail
 from quantize.convert.summary import Summary, results_of, summary_of
 from quantize.errors import StoppedError
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
@@ -86,7 +87,7 @@ def convert(
                 keeper.keep(run, 0, None, {})
         if not done:
             streams = run.embed(tokens)
-        parts = blocks + 2 + len(part_sizes(plan))
+        parts = blocks + 1 + has_tail(plan) + len(part_sizes(plan))
         with _writer(request, parts, state.partial, written) as writer:
             weights = [plan.skeleton.linear_shapes(index).values() for index in range(blocks)]
             pace = Pace(request, done, [sum(N * K for N, K in shapes) for shapes in weights])
@@ -159,7 +160,8 @@ def _finish(
 ) -> None:
     """Write what stands behind the blocks and let the output appear."""
     plan, state = run.plan, run.state
-    writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
+    if has_tail(plan):
+        writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
     for path in plan.format.side_files(plan.source.side_files()):
         writer.copy(path)
     config = output_config(plan, state)

@@ -88,6 +88,15 @@ def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:
     return plan.basis.outside(out, plan.arch)
 
 
+def has_tail(plan: Plan) -> bool:
+    """Whether anything is written behind the blocks: not where norms have no weights and the head is
+    the embedding (OLMo 1B)."""
+    head = f"{plan.arch.head}.weight"
+    names = [name for module in plan.arch.after for name in plan.source.names(f"{module}.")]
+    own = [name for name in names if name != head or not plan.shape.tied]
+    return bool(own) or plan.basis.unties(plan.shape)
+
+
 def embed_windows(plan: Plan, windows: Tensor) -> Iterator[Tensor]:
     """Token windows [B, T] → the hidden states [b, T, D] that enter block 0, batch by batch."""
     batch = max(1, plan.request.batch_tokens // windows.shape[1])
