@@ -89,6 +89,8 @@ def small_fields(config: PretrainedConfig, inner: bool = False) -> dict[str, Any
             out[name] = MULTIPLIERS[name]
         elif name in LAYER_COUNTS and isinstance(value, int) and default is not None:
             out[name] = min(value, len(kept) or 2)
+        elif name == "num_kv_shared_layers" and value == total:
+            out[name] = len(kept)
         elif is_token(name):
             out[name] = token(name, value, spare)
         elif is_index_set(name, value, total):
