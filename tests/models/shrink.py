@@ -26,6 +26,7 @@ from models.shrink_tables import (
     LAST_TOKEN,
     LAYER_COUNTS,
     MOST_LAYERS,
+    MULTIPLIERS,
     NEEDED,
     VOCABULARY,
     WITHOUT_DEFAULT,
@@ -84,8 +85,12 @@ def small_fields(config: PretrainedConfig, inner: bool = False) -> dict[str, Any
                 out[name] = WITHOUT_DEFAULT[name]
             elif inner and isinstance(default, bool | int | float | str):
                 out[name] = None
+        elif name in MULTIPLIERS and value == 1:
+            out[name] = MULTIPLIERS[name]
         elif name in LAYER_COUNTS and isinstance(value, int) and default is not None:
             out[name] = min(value, len(kept) or 2)
+        elif name == "num_kv_shared_layers" and value == total:
+            out[name] = len(kept)
         elif is_token(name):
             out[name] = token(name, value, spare)
         elif is_index_set(name, value, total):

@@ -102,6 +102,25 @@ WITHOUT_DEFAULT = {
     "n_routed_experts": 4,
 }
 """What some classes leave None, where their models compute with it."""
+MULTIPLIERS = {
+    # Published checkpoints have others than the defaults of one, which would hide that one is lost.
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 1 / 16,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.2,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.5,
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.7,
+    "full_attn_alpha_factor": 1.5,
+    "full_attn_beta_factor": 0.75,
+    "linear_attn_alpha_factor": 1.25,
+    "linear_attn_beta_factor": 0.5,
+    "mlp_alpha_factor": 1.5,
+    "mlp_beta_factor": 0.5,
+}
 HEAD_DIMS = ("head_dim", "global_head_dim", "attention_head_dim")
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import zoo
+from models.shrink import shrunken
 
 TWELVE = [
     "llama",
@@ -61,3 +62,28 @@ def test_a_saved_model_loads_with_its_tokenizer_and_text(tmp_path: Path) -> None
     ids = zoo.tokens(seed=2)
     torch.testing.assert_close(zoo.logits(loaded, ids), zoo.logits(model, ids))
     assert len((folder / "text.txt").read_text().split()) > 300
+
+
+def test_every_kind_of_layer_stays_and_only_sizes_shrink() -> None:
+    gemma = shrunken("gemma3_text")
+    assert gemma.layer_types == ["sliding_attention", "full_attention"]
+    assert gemma.tie_word_embeddings
+    assert (gemma.num_attention_heads, gemma.num_key_value_heads) == (4, 2)  # 8 and 4
+    assert (gemma.hidden_size, gemma.head_dim, gemma.vocab_size) == (128, 32, 512)
+    deepseek = shrunken("deepseek_v3")
+    assert deepseek.num_hidden_layers == 2
+    assert deepseek.first_k_dense_replace == 1
+    assert deepseek.n_routed_experts == 4
+    assert shrunken("smollm3").no_rope_layers == [1, 0]
+    assert shrunken("granite", logits_scaling=7.0).logits_scaling == 7.0
+    whole = shrunken("paligemma")
+    # Its class gives its decoder one head for keys, whose own class has as many as for queries.
+    assert whole.text_config.num_key_value_heads == 1
+    assert whole.vision_config.hidden_size == 128
+
+
+def test_special_tokens_lie_in_the_vocabulary_and_apart_from_text() -> None:
+    config = shrunken("gemma3")
+    special = {config.image_token_index, config.boi_token_index, config.eoi_token_index}
+    assert len(special) == 3
+    assert all(zoo.tokens().max() < token < 512 for token in special)
