@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from quantize.model.roles import packing_of
+
 if TYPE_CHECKING:
     from quantize.model.arch import Architecture
 
@@ -20,14 +22,11 @@ def tied_groups(
     if not tie_inputs:
         yield from ((name,) for name in stages)
         return
-    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
+    set_of = packing_of(arch)
     groups: dict[tuple[str, str, int, int], list[str]] = {}
     for name, stage in stages.items():
         block, inside = place_of(arch, name)
-        routed = arch.is_routed(inside)
-        at = place.get(inside, place.get(arch.dense_name(inside), -1))
-        where = ("", -1) if routed else (arch.expert_of(inside) or "", at)
-        groups.setdefault((block, *where, stage), []).append(name)
+        groups.setdefault((block, *set_of(inside), stage), []).append(name)
     yield from map(tuple, groups.values())
 
 

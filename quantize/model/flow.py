@@ -60,7 +60,6 @@ class Call:
     name: str
     reads: int
     gives: int
-    order: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Flow:
     calls: list[Call] = field(default_factory=list)
     """Calls of linears and norms, in order."""
     projections: list[Call] = field(default_factory=list)
-    """Products with a matrix that is no nn.Linear's: routers that multiply by a parameter."""
+    """Products with a matrix that is a module's parameter: linears, and routers that are none."""
     attending: list[Attending] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     """Values of the residual stream: what enters, then after each addition."""
@@ -102,10 +101,6 @@ class Flow:
     def reads_of(self, name: str) -> int | None:
         """The values that a module read in its first call; None for one that was not called."""
         return next((call.reads for call in self.calls if call.name == name), None)
-
-    def of_norm(self, values: int) -> Call | None:
-        """The call that gave these values."""
-        return next((call for call in self.calls if call.gives == values), None)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -233,8 +228,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = [self._matrix[value] for value in before if value in self._matrix]
         others = [value for value in before if value not in self._matrix]
         if named and others:  # a bias comes first, so that the last one is the input
-            order = len(self.flow.projections)
-            self.flow.projections.append(Call(named[0], others[-1], number, order))
+            self.flow.projections.append(Call(named[0], others[-1], number))
 
     def _note_sum(
         self, before: list[int], number: int, args: tuple[Any, ...], given: list[Tensor]
@@ -349,7 +343,7 @@ def _noting(recorder: _Recorder, within: list[str], name: str, module: nn.Module
         calls = recorder.flow.calls
         if norm:
             recorder.renew(result)  # also of a norm that passes on what it was given
-        calls.append(Call(name, reads, recorder.number(result), len(calls)))
+        calls.append(Call(name, reads, recorder.number(result)))
         recorder.flow.readers.setdefault(reads, set()).add(name)
         if linear:
             recorder.is_output_of(result, name)

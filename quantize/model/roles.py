@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from quantize.model.arch import Architecture, Role
@@ -105,13 +105,21 @@ def packed_alike(arch: Architecture, names: Iterable[str]) -> list[tuple[str, ..
     Those that share an input are one matrix in vLLM; of all routed experts transformers makes one
     tensor, and vLLM refuses any that differ.
     """
-    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
+    set_of = packing_of(arch)
     sets: dict[tuple[str, int], list[str]] = {}
     for name in names:
-        if arch.is_routed(name):
-            key = ("routed", -1)
-        else:
-            at = place.get(name, place.get(arch.dense_name(name), -1))
-            key = (arch.expert_of(name) or "", at)
-        sets.setdefault(key, []).append(name)
+        sets.setdefault(set_of(name), []).append(name)
     return [tuple(found) for found in sets.values()]
+
+
+def packing_of(arch: Architecture) -> Callable[[str], tuple[str, int]]:
+    """What linears of one block, by their names in it, have in common that are packed alike (see
+    `packed_alike`)."""
+    place = {name: i for i, group in enumerate(arch.calibration_order) for name in group}
+
+    def of(name: str) -> tuple[str, int]:
+        if arch.is_routed(name):
+            return "routed", -1
+        return arch.expert_of(name) or "", place.get(name, place.get(arch.dense_name(name), -1))
+
+    return of

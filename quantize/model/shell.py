@@ -91,7 +91,7 @@ class Shell:
 
         attention: name of another implementation than the model's own.
         """
-        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
+        shell = self._filled()
         if attention is not None:
             use_attention(shell, attention)
         tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
@@ -121,7 +121,7 @@ class Shell:
         outside: full name → tensor of at least the modules `outer.after`; head: stands in for the
         model's own, whose weight is then not needed. A head without a weight has the embedding's.
         """
-        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
+        shell = self._filled()
         given = {n: t for n, t in outside.items() if _owner(n) in self.outer.after}
         if head is not None:
             shell.set_submodule(self._head, head)
@@ -144,30 +144,36 @@ class Shell:
         shell.set_submodule(self._blocks, nn.ModuleList(recorders))
         return enter(shell, recorders, tokens), recorders
 
+    def _filled(self, seed: int = 0) -> Any:
+        """A copy whose modules get tensors of random values when they are called first."""
+        return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
+
+    def _enter_noting(self, used: list[str], seed: int) -> list[Recorder]:
+        """Three tokens up to the first layer; modules with parameters that run go into `used`."""
+        shell = self._filled(seed)
+        _note_used(shell, used)
+        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        return self._enter(shell, tokens)[1]
+
     def _find_before(self) -> tuple[str, ...]:
         """Modules with tensors that run before the first layer.
 
         Also finds how layers return their states where they do not say, and refuses a model whose
         layers are given what depends on tokens.
         """
-        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.device)
         recorded = []
         used: list[str] = []
         for seed in (0, 1):
-            shell = _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
-            note_used(shell, used)
             try:
-                recorders = self._enter(shell, tokens)[1]
+                recorders = self._enter_noting(used, seed)
             except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as err:
                 if seed:
                     raise
                 first = err
                 # What a layer says of its forward is not what it does.
                 self._tuples = [not several for several in self._tuples]
-                shell = _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
-                note_used(shell, used)
                 try:
-                    recorders = self._enter(shell, tokens)[1]
+                    recorders = self._enter_noting(used, seed)
                 except Exception:
                     raise first from None
             recorded.append([recorder.call for recorder in recorders])
@@ -181,12 +187,12 @@ class Shell:
 
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
-        shell = _filled(copy.deepcopy(self._model), self.device, self.dtype)
+        shell = self._filled()
         shell.set_submodule(self._head, _NoHead(self.dtype))
         used: list[str] = []
         hidden = torch.zeros(1, 2, self.width, device=self.device, dtype=self.dtype)
 
-        note_used(shell, used)
+        _note_used(shell, used)
         # What ran before the first layer is forgotten.
         leave(shell, self._layers, self._tuples, self._blocks, hidden, used.clear)
         return (*used, self._head)
@@ -234,7 +240,7 @@ class _NoHead(nn.Identity):
         self.weight = torch.empty(0, dtype=dtype)
 
 
-def note_used(root: nn.Module, used: list[str]) -> None:
+def _note_used(root: nn.Module, used: list[str]) -> None:
     """From now on add to `used` the names of modules with parameters, as they are called first."""
 
     def noting(name: str) -> Callable[..., None]:
