@@ -10,6 +10,7 @@ from quantize.convert.head import HEAD_GROUP
 from quantize.convert.joint import shared_tokens
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
+from quantize.convert.serving import foretell, foretell_roughly
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.registry import FORMATS
@@ -28,7 +29,7 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     """The plan so far, what a target of bits per weight lets choose, and
     calibration text where any is needed.
 
-    aloud: whether to warn of windows that do not suit the model.
+    aloud: whether to warn of windows that do not suit the model, and of what is not served.
     Raises what `convert` raises before it loads weights.
     """
     on_disk = open_source(request.model)
@@ -40,11 +41,16 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch
     _check(source, arch, shape, skeleton, request.recipe)
+    plan = Plan(request, source, arch, shape, skeleton, Decisions(request.recipe))
+    if plan.needs_decisions:  # its linears are not known yet
+        foretell_roughly(plan, aloud)
+    else:
+        foretell(plan, aloud=aloud)
     space = _space(request, arch, skeleton.linears())
     tokens = None
     if space or any(stage.needs_inputs for stage in request.recipe.stages):
         tokens = shared_tokens(request.ranks, lambda: _calibration(request, source, shape, aloud))
-    return Plan(request, source, arch, shape, skeleton, Decisions(request.recipe)), space, tokens
+    return plan, space, tokens
 
 
 def _check(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.formats.groups import config_groups, read_groups
 from quantize.formats.output import Finished, OutputFormat, Section
-from quantize.formats.vllm import refusals
+from quantize.formats.vllm import Unserved, unserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ class CompressedTensors(OutputFormat):
 
     name = "compressed-tensors"
     about = "loads in stock transformers and vLLM"
+    served = True
 
     def losses(
         self,
@@ -57,9 +58,10 @@ class CompressedTensors(OutputFormat):
         schemes: Mapping[str, AnyScheme],
         shapes: Mapping[str, tuple[int, int]],
         fused: Collection[tuple[str, ...]],
-    ) -> list[str]:
-        """As `quantize.formats.vllm.refusals`."""
-        return refusals(schemes, shapes, fused)
+        routed: Collection[tuple[str, ...]] = (),
+    ) -> list[Unserved]:
+        """As `quantize.formats.vllm.unserved`."""
+        return unserved(schemes, shapes, fused, routed)
 
     def tensors(
         self,

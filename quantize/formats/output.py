@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantize.files.encoding import Encoding
     from quantize.formats.routing import Policy
     from quantize.formats.scheme import AnyScheme, Packed
+    from quantize.formats.vllm import Unserved
 
 Section = Mapping[str, Any]
 """config.json's quantization_config."""
@@ -58,6 +59,8 @@ class OutputFormat(ABC):
     """The recipe's `format`, and config.json's quant_method."""
     about: ClassVar[str]
     """What it is for, after its name, for the editor's help."""
+    served: ClassVar[bool] = False
+    """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
     keeps_post_scales: ClassVar[bool] = False
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
     keeps_experts: ClassVar[bool] = False
@@ -91,10 +94,12 @@ class OutputFormat(ABC):
         schemes: Mapping[str, AnyScheme],
         shapes: Mapping[str, tuple[int, int]],
         fused: Collection[tuple[str, ...]],
-    ) -> list[str]:
-        """What vLLM, for which the format may be meant, would refuse, in lines for people.
+        routed: Collection[tuple[str, ...]] = (),
+    ) -> list[Unserved]:
+        """What vLLM, for which the format may be meant, would refuse.
 
-        schemes: of packed linears. shapes: [N, K] of all. fused: those that share an input.
+        schemes: of packed linears. shapes: [N, K] of all. fused: those that share an input. routed:
+        all linears of one block's routed experts.
         """
         return []
 
