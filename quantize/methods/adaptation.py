@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+
+from pydantic import Field
 
 from quantize.errors import ModelError
 from quantize.formats.grouping import ADAPTED, FP8_TILE, adaptation, fitting_group
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from quantize.model.arch import Architecture
 
 
+Group = Annotated[int, Field(ge=16, le=1024)] | Literal[-1]
+"""Inputs that a recipe asks to share a scale; `WHOLE_ROW`: all of them."""
+
+
 class Asking(Protocol):
     """An integer stage, as far as sizes may not allow what it asks for."""
 
     @property
     def group_size(self) -> int:
-        """Inputs that are to share a scale."""
+        """Inputs that are to share a scale; `WHOLE_ROW`: all of them."""
 
     @property
     def strict(self) -> bool:

@@ -18,9 +18,10 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.grouping import FP8_TILE, fitting_group
+from quantize.formats.grouping import FP8_TILE, WHOLE_ROW, fitting_group
 from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.methods.adaptation import (
+    Group,
     fitting_schemes,
     fitting_stages,
     note_adaptation,
@@ -160,8 +161,8 @@ class IntEncode(Encode):
 
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of a weight code."""
-    group_size: int = Field(default=128, ge=16, le=1024)
-    """Consecutive inputs of one output row that share a scale."""
+    group_size: Group = 128
+    """Consecutive inputs of one output row that share a scale; -1: the whole row."""
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
     strict: bool = False
@@ -196,7 +197,10 @@ class IntEncode(Encode):
         """ModelError for patterns that match nothing, and where the stage is strict or has an
         `apply` of its own, which takes what was asked for, for linears that cannot have it."""
         super().check(linears)
-        if self.strict or type(self).apply is not Encode.apply:
+        takes_groups = type(self).apply is Encode.apply
+        if self.group_size == WHOLE_ROW and not takes_groups:
+            raise ModelError(f"stage {self.method} takes no whole rows; set group_size to 128")
+        if self.strict or not takes_groups:
             require_as_asked(self, {n: size for n, size in linears.items() if self.selects(n)})
 
     def schemes(
