@@ -25,7 +25,7 @@ def decide(plan: Plan, space: Space | None, tokens: TokenSet | None, progress: P
     drafted = plan
     if tokens and plan.needs_decisions:
         plan = _by_stages(plan, tokens, progress)
-        check_linears(plan.recipe, plan.arch, plan.shape, plan.skeleton.linears())
+        check_linears(plan.recipe, plan.source, plan.arch, plan.shape, plan.skeleton.linears())
     if space and tokens:
         plan = _by_budget(plan, space, tokens, progress)
     if plan is not drafted:

@@ -8,6 +8,7 @@ from quantize.calibration.tokens import TokenSet, calibration_tokens, check_voca
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
 from quantize.convert.joint import shared_tokens
+from quantize.convert.patterns import require_patterns
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
 from quantize.convert.serving import foretell, foretell_roughly
@@ -15,7 +16,7 @@ from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
-from quantize.methods.encode import IntEncode
+from quantize.methods.encode import Encode, IntEncode
 from quantize.model.arch import Architecture, Shape
 from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source, require_source
@@ -77,11 +78,15 @@ def _check(
             raise ModelError(reason)
         config = stage.config(config)
     if not any(stage.needs_plan for stage in recipe.stages):  # else its linears are not known yet
-        check_linears(recipe, arch, shape, skeleton.linears())
+        check_linears(recipe, source, arch, shape, skeleton.linears())
 
 
 def check_linears(
-    recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]
+    recipe: Recipe,
+    source: StoredCheckpoint,
+    arch: Architecture,
+    shape: Shape,
+    linears: dict[str, tuple[int, int]],
 ) -> None:
     """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
     if not linears:
@@ -91,6 +96,8 @@ def check_linears(
         )
     for stage in recipe.stages:
         stage.check_model(arch, shape, linears)
+        if isinstance(stage, Encode):
+            require_patterns(stage, recipe, source, arch, linears)
         stage.check(linears)
         linears = stage.linears(linears)
 
