@@ -31,7 +31,15 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         sizes = ExpertSizes.of(config)
         usual = TopK(sizes.top_k, sizes.renormalize)
         routing = {name: policy for name, policy in state.routing.items() if policy != usual}
-    finished = Finished(state.schemes, alone, plan.attention, state.rotated_inputs, routing, ours)
+    finished = Finished(
+        state.schemes,
+        alone,
+        plan.attention,
+        state.rotated_inputs,
+        routing,
+        plan.source.output.in_config,
+        ours,
+    )
     section = plan.format.config_section(finished)
     return config if section is None else config | {"quantization_config": section}
 

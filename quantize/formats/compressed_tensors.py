@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantize.formats.groups import config_groups, read_groups
@@ -74,7 +74,9 @@ class CompressedTensors(OutputFormat):
 
     def config_section(self, model: Finished) -> dict[str, Any] | None:
         """None for a model without packed linears."""
-        return quantization_config(model.schemes, model.left_alone) if model.schemes else None
+        if not model.schemes:
+            return None
+        return quantization_config(model.schemes, model.left_alone, model.called)
 
     def reads_others(self, section: Section) -> bool:
         """Whether it is pack-quantized, without patterns and column orders, which others write."""
@@ -92,15 +94,17 @@ class CompressedTensors(OutputFormat):
 
 
 def quantization_config(
-    schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]
+    schemes: Mapping[str, AnyScheme],
+    left_alone: Sequence[str],
+    called: Callable[[str], Sequence[str]] = lambda name: (name,),
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are
-    linears that stay 16-bit."""
+    linears that stay 16-bit. called: all names by which loaders look for a linear."""
     return {
         "quant_method": CompressedTensors.name,
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": config_groups(schemes),
-        "ignore": list(left_alone),
+        "config_groups": config_groups(schemes, called),
+        "ignore": list(dict.fromkeys(alias for name in left_alone for alias in called(name))),
         "kv_cache_scheme": None,
     }

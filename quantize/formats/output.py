@@ -8,7 +8,7 @@ what needs it, only inside functions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -47,6 +47,8 @@ class Finished:
     """Linears that rotate their inputs."""
     routing: Mapping[str, Policy] = field(default_factory=dict)
     """FFNs with experts that do not route as the model's own fields say."""
+    called: Callable[[str], Sequence[str]] = lambda name: (name,)
+    """Full name of a linear → all names by which loaders other than pq look for it."""
     experts: Mapping[str, int] | None = None
     """Sizes `n`, `size` and `shared` of the experts of these FFNs, where the model's class has dense
     ones in their places; None: its own."""
