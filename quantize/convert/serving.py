@@ -15,9 +15,15 @@ from quantize.formats.scheme import AnyScheme
 from quantize.formats.vllm import Unserved
 from quantize.methods.encode import Encode
 from quantize.model.arch import Architecture
+from quantize.model.roles import role_by_name
 from quantize.recipe.serving import unserved_by
 
 log = logging.getLogger(__name__)
+
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+_LATENT = {"q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a"}
+"""What vLLM puts side by side, by role and by name; other linears that share an input (the gate of
+an attention) it leaves apart."""
 
 
 def foretell_roughly(plan: Plan, aloud: bool = True) -> None:
@@ -86,10 +92,15 @@ def expected_schemes(plan: Plan) -> dict[str, AnyScheme]:
 
 
 def fused(arch: Architecture, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Linears by full name, in experts as well, that stand side by side and share an input."""
-    groups = [group for group in arch.calibration_order if len(group) > 1]
-    place = {name.rpartition(".")[2]: at for at, group in enumerate(groups) for name in group}
-    sets: dict[tuple[str, int], list[str]] = {}
+    """Linears by full name, in experts as well, of which vLLM makes one matrix: q, k and v, gate and
+    up, and the two that begin latent attention, where they stand side by side and share an input."""
+    place = {
+        name.rpartition(".")[2]: (at, kind)
+        for at, group in enumerate(arch.calibration_order)
+        for name in group
+        if (kind := _FUSED.get(role_by_name(name)) or _LATENT.get(name.rpartition(".")[2]))
+    }
+    sets: dict[tuple[str, tuple[int, str]], list[str]] = {}
     for name in names:
         parent, _, last = name.rpartition(".")
         if last in place:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from quantize.errors import ModelError
-from quantize.formats.grouping import ADAPTED, FP8_TILE, adaptation, fitting_group
+from quantize.formats.grouping import ADAPTED, FP8_TILE, WHOLE_ROW, adaptation, fitting_group
 from quantize.formats.packed_int import IntScheme, PackedInt
 from quantize.model.linear import PackedLinear
 from quantize.model.roles import packed_alike
@@ -54,8 +54,11 @@ def require_as_asked(stage: Asking, linears: Mapping[str, tuple[int, int]]) -> N
     """ModelError for the first of these linears, full name → [N, K], whose sizes do not allow what
     the stage asks for, with remedies that the stage takes and kernels multiply with."""
     common = fitting_group(stage.group_size, [K for _, K in linears.values()])
-    changes = [f"group_size to {common}"] if common not in (None, stage.group_size) else []
-    if stage.fp8 and common is not None:  # whose only group is 128
+    nearest = f"{WHOLE_ROW} (a whole row)" if common is None else str(common)
+    changes = [f"group_size to {nearest}"] if common != stage.group_size else []
+    if common is None and not stage.strict:  # a stage of its own ways takes no whole rows
+        changes = []
+    elif stage.fp8:  # whose only group is 128
         changes.insert(0, "activations to none")
     other = " and ".join(changes)
     lenient = "strict to false" if stage.strict else ""
