@@ -105,7 +105,7 @@ def entries(folder: Path) -> dict[str, tuple[Any, ...]]:
     out: dict[str, tuple[Any, ...]] = {}
     for entry in source.config["quantization_config"]["config_groups"].values():
         weights, fp8 = entry["weights"], entry["input_activations"] is not None
-        for name in packed if entry["targets"] == ["Linear"] else entry["targets"]:
+        for name in packed if "Linear" in entry["targets"] else entry["targets"]:
             assert name not in out, "two entries name it"
             out[name] = weights["strategy"], weights["group_size"], fp8
     assert set(out) == set(packed)
