@@ -186,6 +186,37 @@ def _model_row(name: str, row: Mapping[str, Any]) -> str:
     return _row(cells)
 
 
+def engine_table() -> str:
+    """What kernels of engines take, from the table that the lines about serving come from."""
+    from quantize.formats.engines import KERNELS
+
+    head = ("engine", "where", "kernel", "bits", "groups", "inputs", "sizes", "experts")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for kernel in KERNELS:
+        groups = "any"
+        if kernel.groups is not None:
+            sizes = sorted(group for group in kernel.groups if group is not None)
+            groups = ", ".join(
+                [*map(str, sizes), *(["whole rows"] if None in kernel.groups else [])]
+            )
+        needs = f" (needs {kernel.needs})" if kernel.needs else ""
+        lines.append(
+            _row(
+                (
+                    str(kernel.engine),
+                    kernel.hardware,
+                    kernel.name + needs,
+                    ", ".join(map(str, sorted(kernel.bits))),
+                    groups,
+                    "FP8" if kernel.fp8 else "16-bit",
+                    "any" if kernel.side == 1 else f"multiples of {kernel.side}",
+                    "yes" if kernel.experts else "no",
+                )
+            )
+        )
+    return "\n".join(lines)
+
+
 def command_reference() -> str:
     """Every command with its arguments and options."""
     import typer
@@ -236,6 +267,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "stages": stage_fields,
     "recipe fields": recipe_fields,
     "edges": edge_table,
+    "engines": engine_table,
     "families": model_families,
     "types": model_types,
     "commands": command_reference,

@@ -13,9 +13,14 @@ import typer
 from quantize.cli.told import Told
 from quantize.errors import PqError
 
-_SHOWN = ("quantize.files.lock", "quantize.files.resume", "quantize.calibration.fit")
-"""Loggers all of whose lines are shown: what becomes of an earlier run's state, and that the
-windows do not suit the model."""
+_SHOWN = (
+    "quantize.files.lock",
+    "quantize.files.resume",
+    "quantize.calibration.fit",
+    "quantize.convert.serving",
+)
+"""Loggers all of whose lines are shown: what becomes of an earlier run's state, that the windows do
+not suit the model, and what engines will not serve."""
 
 
 @contextmanager

@@ -87,6 +87,14 @@ def convert(
             "any number of them kept."
         ),
     ] = "auto",
+    strict_serving: Annotated[
+        bool,
+        typer.Option(
+            "--strict-serving",
+            help="Refuse a recipe (exit code 3) of whose output vLLM would not serve something on any GPU without an "
+            "optional package, instead of saying so and going on.",
+        ),
+    ] = False,
     max_ram: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +164,7 @@ def convert(
             work=kept,
             resume=mode,
             target_bpw=target_bpw,
+            strict_serving=strict_serving,
             max_ram=size_option("--max-ram", max_ram),
             max_vram=size_option("--max-vram", max_vram),
             ranks=ranks,
@@ -282,7 +291,8 @@ def _print(summary: Summary) -> None:
     for lost in summary.lost:
         console.print(f"[yellow]not in this format:[/yellow] {lost}")
     for unserved in summary.unserved:
-        console.print(f"[yellow]not in vLLM:[/yellow] {unserved}")
+        where, _, what = unserved.partition(": ")
+        console.print(f"[yellow]{where}:[/yellow] {what}")
     if summary.untied_head_bytes:
         console.print(
             "the head no longer shares the embedding's weight: "

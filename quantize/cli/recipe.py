@@ -62,18 +62,24 @@ def show(
 def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Paths or shipped names.")],
 ) -> None:
-    """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr."""
+    """Check recipes: `ok` for each good one on stdout, every problem of the others on stderr.
+
+    What vLLM would not serve of any model under a good one stands on stderr as well.
+    """
     from quantize.recipe.recipe import load_recipe
+    from quantize.recipe.serving import unserved_by
 
     broken = False
     for file in files:
         try:
-            load_recipe(file)
+            recipe = load_recipe(file)
         except RecipeError as err:
             broken = True
             typer.echo(str(err), err=True)
         else:
             typer.echo(f"{file}: ok")
+            for line in unserved_by(recipe):
+                typer.echo(f"{file}: {line}", err=True)
     if broken:
         raise typer.Exit(RecipeError.exit_code)
 

@@ -12,6 +12,7 @@ from quantize.convert.allocation import Space
 from quantize.convert.draft import check_linears
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress
+from quantize.convert.serving import expected_schemes, foretell, unserved
 from quantize.convert.source import open_block, sample, view_of
 
 log = logging.getLogger(__name__)
@@ -20,10 +21,16 @@ log = logging.getLogger(__name__)
 def decide(plan: Plan, space: Space | None, tokens: TokenSet | None, progress: Progress) -> Plan:
     """The plan with all that is to be decided. space: what a target of bits per weight lets choose,
     if there is one."""
+    told = [] if plan.needs_decisions else unserved(plan, expected_schemes(plan))
+    drafted = plan
     if tokens and plan.needs_decisions:
         plan = _by_stages(plan, tokens, progress)
-        check_linears(plan.recipe, plan.arch, plan.shape, plan.skeleton.linears())
-    return _by_budget(plan, space, tokens, progress) if space and tokens else plan
+        check_linears(plan.recipe, plan.source, plan.arch, plan.shape, plan.skeleton.linears())
+    if space and tokens:
+        plan = _by_budget(plan, space, tokens, progress)
+    if plan is not drafted:
+        foretell(plan, told)
+    return plan
 
 
 @torch.no_grad()

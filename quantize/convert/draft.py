@@ -8,13 +8,15 @@ from quantize.calibration.tokens import TokenSet, calibration_tokens, check_voca
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
 from quantize.convert.joint import shared_tokens
+from quantize.convert.patterns import require_patterns
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
+from quantize.convert.serving import foretell, foretell_roughly
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
-from quantize.methods.encode import IntEncode
+from quantize.methods.encode import Encode, IntEncode
 from quantize.model.arch import Architecture, Shape
 from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source, require_source
@@ -28,7 +30,7 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     """The plan so far, what a target of bits per weight lets choose, and
     calibration text where any is needed.
 
-    aloud: whether to warn of windows that do not suit the model.
+    aloud: whether to warn of windows that do not suit the model, and of what is not served.
     Raises what `convert` raises before it loads weights.
     """
     on_disk = open_source(request.model)
@@ -40,11 +42,16 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch
     _check(source, arch, shape, skeleton, request.recipe)
+    plan = Plan(request, source, arch, shape, skeleton, Decisions(request.recipe))
+    if plan.needs_decisions:  # its linears are not known yet
+        foretell_roughly(plan, aloud)
+    else:
+        foretell(plan, aloud=aloud)
     space = _space(request, arch, skeleton.linears())
     tokens = None
     if space or any(stage.needs_inputs for stage in request.recipe.stages):
         tokens = shared_tokens(request.ranks, lambda: _calibration(request, source, shape, aloud))
-    return Plan(request, source, arch, shape, skeleton, Decisions(request.recipe)), space, tokens
+    return plan, space, tokens
 
 
 def _check(
@@ -71,11 +78,15 @@ def _check(
             raise ModelError(reason)
         config = stage.config(config)
     if not any(stage.needs_plan for stage in recipe.stages):  # else its linears are not known yet
-        check_linears(recipe, arch, shape, skeleton.linears())
+        check_linears(recipe, source, arch, shape, skeleton.linears())
 
 
 def check_linears(
-    recipe: Recipe, arch: Architecture, shape: Shape, linears: dict[str, tuple[int, int]]
+    recipe: Recipe,
+    source: StoredCheckpoint,
+    arch: Architecture,
+    shape: Shape,
+    linears: dict[str, tuple[int, int]],
 ) -> None:
     """Refuse what a stage cannot handle. linears: full name → [N, K], those of the source."""
     if not linears:
@@ -85,6 +96,8 @@ def check_linears(
         )
     for stage in recipe.stages:
         stage.check_model(arch, shape, linears)
+        if isinstance(stage, Encode):
+            require_patterns(stage, recipe, source, arch, linears)
         stage.check(linears)
         linears = stage.linears(linears)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.grouping import ADAPTED, adaptation, fitting_group
-from quantize.formats.packed_int import PackedInt
+from quantize.formats.packed_int import IntScheme, PackedInt
 from quantize.solvers.grid import Grid
 
 HEAD_GROUP = 128
@@ -17,6 +17,11 @@ HEAD_GROUP = 128
 most stages: smaller ones cost more bits for scales."""
 _WEIGHTS = 1 << 24
 """Encoded at once: all of a large vocabulary in float32 would be the peak of a conversion."""
+
+
+def head_scheme(bits: int, hidden: int) -> IntScheme:
+    """How an lm_head with so many inputs is packed."""
+    return IntScheme(bits, fitting_group(HEAD_GROUP, [hidden]), False)
 
 
 def encode_head(

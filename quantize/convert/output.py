@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from quantize.convert.plan import Plan
+from quantize.convert.serving import linears_of
 from quantize.convert.state import State
 from quantize.formats.output import Finished
-from quantize.model.arch import CONTAINER, ROUTERS, Architecture, ExpertSizes
+from quantize.model.arch import CONTAINER, ROUTERS, ExpertSizes
 from quantize.model.moe import TopK
 from quantize.model.transformers_decoder import needs_weights
 
@@ -18,7 +19,7 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
     config = plan.basis.config(plan.source.config, plan.shape)
     for stage in plan.recipe.stages:
         config = stage.config(config)
-    linears = _linears(plan)
+    linears = linears_of(plan)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
     beside = plan.skeleton.linears_beside()
     names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
@@ -30,7 +31,15 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         sizes = ExpertSizes.of(config)
         usual = TopK(sizes.top_k, sizes.renormalize)
         routing = {name: policy for name, policy in state.routing.items() if policy != usual}
-    finished = Finished(state.schemes, alone, plan.attention, state.rotated_inputs, routing, ours)
+    finished = Finished(
+        state.schemes,
+        alone,
+        plan.attention,
+        state.rotated_inputs,
+        routing,
+        plan.source.output.in_config,
+        ours,
+    )
     section = plan.format.config_section(finished)
     return config if section is None else config | {"quantization_config": section}
 
@@ -53,32 +62,6 @@ def lost_in(plan: Plan, state: State) -> list[str]:
     ]
     schemes = {state.schemes.get(name) for name in experts}
     return plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
-
-
-def unserved_in(plan: Plan, state: State) -> list[str]:
-    """What of the output vLLM would refuse."""
-    shapes = {plan.arch.head: (plan.shape.vocab, plan.shape.hidden), **_linears(plan)}
-    return plan.format.unserved(state.schemes, shapes, fused(plan.arch, shapes))
-
-
-def fused(arch: Architecture, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Linears by full name, in experts as well, that stand side by side and share an input."""
-    groups = [group for group in arch.calibration_order if len(group) > 1]
-    place = {name.rpartition(".")[2]: at for at, group in enumerate(groups) for name in group}
-    sets: dict[tuple[str, int], list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        if last in place:
-            sets.setdefault((parent, place[last]), []).append(name)
-    return [tuple(found) for found in sets.values() if len(found) > 1]
-
-
-def _linears(plan: Plan) -> dict[str, tuple[int, int]]:
-    """[N, K] of the linears of the output's blocks by full name."""
-    linears = plan.skeleton.linears()
-    for stage in plan.recipe.stages:
-        linears = stage.linears(linears)
-    return linears
 
 
 def _not_stock(plan: Plan, state: State) -> list[str]:

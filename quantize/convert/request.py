@@ -43,6 +43,8 @@ class Request:
     None: no block is kept, and what another run kept is left alone."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
+    strict_serving: bool = False
+    """Whether what no GPU serves in vLLM is an error, before any work."""
     max_ram: int | None = None
     """Bytes that the process should stay below; `quantize.convert.estimate.within` sees to it."""
     max_vram: int | None = None

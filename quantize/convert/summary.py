@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantize.calibration.tokens import TokenSet
-from quantize.convert.output import lost_in, unserved_in
+from quantize.convert.output import lost_in
 from quantize.convert.plan import Plan
+from quantize.convert.serving import unserved
 from quantize.convert.state import State
 from quantize.cost.peak import peak_of
 from quantize.formats.grouping import adapted_lines
@@ -57,7 +58,7 @@ class Summary:
     lost: list[str]
     """What the recipe asks for and the format of the output cannot hold."""
     unserved: list[str]
-    """What of an output in vLLM's own format vLLM would refuse, and what to do."""
+    """What of an output in vLLM's own format vLLM would refuse, where, and what to do."""
     untied_head_bytes: int
     """What a head takes that shared the embedding's weight and got one of its own; 0 where none
     did."""
@@ -109,7 +110,7 @@ def summary_of(
         ),
         adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),
-        unserved=unserved_in(plan, state),
+        unserved=[str(line) for line in unserved(plan, state.schemes)],
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
             {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantize.formats.groups import config_groups, read_groups
 from quantize.formats.output import Finished, OutputFormat, Section
-from quantize.formats.vllm import refusals
+from quantize.formats.vllm import Unserved, unserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ class CompressedTensors(OutputFormat):
 
     name = "compressed-tensors"
     about = "loads in stock transformers and vLLM"
+    served = True
 
     def losses(
         self,
@@ -57,9 +58,10 @@ class CompressedTensors(OutputFormat):
         schemes: Mapping[str, AnyScheme],
         shapes: Mapping[str, tuple[int, int]],
         fused: Collection[tuple[str, ...]],
-    ) -> list[str]:
-        """As `quantize.formats.vllm.refusals`."""
-        return refusals(schemes, shapes, fused)
+        routed: Collection[tuple[str, ...]] = (),
+    ) -> list[Unserved]:
+        """As `quantize.formats.vllm.unserved`."""
+        return unserved(schemes, shapes, fused, routed)
 
     def tensors(
         self,
@@ -72,7 +74,9 @@ class CompressedTensors(OutputFormat):
 
     def config_section(self, model: Finished) -> dict[str, Any] | None:
         """None for a model without packed linears."""
-        return quantization_config(model.schemes, model.left_alone) if model.schemes else None
+        if not model.schemes:
+            return None
+        return quantization_config(model.schemes, model.left_alone, model.called)
 
     def reads_others(self, section: Section) -> bool:
         """Whether it is pack-quantized, without patterns and column orders, which others write."""
@@ -90,15 +94,17 @@ class CompressedTensors(OutputFormat):
 
 
 def quantization_config(
-    schemes: Mapping[str, AnyScheme], left_alone: Sequence[str]
+    schemes: Mapping[str, AnyScheme],
+    left_alone: Sequence[str],
+    called: Callable[[str], Sequence[str]] = lambda name: (name,),
 ) -> dict[str, Any]:
     """quantization_config for linears by full module name → scheme; `left_alone` are
-    linears that stay 16-bit."""
+    linears that stay 16-bit. called: all names by which loaders look for a linear."""
     return {
         "quant_method": CompressedTensors.name,
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": config_groups(schemes),
-        "ignore": list(left_alone),
+        "config_groups": config_groups(schemes, called),
+        "ignore": list(dict.fromkeys(alias for name in left_alone for alias in called(name))),
         "kv_cache_scheme": None,
     }

@@ -12,13 +12,17 @@ GROUPS = (128, 64, 32)
 fit."""
 FP8_TILE = 128
 """Rows and inputs of an INT4×FP8 kernel's tile, and its only group."""
+WHOLE_ROW = -1
+"""The `group_size` by which a recipe asks for one scale a row, as other tools write it."""
 ADAPTED = "adapted"
 """The fact of a linear, in the provenance, that says what it got instead of what was asked for."""
 
 
 def fitting_group(asked: int, inputs: Iterable[int]) -> int | None:
     """The group of linears with these inputs [K]: `asked` where it divides all of them, else the
-    largest of `GROUPS` below it that does; None: a whole row shares one scale."""
+    largest of `GROUPS` below it that does; None: a whole row shares one scale, as `WHOLE_ROW` asks."""
+    if asked == WHOLE_ROW:
+        return None
     inputs = list(inputs)
     tried = (asked, *(group for group in GROUPS if group < asked))
     return next((group for group in tried if not any(K % group for K in inputs)), None)
@@ -33,7 +37,7 @@ def adaptation(
     FP8, and does not.
     """
     out: dict[str, Any] = {}
-    if group != asked:
+    if group != (None if asked == WHOLE_ROW else asked):
         out["group_size"] = {"asked": asked, "used": group}
     if lost_fp8:
         out["activations"] = {"asked": "fp8", "used": "none"}

@@ -11,8 +11,13 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="AnyScheme")
 
 
-def config_groups(schemes: Mapping[str, AnyScheme]) -> dict[str, Any]:
-    """Linears by full module name → scheme as `config_groups`: one entry for each scheme."""
+def config_groups(
+    schemes: Mapping[str, AnyScheme], called: Callable[[str], Sequence[str]] = lambda name: (name,)
+) -> dict[str, Any]:
+    """Linears by full module name → scheme as `config_groups`: one entry for each scheme.
+
+    called: all names by which readers look for a linear.
+    """
 
     def place(item: tuple[AnyScheme, list[str]]) -> tuple[bool, str]:
         # transformers stacks the experts of a Mixture of Experts, and takes the first group's
@@ -24,10 +29,22 @@ def config_groups(schemes: Mapping[str, AnyScheme]) -> dict[str, Any]:
         by_scheme.setdefault(scheme, []).append(name)
     single = len(by_scheme) == 1
     ordered = sorted(by_scheme.items(), key=place)
+
+    def targets(names: Sequence[str]) -> list[str]:
+        # vLLM's class of heads is no Linear by its name: without its own name a packed head would
+        # be taken for a plain one.
+        named = [name for name in names if _outside(name)] if single else names
+        every = sorted({alias for name in named for alias in called(name)})
+        return ["Linear", *every] if single else every
+
     return {
-        f"group_{i}": scheme.as_json(["Linear"] if single else sorted(names))
-        for i, (scheme, names) in enumerate(ordered)
+        f"group_{i}": scheme.as_json(targets(names)) for i, (scheme, names) in enumerate(ordered)
     }
+
+
+def _outside(name: str) -> bool:
+    """Whether a linear stands outside the numbered blocks, as a head does."""
+    return not any(part.isdecimal() for part in name.split("."))
 
 
 def read_groups(

@@ -8,7 +8,7 @@ what needs it, only inside functions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantize.files.encoding import Encoding
     from quantize.formats.routing import Policy
     from quantize.formats.scheme import AnyScheme, Packed
+    from quantize.formats.vllm import Unserved
 
 Section = Mapping[str, Any]
 """config.json's quantization_config."""
@@ -46,6 +47,8 @@ class Finished:
     """Linears that rotate their inputs."""
     routing: Mapping[str, Policy] = field(default_factory=dict)
     """FFNs with experts that do not route as the model's own fields say."""
+    called: Callable[[str], Sequence[str]] = lambda name: (name,)
+    """Full name of a linear → all names by which loaders other than pq look for it."""
     experts: Mapping[str, int] | None = None
     """Sizes `n`, `size` and `shared` of the experts of these FFNs, where the model's class has dense
     ones in their places; None: its own."""
@@ -58,6 +61,8 @@ class OutputFormat(ABC):
     """The recipe's `format`, and config.json's quant_method."""
     about: ClassVar[str]
     """What it is for, after its name, for the editor's help."""
+    served: ClassVar[bool] = False
+    """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
     keeps_post_scales: ClassVar[bool] = False
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
     keeps_experts: ClassVar[bool] = False
@@ -91,10 +96,12 @@ class OutputFormat(ABC):
         schemes: Mapping[str, AnyScheme],
         shapes: Mapping[str, tuple[int, int]],
         fused: Collection[tuple[str, ...]],
-    ) -> list[str]:
-        """What vLLM, for which the format may be meant, would refuse, in lines for people.
+        routed: Collection[tuple[str, ...]] = (),
+    ) -> list[Unserved]:
+        """What vLLM, for which the format may be meant, would refuse.
 
-        schemes: of packed linears. shapes: [N, K] of all. fused: those that share an input.
+        schemes: of packed linears. shapes: [N, K] of all. fused: those that share an input. routed:
+        all linears of one block's routed experts.
         """
         return []
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+
+from pydantic import Field
 
 from quantize.errors import ModelError
-from quantize.formats.grouping import ADAPTED, FP8_TILE, adaptation, fitting_group
+from quantize.formats.grouping import ADAPTED, FP8_TILE, WHOLE_ROW, adaptation, fitting_group
 from quantize.formats.packed_int import IntScheme, PackedInt
 from quantize.model.linear import PackedLinear
 from quantize.model.roles import packed_alike
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from quantize.model.arch import Architecture
 
 
+Group = Annotated[int, Field(ge=16, le=1024)] | Literal[-1]
+"""Inputs that a recipe asks to share a scale; `WHOLE_ROW`: all of them."""
+
+
 class Asking(Protocol):
     """An integer stage, as far as sizes may not allow what it asks for."""
 
     @property
     def group_size(self) -> int:
-        """Inputs that are to share a scale."""
+        """Inputs that are to share a scale; `WHOLE_ROW`: all of them."""
 
     @property
     def strict(self) -> bool:
@@ -48,8 +54,11 @@ def require_as_asked(stage: Asking, linears: Mapping[str, tuple[int, int]]) -> N
     """ModelError for the first of these linears, full name → [N, K], whose sizes do not allow what
     the stage asks for, with remedies that the stage takes and kernels multiply with."""
     common = fitting_group(stage.group_size, [K for _, K in linears.values()])
-    changes = [f"group_size to {common}"] if common not in (None, stage.group_size) else []
-    if stage.fp8 and common is not None:  # whose only group is 128
+    nearest = f"{WHOLE_ROW} (a whole row)" if common is None else str(common)
+    changes = [f"group_size to {nearest}"] if common != stage.group_size else []
+    if common is None and not stage.strict:  # a stage of its own ways takes no whole rows
+        changes = []
+    elif stage.fp8:  # whose only group is 128
         changes.insert(0, "activations to none")
     other = " and ".join(changes)
     lenient = "strict to false" if stage.strict else ""

@@ -19,6 +19,7 @@ from quantize.block.smoothing import (
 )
 from quantize.cost.footprint import BlockSizes
 from quantize.formats.grouping import fitting_group
+from quantize.methods.adaptation import Group
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.grid import Grid
@@ -39,9 +40,9 @@ class Awq(Stage):
     method: Literal["awq"] = "awq"
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
-    group_size: int = Field(default=128, ge=16, le=1024)
-    """Group of that rounding; where it does not divide the inputs, the one that encode stages
-    take then."""
+    group_size: Group = 128
+    """Group of that rounding, -1: the whole row; where it does not divide the inputs, the one that
+    encode stages take then."""
     grid: int = Field(default=20, ge=2, le=100)
     """Exponents a tried, evenly spaced in [0, 1)."""
     weight_exponents: tuple[float, ...] = (0.0, 1.0)

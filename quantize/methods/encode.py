@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -18,9 +17,11 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.grouping import FP8_TILE, fitting_group
+from quantize.formats.grouping import FP8_TILE, WHOLE_ROW, fitting_group
 from quantize.formats.packed_int import IntScheme, stored_bits
+from quantize.formats.patterns import matches, problem_of
 from quantize.methods.adaptation import (
+    Group,
     fitting_schemes,
     fitting_stages,
     note_adaptation,
@@ -42,22 +43,23 @@ class Encode(Stage):
 
     layers: tuple[str, ...] = ("*",)
     """Shell patterns of the linears to encode, matched against full names such as
-    model.layers.0.mlp.down_proj."""
+    model.layers.0.mlp.down_proj; a regular expression after `re:`, matched from the name's
+    beginning."""
     ignore: tuple[str, ...] = ()
-    """Shell patterns of linears that stay 16-bit although `layers` matches them."""
+    """Patterns of linears that stay 16-bit although `layers` matches them. Modules that no stage
+    encodes (lm_head, routers) may be named and change nothing."""
+
+    @field_validator("layers", "ignore")
+    @classmethod
+    def _can_be_used(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if problem := problem_of(pattern):
+                raise ValueError(problem)
+        return patterns
 
     def selects(self, name: str) -> bool:
         """Whether the stage encodes the linear with this full name."""
-        return _matches(name, self.layers) and not _matches(name, self.ignore)
-
-    def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for patterns that match nothing."""
-        for pattern in (*self.layers, *self.ignore):
-            if not any(fnmatchcase(name, pattern) for name in linears):
-                raise ModelError(
-                    f"recipe stage {self.method}: pattern '{pattern}' matches no linear of this "
-                    f"model (names look like {next(iter(linears))})"
-                )
+        return matches(name, self.layers) and not matches(name, self.ignore)
 
     def selection(self, block: Block) -> list[str]:
         """Linears of the block that the stage encodes, in the order in
@@ -160,8 +162,8 @@ class IntEncode(Encode):
 
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of a weight code."""
-    group_size: int = Field(default=128, ge=16, le=1024)
-    """Consecutive inputs of one output row that share a scale."""
+    group_size: Group = 128
+    """Consecutive inputs of one output row that share a scale; -1: the whole row."""
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
     strict: bool = False
@@ -193,10 +195,12 @@ class IntEncode(Encode):
         return stored_bits(self.bits, fitting_group(self.group_size, [K]), K)
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for patterns that match nothing, and where the stage is strict or has an
-        `apply` of its own, which takes what was asked for, for linears that cannot have it."""
-        super().check(linears)
-        if self.strict or type(self).apply is not Encode.apply:
+        """ModelError where the stage is strict or has an `apply` of its own, which takes what was
+        asked for, for linears that cannot have it."""
+        takes_groups = type(self).apply is Encode.apply
+        if self.group_size == WHOLE_ROW and not takes_groups:
+            raise ModelError(f"stage {self.method} takes no whole rows; set group_size to 128")
+        if self.strict or not takes_groups:
             require_as_asked(self, {n: size for n, size in linears.items() if self.selects(n)})
 
     def schemes(
@@ -227,10 +231,6 @@ def _alike(block: Block, name: str, other: str) -> bool:
     """Whether two linears are the same one of two routed experts."""
     routed = block.arch.is_routed(name) and block.arch.is_routed(other)
     return routed and block.arch.dense_name(name) == block.arch.dense_name(other)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:

@@ -60,10 +60,15 @@ def require_known_type(folder: Path, facts: Mapping[str, Any]) -> None:
     kind = facts.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return
-    if facts.get("auto_map"):
+    if own := facts.get("auto_map"):
+        values = own.values() if isinstance(own, dict) else ()
+        files = sorted({v.partition("--")[2] or v for v in values if isinstance(v, str)})
+        code = f"{files[0].partition('.')[0]}.py" if files else "auto_map"
         raise UnderivedError(
-            f"{folder}/config.json: the model needs code of its own (auto_map), which pq does not "
-            "run; take one whose class is part of transformers"
+            f"{folder}/config.json: model_type {kind!r} is no model of {release()}: it needs code of "
+            f"its own ({code}, which auto_map names), and pq runs no code that comes with a model; "
+            "take its copy in transformers' own form (often published as NAME-hf), or a release of "
+            f"transformers that knows {kind!r}"
         )
     raise UnderivedError(
         f"{folder}/config.json: model_type {kind!r} is not supported: {release()} knows no such "

@@ -11,7 +11,9 @@ from pydantic_core import ErrorDetails
 from quantize.files.problems import Place, Problem, show_key, show_value
 from quantize.files.strict_yaml import Document
 from quantize.files.yaml_scalars import is_text
+from quantize.methods.encode import Encode
 from quantize.recipe.files import nearest
+from quantize.recipe.foreign_words import foreign_word
 from quantize.recipe.stages import METHODS, method_names, methods_of, order_problems, stage_class
 
 Sections = Mapping[str, type[BaseModel]]
@@ -82,7 +84,10 @@ def _unknown_field(cls: type[BaseModel] | None, name: str, value: Any, sections:
     own = [field for field in (cls.model_fields if cls else ()) if field != "name"]
     shown = "" if isinstance(value, dict | list) else f" (value {show_value(value)})"
     remedy = nearest(name, own) or f"fields: {', '.join(own) or 'none here'}"
-    if homes:
+    rounds = cls is not None and issubclass(cls, Encode)
+    if word := foreign_word(name, value, rounds):
+        remedy = word
+    elif homes:
         remedy = f"it belongs to {' or '.join(homes)}"
     return f"unknown field {show_key(name)!r}{shown}; {remedy.strip()}"
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from quantize.errors import UsageError
 from quantize.files.yaml_scalars import resolve_plain
 from quantize.methods.base import Stage
+from quantize.recipe.messages import misfit
 from quantize.recipe.recipe import Recipe
 
 
@@ -69,6 +70,10 @@ def _replace_fields(stage: Stage, values: dict[str, object]) -> Stage:
         return type(stage).model_validate_json(json.dumps(stage.model_dump(mode="json") | values))
     except ValidationError as err:
         problem = err.errors()[0]
+        if any(isinstance(part, str) for part in problem["loc"][1:]):  # one type of several
+            name = str(problem["loc"][0])
+            text = misfit(type(stage), name, problem)
+            raise UsageError(f"--set: {stage.method}.{name}: {text}") from None
         where = ".".join(str(part) for part in (stage.method, *problem["loc"]))
         reason = problem["msg"].removeprefix("Value error, ")
         # A rule about several fields has no value of its own; pydantic would show the whole stage.

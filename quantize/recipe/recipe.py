@@ -24,6 +24,7 @@ from quantize.formats.registry import DEFAULT, FORMATS
 from quantize.methods import STAGES, Stage
 from quantize.methods.plugins import installed_methods
 from quantize.recipe.files import find_recipe, read_recipe
+from quantize.recipe.foreign import foreign
 from quantize.recipe.messages import TOP, Sections, law_problems, misfit, translate
 from quantize.recipe.stages import METHODS, learn, order_problems
 
@@ -163,6 +164,8 @@ def parse_recipe(text: str | bytes, source_name: str) -> Recipe:
     if not isinstance(doc.data, dict):
         text = no_mapping(doc.data, "begin with 'description: ...' and 'stages:'")
         raise error_of(source_name, doc.problems or [doc.problem((), text)])
+    if other := foreign(doc.data):
+        raise RecipeError("\n".join(f"{source_name}: {line}" for line in other.lines()))
     _load_methods(doc)
     problems = [*doc.problems, *law_problems(doc)]
     if "name" in doc.data:

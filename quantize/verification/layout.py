@@ -151,7 +151,8 @@ def _check_coverage(layout: Layout) -> None:
         if t != "Linear"
     ]
     skeleton = layout.skeleton
-    known = {*layout.linears, layout.arch.head, *skeleton.routers(), *skeleton.linears_beside()}
+    linears = {*layout.linears, layout.arch.head, *skeleton.routers(), *skeleton.linears_beside()}
+    known = {called for name in linears for called in layout.source.output.in_config(name)}
     if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(
             summarize(

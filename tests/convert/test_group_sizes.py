@@ -22,6 +22,7 @@ from quantize.errors import ModelError
 from quantize.evaluate import evaluate
 from quantize.files.checkpoint import Checkpoint
 from quantize.inspect.inspection import inspect
+from quantize.methods.rtn import Rtn
 from quantize.model.load import load_model
 from quantize.recipe.recipe import parse_recipe
 from quantize.report.collect import collect
@@ -104,7 +105,7 @@ def entries(folder: Path) -> dict[str, tuple[Any, ...]]:
     out: dict[str, tuple[Any, ...]] = {}
     for entry in source.config["quantization_config"]["config_groups"].values():
         weights, fp8 = entry["weights"], entry["input_activations"] is not None
-        for name in packed if entry["targets"] == ["Linear"] else entry["targets"]:
+        for name in packed if "Linear" in entry["targets"] else entry["targets"]:
             assert name not in out, "two entries name it"
             out[name] = weights["strategy"], weights["group_size"], fp8
     assert set(out) == set(packed)
@@ -268,3 +269,36 @@ def test_smollm2_from_the_command_line(
     assert ("not as asked for" in told) == (recipe != "sbvr")
     code, _, err = pq("verify", out, "--parent", model, "--device", "cpu")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "fireq-linear"])
+def test_whole_rows_that_are_asked_for(tiny: Maker, text_file: Path, tmp_path: Path, method: str):
+    sizes: dict[str, Any] = {"intermediate_size": 256, "num_hidden_layers": 1}
+    fields = "activations: none, group_size: -1}"
+    body = METHODS[method].replace("}, {method: rtn, clip: mse}", "}, {method: rtn}")
+    head, _, tail = body.rpartition("}")
+    if method == "awq":
+        head = head.replace("grid: 2", "grid: 2, group_size: -1")
+    out = tmp_path / "out"
+    asked = request(tiny("llama", **sizes), out, text_file, f"{head}, {fields}{tail}")
+    told = estimate(asked, timed=False)
+    summary = convert(asked)
+    assert set(entries(out).values()) == {("channel", None, False)}
+    assert summary.adapted == []
+    assert summary.unserved == []
+    ours = logits(load_model(out, CPU, torch.float32, "stock"))
+    assert difference(stock(out), ours) < 1e-5
+    assert verify(out, asked.model).ok
+    assert told.output == pytest.approx(inspect(out).totals.tensor_bytes, abs=20_000)
+    weight = Checkpoint(asked.model).tensor("model.layers.0.mlp.down_proj.weight")
+    stored = Checkpoint(out).tensor("model.layers.0.mlp.down_proj.weight_scale")
+    assert stored.shape == (len(weight), 1)
+
+
+def test_a_stage_of_its_own_ways_takes_no_whole_rows():
+    class Own(Rtn):
+        def apply(self, block: Any) -> None:
+            raise AssertionError
+
+    with pytest.raises(ModelError, match="takes no whole rows; set group_size to 128"):
+        Own(group_size=-1).check({"model.layers.0.a": (64, 100)})

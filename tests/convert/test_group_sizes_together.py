@@ -16,7 +16,7 @@ from rows import ARCHITECTURES
 
 from quantize.convert.estimate import estimate
 from quantize.convert.loop import convert
-from quantize.convert.output import fused
+from quantize.convert.serving import fused
 from quantize.errors import StoppedError
 from quantize.evaluate import evaluate
 from quantize.inspect.inspection import inspect

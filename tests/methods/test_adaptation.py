@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quantize.errors import ModelError
-from quantize.formats.grouping import GROUPS
+from quantize.formats.grouping import GROUPS, WHOLE_ROW
 from quantize.methods.adaptation import require_as_asked
 from quantize.methods.rtn import Rtn
 
@@ -41,15 +41,14 @@ def test_every_remedy_helps(sizes: list[tuple[int, int]], asked: tuple[int, str]
     assert "\n" not in said
     assert "strict to false" in said
     fields = stage.model_dump()
-    if found := re.search(r"group_size to (\d+)", said):
+    if found := re.search(r"group_size to (-?\d+)", said):
         fields["group_size"] = int(found[1])
-        assert fields["group_size"] in GROUPS
+        assert fields["group_size"] in (*GROUPS, WHOLE_ROW)
+        whole = any(K % 32 for _, K in sizes)  # no group suits them all
+        assert (fields["group_size"] == WHOLE_ROW) == whole
     if "activations to none" in said:
         fields["activations"] = "none"
-    if fields != stage.model_dump():
-        require_as_asked(Rtn.model_validate(fields), linears)
-    else:
-        assert any(K % 32 for _, K in sizes)  # no group suits them all
+    require_as_asked(Rtn.model_validate(fields), linears)
 
 
 def test_a_stage_of_its_own_ways_is_not_told_to_be_lenient():

@@ -93,8 +93,14 @@ def test_unknown_model_types(single: Path, model_type: object):
     with pytest.raises(UnderivedError, match=r"is not supported: transformers \S+ knows no such"):
         meta_model(single, torch.float32)
     (single / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
-    with pytest.raises(UnderivedError, match="code of its own"):
+    with pytest.raises(
+        UnderivedError, match=r"code of its own \(x\.py, .* or a release of transformers"
+    ):
         meta_model(single, torch.float32)
+    for odd in ("x.Y", ["x.Y"], {"AutoConfig": None}, {"AutoConfig": "org/repo--modeling_z.Z"}):
+        (single / "config.json").write_text(json.dumps(config | {"auto_map": odd}))
+        with pytest.raises(UnderivedError, match=r"code of its own \((auto_map|modeling_z\.py)"):
+            meta_model(single, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["weird", None, 7])

@@ -91,9 +91,7 @@ class Sbvr(Encode):
         return "method"
 
     def check(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """ModelError for patterns that match nothing, or a matrix too small for a
-        codebook within `overhead`."""
-        super().check(linears)
+        """ModelError for a matrix too small for a codebook within `overhead`."""
         scheme = BitVecScheme(self.bits, self.group_size, self.bias, 1, 1)
         for name in filter(self.selects, linears):
             try:
