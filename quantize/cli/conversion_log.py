@@ -10,12 +10,12 @@ from pathlib import Path
 
 import typer
 
-from quantize.cli.told import Told
+from quantize.cli.told import OF_TEXT, Told
 from quantize.errors import PqError
 
-_SHOWN = ("quantize.files.lock", "quantize.files.resume", "quantize.calibration.fit")
-"""Loggers all of whose lines are shown: what becomes of an earlier run's state, and that the
-windows do not suit the model."""
+_SHOWN = ("quantize.files.lock", "quantize.files.resume", OF_TEXT)
+"""Loggers all of whose lines are shown: what becomes of an earlier run's state, and what is said of
+the text."""
 
 
 @contextmanager

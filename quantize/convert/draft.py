@@ -3,7 +3,7 @@ sizes, the calibration text."""
 
 from __future__ import annotations
 
-from quantize.calibration.fit import warn_of_length, warn_without_bos
+from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
@@ -117,6 +117,8 @@ def _calibration(request: Request, source: Checkpoint, shape: Shape, aloud: bool
     )
     check_vocab(tokens.tokens, shape.vocab)
     if aloud:
+        say(tokens.notes)
+        warn_of_tokenizer(tokenizer, shape.vocab)
         warn_without_bos(tokenizer, c.bos)
         warn_of_length(c.seqlen, source.config)
     return tokens

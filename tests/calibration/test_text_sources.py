@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from quantize.calibration import text_sources
+from quantize.calibration.chats import Chat
 from quantize.calibration.text_sources import Purpose, Text
 from quantize.errors import DataError
 from quantize.files.resources import data_dir
@@ -98,7 +99,7 @@ def test_parquet_gives_chat_messages(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     parquet.write_table(pa.table({"messages": [chat, chat]}), tmp_path / "a.parquet")
     text = read(tmp_path / "a.parquet", field="messages")
-    assert text.rows == [chat, chat]
+    assert text.rows == [Chat(chat), Chat(chat)]
     assert text.origin["rows"] == 2
 
 
@@ -115,10 +116,15 @@ def test_parquet_gives_chat_messages(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n["b"]', ["line 2", "list"]),
         ("a.jsonl", b'{"body": "a", "id": 3}', ["line 1", "'text'", "body, id"]),
         ("a.jsonl", b'{"text": 3}', ["line 1", "int"]),
-        ("a.jsonl", b'{"text": null}', ["line 1", "NoneType"]),
-        ("a.jsonl", b'{"text": []}', ["line 1"]),
+        ("a.jsonl", b'{"text": null}', ["every one of its 1 rows", "text"]),
+        ("a.jsonl", b'{"text": []}', ["every one of its 1 rows", "text"]),
+        ("a.jsonl", b'"a text"', ["line 1", "str instead of a JSON object"]),
+        ("a.json", b'[{"text": "a"}', ["a.json", "not JSON"]),
+        ("a.json", b"3", ["int", "array of rows"]),
+        ("a.json", b'[{"text": "a"}, 3]', ["row 2", "int"]),
+        ("a.jsonl.gz", b'{"text": "a"}', ["damaged"]),
         ("a.jsonl", b'{"text": "\\ud800"}', ["line 1", "surrogate"]),
-        ("a.jsonl", b'{"text": [{"from": "user", "value": "a"}]}', ["line 1", "role"]),
+        ("a.jsonl", b'{"text": [{"who": "user", "value": "a"}]}', ["line 1", "role"]),
         ("a.parquet", b"PAR1 not at all", ["a.parquet", "not a readable parquet"]),
         ("a.parquet", b"", ["empty"]),
     ],
