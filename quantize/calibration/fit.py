@@ -46,6 +46,19 @@ def warn_of_length(length: int, config: Mapping[str, Any]) -> None:
         )
 
 
+def warn_of_padding(own: int | None, used: int) -> None:
+    """Warn of texts that are padded with another token than the tokenizer's own, None being none."""
+    lacks = (
+        "no pad token" if own is None else f"a pad token (id {own}) that the model has no row for"
+    )
+    log.warning(
+        "the tokenizer has %s: texts of a batch are padded with id %d, which the attention mask "
+        "hides; engines that pad need a pad_token in tokenizer_config.json",
+        lacks,
+        used,
+    )
+
+
 def warn_without_bos(tokenizer: PreTrainedTokenizerBase, choice: Bos) -> None:
     """Warn of texts that are to begin without BOS though the tokenizer adds it."""
     if choice == "never" and adds_bos(tokenizer):
@@ -63,7 +76,7 @@ def say(notes: Notes) -> None:
 
 def warn_of_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
     """Warn of a tokenizer that does not fit a model's embedding of `vocab` rows, and of one that
-    leaves documents unseparated."""
+    has lost its special tokens."""
     ids = tokenizer.get_vocab()
     largest = max(ids.values(), default=-1)
     if largest >= vocab:
@@ -78,7 +91,12 @@ def warn_of_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
             token,
             index,
         )
-    elif vocab - largest - 1 > max(_PADDING_ROWS, _PADDING * vocab):
+    if not tokenizer.special_tokens_map:
+        log.warning(
+            "the tokenizer names no special tokens at all, no BOS, EOS or pad token: if its "
+            "tokenizer_config.json is missing beside the weights, put it there"
+        )
+    if vocab - largest - 1 > max(_PADDING_ROWS, _PADDING * vocab):
         log.warning(
             "the model's vocabulary of %d is larger than the tokenizer's %d ids by more than "
             "padding: check that the tokenizer belongs to the model",

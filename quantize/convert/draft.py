@@ -16,11 +16,11 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape
-from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_layers, require_tied, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
+from quantize.model.tokenizer import load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
 

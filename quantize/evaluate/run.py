@@ -24,10 +24,10 @@ from quantize.evaluate.records import Records
 from quantize.evaluate.sharing import require_alike, shared_windows
 from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
 from quantize.model.attention import KvNumerics
-from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
+from quantize.model.tokenizer import load_tokenizer
 from quantize.model.transformers_api import decoder_facts
 from quantize.parallel.ranks import ALONE, Ranks
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab, evaluation_tokens
 from quantize.errors import DataError
-from quantize.model.build import load_tokenizer
+from quantize.model.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
