@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantize.calibration.chats import Chat
 from quantize.calibration.layouts import Row
 from quantize.calibration.local_files import first_line
 from quantize.calibration.notes import Notes, OddRows, joined
+from quantize.calibration.templates import Template, function_of
 from quantize.calibration.text_sources import Text
 from quantize.errors import DataError
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 _NO_TEMPLATE = "the tokenizer has no chat template"
 _REMEDY = "use the chat model's tokenizer, or put its chat_template.jinja beside it"
-_CLOCK = "strftime_now"
-_DAY = {
-    "%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%e": "26", "%-d": "26", "%B": "July",
-    "%b": "Jul", "%A": "Friday", "%a": "Fri", "%H": "12", "%I": "12", "%M": "00", "%S": "00",
-}  # fmt: skip
-"""A day and an hour, as the formats of dates write them."""
-_PROBE = "quince jelly"
-"""Text that no template writes of its own accord."""
+_WORD = re.compile(r"[^\W_]{4,}")
+_HOW = {True: "chat template", False: "chats without template"}
+"""What was made of rows, behind the text's name: by whether a template was used."""
+
+
+def rendering_of(source: str) -> str:
+    """What the name of a text says was made of its rows; empty where they were read as they are."""
+    return next((how for how in _HOW.values() if source.endswith(f" ({how})")), "")
 
 
 class Renderer:
@@ -55,9 +55,10 @@ class Renderer:
         self.templated = bool(choice) or (self._chats and has_template and choice is None)
         self._plain_too = bool(choice)
         self._missing = choice is None and self._chats and not has_template
-        self._template = _Template(tokenizer) if self.templated else None
+        self._template = Template(tokenizer) if self.templated else None
         self._odd = OddRows(text.source, text.unit, "cannot be rendered by the chat template")
         self._read = self._folded = 0
+        self._unsaid: dict[str, int] = {}
 
     @property
     def changes(self) -> bool:
@@ -84,6 +85,8 @@ class Renderer:
             self._odd.require_few(max(self._read, len(self._text.rows)))
             return None
         self._folded += folded
+        for role in _unsaid(chat, text):
+            self._unsaid[role] = self._unsaid.get(role, 0) + 1
         return text
 
     def rendered(self, rows: list[tuple[Row, int]]) -> Iterator[str]:
@@ -101,14 +104,14 @@ class Renderer:
         if self._template is not None:
             facts["chat_template_sha256"] = self._template.sha256
         facts |= {"rows_refused": len(self._odd)} if self._odd else {}
-        return facts | ({"system_turns_folded": self._folded} if self._folded else {})
+        facts |= {"system_turns_folded": self._folded} if self._folded else {}
+        return facts | ({"roles_left_out": self._unsaid} if self._unsaid else {})
 
     def source(self) -> str:
         """The text's name for people, with what was made of its rows."""
         if not self.changes:
             return self._text.source
-        how = "chat template" if self.templated else "chats without template"
-        return f"{self._text.source} ({how})"
+        return f"{self._text.source} ({_HOW[self.templated]})"
 
     def notes(self) -> Notes:
         """What is to be said of the text now that it was read."""
@@ -132,126 +135,30 @@ class Renderer:
                 "was put before the first user turn"
             )
             folded = ((logging.WARNING, line),)
-        return joined(self._text.notes, how, folded, self._odd.notes(self._read))
-
-
-class _Template:
-    """A tokenizer's chat template and the form of messages that it takes."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        told = json.dumps(tokenizer.chat_template, sort_keys=True, ensure_ascii=False)
-        self.sha256 = hashlib.sha256(told.encode()).hexdigest()
-        """Of the template, or of all where there are several, as JSON."""
-        self._in_parts = self._wants_parts()
-
-    def render(self, chat: Chat) -> tuple[str, bool]:
-        """The chat as text, and whether its system turn had to go into the first user turn. Raises
-        what the template raises for the chat as it is."""
-        first: Exception | None = None
-        for variant in _variants(chat):
-            try:
-                return self._render(variant), False
-            except Exception as error:
-                first = first or error
-        assert first is not None
-        folded = filter(None, map(_folded, _variants(chat)))
-        for variant in folded:
-            try:
-                return self._render(variant), True
-            except Exception:  # the first says more of the row
-                continue
-        raise first
-
-    def _render(self, chat: Chat) -> str:
-        text = self._apply(chat)
-        if any(message["content"] is None for message in chat.messages):
-            # Some templates print null; others look for it to know a message of tool calls.
-            empty = self._apply(_with_content(chat, ""))
-            return empty if text.count("None") > empty.count("None") else text
-        return text
-
-    def _apply(self, chat: Chat) -> str:
-        messages = copy.deepcopy(chat.messages)  # templates may write to them
-        for message in messages if self._in_parts else ():
-            if isinstance(message["content"], str):
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        tokenizer = self._tokenizer
-        template = tokenizer.get_chat_template(tools=chat.tools)
-        if _CLOCK in template:
-            template = _still(template)
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=chat.tools, chat_template=template, tokenize=False
+        unsaid: Notes = tuple(
+            (
+                logging.WARNING,
+                f"{source}: the chat template leaves out turns ({role}) in {count} of "
+                f"{self._read} rows read",
             )
+            for role, count in self._unsaid.items()
         )
-
-    def _wants_parts(self) -> bool:
-        """Whether the template shows text that comes as a list of parts and not text by itself."""
-        probe = Chat([{"role": "user", "content": _PROBE}])
-        for parts in (False, True):
-            self._in_parts = parts
-            try:
-                if _PROBE in self._apply(probe):
-                    return parts
-            except Exception:  # whether rows fare better is seen with them
-                continue
-        return False
+        return joined(self._text.notes, how, folded, unsaid, self._odd.notes(self._read))
 
 
-def _still(template: str) -> str:
-    """The template with a clock that stands still: a text must not depend on the day."""
-    replaced = "".join(f"|replace('{code}', '{text}')" for code, text in _DAY.items())
-    return f"{{% macro {_CLOCK}(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
-
-
-def _variants(chat: Chat) -> Iterator[Chat]:
-    """The chat in the forms that templates disagree about: arguments of tool calls parsed, as one
-    JSON text, and with text in place of null."""
-    called = any(message.get("tool_calls") for message in chat.messages)
-    for variant in (_arguments(chat, parsed=True), _arguments(chat, parsed=False)):
-        yield variant
-        if any(message["content"] is None for message in variant.messages):
-            yield _with_content(variant, "")
-        if not called:
-            return
-
-
-def _arguments(chat: Chat, parsed: bool) -> Chat:
-    messages = copy.deepcopy(chat.messages)
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            function = call.get("function", call) if isinstance(call, dict) else {}
-            given = function.get("arguments") if isinstance(function, dict) else None
-            if parsed and isinstance(given, str):
-                function["arguments"] = _parsed(given)
-            elif not parsed and isinstance(given, dict):
-                function["arguments"] = json.dumps(given, ensure_ascii=False)
-    return Chat(messages, chat.tools)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _with_content(chat: Chat, content: str) -> Chat:
-    """The chat with text where a message has null."""
-    messages = [m | {"content": content} if m["content"] is None else m for m in chat.messages]
-    return Chat(messages, chat.tools)
-
-
-def _folded(chat: Chat) -> Chat | None:
-    """The chat with its system turn's text before that of the first user turn, as models without
-    system turns were shown such text; None without such turns at its start."""
-    turns = chat.messages
-    if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
-        return None
-    content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
-    return Chat([turns[1] | {"content": content}, *turns[2:]], chat.tools)
+def _unsaid(chat: Chat, text: str) -> set[str]:
+    """Roles of turns of which a rendered text has not a single word, templates being free to leave
+    out some and to write others in another way; tool_calls for calls of which it has no name."""
+    roles = set()
+    for message in chat.messages:
+        content = str(message["content"] or "").strip()
+        words = _WORD.findall(content[:4096]) or [content]
+        if not any(word in text for word in words):
+            roles.add(str(message["role"]))
+        named = [function_of(call).get("name") for call in message.get("tool_calls") or ()]
+        if named and not any(str(name) in text for name in named):
+            roles.add("tool_calls")
+    return roles
 
 
 def _plainly(chat: Chat) -> str:

@@ -264,3 +264,20 @@ def test_without_eos_a_line_says_that_chats_touch(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [TURNS] * 3)
     assert "no EOS token" in lines(calibrate(tokenizer(PLAIN, eos=False), path))[-1]
     assert not any("EOS" in line for line in lines(calibrate(tokenizer(PLAIN), path)))
+
+
+def test_turns_that_a_template_leaves_out_are_told(tmp_path: Path):
+    template = "{% for m in messages if m.role != 'tool' %}<{{ m.content }}>{% endfor %}"
+    asked = [said("user", A), said("tool", "nineteen degrees"), said("assistant", B)]
+    path = write(tmp_path / "a.jsonl", [asked, TURNS])
+    tokens = evaluation_tokens(tokenizer(template), dataset=path, seqlen=4)
+    assert tokens.origin["roles_left_out"] == {"tool": 1}
+    assert "leaves out turns (tool) in 1 of 2 rows read" in lines(tokens)[1]
+    call = [{"function": {"name": "thermometer", "arguments": {}}}]
+    called = [said("user", A), said("assistant", None, tool_calls=call)]
+    calling = write(tmp_path / "b.jsonl", [called, TURNS])
+    tokens = evaluation_tokens(tokenizer(PLAIN), dataset=calling, seqlen=4)
+    assert tokens.origin["roles_left_out"] == {"tool_calls": 1}
+    upper = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    whole = evaluation_tokens(tokenizer(upper), dataset=path, seqlen=4)
+    assert "roles_left_out" not in whole.origin

@@ -245,6 +245,20 @@ def test_hub_out_of_reach_points_to_local_files(hub: SimpleNamespace, error: Exc
     assert "long story" not in text
 
 
+def test_columns_of_a_hub_set_are_recognized(hub: SimpleNamespace) -> None:
+    said = [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "b" * 50}]
+    hub.rows = [{"id": str(i) * 99, "conversations": said, "system": None} for i in range(1000)]
+    text = read("org/name", limit=300)
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "b" * 50}]
+    assert text.rows == [Chat(turns)] * len(text.rows)
+    assert hub.taken == len(text.rows) == -(-300 // len(str(said)))
+    assert (text.origin["text_field"], text.packing) == ("conversations", "packed")
+    hub.rows = [{"label": 3}]
+    assert "choose a text field among: label" in refusal("org/name")
+    hub.rows = [{"text": None}, *[{"text": "some"}] * 3]
+    assert read("org/name").rows == ["some"] * 3
+
+
 def test_pile_has_no_evaluation_split_and_empty_splits_are_named(hub: SimpleNamespace) -> None:
     assert "no split for evaluation" in refusal("pile", "evaluation")
     assert "has no rows" in refusal("pile")

@@ -122,6 +122,20 @@ def test_all_commands_read_the_same(pq: Call, model: Path, chats: Path, tmp_path
         assert "no chat template; turn chat_template off" in err
 
 
+def test_results_of_both_ways_stand_side_by_side(
+    pq: Call, model: Path, chats: Path, tmp_path: Path
+):
+    how = ("eval", model, "--dataset", chats, "--seqlen", 24, "--max-windows", 1)
+    for choice in ("--chat-template", "--no-chat-template"):
+        code, _, err = pq(*how, choice, "--output-path", tmp_path / "results")
+        assert code == 0, err
+    name = "strided-24-bos-chats.jsonl"
+    assert {path.name for path in (tmp_path / "results").glob("*.json")} == {
+        f"{name}-chat-template-kernel.json",
+        f"{name}-chats-without-template-kernel.json",
+    }
+
+
 def test_text_is_read_as_ever(pq: Call, model: Path, text_file: Path, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": line}) + "\n" for line in SENTENCES * 9))
