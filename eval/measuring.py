@@ -14,7 +14,7 @@ import transformers
 
 import quantize
 from quantize.evaluate.protocols import Protocol
-from quantize.model.build import load_tokenizer
+from quantize.model.tokenizer import load_tokenizer
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from quantize.calibration.tokens import evaluation_tokens
 from quantize.evaluate import evaluate
-from quantize.model.build import load_tokenizer
+from quantize.model.tokenizer import load_tokenizer
 
 
 def seconds(run: Callable[[], object]) -> float:

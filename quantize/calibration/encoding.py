@@ -6,9 +6,8 @@ import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from quantize.calibration import text_sources
-from quantize.calibration.text_sources import Row, Text
-from quantize.errors import DataError
+from quantize.calibration.layouts import Row
+from quantize.calibration.text_sources import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,39 +38,46 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, wanted: int | No
 
 
 def join_rows(text: Text) -> str:
-    """All rows as one text; DataError where one holds chat messages."""
-    rows = [row for row in text.rows if isinstance(row, str)]
-    if len(rows) < len(text.rows):
-        problem = f"{text.source} holds chat messages where plain text is read"
-        raise DataError(f"{problem}; name a text field with strings")
-    return text.joiner.join(rows)
+    """All rows as one text; none of them may be a chat."""
+    return text.joiner.join(row for row in text.rows if isinstance(row, str))
 
 
-def shuffled(rows: list[Row], seed: int) -> list[Row]:
-    """The rows in an order that `seed` alone decides."""
-    rows = rows.copy()
-    random.Random(seed).shuffle(rows)
+def numbered(text: Text, seed: int | None) -> list[tuple[Row, int]]:
+    """The rows and where each stands in its set; in an order that `seed` alone decides, or None:
+    in theirs."""
+    rows = list(zip(text.rows, text.numbers, strict=True))
+    if seed is not None:
+        random.Random(seed).shuffle(rows)
     return rows
 
 
 def pack(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    wanted: int,
-    chat_template: bool,
+    texts: Iterable[str],
+    wanted: int | None,
+    without: int | None = None,
 ) -> list[int]:
-    """Return the documents one after the other, as many as give `wanted` tokens, or all."""
+    """Return the documents one after the other, as many as give `wanted` tokens, or all; a token
+    to leave out is none of theirs."""
     eos = tokenizer.eos_token_id
     ids: list[int] = []
-    for row in rows:
-        if len(ids) >= wanted:
-            break
-        document = encode(tokenizer, plain_text(tokenizer, row, chat_template))
+    for text in texts:
+        document = [token for token in encode(tokenizer, text) if token != without]
         ids += document
-        # A chat template may have written the EOS itself.
-        if document and eos is not None and document[-1] != eos:
+        # A chat template may have written the EOS itself, and a line feed behind it.
+        if document and eos is not None and not _ends(tokenizer, text, document):
             ids.append(eos)
+        if wanted is not None and len(ids) >= wanted:
+            break
     return ids
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, text: str, document: list[int]) -> bool:
+    """Whether EOS is the last thing that a document says."""
+    eos = tokenizer.eos_token_id
+    return document[-1] == eos or (
+        eos in document and text.rstrip().endswith(str(tokenizer.eos_token))
+    )
 
 
 def begin_windows(ids: list[int], seqlen: int, bos: int, most: int) -> list[int]:
@@ -87,29 +93,3 @@ def begin_windows(ids: list[int], seqlen: int, bos: int, most: int) -> list[int]
         out += [bos] * added + window
         at += len(window)
     return out
-
-
-def plain_text(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> str:
-    """A row as text, through the tokenizer's chat template where that is wanted; DataError where
-    one of them does not take the other."""
-    if not chat_template:
-        if isinstance(row, str):
-            return row
-        raise DataError(
-            "rows hold chat messages; turn chat_template on, or name a text field with strings",
-        )
-    if isinstance(row, str) and not row.strip():
-        return ""
-    if not getattr(tokenizer, "chat_template", None):
-        remedy = "turn chat_template off, or use the chat model's tokenizer"
-        raise DataError(f"the tokenizer has no chat template; {remedy}")
-    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # Templates are programs of the model's author and raise what they like (say,
-    # when roles do not alternate).
-    except Exception as error:
-        start = str(messages[0]["content"])[:40]
-        reason = text_sources.first_line(error)
-        problem = f"the tokenizer's chat template refuses the row that starts {start!r}"
-        raise DataError(f"{problem}: {reason}") from error

@@ -3,33 +3,42 @@ named Hub sets, any Hub name."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
-import importlib
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from quantize.calibration import local_files
+from quantize.calibration.chats import Chat
+from quantize.calibration.layouts import HEAD, Column, Layout, Row, recognize
+from quantize.calibration.local_files import (
+    FORMATS,
+    SUFFIXES,
+    Table,
+    first_line,
+    names_of,
+    without_null,
+)
+from quantize.calibration.notes import Notes
+from quantize.calibration.usable import Rows, usable_rows
 from quantize.errors import DataError
 from quantize.files import strict_yaml
 from quantize.files.resources import data_dir
 
 Purpose = Literal["calibration", "evaluation"]
-Row = str | list[dict[str, str]]
-"""Plain text, or the messages of one chat as {"role": ..., "content": ...}."""
+Packing = Literal["stream", "packed"]
 
 BUILTIN = "builtin"
-_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_FORMATS = "a .txt, .jsonl or .parquet file"
 # A missing file with one of these endings is reported as a missing file and not sought on the Hub.
-_FILE_LIKE = (*_FILE_SUFFIXES, ".json", ".csv", ".md", ".text", ".gz", ".zst", ".zip")
+_FILE_LIKE = (*SUFFIXES, ".csv", ".md", ".text", ".gz", ".zst", ".zip")
 _HUB_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
 
 
@@ -38,7 +47,7 @@ class Text:
     """Rows of one data set and what they are."""
 
     rows: list[Row]
-    packing: Literal["stream", "packed"]
+    packing: Packing
     """`stream`: the rows, joined by `joiner`, are one text in order. `packed`:
     they are separate documents."""
     source: str
@@ -47,6 +56,16 @@ class Text:
     """For provenance: data set, split, licence, text_sha256 (of the file's bytes, else
     of the rows joined by NUL)."""
     joiner: str = "\n\n"
+    numbers: list[int] = dataclasses.field(default_factory=list)
+    """Of each row where it was read, counted from 1; empty for text that has no rows."""
+    unit: str = "row"
+    """What `numbers` counts."""
+    notes: Notes = ()
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any row is a conversation."""
+        return any(isinstance(row, Chat) for row in self.rows)
 
 
 class HubSet(BaseModel):
@@ -59,7 +78,8 @@ class HubSet(BaseModel):
     config: str | None = None
     calibration_split: str | None = "train"
     evaluation_split: str | None = "test"
-    text_field: str = "text"
+    text_field: str | None = "text"
+    """None: recognized."""
     licence: str | None = None
     url: str | None = None
     data_files: dict[str, str] | None = None
@@ -79,7 +99,7 @@ def named_sets() -> dict[str, HubSet]:
 
 def name_of(dataset: str) -> str:
     """What a data set is called in what pq writes: a file by its name, wherever it lies."""
-    is_file = dataset.lower().endswith(_FILE_SUFFIXES)
+    is_file = dataset.lower().endswith(SUFFIXES)
     return os.path.basename(dataset) if is_file else dataset
 
 
@@ -93,8 +113,8 @@ def load(
 
     dataset: "builtin", a name of calib_data/, a local file, or
     org/name[:config[:split]] on the Hub.
-    text_field: the column of a .jsonl, .parquet or Hub set; `text` when
-    None, or what calib_data/ says.
+    text_field: the column of a file of rows or of a Hub set; None: what calib_data/ says, else the
+    columns that are recognized.
     min_characters: a large Hub set is read, in order, until it has given so many characters; None
     asks for all of a set, which only sets that are not streamed can give.
     Raises DataError when the name is unknown, the file unreadable or the Hub out of reach.
@@ -107,13 +127,15 @@ def load(
     # os.path, since pathlib raises on names that no file can have.
     path = os.path.expanduser(dataset)
     if os.path.exists(path):
-        return _from_file(Path(path), text_field or "text")
+        return _from_file(Path(path), text_field)
     if dataset.lower().endswith(_FILE_LIKE) or dataset.startswith(("/", ".", "~")):
-        raise DataError(f"{dataset}: no such file; give {_FORMATS}")
+        raise DataError(f"{dataset}: no such file; give {FORMATS}")
     match = _HUB_NAME.fullmatch(dataset)
     if match is None:
         raise _unknown_set(dataset, [BUILTIN, *sets])
-    wanted = HubSet(name=dataset, hub_id=match["id"], config=match["config"] or None)
+    wanted = HubSet(
+        name=dataset, hub_id=match["id"], config=match["config"] or None, text_field=None
+    )
     if match["split"]:
         wanted = wanted.model_copy(
             update={"calibration_split": match["split"], "evaluation_split": match["split"]},
@@ -125,7 +147,7 @@ def _unknown_set(dataset: str, names: list[str]) -> DataError:
     close = difflib.get_close_matches(dataset.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return DataError(
-        f"unknown data set {dataset!r}; {hint}Known names: {', '.join(names)}; also {_FORMATS}, "
+        f"unknown data set {dataset!r}; {hint}Known names: {', '.join(names)}; also {FORMATS}, "
         "or org/name[:config[:split]] on the Hugging Face Hub"
     )
 
@@ -145,115 +167,36 @@ def _builtin(purpose: Purpose) -> Text:
     return Text([text], "stream", f"built-in Python documentation, {split} part", origin)
 
 
-# ---- local files ----
-
-
-def _from_file(path: Path, field: str) -> Text:
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give {_FORMATS}")
-    if suffix not in _FILE_SUFFIXES:
-        raise DataError(
-            f"{path}: unknown kind of text file {suffix or '(no ending)'!r}; give {_FORMATS}",
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise DataError(f"{path} is empty; give a file with text")
+def _from_file(path: Path, field: str | None) -> Text:
+    data = local_files.read_bytes(path)
     origin: dict[str, object] = {
         "dataset": name_of(str(path)),
         "split": None,
         "licence": None,
-        "text_sha256": hashlib.sha256(data).hexdigest(),
+        "text_sha256": local_files.sha256_of(data),
     }
-    if suffix == ".txt":
-        return Text([_utf8(path, data)], "stream", path.name, origin)
-    rows = list(
-        _jsonl_rows(path, data, field) if suffix == ".jsonl" else _parquet_rows(path, data, field),
-    )
-    if not rows:
+    if local_files.kind_of(path.name) == ".txt":
+        return Text([local_files.utf8(path, data)], "stream", path.name, origin)
+    table = local_files.read_table(path, data, Column(field) if field else None)
+    if not table.rows and not table.names:
         raise DataError(f"{path} has no rows; give a file with text")
-    return Text(rows, "packed", path.name, origin | {"text_field": field, "rows": len(rows)})
+    rows = usable_rows(table, str(path), path.name, field)
+    return _text(rows, "packed", path.name, origin)
 
 
-def _utf8(path: Path, data: bytes) -> str:
-    """Decode without changing line ends; a byte order mark is no part of the text."""
-    if b"\0" in data:
-        raise DataError(f"{path} holds NUL bytes and looks binary; give {_FORMATS} of UTF-8 text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8",
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path} holds only white space; give a file with text")
-    return text
-
-
-def _jsonl_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
-    for number, line in enumerate(_utf8(path, data).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: not JSON ({error}); each line holds one JSON object",
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{where}: {type(row).__name__} instead of a JSON object with the field {field!r}",
-            )
-        yield _check(_field(row, field, where), f"{where}, field {field!r}")
-
-
-def _parquet_rows(path: Path, data: bytes, field: str) -> Iterator[Row]:
-    # importlib, since pyarrow's types are not checked; lazily, since it is slow to import.
-    pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    try:
-        with parquet.ParquetFile(pyarrow.BufferReader(data)) as file:
-            _field(dict.fromkeys(file.schema_arrow.names), field, str(path))
-            values = file.read(columns=[field]).column(field).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
-    for number, value in enumerate(values, start=1):
-        yield _check(value, f"{path} row {number}, field {field!r}")
-
-
-def _field(row: dict[str, Any], field: str, where: str) -> object:
-    if field not in row:
-        names = ", ".join(row) or "none"
-        raise DataError(f"{where} has no field {field!r}; choose a text field among: {names}")
-    return row[field]
-
-
-def _check(value: object, where: str) -> Row:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: half of a surrogate pair is no text; repair the row",
-            ) from error
-        return value
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: {type(value).__name__} instead of text or a list of chat messages",
-        )
-    if not all(map(_is_message, value)):
-        raise DataError(f"{where}: each chat message needs a role and a content, both strings")
-    return value
-
-
-def _is_message(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _text(rows: Rows, packing: Packing, source: str, origin: dict[str, object]) -> Text:
+    more = {"text_field": rows.name, "rows": len(rows.rows), "rows_left_out": rows.left_out}
+    if not rows.left_out:
+        del more["rows_left_out"]
+    return Text(
+        rows.rows,
+        packing,
+        source,
+        origin | more,
+        numbers=rows.numbers,
+        unit=rows.unit,
+        notes=rows.notes,
+    )
 
 
 # ---- Hugging Face Hub ----
@@ -275,12 +218,12 @@ def _from_hub(
             f"{wanted.name} may be too large to read whole; limit the number of windows",
         )
     field = text_field or wanted.text_field
-    rows: list[Row] = []
-    for number, row in enumerate(_hub_rows(wanted, split, field, min_characters), start=1):
-        where = f"{wanted.hub_id} split {split} row {number}"
-        rows.append(_check(_field(row, field, where), f"{where}, field {field!r}"))
-    if not rows:
+    found = _hub_rows(wanted, split, Column(field) if field else None, min_characters)
+    if not found:
         raise DataError(f"{wanted.name} split {split} has no rows; use another split or set")
+    layout = Column(field) if field else recognize(found[:HEAD])
+    table = Table(found, list(range(1, len(found) + 1)), "row", layout, names_of(found))
+    rows = usable_rows(table, f"{wanted.hub_id} split {split}", wanted.name, field)
     origin: dict[str, object] = {
         "dataset": wanted.name,
         "hub_id": wanted.hub_id,
@@ -289,22 +232,20 @@ def _from_hub(
         "split": split,
         "licence": wanted.licence,
         "url": wanted.url or f"https://huggingface.co/datasets/{wanted.hub_id}",
-        "text_field": field,
-        "rows": len(rows),
-        "text_sha256": _rows_sha256(rows),
+        "text_sha256": _rows_sha256(rows.rows),
     }
     source = f"{wanted.hub_id}{f' {wanted.config}' if wanted.config else ''}, {split} split"
-    if wanted.join is None:
-        return Text(rows, "packed", source, origin)
-    return Text(rows, "stream", source, origin, wanted.join)
+    if wanted.join is None or any(isinstance(row, Chat) for row in rows.rows):
+        return _text(rows, "packed", source, origin)
+    return dataclasses.replace(_text(rows, "stream", source, origin), joiner=wanted.join)
 
 
 def _hub_rows(
     wanted: HubSet,
     split: str,
-    field: str,
+    layout: Layout | None,
     min_characters: int | None,
-) -> Iterable[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Return rows in order; of a streamed set only until they hold `min_characters`."""
     file = (wanted.data_files or {}).get(split)
     files = None if file is None else {split: file}
@@ -317,8 +258,10 @@ def _hub_rows(
             wanted.hub_id, wanted.config, split=split, data_files=files, streaming=wanted.streaming
         )
         for row in loaded:
-            rows.append(row)
-            characters += len(str(row.get(field, "")))
+            rows.append(without_null(row))
+            layout = layout or recognize(rows[-1:])
+            names = layout.columns if layout else ()
+            characters += sum(len(str(row[name])) for name in names if row.get(name) is not None)
             if wanted.streaming and min_characters is not None and characters >= min_characters:
                 break
     # The Hub client raises classes of several HTTP libraries, at the first request
@@ -327,7 +270,7 @@ def _hub_rows(
         raise DataError(
             f"{wanted.name} cannot be loaded from the Hugging Face Hub: {first_line(error)}. "
             f"Check the network, the name, its config and split {split!r}, "
-            f"or give a local file ({', '.join(_FILE_SUFFIXES)})"
+            f"or give a local file ({', '.join(SUFFIXES)})"
         ) from error
     return rows
 
@@ -335,12 +278,12 @@ def _hub_rows(
 def _rows_sha256(rows: list[Row]) -> str:
     sha = hashlib.sha256()
     for position, row in enumerate(rows):
-        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, sort_keys=True)
-        sha.update((b"\0" if position else b"") + text.encode("utf-8", "surrogatepass"))
+        sha.update((b"\0" if position else b"") + _as_text(row).encode())
     return sha.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of what the error says, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(". ")[:300]
+def _as_text(row: Row) -> str:
+    if isinstance(row, str):
+        return row
+    told = row.messages if row.tools is None else [row.messages, row.tools]
+    return json.dumps(told, ensure_ascii=False, sort_keys=True, default=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from quantize.calibration.encoding import (
     encode,
     first_tokens,
     join_rows,
+    numbered,
     pack,
-    plain_text,
-    shuffled,
 )
+from quantize.calibration.notes import Notes, joined
+from quantize.calibration.rendering import Renderer
 from quantize.calibration.text_sources import Text
 from quantize.errors import DataError
 
@@ -33,9 +35,14 @@ MAX_TOKENS = 2**28
 _POOL_CHARACTERS = 2**25
 """A large Hub set is shuffled within at least so many characters, about 10,000 web pages: enough
 that neighbours in the set are not neighbours in the sample, little enough to download."""
-_CHARACTERS_PER_TOKEN = 16
+CHARACTERS_PER_TOKEN = 16
 """Well above what text gives (4 to 6), so that what is read of a stream
 suffices for the tokens wanted."""
+
+_NO_EOS = (
+    "the tokenizer has no EOS token, so that documents follow one another without a mark between "
+    "them; if the model has one, name it as eos_token in tokenizer_config.json"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +57,14 @@ class TokenSet:
     """For people: which text this is."""
     origin: dict[str, object]
     """For provenance: data set, split, licence, text_sha256, nsamples, seqlen,
-    seed, packing, chat_template, bos (whether windows begin with it) and bos_token_id
-    (that token, else None).
+    seed, packing, chat_template (whether rows were rendered with one), bos (whether windows begin
+    with it) and bos_token_id (that token, else None); of rows text_field, rows, and where there
+    were any rows_left_out, rows_refused and system_turns_folded; chat_template_sha256.
 
     A file is known by its name; paths are left out. `nsamples` counts the windows there are.
     """
+    notes: Notes = ()
+    """What is to be said of the text."""
 
     @property
     def bos(self) -> int | None:
@@ -70,37 +80,35 @@ def calibration_tokens(
     nsamples: int,
     seqlen: int,
     seed: int,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     text_field: str | None = None,
     bos: Bos = "auto",
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
-    dataset: "builtin", a .txt, .jsonl or .parquet file, a name of calib_data/, or
-    org/name[:config[:split]] on the Hub.
+    dataset: "builtin", a .txt, .json, .jsonl (also .gz) or .parquet file, a name of calib_data/,
+    or org/name[:config[:split]] on the Hub.
     One text (.txt, "builtin") gives its first windows in order and `seed` is not used; documents
     are shuffled by `seed` and packed, an EOS token after each where the tokenizer has one. No
     other special tokens are added.
     bos: whether each window is BOS and `seqlen` - 1 tokens of the text instead.
-    chat_template: render each row's messages, or its text as one user turn, with
-    the tokenizer's chat template.
+    chat_template: True: render each row's messages, or its text as one user turn, with the
+    tokenizer's chat template; None: messages alone, and plainly where it has no template; False:
+    messages plainly.
     Raises DataError when the text cannot be read or gives fewer windows ("builtin"
     may give fewer, at least one).
     """
     _check_sizes(nsamples, seqlen)
     prefix = bos_of(tokenizer, bos)
     wanted = nsamples * seqlen
-    pool = max(_POOL_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
+    pool = max(_POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted)
     text = text_sources.load(dataset, "calibration", text_field, pool)
+    render = Renderer(tokenizer, text, chat_template)
     if text.packing == "stream":
-        if chat_template:
-            raise DataError(
-                f"{text.source} is one text without chat turns; "
-                "turn chat_template off, or give a .jsonl or .parquet file with one chat per row"
-            )
         ids = encode(tokenizer, join_rows(text))
     else:
-        ids = pack(tokenizer, shuffled(text.rows, seed), wanted, chat_template)
+        ids = pack(tokenizer, render.rendered(numbered(text, seed)), wanted)
+        render.require_few_odd()
     found = len(ids)
     if prefix is not None:
         ids = begin_windows(ids, seqlen, prefix, nsamples)
@@ -110,8 +118,8 @@ def calibration_tokens(
         fewer = f"lower nsamples to {windows}, " if windows else ""
         remedy = f"{fewer}lower seqlen or give more text"
         raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
-    use: dict[str, object] = {"seed": seed, "packing": text.packing, "chat_template": chat_template}
-    return _token_set(text, ids, windows, seqlen, use | _bos_facts(prefix))
+    use = {"seed": seed, "packing": text.packing} | render.facts() | _bos_facts(prefix)
+    return _token_set(text, render, ids, windows, seqlen, use)
 
 
 def evaluation_tokens(
@@ -121,6 +129,7 @@ def evaluation_tokens(
     seqlen: int,
     max_windows: int | None = None,
     text_field: str | None = None,
+    chat_template: bool | None = None,
     overlap: int = 0,
     bos: int | None = None,
 ) -> TokenSet:
@@ -128,91 +137,40 @@ def evaluation_tokens(
     continuous token stream, in order.
 
     Rows of a set are joined by a blank line, or as calib_data/ says. No BOS or other special
-    tokens; the remainder that fills no window is dropped.
-    dataset, text_field: as for `calibration_tokens`.
+    tokens; the remainder that fills no window is dropped. Chats follow one another as in
+    calibration, in their order; where windows begin with BOS their own is left out.
+    dataset, text_field, chat_template: as for `calibration_tokens`.
     overlap: tokens of the text that a window shares with the one before.
     bos: the id that each window begins with, before `seqlen` - 1 tokens of the text.
     Raises DataError when the text cannot be read or is shorter than one window.
     """
     _check_sizes(1 if max_windows is None else max_windows, seqlen, count="max_windows")
-    limit = None if max_windows is None else _CHARACTERS_PER_TOKEN * max_windows * seqlen
+    limit = None if max_windows is None else CHARACTERS_PER_TOKEN * max_windows * seqlen
     text = text_sources.load(dataset, "evaluation", text_field, limit)
     own = seqlen - (bos is not None)
     stride = own - overlap
     wanted = None if max_windows is None else (max_windows - 1) * stride + own
-    ids = first_tokens(tokenizer, join_rows(text), wanted)
+    render = Renderer(tokenizer, text, chat_template)
+    if not render.changes:
+        ids = first_tokens(tokenizer, join_rows(text), wanted)
+    else:
+        ids = pack(tokenizer, render.rendered(numbered(text, None)), wanted, without=bos)
+        render.require_few_odd()
     if len(ids) < own:
         problem = f"{text.source} holds {len(ids)} tokens, not one window of {own}"
         raise DataError(f"{problem}; lower seqlen or give more text")
     windows = 1 + (len(ids) - own) // stride
     if max_windows is not None:
         windows = min(windows, max_windows)
-    use: dict[str, object] = {"seed": None, "packing": "stream", "chat_template": False}
-    use |= _bos_facts(bos)
+    packing = "packed" if render.changes else "stream"
+    use = {"seed": None, "packing": packing} | render.facts() | _bos_facts(bos)
     _check_sizes(windows, seqlen, count="windows")
     used = ids[: (windows - 1) * stride + own]
     if bos is not None:
         starts = range(0, windows * stride, stride)
         used = [token for at in starts for token in (bos, *used[at : at + own])]
         stride = seqlen
-    return _token_set(text, used, windows, seqlen, use, stride)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of an evaluation text, or its beginning."""
-
-    ids: list[int]
-    text: str
-
-
-@dataclass(frozen=True)
-class DocumentSet:
-    """Documents in their original order."""
-
-    documents: list[Document]
-    sha256: str
-    """Of all tokens as little-endian int64, document after document."""
-    source: str
-
-
-def evaluation_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dataset: str,
-    max_tokens: int | None = None,
-    text_field: str | None = None,
-) -> DocumentSet:
-    """Return the documents of an evaluation text, encoded with the tokenizer's own special tokens.
-
-    A .txt file, "builtin" and sets that are one running text are one
-    document; otherwise each row is one.
-    max_tokens: stop there; the document it falls into is cut, its text being
-    what the kept tokens decode to.
-    Raises DataError when the text cannot be read or has no tokens.
-    """
-    limit = None if max_tokens is None else _CHARACTERS_PER_TOKEN * max_tokens
-    text = text_sources.load(dataset, "evaluation", text_field, limit)
-    rows = [join_rows(text)] if text.packing == "stream" else text.rows
-    documents: list[Document] = []
-    left = MAX_TOKENS if max_tokens is None else max_tokens
-    for row in rows:
-        if left <= 0:
-            break
-        plain = plain_text(tokenizer, row, chat_template=False)
-        ids = list(tokenizer(plain, verbose=False)["input_ids"])
-        if len(ids) > left:
-            ids = ids[:left]
-            plain = str(
-                tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            )
-        left -= len(ids)
-        documents.append(Document(ids, plain))
-    if not any(document.ids for document in documents):
-        raise DataError(f"{text.source} holds no tokens; give more text")
-    every = [token for document in documents for token in document.ids]
-    sha256 = _sha256(torch.tensor(every, dtype=torch.int64))
-    return DocumentSet(documents, sha256, text.source)
+    return _token_set(text, render, used, windows, seqlen, use, stride)
 
 
 def check_vocab(tokens: torch.Tensor, vocab_size: int) -> None:
@@ -243,6 +201,7 @@ def _bos_facts(bos: int | None) -> dict[str, object]:
 
 def _token_set(
     text: Text,
+    render: Renderer,
     ids: list[int],
     windows: int,
     seqlen: int,
@@ -253,8 +212,13 @@ def _token_set(
     used = torch.tensor(ids[: (windows - 1) * stride + seqlen], dtype=torch.int64)
     tokens = used.unfold(0, seqlen, stride).contiguous()
     origin = text.origin | {"nsamples": windows, "seqlen": seqlen} | use
-    return TokenSet(tokens, _sha256(tokens), text.source, origin)
+    if use["packing"] == "packed" and render.eos is None:
+        notes = joined(render.notes(), ((logging.WARNING, f"{text.source}: {_NO_EOS}"),))
+    else:
+        notes = render.notes()
+    return TokenSet(tokens, sha256_of(tokens), render.source(), origin, notes)
 
 
-def _sha256(tokens: torch.Tensor) -> str:
+def sha256_of(tokens: torch.Tensor) -> str:
+    """Of tokens as little-endian int64."""
     return hashlib.sha256(tokens.numpy().astype("<i8", copy=False).tobytes()).hexdigest()

@@ -10,17 +10,12 @@ from pathlib import Path
 
 import typer
 
-from quantize.cli.told import Told
+from quantize.cli.told import OF_TEXT, Told
 from quantize.errors import PqError
 
-_SHOWN = (
-    "quantize.files.lock",
-    "quantize.files.resume",
-    "quantize.calibration.fit",
-    "quantize.convert.serving",
-)
-"""Loggers all of whose lines are shown: what becomes of an earlier run's state, that the windows do
-not suit the model, and what engines will not serve."""
+_SHOWN = ("quantize.files.lock", "quantize.files.resume", OF_TEXT, "quantize.convert.serving")
+"""Loggers all of whose lines are shown: what becomes of an earlier run's state, what is said of the
+text, and what engines will not serve."""
 
 
 @contextmanager

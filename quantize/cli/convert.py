@@ -49,13 +49,8 @@ def convert(
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option("--chat-template", help="Render rows with the tokenizer's chat template."),
-    ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="Field of jsonl and parquet rows; default: text.")
-    ] = None,
+    chat_template: options.ChatTemplate = None,
+    text_field: options.TextField = None,
     bos: options.CalibrationBos = None,
     assignments: Annotated[
         list[str] | None,

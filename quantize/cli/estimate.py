@@ -29,6 +29,9 @@ def estimate(
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    chat_template: options.ChatTemplate = None,
+    text_field: options.TextField = None,
     bos: options.CalibrationBos = None,
     assignments: Annotated[
         list[str] | None,
@@ -63,7 +66,13 @@ def estimate(
 
     keep_little()  # as `pq convert` does, whose memory this is about
     chosen = load_recipe(recipe).with_overrides(
-        dataset=dataset, nsamples=nsamples, seqlen=seqlen, bos=bos
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        chat_template=chat_template,
+        text_field=text_field,
+        bos=bos,
     )
     chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()

@@ -33,6 +33,7 @@ def evaluate(
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,
     text_field: options.TextField = None,
+    chat_template: options.ChatTemplate = None,
     seqlen: options.Seqlen = 512,
     context: options.Context = 0,
     max_windows: options.MaxWindows = None,
@@ -52,7 +53,7 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="Requests at once, or auto.")] = "auto",
     apply_chat_template: Annotated[
         bool,
-        typer.Option("--apply-chat-template", help="Ask as a chat."),
+        typer.Option("--apply-chat-template", help="Ask --tasks as a chat."),
     ] = False,
     log_samples: Annotated[
         bool,
@@ -140,6 +141,7 @@ def evaluate(
                     chosen,
                     text,
                     text_field,
+                    chat_template,
                     seqlen,
                     context,
                     max_windows,

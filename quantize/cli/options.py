@@ -24,7 +24,18 @@ Dataset = Annotated[
 ]
 TextField = Annotated[
     str | None,
-    typer.Option(help="Field of jsonl and parquet rows; default: text."),
+    typer.Option(
+        help="Column of json, jsonl, parquet and Hub rows that holds text or chats; default: "
+        "recognized (text, messages, conversations, instruction and output and their like)."
+    ),
+]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Render rows with the tokenizer's chat template, plain text as one user turn, or write "
+        "chats plainly; default: chats are rendered where it has one.",
+    ),
 ]
 Seqlen = Annotated[int, typer.Option(min=2, help="Window length in tokens.")]
 Context = Annotated[

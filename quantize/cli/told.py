@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import typer
 
+OF_TEXT = "quantize.calibration.fit"
+"""Logger of what is said of a text and its windows, each line of which is shown."""
+
 
 class Told(logging.Handler):
     """Shows log lines on stderr."""
@@ -19,14 +22,19 @@ class Told(logging.Handler):
 
 @contextmanager
 def warnings_told(shown: bool = True) -> Iterator[None]:
-    """Show warnings, those about windows of text once each; none where they are not to be shown."""
+    """Show warnings, and all that is said of the text, that once each; nothing where it is not to
+    be shown."""
     from quantize.evaluate.protocols import said_once
 
     logger = logging.getLogger("quantize")
-    handler = Told(logging.WARNING) if shown else logging.NullHandler()
+    handler = Told() if shown else logging.NullHandler()
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name == OF_TEXT)
     logger.addHandler(handler)
+    of_text, level = logging.getLogger(OF_TEXT), logging.getLogger(OF_TEXT).level
+    of_text.setLevel(logging.INFO)
     try:
         with said_once():
             yield
     finally:
+        of_text.setLevel(level)
         logger.removeHandler(handler)

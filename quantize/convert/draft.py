@@ -3,7 +3,7 @@ sizes, the calibration text."""
 
 from __future__ import annotations
 
-from quantize.calibration.fit import warn_of_length, warn_without_bos
+from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
@@ -18,11 +18,11 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.encode import Encode, IntEncode
 from quantize.model.arch import Architecture, Shape
-from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_layers, require_tied, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
+from quantize.model.tokenizer import load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
 
 
@@ -130,6 +130,8 @@ def _calibration(request: Request, source: Checkpoint, shape: Shape, aloud: bool
     )
     check_vocab(tokens.tokens, shape.vocab)
     if aloud:
+        say(tokens.notes)
+        warn_of_tokenizer(tokenizer, shape.vocab)
         warn_without_bos(tokenizer, c.bos)
         warn_of_length(c.seqlen, source.config)
     return tokens

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from quantize.calibration.bos import Bos, bos_of
-from quantize.calibration.fit import warn_without_bos
+from quantize.calibration.fit import warn_of_tokenizer, warn_without_bos
 from quantize.errors import DataError, ModelError, UsageError
 from quantize.evaluate.sharing import require_alike
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluate.task_sources import Source, load_tasks, resolve
 from quantize.model.attention import KvNumerics
-from quantize.model.build import load_tokenizer
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model
+from quantize.model.tokenizer import load_tokenizer
 from quantize.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ def run_tasks(
         lm = task_model.TaskModel(
             model, tokenizer, batch, progress, ranks, begins if bos == "always" else None, **options
         )
+        if ranks.first:
+            warn_of_tokenizer(tokenizer, lm.vocab)
         results = _evaluate(lm, loaded, limit, apply_chat_template, folder)
         if log_samples is not None and ranks.first:
             write_samples(log_samples, results["samples"])

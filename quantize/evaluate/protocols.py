@@ -21,8 +21,9 @@ word (separated by white space) and per UTF-8 byte.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ from torch import Tensor
 from quantize.calibration.bos import BOS as BOS
 from quantize.calibration.bos import Bos as Bos
 from quantize.calibration.bos import bos_of
+from quantize.calibration.documents import evaluation_documents
 from quantize.calibration.fit import said_once as said_once
-from quantize.calibration.tokens import check_vocab, evaluation_documents, evaluation_tokens
+from quantize.calibration.notes import Notes
+from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +107,8 @@ class Windows:
     words: int | None = None
     """Words of the predicted text (rolling protocol)."""
     utf8_bytes: int | None = None
+    notes: Notes = ()
+    """What is to be said of the text, which the rank that read it knows."""
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(window, first, end) of the scored positions of every window."""
@@ -123,13 +128,15 @@ def windows_of(
     max_windows: int | None,
     vocab: int,
     text_field: str | None = None,
+    chat_template: bool | None = None,
 ) -> Windows:
     """Read `dataset` and cut it as the protocol says; DataError when the text
     cannot be read or does not fit."""
+    how = {"text_field": text_field, "chat_template": chat_template}
     if protocol.kind == "strided":
-        windows = _strided_windows(protocol, tokenizer, dataset, max_windows, text_field)
+        windows = _strided_windows(protocol, tokenizer, dataset, max_windows, how)
     else:
-        windows = _rolling(protocol, tokenizer, dataset, max_windows, text_field)
+        windows = _rolling(protocol, tokenizer, dataset, max_windows, how)
     check_vocab(windows.inputs, vocab)
     return windows
 
@@ -139,16 +146,16 @@ def _strided_windows(
     tokenizer: PreTrainedTokenizerBase,
     dataset: str,
     max_windows: int | None,
-    text_field: str | None,
+    how: Mapping[str, Any],
 ) -> Windows:
     text = evaluation_tokens(
         tokenizer,
         dataset=dataset,
         seqlen=protocol.seqlen,
         max_windows=max_windows,
-        text_field=text_field,
         overlap=protocol.context,
         bos=tokenizer.bos_token_id if protocol.bos else None,
+        **how,
     )
     tokens = text.tokens
     targets = torch.full_like(tokens, UNSCORED)
@@ -156,7 +163,7 @@ def _strided_windows(
     if protocol.context:
         # without BOS no position predicts the first token
         targets[1:, : protocol.context - 1 + protocol.bos] = UNSCORED
-    return Windows(tokens, targets, text.source, text.sha256)
+    return Windows(tokens, targets, text.source, text.sha256, notes=text.notes)
 
 
 def _rolling(
@@ -164,7 +171,7 @@ def _rolling(
     tokenizer: PreTrainedTokenizerBase,
     dataset: str,
     max_windows: int | None,
-    text_field: str | None,
+    how: Mapping[str, Any],
 ) -> Windows:
     prefix = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -175,7 +182,7 @@ def _rolling(
             "protocol"
         )
     limit = None if max_windows is None else max_windows * protocol.seqlen
-    text = evaluation_documents(tokenizer, dataset=dataset, max_tokens=limit, text_field=text_field)
+    text = evaluation_documents(tokenizer, dataset=dataset, max_tokens=limit, **how)
     rows: list[tuple[list[int], list[int]]] = []
     words = utf8_bytes = 0
     for document in text.documents:
@@ -189,7 +196,7 @@ def _rolling(
     for row, (read, wanted) in enumerate(rows):
         inputs[row, : len(read)] = torch.tensor(read)
         targets[row, len(read) - len(wanted) : len(read)] = torch.tensor(wanted)
-    return Windows(inputs, targets, text.source, text.sha256, words, utf8_bytes)
+    return Windows(inputs, targets, text.source, text.sha256, words, utf8_bytes, text.notes)
 
 
 def rolling_windows(ids: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:

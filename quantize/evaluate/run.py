@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from quantize.calibration.bos import Bos
-from quantize.calibration.fit import warn_of_length, warn_without_bos
+from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluate.figures import Evaluation, Run
 from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows_of
@@ -24,10 +24,10 @@ from quantize.evaluate.records import Records
 from quantize.evaluate.sharing import require_alike, shared_windows
 from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
 from quantize.model.attention import KvNumerics
-from quantize.model.build import load_tokenizer
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
+from quantize.model.tokenizer import load_tokenizer
 from quantize.model.transformers_api import decoder_facts
 from quantize.parallel.ranks import ALONE, Ranks
 
@@ -92,6 +92,7 @@ def measure(
     *,
     dataset: str = "builtin",
     text_field: str | None = None,
+    chat_template: bool | None = None,
     max_windows: int | None = None,
     bos: Bos = "auto",
     device: torch.device | None = None,
@@ -105,6 +106,8 @@ def measure(
 
     dataset: "builtin", a file, a name of calib_data/ or a Hub set; the
     first model's tokenizer cuts it.
+    text_field, chat_template: which column of rows is read, and whether through the first model's
+    chat template; None: chats are, as they are recognized.
     attention: how the models (not the baseline) attend where their checkpoints do not say.
     max_windows: stop after so many windows (rolling: after so many times seqlen tokens).
     bos: whether strided windows begin with BOS; auto: where the first model's tokenizer adds it.
@@ -125,9 +128,14 @@ def measure(
         }
         require_alike(ranks, device, [*models, *([baseline] if baseline else [])], told)
         windows = shared_windows(
-            ranks, lambda: windows_of(protocol, tokenizer, dataset, max_windows, vocab, text_field)
+            ranks,
+            lambda: windows_of(
+                protocol, tokenizer, dataset, max_windows, vocab, text_field, chat_template
+            ),
         )
         if ranks.first:
+            say(windows.notes)
+            warn_of_tokenizer(tokenizer, vocab)
             warn_without_bos(tokenizer, bos)
             warn_of_length(windows.inputs.shape[1], open_source(models[0]).config)
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantize.calibration.rendering import rendering_of
 from quantize.evaluate.run import Measured
 from quantize.evaluate.task_comparison import TaskScore
 from quantize.evaluate.task_results import TaskRun
@@ -23,11 +24,13 @@ def results_folder(model: Path) -> Path:
 def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
     """Write NAME.json (the figures) and NAME.parquet (the per-token records); returns the former.
 
-    NAME tells protocol, data and numerics, so that a repeated evaluation replaces its predecessor.
+    NAME tells protocol, data (and whether chats were rendered) and numerics, so that a repeated
+    evaluation replaces its predecessor.
     """
     figures = measured.figures
     kv = "" if figures.kv_cache == "16-bit" else f"-{_slug(figures.kv_cache)}"
-    name = f"{figures.protocol}-{_slug(dataset)}-{figures.numerics}{kv}"
+    rendering = f"-{_slug(how)}" if (how := rendering_of(figures.data)) else ""
+    name = f"{figures.protocol}-{_slug(dataset)}{rendering}-{figures.numerics}{kv}"
     with report_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{name}.parquet.part"

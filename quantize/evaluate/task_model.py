@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantize.calibration.tokens import check_vocab
 from quantize.errors import DataError, ModelError, UsageError
+from quantize.evaluate.task_padding import Padding
 from quantize.model.transformers_api import logits_of
 from quantize.parallel.ranks import ALONE, Ranks
 
@@ -53,6 +54,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
     ) -> None:
         self.bos = bos
         self.vocab: int = model.get_input_embeddings().weight.shape[0]
+        own_pad = tokenizer.pad_token_id
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -60,6 +62,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
             batch_size=_ANY_NUMBER,
             **options,
         )
+        self._padding = Padding(own_pad, self.tokenizer, self.vocab)
         self.fixed_batch = batch_size
         self.progress = progress
         self.ranks = ranks
@@ -109,6 +112,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 left_truncate_len=left_truncate_len,
                 truncation=truncation,
             )
+            self._padding.tell(found[1])
             return found
         ids, mask = super().tok_batch_encode(
             strings, padding_side=padding_side, truncation=truncation
@@ -121,6 +125,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         for index, row in enumerate(rows):
             place = slice(T - len(row), T) if padding_side == "left" else slice(len(row))
             ids[index, place], mask[index, place] = torch.tensor(row), 1
+        self._padding.tell(mask)
         return ids, mask
 
     def _begin(self, ids: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from quantize.evaluate.protocols import Protocol
 from quantize.files.problems import error_of
 from quantize.gate.checks import Check
 from quantize.gate.file import Entry, GateFile
-from quantize.model.build import load_tokenizer
+from quantize.model.tokenizer import load_tokenizer
 
 _OF_THE_FORMAT = ("bits_per_weight",)
 """Metrics that no text decides."""

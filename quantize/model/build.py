@@ -1,4 +1,4 @@
-"""A transformers model without weights, as pq computes it; and the tokenizer beside it."""
+"""A transformers model without weights, as pq computes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.errors import DataError, ModelError
+from quantize.errors import ModelError
 from quantize.files.checkpoint import read_json
 from quantize.formats.registry import format_in
 from quantize.model.attention import ATTENTION
@@ -21,7 +21,6 @@ from quantize.model.roles import is_router
 from quantize.model.transformers_api import (
     build_model,
     read_config,
-    read_tokenizer,
     require_known_type,
     rope_types,
 )
@@ -79,16 +78,3 @@ def _require_known_rope(folder: Path, config: Any) -> None:
         raise ModelError(
             f"{folder}/config.json: rope_type {kind!r} is not known (known: {', '.join(known)})"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that stands beside the weights; DataError when there is none that works."""
-    try:
-        return read_tokenizer(folder)
-    except Exception as err:
-        # The tokenizers library raises plain Exception for a broken file,
-        # transformers half a dozen classes.
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise DataError(
-            f"{folder}: no usable tokenizer ({reason}); put tokenizer.json beside the weights"
-        ) from None

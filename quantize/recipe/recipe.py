@@ -42,17 +42,17 @@ class Calibration(BaseModel):
     model_config = _STRICT
 
     dataset: str = "builtin"
-    """Named calibration set, or a path to a text or JSON-lines file."""
+    """Named calibration set, or a path to a file of text or of rows."""
     nsamples: int = Field(default=128, ge=1)
     """Number of sequences."""
     seqlen: int = Field(default=2048, ge=8)
     """Tokens of a sequence."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the choice of sequences."""
-    chat_template: bool = False
-    """Whether conversations go through the tokenizer's chat template."""
+    chat_template: bool | None = None
+    """Whether rows go through the tokenizer's chat template; null: conversations do."""
     text_field: str | None = None
-    """Column that holds the text; null: the set's own."""
+    """Column that holds the text or the conversation; null: the set's own, else recognized."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every sequence begins with the BOS token; auto: where the tokenizer adds it."""
 

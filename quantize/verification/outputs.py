@@ -17,10 +17,10 @@ from quantize.calibration.tokens import check_vocab, evaluation_tokens
 from quantize.errors import DataError, VerifyError
 from quantize.methods.basis import Basis
 from quantize.model.arch import CONTAINER, Architecture
-from quantize.model.build import load_tokenizer
 from quantize.model.load import load_block, routing, tensors_of
 from quantize.model.moe import Router
 from quantize.model.skeleton import Skeleton
+from quantize.model.tokenizer import load_tokenizer
 from quantize.recipe.recipe import Recipe
 from quantize.verification.layout import Layout
 from quantize.verification.parent import Parent, Tick

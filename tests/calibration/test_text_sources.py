@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from quantize.calibration import text_sources
+from quantize.calibration.chats import Chat
 from quantize.calibration.text_sources import Purpose, Text
 from quantize.errors import DataError
 from quantize.files.resources import data_dir
@@ -98,7 +99,7 @@ def test_parquet_gives_chat_messages(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     parquet.write_table(pa.table({"messages": [chat, chat]}), tmp_path / "a.parquet")
     text = read(tmp_path / "a.parquet", field="messages")
-    assert text.rows == [chat, chat]
+    assert text.rows == [Chat(chat), Chat(chat)]
     assert text.origin["rows"] == 2
 
 
@@ -115,10 +116,15 @@ def test_parquet_gives_chat_messages(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n["b"]', ["line 2", "list"]),
         ("a.jsonl", b'{"body": "a", "id": 3}', ["line 1", "'text'", "body, id"]),
         ("a.jsonl", b'{"text": 3}', ["line 1", "int"]),
-        ("a.jsonl", b'{"text": null}', ["line 1", "NoneType"]),
-        ("a.jsonl", b'{"text": []}', ["line 1"]),
+        ("a.jsonl", b'{"text": null}', ["every one of its 1 rows", "text"]),
+        ("a.jsonl", b'{"text": []}', ["every one of its 1 rows", "text"]),
+        ("a.jsonl", b'"a text"', ["line 1", "str instead of a JSON object"]),
+        ("a.json", b'[{"text": "a"}', ["a.json", "not JSON"]),
+        ("a.json", b"3", ["int", "array of rows"]),
+        ("a.json", b'[{"text": "a"}, 3]', ["row 2", "int"]),
+        ("a.jsonl.gz", b'{"text": "a"}', ["damaged"]),
         ("a.jsonl", b'{"text": "\\ud800"}', ["line 1", "surrogate"]),
-        ("a.jsonl", b'{"text": [{"from": "user", "value": "a"}]}', ["line 1", "role"]),
+        ("a.jsonl", b'{"text": [{"who": "user", "value": "a"}]}', ["line 1", "role"]),
         ("a.parquet", b"PAR1 not at all", ["a.parquet", "not a readable parquet"]),
         ("a.parquet", b"", ["empty"]),
     ],
@@ -237,6 +243,20 @@ def test_hub_out_of_reach_points_to_local_files(hub: SimpleNamespace, error: Exc
     assert "give a local file" in text
     assert "wikitext2" in text
     assert "long story" not in text
+
+
+def test_columns_of_a_hub_set_are_recognized(hub: SimpleNamespace) -> None:
+    said = [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "b" * 50}]
+    hub.rows = [{"id": str(i) * 99, "conversations": said, "system": None} for i in range(1000)]
+    text = read("org/name", limit=300)
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "b" * 50}]
+    assert text.rows == [Chat(turns)] * len(text.rows)
+    assert hub.taken == len(text.rows) == -(-300 // len(str(said)))
+    assert (text.origin["text_field"], text.packing) == ("conversations", "packed")
+    hub.rows = [{"label": 3}]
+    assert "choose a text field among: label" in refusal("org/name")
+    hub.rows = [{"text": None}, *[{"text": "some"}] * 3]
+    assert read("org/name").rows == ["some"] * 3
 
 
 def test_pile_has_no_evaluation_split_and_empty_splits_are_named(hub: SimpleNamespace) -> None:

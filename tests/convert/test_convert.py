@@ -21,9 +21,9 @@ from quantize.evaluate import evaluate
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint
 from quantize.files.hashing import sha256_file
 from quantize.formats.packed_int import PackedInt
-from quantize.model.build import load_tokenizer
 from quantize.model.linear import PackedLinear
 from quantize.model.load import load_model
+from quantize.model.tokenizer import load_tokenizer
 from quantize.recipe.recipe import parse_recipe
 
 CPU = torch.device("cpu")

@@ -145,7 +145,7 @@ def test_tokenizers_that_are_absent_or_foreign(
         broken(),
         text_file,
         tmp_path / "work",
-        "no usable tokenizer .*put tokenizer.json",
+        "no usable tokenizer: .*put tokenizer.json",
         recipe="gptq",
     )
     refused(

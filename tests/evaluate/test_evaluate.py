@@ -170,7 +170,7 @@ def test_a_model_without_a_tokenizer(tiny: Maker, text_file: Path, tmp_path: Pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(
-        DataError, match=r"no usable tokenizer .*put tokenizer\.json beside the weights"
+        DataError, match=r"no usable tokenizer: .*put tokenizer\.json and tokenizer_config\.json"
     ):
         evaluate(folder, None, dataset=str(text_file), seqlen=16)
     for broken in ("", "{}", "[", '{"model": 3}'):

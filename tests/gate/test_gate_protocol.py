@@ -18,7 +18,7 @@ from quantize.gate.file import load_gate
 from quantize.gate.protocol import protocol_of
 from quantize.gate.run import run_gate
 from quantize.gate.update import update_baselines
-from quantize.model.build import load_tokenizer
+from quantize.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture

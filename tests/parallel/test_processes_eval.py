@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quantize.evaluate import run, streamed
 from quantize.evaluate.records import Records
 from quantize.formats.routing import TopK
-from quantize.model.build import load_tokenizer
 from quantize.model.load import load_model
+from quantize.model.tokenizer import load_tokenizer
 from quantize.parallel.launch import join
 
 SEQLEN = 24

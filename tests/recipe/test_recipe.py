@@ -56,11 +56,11 @@ def parse_stage(method: str, **fields: Any) -> str:
         ),
         (
             "chat_template: yes",
-            "chat_template: must be true or false (value 'yes'); the default is false",
+            "chat_template: must be true or false or null (value 'yes')",
         ),
         (
             "chat_template: 1",
-            "chat_template: must be true or false (value 1); the default is false",
+            "chat_template: must be true or false or null (value 1)",
         ),
         ("dataset: 7", "dataset: must be a string (value 7); put it in quotes"),
         ("text_field: 1.5", "text_field: must be a string or null (value 1.5); put it in quotes"),
