@@ -79,6 +79,12 @@ class Checkpoint:
         self._index = files.index
         held = {shard: self._kinds_in(shard) for shard in files.shards}
         self.problems = index_problems(files, held)
+        if self.problems:
+            more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+            self.notes += (
+                f"{self.folder}: {files.index} and its shards disagree, and the shards count, as in "
+                f"transformers ({self.problems[0]}{more})",
+            )
         where: dict[str, str] = {}
         for shard, kinds in held.items():
             for name, kind in kinds.items():
