@@ -33,7 +33,10 @@ _MISLEADING = (
     *PICKLES,
     "*.bin.index*.json",
     *("*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.npz", "*.npy"),
-    *("*.mlmodel", "*.engine", "*.xml.bin", "*.nemo", "*.zip", "*.tar", "*.tar.gz", "*.tgz"),
+    *("*.mlmodel", "*.engine", "*.nemo", "*.pdparams", "*.keras", "openvino*"),
+    *("*.zip", "*.tar", "*.tar.gz", "*.tgz"),
+    # What the parent's files add up to.
+    *("*.sig", "*.sha256", "*.md5", "*SUMS", "*SUMS.txt", "checklist.chk"),
     # How weights in other formats are packed, which vLLM reads beside or before config.json.
     "params.json",
     "quantize_config.json",
@@ -43,6 +46,7 @@ _MISLEADING = (
     # Adapters and the state of a training.
     "adapter_config.json",
     "trainer_state.json",
+    "latest",
     "*.py",
 )
 _NAMES_CODE = (

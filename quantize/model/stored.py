@@ -116,6 +116,7 @@ class StoredCheckpoint(Checkpoint):
             free = name if name not in self._places else key
             self._places[free] = whole(key, source.shapes[key])
         tied = conversion.tied
+        self._name_embedding(model, tied)
         self.missing = tuple(
             name
             for name in expected
@@ -131,6 +132,15 @@ class StoredCheckpoint(Checkpoint):
         self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
         places = self._places.items()
         self._where = {name: source._where[names_in(place)[0]] for name, place in places}
+
+    def _name_embedding(self, model: nn.Module, tied: Mapping[str, Sequence[str]]) -> None:
+        """Call a tensor that a tied model has stored for its head alone by the embedding's name, as
+        transformers takes it for both."""
+        parts = decoder_parts(model)
+        head, embedding = f"{parts.head}.weight", f"{parts.embedding}.weight"
+        is_tied = head in tied.get(embedding, ())
+        if is_tied and embedding not in self._places and head in self._places:
+            self._places[embedding] = self._places.pop(head)
 
     def _sort_out(self, model: nn.Module, beside: Mapping[str, tuple[str, bool]]) -> Leftovers:
         """What of the unplaced goes with the model or is ignored; of a packed model nothing is, as
@@ -227,6 +237,8 @@ class StoredCheckpoint(Checkpoint):
         """Under which names a model made of this one is written."""
         places = self._places.items()
         stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
+        # A tensor under the name of another is written by its own.
+        stored = {n: s for n, s in stored.items() if s == n or s not in self._expected}
         parts, form = self._expected, self._form
         return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import request_for
 from safetensors.torch import load_file, save_file
+from small_sources import fp8
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from quantize.convert.loop import convert
 from quantize.errors import ModelError
 from quantize.evaluate.run import evaluate
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from quantize.model.dequantized import open_source
 from quantize.verification import verify
 
 Maker = Callable[..., Path]
@@ -228,6 +230,23 @@ def test_a_head_of_its_own_that_config_ties_is_one(tiny: Maker, text_file: Path,
     assert result.ok, result.first_failure
 
 
+def test_a_tied_head_may_stand_for_the_embedding(
+    tiny: Maker, converted: Maker, text_file: Path, tmp_path: Path
+):
+    """transformers swaps the two; the output has the usual name."""
+    tied = tiny("qwen3", tie_word_embeddings=True)
+    change = lambda t: t.update({HEAD: t.pop(EMBEDDING)})  # noqa: E731
+    parent = changed(tied, tmp_path / "parent", change)
+    assert torch.equal(stock_logits(parent), stock_logits(tied))
+    convert(request_for(parent, "rtn", tmp_path / "out", text_file))
+    ours = stored(tmp_path / "out")
+    clean = stored(converted("rtn", "qwen3", tie_word_embeddings=True))
+    assert ours.keys() == clean.keys()
+    assert all(torch.equal(ours[name], clean[name]) for name in clean)
+    result = verify(tmp_path / "out", parent)
+    assert result.ok, result.first_failure
+
+
 def test_a_classifier_has_no_head_for_tokens(tiny: Maker, text_file: Path, tmp_path: Path):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["score.weight"] = tensors.pop(HEAD)[:1].clone()
@@ -248,3 +267,22 @@ def test_a_rotated_stream_is_refused_beside_modules_that_read_it(
     recipe.write_text("description: d\nformat: pq\nstages: [{method: rotate}, {method: rtn}]")
     with pytest.raises(ModelError, match=r"rotate: mtp, .* set residual: false"):
         convert(request_for(parent, str(recipe), tmp_path / "out", text_file))
+
+
+def test_a_small_source_carries_its_mtp_layer_dequantized(text_file: Path, tmp_path: Path):
+    parent = fp8(tmp_path / "parent")
+    tensors = load_file(parent / SINGLE_NAME)
+    last = [name for name in tensors if ".layers.1." in name]
+    more = {n.replace(".layers.1.", ".layers.2."): tensors[n].clone() for n in last}
+    more["model.layers.2.enorm.weight"] = torch.rand(128)
+    save_file(tensors | more, parent / SINGLE_NAME)
+    summary = convert(request_for(parent, "rtn", tmp_path / "out", text_file))
+    source, output = open_source(parent), Checkpoint(tmp_path / "out")
+    names = source.names("model.layers.2.")
+    assert summary.carried == {"model.layers.2": len(names)}
+    assert "model.layers.2.mlp.up_proj.weight" in names
+    for name in names:
+        assert torch.equal(output.tensor(name), source.tensor(name))
+        assert output.dtypes[name] in ("F32", "BF16")
+    result = verify(tmp_path / "out", parent)
+    assert result.ok, result.first_failure

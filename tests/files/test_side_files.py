@@ -33,6 +33,7 @@ LEFT = (
     *("consolidated.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("model-Q4_K_M.gguf", "model.onnx", "model.onnx_data", "tf_model.h5", "flax_model.msgpack"),
     *("rust_model.ot", "consolidated.00.pth", "optimizer.pt", "training_args.bin"),
+    *("model.sig", "SHA256SUMS", "checklist.chk", "openvino_model.xml", "latest"),
     *("trainer_state.json", "adapter_config.json", "adapter_model.safetensors"),
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml"),
     *("modeling_x.py", "configuration_x.py", "tokenization_x.py"),
