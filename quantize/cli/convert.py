@@ -285,7 +285,10 @@ def _print(summary: Summary) -> None:
     for unserved in summary.unserved:
         console.print(f"[yellow]not in vLLM:[/yellow] {unserved}")
     if summary.carried:
-        modules = (f"{name} ({count} tensors)" for name, count in summary.carried.items())
+        modules = (
+            f"{name} ({count} tensor{'s' if count > 1 else ''})"
+            for name, count in summary.carried.items()
+        )
         console.print(f"carried over unchanged, beside the decoder: {', '.join(modules)}")
     if summary.untied_head_bytes:
         console.print(

@@ -18,7 +18,7 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.encode import IntEncode
 from quantize.model.arch import Architecture, Shape
-from quantize.model.build import load_tokenizer
+from quantize.model.build import load_tokenizer, require_text_class
 from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_layers, shape_of
 from quantize.model.skeleton import Skeleton
@@ -41,6 +41,7 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     shape = shape_of(on_disk)
     require_layers(on_disk, shape)
     source, model = open_stored(on_disk, request.dtype)
+    require_text_class(request.model, model)
     skeleton = Skeleton(request.model, request.device, request.dtype, model=model)
     skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch

@@ -118,28 +118,12 @@ class Skeleton:
             )
         for name, shape in expected.items():
             found = shapes.get(name)
-            is_head = name == f"{self.parts.head}.weight"
-            if found is None and not (tied and is_head):
-                raise ModelError(
-                    f"tensor {name} is missing from the checkpoint; "
-                    f"{self._why_no_head() if is_head else 'download it again'}"
-                )
+            if found is None and not (tied and name == f"{self.parts.head}.weight"):
+                raise ModelError(f"tensor {name} is missing from the checkpoint; download it again")
             if found not in (None, shape):
                 raise ModelError(
                     f"tensor {name} is {list(found or ())}, config.json implies {list(shape)}"
                 )
-
-    def _why_no_head(self) -> str:
-        """What to do without a head: classes for other tasks than text have none."""
-        named = [
-            name for name in self.config.architectures or () if name != type(self.model).__name__
-        ]
-        if not named:
-            return "download it again"
-        return (
-            f"config.json names {named[0]}, which has no head for tokens; give a model of "
-            f"{type(self.model).__name__}"
-        )
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [N, K] of every nn.Linear of all blocks, by full name."""

@@ -247,15 +247,17 @@ def test_a_tied_head_may_stand_for_the_embedding(
     assert result.ok, result.first_failure
 
 
-def test_a_classifier_has_no_head_for_tokens(tiny: Maker, text_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier_has_no_head_for_tokens(
+    tiny: Maker, text_file: Path, tmp_path: Path, tied: bool
+):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["score.weight"] = tensors.pop(HEAD)[:1].clone()
 
-    named = {"architectures": ["LlamaForSequenceClassification"]}
+    named = {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": tied}
     parent = changed(tiny("llama"), tmp_path / "parent", change, **named)
-    with pytest.raises(
-        ModelError, match=r"names LlamaForSequenceClassification, which has no head"
-    ):
+    says = r"names LlamaForSequenceClassification, which has no head .* of LlamaForCausalLM"
+    with pytest.raises(ModelError, match=says):
         convert(request_for(parent, "rtn", tmp_path / "out", text_file))
 
 
