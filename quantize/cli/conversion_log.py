@@ -10,39 +10,102 @@ from pathlib import Path
 
 import typer
 
+from quantize.cli.common import Progress
 from quantize.cli.told import OF_TEXT, Told
 from quantize.errors import PqError
 
-_SHOWN = ("quantize.files.lock", "quantize.files.resume", OF_TEXT, "quantize.convert.serving")
+_SHOWN = (
+    "quantize.files.lock",
+    "quantize.files.resume",
+    OF_TEXT,
+    "quantize.convert.draft",
+    "quantize.convert.serving",
+)
 """Loggers all of whose lines are shown: what becomes of an earlier run's state, what is said of the
-text, and what engines will not serve."""
+text, what of the model's folder is read otherwise than it seems, and what engines will not serve."""
+
+
+_LOGGER = logging.getLogger("quantize")
+_PREPARES = ("hashing source", "checking source")
+"""Steps of a conversion before the first that computes."""
+
+
+class RunLog:
+    """OUTPUT.log, which is there from the first step on that computes: a start that fails leaves
+    none."""
+
+    def __init__(self, output: Path, work: Path) -> None:
+        from quantize.files.resume import in_use
+
+        self.path = output.with_name(output.name + ".log")
+        self._goes_on = in_use(work)
+        self._early = _Held()
+        self._file: _Log | None = None
+
+    def begin(self) -> None:
+        """Write what was said so far, and from now on all that is said; behind what a run wrote
+        that is gone on from. OutputError where that cannot be."""
+        from quantize.files.disk import report_errors
+
+        if self._file is not None:
+            return
+        with report_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = _Log(self.path, mode="a" if self._goes_on else "w", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in self._early.records:
+            file.handle(record)
+        self._file = file
+        _LOGGER.removeHandler(self._early)
+        _LOGGER.addHandler(file)
+
+    def begins(self, progress: Progress) -> Progress:
+        """The same progress, the first step of which that computes begins the log."""
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in _PREPARES:
+                self.begin()
+            progress(what, done, total)
+
+        return told
+
+    def hold(self) -> None:
+        """Keep what is said until the log begins."""
+        _LOGGER.setLevel(logging.INFO)
+        _LOGGER.addHandler(self._early)
+
+    def close(self) -> None:
+        """End the log, or forget what was kept."""
+        _LOGGER.removeHandler(self._early)
+        if self._file is not None:
+            self._file.close()
+            _LOGGER.removeHandler(self._file)
 
 
 @contextmanager
-def log_run(output: Path, work: Path) -> Iterator[None]:
-    """Write OUTPUT.log, behind what a run wrote that may be gone on from, and say on
-    stderr what becomes of that."""
-    from quantize.files.disk import report_errors
-    from quantize.files.resume import count_kept_blocks, in_use
+def log_run(output: Path, work: Path) -> Iterator[RunLog]:
+    """Write OUTPUT.log and say on stderr what becomes of an earlier run's state. A start that fails
+    leaves neither a log nor folders."""
+    from quantize.files.resume import count_kept_blocks
 
-    path = output.with_name(output.name + ".log")
-    with report_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _Log(path, mode="a" if in_use(work) else "w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("quantize")
+    missing = [p for path in (output, work) for p in path.absolute().parents if not p.exists()]
+    log = RunLog(output, work)
+    log.hold()
     told = Told()
     slow = Told()
     slow.addFilter(_worth_a_line)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(file)
     for name in _SHOWN:
         logging.getLogger(name).addHandler(told)
     logging.getLogger("quantize.convert.pace").addHandler(slow)
     try:
-        yield
+        yield log
     except BaseException as err:
-        logger.error("stopped: %s", str(err) or type(err).__name__)
+        if not isinstance(err, PqError | KeyboardInterrupt | SystemExit):
+            log.begin()  # what is no mistake of the user is to be looked into
+        _LOGGER.error("stopped: %s", str(err) or type(err).__name__)
+        for folder in sorted(set(missing), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # one that holds something stays
+                folder.rmdir()
         if not isinstance(err, PqError) and (done := count_kept_blocks(work)):
             typer.echo(
                 f"pq: {done} blocks are kept in {work}; the same command goes on from there",
@@ -50,8 +113,7 @@ def log_run(output: Path, work: Path) -> Iterator[None]:
             )
         raise
     finally:
-        file.close()
-        logger.removeHandler(file)
+        log.close()
         for name in _SHOWN:
             logging.getLogger(name).removeHandler(told)
         logging.getLogger("quantize.convert.pace").removeHandler(slow)
@@ -63,6 +125,18 @@ def _worth_a_line(record: logging.LogRecord) -> bool:
 
     unseen = not sys.stderr.isatty()
     return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)
+
+
+class _Held(logging.Handler):
+    """Keeps lines for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.records.append(record)
 
 
 class _Log(logging.FileHandler):

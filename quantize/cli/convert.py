@@ -198,10 +198,11 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.convert.loop import convert as run
 
-    with log_run(request.output, kept):
+    with log_run(request.output, kept) as log:
         with progress_bar() as progress, signals:
             signals.catch()
-            summary = run(request, progress, signals.stop)
+            summary = run(request, log.begins(progress), signals.stop)
+        log.begin()
         if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
@@ -288,6 +289,12 @@ def _print(summary: Summary) -> None:
     for unserved in summary.unserved:
         where, _, what = unserved.partition(": ")
         console.print(f"[yellow]{where}:[/yellow] {what}")
+    if summary.carried:
+        modules = (
+            f"{name} ({count} tensor{'s' if count > 1 else ''})"
+            for name, count in summary.carried.items()
+        )
+        console.print(f"carried over unchanged, beside the decoder: {', '.join(modules)}")
     if summary.untied_head_bytes:
         console.print(
             "the head no longer shares the embedding's weight: "

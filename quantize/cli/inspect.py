@@ -53,6 +53,8 @@ def _print(found: Inspection, every_block: bool) -> None:
     root.add(printable(sizes))
     for line in _total_lines(found.totals):
         root.add(line)
+    for note in found.notes:
+        root.add(printable(note))
     if found.attention is not None:
         root.add(printable(f"attention: {json.dumps(found.attention)}"))
     runs = list(_runs(found.blocks, every_block))

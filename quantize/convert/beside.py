@@ -1,4 +1,5 @@
-"""Tensors that text does not pass (towers, projectors): copied bit for bit, some at a time."""
+"""Tensors that text does not pass (towers, projectors), and modules that the model has no place for
+(MTP heads): copied bit for bit, some at a time."""
 
 from __future__ import annotations
 
@@ -41,5 +42,6 @@ def _parts(plan: Plan) -> list[dict[str, str]]:
 
 def _sizes(plan: Plan) -> dict[str, int]:
     """Bytes of every stored tensor; none are looked up where nothing is copied."""
-    headers = tensor_headers(plan.source.stored) if plan.arch.beside else {}
+    copied = plan.arch.beside or plan.source.leftovers.carried
+    headers = tensor_headers(plan.source.stored) if copied else {}
     return {name: header.bytes for name, header in headers.items()}

@@ -3,6 +3,8 @@ sizes, the calibration text."""
 
 from __future__ import annotations
 
+import logging
+
 from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.calibration.tokens import TokenSet, calibration_tokens, check_vocab
 from quantize.convert.allocation import Space
@@ -18,12 +20,16 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
 from quantize.methods.encode import Encode, IntEncode
 from quantize.model.arch import Architecture, Shape
+from quantize.model.build import require_text_class
 from quantize.model.dequantized import open_source, require_source
-from quantize.model.load import require_layers, require_tied, shape_of
+from quantize.model.load import require_layers, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
+from quantize.model.tied import settle_tie
 from quantize.model.tokenizer import load_tokenizer
 from quantize.recipe.recipe import Recipe, format_problems
+
+log = logging.getLogger(__name__)
 
 
 def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, TokenSet | None]:
@@ -38,9 +44,14 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     shape = shape_of(on_disk)
     require_layers(on_disk, shape)
     source, model = open_stored(on_disk, request.dtype)
+    require_text_class(request.model, model)
     skeleton = Skeleton(request.model, request.device, request.dtype, model=model)
     skeleton.check(source.shapes, shape.tied)
     arch = skeleton.arch
+    shape = settle_tie(source, arch, shape)
+    if aloud:
+        for note in source.notes:
+            log.warning("%s", note)
     _check(source, arch, shape, skeleton, request.recipe)
     plan = Plan(request, source, arch, shape, skeleton, Decisions(request.recipe))
     if plan.needs_decisions:  # its linears are not known yet
@@ -58,9 +69,14 @@ def _check(
     source: StoredCheckpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
 ) -> None:
     """Everything that can be refused before the first block is computed."""
-    require_tied(source, arch, shape)
     source.side_files()
-    if recipe.head_bits is not None and shape.tied and not Basis(recipe.stages).unties(shape):
+    basis = Basis(recipe.stages)
+    if basis.is_changed and (carried := next(iter(source.leftovers.carried), None)):
+        raise ModelError(
+            f"recipe stage rotate: {carried}, which is carried over unchanged, reads the stream in "
+            "the parent's basis; set residual: false"
+        )
+    if recipe.head_bits is not None and shape.tied and not basis.unties(shape):
         raise ModelError(
             f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"
         )

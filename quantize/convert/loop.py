@@ -163,7 +163,7 @@ def _finish(
     if has_tail(plan):
         writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
     for path in plan.format.side_files(plan.source.side_files()):
-        writer.copy(path)
+        writer.copy(path, path.relative_to(plan.source.folder).as_posix())
     config = output_config(plan, state)
     writer.finish(config)
     writer.write_json("config.json", config)

@@ -21,7 +21,7 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         config = stage.config(config)
     linears = linears_of(plan)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
-    beside = plan.skeleton.linears_beside()
+    beside = [*plan.skeleton.linears_beside(), *plan.source.carried_linears]
     names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
     alone = [name for name in names if name not in state.schemes]
     routing, ours = state.routing, None

@@ -59,6 +59,10 @@ class Summary:
     """What the recipe asks for and the format of the output cannot hold."""
     unserved: list[str]
     """What of an output in vLLM's own format vLLM would refuse, where, and what to do."""
+    notes: list[str]
+    """What of the model's folder was not read, or otherwise than config.json has it, a line each."""
+    carried: dict[str, int]
+    """Modules that the model has no place for and that go with it (MTP heads) → their tensors."""
     untied_head_bytes: int
     """What a head takes that shared the embedding's weight and got one of its own; 0 where none
     did."""
@@ -111,6 +115,8 @@ def summary_of(
         adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),
         unserved=[str(line) for line in unserved(plan, state.schemes)],
+        notes=list(plan.source.notes),
+        carried={name: len(found) for name, found in plan.source.leftovers.carried.items()},
         untied_head_bytes=state.untied_head_bytes,
         restructured=[
             {
@@ -145,11 +151,13 @@ def _by_reason(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def results_of(plan: Plan, state: State, dropped: int) -> dict[str, Any]:
     """What goes into the provenance after the last block. dropped: sequences that left the
     calibration."""
-    allocation = plan.decisions.allocation
+    allocation, leftovers = plan.decisions.allocation, plan.source.leftovers
     return {
         "bits_per_weight": state.bits_per_weight,
         "dropped_sequences": dropped,
         "attention": plan.attention,
         "allocation": allocation.as_json() if allocation else None,
+        "carried": {name: len(found) for name, found in leftovers.carried.items()},
+        "ignored": list(leftovers.ignored),
         "layers": state.report,
     }

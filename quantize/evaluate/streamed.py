@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from functools import partial
@@ -29,7 +30,6 @@ from quantize.model.load import (
     packed_schemes,
     require_layers,
     require_readable,
-    require_tied,
     rotated_inputs,
     routing,
     shape_of,
@@ -39,10 +39,13 @@ from quantize.model.moe import MoeFfn
 from quantize.model.shell import Tail
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import open_stored
+from quantize.model.tied import settle_tie
 from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 Span = tuple[int, int, int]
 """(window, first position, end): predictions wanted of one window, as
@@ -153,7 +156,9 @@ class StreamedModel:
         self.schemes = packed_schemes(self.source, list(self.linears))
         self._check()
         self.arch = self.skeleton.arch
-        require_tied(self.source, self.arch, self.shape)
+        self.shape = settle_tie(self.source, self.arch, self.shape)
+        for note in self.source.notes:
+            log.warning("%s", note)
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = (
             "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)

@@ -2,64 +2,56 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantize.errors import ModelError
 from quantize.files import strict_json
+from quantize.files.adapter import require_no_adapter
 from quantize.files.finite import FLOATS, require_finite_floats
+from quantize.files.folder import inside, read_json
 from quantize.files.hashing import sha256_file
+from quantize.files.side_files import side_files, without_model_code
 from quantize.files.small import Dequantized
+from quantize.files.weight_files import (
+    INDEX_NAME,
+    NAMED,
+    SINGLE_NAME,
+    WeightFiles,
+    index_problems,
+    require_shard,
+    weight_files,
+)
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "header_entries", "read_json"]
+
 # buffers that early Llama checkpoints store and models compute anew
 _COMPUTED = (".rotary_emb.inv_freq",)
-# bytes, since all of a file is read; an index of 100,000 tensors has about ten MiB
-_MAX_JSON = 64 << 20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object; ModelError names the file and what is wrong with it."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ModelError(
-                f"{path}: larger than {_MAX_JSON >> 20} MiB, not a model's {path.name}"
-            )
-        if not path.is_file():  # reading a pipe would wait for ever
-            raise ModelError(f"{path}: is no plain file; put the model's own {path.name} there")
-        data = strict_json.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: not found; give a folder that holds a Hugging Face model"
-        ) from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as err:  # ValueError: no UTF-8, no JSON, or a number of 4300 digits
-        raise ModelError(f"{path}: cannot be read as JSON ({err})") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return data
 
 
 class Checkpoint:
     """A folder with config.json and safetensors weights. Opens shards only while tensors are read.
 
-    Raises ModelError for pickles, missing, truncated or escaping shards, and tensors
-    that are listed but not there.
+    Its weights are those that transformers would load (`weight_files`). Raises ModelError for
+    pickles, adapters, missing, truncated or escaping shards, and for two tensors of one name that
+    differ.
     Links are followed within the folder and to the Hub cache's blobs, nowhere else.
     """
 
     dequantized: Dequantized | None = None
     """What of it is stored small and dequantized when it is read; None where nothing is."""
+    notes: tuple[str, ...] = ()
+    """What of the folder is not read though it might be meant, a line each."""
+    passed_over: tuple[str, ...] = ()
+    """Stored tensors that models compute anew, which are as if they were not there."""
+    _index: str | None = None
+    problems: tuple[str, ...] = ()
+    """Where the index and the shards disagree; transformers goes by the shards, and so does pq."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +59,9 @@ class Checkpoint:
             raise ModelError(
                 f"{folder}: no such folder; give a local model folder or a Hub id (org/name)"
             )
-        self.config = read_json(self._inside(folder / "config.json"))
+        require_no_adapter(folder)
+        told = read_json(inside(folder, folder / "config.json"))
+        self.config = without_model_code({k: v for k, v in told.items() if k != NAMED})
         if place := strict_json.not_finite(self.config):
             raise ModelError(
                 f"{folder}/config.json: {place} is not a finite number; give the original file"
@@ -76,87 +70,57 @@ class Checkpoint:
         """Shape of every tensor by name, from the headers alone."""
         self.dtypes: dict[str, str] = {}
         """What the safetensors format calls the dtype of every tensor (BF16, F8_E4M3), by name."""
-        self._where = self._read_index()
+        self._where = self._read_headers(weight_files(folder, told))
         self.shards = sorted(set(self._where.values()))
 
-    def _read_index(self) -> dict[str, str]:
-        index = self.folder / INDEX_NAME
-        if index.exists():
-            weight_map = read_json(self._inside(index)).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(v, str) for v in weight_map.values()
-            ):
-                raise ModelError(f"{index}: weight_map must map tensor names to shard files")
-            where = dict(weight_map)
-        elif (self.folder / SINGLE_NAME).exists():
-            where = dict.fromkeys(self._kinds_in(SINGLE_NAME), SINGLE_NAME)
-        else:
-            raise ModelError(self._no_weights())
-        held = {shard: self._kinds_in(shard) for shard in sorted(set(where.values()))}
+    def _read_headers(self, files: WeightFiles) -> dict[str, str]:
+        """Shard of every tensor by name."""
+        self.notes = (f"{self.folder}: {files.note}",) if files.note else ()
+        self._index = files.index
+        held = {shard: self._kinds_in(shard) for shard in files.shards}
+        self.problems = index_problems(files, held)
+        if self.problems:
+            more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+            self.notes += (
+                f"{self.folder}: {files.index} and its shards disagree, and the shards count, as in "
+                f"transformers ({self.problems[0]}{more})",
+            )
+        where: dict[str, str] = {}
         for shard, kinds in held.items():
-            listed, present = {name for name, s in where.items() if s == shard}, set(kinds)
-            if missing := sorted(listed - present):
-                raise ModelError(
-                    f"{self.folder / shard}: tensor {missing[0]} is in the index but not in the "
-                    "shard"
-                )
-            if extra := sorted(present - listed):
-                raise ModelError(
-                    f"{self.folder / shard}: tensor {extra[0]} is in the shard but the index "
-                    f"places it in {where.get(extra[0], 'no file')}; the checkpoint is "
-                    "inconsistent, download it again"
-                )
+            for name, kind in kinds.items():
+                if name in where and not self._is_twice(name, where[name], shard):
+                    raise ModelError(
+                        f"{self.folder}: tensor {name} is in {where[name]} and in {shard}, with "
+                        "other values; the checkpoint is inconsistent, download it again"
+                    )
+                where[name] = shard
+                self.dtypes[name], self.shapes[name] = kind
         if not where:
             raise ModelError(f"{self.folder}: the checkpoint holds no tensors")
-        stored = {n: kind for kinds in held.values() for n, kind in kinds.items()}
-        wanted = [name for name in stored if not name.endswith(_COMPUTED)]
-        self.dtypes = {name: stored[name][0] for name in wanted}
-        self.shapes = {name: stored[name][1] for name in wanted}
-        return {name: shard for name, shard in where.items() if name in self.shapes}
+        self.passed_over = tuple(sorted(name for name in where if name.endswith(_COMPUTED)))
+        for name in self.passed_over:
+            del self.dtypes[name], self.shapes[name], where[name]
+        return where
 
-    def _no_weights(self) -> str:
-        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
-        if pickles:
-            return (
-                f"{self.folder / pickles[0]}: pickle weights can run code and are not read; "
-                "convert them first (load in transformers and save_pretrained with "
-                "safe_serialization=True)"
-            )
-        if gguf := sorted(self.folder.glob("*.gguf")):
-            return (
-                f"{gguf[0]}: GGUF files are quantized already and are not read; give the model "
-                "that it was made from, in safetensors"
-            )
-        return f"{self.folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}"
+    def _is_twice(self, name: str, *shards: str) -> bool:
+        """Whether two shards hold the same tensor."""
+        one, two = (self._tensor_in(shard, name) for shard in shards)
+        same = one.dtype == two.dtype and one.shape == two.shape
+        return same and torch.equal(
+            one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8)
+        )
+
+    def _tensor_in(self, shard: str, name: str) -> Tensor:
+        path = self._shard_path(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as err:
+            raise ModelError(f"{path}: cannot be read ({err}); download it again") from None
+        return tensor
 
     def _shard_path(self, shard: str) -> Path:
-        path = self.folder / shard
-        if (
-            Path(shard).name != shard
-            or shard in ("", ".", "..")
-            or "\\" in shard
-            or not _is_file_name(shard)
-        ):
-            raise ModelError(
-                f"{self.folder / INDEX_NAME}: shard {shard[:80]!r} is not a plain file name; "
-                "refusing to follow it"
-            )
-        if not path.is_file():
-            raise ModelError(f"{path}: shard is missing; download the checkpoint again")
-        return self._inside(path)
-
-    def _inside(self, path: Path) -> Path:
-        # The Hub cache links files to blobs beside the snapshot; anything else that
-        # leaves the folder is refused.
-        try:
-            target, root = path.resolve(), self.folder.resolve()
-        except (OSError, RuntimeError):
-            raise ModelError(f"{path}: is a link to itself; download it again") from None
-        if not target.is_relative_to(root) and target.parent != (root.parent.parent / "blobs"):
-            raise ModelError(
-                f"{path}: links to {target}, outside the model folder; copy the file there instead"
-            )
-        return path
+        return require_shard(self.folder, shard, self._index)
 
     def _kinds_in(self, shard: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of every tensor in a shard."""
@@ -250,29 +214,8 @@ class Checkpoint:
         }
 
     def side_files(self) -> list[Path]:
-        """Every file that is not a weight, its index or config.json:
-        tokenizer, templates, licence, …
-
-        ModelError for one that may not be read, and for a link that leaves the folder:
-        a copy would hold its target.
-        """
-        skip = {INDEX_NAME, "config.json", "pq.json", "pq-statistics.json", *self.shards}
-        weights = {
-            p
-            for pattern in ("*.safetensors", "*.gguf", *_PICKLES)
-            for p in self.folder.glob(pattern)
-        }
-        found = sorted(
-            self._inside(p)
-            for p in self.folder.iterdir()
-            if p.is_file()
-            and p not in weights
-            and p.name not in skip
-            and not p.name.startswith(".")
-        )
-        if closed := [path for path in found if not os.access(path, os.R_OK)]:
-            raise ModelError(f"{closed[0]}: may not be read; change its permissions, or remove it")
-        return found
+        """The files beside the weights that go with the model (`quantize.files.side_files`)."""
+        return side_files(self.folder)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and every shard."""
@@ -290,11 +233,3 @@ def header_entries(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as err:
         raise ModelError(f"{path}: its header cannot be read ({err}); download it again") from None
     return entries
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether file systems can hold it: no NUL, no lone surrogate, not too long."""
-    try:
-        return "\0" not in name and len(name.encode()) < 256
-    except UnicodeEncodeError:
-        return False

@@ -102,8 +102,10 @@ class Transaction:
             else:
                 self.folder = self._kept
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for path in self.folder.iterdir():
-                    if path.name not in self._hashes:  # half written when an earlier run was killed
+                for path in self.folder.rglob("*"):
+                    name = path.relative_to(self.folder).as_posix()
+                    # half written when an earlier run was killed
+                    if name not in self._hashes and not path.is_dir():
                         path.unlink()
         return self
 
@@ -127,6 +129,7 @@ class Transaction:
         """Let `save` write the file `name`; `check` reads it once it would survive a power cut."""
         path = self.folder / name
         with report_errors(path):
+            path.parent.mkdir(exist_ok=True)  # of a file in a folder of its own
             save(path)
             # safetensors creates files that only their owner can read.
             path.chmod(0o666 & ~_umask())
@@ -141,9 +144,10 @@ class Transaction:
             path.unlink()
             del self._hashes[name]
 
-    def copy(self, source: Path) -> None:
-        """Copy a side file byte for byte."""
-        self.write(source.name, lambda path: shutil.copyfile(source, path))
+    def copy(self, source: Path, name: str | None = None) -> None:
+        """Copy a side file byte for byte. name: what it is called here, a folder within it; None:
+        as it is."""
+        self.write(name or source.name, lambda path: shutil.copyfile(source, path))
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file with stable formatting."""
@@ -159,6 +163,8 @@ class Transaction:
                     "the disk"
                 )
         with report_errors(self.output):
+            for folder in {(self.folder / name).parent for name in self._hashes}:
+                sync(folder)
             sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
             require_free(self.output)
@@ -176,6 +182,7 @@ class Transaction:
         copy = self._temporary()
         try:
             for name, digest in self._hashes.items():
+                (copy / name).parent.mkdir(exist_ok=True)
                 shutil.copy(self.folder / name, copy / name)
                 sync(copy / name)
                 if sha256_file(copy / name) != digest:

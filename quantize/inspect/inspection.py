@@ -114,6 +114,8 @@ class Inspection:
     blocks: tuple[DecoderBlock, ...]
     outside: tuple[Other, ...]
     """Tensors that are in no block."""
+    notes: tuple[str, ...]
+    """What of the folder is not read, and which blocks are none of the decoder's, a line each."""
     made: Origin | None
     """None where pq.json is absent or cannot be used."""
     made_problem: str | None
@@ -146,9 +148,24 @@ def inspect(folder: Path) -> Inspection:
         totals=_totals(headers, stored, outside, file_bytes),
         blocks=blocks,
         outside=outside,
+        notes=(*source.notes, *_passed_over(source), *_beyond(blocks, _sizes(source.config))),
         made=made,
         made_problem=problem,
     )
+
+
+def _passed_over(source: Checkpoint) -> tuple[str, ...]:
+    """A line about what is as if it were not there."""
+    names = source.passed_over
+    return (f"not counted: {names[0]} and the like ({len(names)})",) if names else ()
+
+
+def _beyond(blocks: tuple[DecoderBlock, ...], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """A line about the blocks behind the last one that config.json counts."""
+    count = sizes.get("num_hidden_layers", 0)
+    lists = {block.name.rpartition(".")[0] for block in blocks if block.index == count - 1}
+    found = [b.name for b in blocks if b.index >= count and b.name.rpartition(".")[0] in lists]
+    return (f"behind the last of {count} layers: {', '.join(found)}",) if found else ()
 
 
 def _native(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from quantize.methods.base import Stage
 from quantize.model.arch import Architecture, Shape
-
-_TIED = "tie_word_embeddings"
+from quantize.model.tied import untied
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,4 @@ class Basis:
         """config.json of the parent as it has to read for the output."""
         if not self.unties(shape):
             return dict(parent)
-        # Some classes let a section of the text decoder decide where the whole says no.
-        sections = {
-            name: {**section, _TIED: False}
-            for name, section in parent.items()
-            if isinstance(section, Mapping) and (name == "text_config" or section.get(_TIED))
-        }
-        return {**parent, _TIED: False, **sections}
+        return untied(parent)

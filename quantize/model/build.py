@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +60,21 @@ def _place_experts_of(section: Any, folder: Path, model: nn.Module) -> None:
             place_native_experts(model, sizes, form.routing(section))
     except (ValueError, ModelError) as err:
         raise ModelError(f"{folder}/config.json: quantization_config: {err}") from None
+
+
+_OTHER_TASK = re.compile(r"For(Sequence|Token)Classification$|ForQuestionAnswering$|RewardModel$")
+"""Classes of models that do not write text."""
+
+
+def require_text_class(folder: Path, model: Any) -> None:
+    """ModelError where config.json names a class for another task: the checkpoint has no head for
+    tokens, or a tied one, and an output would still say that it were of that class."""
+    ours, named = type(model).__name__, list(model.config.architectures or ())
+    if ours not in named and (other := next(filter(_OTHER_TASK.search, named), None)):
+        raise ModelError(
+            f"{folder}/config.json: names {other}, which has no head for tokens; give a model of "
+            f"{ours}"
+        )
 
 
 def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})) -> Any:

@@ -71,6 +71,8 @@ class DequantizedCheckpoint(Checkpoint):
     def __init__(self, stored: Checkpoint, found: Stored) -> None:
         self.stored = stored
         self.folder, self.shards = stored.folder, stored.shards
+        self.notes, self.problems = stored.notes, stored.problems
+        self.passed_over = stored.passed_over
         self.config = {k: v for k, v in stored.config.items() if k != "quantization_config"}
         dtype = _dtype_of(self.config)
         self._dtype: torch.dtype = getattr(torch, dtype)

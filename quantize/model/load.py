@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
-from quantize.model.arch import Architecture, Shape
+from quantize.model.arch import Shape
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.build import meta_model
 from quantize.model.dequantized import open_source
@@ -30,8 +31,12 @@ from quantize.model.stored import open_stored
 from quantize.model.transformers_api import decoder_facts, load_pretrained, load_tensors
 from quantize.model.transformers_decoder import renew_buffers
 
+log = logging.getLogger(__name__)
+
 PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
+_NO_CODES = ("I64", "BOOL")
+"""dtypes of positions and masks, and never of weights."""
 KV_SCALE = "kv.scale"
 """Post-RoPE scale of an attention module, relative to it."""
 
@@ -50,6 +55,8 @@ def load_model(
     """
     on_disk = open_source(folder)
     require_readable(on_disk)
+    for note in on_disk.notes:
+        log.warning("%s", note)
     if on_disk.config.get("quantization_config") is None and attention is None:
         return _load_plain(on_disk, device, dtype)
     source, built = open_stored(on_disk, dtype)
@@ -77,7 +84,7 @@ def require_readable(source: Checkpoint) -> None:
     quantization = source.config.get("quantization_config")
     if quantization is None:
         for name, dtype in source.dtypes.items():
-            if dtype not in DTYPES:
+            if dtype not in (*DTYPES, *_NO_CODES):
                 raise ModelError(
                     f"{source.folder}: {name} is {dtype}, but config.json has no "
                     "quantization_config that says what it means; give the original model"
@@ -120,22 +127,6 @@ def require_layers(source: Checkpoint, shape: Shape) -> None:
         f"{source.folder}: config.json says {shape.n_blocks} layers but there is no tensor "
         f"{first}{last}*"
     )
-
-
-def require_tied(source: Checkpoint, arch: Architecture, shape: Shape) -> None:
-    """ModelError for a head that config.json ties to the embedding, and that the
-    checkpoint holds with other values."""
-    # transformers leaves such a head untied, with a warning: what ties them would be another model.
-    head, embedding = f"{arch.head}.weight", f"{arch.embedding}.weight"
-    if (
-        shape.tied
-        and head in source
-        and not torch.equal(source.tensor(head), source.tensor(embedding))
-    ):
-        raise ModelError(
-            f"{source.folder}: {head} differs from {embedding}, though config.json ties them; "
-            "set tie_word_embeddings to false there"
-        )
 
 
 def _format(source: Checkpoint) -> tuple[OutputFormat, Mapping[str, Any]] | None:

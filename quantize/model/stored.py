@@ -21,6 +21,7 @@ from quantize.model.build import meta_model
 from quantize.model.conversion import (
     Homes,
     loaded,
+    owner_of,
     parts_of,
     published,
     published_names,
@@ -28,7 +29,9 @@ from quantize.model.conversion import (
 )
 from quantize.model.experts import expert_layouts
 from quantize.model.lazy import lazy, where
+from quantize.model.leftovers import Leftovers, Place, leftovers_of
 from quantize.model.output_names import OutputNames
+from quantize.model.transformers_decoder import parts_of as decoder_parts
 from quantize.model.transformers_names import Conversion
 from quantize.model.where import Part, Where, fetch, names_in, whole
 
@@ -72,7 +75,8 @@ class StoredCheckpoint(Checkpoint):
 
     source: what is on the disk. model: what config.json describes as transformers builds it, on the
     meta device, its experts stacked; it is not kept. Hashes, shards and side files are the source's.
-    Stored tensors that the model has no place for keep their names, so that checks see them.
+    Stored tensors that the model has no place for are its `leftovers`; those of a packed model that
+    do not go with it keep their names, so that checks see them.
 
     ModelError for experts that cannot be told apart, and for parts of a converted tensor that are
     missing or do not fit each other.
@@ -81,7 +85,8 @@ class StoredCheckpoint(Checkpoint):
     def __init__(self, source: Checkpoint, model: nn.Module) -> None:
         self.stored = source
         self.folder, self.config, self.shards = source.folder, source.config, source.shards
-        self.dequantized = source.dequantized
+        self.dequantized, self.problems = source.dequantized, source.problems
+        self.passed_over = source.passed_over
         self._layouts = layouts = expert_layouts(model)
         self._conversion = conversion = Conversion(model)
         given = {
@@ -99,11 +104,19 @@ class StoredCheckpoint(Checkpoint):
         if unplaced:
             homes = Homes(conversion, published_names(expected, self._form), expected)
             beside = {key: homes.name(key) for key in unplaced}
+        self.leftovers = self._sort_out(model, beside)
+        for key in (*self.leftovers.carried_names, *self.leftovers.ignored):
+            beside.pop(key, None)
+        self.notes = (
+            *source.notes,
+            *(f"{self.folder}: {line}" for line in self.leftovers.lines()),
+        )
         self._places: dict[str, Where] = dict(parts)
         for key, (name, _) in beside.items():
             free = name if name not in self._places else key
             self._places[free] = whole(key, source.shapes[key])
         tied = conversion.tied
+        self._name_embedding(model, tied)
         self.missing = tuple(
             name
             for name in expected
@@ -119,6 +132,29 @@ class StoredCheckpoint(Checkpoint):
         self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
         places = self._places.items()
         self._where = {name: source._where[names_in(place)[0]] for name, place in places}
+
+    def _name_embedding(self, model: nn.Module, tied: Mapping[str, Sequence[str]]) -> None:
+        """Call a tensor that a tied model has stored for its head alone by the embedding's name, as
+        transformers takes it for both."""
+        parts = decoder_parts(model)
+        head, embedding = f"{parts.head}.weight", f"{parts.embedding}.weight"
+        is_tied = head in tied.get(embedding, ())
+        if is_tied and embedding not in self._places and head in self._places:
+            self._places[embedding] = self._places.pop(head)
+
+    def _sort_out(self, model: nn.Module, beside: Mapping[str, tuple[str, bool]]) -> Leftovers:
+        """What of the unplaced goes with the model or is ignored; of a packed model nothing is, as
+        it must fit its config.json to the last tensor.
+
+        beside: as `Homes.name` has them.
+        """
+        parts = decoder_parts(model)
+        n_blocks = sum(1 for _ in model.get_submodule(parts.blocks).children())
+        place = Place(parts.blocks, n_blocks, self._conversion.prefix, self._conversion.modules)
+        found = leftovers_of({key: name for key, (name, _) in beside.items()}, place, self.config)
+        plain = self.config.get("quantization_config") is None
+        left = found.ignored if plain else ()
+        return Leftovers(found.carried, tuple(sorted((*left, *self.passed_over))))
 
     def misfit(self) -> str | None:
         """What the model lacks here and what it has no place for, in one line; None where nothing.
@@ -179,21 +215,30 @@ class StoredCheckpoint(Checkpoint):
 
     def kept_names(self, modules: Sequence[str]) -> dict[str, str]:
         """Names on the disk of all that modules, and tensors, are stored as → under which names the
-        same is written, in order. What is stored as the model has it takes the names of the output,
-        what transformers converts when it loads stays as it is."""
+        same is written, in order; with what is carried over. What is stored as the model has it
+        takes the names of the output, what transformers converts when it loads stays as it is."""
         out: dict[str, str] = {}
         for name in sorted(self._places):
             if any(name == module or name.startswith(f"{module}.") for module in modules):
                 place = self._places[name]
                 alike = _is_stored(place)
                 out |= {n: self.output.name(name) if alike else n for n in names_in(place)}
-        return out
+        return out | {name: name for name in self.leftovers.carried_names}
+
+    @property
+    def carried_linears(self) -> tuple[str, ...]:
+        """Stored names of what may be linears in modules that are carried over."""
+        shapes = self.stored.shapes
+        names = [n for n in self.leftovers.carried_names if n.endswith(".weight")]
+        return tuple(owner_of(name) for name in names if len(shapes[name]) == 2)
 
     @cached_property
     def output(self) -> OutputNames:
         """Under which names a model made of this one is written."""
         places = self._places.items()
         stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
+        # A tensor under the name of another is written by its own.
+        stored = {n: s for n, s in stored.items() if s == n or s not in self._expected}
         parts, form = self._expected, self._form
         return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
 

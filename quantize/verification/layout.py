@@ -92,6 +92,10 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
         tensor_headers(source),
         attention_numerics(source),
     )
+    if by_pq and on_disk.problems:
+        raise VerifyError(summarize([f"{folder}/{line}" for line in on_disk.problems]))
+    if by_pq and (left := source.leftovers.ignored):
+        raise VerifyError(summarize([f"tensor {name} has no place in the model" for name in left]))
     _check_coverage(layout)
     _check_packed(layout)
     _check_plain(layout)
@@ -102,7 +106,8 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
 
 def describe(layout: Layout) -> str:
     """What was found, in a line."""
-    tensors, shards = len(layout.headers), len(layout.source.shards)
+    shards, carried = len(layout.source.shards), len(layout.source.leftovers.carried_names)
+    tensors = len(layout.headers) + carried
     return f"{tensors} tensors in {shards} shards, {len(layout.schemes)} packed linears"
 
 
@@ -153,6 +158,7 @@ def _check_coverage(layout: Layout) -> None:
     skeleton = layout.skeleton
     linears = {*layout.linears, layout.arch.head, *skeleton.routers(), *skeleton.linears_beside()}
     known = {called for name in linears for called in layout.source.output.in_config(name)}
+    known |= set(layout.source.carried_linears)
     if wrong := sorted(str(n) for n in named if n not in known):
         raise VerifyError(
             summarize(
@@ -227,6 +233,8 @@ def _check_total(layout: Layout) -> None:
         return
     metadata = read_json(path).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(header.bytes for header in layout.headers.values())
+    stored = tensor_headers(layout.source.stored)
+    carried = sum(stored[name].bytes for name in layout.source.leftovers.carried_names)
+    total = carried + sum(header.bytes for header in layout.headers.values())
     if stated != total:
         raise VerifyError(f"{path}: total_size is {stated}, the tensors hold {total} bytes")

@@ -23,6 +23,7 @@ from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import KV_SCALE, require_layers, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
+from quantize.model.tied import settle_tie
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import Layout
@@ -52,7 +53,8 @@ def open_parent(folder: Path) -> Parent:
     shape = shape_of(source)
     require_layers(source, shape)
     stored, model = open_stored(source, torch.float32)
-    return Parent(stored, Skeleton(folder, torch.device("cpu"), torch.float32, model=model), shape)
+    skeleton = Skeleton(folder, torch.device("cpu"), torch.float32, model=model)
+    return Parent(stored, skeleton, settle_tie(stored, skeleton.arch, shape))
 
 
 def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
@@ -105,9 +107,24 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
                 problems.append(f"{name} is not in the parent")
         elif not same_bytes(layout.source.tensor(name), parent.source.tensor(name)):
             problems.append(f"{name} differs from the parent's")
+    problems += _carried_otherwise(layout.source, parent.source)
     if problems:
         raise VerifyError(summarize(problems))
-    return f"config.json and {len(names)} tensors equal the parent's"
+    leftovers = parent.source.leftovers
+    same = len(names) + len(leftovers.carried_names)
+    return "; ".join([f"config.json and {same} tensors equal the parent's", *leftovers.lines()])
+
+
+def _carried_otherwise(ours: StoredCheckpoint, theirs: StoredCheckpoint) -> list[str]:
+    """What of the modules beside the model is not as in the parent, a line each."""
+    mine, given = set(ours.leftovers.carried_names), set(theirs.leftovers.carried_names)
+    lines = [f"{name} is not in the parent" for name in sorted(mine - given)]
+    lines += [f"{name} of the parent is missing" for name in sorted(given - mine)]
+    return lines + [
+        f"{name} differs from the parent's"
+        for name in sorted(mine & given)
+        if not same_bytes(ours.stored.tensor(name), theirs.stored.tensor(name))
+    ]
 
 
 def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:

@@ -13,6 +13,7 @@ import torch
 from quantize.errors import ModelError, RecipeError, VerifyError
 from quantize.files.hashing import sha256_file
 from quantize.files.provenance import PROVENANCE, read_provenance, require_unchanged
+from quantize.files.side_files import is_recorded_name, names_in
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, parse_recipe
 from quantize.verification.checks import Check, Skipped, run_check, summarize
@@ -183,7 +184,7 @@ class _Run:
         for done, (name, digest) in enumerate(sorted(recorded.items())):
             tick(done, len(recorded))
             path = self.folder / name
-            if Path(name).name != name or "\\" in name:
+            if not is_recorded_name(name):
                 problems.append(f"{PROVENANCE} names {name!r}, which is no plain file name")
             elif not path.is_file():
                 problems.append(f"{name} is missing")
@@ -192,7 +193,7 @@ class _Run:
             else:
                 size += path.stat().st_size
         # Hidden files are what file managers and download tools leave; no loader reads them.
-        there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+        there = names_in(self.folder)
         problems += [
             f"{name} does not belong here" for name in sorted(there - {PROVENANCE, *recorded})
         ]

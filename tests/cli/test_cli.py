@@ -231,7 +231,7 @@ def test_each_error_is_one_line_and_a_code(
     assert lines[-1].startswith("pq: error: ")
     assert says in lines[-1]
     assert "Traceback" not in err
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".log"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_in_use(pq: Call, convert_args: list[object], tmp_path: Path):

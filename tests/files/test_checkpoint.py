@@ -210,26 +210,34 @@ def test_links_that_leave_the_folder(sharded: Path, tmp_path: Path):
     refused(sharded, FIRST, "missing")
 
 
-def test_index_and_shards_that_disagree(sharded: Path):
+def test_shards_go_before_an_index_that_disagrees(sharded: Path):
+    tensors = Checkpoint(sharded).tensors("")
     edit_index(sharded, lambda where: where.update(phantom=FIRST))
-    refused(sharded, FIRST, "tensor phantom is in the index but not in the shard")
-    edit_index(
-        sharded, lambda where: [where.pop(name) for name in ("phantom", "model.norm.weight")]
+    edit_index(sharded, lambda where: where.pop("model.norm.weight"))
+    edit_index(sharded, lambda where: where.update({"lm_head.weight": SECOND}))
+    source = Checkpoint(sharded)
+    assert source.tensors("").keys() == tensors.keys()
+    assert all(torch.equal(source.tensor(name), tensors[name]) for name in tensors)
+    assert source.problems == (
+        f"{FIRST}: tensor phantom is in the index but not in the shard",
+        f"{FIRST}: tensor lm_head.weight is in the shard but the index places it in {SECOND}",
+        f"{SECOND}: tensor model.norm.weight is in the shard but the index places it in no file",
     )
-    refused(sharded, "tensor model.norm.weight is in the shard but the index places it in no file")
 
 
-def test_a_tensor_in_two_shards(sharded: Path):
+@pytest.mark.parametrize("other", [False, True])
+def test_a_tensor_in_two_shards(sharded: Path, other: bool):
     both = Checkpoint(sharded).tensors("")
     where = json.loads((sharded / INDEX_NAME).read_text())["weight_map"]
-    part = {name: tensor for name, tensor in both.items() if where[name] == SECOND} | {
-        "lm_head.weight": both["lm_head.weight"]
-    }
+    head = both["lm_head.weight"].clone()
+    head[0, 0] += other
+    part = {name: tensor for name, tensor in both.items() if where[name] == SECOND}
     assert where["lm_head.weight"] == FIRST
-    save_file(part, sharded / SECOND)
-    refused(
-        sharded, SECOND, "tensor lm_head.weight is in the shard but the index places it in " + FIRST
-    )
+    save_file(part | {"lm_head.weight": head}, sharded / SECOND)
+    if other:
+        refused(sharded, f"tensor lm_head.weight is in {FIRST} and in {SECOND}, with other values")
+    else:
+        assert torch.equal(Checkpoint(sharded).tensor("lm_head.weight"), head)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_a_full_disk_without_state_leaves_nothing(
 ):
     disk.resize(kib)
     code, _, err = pq(*told, "-o", disk.folder / "out", "--resume", "never")
-    assert (code, disk.names()) == (6, {"out.log"}), err
+    # The log begins with the first block.
+    assert (code, disk.names()) == (6, {"out.log"} if kib > 64 else set()), err
     assert "no space left on the disk" in err
 
 

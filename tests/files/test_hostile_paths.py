@@ -221,7 +221,7 @@ def test_a_source_that_may_not_be_read(pq: Call, public: Path, name: str, says: 
         code, _, err = pq("convert", *told)
     assert (code, err.count("\n")) == (4, 1), err
     assert says in err
-    assert [path.name for path in (public / "free").iterdir()] in ([], ["out.log"])
+    assert not list((public / "free").iterdir())
 
 
 # Recipes
@@ -255,7 +255,7 @@ def test_recipes_that_are_none(
     )
     assert code == (4 if name == "layer.yaml" else 3), err
     assert says in err
-    assert [path.name for path in here.iterdir()] in ([], ["out.log"])
+    assert not list(here.iterdir())
 
 
 def test_a_recipe_may_come_through_a_pipe(pq: Call, tiny: ModelMaker, here: Path):

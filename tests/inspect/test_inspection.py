@@ -479,3 +479,17 @@ def test_fp8_counts_weights_and_not_scales(kind: str, tmp_path: Path):
     assert found.totals.parameters == weights
     assert {x.bits for x in linears_of(found).values() if x.quantized} == {8}
     assert {x.format for x in linears_of(found).values() if x.quantized} == {"fp8"}
+
+
+def test_what_is_not_read_and_what_is_behind_the_decoder_is_told(tiny: Maker, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    assert inspect(folder).notes == ()
+    tensors = tensors_of(folder)
+    more = {n.replace(".1.", ".2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors | more, folder / "model.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    read, passed, beyond = inspect(folder).notes
+    assert "reads the weights of model.safetensors, as transformers does" in read
+    assert "rotary_emb.inv_freq and the like (1)" in passed
+    assert beyond == "behind the last of 2 layers: model.layers.2"
