@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _REPOSITORY = re.compile(r"models--([\w.-]+)")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -52,6 +54,12 @@ def called(folder: Path) -> str:
     """A model's name for people: org/name@COMMIT in short for the Hub's, else the folder's."""
     # `.` and `..` have no name of their own
     return str(hub_origin(folder) or os.path.basename(os.path.abspath(folder)))
+
+
+def origin_in(provenance: Mapping[str, Any]) -> HubOrigin | None:
+    """The parent that pq.json names; None for a local one, and before pq named any."""
+    found = provenance.get("origin")
+    return HubOrigin(found["id"], found["commit"]) if isinstance(found, dict) else None
 
 
 def commit_of(folder: Path | None) -> str | None:
