@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from quantize.calibration.hub_commit import commit_of
 from quantize.errors import DataError
 from quantize.files import strict_yaml
 from quantize.files.resources import data_dir
@@ -30,7 +31,10 @@ _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _FORMATS = "a .txt, .jsonl or .parquet file"
 # A missing file with one of these endings is reported as a missing file and not sought on the Hub.
 _FILE_LIKE = (*_FILE_SUFFIXES, ".json", ".csv", ".md", ".text", ".gz", ".zst", ".zip")
-_HUB_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
+_HUB_NAME = re.compile(
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?"
+    r"(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class HubSet(BaseModel):
 
     name: str
     hub_id: str
+    revision: str | None = None
+    """Branch, tag or commit; None: the main branch."""
     config: str | None = None
     calibration_split: str | None = "train"
     evaluation_split: str | None = "test"
@@ -92,7 +98,7 @@ def load(
     """Return the text that `dataset` names.
 
     dataset: "builtin", a name of calib_data/, a local file, or
-    org/name[:config[:split]] on the Hub.
+    org/name[@revision][:config[:split]] on the Hub.
     text_field: the column of a .jsonl, .parquet or Hub set; `text` when
     None, or what calib_data/ says.
     min_characters: a large Hub set is read, in order, until it has given so many characters; None
@@ -113,7 +119,12 @@ def load(
     match = _HUB_NAME.fullmatch(dataset)
     if match is None:
         raise _unknown_set(dataset, [BUILTIN, *sets])
-    wanted = HubSet(name=dataset, hub_id=match["id"], config=match["config"] or None)
+    wanted = HubSet(
+        name=dataset,
+        hub_id=match["id"],
+        revision=match["revision"],
+        config=match["config"] or None,
+    )
     if match["split"]:
         wanted = wanted.model_copy(
             update={"calibration_split": match["split"], "evaluation_split": match["split"]},
@@ -126,7 +137,7 @@ def _unknown_set(dataset: str, names: list[str]) -> DataError:
     hint = f"did you mean {close[0]!r}? " if close else ""
     return DataError(
         f"unknown data set {dataset!r}; {hint}Known names: {', '.join(names)}; also {_FORMATS}, "
-        "or org/name[:config[:split]] on the Hugging Face Hub"
+        "or org/name[@revision][:config[:split]] on the Hugging Face Hub"
     )
 
 
@@ -275,8 +286,9 @@ def _from_hub(
             f"{wanted.name} may be too large to read whole; limit the number of windows",
         )
     field = text_field or wanted.text_field
+    commit = commit_of(wanted.hub_id, wanted.revision)
     rows: list[Row] = []
-    for number, row in enumerate(_hub_rows(wanted, split, field, min_characters), start=1):
+    for number, row in enumerate(_hub_rows(wanted, commit, split, field, min_characters), start=1):
         where = f"{wanted.hub_id} split {split} row {number}"
         rows.append(_check(_field(row, field, where), f"{where}, field {field!r}"))
     if not rows:
@@ -284,6 +296,7 @@ def _from_hub(
     origin: dict[str, object] = {
         "dataset": wanted.name,
         "hub_id": wanted.hub_id,
+        "commit": commit,
         "config": wanted.config,
         "data_file": (wanted.data_files or {}).get(split),
         "split": split,
@@ -293,7 +306,8 @@ def _from_hub(
         "rows": len(rows),
         "text_sha256": _rows_sha256(rows),
     }
-    source = f"{wanted.hub_id}{f' {wanted.config}' if wanted.config else ''}, {split} split"
+    at = f"@{commit[:7]}" if commit else ""
+    source = f"{wanted.hub_id}{at}{f' {wanted.config}' if wanted.config else ''}, {split} split"
     if wanted.join is None:
         return Text(rows, "packed", source, origin)
     return Text(rows, "stream", source, origin, wanted.join)
@@ -301,6 +315,7 @@ def _from_hub(
 
 def _hub_rows(
     wanted: HubSet,
+    commit: str | None,
     split: str,
     field: str,
     min_characters: int | None,
@@ -314,7 +329,12 @@ def _hub_rows(
         import datasets
 
         loaded = datasets.load_dataset(
-            wanted.hub_id, wanted.config, split=split, data_files=files, streaming=wanted.streaming
+            wanted.hub_id,
+            wanted.config,
+            split=split,
+            data_files=files,
+            revision=commit or wanted.revision,
+            streaming=wanted.streaming,
         )
         for row in loaded:
             rows.append(row)

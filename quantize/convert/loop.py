@@ -210,6 +210,8 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
     told = {"recipe": recipe, "target_bpw": request.target_bpw}
     # Not the name of the source: its hashes say what it is, wherever it came from.
     told |= {key: facts[key] for key in facts if key not in ("recipe", "origin")}
+    if tokens is not None:  # nor the text's: its hash says what it is
+        told["calibration"] = {k: v for k, v in facts["calibration"].items() if k != "commit"}
     return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 

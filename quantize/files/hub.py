@@ -48,18 +48,11 @@ def fetch(name: str, revision: str | None, say: Say, bars: bool = False) -> Path
 
 
 def dataset_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a data set's revision means now; None where the Hub may not be asked.
-
-    Raises what huggingface_hub raises where it can be asked and refuses.
-    """
+    """The commit that a data set's revision means now; raises what huggingface_hub does."""
     from huggingface_hub import HfApi
 
-    try:
+    with _library(bars=False):
         return HfApi().dataset_info(name, revision=revision).sha
-    except Exception as err:
-        if not is_offline(err):
-            raise
-        return None
 
 
 def _fetch(origin: HubOrigin, revision: str | None, sizes: Mapping[str, int], say: Say) -> Path:

@@ -20,6 +20,14 @@ def is_final(err: Exception) -> bool:
     return isinstance(err, RevisionNotFoundError | HFValidationError)
 
 
+def is_refusal(err: Exception) -> bool:
+    """Whether the Hub was asked and says that there is no such thing, or not for this user."""
+    from huggingface_hub.errors import HFValidationError
+
+    status = getattr(getattr(err, "response", None), "status_code", None)
+    return isinstance(err, HFValidationError) or status in (401, 403, 404)
+
+
 def reason_of(name: str, revision: str | None, err: Exception, kind: str = "model") -> str:
     """What an error of huggingface_hub means, and the remedy. kind: model or data set."""
     from huggingface_hub import constants
