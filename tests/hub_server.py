@@ -38,6 +38,8 @@ class Hub:
     """Method, path and Range of every request."""
     breaks: dict[str, int] = field(default_factory=dict)
     """File name → how many bytes of it go out before the connection drops, once."""
+    gone: set[str] = field(default_factory=set)
+    """Names of files that are listed and not sent."""
     status: int | None = None
     """What everything is answered with."""
     token: str | None = None
@@ -110,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send({"id": name, "sha": commit, "siblings": siblings, "tags": []})
 
     def _send_file(self, found: Repository, commit: str, file: Path) -> None:
-        if found.gated or not file.is_file():
+        if found.gated or not file.is_file() or file.name in self.hub.gone:
             refusal = (found.gated, "GatedRepo") if found.gated else (404, "EntryNotFound")
             self._refuse(*refusal)
             return

@@ -32,27 +32,29 @@ def fetch(name: str, revision: str | None, say: Say, bars: bool = False) -> Path
     progress bars on stderr.
     Raises ModelError for what cannot be had, OutputError where the disk refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    patience = constants.HF_HUB_ETAG_TIMEOUT  # seconds, which HF_HUB_ETAG_TIMEOUT sets
     with _library(bars):
         try:
-            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+            info = HfApi().model_info(
+                name, revision=revision, files_metadata=True, timeout=patience
+            )
         except Exception as err:  # unrelated classes, of several HTTP libraries
             return _without_hub(name, revision, err, say)
         origin = HubOrigin(name, str(info.sha))
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         with _explained(name, revision):
-            folder = _fetch(origin, revision, sizes, say)
-    # The branch may have moved on meanwhile.
-    return folder if folder.name == origin.commit else fetch(name, revision, say, bars)
+            return _fetch(origin, revision, sizes, say)
 
 
 def dataset_commit(name: str, revision: str | None) -> str | None:
     """The commit that a data set's revision means now; raises what huggingface_hub does."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    patience = constants.HF_HUB_ETAG_TIMEOUT
     with _library(bars=False):
-        return HfApi().dataset_info(name, revision=revision).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=patience).sha
 
 
 def _fetch(origin: HubOrigin, revision: str | None, sizes: Mapping[str, int], say: Say) -> Path:
@@ -65,8 +67,13 @@ def _fetch(origin: HubOrigin, revision: str | None, sizes: Mapping[str, int], sa
     elif INDEX_NAME in sizes:
         index = Path(hf_hub_download(origin.id, INDEX_NAME, revision=origin.commit))
         names |= _shards(origin, index, sizes)
-    elif "adapter_config.json" not in sizes:  # whose folder says what to do with it
+    elif "adapter_config.json" not in sizes:
         raise _no_weights(origin, sizes)
+    if not {"config.json", "adapter_config.json"} & names:  # of an adapter its folder tells more
+        raise ModelError(
+            f"{origin}: its repository has no config.json, so that transformers loads no model from "
+            "it; give another revision or repository"
+        )
     missing = {
         name: sizes[name]
         for name in names
@@ -81,7 +88,11 @@ def _fetch(origin: HubOrigin, revision: str | None, sizes: Mapping[str, int], sa
     # A pattern that is a name: nothing in it stands for other characters.
     wanted = [escape(name) for name in sorted(names)]
     # By the revision, not by the commit: the cache then knows what the revision meant.
-    return Path(snapshot_download(origin.id, revision=revision, allow_patterns=wanted))
+    folder = Path(snapshot_download(origin.id, revision=revision, allow_patterns=wanted))
+    if folder.name == origin.commit:
+        return folder
+    # The branch has moved on meanwhile.
+    return Path(snapshot_download(origin.id, revision=origin.commit, allow_patterns=wanted))
 
 
 def _shards(origin: HubOrigin, index: Path, sizes: Mapping[str, int]) -> set[str]:
@@ -97,6 +108,11 @@ def _shards(origin: HubOrigin, index: Path, sizes: Mapping[str, int]) -> set[str
 
 
 def _no_weights(origin: HubOrigin, sizes: Mapping[str, int]) -> ModelError:
+    if theirs := sorted(name for name in sizes if name.endswith(".safetensors")):
+        return ModelError(
+            f"{origin}: has {theirs[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}, which "
+            "transformers would load; give another revision or repository"
+        )
     others = sorted(name for name in sizes if name.endswith(_OTHER_WEIGHTS))
     if not others:
         return ModelError(f"{origin}: its repository holds no weights; give another revision")
@@ -187,18 +203,25 @@ def _cache() -> Path:
 @contextmanager
 def _library(bars: bool) -> Iterator[None]:
     """Let huggingface_hub show progress bars or not, and keep its advice off the terminal."""
-    import huggingface_hub.utils
+    import huggingface_hub
 
     utils: Any = huggingface_hub.utils
     logger = logging.getLogger("huggingface_hub")
     level, off = logger.level, utils.are_progress_bars_disabled()
+    # HF_HUB_DISABLE_PROGRESS_BARS has the last word
+    ours = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+
+    def show(shown: bool) -> None:
+        if ours:
+            (utils.enable_progress_bars if shown else utils.disable_progress_bars)()
+
     logger.setLevel(logging.ERROR)
-    (utils.enable_progress_bars if bars else utils.disable_progress_bars)()
+    show(bars)
     try:
         yield
     finally:
         logger.setLevel(level)
-        (utils.disable_progress_bars if off else utils.enable_progress_bars)()
+        show(not off)
 
 
 def _files(sizes: Any) -> str:

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -252,20 +252,43 @@ def test_a_connection_that_breaks_off_is_taken_up(
     assert 0 < int(str(starts[0]).removeprefix("bytes=").split("-")[0]) <= 700_000
 
 
+def just_before_the_download(patch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Do this when the listing is known and nothing is fetched, once."""
+
+    def once(*told: object) -> None:
+        patch.undo()
+        change()
+
+    patch.setattr(hub_module, "_require_room", once)
+
+
 def test_files_that_are_whole_are_not_fetched_again(hub: Hub, tmp_path: Path):
     source = sharded(tmp_path / "source", "a.safetensors", "b.safetensors")
     hub.put(NAME, source)
-    aside = tmp_path / "aside.safetensors"
-    shutil.copy(source / "a.safetensors", aside)
-    # another file under the same name in the index's place: the Hub's listing has it, its bytes are gone
-    (source / "b.safetensors").rename(tmp_path / "b")
-    refused(ModelError, "names b.safetensors, which the repository lacks")
-    (tmp_path / "b").rename(source / "b.safetensors")
-    before = hub.fetched()
+    hub.gone = {"b.safetensors"}
+    refused(ModelError, NAME, "error 404")
+    hub.gone = set()
+    before = len(hub.fetched())
     local_model(NAME)
-    again = hub.fetched()[len(before) :]
-    assert "model.safetensors.index.json" not in again
-    assert sorted(again) == ["a.safetensors", "b.safetensors", "config.json", "tokenizer.json"]
+    assert "b.safetensors" in hub.fetched()[before:]
+    assert sorted(hub.fetched()) == sorted(files_in(source))
+
+
+def test_a_branch_that_moves_on_meanwhile(hub: Hub, tmp_path: Path):
+    commit = hub.put(NAME, write(tmp_path / "old", "config.json", "model.safetensors"))
+    newer = write(tmp_path / "new", "config.json", "pytorch_model.bin")
+    with pytest.MonkeyPatch.context() as patch:
+        just_before_the_download(patch, lambda: hub.put(NAME, newer))
+        folder = local_model(NAME)
+    assert folder.name == commit
+    assert files_in(folder) == {"config.json", "model.safetensors"}
+
+
+def test_a_shard_that_the_repository_lacks(hub: Hub, tmp_path: Path):
+    source = sharded(tmp_path / "source", "a.safetensors", "b.safetensors")
+    (source / "b.safetensors").unlink()
+    hub.put(NAME, source)
+    refused(ModelError, "names b.safetensors, which the repository lacks")
 
 
 def test_weights_in_other_forms_are_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path):
@@ -273,6 +296,10 @@ def test_weights_in_other_forms_are_refused_before_anything_is_fetched(hub: Hub,
     refused(ModelError, "not in safetensors (pytorch_model.bin)")
     hub.put(NAME, write(tmp_path / "empty", "config.json"))
     refused(ModelError, "holds no weights")
+    hub.put(NAME, write(tmp_path / "theirs", "params.json", "consolidated.safetensors"))
+    refused(ModelError, "has consolidated.safetensors, but neither model.safetensors nor")
+    hub.put(NAME, write(tmp_path / "bare", "model.safetensors", "README.md"))
+    refused(ModelError, "no config.json")
     assert hub.fetched() == []
 
 
