@@ -85,7 +85,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
     "yaml": ("quantize.files.strict_yaml",),
-    "huggingface_hub": ("quantize.cli",),
+    "huggingface_hub": ("quantize.files.hub", "quantize.files.hub_problems"),
     "transformers": (
         "quantize.model.transformers_api",
         "quantize.model.transformers_decoder",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from quantize.calibration import local_files
 from quantize.calibration.chats import Chat
+from quantize.calibration.hub_commit import commit_of
 from quantize.calibration.layouts import HEAD, Column, Layout, Row, recognize
 from quantize.calibration.local_files import (
     FORMATS,
@@ -39,7 +40,10 @@ Packing = Literal["stream", "packed"]
 BUILTIN = "builtin"
 # A missing file with one of these endings is reported as a missing file and not sought on the Hub.
 _FILE_LIKE = (*SUFFIXES, ".csv", ".md", ".text", ".gz", ".zst", ".zip")
-_HUB_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?")
+_HUB_NAME = re.compile(
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]+))?"
+    r"(:(?P<config>[^:/]*))?(:(?P<split>[^:/]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class HubSet(BaseModel):
 
     name: str
     hub_id: str
+    revision: str | None = None
+    """Branch, tag or commit; None: the main branch."""
     config: str | None = None
     calibration_split: str | None = "train"
     evaluation_split: str | None = "test"
@@ -112,7 +118,7 @@ def load(
     """Return the text that `dataset` names.
 
     dataset: "builtin", a name of calib_data/, a local file, or
-    org/name[:config[:split]] on the Hub.
+    org/name[@revision][:config[:split]] on the Hub.
     text_field: the column of a file of rows or of a Hub set; None: what calib_data/ says, else the
     columns that are recognized.
     min_characters: a large Hub set is read, in order, until it has given so many characters; None
@@ -134,7 +140,11 @@ def load(
     if match is None:
         raise _unknown_set(dataset, [BUILTIN, *sets])
     wanted = HubSet(
-        name=dataset, hub_id=match["id"], config=match["config"] or None, text_field=None
+        name=dataset,
+        hub_id=match["id"],
+        revision=match["revision"],
+        config=match["config"] or None,
+        text_field=None,
     )
     if match["split"]:
         wanted = wanted.model_copy(
@@ -148,7 +158,7 @@ def _unknown_set(dataset: str, names: list[str]) -> DataError:
     hint = f"did you mean {close[0]!r}? " if close else ""
     return DataError(
         f"unknown data set {dataset!r}; {hint}Known names: {', '.join(names)}; also {FORMATS}, "
-        "or org/name[:config[:split]] on the Hugging Face Hub"
+        "or org/name[@revision][:config[:split]] on the Hugging Face Hub"
     )
 
 
@@ -218,7 +228,8 @@ def _from_hub(
             f"{wanted.name} may be too large to read whole; limit the number of windows",
         )
     field = text_field or wanted.text_field
-    found = _hub_rows(wanted, split, Column(field) if field else None, min_characters)
+    commit = commit_of(wanted.hub_id, wanted.revision)
+    found = _hub_rows(wanted, commit, split, Column(field) if field else None, min_characters)
     if not found:
         raise DataError(f"{wanted.name} split {split} has no rows; use another split or set")
     layout = Column(field) if field else recognize(found[:HEAD])
@@ -227,6 +238,7 @@ def _from_hub(
     origin: dict[str, object] = {
         "dataset": wanted.name,
         "hub_id": wanted.hub_id,
+        "commit": commit,
         "config": wanted.config,
         "data_file": (wanted.data_files or {}).get(split),
         "split": split,
@@ -234,7 +246,8 @@ def _from_hub(
         "url": wanted.url or f"https://huggingface.co/datasets/{wanted.hub_id}",
         "text_sha256": _rows_sha256(rows.rows),
     }
-    source = f"{wanted.hub_id}{f' {wanted.config}' if wanted.config else ''}, {split} split"
+    at = f"@{commit[:7]}" if commit else ""
+    source = f"{wanted.hub_id}{at}{f' {wanted.config}' if wanted.config else ''}, {split} split"
     if wanted.join is None or any(isinstance(row, Chat) for row in rows.rows):
         return _text(rows, "packed", source, origin)
     return dataclasses.replace(_text(rows, "stream", source, origin), joiner=wanted.join)
@@ -242,6 +255,7 @@ def _from_hub(
 
 def _hub_rows(
     wanted: HubSet,
+    commit: str | None,
     split: str,
     layout: Layout | None,
     min_characters: int | None,
@@ -255,7 +269,12 @@ def _hub_rows(
         import datasets
 
         loaded = datasets.load_dataset(
-            wanted.hub_id, wanted.config, split=split, data_files=files, streaming=wanted.streaming
+            wanted.hub_id,
+            wanted.config,
+            split=split,
+            data_files=files,
+            revision=commit or wanted.revision,
+            streaming=wanted.streaming,
         )
         for row in loaded:
             rows.append(without_null(row))

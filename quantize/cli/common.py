@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+import typer
 
 from quantize.errors import ModelError, UsageError
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @contextmanager
@@ -152,39 +157,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return names[name]
 
 
-def local_model(model: str) -> Path:
-    """A model folder: `model` itself, or the Hub's snapshot of `org/name`. Only a
-    Hub id touches the network."""
+def local_model(model: str, revision: str | None = None, aloud: bool = True) -> Path:
+    """A model folder: `model` itself, or what the Hub's cache holds of `org/name`, which may end with
+    `@` and a revision. Only a Hub id touches the network.
+
+    revision: branch, tag or commit of a Hub id. aloud: whether to say on stderr what is fetched.
+    """
     folder = Path(model).expanduser()
     try:
-        if model and folder.is_dir():
-            return folder
+        there = bool(model) and folder.is_dir()
     except OSError as err:
         raise ModelError(
             f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder",
         ) from None
-    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model
-    looks_like_hub = model.count("/") <= 1 and not looks_like_path
-    if not looks_like_hub or folder.exists():
+    if there:
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision}: {model} is a local folder, which has none; leave it out, "
+                "or give a Hub id"
+            )
+        return folder
+    name, at, wanted = model.partition("@")
+    if folder.exists() or not _HUB_NAME.fullmatch(name):
         raise ModelError(
             f"{model}: no such folder; give a local model folder or a Hub id (org/name)",
         )
-    from huggingface_hub import snapshot_download
+    if at and (revision or not wanted):
+        problem = f"--revision {revision} and" if revision else "no revision behind"
+        raise UsageError(f"{problem} {model}; name the revision once, as org/name@REVISION")
+    from quantize.files.hub import fetch
 
-    try:
-        patterns = [
-            "*.safetensors",
-            "*.json",
-            "*.txt",
-            "*.model",
-            "*.jinja",
-            "LICENSE*",
-            "*.tiktoken",
-        ]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as err:
-        # huggingface_hub raises many unrelated types for "not there",
-        # "not allowed" and "no network".
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        problem = "neither a local folder nor a model that can be fetched from the Hub"
-        raise ModelError(f"{model}: {problem} ({reason})") from None
+    def say(line: str) -> None:
+        if aloud:
+            typer.echo(f"pq: {line}", err=True)
+
+    return fetch(name, revision or wanted or None, say, bars=aloud and sys.stderr.isatty())

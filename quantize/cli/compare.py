@@ -20,7 +20,10 @@ def compare(
         list[str],
         typer.Argument(metavar="DIR...", help="Conversions of one parent."),
     ],
-    baseline: Annotated[str, typer.Option(help="The parent, run once in the same pass.")],
+    baseline: Annotated[
+        str,
+        typer.Option(help="The parent, run once in the same pass: a folder or org/name@REVISION."),
+    ],
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,
     text_field: options.TextField = None,

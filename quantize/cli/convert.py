@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 
 def convert(
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, or Hub id org/name.")],
+    model: options.Model,
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; must be absent or empty.")
     ],
+    revision: options.Revision = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
     ] = None,
@@ -148,7 +149,7 @@ def convert(
         quiet_libraries()
         place = pick_device(device, local_rank)
         computing = pick_dtype(dtype, place)
-        source = local_model(model)
+        source = local_model(model, revision, ranks.first)
         require_apart(source, output, kept)
         request = Request(
             source,

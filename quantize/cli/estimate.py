@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder, or Hub id org/name.")],
+    model: options.Model,
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
     ],
+    revision: options.Revision = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
     ] = None,
@@ -61,6 +62,7 @@ def estimate(
     from quantize.convert.estimate import within
     from quantize.convert.request import Request
     from quantize.cost.peak import keep_little
+    from quantize.files.hub_origin import called
     from quantize.recipe.overrides import with_stage_fields
     from quantize.recipe.recipe import load_recipe
 
@@ -78,7 +80,7 @@ def estimate(
     quiet_libraries()
     place = pick_device(device)
     request = Request(
-        local_model(model),
+        local_model(model, revision),
         chosen,
         Path("out"),
         place,
@@ -101,7 +103,7 @@ def estimate(
     table = Table(
         "",
         "at most",
-        title=f"{chosen.name} on {Path(model).name}, {place.type}",
+        title=f"{chosen.name} on {called(request.model)}, {place.type}",
         title_justify="left",
     )
     for row in rows_of(found).items():

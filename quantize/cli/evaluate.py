@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(help="Packed or plain model folder; not needed with --gate."),
+        typer.Argument(
+            help="Packed or plain model folder, or Hub id org/name; not needed with --gate."
+        ),
     ] = None,
+    revision: options.Revision = None,
     baseline: options.Baseline = None,
     protocol: options.ProtocolOption = None,
     dataset: options.Dataset = None,
@@ -94,6 +97,10 @@ def evaluate(
     begins = options.bos_choice(bos)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
+            if revision is not None:
+                raise UsageError(
+                    f"--revision {revision}: with --gate write it behind the id, org/name@{revision}"
+                )
             if ranks.size > 1:
                 raise UsageError(
                     "--gate converts and measures in one process; start it without a launcher",
@@ -119,10 +126,10 @@ def evaluate(
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
         quiet_libraries()
         place = pick_device(device, local_rank)
-        folder = local_model(model)
+        folder = local_model(model, revision, ranks.first)
         setting = Setting(
             folder,
-            None if baseline is None else local_model(baseline),
+            None if baseline is None else local_model(baseline, aloud=ranks.first),
             place,
             pick_dtype(dtype, place),
             "kernel" if numerics == "kernel" else "stock",
@@ -180,8 +187,11 @@ def _tell(
         out: dict[str, Any] = {} if measured is None else dataclasses.asdict(measured.figures)
         if scored:
             from quantize.evaluate.saved import tasks_json
+            from quantize.files.hub_origin import commit_of
 
-            out["tasks"] = tasks_json(scored[0], setting.parent, scored[1])
+            out["tasks"] = tasks_json(
+                scored[0], setting.parent, scored[1], commit_of(setting.baseline)
+            )
         typer.echo(json.dumps(out, indent=2))
         return
     if measured:

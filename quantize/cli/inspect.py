@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantize.cli import options
 from quantize.cli.common import local_model
 from quantize.pictures import fold_numbers
 
@@ -24,8 +25,11 @@ _NAMED = 10  # fallbacks that are named
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(metavar="DIR", help="Model folder, quantized or not, pq's or another's."),
+        typer.Argument(
+            metavar="DIR", help="Model folder or Hub id, quantized or not, pq's or another's."
+        ),
     ],
+    revision: options.Revision = None,
     every_block: Annotated[
         bool, typer.Option("--all", help="Show every block and expert; equal ones are folded else.")
     ] = False,
@@ -37,7 +41,7 @@ def inspect(
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
     from quantize.inspect.inspection import inspect as run
 
-    found = run(local_model(model))
+    found = run(local_model(model, revision))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
     else:
@@ -49,7 +53,9 @@ def _print(found: Inspection, every_block: bool) -> None:
     from rich.tree import Tree
 
     sizes = ", ".join(f"{key} {value}" for key, value in found.sizes.items())
-    root = Tree(printable(f"{found.folder}: {found.architecture} ({found.model_type})"))
+    root = Tree(
+        printable(f"{found.origin or found.folder}: {found.architecture} ({found.model_type})")
+    )
     root.add(printable(sizes))
     for line in _total_lines(found.totals):
         root.add(line)
@@ -164,7 +170,8 @@ def _add_provenance(root: Tree, found: Inspection) -> None:
     branch.add(printable(f"calibration: {', '.join(facts)}" if facts else "no calibration"))
     if made.dropped_sequences:
         branch.add(f"{made.dropped_sequences} calibration sequences were dropped as not finite")
-    source = branch.add("source, SHA-256")
+    parent = f"{made.origin.id}@{made.origin.commit}, " if made.origin else ""
+    source = branch.add(printable(f"source, {parent}SHA-256"))
     for name, digest in made.source.items():
         source.add(printable(f"{name} {_short(digest)}"))
     if made.dequantized:

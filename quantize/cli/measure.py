@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import UsageError
+from quantize.files.hub_origin import called, commit_of, hub_origin
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class Setting:
     @property
     def parent(self) -> str | None:
         """The baseline's name."""
-        return None if self.baseline is None else self.baseline.name
+        return None if self.baseline is None else called(self.baseline)
 
 
 def output_folder(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
@@ -48,11 +49,12 @@ def output_folder(model: Path, wanted: Path | None, log_samples: bool) -> Path |
     from quantize.evaluate.saved import results_folder
     from quantize.files.provenance import PROVENANCE
 
-    if wanted is not None or (model / PROVENANCE).is_file():
+    beside = (model / PROVENANCE).is_file() and not hub_origin(model)  # not in the Hub's cache
+    if wanted is not None or beside:
         return wanted or results_folder(model)
     if log_samples:
         raise UsageError(
-            "--log-samples: say where to with --output-path (pq did not make this model)",
+            "--log-samples: say where to with --output-path (this is no folder that pq made here)",
         )
     return None
 
@@ -110,7 +112,7 @@ def tasks(
     def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
         samples = None
         if log_samples and setting.output:
-            samples = setting.output / "samples" / folder.name
+            samples = setting.output / "samples" / called(folder).replace("/", "--")
         return run_tasks(
             folder,
             names,
@@ -129,5 +131,5 @@ def tasks(
     ours = run(setting.model, setting.attention)
     scores = compare_tasks(ours, run(setting.baseline)) if setting.baseline else []
     if setting.output and setting.ranks.first:
-        save_tasks(ours, setting.parent, scores, setting.output)
+        save_tasks(ours, setting.parent, scores, setting.output, commit_of(setting.baseline))
     return ours, scores

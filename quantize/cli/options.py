@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from quantize.evaluate.protocols import Bos
     from quantize.model.attention import KvNumerics
 
-Baseline = Annotated[str | None, typer.Option(help="The parent, run in the same pass.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Model folder, or Hub id org/name."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a Hub id; default: its main branch. org/name@REVISION says the same."
+    ),
+]
+Baseline = Annotated[
+    str | None,
+    typer.Option(help="The parent, run in the same pass: a folder or org/name@REVISION."),
+]
 ProtocolOption = Annotated[
     str | None,
     typer.Option("--protocol", help="strided (default) or rolling."),

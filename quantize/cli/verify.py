@@ -21,7 +21,9 @@ def verify(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Folder that pq convert wrote.")],
     parent: Annotated[
         str | None,
-        typer.Option(help="The model it was made from: compare with it and run blocks of both."),
+        typer.Option(
+            help="The model it was made from, a folder or org/name@REVISION: compare with it and run blocks of both."
+        ),
     ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks to compare with the parent's.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of blocks.")] = 0,

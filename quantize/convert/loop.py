@@ -19,6 +19,7 @@ from quantize.block.walk import Streams
 from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.beside import part_sizes, tensors_beside
+from quantize.convert.card import CARD, card
 from quantize.convert.conversion import Conversion
 from quantize.convert.decide import decide
 from quantize.convert.draft import draft
@@ -31,6 +32,7 @@ from quantize.convert.snapshot import pack_run, state_layout, unpack_run
 from quantize.convert.source import has_tail
 from quantize.convert.summary import Summary, results_of, summary_of
 from quantize.errors import StoppedError
+from quantize.files.hub_origin import hub_origin
 from quantize.files.provenance import DIGEST, PROVENANCE, provenance_digest
 from quantize.files.resume import StateFolder
 from quantize.files.transaction import require_apart, require_free
@@ -162,8 +164,14 @@ def _finish(
     plan, state = run.plan, run.state
     if has_tail(plan):
         writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
-    for path in plan.format.side_files(plan.source.side_files()):
-        writer.copy(path, path.relative_to(plan.source.folder).as_posix())
+    beside = plan.format.side_files(plan.source.side_files())
+    for path in beside:
+        name = path.relative_to(plan.source.folder).as_posix()
+        if name != CARD:
+            writer.copy(path, name)
+    parents = next((path for path in beside if path == plan.source.folder / CARD), None)
+    text = card(plan, state, parents)
+    writer.write(CARD, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
     config = output_config(plan, state)
     writer.finish(config)
     writer.write_json("config.json", config)
@@ -190,7 +198,8 @@ def _surroundings(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:
     names = ("config.json", *source.shards)
     sizes = {name: (source.folder / name).stat().st_size for name in names}
     numerics = {"processor": processor(plan.request.device), "threads": torch.get_num_threads()}
-    return numerics | {"sizes of the source": sizes} | _fingerprint(plan, {}, tokens)
+    where = {"sizes of the source": sizes, "origin": _origin(plan)}
+    return numerics | where | _fingerprint(plan, {}, tokens)
 
 
 def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
@@ -201,7 +210,10 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
     request, facts = plan.request, _provenance(plan, hashes, tokens)
     recipe = _without_folder(request.recipe).model_dump(mode="json")
     told = {"recipe": recipe, "target_bpw": request.target_bpw}
-    told |= {key: facts[key] for key in facts if key != "recipe"}
+    # Not the name of the source: its hashes say what it is, wherever it came from.
+    told |= {key: facts[key] for key in facts if key not in ("recipe", "origin")}
+    if tokens is not None:  # nor the text's: its hash says what it is
+        told["calibration"] = {k: v for k, v in facts["calibration"].items() if k != "commit"}
     return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
@@ -209,6 +221,12 @@ def _without_folder(recipe: Recipe) -> Recipe:
     """The recipe without the folder of its text: equal texts give equal bytes,
     and are known by their hash."""
     return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
+
+
+def _origin(plan: Plan) -> dict[str, str] | None:
+    """Id and commit of a parent from the Hub."""
+    found = hub_origin(plan.request.model)
+    return None if found is None else found.as_json()
 
 
 def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) -> dict[str, Any]:
@@ -223,6 +241,7 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
             "dtype": str(request.dtype).removeprefix("torch."),
         },
         "recipe": {"name": recipe.name, "resolved": resolved_yaml(_without_folder(recipe))},
+        "origin": _origin(plan),
         "source": dict(hashes),
         "dequantized": asdict(plan.source.dequantized) if plan.source.dequantized else None,
         "calibration": None if tokens is None else {**tokens.origin, "sha256": tokens.sha256},

@@ -13,6 +13,7 @@ from quantize.errors import ModelError
 from quantize.evaluate.protocols import Protocol, Windows
 from quantize.evaluate.records import Estimate, Records
 from quantize.evaluate.streamed import Model
+from quantize.files.hub_origin import called, commit_of
 
 _WORST = 20  # tokens that are kept by themselves: as many as a person reads
 # tokens of context shown around one of the worst tokens: what a line or two of a report hold
@@ -75,6 +76,9 @@ class Evaluation:
     None where there are none."""
     bos_token_id: int | None = None
     """The BOS token that each strided window begins with; None without one."""
+    model_commit: str | None = None
+    """With baseline_commit: that of a model on the Hub; None for a local folder."""
+    baseline_commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Run:
     dtype: str
     windows: Windows
     tokenizer: Any
+    baseline_commit: str | None = None
 
     def figures(
         self, folder: Path, records: Records, model: Model, parent: Model | None
@@ -113,7 +118,7 @@ class Run:
             return records.quantile("kld", q) if against else None
 
         return Evaluation(
-            model=folder.name,
+            model=called(folder),
             baseline=baseline,
             protocol=self.protocol.name,
             data=windows.source,
@@ -147,6 +152,8 @@ class Run:
             activated_parameters=model.activated_parameters,
             baseline_activated_parameters=parent.activated_parameters if parent else None,
             experts_visited=dict(model.experts_visited) or None,
+            model_commit=commit_of(folder),
+            baseline_commit=self.baseline_commit,
             bos_token_id=int(self.tokenizer.bos_token_id) if self.protocol.bos else None,
         )
 

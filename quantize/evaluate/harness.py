@@ -23,6 +23,7 @@ from quantize.errors import DataError, ModelError, UsageError
 from quantize.evaluate.sharing import require_alike
 from quantize.evaluate.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluate.task_sources import Source, load_tasks, resolve
+from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model
@@ -124,7 +125,8 @@ def run_tasks(
             lm.max_length,
         )
     return TaskRun(
-        model=folder.name,
+        model=called(folder),
+        model_commit=commit_of(folder),
         limit=limit,
         chat_template=apply_chat_template,
         model_args=dict(model_args),

@@ -23,6 +23,7 @@ from quantize.evaluate.protocols import Protocol, ProtocolName, Windows, windows
 from quantize.evaluate.records import Records
 from quantize.evaluate.sharing import require_alike, shared_windows
 from quantize.evaluate.streamed import Model, Span, open_model, windows_of_a_pass
+from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
@@ -148,8 +149,9 @@ def measure(
         ]
         for model in everyone:
             model.count_together(ranks)
-    name = None if baseline is None else baseline.name
-    run = Run(name, protocol, numerics, str(dtype).removeprefix("torch."), windows, tokenizer)
+    name = None if baseline is None else called(baseline)
+    kind = str(dtype).removeprefix("torch.")
+    run = Run(name, protocol, numerics, kind, windows, tokenizer, commit_of(baseline))
     return [
         Measured(run.figures(folder, record, model, parent), record)
         for folder, model, record in zip(models, opened, records, strict=True)

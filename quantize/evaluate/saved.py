@@ -45,22 +45,35 @@ def save_measured(measured: Measured, dataset: str, folder: Path) -> Path:
 
 
 def save_tasks(
-    run: TaskRun, baseline: str | None, scores: Sequence[TaskScore], folder: Path
+    run: TaskRun,
+    baseline: str | None,
+    scores: Sequence[TaskScore],
+    folder: Path,
+    baseline_commit: str | None = None,
 ) -> Path:
     """Write tasks-NAMES.json: the run, and its comparison with the parent."""
     return _write_json(
         folder / f"tasks-{_slug('+'.join(run.tasks))}-{run.numerics}.json",
-        tasks_json(run, baseline, scores),
+        tasks_json(run, baseline, scores, baseline_commit),
     )
 
 
-def tasks_json(run: TaskRun, baseline: str | None, scores: Sequence[TaskScore]) -> dict[str, Any]:
-    """What is saved about tasks; per-document values are left to `--log_samples`."""
+def tasks_json(
+    run: TaskRun,
+    baseline: str | None,
+    scores: Sequence[TaskScore],
+    baseline_commit: str | None = None,
+) -> dict[str, Any]:
+    """What is saved about tasks; per-document values are left to `--log_samples`.
+
+    baseline_commit: of a baseline on the Hub.
+    """
     facts = {name: value for name, value in dataclasses.asdict(run).items() if name != "samples"}
     return {
         "kind": "tasks",
         **facts,
         "baseline": baseline,
+        "baseline_commit": baseline_commit,
         "scores": [dataclasses.asdict(score) for score in scores],
     }
 

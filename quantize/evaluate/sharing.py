@@ -12,6 +12,7 @@ import torch
 import quantize
 from quantize.evaluate.protocols import Windows
 from quantize.files.checkpoint import Checkpoint
+from quantize.files.hub_origin import called
 from quantize.parallel.agreement import processor, require_equal
 from quantize.parallel.ranks import Ranks
 
@@ -50,7 +51,7 @@ def require_alike(
         "device": device.type,
         "processor": processor(device),
         "threads": torch.get_num_threads(),
-        "models": [folder.name for folder in folders],
+        "models": [called(folder) for folder in folders],
         "sizes of the models": [_sizes(folder) for folder in folders],
     }
     require_equal(ranks, facts | settings)

@@ -47,6 +47,8 @@ class TaskRun:
     """task → metric → document id → its value, or [log-likelihood, words or bytes]."""
     bos_token_id: int | None = None
     """The BOS token that texts begin with; None without one."""
+    model_commit: str | None = None
+    """Of a model on the Hub; None for a local folder."""
 
 
 def figures_of(results: Mapping[str, Any]) -> dict[str, Any]:

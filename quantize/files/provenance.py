@@ -42,6 +42,8 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
             raise ModelError(f"{path}: '{key}' is missing")
         if not fits(data[key]):
             raise ModelError(f"{path}: '{key}' is not what pq writes")
+    if "origin" in data and not _origin(data["origin"]):
+        raise ModelError(f"{path}: 'origin' is not what pq writes")
     return data
 
 
@@ -62,6 +64,10 @@ def _text(value: Any) -> bool:
 
 def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _origin(value: Any) -> bool:
+    return value is None or (_texts(value) and {"id", "commit"} <= set(value))
 
 
 def _number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
+from quantize.files.hub_origin import HubOrigin, hub_origin
 from quantize.inspect.origin import Origin, read_origin
 from quantize.model.roles import ROLES, ROUTER, natural, role_of
 from quantize.model.storage import Storage, storage_of
@@ -104,6 +105,8 @@ class Inspection:
     """Everything `inspect` finds; field names are the keys of `pq inspect --json`."""
 
     folder: str
+    origin: HubOrigin | None
+    """Id and commit of a model in the Hub's cache."""
     model_type: str
     architecture: str
     sizes: Mapping[str, int]
@@ -140,6 +143,7 @@ def inspect(folder: Path) -> Inspection:
     made, problem = read_origin(folder)
     return Inspection(
         folder=str(folder),
+        origin=hub_origin(folder),
         model_type=str(source.config.get("model_type", "unknown")),
         architecture=_architecture(source.config),
         sizes=_sizes(source.config),

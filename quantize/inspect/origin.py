@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import ModelError
+from quantize.files.hub_origin import HubOrigin, origin_in
 from quantize.files.provenance import read_provenance
 from quantize.files.small import Dequantized
 from quantize.formats.grouping import adapted_lines
@@ -34,6 +35,8 @@ class Origin:
     recipe: str
     recipe_resolved: str
     calibration: Mapping[str, Any] | None
+    origin: HubOrigin | None
+    """The source on the Hub; None for a local folder."""
     source: Mapping[str, str]
     dequantized: str | None
     """How the source was stored, where that was small and was dequantized."""
@@ -61,6 +64,7 @@ def read_origin(folder: Path) -> tuple[Origin | None, str | None]:
         recipe=data["recipe"]["name"],
         recipe_resolved=data["recipe"]["resolved"],
         calibration=data["calibration"],
+        origin=origin_in(data),
         source=data["source"],
         dequantized=None if small is None else str(small),
         versions=data["versions"],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize.files.hub_origin import origin_in
 from quantize.files.small import Dequantized
 from quantize.pictures import Cell, Table
 from quantize.report import layers, quality
@@ -55,7 +56,9 @@ def _subtitle(sources: Sources) -> str:
         said += [f"{found.arch.model_type}, {shape.n_blocks} blocks, hidden size {shape.hidden}"]
         said += [f"{_count(found.parameters)} parameters"]
     parents = {text(data, "baseline") for data in sources.evaluations.values()} - {""}
-    if len(parents) == 1:
+    if origin := origin_in(sources.provenance):
+        said += [f"parent {origin}"]
+    elif len(parents) == 1:
         said.append(f"parent {parents.pop()}")
     return " · ".join(said)
 
@@ -173,6 +176,8 @@ def _provenance(sources: Sources) -> Section:
     found = sources.provenance
     versions = {"pq": found["pq"], **mapping(found, "versions"), **mapping(found, "machine")}
     calibration = found["calibration"]
+    origin = origin_in(found)
+    where = f", commit {origin.commit} of {origin.id} on the Hub" if origin else ""
     small = Dequantized.read(found.get("dequantized"))
     shown = [
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
@@ -180,7 +185,7 @@ def _provenance(sources: Sources) -> Section:
         else Note("The recipe reads no calibration text."),
         _pairs(
             "Source",
-            "SHA-256 of the parent's files.",
+            f"SHA-256 of the parent's files{where}.",
             ("file", "SHA-256"),
             mapping(found, "source"),
         ),

@@ -17,6 +17,7 @@ from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
 from quantize.errors import VerifyError
 from quantize.files.checkpoint import Checkpoint
+from quantize.files.hub_origin import HubOrigin, hub_origin
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
 from quantize.model.dequantized import open_source, require_source
@@ -57,16 +58,20 @@ def open_parent(folder: Path) -> Parent:
     return Parent(stored, skeleton, settle_tie(stored, skeleton.arch, shape))
 
 
-def check_source(parent: Parent, recorded: Mapping[str, str], tick: Tick) -> str:
+def check_source(
+    parent: Parent, recorded: Mapping[str, str], tick: Tick, origin: HubOrigin | None = None
+) -> str:
     """pq.json's hashes of the source (file name → SHA-256) are those of the parent;
-    VerifyError names what differs."""
+    VerifyError names what differs, and the parent on the Hub that pq.json names."""
     tick(0, 1)
     hashes = parent.source.hashes()
     changed = sorted(
         name for name in {*hashes, *recorded} if hashes.get(name) != recorded.get(name)
     )
     if changed:
-        raise VerifyError(f"differ from those of {parent.source.folder}: {', '.join(changed)}")
+        named = f" (it was made from {origin.id}@{origin.commit})" if origin else ""
+        files, source = ", ".join(changed), parent.source.folder
+        raise VerifyError(f"differ from those of {hub_origin(source) or source}: {files}{named}")
     return f"{len(hashes)} files of the parent are those that were converted"
 
 

@@ -12,6 +12,7 @@ import torch
 
 from quantize.errors import ModelError, RecipeError, VerifyError
 from quantize.files.hashing import sha256_file
+from quantize.files.hub_origin import origin_in
 from quantize.files.provenance import PROVENANCE, read_provenance, require_unchanged
 from quantize.files.side_files import is_recorded_name, names_in
 from quantize.model.skeleton import Skeleton
@@ -234,7 +235,8 @@ class _Run:
 
     def _source(self, tick: Tick) -> str:
         assert self.parent is not None
-        return check_source(self.parent, self._record()["source"], tick)
+        record = self._record()
+        return check_source(self.parent, record["source"], tick, origin_in(record))
 
     def _recompute(self, tick: Tick) -> str:
         layout, recorded = self._fitting(), self._record()

@@ -73,6 +73,9 @@ def message(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+COMMIT = "beef" * 10
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts that every set of the stand-in for `datasets` holds."""
@@ -80,6 +83,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module = ModuleType("datasets")
     module.load_dataset = lambda *_, **__: ({"text": row} for row in rows)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr("quantize.files.hub.dataset_commit", lambda name, revision: COMMIT)
     return rows
 
 

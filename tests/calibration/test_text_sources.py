@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from hub_server import point_to, serve_hub
 
 from quantize.calibration import text_sources
 from quantize.calibration.chats import Chat
@@ -40,6 +41,9 @@ def refusal(
     return str(caught.value)
 
 
+COMMIT = "beef" * 10
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand in for `datasets`: records the calls, gives the rows, or raises the error."""
@@ -57,6 +61,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     module = ModuleType("datasets")
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    fake.module = module
+    monkeypatch.setattr("quantize.files.hub.dataset_commit", lambda name, revision: COMMIT)
     return fake
 
 
@@ -186,7 +192,7 @@ def test_shipped_sets_are_valid_and_listed() -> None:
 def test_wikitext2_is_read_whole(hub: SimpleNamespace) -> None:
     hub.rows = [{"text": row} for row in ["", " = A = \n", "body\n"]]
     text = read("wikitext2", "evaluation", limit=None)
-    options = {"split": "test", "data_files": None, "streaming": False}
+    options = {"split": "test", "data_files": None, "revision": COMMIT, "streaming": False}
     assert hub.calls == [("Salesforce/wikitext", "wikitext-2-raw-v1", options)]
     assert (text.rows, text.packing, text.joiner) == (["", " = A = \n", "body\n"], "stream", "\n\n")
     assert text.origin["text_sha256"] == hashlib.sha256(b"\0 = A = \n\0body\n").hexdigest()
@@ -206,9 +212,8 @@ def test_c4_asks_for_one_file_and_stops_reading(
 ) -> None:
     hub.rows = [{"text": f"{i:010d}", "url": "u"} for i in range(1000)]
     text = read("c4", purpose, limit=128)
-    assert hub.calls == [
-        ("allenai/c4", None, {"split": split, "data_files": {split: file}, "streaming": True})
-    ]
+    options = {"split": split, "data_files": {split: file}, "revision": COMMIT, "streaming": True}
+    assert hub.calls == [("allenai/c4", None, options)]
     assert hub.taken == len(text.rows) == 13
     assert (text.origin["data_file"], text.origin["rows"]) == (file, 13)
     assert "limit the number of windows" in refusal("c4", purpose, limit=None)
@@ -257,6 +262,48 @@ def test_columns_of_a_hub_set_are_recognized(hub: SimpleNamespace) -> None:
     assert "choose a text field among: label" in refusal("org/name")
     hub.rows = [{"text": None}, *[{"text": "some"}] * 3]
     assert read("org/name").rows == ["some"] * 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "asked", "rest"),
+    [
+        ("org/set", None, (None, "train")),
+        ("org/set@v1", "v1", (None, "train")),
+        ("org/set@refs/pr/2:conf:dev", "refs/pr/2", ("conf", "dev")),
+    ],
+)
+def test_the_commit_of_a_set_is_found_read_and_recorded(
+    hub: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    dataset: str,
+    asked: str | None,
+    rest: tuple[str | None, str],
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", hub.module)
+    hub.rows = [{"text": "some text"}] * 3
+    with serve_hub() as server:
+        point_to(server, tmp_path, monkeypatch)
+        main = server.put("datasets/org/set", tmp_path)
+        other = server.put("datasets/org/set", tmp_path, asked or "unused")
+        wanted = other if asked else main
+        text = read(dataset)
+        assert "no revision 'v9'" in refusal("org/set@v9")
+        assert "not a data set on http://127.0.0.1" in refusal("org/other")
+        server.repositories["datasets/org/set"].private = True
+        assert "HF_TOKEN" in refusal("org/set")
+        assert not caplog.records
+        server.status = 503
+        unknown = read(dataset)  # as `datasets` finds it in its own cache
+    assert "cannot be asked which commit" in caplog.text
+    path, config, options = hub.calls[0]
+    assert (path, options["revision"]) == ("org/set", wanted)
+    assert (config, options["split"]) == rest
+    assert (text.origin["commit"], unknown.origin["commit"]) == (wanted, None)
+    assert hub.calls[-1][2]["revision"] == asked
+    assert text.source.startswith(f"org/set@{wanted[:7]}")
 
 
 def test_pile_has_no_evaluation_split_and_empty_splits_are_named(hub: SimpleNamespace) -> None:

@@ -314,16 +314,6 @@ def test_paths_are_not_taken_for_hub_names(name: str):
         common.local_model(name)
 
 
-def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", raising(ConnectionError("no network\nat all"))
-    )
-    with pytest.raises(
-        ModelError, match=r"^org/name: neither a local folder nor .* \(no network\)$"
-    ):
-        common.local_model("org/name")
-
-
 def test_the_installed_command(tiny: Maker, tmp_path: Path):
     """Once as a user runs it: another process, another folder, a relative output."""
     args = ["convert", "-m", str(tiny("llama")), "-r", "rtn.yaml", "-o", "out", "--json"]

@@ -91,7 +91,9 @@ def test_a_format_may_bring_its_own_encoding(
     convert(made(tiny, text_file, tmp_path / "packed", f"format: compressed-tensors, {body}"))
     names = {path.name for path in (tmp_path / "npz").iterdir()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    assert names == {WEIGHTS, "config.json", "pq.json", "pq-statistics.json"} | tokenizer
+    assert (
+        names == {WEIGHTS, "config.json", "pq.json", "pq-statistics.json", "README.md"} | tokenizer
+    )
     section = json.loads((tmp_path / "npz" / "config.json").read_text())["quantization_config"]
     assert format_in(section) is npz
     schemes = schemes_in(section, list(section["linears"]))

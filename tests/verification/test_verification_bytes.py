@@ -21,6 +21,7 @@ WRITTEN = {
     "model.safetensors.index.json",
     "pq.json",
     "pq-statistics.json",
+    "README.md",
     "tokenizer.json",
 }
 WRITTEN |= {"tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"}
