@@ -20,8 +20,8 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         config = stage.config(config)
     linears = _linears(plan)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
-    beside = plan.skeleton.linears_beside()
-    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
+    outside = plan.skeleton.linears_outside()
+    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *outside))
     alone = [name for name in names if name not in state.schemes]
     routing, ours = state.routing, None
     if state.routing and config.get("model_type") != CONTAINER:

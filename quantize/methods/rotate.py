@@ -198,6 +198,8 @@ class Rotate(Stage):
 
 def _why_no_rotation(arch: Architecture) -> str:
     """Why the residual stream cannot be rotated; empty where nothing seen so far is against it."""
+    if arch.carries:
+        return arch.carries
     if arch.beside:
         return f"{arch.beside[0]} may write to the stream too, in the parent's basis"
     if arch.before != (arch.embedding,):

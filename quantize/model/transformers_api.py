@@ -122,7 +122,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     found: dict[str, Any] = {}
     for name in _SIZES:
-        value = getattr(text, name, None)
+        value = _field(text, name)
         # Layers of several sizes: each block's own are derived.
         found[name] = max(value) if isinstance(value, list | tuple) and value else value
     if found["num_attention_heads"] is None:
@@ -133,6 +133,16 @@ def sizes_of(config: Any) -> dict[str, Any]:
         tied = getattr(config, "tie_word_embeddings", found["tie_word_embeddings"])
         found["tie_word_embeddings"] = tied
     return found
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a config; of one that layers have each for themselves, which configs refuse to give
+    as one (Gemma 4: `head_dim`), all values."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        layers = range(config.num_hidden_layers)
+        return [getattr(config.per_layer_config[index], name) for index in layers]
 
 
 def rope_types() -> list[str]:

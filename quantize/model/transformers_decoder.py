@@ -79,6 +79,26 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def plain_tokens(model: Any) -> list[int]:
+    """A few tokens that mean nothing special to a model, by what its config calls so."""
+    special: set[int] = set()
+
+    def gather(values: Any, named: bool) -> None:
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                gather(value, named or "token" in str(key))
+        elif isinstance(values, list | tuple):
+            for value in values:
+                gather(value, named)
+        elif named and isinstance(values, int):
+            special.add(values)
+
+    gather(model.config.to_dict(), False)
+    count = model.get_input_embeddings().num_embeddings
+    usual = range(3, min(count, 19 + len(special)))
+    return [token for token in usual if token not in special][:16] or [0]
+
+
 def renew_buffers(
     root: nn.Module, model: Any, device: torch.device, index: int | None = None
 ) -> None:
@@ -88,26 +108,28 @@ def renew_buffers(
     index: which of its layers.
     """
     unset: list[tuple[nn.Module, list[str]]] = []
-    for module in root.modules():
+    place = "" if index is None else parts_of(model).blocks
+    for name, module in root.named_modules():
+        owner = _owner_of(root if index is None else model, name if index is None else place)
         absent = [
-            name
-            for name in module._non_persistent_buffers_set
-            if (held := module._buffers.get(name)) is not None and held.is_meta
+            buffer
+            for buffer in module._non_persistent_buffers_set
+            if (held := module._buffers.get(buffer)) is not None and held.is_meta
         ]
         if not absent:
             continue
-        for name in absent:
-            held = module._buffers[name]
+        for buffer in absent:
+            held = module._buffers[buffer]
             assert held is not None
             blank = float("nan") if held.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(held, blank, device=device)
+            module._buffers[buffer] = torch.full_like(held, blank, device=device)
         parameters = dict(module._parameters)
-        for name, held in parameters.items():
+        for parameter, held in parameters.items():
             if held is not None:
-                module._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
+                module._parameters[parameter] = nn.Parameter(held.to("meta"), requires_grad=False)
         try:
             with torch.no_grad():
-                model._init_weights(module)
+                owner._init_weights(module)
         finally:
             module._parameters = parameters
         unset.append((module, absent))
@@ -116,6 +138,15 @@ def renew_buffers(
     for module, names in unset:
         if left := _left(module, names):
             _remake_buffers(module, model, left, device)
+
+
+def _owner_of(model: Any, name: str) -> Any:
+    """The innermost model of transformers that holds a module, or is it: its rule makes the module's
+    buffers."""
+    levels = name.split(".") if name else []
+    paths = [".".join(levels[:count]) for count in range(len(levels), -1, -1)]
+    above = (model.get_submodule(path) for path in paths)
+    return next(module for module in above if hasattr(module, "_init_weights"))
 
 
 def _left(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -216,8 +247,16 @@ class StandIn(nn.Module):
 
 class _Beside:
     """Stands for what a layer returns beside hidden states. A model may hand it to the next layer;
-    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) fails, and
-    so is refused, where None might mean something to it."""
+    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) is refused,
+    where None might mean something to it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnderivedError(
+            "a layer reads what the one before it returned beside hidden states, which pq does not "
+            "carry from layer to layer"
+        )
 
 
 BESIDE = _Beside()
@@ -273,8 +312,8 @@ def returns_tuple(layer: nn.Module) -> bool:
 
 
 def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
-    """Run a model whose layers are these recorders on tokens [B, T] → the hidden states [B, T, D]
-    that enter its first layer.
+    """Run a model whose layers are these recorders on tokens [B, T] → the hidden states that enter
+    its first layer, [B, T, D] in most models.
 
     UnderivedError where it does something between two layers.
     """
@@ -300,18 +339,19 @@ def leave(
     returns: Sequence[bool],
     place: str,
     hidden: Tensor,
+    size: tuple[int, int],
     met: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Hidden states [B, T, D] behind the last layer → logits [B, T, V], by the model's own forward.
+    """Hidden states behind the last layer → logits [B, T, V], by the model's own forward.
 
-    returns: whether each layer returns a tuple. met: called where a layer would run.
+    size: B and T. returns: whether each layer returns a tuple. met: called where a layer would run.
     """
     given = [
         _Returning(layer, several, hidden, met)
         for layer, several in zip(layers, returns, strict=True)
     ]
     model.set_submodule(place, nn.ModuleList(given))
-    tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    tokens = torch.zeros(size, dtype=torch.long, device=hidden.device)
     with torch.no_grad():
         logits: Tensor = text_model(model)(input_ids=tokens, use_cache=False).logits
     return logits

@@ -91,7 +91,7 @@ def proofs(subject: Subject) -> Row:
     for index, arch in enumerate(archs):
         block = load_block(source, skeleton, schemes, index, "kernel", None)
         begun = time.perf_counter()
-        proof = prove(arch, block, Pass(skeleton, index), shape_of(source).hidden)
+        proof = prove(arch, block, Pass(skeleton, index), skeleton.stream)
         spent += time.perf_counter() - begun
         heads = proof.arch.heads
         names = {edge.name.partition(".")[0] for edge in proof.arch.edges}
