@@ -267,6 +267,8 @@ class Recorder(StandIn):
 
     call: LayerCall
     entered: Tensor
+    version: int
+    """How often they were written to in place."""
 
     def __init__(self, layer: nn.Module, returns_tuple: bool, last: bool) -> None:
         super().__init__(layer, returns_tuple)
@@ -280,7 +282,7 @@ class Recorder(StandIn):
                 "replay; install an earlier release"
             )
         self.call = LayerCall(args, kwargs)
-        self.entered = hidden_states
+        self.entered, self.version = hidden_states, hidden_states._version
         if self._last:
             raise _Stop
         return self.result(hidden_states)
@@ -325,12 +327,19 @@ def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
     first = recorders[0].entered
     for index, recorder in enumerate(recorders):
         entered = recorder.__dict__.get("entered")
-        if entered is not first:
+        if entered is None or not _same(entered, first) or recorder.version != recorders[0].version:
             raise UnderivedError(
                 f"{type(model).__name__}: hidden states change between layers {index - 1} and "
                 f"{index}, outside of both; pq takes decoders whose layers follow one another"
             )
     return first
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two are one tensor, or a view of all of it. Equal values would not do: what averages
+    the outputs of several layers (Dory) gives them back where all are the same."""
+    ours, theirs = ((x.data_ptr(), x.shape, x.stride()) for x in (one, other))
+    return one is other or ours == theirs
 
 
 def leave(
