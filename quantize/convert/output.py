@@ -11,6 +11,7 @@ from quantize.formats.output import Finished
 from quantize.model.arch import CONTAINER, ROUTERS, Architecture, ExpertSizes
 from quantize.model.moe import TopK
 from quantize.model.transformers_decoder import needs_weights
+from quantize.model.transposed import FromConv1D
 
 
 def output_config(plan: Plan, state: State) -> dict[str, Any]:
@@ -84,6 +85,9 @@ def _linears(plan: Plan) -> dict[str, tuple[int, int]]:
 def _not_stock(plan: Plan, state: State) -> list[str]:
     """Why stock transformers does not load the output, in which these linears are packed."""
     why = []
+    modules = map(plan.skeleton.model.get_submodule, state.schemes)
+    if any(isinstance(module, FromConv1D) for module in modules):
+        why.append("it has Conv1D in the place of linears, which it cannot pack; pq reads it")
     if stacks := plan.source.output.unloadable(state.schemes):
         more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
         why.append(

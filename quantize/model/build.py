@@ -26,6 +26,7 @@ from quantize.model.transformers_api import (
     rope_types,
 )
 from quantize.model.transformers_decoder import parts_of
+from quantize.model.transposed import place_linears
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -66,6 +67,7 @@ def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})
     """The same model with every linear of every expert a module of its own."""
     place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
     split_experts(model)
+    place_linears(model)
     set_routers_apart(model, is_router)
     return model
 

@@ -30,6 +30,7 @@ from quantize.model.experts import expert_layouts
 from quantize.model.lazy import lazy, where
 from quantize.model.output_names import OutputNames
 from quantize.model.transformers_names import Conversion
+from quantize.model.transposed import transposed_weights
 from quantize.model.where import Part, Where, fetch, names_in, whole
 
 __all__ = ["StoredCheckpoint", "holds_block", "open_stored"]
@@ -84,12 +85,15 @@ class StoredCheckpoint(Checkpoint):
         self.dequantized = source.dequantized
         self._layouts = layouts = expert_layouts(model)
         self._conversion = conversion = Conversion(model)
+        self._transposed = transposed_weights(model)
         given = {
             name: lazy(name, shape, _TORCH.get(source.dtypes[name], torch.uint8))
             for name, shape in source.shapes.items()
         }
         try:
             tensors, unplaced = loaded(conversion, given)
+            for name in self._transposed & set(tensors):
+                tensors[name] = tensors[name].T
             held = {name: where(tensor) for name, tensor in tensors.items()}
             parts = split(held, layouts)
         except ModelError as err:
@@ -195,7 +199,15 @@ class StoredCheckpoint(Checkpoint):
         places = self._places.items()
         stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
         parts, form = self._expected, self._form
-        return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
+        return OutputNames(
+            self._conversion,
+            self._layouts,
+            parts,
+            form,
+            stored,
+            self.stored.shapes,
+            self._transposed,
+        )
 
     @cached_property
     def _form(self) -> dict[str, Where]:

@@ -261,6 +261,13 @@ def activation(name: str) -> nn.Module:
     return module
 
 
+def is_conv1d(module: object) -> bool:
+    """Whether a module is a linear with its weight [inputs, outputs] (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def is_silu(module: object) -> bool:
     """Whether an activation is x·σ(x), by torch's class or transformers'."""
     return isinstance(module, nn.SiLU | type(ACT2FN["silu"]))
