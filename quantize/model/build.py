@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.errors import DataError, ModelError
+from quantize.errors import DataError, ModelError, UnderivedError
 from quantize.files.checkpoint import read_json
 from quantize.formats.registry import format_in
 from quantize.model.attention import ATTENTION
@@ -48,8 +48,24 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{folder}/config.json: transformers cannot build this model ({reason})"
         ) from None
+    _require_own_weights(model)
     _place_experts_of(facts.get("quantization_config"), folder, model)
     return model.eval().requires_grad_(False)
+
+
+def _require_own_weights(model: Any) -> None:
+    """UnderivedError where two layers are partly one (Zamba): each would be calibrated and rounded for
+    itself, and the output has one."""
+    place = parts_of(model).blocks
+    homes: dict[int, str] = {}
+    for name, held in model.get_submodule(place).named_parameters(remove_duplicate=False):
+        index, _, inner = name.partition(".")
+        first = homes.setdefault(id(held), index)
+        if first != index:
+            raise UnderivedError(
+                f"{type(model).__name__}: {place}.{first} and {place}.{index} share "
+                f"{inner.rpartition('.')[0]}; pq takes decoders whose layers have weights of their own"
+            )
 
 
 def _place_experts_of(section: Any, folder: Path, model: nn.Module) -> None:

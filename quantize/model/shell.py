@@ -7,6 +7,7 @@ the tensors that are needed.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,21 +123,23 @@ class Shell:
         return self.stream.entering(found.states, found.calls)
 
     def _place_rows(self, table: nn.Embedding, weight: Tensor, tokens: Tensor) -> None:
-        """Give a table of tokens the rows of these alone, once it is asked for them: a whole one in
+        """Give a table the rows of these tokens alone, unless it is asked for others: a whole one in
         another dtype may take gigabytes."""
+        asked, places = torch.unique(tokens, return_inverse=True)
+
+        def put(rows: Tensor) -> None:
+            moved = rows.to(self.device, self.dtype)
+            table._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
 
         def narrow(module: nn.Module, args: Any) -> Any:
             if not torch.equal(args[0], tokens):
-                module._parameters["weight"] = nn.Parameter(
-                    weight.to(self.device, self.dtype), requires_grad=False
-                )
+                put(weight)
                 return None
-            asked, places = torch.unique(tokens, return_inverse=True)
-            rows = weight[asked.to(weight.device)].to(self.device, self.dtype)
-            module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-            module.padding_idx = None  # type: ignore[assignment]
+            put(weight[asked.to(weight.device)])
+            table.padding_idx = None
             return (places,)
 
+        put(weight[asked.to(weight.device)])  # models look at its device and dtype
         table.register_forward_pre_hook(narrow)
 
     def tail(self, outside: Mapping[str, Tensor], head: nn.Module | None = None) -> Tail:
@@ -191,20 +194,29 @@ class Shell:
         Also finds how layers return their states where they do not say.
         """
         used: list[str] = []
-        try:
-            one = self._enter_noting(used, 0)
-        except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as first:
-            # What a layer says of its forward is not what it does.
-            self._tuples = [not several for several in self._tuples]
-            try:
-                one = self._enter_noting(used, 0)
-            except Exception:
-                raise first from None
+        one = self._first_entry(used)
         other = self._enter_noting(used, 1)
         if is_plain(one, other):
             return tuple(used), Stream.plain(one.states.shape[-1])
         large = self._enter_noting(used, 0, LARGE)
         return tuple(used), find_stream(self._kind, self._layers, one, other, large)
+
+    def _first_entry(self, used: list[str]) -> Entry:
+        """One pass with every kind of layer returning its states as it says, else in any other way
+        that the model can take: what a layer says of its forward is not always what it does."""
+        kinds = list(dict.fromkeys(map(type, self._layers)))
+        said, first = self._tuples, None
+        others = itertools.product((False, True), repeat=min(len(kinds), _KINDS))
+        for flips in ((False,) * len(kinds), (True,) * len(kinds), *others):
+            flipped = {kind for kind, flip in zip(kinds, flips, strict=False) if flip}
+            pairs = zip(self._layers, said, strict=True)
+            self._tuples = [several ^ (type(layer) in flipped) for layer, several in pairs]
+            try:
+                return self._enter_noting(used, 0)
+            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
@@ -252,6 +264,8 @@ class Shell:
         )
 
 
+_KINDS = 3
+"""Most kinds of layers that are tried to return their states in all ways."""
 _ROWS = 1 << 24
 """Rows of tables whose values do not matter: more than any position or token."""
 

@@ -154,7 +154,7 @@ def rope_types() -> list[str]:
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """The causal language model of a config, its weights not initialized by any checkpoint."""
-    auto = _auto_class(config)
+    auto = _loader_of(config)
     plain = copy.deepcopy(config)  # which building a model writes to
     try:
         model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -170,14 +170,27 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     return model
 
 
-def _auto_class(config: Any) -> Any:
-    """What makes the model of a config: that of the class that `architectures` names; without it,
-    and where both know a type, that of causal models."""
+class _OneClass:
+    """Makes models of one class as the automatic ones do."""
+
+    def __init__(self, kind: Any) -> None:
+        self.from_config, self.from_pretrained = kind._from_config, kind.from_pretrained
+
+
+def _loader_of(config: Any) -> Any:
+    """What makes the model of a config: the automatic class that makes the one that `architectures`
+    names; without it, and where both know a type, that of causal models; where none does (the text
+    decoder of Emu3 saved alone), the class itself."""
     causal, image_text = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     known = [auto for auto in (causal, image_text) if type(config) in auto._model_mapping]
     named = getattr(config, "architectures", None) or ()
     fitting = (a for a in known if a._model_mapping[type(config)].__name__ in named)
-    return next(fitting, known[0] if known else causal)
+    found = next(fitting, known[0] if known else None)
+    if found is None:
+        kinds = (getattr(transformers, name, None) for name in named if isinstance(name, str))
+        own = (k for k in kinds if getattr(k, "config_class", None) is type(config))
+        found = next((_OneClass(k) for k in own if hasattr(k, "get_output_embeddings")), causal)
+    return found
 
 
 _TEXT_MODEL = {
@@ -211,7 +224,7 @@ def _reads_attention_name(model: Any) -> bool:
 def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """Load a model by transformers → (model, names of
     tensors that were missing)."""
-    model, info = _auto_class(read_config(folder)).from_pretrained(
+    model, info = _loader_of(read_config(folder)).from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,

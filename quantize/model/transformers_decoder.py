@@ -282,7 +282,7 @@ class Recorder(StandIn):
                 "replay; install an earlier release"
             )
         self.call = LayerCall(args, kwargs)
-        self.entered, self.version = hidden_states, hidden_states._version
+        self.entered, self.version = hidden_states, getattr(hidden_states, "_version", 0)
         if self._last:
             raise _Stop
         return self.result(hidden_states)
@@ -324,10 +324,20 @@ def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
             text_model(model)(input_ids=tokens, use_cache=False)
     except _Stop:
         pass
+    for index, recorder in enumerate(recorders):
+        if "entered" not in recorder.__dict__:
+            raise UnderivedError(
+                f"{type(model).__name__}: layer {index} does not run on text alone, so that pq "
+                "cannot calibrate it; pq takes decoders of which every layer does"
+            )
     first = recorders[0].entered
     for index, recorder in enumerate(recorders):
-        entered = recorder.__dict__.get("entered")
-        if entered is None or not _same(entered, first) or recorder.version != recorders[0].version:
+        entered = recorder.entered
+        if (
+            not isinstance(entered, Tensor)
+            or not _same(entered, first)
+            or recorder.version != recorders[0].version
+        ):
             raise UnderivedError(
                 f"{type(model).__name__}: hidden states change between layers {index - 1} and "
                 f"{index}, outside of both; pq takes decoders whose layers follow one another"

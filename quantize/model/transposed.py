@@ -28,6 +28,6 @@ def place_linears(model: nn.Module) -> None:
             weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
             inputs, outputs = weight.shape
             linear = FromConv1D(inputs, outputs, device="meta", dtype=weight.dtype)
-            linear.bias = bias  # type: ignore[assignment]
+            linear.bias = bias
             linear.requires_grad_(False)
             model.set_submodule(name, linear.train(module.training))

@@ -159,6 +159,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 32},
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": {"global_head_dim": 64},
+    # A layer of cross-attention, as its checkpoints have.
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     # The last layers take keys and values from one before them of their kind: of each kind, one and one.
     "gemma3n_text": {
         "num_hidden_layers": 4,
