@@ -29,6 +29,7 @@ from quantize.model.transformers_decoder import (
     plain_tokens,
     renew_buffers,
     returns_tuple,
+    text_config,
     use_attention,
     without_layers,
 )
@@ -231,6 +232,14 @@ class Shell:
         leave(shell, self._layers, self._tuples, self._blocks, states, (1, 2), used.clear)
         return (*used, self._head)
 
+    def _wider(self) -> str:
+        """What to say of hidden states that are not as wide as config.json says; empty where they
+        are."""
+        hidden = getattr(text_config(self._model), "hidden_size", None)
+        if hidden in (None, self.stream.width):
+            return ""
+        return f"hidden states of {self.stream.width} channels go from layer to layer, not {hidden}"
+
     def _beside(self, before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
         """The fewest modules and tensors that hold all which neither runs on text nor is a layer."""
         used = (self._blocks, *before, *after)
@@ -259,7 +268,7 @@ class Shell:
             after,
             self._beside(before, after),
             offset or 0.0,
-            self.stream.extra,
+            self.stream.extra or self._wider(),
             bool(self.stream.shared),
         )
 
