@@ -9,6 +9,7 @@ from quantize.convert.plan import Plan
 from quantize.convert.state import State
 from quantize.formats.output import Finished
 from quantize.model.arch import CONTAINER, ROUTERS, Architecture, ExpertSizes
+from quantize.model.experts import whole_stacks
 from quantize.model.moe import TopK
 from quantize.model.transformers_decoder import needs_weights
 from quantize.model.transposed import FromConv1D
@@ -53,7 +54,22 @@ def lost_in(plan: Plan, state: State) -> list[str]:
         if arch.is_routed(name)
     ]
     schemes = {state.schemes.get(name) for name in experts}
-    return plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
+    lines = plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
+    return lines + _left_whole(plan)
+
+
+def _left_whole(plan: Plan) -> list[str]:
+    """Stacks of matrices in blocks that pq knows not to split, which no recipe reaches."""
+    place = plan.skeleton.parts.blocks
+    known: dict[str, list[str]] = {}
+    for name, reason in whole_stacks(plan.skeleton.model.get_submodule(place)).items():
+        known.setdefault(reason, []).append(f"{place}.{name}")
+    return [
+        f"{names[0]}"
+        + (f" and {len(names) - 1} more stay" if names[1:] else " stays")
+        + f" as stored: {reason}"
+        for reason, names in known.items()
+    ]
 
 
 def unserved_in(plan: Plan, state: State) -> list[str]:

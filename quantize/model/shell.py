@@ -20,7 +20,14 @@ from quantize.model.derive import Outer
 from quantize.model.edges import norm_offset
 from quantize.model.flow import is_norm
 from quantize.model.stream import Stream, StreamCall
-from quantize.model.stream_find import LARGE, SMALL, Entry, find_stream, is_plain
+from quantize.model.stream_find import (
+    LARGE,
+    SMALL,
+    Entry,
+    find_stream,
+    is_plain,
+    require_independent,
+)
 from quantize.model.transformers_decoder import (
     Recorder,
     enter,
@@ -165,10 +172,10 @@ class Shell:
 
         return logits
 
-    def _enter(self, shell: Any, tokens: Tensor) -> Entry:
+    def _enter(self, shell: Any, tokens: Tensor, draw: torch.Generator | None = None) -> Entry:
         last = len(self._layers) - 1
         recorders = [
-            Recorder(layer, several, index == last)
+            Recorder(layer, several, index == last, draw)
             for index, (layer, several) in enumerate(zip(self._layers, self._tuples, strict=True))
         ]
         shell.set_submodule(self._blocks, nn.ModuleList(recorders))
@@ -179,15 +186,21 @@ class Shell:
         """A copy whose modules get tensors of random values when they are called first."""
         return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
 
-    def _enter_noting(self, used: list[str], seed: int, size: tuple[int, int] = SMALL) -> Entry:
+    def _enter_noting(
+        self,
+        used: list[str],
+        seed: int,
+        size: tuple[int, int] = SMALL,
+        draw: torch.Generator | None = None,
+    ) -> Entry:
         """So many windows and tokens up to the first layer; modules with parameters that run go into
-        `used`."""
+        `used`. draw: of what layers return; None: what they are given."""
         shell = self._filled(seed)
         _note_used(shell, used)
         draw = torch.Generator().manual_seed(seed)
         places = torch.randint(len(self._tokens), size, generator=draw)
         tokens = torch.tensor(self._tokens)[places].to(self.device)
-        return self._enter(shell, tokens)
+        return self._enter(shell, tokens, draw)
 
     def _find_before(self) -> tuple[tuple[str, ...], Stream]:
         """(modules with tensors that run before the first layer, what goes from layer to layer).
@@ -196,6 +209,9 @@ class Shell:
         """
         used: list[str] = []
         one = self._first_entry(used)
+        require_independent(
+            self._kind, one, self._enter_noting(used, 0, draw=torch.Generator().manual_seed(2))
+        )
         other = self._enter_noting(used, 1)
         if is_plain(one, other):
             return tuple(used), Stream.plain(one.states.shape[-1])
@@ -206,7 +222,7 @@ class Shell:
         """One pass with every kind of layer returning its states as it says, else in any other way
         that the model can take: what a layer says of its forward is not always what it does."""
         kinds = list(dict.fromkeys(map(type, self._layers)))
-        said, first = self._tuples, None
+        said, failures = self._tuples, list[Exception]()
         others = itertools.product((False, True), repeat=min(len(kinds), _KINDS))
         for flips in ((False,) * len(kinds), (True,) * len(kinds), *others):
             flipped = {kind for kind, flip in zip(kinds, flips, strict=False) if flip}
@@ -215,9 +231,9 @@ class Shell:
             try:
                 return self._enter_noting(used, 0)
             except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as error:
-                first = first or error
-        assert first is not None
-        raise first
+                failures.append(error)
+        # Rather what pq says of a model than what a model says of a tuple in the place of a tensor.
+        raise min(failures, key=lambda error: not isinstance(error, UnderivedError))
 
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
@@ -228,9 +244,17 @@ class Shell:
         states = self.stream.states.unpack(stream)
 
         _note_used(shell, used)
+        places = (self._layers, self._tuples, self._blocks, states, (1, 2))
         # What ran before the first layer is forgotten.
-        leave(shell, self._layers, self._tuples, self._blocks, states, (1, 2), used.clear)
-        return (*used, self._head)
+        alike = leave(shell, *places, used.clear)
+        after = (*used, self._head)
+        drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
+        if not torch.equal(alike, leave(shell, *places, earlier=drawn.to(states))):
+            raise UnderivedError(
+                f"{self._kind}: what follows the last layer also reads what earlier ones put out; pq "
+                "takes decoders whose layers follow one another"
+            )
+        return after
 
     def _wider(self) -> str:
         """What to say of hidden states that are not as wide as config.json says; empty where they

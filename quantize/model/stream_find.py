@@ -51,6 +51,16 @@ def depends(one: Entry, other: Entry) -> Iterator[tuple[int, Path]]:
                 yield index, path
 
 
+def require_independent(kind: str, one: Entry, other: Entry) -> None:
+    """UnderivedError where layers are given what earlier ones put out beside hidden states: `other` is
+    the same pass as `one`, but for layers that return something else."""
+    for index, path in depends(one, other):
+        raise UnderivedError(
+            f"{kind}: layer {index} is given {argument(path)}, which depends on what earlier layers "
+            "put out; pq takes decoders whose layers follow one another"
+        )
+
+
 def is_plain(one: Entry, other: Entry) -> bool:
     """Whether nothing but hidden states [B, T, D] goes from layer to layer, seen in two passes of
     SMALL windows."""

@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -263,16 +264,23 @@ BESIDE = _Beside()
 
 
 class Recorder(StandIn):
-    """Passes hidden states on and keeps what else it was given."""
+    """Keeps what it is given, and passes hidden states on, or others drawn by `draw`."""
 
     call: LayerCall
     entered: Tensor
-    version: int
-    """How often they were written to in place."""
+    gave: Tensor
+    versions: tuple[int, int]
+    """How often these two were written to in place before."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool, last: bool) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        returns_tuple: bool,
+        last: bool,
+        draw: torch.Generator | None = None,
+    ) -> None:
         super().__init__(layer, returns_tuple)
-        self._last = last
+        self._last, self._draw = last, draw
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keep what a layer is given."""
@@ -282,10 +290,14 @@ class Recorder(StandIn):
                 "replay; install an earlier release"
             )
         self.call = LayerCall(args, kwargs)
-        self.entered, self.version = hidden_states, getattr(hidden_states, "_version", 0)
+        self.entered = self.gave = hidden_states
+        if self._draw is not None:
+            drawn = torch.randn(hidden_states.shape, generator=self._draw)
+            self.gave = drawn.to(hidden_states)
+        self.versions = tuple(getattr(x, "_version", 0) for x in (self.entered, self.gave))  # type: ignore[assignment]
         if self._last:
             raise _Stop
-        return self.result(hidden_states)
+        return self.result(self.gave)
 
 
 class _Returning(StandIn):
@@ -330,19 +342,15 @@ def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
                 f"{type(model).__name__}: layer {index} does not run on text alone, so that pq "
                 "cannot calibrate it; pq takes decoders of which every layer does"
             )
-    first = recorders[0].entered
-    for index, recorder in enumerate(recorders):
-        entered = recorder.entered
-        if (
-            not isinstance(entered, Tensor)
-            or not _same(entered, first)
-            or recorder.version != recorders[0].version
-        ):
+    for index, (before, after) in enumerate(pairwise(recorders)):
+        entered = after.entered
+        unchanged = isinstance(entered, Tensor) and _same(entered, before.gave)
+        if not unchanged or after.versions[0] != before.versions[1]:
             raise UnderivedError(
-                f"{type(model).__name__}: hidden states change between layers {index - 1} and "
-                f"{index}, outside of both; pq takes decoders whose layers follow one another"
+                f"{type(model).__name__}: hidden states change between layers {index} and "
+                f"{index + 1}, outside of both; pq takes decoders whose layers follow one another"
             )
-    return first
+    return recorders[0].entered
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -360,15 +368,18 @@ def leave(
     hidden: Tensor,
     size: tuple[int, int],
     met: Callable[[], None] = lambda: None,
+    earlier: Tensor | None = None,
 ) -> Tensor:
     """Hidden states behind the last layer → logits [B, T, V], by the model's own forward.
 
-    size: B and T. returns: whether each layer returns a tuple. met: called where a layer would run.
+    size: B and T. earlier: what other layers than the last one return; None: the same.
+    returns: whether each layer returns a tuple. met: called where a layer would run.
     """
     given = [
-        _Returning(layer, several, hidden, met)
-        for layer, several in zip(layers, returns, strict=True)
+        _Returning(layer, several, hidden if earlier is None else earlier, met)
+        for layer, several in zip(layers[:-1], returns[:-1], strict=True)
     ]
+    given.append(_Returning(layers[-1], returns[-1], hidden, met))
     model.set_submodule(place, nn.ModuleList(given))
     tokens = torch.zeros(size, dtype=torch.long, device=hidden.device)
     with torch.no_grad():

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from quantize.errors import UnderivedError
 from quantize.model.stream import Given, Piece, Shared, Stream, StreamCall
-from quantize.model.stream_find import LARGE, SMALL, Entry, find_stream, is_plain
+from quantize.model.stream_find import (
+    LARGE,
+    SMALL,
+    Entry,
+    find_stream,
+    is_plain,
+    require_independent,
+)
 from quantize.model.transformers_api import LayerCall
 
 
@@ -135,3 +142,11 @@ def test_a_drawn_stream_has_integers_that_are_tokens_and_places():
     larger = stream.scaled(drawn, 30.0)
     assert torch.equal(given.piece.unpack(larger), numbers)
     assert torch.equal(stream.states_of(larger), 30 * stream.states_of(drawn))
+
+
+def test_what_depends_on_outputs_of_layers_is_refused():
+    one, same = entry(SMALL, 0), entry(SMALL, 0)
+    require_independent("Model", one, same)
+    moved = LayerCall((same.calls[1].args[0] + 1,), same.calls[1].kwargs)
+    with pytest.raises(UnderivedError, match="layer 1 is given positional argument 2, which dep"):
+        require_independent("Model", one, Entry(same.states, [same.calls[0], moved]))

@@ -90,3 +90,19 @@ def test_layers_that_text_does_not_run_are_refused(tmp_path: Path):
     skeleton = Skeleton(folder, CPU, torch.float32)
     with pytest.raises(UnderivedError, match="layer 1 does not run on text alone"):
         _ = skeleton.arch
+
+
+def test_a_model_that_averages_outputs_of_layers_is_refused(tmp_path: Path):
+    folder = zoo.save(zoo.build("inkling2_text"), tmp_path / "model")
+    with pytest.raises(UnderivedError, match="also reads what earlier ones put out"):
+        _ = Skeleton(folder, CPU, torch.float32).arch
+
+
+def test_stacks_that_stay_whole_are_said(tmp_path: Path):
+    folder = zoo.save(zoo.build("inkling_text"), tmp_path / "model")
+    request = Request(
+        folder, recipe_of(folder, ROUND), tmp_path / "out", CPU, torch.float32, resume="never"
+    )
+    lines = [line for line in convert(request).lost if "shared experts" in line]
+    assert len(lines) == 1
+    assert "model.layers.0.mlp.shared_experts.gate_proj and 5 more stay as stored" in lines[0]
