@@ -148,6 +148,7 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
             batch=min(B * T, max(T, request.batch_tokens // T * T)),
             tokens=B * T,
             itemsize=request.dtype.itemsize,
+            stream=plan.skeleton.stream.width,
         )
     return list(seen.values())
 

@@ -12,7 +12,7 @@ from conftest import CPU
 from models import zoo
 from models.law import streamed_logits
 from quantize.convert.loop import Request, convert
-from quantize.errors import UnderivedError
+from quantize.errors import ModelError, UnderivedError
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.verification.run import verify
@@ -62,6 +62,22 @@ def test_a_converted_model_of_several_streams_verifies(tmp_path: Path):
     recipe = recipe_of(folder, ROUND)
     convert(Request(folder, recipe, tmp_path / "out", CPU, torch.float32, resume="never"))
     assert verify(tmp_path / "out", folder).ok
+
+
+def test_values_rotate_where_more_than_hidden_states_is_carried(tmp_path: Path):
+    model = zoo.build("gemma4_text")
+    folder = zoo.save(model, tmp_path / "model")
+    recipe = recipe_of(folder, "{method: rotate, residual: false}", ROUND)
+    bare = recipe.model_copy(update={"stages": recipe.stages[:1]})
+    convert(Request(folder, bare, tmp_path / "out", CPU, torch.float32, resume="never"))
+    assert difference(tmp_path / "out", model) < 1e-4
+
+
+def test_rotating_the_stream_is_refused_where_it_is_not_all(tmp_path: Path):
+    folder = zoo.save(zoo.build("gemma4_text"), tmp_path / "model")
+    recipe = recipe_of(folder, "{method: rotate}", ROUND)
+    with pytest.raises(ModelError, match="layers read what earlier ones computed"):
+        convert(Request(folder, recipe, tmp_path / "out", CPU, torch.float32, resume="never"))
 
 
 def test_conv1d_is_turned_back_where_it_is_written_as_it_is(tmp_path: Path):
