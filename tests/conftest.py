@@ -352,7 +352,7 @@ def make_block(tiny: ModelMaker) -> BlockMaker:
         inputs = [torch.randn(2, 24, shape.hidden, generator=generator) for _ in range(batches)]
         return Block(
             index=index,
-            arch=prove(block_arch, module, Pass(skeleton, index), shape.hidden).arch,
+            arch=prove(block_arch, module, Pass(skeleton, index), skeleton.stream).arch,
             shape=shape,
             module=module,
             storage={name: tensor.dtype for name, tensor in weights.items()},

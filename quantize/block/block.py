@@ -33,6 +33,7 @@ from quantize.model.hadamard import (
 )
 from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
+from quantize.model.stream import Stream
 from quantize.parallel.ranks import ALONE, Ranks
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -59,6 +60,8 @@ class Block:
     inputs: MutableSequence[Tensor]
     parent_inputs: MutableSequence[Tensor] | None
     device: torch.device
+    stream: Stream | None = None
+    """What goes from block to block; None: hidden states [B, T, D] alone."""
     keeps_post_scales: bool = False
     """Whether the checkpoint's format can hold post-RoPE scales."""
     packed: dict[str, Packed] = field(default_factory=dict)
@@ -102,6 +105,10 @@ class Block:
     def full_name(self, name: str) -> str:
         """Name of a module of this block within the model."""
         return f"{self.arch.blocks}.{self.index}.{name}"
+
+    def states_of(self, stream: Tensor) -> Tensor:
+        """The hidden states alone [B, T, ·] of what enters or leaves the block."""
+        return stream if self.stream is None else self.stream.states_of(stream)
 
     def note(self, name: str, **facts: Any) -> None:
         """Record facts about a linear for the provenance and the report."""

@@ -148,6 +148,7 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
             batch=min(B * T, max(T, request.batch_tokens // T * T)),
             tokens=B * T,
             itemsize=request.dtype.itemsize,
+            stream=plan.skeleton.stream.width,
         )
     return list(seen.values())
 
@@ -178,7 +179,7 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
     parts |= {"hidden states": on_device} if on_device else {}
     base = resident() + _SLACK
     host = states if request.states_on == "host" or (cpu and request.states_on == "device") else 0
-    batches = streams * block.batch * plan.shape.hidden * item
+    batches = streams * block.batch * plan.skeleton.stream.width * item
     spilled = states if request.states_on == "disk" else 0
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
     state = _state(plan, request, tokens)
@@ -203,7 +204,9 @@ def _states(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
     if tokens is None or not any(stage.needs_inputs for stage in stages):
         return 0
     streams = 2 if any(stage.needs_parent for stage in stages) else 1
-    return int(streams * tokens.tokens.numel() * plan.shape.hidden * request.dtype.itemsize)
+    return int(
+        streams * tokens.tokens.numel() * plan.skeleton.stream.width * request.dtype.itemsize
+    )
 
 
 def _state(plan: Plan, request: Request, tokens: TokenSet | None) -> int:

@@ -10,8 +10,10 @@ from quantize.convert.serving import linears_of
 from quantize.convert.state import State
 from quantize.formats.output import Finished
 from quantize.model.arch import CONTAINER, ROUTERS, ExpertSizes
+from quantize.model.experts import whole_stacks
 from quantize.model.moe import TopK
 from quantize.model.transformers_decoder import needs_weights
+from quantize.model.transposed import FromConv1D
 
 
 def output_config(plan: Plan, state: State) -> dict[str, Any]:
@@ -21,8 +23,8 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         config = stage.config(config)
     linears = linears_of(plan)
     routers = [f"{ffn}.{router}" for ffn in state.routing for router in ROUTERS]
-    beside = [*plan.skeleton.linears_beside(), *plan.source.carried_linears]
-    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *beside))
+    outside = [*plan.skeleton.linears_outside(), *plan.source.carried_linears]
+    names = dict.fromkeys((plan.arch.head, *linears, *routers, *plan.skeleton.routers(), *outside))
     alone = [name for name in names if name not in state.schemes]
     routing, ours = state.routing, None
     if state.routing and config.get("model_type") != CONTAINER:
@@ -61,12 +63,30 @@ def lost_in(plan: Plan, state: State) -> list[str]:
         if arch.is_routed(name)
     ]
     schemes = {state.schemes.get(name) for name in experts}
-    return plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
+    lines = plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
+    return lines + _left_whole(plan)
+
+
+def _left_whole(plan: Plan) -> list[str]:
+    """Stacks of matrices in blocks that pq knows not to split, which no recipe reaches."""
+    place = plan.skeleton.parts.blocks
+    known: dict[str, list[str]] = {}
+    for name, reason in whole_stacks(plan.skeleton.model.get_submodule(place)).items():
+        known.setdefault(reason, []).append(f"{place}.{name}")
+    return [
+        f"{names[0]}"
+        + (f" and {len(names) - 1} more stay" if names[1:] else " stays")
+        + f" as stored: {reason}"
+        for reason, names in known.items()
+    ]
 
 
 def _not_stock(plan: Plan, state: State) -> list[str]:
     """Why stock transformers does not load the output, in which these linears are packed."""
     why = []
+    modules = map(plan.skeleton.model.get_submodule, state.schemes)
+    if any(isinstance(module, FromConv1D) for module in modules):
+        why.append("it has Conv1D in the place of linears, which it cannot pack; pq reads it")
     if stacks := plan.source.output.unloadable(state.schemes):
         more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
         why.append(

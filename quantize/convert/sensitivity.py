@@ -31,7 +31,7 @@ def sensitivities(
     to each token, because norms further on take a token's length away. The block is left as it was.
     ModelError where no token has a finite output.
     """
-    outputs = [block.forward(block.module, hidden) for hidden in block.inputs]
+    outputs = [block.states_of(block.forward(block.module, hidden)) for hidden in block.inputs]
     trials = [(name, scheme) for name, choices in schemes.items() for scheme in choices]
     errors = block.ranks.numbers([partial(_error, block, outputs, *trial) for trial in trials])
     out: dict[str, dict[int, float]] = {name: {} for name in schemes}
@@ -46,7 +46,8 @@ def _error(block: Block, outputs: Sequence[Tensor], name: str, scheme: IntScheme
     trial = round_linear(linear, scheme)
     with stand_in(block.module, {name: trial}):
         pairs = zip(block.inputs, outputs, strict=True)
-        errors = torch.cat([_relative_errors(block.forward(block.module, x), y) for x, y in pairs])
+        found = ((block.states_of(block.forward(block.module, x)), y) for x, y in pairs)
+        errors = torch.cat([_relative_errors(*pair) for pair in found])
     if not len(errors):
         raise ModelError(f"block {block.index}: none of its outputs is finite; try --dtype float32")
     return float(errors.double().mean())

@@ -21,6 +21,7 @@ from quantize.files.finite import require_finite_floats
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, place_states
 from quantize.model.prove import prove
+from quantize.model.skeleton import as_computed
 
 
 def open_block(
@@ -45,7 +46,7 @@ def open_block(
         tensor = plan.source.tensor(name)
         require_finite_floats({name: tensor}, "")
         storage[name.removeprefix(prefix)] = tensor.dtype
-        tensor = tensor.to(request.device, request.dtype)
+        tensor = as_computed(tensor, request.device, request.dtype)
         weights[name.removeprefix(prefix)] = parking.put(tensor) if parking else tensor
     block = Block(
         index=index,
@@ -57,13 +58,14 @@ def open_block(
         inputs=inputs,
         parent_inputs=parent_inputs,
         device=request.device,
+        stream=plan.skeleton.stream,
         keeps_post_scales=plan.format.keeps_post_scales,
         parking=parking,
         memo=Memo(request.work, request.ranks),
         ranks=request.ranks,
     )
     if any(stage.kind in ("smooth", "cache") for stage in request.recipe.stages):
-        proof = prove(block.arch, block.module, block.forward, plan.shape.hidden)
+        proof = prove(block.arch, block.module, block.forward, plan.skeleton.stream)
         block.arch, block.unproved = proof.arch, dict(proof.dropped)
     if parking:
         parking.away(block.module)

@@ -43,6 +43,8 @@ class BlockSizes:
     """Tokens of the whole text."""
     itemsize: int
     """Bytes of the dtype that blocks compute in."""
+    stream: int = 0
+    """Channels that go from block to block; 0: the hidden size."""
 
     @property
     def weights(self) -> int:
@@ -69,7 +71,11 @@ class BlockSizes:
         """Bytes of one pass through the block, at its widest."""
         wide = max((N for N, _ in self.linears.values()), default=0)
         attention = (6 + 3 * self.kv_heads / self.heads) * self.hidden
-        return int(self.itemsize * self.batch * max(3 * wide + 2 * self.hidden, attention))
+        return int(
+            self.itemsize
+            * self.batch
+            * max(3 * wide + 2 * max(self.hidden, self.stream), attention)
+        )
 
     def moment_bytes(self, name: str, with_parent: bool) -> int:
         """Bytes of the moments of a linear's inputs."""

@@ -207,7 +207,7 @@ class StreamedModel:
 
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states of so many tokens."""
-        return tokens * self.shape.hidden * self.dtype.itemsize
+        return tokens * self.skeleton.stream.width * self.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float | None:

@@ -23,6 +23,7 @@ from quantize.errors import ModelError
 from quantize.methods.base import Kind, Stage
 from quantize.model.hadamard import Rotation, apply_hadamard, hadamard_factors, widen
 from quantize.model.roles import role_by_name
+from quantize.model.stream import Stream
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -166,13 +167,14 @@ class Rotate(Stage):
         something else."""
         draw = torch.Generator().manual_seed(0)
         first = next(block.module.parameters())
-        hidden = torch.randn(1, 12, block.shape.hidden, generator=draw).to(first)
+        stream = block.stream or Stream.plain(block.shape.hidden)
+        hidden = stream.draw(1, 12, draw, first.dtype).to(first.device)
         with torch.no_grad():
             before = block.forward(block.module, hidden).float()
             yield
             turned = block.forward(block.module, self.to_basis(hidden)).float()
         error = (self.from_basis(turned) - before).abs().max()
-        size = (before - hidden.float()).abs().max()
+        size = block.states_of(before - hidden.float()).abs().max()
         if not error <= _SAME[first.dtype] * size:
             raise ModelError(
                 f"{block.full_name('')[:-1]}: computes something else when it is "
@@ -198,6 +200,8 @@ class Rotate(Stage):
 
 def _why_no_rotation(arch: Architecture) -> str:
     """Why the residual stream cannot be rotated; empty where nothing seen so far is against it."""
+    if arch.carries:
+        return arch.carries
     if arch.beside:
         return f"{arch.beside[0]} may write to the stream too, in the parent's basis"
     if arch.before != (arch.embedding,):

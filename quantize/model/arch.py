@@ -139,6 +139,8 @@ class Architecture:
     """Modules with tensors that run behind the last block."""
     beside: tuple[str, ...] = ()
     """Modules, and tensors of the model itself, that text does not pass: towers and projectors."""
+    carries: str = ""
+    """What goes from layer to layer beside hidden states [B, T, D] (`stream`); empty: nothing."""
 
     def is_beside(self, name: str) -> bool:
         """Whether a module or tensor, by its full name, is one that text does not pass."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.errors import ModelError
+from quantize.errors import ModelError, UnderivedError
 from quantize.files.checkpoint import read_json
 from quantize.formats.registry import format_in
 from quantize.model.attention import ATTENTION
@@ -26,6 +26,7 @@ from quantize.model.transformers_api import (
     rope_types,
 )
 from quantize.model.transformers_decoder import parts_of
+from quantize.model.transposed import place_linears
 
 
 def meta_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -47,8 +48,24 @@ def meta_model(folder: Path, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{folder}/config.json: transformers cannot build this model ({reason})"
         ) from None
+    _require_own_weights(model)
     _place_experts_of(facts.get("quantization_config"), folder, model)
     return model.eval().requires_grad_(False)
+
+
+def _require_own_weights(model: Any) -> None:
+    """UnderivedError where two layers are partly one (Zamba): each would be calibrated and rounded for
+    itself, and the output has one."""
+    place = parts_of(model).blocks
+    homes: dict[int, str] = {}
+    for name, held in model.get_submodule(place).named_parameters(remove_duplicate=False):
+        index, _, inner = name.partition(".")
+        first = homes.setdefault(id(held), index)
+        if first != index:
+            raise UnderivedError(
+                f"{type(model).__name__}: {place}.{first} and {place}.{index} share "
+                f"{inner.rpartition('.')[0]}; pq takes decoders whose layers have weights of their own"
+            )
 
 
 def _place_experts_of(section: Any, folder: Path, model: nn.Module) -> None:
@@ -81,6 +98,7 @@ def split_model(model: Any, routing: Mapping[str, Policy] = MappingProxyType({})
     """The same model with every linear of every expert a module of its own."""
     place_experts(model, parts_of(model).blocks, model.config.to_dict(), routing)
     split_experts(model)
+    place_linears(model)
     set_routers_apart(model, is_router)
     return model
 

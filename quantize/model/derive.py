@@ -32,6 +32,10 @@ class Outer:
     after: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     final_offset: float = 0.0
+    carries: str = ""
+    """What goes from layer to layer beside hidden states [B, T, D]; empty: nothing does."""
+    shares: bool = False
+    """Whether layers read what earlier ones have left for them, such as keys and values."""
 
 
 def derive(
@@ -40,11 +44,13 @@ def derive(
     outer: Outer,
     routed: Sequence[str] = (),
     rotary_dim: int | None = None,
+    leaves: bool = False,
 ) -> Architecture:
     """The architecture of one block.
 
     routed: names within the block of modules whose children `0`, `1`, … are routed experts.
     rotary_dim: leading channels of a head that RoPE rotates; None: not known, all of them.
+    leaves: whether later layers read something that it computes beside hidden states.
     """
     modules = dict(block.named_modules())
     linears = _order(flow, modules)
@@ -55,6 +61,8 @@ def derive(
     groups = _groups(flow, linears, home)
     edges = edges_of(flow, modules, roles, groups, attending, home)
     residual, writers, stream_norms = residual_of(flow, modules, linears)
+    if outer.carries:  # what is added goes to one of several streams, or is not all that goes on
+        residual = {}
     qk_norm, qk_offset = qk_norm_of(flow, modules, roles, attending)
     return Architecture(
         model_type=outer.model_type,
@@ -68,7 +76,7 @@ def derive(
         qk_offset=qk_offset,
         attention=attending.module if attending else _attention_module(linears, roles),
         heads=heads,
-        no_cache=_why_no_cache(flow, attending),
+        no_cache=_why_no_cache(flow, attending, outer.shares and (leaves or not _has_keys(roles))),
         experts=home.experts,
         blocks=outer.blocks,
         embedding=outer.embedding,
@@ -78,6 +86,7 @@ def derive(
         before=outer.before,
         after=outer.after,
         beside=outer.beside,
+        carries=outer.carries,
     )
 
 
@@ -124,8 +133,14 @@ def _is(flow: Flow, number: int, size: int, role: Role) -> bool:
     return end - first == size and role_by_name(linear) in (role, "qkv")
 
 
-def _why_no_cache(flow: Flow, attending: Attending | None) -> str:
+def _has_keys(roles: Mapping[str, Role]) -> bool:
+    return any(role in ("k", "qkv") for role in roles.values())
+
+
+def _why_no_cache(flow: Flow, attending: Attending | None, shares: bool) -> str:
     """Why the block cannot attend on an INT4 cache; empty where it can."""
+    if shares:
+        return "it shares keys and values with other layers"
     if not flow.attending:
         return "its attention does not go through transformers' attention interface"
     if attending is None:

@@ -210,7 +210,9 @@ def proves(original: nn.Module, layout: Layout) -> bool:
         wanted = type(original).forward(small, *given)
         experts = Experts(small, layout)
         got = experts(*given)
-        same = torch.allclose(wanted, got, rtol=1e-9, atol=1e-9)
+        # Some activations compute in float32 whatever they are given; another layout is off by as
+        # much as the outputs are large.
+        same = torch.allclose(wanted, got, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
         return bool(same and (not layout.gated or _roles_hold(experts, draw)))
 
 
@@ -223,7 +225,14 @@ def _roles_hold(experts: Experts, draw: torch.Generator) -> bool:
     middle = experts._gate(gate, (up + other) / 2)
     moved = experts._gate(gate, torch.cat((other[:, :1], up[:, 1:]), -1))
     mixed = torch.cat((z[:, :1], y[:, 1:]), -1)
-    return bool(torch.allclose(middle, (y + z) / 2, rtol=1e-9) and torch.allclose(moved, mixed))
+    size = float(y.abs().max())
+    affine = torch.allclose(middle, (y + z) / 2, rtol=0, atol=_AFFINE * size)
+    return affine and torch.allclose(moved, mixed, rtol=1e-5, atol=1e-6 * size)
+
+
+_AFFINE = 5e-4
+"""Of the largest output: a softcap of 5 on up is affine to 1e-4 there, an activation of the gate to a
+hundredth."""
 
 
 def expert_layouts(model: nn.Module) -> dict[str, Layout]:
@@ -237,6 +246,8 @@ def expert_layouts(model: nn.Module) -> dict[str, Layout]:
         if not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
             continue
         if not type(module).__name__.endswith("Experts"):
+            continue
+        if all((type(module).__name__, key) in KEPT_WHOLE for key in module._parameters):
             continue
         names = set(module._parameters)
         first = "gate_up_proj" if "gate_up_proj" in names else "up_proj"
@@ -271,14 +282,28 @@ def split_experts(model: nn.Module, layouts: Mapping[str, Layout] | None = None)
     return tuple(layouts)
 
 
+_SHARED = "shared experts in one stack, each weighed by itself"
 KEPT_WHOLE: Mapping[tuple[str, str], str] = {
     ("ZambaMambaMixer", "x_proj_weight"): "projections of a state-space scan, by group of heads",
     ("ZambaMambaMixer", "dt_proj_weight"): "projections of a state-space scan, by group of heads",
     ("ZambaMambaMixer", "A_log"): "decay rates of a state-space scan",
+    ("InklingSharedExperts", "gate_proj"): _SHARED,
+    ("InklingSharedExperts", "up_proj"): _SHARED,
+    ("InklingSharedExperts", "down_proj"): _SHARED,
     ("RecurrentGemmaRglru", "input_gate_weight"): "block-diagonal gates of a recurrence",
     ("RecurrentGemmaRglru", "recurrent_gate_weight"): "block-diagonal gates of a recurrence",
 }
 """Class and parameter → why it stays as it is, though it holds several matrices."""
+
+
+def whole_stacks(model: nn.Module) -> dict[str, str]:
+    """Parameters below that are of KEPT_WHOLE, by name → why."""
+    found = {}
+    for name, module in model.named_modules():
+        for key in module._parameters:
+            if reason := KEPT_WHOLE.get((type(module).__name__, key)):
+                found[f"{name}.{key}"] = reason
+    return found
 
 
 def kept_whole(model: nn.Module) -> dict[str, str]:

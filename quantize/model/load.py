@@ -25,7 +25,7 @@ from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
 from quantize.model.linear import Numerics, PackedLinear
 from quantize.model.moe import Policy, Router
-from quantize.model.skeleton import Skeleton
+from quantize.model.skeleton import Skeleton, as_computed
 from quantize.model.storage import DTYPES
 from quantize.model.stored import open_stored
 from quantize.model.transformers_api import decoder_facts, load_pretrained, load_tensors
@@ -310,7 +310,11 @@ def _materialize(
     for name, scheme in schemes.items():
         model.set_submodule(name, packed_linear(source, name, scheme, device, dtype, numerics))
     packed_names = {f"{name}.{suffix}" for name in schemes for suffix in (*PACKED_SUFFIXES, "bias")}
-    plain = {n: source.tensor(n).to(device, dtype) for n in source.names() if n not in packed_names}
+    plain = {
+        n: as_computed(source.tensor(n), device, dtype)
+        for n in source.names()
+        if n not in packed_names
+    }
     # stays float32
     plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}
     try:

@@ -9,7 +9,7 @@ reads these of Llama 4 alone (`OutputNames.unloadable`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class OutputNames:
 
     conversion, layouts: the model's. parts, form: its `parts_of` and `published`. stored: name of
     every tensor that is stored as the model has it → its stored name. on_disk: names of all stored
-    tensors.
+    tensors. transposed: the weights that are stored [inputs, outputs].
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class OutputNames:
         form: Mapping[str, Where],
         stored: Mapping[str, str],
         on_disk: Iterable[str],
+        transposed: Collection[str] = (),
     ) -> None:
+        self._transposed = transposed
         self._conversion, self._layouts, self._stored = conversion, layouts, stored
         self._published = published_names(parts, form)
         self._parts: dict[str, set[str]] = {module: set() for module in layouts}
@@ -96,7 +98,7 @@ class OutputNames:
     def written(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of whole modules by the model's names → the same as they are written: experts
         that are published as stacks, and of which nothing is packed, are stacked again."""
-        left = dict(tensors)
+        left = {n: t.T.contiguous() if n in self._transposed else t for n, t in tensors.items()}
         out: dict[str, Tensor] = {}
         for module, layout in self._layouts.items():
             inside = {name for name in left if name.startswith(f"{module}.")}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantize.model.arch import Architecture, Edge, Heads, RopeLayout, Rows
 from quantize.model.fold import head_columns, scale_edge, scale_outputs
 from quantize.model.rope import partners
+from quantize.model.stream import Stream
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -39,15 +40,15 @@ class Proof:
 
 
 def prove(
-    arch: Architecture, module: nn.Module, forward: Forward, hidden: int, seed: int = 0
+    arch: Architecture, module: nn.Module, forward: Forward, stream: Stream, seed: int = 0
 ) -> Proof:
     """Try all candidates of a block whose weights are in memory, and take them back.
 
-    forward: runs the block on hidden states [1, T, D]. hidden: D. Powers of two leave rounding as it
-    is, so that the proof holds in 16 bits, too.
+    forward: runs the block on what goes through the model, as `stream` says: hidden states [1, T, D]
+    in most. Powers of two leave rounding as it is, so that the proof holds in 16 bits, too.
     """
     generator = torch.Generator().manual_seed(seed)
-    trial = _Trial(arch, module, forward, hidden, generator)
+    trial = _Trial(arch, module, forward, stream, generator)
     dropped: dict[str, str] = {}
     kept = []
     # All at once first: mostly they hold, and a block is run once.
@@ -96,15 +97,15 @@ class _Trial:
         arch: Architecture,
         module: nn.Module,
         forward: Forward,
-        hidden: int,
+        stream: Stream,
         generator: torch.Generator,
     ) -> None:
         self._arch, self._module, self._forward = arch, module, forward
-        self._generator = generator
+        self._generator, self._stream = generator, stream
         first = next(module.parameters())
         device, dtype = first.device, first.dtype
         self._inputs = [
-            (size * torch.randn(1, _TOKENS, hidden, generator=generator)).to(device, dtype)
+            stream.scaled(stream.draw(1, _TOKENS, generator, dtype), size).to(device)
             for size in _SIZES
         ]
         self._wanted = list(self._outputs())
@@ -124,7 +125,7 @@ class _Trial:
             for _, undo in reversed(changes):
                 undo()
         return all(
-            _same(now, before, given)
+            _same(now, before, self._stream.states_of(before - given))
             for now, before, given in zip(outputs, self._wanted, self._inputs, strict=True)
         )
 
@@ -196,7 +197,6 @@ class _Trial:
         return begin, undo
 
 
-def _same(now: Tensor, before: Tensor, given: Tensor) -> bool:
+def _same(now: Tensor, before: Tensor, change: Tensor) -> bool:
     # What the block adds is compared, not the stream, beside which it may be small.
-    size = (before - given).abs().max()
-    return bool((now - before).abs().max() <= TOLERANCE * size)
+    return bool((now - before).abs().max() <= TOLERANCE * change.abs().max())

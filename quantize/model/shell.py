@@ -7,7 +7,8 @@ the tensors that are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,30 @@ from quantize.errors import UnderivedError
 from quantize.model.derive import Outer
 from quantize.model.edges import norm_offset
 from quantize.model.flow import is_norm
-from quantize.model.transformers_api import LayerCall
+from quantize.model.stream import Stream, StreamCall
+from quantize.model.stream_find import (
+    LARGE,
+    SMALL,
+    Entry,
+    find_stream,
+    is_plain,
+    require_independent,
+)
 from quantize.model.transformers_decoder import (
     Recorder,
     enter,
     leave,
-    mapped,
     parts_of,
+    plain_tokens,
     renew_buffers,
     returns_tuple,
+    text_config,
     use_attention,
     without_layers,
 )
 
 Tail = Callable[[Tensor], Tensor]
-"""Hidden states [B, T, D] behind the last layer → logits [B, T, V]."""
+"""The stream [B, T, W] behind the last layer → logits [B, T, V]."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Found:
     outer: Outer
     returns_tuple: tuple[bool, ...]
     """Whether each layer returns its states first of a tuple."""
+    stream: Stream
+    """What goes from layer to layer."""
 
 
 class Shell:
@@ -60,13 +72,14 @@ class Shell:
         renew_buffers(self._model, model, device)
         self._kind = type(model).__name__
         self._require_bare(parts.blocks)
-        self.width = int(model.get_submodule(parts.embedding).embedding_dim)
+        self._tokens = plain_tokens(model)
         self._blocks, self._embedding, self._head = parts.blocks, parts.embedding, parts.head
         if known is not None:
             self.outer, self._tuples = known.outer, list(known.returns_tuple)
+            self.stream = known.stream
             return
         self._tuples = [returns_tuple(layer) for layer in self._layers]
-        before = self._find_before()
+        before, self.stream = self._find_before()
         self.outer = self._outer(model.config.model_type, before, self._find_after())
 
     def _require_bare(self, blocks: str) -> None:
@@ -84,36 +97,58 @@ class Shell:
     @property
     def found(self) -> Found:
         """What can be given to another shell of the same config."""
-        return Found(self.outer, tuple(self._tuples))
+        return Found(self.outer, tuple(self._tuples), self.stream)
 
-    def calls(self, batch: int, length: int, attention: str | None = None) -> list[LayerCall]:
-        """What every layer is given beside hidden states [batch, length, D].
+    def calls(self, batch: int, length: int, attention: str | None = None) -> list[StreamCall]:
+        """How every layer is called on streams [batch, length, W].
 
         attention: name of another implementation than the model's own.
         """
         shell = self._filled()
         if attention is not None:
             use_attention(shell, attention)
-        tokens = torch.zeros(batch, length, dtype=torch.long, device=self.device)
-        return [recorder.call for recorder in self._enter(shell, tokens)[1]]
+        tokens = torch.full((batch, length), self._tokens[0], device=self.device)
+        calls = self._enter(shell, tokens).calls
+        return [StreamCall(call, self.stream, index) for index, call in enumerate(calls)]
 
     def embed(self, outside: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """tokens [B, T] → the hidden states [B, T, D] that enter the first layer.
+        """tokens [B, T] → the stream [B, T, W] that enters the first layer.
 
         outside: full name → tensor of at least the modules `outer.before`.
         """
         shell = copy.deepcopy(self._model)
         tokens = tokens.to(self.device)
-        name = f"{self._embedding}.weight"
-        # Only the rows that are asked for: a whole table in another dtype may take a gigabyte.
+        given = {n: t for n, t in outside.items() if _owner(n) in self.outer.before}
+        vocabulary = shell.get_submodule(self._embedding).num_embeddings
+        for name in self.outer.before:
+            table = shell.get_submodule(name)
+            if isinstance(table, nn.Embedding) and (
+                name == self._embedding or table.num_embeddings >= vocabulary
+            ):
+                self._place_rows(table, given.pop(f"{name}.weight"), tokens)
+        _place(shell, given, self.device, self.dtype)
+        found = self._enter(shell, tokens)
+        return self.stream.entering(found.states, found.calls)
+
+    def _place_rows(self, table: nn.Embedding, weight: Tensor, tokens: Tensor) -> None:
+        """Give a table the rows of these tokens alone, unless it is asked for others: a whole one in
+        another dtype may take gigabytes."""
         asked, places = torch.unique(tokens, return_inverse=True)
-        rows = outside[name][asked.to(outside[name].device)]
-        rest = {n: t for n, t in outside.items() if _owner(n) in self.outer.before and n != name}
-        _place(shell, rest | {name: rows}, self.device, self.dtype)
-        table = shell.get_submodule(self._embedding)
-        table.padding_idx = None
-        table.register_forward_pre_hook(lambda module, args: (places,))
-        return self._enter(shell, tokens)[0]
+
+        def put(rows: Tensor) -> None:
+            moved = rows.to(self.device, self.dtype)
+            table._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
+
+        def narrow(module: nn.Module, args: Any) -> Any:
+            if not torch.equal(args[0], tokens):
+                put(weight)
+                return None
+            put(weight[asked.to(weight.device)])
+            table.padding_idx = None
+            return (places,)
+
+        put(weight[asked.to(weight.device)])  # models look at its device and dtype
+        table.register_forward_pre_hook(narrow)
 
     def tail(self, outside: Mapping[str, Tensor], head: nn.Module | None = None) -> Tail:
         """What the model does behind its last layer.
@@ -130,72 +165,104 @@ class Shell:
             given[f"{self._head}.weight"] = outside[f"{self._embedding}.weight"]
         _place(shell, given, self.device, self.dtype)
 
-        def logits(hidden: Tensor) -> Tensor:
-            return leave(shell, self._layers, self._tuples, self._blocks, hidden)
+        def logits(stream: Tensor) -> Tensor:
+            states = self.stream.states.unpack(stream)
+            shape = (stream.shape[0], stream.shape[1])
+            return leave(shell, self._layers, self._tuples, self._blocks, states, shape)
 
         return logits
 
-    def _enter(self, shell: Any, tokens: Tensor) -> tuple[Tensor, list[Recorder]]:
+    def _enter(self, shell: Any, tokens: Tensor, draw: torch.Generator | None = None) -> Entry:
         last = len(self._layers) - 1
         recorders = [
-            Recorder(layer, several, index == last)
+            Recorder(layer, several, index == last, draw)
             for index, (layer, several) in enumerate(zip(self._layers, self._tuples, strict=True))
         ]
         shell.set_submodule(self._blocks, nn.ModuleList(recorders))
-        return enter(shell, recorders, tokens), recorders
+        states = enter(shell, recorders, tokens)
+        return Entry(states, [recorder.call for recorder in recorders])
 
     def _filled(self, seed: int = 0) -> Any:
         """A copy whose modules get tensors of random values when they are called first."""
         return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
 
-    def _enter_noting(self, used: list[str], seed: int) -> list[Recorder]:
-        """Three tokens up to the first layer; modules with parameters that run go into `used`."""
+    def _enter_noting(
+        self,
+        used: list[str],
+        seed: int,
+        size: tuple[int, int] = SMALL,
+        draw: torch.Generator | None = None,
+    ) -> Entry:
+        """So many windows and tokens up to the first layer; modules with parameters that run go into
+        `used`. draw: of what layers return; None: what they are given."""
         shell = self._filled(seed)
         _note_used(shell, used)
-        tokens = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-        return self._enter(shell, tokens)[1]
+        draw = torch.Generator().manual_seed(seed)
+        places = torch.randint(len(self._tokens), size, generator=draw)
+        tokens = torch.tensor(self._tokens)[places].to(self.device)
+        return self._enter(shell, tokens, draw)
 
-    def _find_before(self) -> tuple[str, ...]:
-        """Modules with tensors that run before the first layer.
+    def _find_before(self) -> tuple[tuple[str, ...], Stream]:
+        """(modules with tensors that run before the first layer, what goes from layer to layer).
 
-        Also finds how layers return their states where they do not say, and refuses a model whose
-        layers are given what depends on tokens.
+        Also finds how layers return their states where they do not say.
         """
-        recorded = []
         used: list[str] = []
-        for seed in (0, 1):
+        one = self._first_entry(used)
+        require_independent(
+            self._kind, one, self._enter_noting(used, 0, draw=torch.Generator().manual_seed(2))
+        )
+        other = self._enter_noting(used, 1)
+        if is_plain(one, other):
+            return tuple(used), Stream.plain(one.states.shape[-1])
+        large = self._enter_noting(used, 0, LARGE)
+        return tuple(used), find_stream(self._kind, self._layers, one, other, large)
+
+    def _first_entry(self, used: list[str]) -> Entry:
+        """One pass with every kind of layer returning its states as it says, else in any other way
+        that the model can take: what a layer says of its forward is not always what it does."""
+        kinds = list(dict.fromkeys(map(type, self._layers)))
+        said, failures = self._tuples, list[Exception]()
+        others = itertools.product((False, True), repeat=min(len(kinds), _KINDS))
+        for flips in ((False,) * len(kinds), (True,) * len(kinds), *others):
+            flipped = {kind for kind, flip in zip(kinds, flips, strict=False) if flip}
+            pairs = zip(self._layers, said, strict=True)
+            self._tuples = [several ^ (type(layer) in flipped) for layer, several in pairs]
             try:
-                recorders = self._enter_noting(used, seed)
-            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as err:
-                if seed:
-                    raise
-                first = err
-                # What a layer says of its forward is not what it does.
-                self._tuples = [not several for several in self._tuples]
-                try:
-                    recorders = self._enter_noting(used, seed)
-                except Exception:
-                    raise first from None
-            recorded.append([recorder.call for recorder in recorders])
-        for index, (one, other) in enumerate(zip(*recorded, strict=True)):
-            if (name := _difference(one, other)) is not None:
-                raise UnderivedError(
-                    f"{self._kind}: layer {index} is given {name}, which depends on the tokens; pq "
-                    "takes decoders whose layers see tokens by their hidden states alone"
-                )
-        return tuple(used)
+                return self._enter_noting(used, 0)
+            except (UnderivedError, RuntimeError, AttributeError, TypeError, IndexError) as error:
+                failures.append(error)
+        # Rather what pq says of a model than what a model says of a tuple in the place of a tensor.
+        raise min(failures, key=lambda error: not isinstance(error, UnderivedError))
 
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
         shell = self._filled()
         shell.set_submodule(self._head, _NoHead(self.dtype))
         used: list[str] = []
-        hidden = torch.zeros(1, 2, self.width, device=self.device, dtype=self.dtype)
+        stream = torch.zeros(1, 2, self.stream.width, device=self.device, dtype=self.dtype)
+        states = self.stream.states.unpack(stream)
 
         _note_used(shell, used)
+        places = (self._layers, self._tuples, self._blocks, states, (1, 2))
         # What ran before the first layer is forgotten.
-        leave(shell, self._layers, self._tuples, self._blocks, hidden, used.clear)
-        return (*used, self._head)
+        alike = leave(shell, *places, used.clear)
+        after = (*used, self._head)
+        drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
+        if not torch.equal(alike, leave(shell, *places, earlier=drawn.to(states))):
+            raise UnderivedError(
+                f"{self._kind}: what follows the last layer also reads what earlier ones put out; pq "
+                "takes decoders whose layers follow one another"
+            )
+        return after
+
+    def _wider(self) -> str:
+        """What to say of hidden states that are not as wide as config.json says; empty where they
+        are."""
+        hidden = getattr(text_config(self._model), "hidden_size", None)
+        if hidden in (None, self.stream.width):
+            return ""
+        return f"hidden states of {self.stream.width} channels go from layer to layer, not {hidden}"
 
     def _beside(self, before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
         """The fewest modules and tensors that hold all which neither runs on text nor is a layer."""
@@ -225,9 +292,13 @@ class Shell:
             after,
             self._beside(before, after),
             offset or 0.0,
+            self.stream.extra or self._wider(),
+            bool(self.stream.shared),
         )
 
 
+_KINDS = 3
+"""Most kinds of layers that are tried to return their states in all ways."""
 _ROWS = 1 << 24
 """Rows of tables whose values do not matter: more than any position or token."""
 
@@ -293,30 +364,3 @@ def _place(
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _difference(one: LayerCall, other: LayerCall) -> str | None:
-    """Name of the first argument whose tensors differ; None where all are the same."""
-    named, others = (
-        {**{f"positional argument {i + 2}": v for i, v in enumerate(call.args)}, **call.kwargs}
-        for call in (one, other)
-    )
-    for name, value in named.items():
-        mine, theirs = _tensors(value), _tensors(others.get(name))
-        same = len(mine) == len(theirs) and all(
-            a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
-        )
-        if not same:
-            return name
-    return None
-
-
-def _tensors(value: Any) -> Sequence[Tensor]:
-    out: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        out.append(tensor)
-        return tensor
-
-    mapped(value, keep)
-    return out

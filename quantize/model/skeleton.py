@@ -23,11 +23,8 @@ from quantize.model.flow import Flow, record
 from quantize.model.moe import MoeFfn, Policy, Router
 from quantize.model.rope import rotary_dim
 from quantize.model.shell import Found, Shell, Tail
-from quantize.model.transformers_api import (
-    LayerCall,
-    attention_name,
-    build_model,
-)
+from quantize.model.stream import Stream, StreamCall
+from quantize.model.transformers_api import LayerCall, attention_name, build_model
 from quantize.model.transformers_decoder import (
     mapped,
     parts_of,
@@ -74,7 +71,7 @@ class Skeleton:
         self.config = self.model.config
         self.parts = parts_of(self.model)
         self._layers = self.model.get_submodule(self.parts.blocks)
-        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._calls: dict[tuple[int, int], list[StreamCall]] = {}
         facts = self.config.to_json_string(use_diff=False)
         key = (type(self.model), facts, self.dtype, self.device.type)
         self._known = _KNOWN.setdefault(key, _Known())
@@ -96,6 +93,11 @@ class Skeleton:
     def outer(self) -> Outer:
         """What stands around the blocks."""
         return self._shell.outer
+
+    @property
+    def stream(self) -> Stream:
+        """What goes from block to block."""
+        return self._shell.stream
 
     @cached_property
     def arch(self) -> Architecture:
@@ -143,12 +145,13 @@ class Skeleton:
             if not isinstance(m, Router)
         }
 
-    def linears_beside(self) -> list[str]:
-        """Full names of the linears that text does not pass, such as those of towers, which are
-        never quantized."""
+    def linears_outside(self) -> list[str]:
+        """Full names of the linears outside the blocks but the head, which are never quantized: of
+        towers, or of what enters the first block."""
         modules = self.model.named_modules()
         linears = [name for name, module in modules if isinstance(module, nn.Linear)]
-        return [name for name in linears if self.arch.is_beside(name)]
+        inside = f"{self.parts.blocks}."
+        return [n for n in linears if not n.startswith(inside) and n != self.parts.head]
 
     def routers(self) -> list[str]:
         """Full names of the linears that decide how much of an expert a token gets,
@@ -161,8 +164,9 @@ class Skeleton:
         kind = _kind(layer)
         if kind not in self._known.blocks:
             flow, block = self._flow(index)
+            leaves = any(one.writer == index for one in self.stream.shared)
             self._known.blocks[kind] = derive(
-                block, flow, self.outer, _routed(layer), self._rotary_dim(flow)
+                block, flow, self.outer, _routed(layer), self._rotary_dim(flow), leaves
             )
         return self._known.blocks[kind]
 
@@ -173,8 +177,7 @@ class Skeleton:
         if kind in self._known.attends or not attention_name(self.model).startswith(ATTENTION):
             return
         draw = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, _SEEN, self._shell.width, generator=draw)
-        hidden = hidden.to(self.device, self.dtype)
+        hidden = self.stream.draw(1, _SEEN, draw, self.dtype).to(self.device)
         # It shares its weights with the layer, and has configs of its own.
         usual = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
         use_attention(usual, stock)
@@ -182,7 +185,7 @@ class Skeleton:
             ours = self._call(1, _SEEN)[index].run(layer, hidden).float()
             theirs = self._shell.calls(1, _SEEN, stock)[index].run(usual, hidden).float()
         error = (ours - theirs).abs().max()
-        size = (theirs - hidden.float()).abs().max()
+        size = self.stream.states_of(theirs - hidden.float()).abs().max()
         if not error <= _SAME * size and bool(theirs.isfinite().all()):
             raise UnderivedError(
                 f"{self.parts.blocks}.{index}: computes something else with pq's attention than with "
@@ -217,7 +220,7 @@ class Skeleton:
                 reason = " ".join(str(err).split())[:200]
                 raise UnderivedError(f"{name}: pq cannot run this layer alone ({reason})") from None
 
-    def _record(self, index: int, call: LayerCall, device: torch.device) -> tuple[Flow, nn.Module]:
+    def _record(self, index: int, call: StreamCall, device: torch.device) -> tuple[Flow, nn.Module]:
         block: nn.Module = copy.deepcopy(self._layers[index])
         for module in block.modules():
             if isinstance(module, MoeFfn | SplitExperts):
@@ -231,12 +234,10 @@ class Skeleton:
                         made = 0.1 * torch.randn(held.shape, generator=draw)
                         made = made.to(device, self.dtype)
                         module._parameters[name] = nn.Parameter(made, requires_grad=False)
-        placed = mapped((call.args, dict(call.kwargs)), lambda tensor: tensor.to(device))
-        hidden = torch.zeros(1, _SEEN, self._shell.width, dtype=self.dtype)
-        if device.type != "meta":
-            hidden.normal_(generator=torch.Generator().manual_seed(1))
-        there = LayerCall(placed[0], placed[1])
-        return record(block, hidden.to(device), there.run), block
+        hidden = self.stream.draw(1, _SEEN, torch.Generator().manual_seed(1), self.dtype)
+        states, beside = call.opened(hidden.to(device))
+        args, kwargs = mapped((beside.args, dict(beside.kwargs)), lambda tensor: tensor.to(device))
+        return record(block, states, LayerCall(args, kwargs).run), block
 
     def layer(
         self,
@@ -270,7 +271,9 @@ class Skeleton:
                 "architecture"
             )
         moved = (
-            weights if placed else {n: w.to(self.device, self.dtype) for n, w in weights.items()}
+            weights
+            if placed
+            else {n: as_computed(w, self.device, self.dtype) for n, w in weights.items()}
         )
         layer.load_state_dict(moved, assign=True)
         for name, module in (packed or {}).items():
@@ -281,29 +284,35 @@ class Skeleton:
         return layer
 
     def forward(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden [B, T, D], with the masks and rotary
-        tables of that batch shape."""
+        """Run block `index` on a stream [B, T, W] (in most models hidden states [B, T, D]), with the
+        masks and rotary tables of that batch shape."""
         return self._call(hidden.shape[0], hidden.shape[1])[index].run(layer, hidden)
 
     def embed(self, outside: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """tokens [B, T] → the hidden states [B, T, D] that enter block 0.
+        """tokens [B, T] → the stream [B, T, W] that enters block 0.
 
         outside: full name → tensor of the modules `arch.before`.
         """
         return self._shell.embed(outside, tokens)
 
     def tail(self, outside: Mapping[str, Tensor], head: nn.Module | None = None) -> Tail:
-        """What turns the hidden states behind the last block into logits.
+        """What turns the stream behind the last block into logits.
 
         outside: full name → tensor of the modules `arch.after`; the embedding's, where the head shares
         it. head: stands in for the model's.
         """
         return self._shell.tail(outside, head)
 
-    def _call(self, batch: int, length: int) -> list[LayerCall]:
+    def _call(self, batch: int, length: int) -> list[StreamCall]:
         if (batch, length) not in self._calls:
             self._calls[batch, length] = self._shell.calls(batch, length)
         return self._calls[batch, length]
+
+
+def as_computed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A stored tensor as a model computes with it: floats in `dtype`, integers (tables that route
+    tokens) as they are."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -33,6 +33,7 @@ from quantize.model.leftovers import Leftovers, Place, leftovers_of
 from quantize.model.output_names import OutputNames
 from quantize.model.transformers_decoder import parts_of as decoder_parts
 from quantize.model.transformers_names import Conversion
+from quantize.model.transposed import transposed_weights
 from quantize.model.where import Part, Where, fetch, names_in, whole
 
 __all__ = ["StoredCheckpoint", "holds_block", "open_stored"]
@@ -89,12 +90,15 @@ class StoredCheckpoint(Checkpoint):
         self.passed_over = source.passed_over
         self._layouts = layouts = expert_layouts(model)
         self._conversion = conversion = Conversion(model)
+        self._transposed = transposed_weights(model)
         given = {
             name: lazy(name, shape, _TORCH.get(source.dtypes[name], torch.uint8))
             for name, shape in source.shapes.items()
         }
         try:
             tensors, unplaced = loaded(conversion, given)
+            for name in self._transposed & set(tensors):
+                tensors[name] = tensors[name].T
             held = {name: where(tensor) for name, tensor in tensors.items()}
             parts = split(held, layouts)
         except ModelError as err:
@@ -240,7 +244,15 @@ class StoredCheckpoint(Checkpoint):
         # A tensor under the name of another is written by its own.
         stored = {n: s for n, s in stored.items() if s == n or s not in self._expected}
         parts, form = self._expected, self._form
-        return OutputNames(self._conversion, self._layouts, parts, form, stored, self.stored.shapes)
+        return OutputNames(
+            self._conversion,
+            self._layouts,
+            parts,
+            form,
+            stored,
+            self.stored.shapes,
+            self._transposed,
+        )
 
     @cached_property
     def _form(self) -> dict[str, Where]:

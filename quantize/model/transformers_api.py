@@ -127,7 +127,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     found: dict[str, Any] = {}
     for name in _SIZES:
-        value = getattr(text, name, None)
+        value = _field(text, name)
         # Layers of several sizes: each block's own are derived.
         found[name] = max(value) if isinstance(value, list | tuple) and value else value
     if found["num_attention_heads"] is None:
@@ -140,6 +140,16 @@ def sizes_of(config: Any) -> dict[str, Any]:
     return found
 
 
+def _field(config: Any, name: str) -> Any:
+    """A field of a config; of one that layers have each for themselves, which configs refuse to give
+    as one (Gemma 4: `head_dim`), all values."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        layers = range(config.num_hidden_layers)
+        return [getattr(config.per_layer_config[index], name) for index in layers]
+
+
 def rope_types() -> list[str]:
     """The values of `rope_type` that transformers knows."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -149,7 +159,7 @@ def rope_types() -> list[str]:
 
 def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """The causal language model of a config, its weights not initialized by any checkpoint."""
-    auto = _auto_class(config)
+    auto = _loader_of(config)
     plain = copy.deepcopy(config)  # which building a model writes to
     try:
         model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -165,14 +175,27 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> Any:
     return model
 
 
-def _auto_class(config: Any) -> Any:
-    """What makes the model of a config: that of the class that `architectures` names; without it,
-    and where both know a type, that of causal models."""
+class _OneClass:
+    """Makes models of one class as the automatic ones do."""
+
+    def __init__(self, kind: Any) -> None:
+        self.from_config, self.from_pretrained = kind._from_config, kind.from_pretrained
+
+
+def _loader_of(config: Any) -> Any:
+    """What makes the model of a config: the automatic class that makes the one that `architectures`
+    names; without it, and where both know a type, that of causal models; where none does (the text
+    decoder of Emu3 saved alone), the class itself."""
     causal, image_text = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     known = [auto for auto in (causal, image_text) if type(config) in auto._model_mapping]
     named = getattr(config, "architectures", None) or ()
     fitting = (a for a in known if a._model_mapping[type(config)].__name__ in named)
-    return next(fitting, known[0] if known else causal)
+    found = next(fitting, known[0] if known else None)
+    if found is None:
+        kinds = (getattr(transformers, name, None) for name in named if isinstance(name, str))
+        own = (k for k in kinds if getattr(k, "config_class", None) is type(config))
+        found = next((_OneClass(k) for k in own if hasattr(k, "get_output_embeddings")), causal)
+    return found
 
 
 _TEXT_MODEL = {
@@ -206,7 +229,7 @@ def _reads_attention_name(model: Any) -> bool:
 def load_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """Load a model by transformers → (model, names of
     tensors that were missing)."""
-    model, info = _auto_class(read_config(folder)).from_pretrained(
+    model, info = _loader_of(read_config(folder)).from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -254,6 +277,13 @@ def activation(name: str) -> nn.Module:
     """The activation function that config.json calls by this name; KeyError for none."""
     module: nn.Module = ACT2FN[name]
     return module
+
+
+def is_conv1d(module: object) -> bool:
+    """Whether a module is a linear with its weight [inputs, outputs] (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def is_silu(module: object) -> bool:

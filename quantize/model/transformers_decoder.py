@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,6 +80,26 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def plain_tokens(model: Any) -> list[int]:
+    """A few tokens that mean nothing special to a model, by what its config calls so."""
+    special: set[int] = set()
+
+    def gather(values: Any, named: bool) -> None:
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                gather(value, named or "token" in str(key))
+        elif isinstance(values, list | tuple):
+            for value in values:
+                gather(value, named)
+        elif named and isinstance(values, int):
+            special.add(values)
+
+    gather(model.config.to_dict(), False)
+    count = model.get_input_embeddings().num_embeddings
+    usual = range(3, min(count, 19 + len(special)))
+    return [token for token in usual if token not in special][:16] or [0]
+
+
 def renew_buffers(
     root: nn.Module, model: Any, device: torch.device, index: int | None = None
 ) -> None:
@@ -88,26 +109,28 @@ def renew_buffers(
     index: which of its layers.
     """
     unset: list[tuple[nn.Module, list[str]]] = []
-    for module in root.modules():
+    place = "" if index is None else parts_of(model).blocks
+    for name, module in root.named_modules():
+        owner = _owner_of(root if index is None else model, name if index is None else place)
         absent = [
-            name
-            for name in module._non_persistent_buffers_set
-            if (held := module._buffers.get(name)) is not None and held.is_meta
+            buffer
+            for buffer in module._non_persistent_buffers_set
+            if (held := module._buffers.get(buffer)) is not None and held.is_meta
         ]
         if not absent:
             continue
-        for name in absent:
-            held = module._buffers[name]
+        for buffer in absent:
+            held = module._buffers[buffer]
             assert held is not None
             blank = float("nan") if held.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(held, blank, device=device)
+            module._buffers[buffer] = torch.full_like(held, blank, device=device)
         parameters = dict(module._parameters)
-        for name, held in parameters.items():
+        for parameter, held in parameters.items():
             if held is not None:
-                module._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
+                module._parameters[parameter] = nn.Parameter(held.to("meta"), requires_grad=False)
         try:
             with torch.no_grad():
-                model._init_weights(module)
+                owner._init_weights(module)
         finally:
             module._parameters = parameters
         unset.append((module, absent))
@@ -116,6 +139,15 @@ def renew_buffers(
     for module, names in unset:
         if left := _left(module, names):
             _remake_buffers(module, model, left, device)
+
+
+def _owner_of(model: Any, name: str) -> Any:
+    """The innermost model of transformers that holds a module, or is it: its rule makes the module's
+    buffers."""
+    levels = name.split(".") if name else []
+    paths = [".".join(levels[:count]) for count in range(len(levels), -1, -1)]
+    above = (model.get_submodule(path) for path in paths)
+    return next(module for module in above if hasattr(module, "_init_weights"))
 
 
 def _left(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -216,22 +248,39 @@ class StandIn(nn.Module):
 
 class _Beside:
     """Stands for what a layer returns beside hidden states. A model may hand it to the next layer;
-    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) fails, and
-    so is refused, where None might mean something to it."""
+    one that reads it (the chosen tokens of a sparse attention, GLM-5's shared indexer) is refused,
+    where None might mean something to it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnderivedError(
+            "a layer reads what the one before it returned beside hidden states, which pq does not "
+            "carry from layer to layer"
+        )
 
 
 BESIDE = _Beside()
 
 
 class Recorder(StandIn):
-    """Passes hidden states on and keeps what else it was given."""
+    """Keeps what it is given, and passes hidden states on, or others drawn by `draw`."""
 
     call: LayerCall
     entered: Tensor
+    gave: Tensor
+    versions: tuple[int, int]
+    """How often these two were written to in place before."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool, last: bool) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        returns_tuple: bool,
+        last: bool,
+        draw: torch.Generator | None = None,
+    ) -> None:
         super().__init__(layer, returns_tuple)
-        self._last = last
+        self._last, self._draw = last, draw
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keep what a layer is given."""
@@ -241,10 +290,14 @@ class Recorder(StandIn):
                 "replay; install an earlier release"
             )
         self.call = LayerCall(args, kwargs)
-        self.entered = hidden_states
+        self.entered = self.gave = hidden_states
+        if self._draw is not None:
+            drawn = torch.randn(hidden_states.shape, generator=self._draw)
+            self.gave = drawn.to(hidden_states)
+        self.versions = tuple(getattr(x, "_version", 0) for x in (self.entered, self.gave))  # type: ignore[assignment]
         if self._last:
             raise _Stop
-        return self.result(hidden_states)
+        return self.result(self.gave)
 
 
 class _Returning(StandIn):
@@ -273,8 +326,8 @@ def returns_tuple(layer: nn.Module) -> bool:
 
 
 def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
-    """Run a model whose layers are these recorders on tokens [B, T] → the hidden states [B, T, D]
-    that enter its first layer.
+    """Run a model whose layers are these recorders on tokens [B, T] → the hidden states that enter
+    its first layer, [B, T, D] in most models.
 
     UnderivedError where it does something between two layers.
     """
@@ -283,15 +336,28 @@ def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
             text_model(model)(input_ids=tokens, use_cache=False)
     except _Stop:
         pass
-    first = recorders[0].entered
     for index, recorder in enumerate(recorders):
-        entered = recorder.__dict__.get("entered")
-        if entered is not first:
+        if "entered" not in recorder.__dict__:
             raise UnderivedError(
-                f"{type(model).__name__}: hidden states change between layers {index - 1} and "
-                f"{index}, outside of both; pq takes decoders whose layers follow one another"
+                f"{type(model).__name__}: layer {index} does not run on text alone, so that pq "
+                "cannot calibrate it; pq takes decoders of which every layer does"
             )
-    return first
+    for index, (before, after) in enumerate(pairwise(recorders)):
+        entered = after.entered
+        unchanged = isinstance(entered, Tensor) and _same(entered, before.gave)
+        if not unchanged or after.versions[0] != before.versions[1]:
+            raise UnderivedError(
+                f"{type(model).__name__}: hidden states change between layers {index} and "
+                f"{index + 1}, outside of both; pq takes decoders whose layers follow one another"
+            )
+    return recorders[0].entered
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two are one tensor, or a view of all of it. Equal values would not do: what averages
+    the outputs of several layers (Dory) gives them back where all are the same."""
+    ours, theirs = ((x.data_ptr(), x.shape, x.stride()) for x in (one, other))
+    return one is other or ours == theirs
 
 
 def leave(
@@ -300,18 +366,22 @@ def leave(
     returns: Sequence[bool],
     place: str,
     hidden: Tensor,
+    size: tuple[int, int],
     met: Callable[[], None] = lambda: None,
+    earlier: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states [B, T, D] behind the last layer → logits [B, T, V], by the model's own forward.
+    """Hidden states behind the last layer → logits [B, T, V], by the model's own forward.
 
+    size: B and T. earlier: what other layers than the last one return; None: the same.
     returns: whether each layer returns a tuple. met: called where a layer would run.
     """
     given = [
-        _Returning(layer, several, hidden, met)
-        for layer, several in zip(layers, returns, strict=True)
+        _Returning(layer, several, hidden if earlier is None else earlier, met)
+        for layer, several in zip(layers[:-1], returns[:-1], strict=True)
     ]
+    given.append(_Returning(layers[-1], returns[-1], hidden, met))
     model.set_submodule(place, nn.ModuleList(given))
-    tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    tokens = torch.zeros(size, dtype=torch.long, device=hidden.device)
     with torch.no_grad():
         logits: Tensor = text_model(model)(input_ids=tokens, use_cache=False).logits
     return logits

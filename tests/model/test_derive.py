@@ -22,7 +22,7 @@ def test_derived_is_what_is_known(tiny: ModelMaker, model_type: str, index: int)
     derived, known = skeleton.block_arch(index), row_of(model_type, index)
     source = Checkpoint(folder)
     layer = skeleton.layer(index, source.tensors(f"{skeleton.outer.blocks}.{index}."))
-    proof = prove(derived, layer, Pass(skeleton, index), skeleton.config.hidden_size)
+    proof = prove(derived, layer, Pass(skeleton, index), skeleton.stream)
     assert proof.dropped == {}
     different = {
         field.name: (getattr(proof.arch, field.name), getattr(known, field.name))

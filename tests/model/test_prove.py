@@ -13,6 +13,7 @@ from quantize.block.block import Block
 from quantize.model.arch import Architecture, Edge
 from quantize.model.edges import norm_offset
 from quantize.model.prove import prove
+from quantize.model.stream import Stream
 
 WIDTH, INNER = 16, 24
 
@@ -64,7 +65,7 @@ def arch_of(offset: float = 0.0, *edges: Edge) -> Architecture:
 
 def dropped(module: nn.Module, arch: Architecture) -> set[str]:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    proof = prove(arch, module, lambda layer, hidden: layer(hidden), WIDTH)
+    proof = prove(arch, module, lambda layer, hidden: layer(hidden), Stream.plain(WIDTH))
     after = module.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert {edge.name for edge in proof.arch.edges} == {e.name for e in arch.edges} - set(
@@ -110,7 +111,7 @@ def test_a_gate_is_no_up():
 def proof_of(block: Block, **changes: object) -> set[str]:
     assert block.arch.heads is not None
     arch = replace(block.arch, heads=replace(block.arch.heads, **changes))  # type: ignore[arg-type]
-    return set(prove(arch, block.module, block.forward, block.shape.hidden).dropped)
+    return set(prove(arch, block.module, block.forward, Stream.plain(block.shape.hidden)).dropped)
 
 
 def test_rotary_pairs_need_the_right_number_of_channels(make_block: BlockMaker):

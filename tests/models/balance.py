@@ -41,6 +41,10 @@ def enliven(model: nn.Module, generator: torch.Generator) -> None:
                     parameter[module.padding_idx] = 0
             else:
                 parameter.copy_(noise * fan_in(module, name, parameter) ** -0.5)
+        for name, table in module.named_buffers(recurse=False):
+            if name == "tid2eid":  # zeros, which would hide that the tokens are lost
+                order = torch.rand(len(table), module.num_experts, generator=generator).argsort()
+                table.copy_(order[:, : table.shape[1]])
 
 
 def is_vector(parameter: Tensor) -> bool:

@@ -30,8 +30,7 @@ def alive(subject: Subject) -> Row:
 
 def round_trip(subject: Subject) -> Row:
     """Whether the saved model loads whole and gives the same logits."""
-    loader = zoo.loader_of(subject.item.model_type, subject.item.image_text)
-    loaded, info = loader.from_pretrained(
+    loaded, info = subject.loader.from_pretrained(
         subject.folder, dtype=torch.float32, output_loading_info=True
     )
     ids = zoo.tokens(seed=10)

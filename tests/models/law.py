@@ -91,7 +91,7 @@ def proofs(subject: Subject) -> Row:
     for index, arch in enumerate(archs):
         block = load_block(source, skeleton, schemes, index, "kernel", None)
         begun = time.perf_counter()
-        proof = prove(arch, block, Pass(skeleton, index), shape_of(source).hidden)
+        proof = prove(arch, block, Pass(skeleton, index), skeleton.stream)
         spent += time.perf_counter() - begun
         heads = proof.arch.heads
         names = {edge.name.partition(".")[0] for edge in proof.arch.edges}
@@ -236,8 +236,9 @@ def loads(subject: Subject, output: Path, summary: Summary) -> Row:
     told = [line for line in summary.lost if "stock transformers" in line]
     if told:
         return {"stock": "cannot load it, as pq says", "said": [said(line) for line in told]}
-    loader = zoo.loader_of(subject.item.model_type, subject.item.image_text)
-    loaded, info = loader.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    loaded, info = subject.loader.from_pretrained(
+        output, dtype=torch.float32, output_loading_info=True
+    )
     wrong = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}
     mine = streamed_logits(output, subject.ids)
     each = divergences(mine, zoo.logits(loaded.eval(), subject.ids).float())

@@ -142,16 +142,25 @@ def _rope_in_sections(*sections: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
 
 
-_WIDE_GLOBAL_HEADS = {"global_head_dim": 64}
+_GEMMA4 = {
+    # The width of heads of full attention is no field of theirs; it is twice that of the others.
+    "global_head_dim": 64,
+    # As E2B: the last layers take keys and values from one before them, and have wider FFNs.
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Its heads are those of the SSM, twice the hidden size wide.
     "mamba2": {"head_dim": 64},
     # Its SSM heads of 8 would be 32 of them.
     "falcon_h1": {"mamba_d_head": 32},
-    # The width of heads of full attention is no field of theirs; it is twice that of the others.
-    "gemma4_text": _WIDE_GLOBAL_HEADS,
-    "gemma4_unified_text": _WIDE_GLOBAL_HEADS,
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": {"global_head_dim": 64},
+    # A layer of cross-attention, as its checkpoints have.
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     # The last layers take keys and values from one before them of their kind: of each kind, one and one.
     "gemma3n_text": {
         "num_hidden_layers": 4,

@@ -44,6 +44,13 @@ class Subject:
         return zoo.save(self.model, self.work / "model")
 
     @cached_property
+    def loader(self) -> Any:
+        """What stock transformers loads the checkpoint by: the auto class, or where that does not know
+        what it has saved (the text decoder of Emu3) the model's own."""
+        auto = zoo.loader_of(self.item.model_type, self.item.image_text)
+        return auto if type(self.model.config) in auto._model_mapping else type(self.model)
+
+    @cached_property
     def ids(self) -> Tensor:
         """Tokens that nothing was fitted on."""
         return zoo.tokens(seed=21)
@@ -51,8 +58,7 @@ class Subject:
     @cached_property
     def wanted(self) -> Tensor:
         """Logits of these tokens by transformers, [B, T, V] float32, from the checkpoint."""
-        loader = zoo.loader_of(self.item.model_type, self.item.image_text)
-        model = loader.from_pretrained(self.folder, dtype=torch.float32).eval()
+        model = self.loader.from_pretrained(self.folder, dtype=torch.float32).eval()
         return zoo.logits(model, self.ids).float()
 
 
