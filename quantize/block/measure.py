@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.moments import Moments, Sums
+from quantize.block.passes import HeldPasses
 from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
 
 
 def moments_of(
-    block: Block, name: str, fp8_activations: bool, with_parent: bool = False
+    block: Block,
+    name: str,
+    fp8_activations: bool,
+    with_parent: bool = False,
+    source: str | None = None,
 ) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
@@ -23,24 +28,34 @@ def moments_of(
     with_parent: also the moments against the parent (`freeze_layer` must have been called),
     but for the FFN of a block with experts: the parent's tokens may go to others, or through a
     dense FFN.
+    source: the norm before the linear, where it is about to be changed: passes then wait before it
+    (`HeldPasses.outputs`).
     A routed expert that no token visits has moments of zero; ModelError for any other linear
     without tokens.
     """
-    found = _moments(block, name, fp8_activations, with_parent)
+    found = _moments(block, name, fp8_activations, with_parent, source)
     if block.parking:
         block.parking.away(block.module, block.frozen, block.parent)
     return found
 
 
-def _moments(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Moments:
-    if block.arch.is_routed(name):
+def _moments(
+    block: Block, name: str, fp8_activations: bool, with_parent: bool, source: str | None
+) -> Moments:
+    if block.arch.is_routed(name) and not waits_for_experts(block):
         if name not in block.waiting or block.waiting_fp8 != fp8_activations:
             sums = routed_sums(block, name, fp8_activations)
             block.waiting = {inside: _mean(block, inside, total) for inside, total in sums.items()}
             block.waiting_fp8 = fp8_activations
         return block.waiting.pop(name)
     with_parent = with_parent and block.arch.expert_of(name) is None
-    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent))
+    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent, source))
+
+
+def waits_for_experts(block: Block) -> bool:
+    """Whether passes wait for one routed expert after the other: not where ranks share experts out,
+    nor where a pass that finds no room would be run from the start for each."""
+    return block.ranks.size == 1 and len(block.inputs) <= block.holds
 
 
 def _mean(block: Block, name: str, sums: Sums) -> Moments:
@@ -53,7 +68,9 @@ def _mean(block: Block, name: str, sums: Sums) -> Moments:
     return sums.mean()
 
 
-def sums_of(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Sums:
+def sums_of(
+    block: Block, name: str, fp8_activations: bool, with_parent: bool, source: str | None = None
+) -> Sums:
     """Run all batches up to the linear `name`; with_parent: the parent's too, through
     `block.frozen`."""
     residual = block.arch.residual.get(name) if with_parent else None
@@ -62,13 +79,30 @@ def sums_of(block: Block, name: str, fp8_activations: bool, with_parent: bool) -
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
     if with_parent:
         stream = block.inputs if block.parent_inputs is None else block.parent_inputs
-        parent = inputs_of(block, names, block.frozen, _own_batches(block, stream))
+        parent = _entering(block.parent_passes, names, _own_batches(block, stream))
     rounds = block.ranks.rounds(len(block.inputs))
-    own = inputs_of(block, names, stream=_own_batches(block, block.inputs))
+    own = _entering(block.passes, names, _own_batches(block, block.inputs), source)
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
         sums.add(ours, theirs, present)
+        del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums
+
+
+def _entering(
+    passes: HeldPasses,
+    names: tuple[str, ...],
+    stream: Iterable[Tensor],
+    source: str | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs [B·T, K] of the named modules, batch by batch, in float32."""
+    for hidden in stream:
+        found = (
+            passes.inputs(hidden, names)
+            if source is None
+            else (passes.outputs(hidden, source, names[-1]),)
+        )
+        yield tuple(x.flatten(0, -2).float() for x in found)
 
 
 def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:

@@ -60,7 +60,8 @@ class Awq(Stage):
     def apply(self, block: Block) -> None:
         """Search and fold every edge, in the order of the forward pass."""
         for edge in block.edges:
-            moments = moments_of(block, edge.sinks[0], fp8_activations=False)
+            norm = edge.source if edge.source_kind == "norm" else None
+            moments = moments_of(block, edge.sinks[0], fp8_activations=False, source=norm)
             if too_little := too_few(block.arch, edge.sinks[0], moments):
                 block.note(edge.name, search_ratio=1.0, left_alone=too_little)
                 continue
