@@ -133,7 +133,7 @@ def test_a_norm_may_change_under_passes_that_wait_before_it(make_block: BlockMak
     block.fold(edge, scale)
     assert len(block.passes) == len(block.inputs) - 1  # the first one told that this can be done
     moved = moments_of(block, edge.sinks[0], False)
-    torch.testing.assert_close(moved.absmean, held.absmean / scale)
+    torch.testing.assert_close(moved.absmean, held.absmean / scale, rtol=1e-2, atol=0)
 
 
 def test_a_copy_of_a_layer_is_not_held(make_block: BlockMaker):
