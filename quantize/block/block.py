@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quantize.block.folding import fold_edge
 from quantize.block.histogram import code_histogram
 from quantize.block.moments import Moments
+from quantize.block.passes import HeldPasses
 from quantize.cost.peak import Cost
 from quantize.errors import ModelError
 from quantize.files.memo import Memo
@@ -89,6 +90,9 @@ class Block:
     they are used (`moments_of`)."""
     waiting_fp8: bool = False
     """Whether these are of inputs rounded to E4M3."""
+    holds: int = 0
+    """Passes of each stream that may stand still on the way through the block (`HeldPasses`)."""
+    _passes: dict[str, HeldPasses] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """The not yet encoded linear `name` (relative to the block)."""
@@ -144,6 +148,23 @@ class Block:
         self.forget_moments(name)
         self.packed[name] = packed
         self.histograms[name] = code_histogram(old.weight, packed)
+
+    @property
+    def passes(self) -> HeldPasses:
+        """The passes of `inputs` through the layer."""
+        return self._held("own", self.module)
+
+    @property
+    def parent_passes(self) -> HeldPasses:
+        """The passes of the parent's hidden states through what encode stages aim at."""
+        return self._held("parent's", self.frozen or self.module)
+
+    def _held(self, whose: str, layer: nn.Module) -> HeldPasses:
+        held = self._passes.get(whose)
+        if held is None or held.layer is not layer:
+            recorded = self.arch.residual.values()
+            held = self._passes[whose] = HeldPasses(self.forward, layer, recorded, self.holds)
+        return held
 
     @property
     def versions(self) -> Iterator[tuple[nn.Module, Architecture]]:
@@ -215,10 +236,14 @@ class Block:
         scale_outputs(linear, scale.to(linear.weight.device), rows.first, rows.end)
 
     def forget_moments(self, *names: str) -> None:
-        """Drop waiting moments that a change of these modules may reach: all without a name.
+        """Drop waiting moments, and held passes, that a change of these modules may reach: all
+        without a name.
 
         What changes within an expert reaches that expert alone.
         """
+        for held in self._passes.values():
+            if held.layer is self.module or not names:
+                held.changed(names)
         changed = {self.arch.expert_of(name) for name in names} or {None}
         self.waiting = {
             n: m for n, m in self.waiting.items() if not {None, self.arch.expert_of(n)} & changed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from quantize.block.block import Block
@@ -31,9 +31,18 @@ def share_out(
     if block.ranks.size > 1:
         for name in names:
             _pass_on(block, name, owners[name])
-        _order(block.packed, names)
-        _order(block.histograms, names)
-        _order(block.report, [name for name in names if name not in noted])
+        keep_order(block, names, noted)
+
+
+def keep_order(block: Block, names: Sequence[str], noted: Collection[str] = ()) -> None:
+    """Put what is known of these linears behind everything else, in their order: what is written
+    does not depend on who encoded them when.
+
+    noted: linears of which something was noted before; those keep their places in the report.
+    """
+    _order(block.packed, names)
+    _order(block.histograms, names)
+    _order(block.report, [name for name in names if name not in noted])
 
 
 def _owners(block: Block, groups: Sequence[Sequence[str]]) -> dict[str, int]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.moments import Moments, Sums
+from quantize.block.passes import HeldPasses
 from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
 
 
 def moments_of(
-    block: Block, name: str, fp8_activations: bool, with_parent: bool = False
+    block: Block,
+    name: str,
+    fp8_activations: bool,
+    with_parent: bool = False,
+    source: str | None = None,
+    tokens: int | None = None,
 ) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
@@ -23,24 +29,42 @@ def moments_of(
     with_parent: also the moments against the parent (`freeze_layer` must have been called),
     but for the FFN of a block with experts: the parent's tokens may go to others, or through a
     dense FFN.
+    source: the norm before the linear, where it is about to be changed: passes then wait before it
+    (`HeldPasses.outputs`). tokens: as many as are looked at, about; None: all. Routed experts see
+    few of them and always take all.
     A routed expert that no token visits has moments of zero; ModelError for any other linear
     without tokens.
     """
-    found = _moments(block, name, fp8_activations, with_parent)
+    found = _moments(block, name, fp8_activations, with_parent, source, tokens)
     if block.parking:
         block.parking.away(block.module, block.frozen, block.parent)
     return found
 
 
-def _moments(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Moments:
-    if block.arch.is_routed(name):
+def _moments(
+    block: Block,
+    name: str,
+    fp8_activations: bool,
+    with_parent: bool,
+    source: str | None,
+    tokens: int | None,
+) -> Moments:
+    if block.arch.is_routed(name) and not waits_for_experts(block):
         if name not in block.waiting or block.waiting_fp8 != fp8_activations:
             sums = routed_sums(block, name, fp8_activations)
             block.waiting = {inside: _mean(block, inside, total) for inside, total in sums.items()}
             block.waiting_fp8 = fp8_activations
         return block.waiting.pop(name)
     with_parent = with_parent and block.arch.expert_of(name) is None
-    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent))
+    if block.arch.is_routed(name):
+        tokens = None
+    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent, source, tokens))
+
+
+def waits_for_experts(block: Block) -> bool:
+    """Whether passes wait for one routed expert after the other: not where ranks share experts out,
+    nor where a pass that finds no room would be run from the start for each."""
+    return block.ranks.size == 1 and len(block.inputs) <= block.holds
 
 
 def _mean(block: Block, name: str, sums: Sums) -> Moments:
@@ -53,22 +77,47 @@ def _mean(block: Block, name: str, sums: Sums) -> Moments:
     return sums.mean()
 
 
-def sums_of(block: Block, name: str, fp8_activations: bool, with_parent: bool) -> Sums:
-    """Run all batches up to the linear `name`; with_parent: the parent's too, through
-    `block.frozen`."""
+def sums_of(
+    block: Block,
+    name: str,
+    fp8_activations: bool,
+    with_parent: bool,
+    source: str | None = None,
+    tokens: int | None = None,
+) -> Sums:
+    """Run the first batches that hold so many tokens, or all, up to the linear `name`; with_parent:
+    the parent's too, through `block.frozen`."""
     residual = block.arch.residual.get(name) if with_parent else None
     names = (name,) if residual is None else (residual, name)
     sums = Sums(fp8_activations, block.ranks)
+    batches = _first(block.inputs, tokens)
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
     if with_parent:
         stream = block.inputs if block.parent_inputs is None else block.parent_inputs
-        parent = inputs_of(block, names, block.frozen, _own_batches(block, stream))
-    rounds = block.ranks.rounds(len(block.inputs))
-    own = inputs_of(block, names, stream=_own_batches(block, block.inputs))
+        parent = _entering(block.parent_passes, names, _own_batches(block, stream, batches))
+    rounds = block.ranks.rounds(batches)
+    own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
         sums.add(ours, theirs, present)
+        del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums
+
+
+def _entering(
+    passes: HeldPasses,
+    names: tuple[str, ...],
+    stream: Iterable[Tensor],
+    source: str | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs [B·T, K] of the named modules, batch by batch, in float32."""
+    for hidden in stream:
+        found = (
+            passes.inputs(hidden, names)
+            if source is None
+            else (passes.outputs(hidden, source, names[-1]),)
+        )
+        yield tuple(x.flatten(0, -2).float() for x in found)
 
 
 def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:
@@ -84,8 +133,9 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     inputs = block.module.get_submodule(name).get_parameter("weight").shape[1]
     fitting = max(1, ROUTED_BYTES // (4 * inputs**2))
     sums = {n: Sums(fp8_activations, block.ranks) for n in behind[:fitting]}
-    rounds = block.ranks.rounds(len(block.inputs))
-    entering = inputs_of(block, tuple(sums), stream=_own_batches(block, block.inputs))
+    batches = len(block.inputs)
+    rounds = block.ranks.rounds(batches)
+    entering = inputs_of(block, tuple(sums), stream=_own_batches(block, block.inputs, batches))
     for (_, present), seen in zip(rounds, entering, strict=True):
         for total, x in zip(sums.values(), seen, strict=True):
             total.add((x,), present=present)
@@ -93,9 +143,17 @@ def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sum
     return sums
 
 
-def _own_batches(block: Block, stream: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The batches of a stream that this rank runs."""
-    return (stream[batch] for batch, _ in block.ranks.rounds(len(stream)))
+def _first(stream: Sequence[Tensor], tokens: int | None) -> int:
+    """How many batches [B, T, D] of a stream hold so many tokens; None: all there are."""
+    if tokens is None:
+        return len(stream)
+    sizes = itertools.accumulate(batch.shape[0] * batch.shape[1] for batch in stream)
+    return next((count for count, seen in enumerate(sizes, 1) if seen >= tokens), len(stream))
+
+
+def _own_batches(block: Block, stream: Sequence[Tensor], batches: int) -> Iterator[Tensor]:
+    """Those of the first batches of a stream that this rank runs."""
+    return (stream[batch] for batch, _ in block.ranks.rounds(batches))
 
 
 def _complete(block: Block, sums: Collection[Sums]) -> None:

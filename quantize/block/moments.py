@@ -64,9 +64,11 @@ class Sums:
         ones.
         """
         counts = self.ranks.rank < present
-        # A token that overflowed would spoil the whole matrix.
-        finite = torch.stack([t.isfinite().all(dim=1) for t in (*ours, *(theirs or ()))]).all(dim=0)
-        if not finite.all():
+        # A token that overflowed would spoil the whole matrix. Sums tell at a fraction of the cost
+        # whether there may be one: what is not finite stays so in them.
+        seen = (*ours, *(theirs or ()))
+        if not torch.stack([t.sum() for t in seen]).isfinite().all():
+            finite = torch.stack([t.isfinite().all(dim=1) for t in seen]).all(dim=0)
             self.dropped += int((~finite).sum()) * counts
             ours = tuple(t[finite] for t in ours)
             theirs = None if theirs is None else tuple(t[finite] for t in theirs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantize.block.block import Block
 from quantize.block.statistics import profile
 from quantize.block.teacher import teacher_of
-from quantize.block.walk import Route, Streams, walk
+from quantize.block.walk import Route, Send, Streams, walk
 from quantize.calibration.tokens import TokenSet
 from quantize.convert.head import encode_head
 from quantize.convert.plan import Plan
@@ -167,8 +167,14 @@ class Conversion:
 
 def _onward(block: Block, streams: Mapping[str, object]) -> dict[str, Route[str]]:
     """How the streams go on: through the block as it is now, and through the parent's layer."""
-    layers = {QUANTIZED: block.module, REFERENCE: teacher_of(block)}
-    return {name: (name, partial(block.forward, layers[name])) for name in streams}
+    teacher = teacher_of(block)
+    through: dict[str, Send] = {
+        QUANTIZED: block.passes.finish,
+        REFERENCE: block.parent_passes.finish
+        if teacher is block.parent_passes.layer
+        else partial(block.forward, teacher),
+    }
+    return {name: (name, through[name]) for name in streams}
 
 
 def _plain(block: Block) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def within(request: Request) -> Request:
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
+        choices[0] = replace(choices[0], hold=_hold(request, found[0]))
         fitting = (
             i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1]
         )
@@ -113,8 +114,17 @@ def within(request: Request) -> Request:
     return choices[int(chosen)]
 
 
+def _hold(request: Request, found: Estimate) -> int | None:
+    """Bytes for passes that wait, which spare time alone: most of what a limit leaves; None
+    without one."""
+    cpu = request.device.type == "cpu"
+    limit, taken = (request.max_ram, found.ram) if cpu else (request.max_vram, found.vram)
+    return None if limit is None else max(0, (limit - taken) * 4 // 5)
+
+
 def _frugal(request: Request) -> list[Request]:
-    """The request and ever more frugal ones."""
+    """The request and ever more frugal ones; in none do passes wait."""
+    request = replace(request, hold=0)
     cpu = request.device.type == "cpu"
     states: tuple[Place, ...] = ("device", "disk") if cpu else ("device", "host", "disk")
     out = [replace(request, states_on=place) for place in states]
@@ -171,6 +181,8 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
         "what was encoded of it": _encoded_bytes(request, block, reference),
         "work on one layer": _working(plan, block),
     }
+    waiting = min(request.holds, _standing(plan, request, tokens))
+    parts |= {"passes that wait": waiting} if waiting else {}
     writing = 2 * max(*outside, packed, *part_sizes(plan))
     computed = max(sum(parts.values()), writing if cpu else 0)
     if computed == writing:
@@ -207,6 +219,14 @@ def _states(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
     return int(
         streams * tokens.tokens.numel() * plan.skeleton.stream.width * request.dtype.itemsize
     )
+
+
+def _standing(plan: Plan, request: Request, tokens: TokenSet | None) -> int:
+    """Bytes of the passes of all streams where they wait in a block."""
+    streams = _states(plan, request, tokens) and (
+        2 if any(stage.needs_parent for stage in plan.recipe.stages) else 1
+    )
+    return streams * max(sizes.standing() for sizes in _blocks(plan, request, tokens))
 
 
 def _state(plan: Plan, request: Request, tokens: TokenSet | None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quantize.cost.peak import require_below
+from quantize.cost.peak import available, require_below
 from quantize.files.offload import Place
 from quantize.files.resume import Resume
 from quantize.parallel.ranks import ALONE, Ranks
@@ -34,6 +34,9 @@ class Request:
     split: bool = False
     """Whether the weights of a block are put away, all but those of the
     linear that is worked on."""
+    hold: int | None = None
+    """Bytes that passes may take which wait in a block for its linears to be encoded; those that
+    find no room are run from the start again. None: half of what is free."""
     work: Path | None = None
     """Folder that keeps what took long, so that a stopped run need not do it
     again; None: nothing is kept."""
@@ -51,6 +54,13 @@ class Request:
     """The same of an accelerator's memory."""
     ranks: Ranks = ALONE
     """The processes that do it together; the first alone reads the text and writes."""
+
+    @property
+    def holds(self) -> int:
+        """Bytes that passes may take which wait (`hold`)."""
+        if self.split or self.states_on == "disk":
+            return 0  # where memory is short, it is not for what can be computed again
+        return available(self.device) // 2 if self.hold is None else self.hold
 
     def require_room(self) -> None:
         """RoomError where more memory was taken than the limit of the

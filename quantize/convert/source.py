@@ -16,6 +16,7 @@ from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress
+from quantize.cost.footprint import standing
 from quantize.files.disk import report_errors
 from quantize.files.finite import require_finite_floats
 from quantize.files.memo import Memo
@@ -63,6 +64,7 @@ def open_block(
         parking=parking,
         memo=Memo(request.work, request.ranks),
         ranks=request.ranks,
+        holds=_passes(plan, index, inputs, 1 if parent_inputs is None else 2),
     )
     if any(stage.kind in ("smooth", "cache") for stage in request.recipe.stages):
         proof = prove(block.arch, block.module, block.forward, plan.skeleton.stream)
@@ -72,6 +74,17 @@ def open_block(
     if plan.basis.is_changed:
         block.map_inputs(plan.basis.leave)
     return block
+
+
+def _passes(plan: Plan, index: int, inputs: MutableSequence[Tensor], streams: int) -> int:
+    """How many passes of each stream have room to wait in a block."""
+    arch, linears = plan.skeleton.block_arch(index), plan.skeleton.linear_shapes(index)
+    if not inputs or not plan.request.holds:
+        return 0
+    routed = {name for name in linears if arch.is_routed(name)}
+    values = standing(linears, arch.calibration_order, routed, plan.shape.hidden)
+    size = inputs[0].numel() // plan.shape.hidden * values * plan.request.dtype.itemsize
+    return plan.request.holds // max(1, size * streams)
 
 
 def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:

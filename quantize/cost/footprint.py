@@ -6,7 +6,7 @@ them against what is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 FLOAT = 4
@@ -100,6 +100,14 @@ class BlockSizes:
             self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)
         )
 
+    def standing(self) -> int:
+        """Bytes at most of passes of the whole text that stand still in the block."""
+        return (
+            self.itemsize
+            * self.tokens
+            * standing(self.linears, self.groups, self.routed, self.hidden)
+        )
+
     def profiling(self) -> int:
         """Bytes at most while a pass records the inputs of all groups of
         linears at once, for the report.
@@ -115,6 +123,23 @@ class BlockSizes:
         recorded = self.itemsize * self.batch * K
         copies = FLOAT * self.batch * K if self.itemsize < FLOAT else 0
         return recorded + max(self.forward(), copies + (2 * FLOAT + 1) * self.batch * widest)
+
+
+def standing(
+    linears: Mapping[str, tuple[int, int]],
+    groups: Sequence[Sequence[str]],
+    routed: Collection[str],
+    hidden: int,
+) -> int:
+    """Values at most that a pass holds for each of its tokens while it stands before a linear.
+
+    Those are hidden states before and behind norms, what the linears before it returned, which the
+    layer's code may still refer to, and what it is about to get. What is routed is a part of them.
+    """
+    own = [group for group in groups if group[0] not in routed]
+    returned = max((sum(linears[name][0] for name in group) for group in own), default=0)
+    entering = max((linears[name][1] for group in own for name in group), default=0)
+    return 4 * hidden + returned + entering
 
 
 ROUTED_BYTES = 1 << 30

@@ -67,6 +67,28 @@ def peak_resident() -> int | None:
     return None if now is None else max(now, _before[0])
 
 
+def available(device: torch.device) -> int:
+    """Bytes of the memory of the device that nothing takes yet; 0 where it cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + int(unused)
+    free = _meminfo("MemAvailable")
+    with suppress(OSError, ValueError):  # what a container may take, where there is a limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        taken = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, max(0, limit - taken))
+    return free
+
+
+def _meminfo(key: str) -> int:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def require_below(limit: int | None, device: torch.device) -> None:
     """RoomError with what would have sufficed where the device's peak
     (`peak_of`) is above the limit."""

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from quantize.block.exchange import share_out
+from quantize.block.exchange import keep_order, share_out
+from quantize.block.measure import waits_for_experts
 from quantize.block.moments import Moments, too_few
 from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
@@ -79,6 +80,7 @@ class Encode(Stage):
             if scheme is not None:
                 self.declare(block, names, scheme)
 
+        order, noted = self.selection(block), list(block.report)
         for groups in self._waves(block):
             measured = [
                 (names, encoders[names[0]].stage.measure(block, names[0])) for names in groups
@@ -86,6 +88,7 @@ class Encode(Stage):
             share_out(block, measured, encode)
             del measured
             give_back()
+        keep_order(block, order, noted)
 
     def encoders(self, block: Block) -> Mapping[str, Encoder]:
         """What encodes every selected linear of a block; the same for all that share an input."""
@@ -130,10 +133,13 @@ class Encode(Stage):
         """Groups of linears that share an input, in the order in which the block computes them.
 
         Where several ranks work, as many routed experts come together: none
-        changes what another one sees.
+        changes what another one sees. Where passes wait for each expert, it comes with all its
+        linears before the next one does.
         """
         wave: list[list[str]] = []
-        for group in block.arch.calibration_order:
+        for group in (
+            block.arch.run_order if waits_for_experts(block) else block.arch.calibration_order
+        ):
             names = [name for name in group if self.selects(block.full_name(name))]
             if not names:
                 continue

@@ -183,6 +183,13 @@ class Architecture:
             raise ModelError(f"{self.model_type}: no linear of the block is its {role} projection")
         return name
 
+    @property
+    def run_order(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of `calibration_order` as a pass comes to them: an expert with all its linears
+        before the next one."""
+        place = {name: index for index, name in enumerate(self.roles)}
+        return tuple(sorted(self.calibration_order, key=lambda group: place[group[0]]))
+
     def expert_of(self, name: str) -> str | None:
         """As `Experts.home_of`; None without experts."""
         return None if self.experts is None else self.experts.home_of(name)

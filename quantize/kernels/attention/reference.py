@@ -13,6 +13,8 @@ from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
 
 SCORES = 1 << 24
 """float32 scores held at once: 64 MB."""
+_QUERIES = 128
+"""Queries computed at once: under a causal mask, few see few keys, and only those are computed."""
 
 View = tuple[bool, int | None, Tensor | None, Tensor | None]
 """What queries see: causal, window, mask and lengths of
@@ -45,16 +47,18 @@ def attend(
     if mask is None and T > 1:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     out = torch.empty_like(q)
-    rows = max(1, SCORES // (H * L))
+    rows = min(_QUERIES, max(1, SCORES // (H * L)))
     for b in range(B):
-        # [Hkv, 1, L, d]: shared by the query heads of a group
-        kb, vb = k[b, :, None], v[b, :, None]
         for first in range(0, T, rows):
             part = slice(first, min(first + rows, T))
+            allowed = None if mask is None else mask[b if mask.shape[0] > 1 else 0, :, part]
+            keys = slice(0, L) if allowed is None else _seen(allowed)
+            # [Hkv, 1, L, d]: shared by the query heads of a group
+            kb, vb = k[b, :, None, keys], v[b, :, None, keys]
             qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
-            scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, -1, L)
-            if mask is not None:
-                allowed = mask[b if mask.shape[0] > 1 else 0, :, part]
+            scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, qb.shape[2], -1)
+            if allowed is not None:
+                allowed = allowed[..., keys]
                 scores = (
                     scores.masked_fill(~allowed, -torch.inf)
                     if allowed.dtype == torch.bool
@@ -64,9 +68,19 @@ def attend(
             total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             if fp8_probabilities:
                 weights = e4m3(weights.mul_(E4M3_MAX)).div_(E4M3_MAX)
-            mixed = weights.view(Hkv, H // Hkv, -1, L) @ vb
+            mixed = weights.view(Hkv, H // Hkv, qb.shape[2], -1) @ vb
             out[b, :, part] = mixed.view(H, -1, d) / total
     return out
+
+
+def _seen(allowed: Tensor) -> slice:
+    """From the first to the last key that any of these queries may see; all of them where that
+    would take a GPU's time to find out, or is a matter of degree."""
+    L = allowed.shape[-1]
+    if allowed.is_cuda or allowed.dtype != torch.bool:
+        return slice(0, L)
+    found = allowed.reshape(-1, L).any(dim=0).nonzero()
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, L)
 
 
 def _weights(scores: Tensor, whole_top: bool) -> Tensor:

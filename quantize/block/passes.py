@@ -1,0 +1,202 @@
+"""Passes through a decoder layer that stand still on the way: one pass a block instead of one for
+every group of linears.
+
+What a linear gets is known when the forward pass has come to it. The pass waits there, in a
+greenlet of its own, until the linear is encoded, and goes on through what took its place. All that
+came before is kept as the layer's own code keeps it: in local variables of functions that have not
+returned. So nothing is computed twice, and nothing need be known of how a layer computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class HeldPasses:
+    """Passes of batches through one layer, each standing before one of its modules.
+
+    forward: runs a layer on hidden states [B, T, D] → [B, T, D]. recorded: names of modules whose
+    inputs are kept from the pass, since a later one's are looked at together with them. most: how
+    many passes may stand at once; the others are run from the start whenever something is asked of
+    them, which gives the same.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[nn.Module, Tensor], Tensor],
+        layer: nn.Module,
+        recorded: Collection[str],
+        most: int,
+    ) -> None:
+        self.layer = layer
+        self._forward = forward
+        self._recorded = frozenset(recorded)
+        self._most = most
+        self._standing: dict[int, _Held] = {}
+        """By the identity of the hidden states, which the passes keep alive."""
+        self._names: dict[nn.Module, str] | None = None
+        """Of all modules, as they are now; None: not known yet."""
+        self._direct: dict[tuple[str, str], bool] = {}
+        """Whether the second of two modules gets what the first returns, as it is."""
+
+    def __len__(self) -> int:
+        return len(self._standing)
+
+    def inputs(self, hidden: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """What enters the named modules [..., K] when `hidden` [B, T, D] goes through the layer.
+
+        Names in the order in which they are run; all but the last are among the recorded ones. The
+        pass stands before the last one then, where there is room.
+        """
+        *before, name = names
+        held = self._come_to(hidden, name)
+        found = (*(held.seen[other] for other in before), held.input)
+        self._keep(hidden, held)
+        return found
+
+    def outputs(self, hidden: Tensor, source: str, name: str) -> Tensor:
+        """What enters `name` [..., K], as `inputs` has it, where that may be what comes out of the
+        module `source`.
+
+        Where the first batch shows that it is, the others stand before the source, so that it may
+        be changed without a pass from the start.
+        """
+        standing = self._standing.get(id(hidden))
+        if standing is not None and standing.at == name:
+            return standing.input
+        if self._direct.get((source, name)):
+            held = self._come_to(hidden, source)
+            self._keep(hidden, held)
+            out: Tensor = self.layer.get_submodule(source)(held.input)
+            return out
+        made: list[Tensor] = []
+        hook = self.layer.get_submodule(source).register_forward_hook(
+            lambda module, args, out: made.append(out)
+        )
+        try:
+            held = self._come_to(hidden, name)
+        finally:
+            hook.remove()
+        self._direct[source, name] = any(_same(out, held.input) for out in made)
+        self._keep(hidden, held)
+        return held.input
+
+    def _come_to(self, hidden: Tensor, name: str) -> _Held:
+        """The pass of these hidden states, standing before `name`."""
+        held = self._standing.pop(id(hidden), None)
+        if held is not None and name not in (*held.passed, held.at):
+            self._go(held, name)
+        elif held is None or held.at != name:
+            if held is not None:
+                held.stop()
+            held = _Held(self._forward, self.layer, hidden)
+            self._go(held, name)
+        if held.at != name:
+            raise KeyError(f"a pass through the layer does not come to {name}")
+        return held
+
+    def _keep(self, hidden: Tensor, held: _Held) -> None:
+        if len(self._standing) < self._most:
+            self._standing[id(hidden)] = held
+        else:
+            held.stop()
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What `hidden` [B, T, D] becomes in the layer as it is now."""
+        held = self._standing.pop(id(hidden), None)
+        if held is None:
+            return self._forward(self.layer, hidden)
+        self._go(held, None)
+        return held.output
+
+    def changed(self, names: Collection[str]) -> None:
+        """Give up the passes that have come through one of these modules; all without a name.
+
+        Called after modules were changed or others took their places.
+        """
+        self._names = None
+        for key, held in list(self._standing.items()):
+            if not names or not held.passed.isdisjoint(names):
+                del self._standing[key]
+                held.stop()
+
+    def _go(self, held: _Held, name: str | None) -> None:
+        """Let a pass go on until it comes to the module `name`; None: to its end."""
+        if self._names is None:
+            self._names = {module: full for full, module in self.layer.named_modules()}
+        names = self._names
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            full = names.get(module)
+            if full is not None:
+                held.passed.add(full)
+                if full in self._recorded:
+                    held.seen[full] = args[0]
+
+        # A hook for all modules there are: on each of them it would be copied with the layer.
+        hook = register_module_forward_pre_hook(note)
+        module = None if name is None else self.layer.get_submodule(name)
+        own = None if module is None else vars(module).get("forward")
+        if module is not None and name is not None:
+            module.forward = partial(held.stand, name)
+        try:
+            held.thread.switch()
+        finally:
+            hook.remove()
+            if module is not None:
+                del module.forward
+                if own is not None:
+                    module.forward = own
+
+
+class _Held:
+    """One batch on its way through a layer."""
+
+    def __init__(
+        self, forward: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor
+    ) -> None:
+        self.at: str | None = None
+        """The module that the pass stands before."""
+        self.passed: set[str] = set()
+        """Modules that it has come to, but for this one."""
+        self.seen: dict[str, Tensor] = {}
+        """Inputs of recorded modules."""
+        self.input: Tensor
+        """Of the module that it stands before."""
+        self.output: Tensor
+        """Of the layer."""
+        self._layer = layer
+        self.thread = greenlet(partial(self._run, forward, hidden))
+
+    def _run(self, forward: Callable[[nn.Module, Tensor], Tensor], hidden: Tensor) -> None:
+        self.output = forward(self._layer, hidden)
+
+    def stand(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The `forward` of the module `name`: waits, then calls what is in its place by then."""
+        self.at, self.input = name, x
+        self.passed.discard(name)
+        getcurrent().parent.switch()
+        self.at = None
+        del self.input
+        self.passed.add(name)
+        # Not the module itself: what its hooks do to inputs was done before it was come to.
+        return self._layer.get_submodule(name).forward(x, *args, **kwargs)
+
+    def stop(self) -> None:
+        """End the pass where it stands."""
+        if self.thread:  # which is false once it has ended
+            self.thread.throw()
+
+
+def _same(out: Any, entering: Tensor) -> bool:
+    return (
+        isinstance(out, Tensor)
+        and out.data_ptr() == entering.data_ptr()
+        and (out.numel(), out.shape[-1]) == (entering.numel(), entering.shape[-1])
+    )

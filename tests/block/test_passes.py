@@ -1,0 +1,185 @@
+"""Passes that stand still on the way through a block: what they give, how often they compute, when they are given
+up."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from quantize.block.block import Block
+from quantize.block.measure import moments_of
+from quantize.block.passes import HeldPasses
+from quantize.block.teacher import freeze_layer
+from quantize.methods import Stage
+from quantize.methods.awq import Awq
+from quantize.methods.fireq.attention import FireqAttention
+from quantize.methods.fireq.stage import Fireq
+from quantize.methods.gptq import Gptq
+from quantize.methods.rotate import Rotate
+from quantize.methods.sbvr.stage import Sbvr
+
+BlockMaker = Callable[..., Block]
+RECIPES: dict[str, list[Stage]] = {
+    "gptq": [Gptq(group_size=64)],
+    "fireq": [
+        Awq(weight_exponents=(1.0,), group_size=64),
+        FireqAttention(group_size=32),
+        Fireq(sweeps=1),
+    ],
+    "rotated": [Rotate(seed=3), Fireq(sweeps=1, aim="layer")],
+    "sbvr": [Sbvr(bits=2, lines=8, sweeps=1)],
+}
+
+
+@torch.no_grad()
+def after(block: Block, stages: list[Stage]) -> list[Tensor]:
+    """What the block holds after the stages, then what its streams become."""
+    for stage in stages:
+        stage.apply(block)
+    out = [
+        tensor
+        for name in block.packed
+        for _, tensor in sorted(block.packed[name].tensors().items())
+    ]
+    out += [p for _, p in sorted(block.module.named_parameters())]
+    out += [block.passes.finish(hidden) for hidden in block.inputs]
+    out += [block.parent_passes.finish(hidden) for hidden in block.parent_inputs or []]
+    return out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen2_moe"])
+@pytest.mark.parametrize("holds", [2, 100])
+def test_what_is_encoded_does_not_depend_on_them(
+    make_block: BlockMaker, recipe: str, model_type: str, holds: int
+):
+    if recipe == "rotated" and model_type == "gemma3_text":
+        pytest.skip("its norms stand behind the linears: nothing to rotate over")
+    found = []
+    for most in (0, holds):
+        block = make_block(model_type, with_parent=True)
+        block.holds = most
+        found.append(after(block, RECIPES[recipe]))
+    assert len(found[0]) == len(found[1])
+    for plain, held in zip(*found, strict=True):
+        assert torch.equal(plain, held)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+def test_an_encode_stage_runs_each_module_once_a_batch(make_block: BlockMaker, model_type: str):
+    block = make_block(model_type, with_parent=True)
+    block.holds = len(block.inputs)
+    calls: Counter[str] = Counter()
+    count = register_module_forward_hook(lambda m, args, out: calls.update([type(m).__name__]))
+    try:
+        after(block, [Fireq(sweeps=1)])
+    finally:
+        count.remove()
+    attention = type(block.module.self_attn).__name__
+    norm = type(block.module.post_attention_layernorm).__name__
+    # The block's own pass and the parent's; there are two norms.
+    assert calls[attention] == 2 * len(block.inputs)
+    assert calls[norm] == 2 * 2 * len(block.inputs)
+
+
+def test_without_room_a_pass_begins_again(make_block: BlockMaker):
+    block, runs = make_block("llama"), []
+    forward = block.forward
+    block.forward = lambda module, hidden: (runs.append(1), forward(module, hidden))[1]
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"):
+        moments_of(block, name, False)
+    assert len(block.passes) == 0
+    assert len(runs) == 3 * len(block.inputs)
+
+
+def test_a_changed_module_is_not_passed_twice(make_block: BlockMaker):
+    block = make_block("llama")
+    block.holds = 100
+    moments_of(block, "self_attn.o_proj", False)
+    assert len(block.passes) == len(block.inputs)
+    block.forget_moments("self_attn.o_proj")  # which the passes stand before
+    block.forget_moments("mlp.up_proj")
+    assert len(block.passes) == len(block.inputs)
+    block.forget_moments("self_attn.v_proj")
+    assert len(block.passes) == 0
+    moments_of(block, "self_attn.o_proj", False)
+    block.fold(block.arch.edge("attn_norm"), torch.full((block.shape.hidden,), 2.0))
+    assert len(block.passes) == 0
+
+
+def test_an_earlier_module_is_reached_from_the_start(make_block: BlockMaker):
+    block = make_block("llama")
+    block.holds = 100
+    first = moments_of(block, "self_attn.q_proj", False).hessian
+    moments_of(block, "mlp.down_proj", False)
+    assert torch.equal(moments_of(block, "self_attn.q_proj", False).hessian, first)
+
+
+def test_a_norm_may_change_under_passes_that_wait_before_it(make_block: BlockMaker):
+    block = make_block("llama")
+    block.holds = 100
+    edge = next(edge for edge in block.edges if edge.source == "post_attention_layernorm")
+    plain = moments_of(block, edge.sinks[0], False)
+    block.forget_moments()
+    held = moments_of(block, edge.sinks[0], False, source=edge.source)
+    assert torch.equal(held.hessian, plain.hessian)
+    scale = torch.rand(block.shape.hidden) + 0.5
+    block.fold(edge, scale)
+    assert len(block.passes) == len(block.inputs) - 1  # the first one told that this can be done
+    moved = moments_of(block, edge.sinks[0], False)
+    torch.testing.assert_close(moved.absmean, held.absmean / scale, rtol=1e-2, atol=0)
+
+
+def test_a_copy_of_a_layer_is_not_held(make_block: BlockMaker):
+    block = make_block("llama", with_parent=True)
+    block.holds = 100
+    moments_of(block, "self_attn.o_proj", False)
+    freeze_layer(block)
+    assert block.frozen is not None
+    for module in (*block.frozen.modules(), *block.module.modules()):
+        assert "forward" not in vars(module)
+        assert not module._forward_pre_hooks
+    hidden = block.inputs[0]
+    assert torch.equal(block.forward(block.frozen, hidden), block.passes.finish(hidden))
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.breaks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.breaks:
+            raise ZeroDivisionError("in the layer")
+        return self.second(x)
+
+
+def test_an_error_in_a_layer_is_raised_and_leaves_nothing():
+    layer = Breaks()
+    passes = HeldPasses(lambda module, x: module(x), layer, (), 9)
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    passes.inputs(x, ["first"])
+    layer.breaks = True
+    with pytest.raises(ZeroDivisionError, match="in the layer"):
+        passes.inputs(x, ["second"])
+    assert len(passes) == 0
+    assert "forward" not in vars(layer.second)
+    layer.breaks = False
+    torch.testing.assert_close(passes.inputs(y, ["second"])[0], layer.first(y))
+    assert copy.deepcopy(layer)(y).shape == y.shape
+
+
+def test_a_module_that_a_layer_does_not_run_is_named():
+    layer = Breaks()
+    layer.spare = nn.Linear(4, 4)
+    passes = HeldPasses(lambda module, x: module(x), layer, (), 9)
+    with pytest.raises(KeyError, match="spare"):
+        passes.inputs(torch.randn(2, 3, 4), ["spare"])
