@@ -82,8 +82,9 @@ def _passes(plan: Plan, index: int, inputs: MutableSequence[Tensor], streams: in
     if not inputs or not plan.request.holds:
         return 0
     routed = {name for name in linears if arch.is_routed(name)}
-    values = standing(linears, arch.calibration_order, routed, plan.shape.hidden)
-    size = inputs[0].numel() // plan.shape.hidden * values * plan.request.dtype.itemsize
+    width = plan.skeleton.stream.width
+    values = standing(linears, arch.calibration_order, routed, width)
+    size = inputs[0].numel() // width * values * plan.request.dtype.itemsize
     return plan.request.holds // max(1, size * streams)
 
 

@@ -129,7 +129,7 @@ def standing(
     linears: Mapping[str, tuple[int, int]],
     groups: Sequence[Sequence[str]],
     routed: Collection[str],
-    hidden: int,
+    width: int,
 ) -> int:
     """Values at most that a pass holds for each of its tokens while it stands before a linear.
 
@@ -139,7 +139,7 @@ def standing(
     own = [group for group in groups if group[0] not in routed]
     returned = max((sum(linears[name][0] for name in group) for group in own), default=0)
     entering = max((linears[name][1] for group in own for name in group), default=0)
-    return 4 * hidden + returned + entering
+    return 4 * width + returned + entering
 
 
 ROUTED_BYTES = 1 << 30
