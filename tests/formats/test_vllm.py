@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def test_what_stands_side_by_side_is_one_matrix_in_experts_too():
         ["0.mlp.experts.0.gate_proj", "0.mlp.experts.0.up_proj"],
         ["0.mlp.experts.1.gate_proj", "0.mlp.experts.1.up_proj"],
     ]  # fmt: skip
+
+
+def test_what_shares_an_input_and_stays_apart_in_vllm_is_no_part_of_a_matrix():
+    """The gate of an attention, whatever it is called; latent attention has a pair of its own."""
+    names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "gating")]
+    latent = [f"self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "wide_proj")]
+    for found, together in ((names, names[:3]), (latent, latent[:2])):
+        arch = replace(ARCHITECTURES["llama"], calibration_order=(tuple(found),))
+        assert fused(arch, found) == [tuple(together)]
 
 
 CPU_LINE = "6 linears of sizes that 32 does not divide (172, 344)"
