@@ -129,7 +129,8 @@ class Transaction:
         """Let `save` write the file `name`; `check` reads it once it would survive a power cut."""
         path = self.folder / name
         with report_errors(path):
-            path.parent.mkdir(exist_ok=True)  # of a file in a folder of its own
+            if path.parent != self.folder:
+                path.parent.mkdir(exist_ok=True)
             save(path)
             # safetensors creates files that only their owner can read.
             path.chmod(0o666 & ~_umask())
@@ -163,8 +164,8 @@ class Transaction:
                     "the disk"
                 )
         with report_errors(self.output):
-            for folder in {(self.folder / name).parent for name in self._hashes}:
-                sync(folder)
+            for folder in self._folders():
+                sync(self.folder / folder)
             sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
             require_free(self.output)
@@ -181,8 +182,9 @@ class Transaction:
     def _move_between_disks(self) -> None:
         copy = self._temporary()
         try:
+            for folder in self._folders():
+                (copy / folder).mkdir()
             for name, digest in self._hashes.items():
-                (copy / name).parent.mkdir(exist_ok=True)
                 shutil.copy(self.folder / name, copy / name)
                 sync(copy / name)
                 if sha256_file(copy / name) != digest:
@@ -191,11 +193,17 @@ class Transaction:
                         "disk"
                     )
             copy.chmod(0o777 & ~_umask())
+            for folder in self._folders():
+                sync(copy / folder)
             sync(copy)
             copy.rename(self.output)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _folders(self) -> list[str]:
+        """Names of the folders within that hold files."""
+        return sorted({name.rpartition("/")[0] for name in self._hashes} - {""})
 
     def _temporary(self) -> Path:
         return Path(

@@ -325,3 +325,31 @@ def test_shards_go_on_where_others_stopped(tmp_path: Path):
         assert writer.total_size == first.total_size + 2 * 4
     assert INDEX_NAME in left_over(tmp_path / "out")
     assert len(left_over(tmp_path / "out")) == 3
+
+
+# Files in folders
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_files_in_folders_appear_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, across: bool
+):
+    source, kept = tmp_path / "rag.jinja", tmp_path / "kept"
+    source.write_text("{{ x }}")
+    (kept / "templates").mkdir(parents=True)
+    (kept / "templates" / "half").write_text("written by a run that was killed")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if across and self == kept:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with Transaction(tmp_path / "out", kept) as files:
+        files.copy(source, "templates/rag.jinja")
+        files.copy(source)
+        files.commit()
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"rag.jinja", "out/rag.jinja", "out/templates/rag.jinja"}
+    assert (tmp_path / "out" / "templates" / "rag.jinja").read_text() == "{{ x }}"
