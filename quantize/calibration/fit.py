@@ -16,33 +16,41 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CONTEXT = "max_position_embeddings"
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What config.json calls the context; the last two are older models' (GPT-2, GPT-J; MPT, DBRX)."""
 _PADDING, _PADDING_ROWS = 0.01, 256
 """Share of a vocabulary, and rows, by which embeddings are made larger than the tokenizer for speed
 and for tokens to come: at most half a percent in common models, and up to a multiple of 128."""
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
-    """Positions that a model was made for: max_position_embeddings of a parsed config.json, or of
-    its text_config; None where neither says."""
+    """Positions that a model was made for, by a parsed config.json or its text_config; None where
+    neither says."""
+    found = _context(config)
+    return None if found is None else found[1]
+
+
+def _context(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The context, and what it is called there."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        value = part.get(_CONTEXT)
-        if type(value) is int and value > 0:
-            return value
+        for name in _CONTEXT:
+            value = part.get(name)
+            if type(value) is int and value > 0:
+                return name, value
     return None
 
 
 def warn_of_length(length: int, config: Mapping[str, Any]) -> None:
     """Warn of windows of `length` tokens that are longer than the model's context."""
-    context = context_of(config)
-    if context is not None and length > context:
+    found = _context(config)
+    if found is not None and length > found[1]:
         log.warning(
             "windows of %d tokens are longer than the model's context of %d (%s); "
             "what it says beyond that is not what it was trained for: lower seqlen",
             length,
-            context,
-            _CONTEXT,
+            found[1],
+            found[0],
         )
 
 

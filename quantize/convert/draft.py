@@ -23,6 +23,7 @@ from quantize.model.arch import Architecture, Shape
 from quantize.model.build import require_text_class
 from quantize.model.dequantized import open_source, require_source
 from quantize.model.load import require_layers, shape_of
+from quantize.model.positions import require_positions
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.model.tied import settle_tie
@@ -61,7 +62,9 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     space = _space(request, arch, skeleton.linears())
     tokens = None
     if space or any(stage.needs_inputs for stage in request.recipe.stages):
-        tokens = shared_tokens(request.ranks, lambda: _calibration(request, source, shape, aloud))
+        tokens = shared_tokens(
+            request.ranks, lambda: _calibration(request, source, skeleton, shape, aloud)
+        )
     return plan, space, tokens
 
 
@@ -131,8 +134,11 @@ def _space(
     return None if target is None else Space.of(request.recipe, arch, linears, target)
 
 
-def _calibration(request: Request, source: Checkpoint, shape: Shape, aloud: bool) -> TokenSet:
+def _calibration(
+    request: Request, source: Checkpoint, skeleton: Skeleton, shape: Shape, aloud: bool
+) -> TokenSet:
     c = request.recipe.calibration
+    require_positions(skeleton.model, c.seqlen)
     tokenizer = load_tokenizer(request.model)
     tokens = calibration_tokens(
         tokenizer,

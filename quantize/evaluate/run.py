@@ -142,6 +142,8 @@ def measure(
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
         everyone = [*opened, *([parent] if parent else [])]
+        for m in everyone:
+            m.require_positions(windows.inputs.shape[1])
         window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
         groups = list(_groups(windows, vocab, window_bytes, ranks))
         records = [

@@ -36,6 +36,7 @@ from quantize.model.load import (
     tensors_of,
 )
 from quantize.model.moe import MoeFfn
+from quantize.model.positions import require_positions
 from quantize.model.shell import Tail
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import open_stored
@@ -75,6 +76,10 @@ class Model(Protocol):
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Run over inputs [B, T] int64; what it returns gives the logits of spans,
         more than once if need be."""
+        ...
+
+    def require_positions(self, length: int) -> None:
+        """UsageError where the model cannot read so many tokens at once."""
         ...
 
     def hidden_bytes(self, tokens: int) -> int:
@@ -205,6 +210,10 @@ class StreamedModel:
             outside |= tensors_of(self.source, [self.arch.embedding])
         return self.skeleton.tail(outside)
 
+    def require_positions(self, length: int) -> None:
+        """UsageError where the model cannot read so many tokens at once."""
+        require_positions(self.skeleton.model, length)
+
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of hidden states of so many tokens."""
         return tokens * self.skeleton.stream.width * self.dtype.itemsize
@@ -313,6 +322,10 @@ class WholeModel:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.model = load_model(folder, device, dtype)
+
+    def require_positions(self, length: int) -> None:
+        """UsageError where the model cannot read so many tokens at once."""
+        require_positions(self.model, length)
 
     def hidden_bytes(self, tokens: int) -> int:
         """Nothing is held between windows."""
