@@ -45,8 +45,8 @@ class Router(nn.Linear):
 
 
 def set_routers_apart(model: nn.Module, routes: Callable[[str, int], bool]) -> None:
-    """Make routers of a model's linears that route, by full name and outputs, and of those whose
-    class computes something else than x Wᵀ + b (Llama 4's router)."""
+    """Make routers of a model's linears that route, by full name and the smaller of its sizes,
+    and of those whose class computes something else than x Wᵀ + b (Llama 4's router)."""
     linear: dict[type, bool] = {nn.Linear: True, Router: True}
     apart: dict[type, type] = {nn.Linear: Router}
     for name, module in model.named_modules():
@@ -55,7 +55,7 @@ def set_routers_apart(model: nn.Module, routes: Callable[[str, int], bool]) -> N
             continue
         if kind not in linear:
             linear[kind] = _computes_linear(module)
-        if not linear[kind] or routes(name, module.out_features):
+        if not linear[kind] or routes(name, min(module.out_features, module.in_features)):
             if kind not in apart:
                 apart[kind] = type(kind.__name__, (kind, Router), {})
             module.__class__ = apart[kind]

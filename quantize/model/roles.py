@@ -66,16 +66,16 @@ def role_by_name(name: str, beside: Collection[str] = ()) -> Role:
     return _SYNONYMS.get(last, "other")
 
 
-def is_router(name: str, outputs: int) -> bool:
-    """Whether a linear decides how much of something a token gets, by its name or by how few
-    outputs it has."""
+def is_router(name: str, least: int) -> bool:
+    """Whether a linear decides how much of something a token gets, by its name or by how few outputs
+    or inputs it has (least: the fewer), such as those that mix streams (AltUp)."""
     if role_by_name(name) != "other":
         return False
-    return outputs < _FEW or bool(_ROUTERS.fullmatch(name))
+    return least < _FEW or bool(_ROUTERS.fullmatch(name))
 
 
 _FEW = 16
-"""Rows of a matrix so small that nothing is saved by rounding it, while much may hang on it."""
+"""Rows or columns of a matrix so small that nothing is saved by rounding it, while much may hang on it."""
 
 
 def role_of(name: str) -> Role | Literal["router"] | None:
