@@ -176,6 +176,14 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     return folder
 
 
+def call_packed(folder: Path) -> Path:
+    """The same checkpoint, of which config.json says that it is packed."""
+    config = json.loads((folder / "config.json").read_text())
+    section = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return folder
+
+
 def test_a_missing_expert_is_named_as_it_is_stored(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path)
     absent = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
@@ -200,15 +208,29 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
     count = json.loads((tmp_path / "config.json").read_text())["num_local_experts"]
     assert len(experts) == 3 * count
     assert set(found.missing) - set(experts) == {"model.layers.1.self_attn.q_norm.weight"}
-    surplus = {"model.layers.2.eh_proj.weight", "visual.patch.weight", "visual.x"}
-    assert set(found.surplus) == surplus
+    assert found.leftovers.carried == {
+        "model.layers.2": ("model.layers.2.eh_proj.weight",),
+        "visual": ("visual.patch.weight", "visual.x"),
+    }
+    assert not found.surplus
     told = found.misfit()
     assert told is not None
     assert f"and {len(found.missing) - 1} more" in told
-    assert "has no place in the model for" in told
-    for name in found.surplus:  # checks see them, and what they hold can be carried over
-        assert found.tensor(name).eq(1).all()
-        assert found.output.name(name) == name
+    names = found.kept_names(())
+    assert names == {name: name for name in found.leftovers.carried_names}
+    for name in names:
+        assert name not in found
+        assert found.stored.tensor(name).eq(1).all()
+
+
+def test_surplus_tensors_of_a_packed_model_are_seen_by_checks(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.k_scale"
+    found = stored(call_packed(changed(tmp_path, lambda t: t.update({name: torch.ones(1)}))))
+    assert found.surplus == (name,)
+    assert not found.leftovers.ignored
+    assert "has no place in the model for model.layers.0.self_attn.k_scale" in str(found.misfit())
+    assert found.tensor(name).eq(1).all()
 
 
 def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
@@ -300,7 +322,7 @@ def test_experts_that_were_left_alone_among_packed_ones(tmp_path: Path) -> None:
         for name in [n for n in tensors if ".experts." in n and ".experts.1.w3" not in n]:
             tensors[f"{name}_packed"] = tensors.pop(name)
 
-    found = stored(changed(tmp_path, pack))
+    found = stored(call_packed(changed(tmp_path, pack)))
     assert torch.equal(found.tensor(plain), wanted[plain])
     assert plain not in found.missing
     assert f"{plain}_packed" not in found
@@ -321,7 +343,7 @@ def test_parts_of_packed_linears_are_found_under_their_published_names(tmp_path:
         tensors[f"{expert}.weight_packed"] += 1
         tensors[f"{attention}.kv.scale"] = torch.ones(2)
 
-    found = stored(changed(tmp_path, pack))
+    found = stored(call_packed(changed(tmp_path, pack)))
     name = "model.layers.0.mlp.experts.2.gate_proj.weight_packed"
     assert torch.equal(found.tensor(name), codes + 1)
     assert found.output.name(name) == f"{expert}.weight_packed"
