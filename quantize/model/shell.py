@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from quantize.model.stream_find import (
     LARGE,
     SMALL,
     Entry,
+    depends,
     find_stream,
     is_plain,
     require_independent,
@@ -71,7 +72,7 @@ class Shell:
         self._model = without_layers(model, parts.blocks)
         renew_buffers(self._model, model, device)
         self._kind = type(model).__name__
-        self._require_bare(parts.blocks)
+        self._holders = self._bare_holders(parts.blocks)
         self._tokens = plain_tokens(model)
         self._blocks, self._embedding, self._head = parts.blocks, parts.embedding, parts.head
         if known is not None:
@@ -82,17 +83,27 @@ class Shell:
         before, self.stream = self._find_before()
         self.outer = self._outer(model.config.model_type, before, self._find_after())
 
-    def _require_bare(self, blocks: str) -> None:
-        """UnderivedError where what holds the layers has parameters of its own (ZAYA): whether they
-        act before or behind the layers is not seen by which modules are called."""
+    def _bare_holders(self, blocks: str) -> frozenset[str]:
+        """What holds the layers and has parameters of its own: whether these act before or behind the
+        layers is not seen by which modules are called."""
         holders = {"", *(blocks[:at] for at, sign in enumerate(blocks) if sign == ".")}
-        for holder in holders:
-            for name, held in self._model.get_submodule(holder)._parameters.items():
-                if held is not None:
-                    raise UnderivedError(
-                        f"{self._kind}: {holder}.{name} stands beside the layers in no module of "
-                        "its own, and pq does not know where it acts"
-                    )
+        parameters = {name: self._model.get_submodule(name)._parameters for name in holders}
+        return frozenset(
+            n for n, own in parameters.items() if any(p is not None for p in own.values())
+        )
+
+    def _require_idle(self, same: bool) -> None:
+        """UnderivedError unless text does what it did, the holders' own parameters being NaN: those
+        that join pieces of an image do nothing (LLaVA-NeXT), others do (ZAYA)."""
+        if same:
+            return
+        holder = min(self._holders)
+        own = self._model.get_submodule(holder)._parameters
+        name = next(name for name, held in own.items() if held is not None)
+        raise UnderivedError(
+            f"{self._kind}: {holder}.{name} stands beside the layers in no module of its own, and pq "
+            "does not know where it acts"
+        )
 
     @property
     def found(self) -> Found:
@@ -182,9 +193,10 @@ class Shell:
         states = enter(shell, recorders, tokens)
         return Entry(states, [recorder.call for recorder in recorders])
 
-    def _filled(self, seed: int = 0) -> Any:
-        """A copy whose modules get tensors of random values when they are called first."""
-        return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed)
+    def _filled(self, seed: int = 0, spoiled: Collection[str] = ()) -> Any:
+        """A copy whose modules get tensors of random values when they are called first; those of
+        `spoiled` modules are NaN."""
+        return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed, spoiled)
 
     def _enter_noting(
         self,
@@ -192,11 +204,12 @@ class Shell:
         seed: int,
         size: tuple[int, int] = SMALL,
         draw: torch.Generator | None = None,
+        spoiled: Collection[str] = (),
     ) -> Entry:
         """So many windows and tokens up to the first layer; modules with parameters that run go into
-        `used`. draw: of what layers return; None: what they are given."""
-        shell = self._filled(seed)
-        _note_used(shell, used)
+        `used`. draw: of what layers return; None: what they are given. spoiled: as `_filled`."""
+        shell = self._filled(seed, spoiled)
+        _note_used(shell, used, self._holders)
         draw = torch.Generator().manual_seed(seed)
         places = torch.randint(len(self._tokens), size, generator=draw)
         tokens = torch.tensor(self._tokens)[places].to(self.device)
@@ -212,6 +225,9 @@ class Shell:
         require_independent(
             self._kind, one, self._enter_noting(used, 0, draw=torch.Generator().manual_seed(2))
         )
+        if self._holders:
+            idle = self._enter_noting(used, 0, spoiled=self._holders)
+            self._require_idle(torch.equal(one.states, idle.states) and not any(depends(one, idle)))
         other = self._enter_noting(used, 1)
         if is_plain(one, other):
             return tuple(used), Stream.plain(one.states.shape[-1])
@@ -243,11 +259,19 @@ class Shell:
         stream = torch.zeros(1, 2, self.stream.width, device=self.device, dtype=self.dtype)
         states = self.stream.states.unpack(stream)
 
-        _note_used(shell, used)
+        _note_used(shell, used, self._holders)
         places = (self._layers, self._tuples, self._blocks, states, (1, 2))
         # What ran before the first layer is forgotten.
         alike = leave(shell, *places, used.clear)
         after = (*used, self._head)
+        if tuple(alike.shape[:-1]) != (1, 2):
+            raise UnderivedError(
+                f"{self._kind}: what it puts out is no logits for every token; pq takes language models"
+            )
+        if self._holders:
+            spoiled = self._filled(spoiled=self._holders)
+            spoiled.set_submodule(self._head, _NoHead(self.dtype))
+            self._require_idle(torch.equal(alike, leave(spoiled, *places)))
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
         if not torch.equal(alike, leave(shell, *places, earlier=drawn.to(states))):
             raise UnderivedError(
@@ -311,8 +335,9 @@ class _NoHead(nn.Identity):
         self.weight = torch.empty(0, dtype=dtype)
 
 
-def _note_used(root: nn.Module, used: list[str]) -> None:
-    """From now on add to `used` the names of modules with parameters, as they are called first."""
+def _note_used(root: nn.Module, used: list[str], without: Collection[str]) -> None:
+    """From now on add to `used` the names of modules with parameters, but for those `without`, as they
+    are called first."""
 
     def noting(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, out: Any) -> None:
@@ -322,13 +347,21 @@ def _note_used(root: nn.Module, used: list[str]) -> None:
         return note
 
     for name, module in root.named_modules():
-        if any(parameter is not None for parameter in module._parameters.values()):
+        if name not in without and any(p is not None for p in module._parameters.values()):
             module.register_forward_hook(noting(name))
 
 
-def _filled(shell: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The same shell, whose modules get tensors of random values when they are called first."""
+def _filled(
+    shell: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    spoiled: Collection[str] = (),
+) -> Any:
+    """The same shell, whose modules get tensors of random values, or NaN, when they are called
+    first."""
     draw = torch.Generator().manual_seed(seed)
+    nan = {shell.get_submodule(name) for name in spoiled}
 
     def fill(module: nn.Module, args: Any) -> None:
         for name, held in module._parameters.items():
@@ -338,7 +371,7 @@ def _filled(shell: Any, device: torch.device, dtype: torch.dtype, seed: int = 0)
                 if table:
                     module.padding_idx = None  # type: ignore[assignment]
                 made = torch.randn([1, *shape[1:]] if table else shape, generator=draw)
-                made = made.to(device, dtype)
+                made = (made * float("nan") if module in nan else made).to(device, dtype)
                 # All rows of a table are one, which takes no memory.
                 made = made.expand(_ROWS, *shape[1:]) if table else made
                 module._parameters[name] = nn.Parameter(made, requires_grad=False)

@@ -61,6 +61,13 @@ class Subject:
         model = self.loader.from_pretrained(self.folder, dtype=torch.float32).eval()
         return zoo.logits(model, self.ids).float()
 
+    def require_loaded(self) -> None:
+        """ValueError where transformers does not load what it has saved (ShieldGemma 2 in 5.24), so
+        that nothing can be held against it."""
+        change = zoo.apart(zoo.logits(self.model, self.ids).float(), self.wanted)
+        if not change < 1e-3:
+            raise ValueError(f"transformers loads another model than it saved (by {change:.2g})")
+
 
 Check = Callable[[Subject], Row]
 """Figures of a subject, with "ok": bool; what it raises is a failed check."""

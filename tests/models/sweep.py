@@ -52,6 +52,9 @@ def examine(item: Item, checks: Iterable[Check], only: str | None = None) -> Row
             zoo.liven(subject.model)
             row |= {"kind": kind(subject), "status": "builds", "checks": {}}
             row["parameters"] = sum(p.numel() for p in subject.model.parameters())
+            if checks and only in (None, row["kind"]):
+                status = "is not loaded as it was saved"
+                subject.require_loaded()
             for check in checks if only in (None, row["kind"]) else ():
                 row["checks"][check.__name__] = outcome(check, subject)
     except Exception as error:
