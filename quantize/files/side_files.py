@@ -17,10 +17,8 @@ from typing import Any
 
 from quantize.errors import ModelError
 from quantize.files.folder import inside, is_file_name, read_json
+from quantize.files.needed import TEMPLATES
 from quantize.files.weight_files import PICKLES
-
-TEMPLATES = "additional_chat_templates"
-"""Folder of named chat templates; transformers reads no other folder."""
 
 _MISLEADING = (
     # Of the parent, which the output has in a form of its own.
