@@ -140,14 +140,33 @@ def _errors(
     student = load_block(
         layout.source, layout.skeleton, layout.schemes, index, "kernel", layout.attention
     )
-    wanted, whole = _outputs(teacher, names, Pass(skeleton, index), hidden)
     # A token at the edge of an expert may visit it in one block and not in the other,
     # and there is no row to compare.
-    instead = {name: whole[name] for name in routers}
-    given, _ = _outputs(student, names, Pass(layout.skeleton, index), basis.enter(hidden), instead)
+    routing = [*routers, *(_choosing(teacher, arch) if arch == before else ())]
+    seen = list(dict.fromkeys((*names, *routing)))
+    wanted, whole = _outputs(teacher, seen, Pass(skeleton, index), hidden)
+    instead = {name: whole[name] for name in routing}
+    given, _ = _outputs(student, seen, Pass(layout.skeleton, index), basis.enter(hidden), instead)
     for name in {*arch.writers, *_ffn(arch)} & set(given):
         given[name] = basis.leave(given[name])
     return {name: _relative(wanted[name], given[name]) for name in names}
+
+
+def _choosing(layer: nn.Module, arch: Architecture) -> list[str]:
+    """Modules beside the routed experts that choose among them and are no linears: they have a row of
+    weights for each (Mixtral's router)."""
+    if not any(map(arch.is_routed, arch.roles)) or arch.experts is None:
+        return []
+    place, _, _ = arch.experts.routed.rpartition(".")
+    count = len({arch.expert_of(name) for name in arch.roles if arch.is_routed(name)})
+    return [
+        f"{place}.{name}" if place else name
+        for name, module in layer.get_submodule(place).named_children()
+        if not isinstance(module, nn.Linear)
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.dim() == 2
+        and len(weight) == count
+    ]
 
 
 def _ffn(arch: Architecture) -> list[str]:
