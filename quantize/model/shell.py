@@ -19,6 +19,7 @@ from quantize.errors import UnderivedError
 from quantize.model.derive import Outer
 from quantize.model.edges import norm_offset
 from quantize.model.flow import is_norm
+from quantize.model.shell_fill import NoHead, filled, note_used
 from quantize.model.stream import Stream, StreamCall
 from quantize.model.stream_find import (
     LARGE,
@@ -196,7 +197,7 @@ class Shell:
     def _filled(self, seed: int = 0, spoiled: Collection[str] = ()) -> Any:
         """A copy whose modules get tensors of random values when they are called first; those of
         `spoiled` modules are NaN."""
-        return _filled(copy.deepcopy(self._model), self.device, self.dtype, seed, spoiled)
+        return filled(copy.deepcopy(self._model), self.device, self.dtype, seed, spoiled)
 
     def _enter_noting(
         self,
@@ -209,7 +210,7 @@ class Shell:
         """So many windows and tokens up to the first layer; modules with parameters that run go into
         `used`. draw: of what layers return; None: what they are given. spoiled: as `_filled`."""
         shell = self._filled(seed, spoiled)
-        _note_used(shell, used, self._holders)
+        note_used(shell, used, self._holders)
         draw = torch.Generator().manual_seed(seed)
         places = torch.randint(len(self._tokens), size, generator=draw)
         tokens = torch.tensor(self._tokens)[places].to(self.device)
@@ -254,12 +255,12 @@ class Shell:
     def _find_after(self) -> tuple[str, ...]:
         """Modules with tensors that run behind the last layer, the head last."""
         shell = self._filled()
-        shell.set_submodule(self._head, _NoHead(self.dtype))
+        shell.set_submodule(self._head, NoHead(self.dtype))
         used: list[str] = []
         stream = torch.zeros(1, 2, self.stream.width, device=self.device, dtype=self.dtype)
         states = self.stream.states.unpack(stream)
 
-        _note_used(shell, used, self._holders)
+        note_used(shell, used, self._holders)
         places = (self._layers, self._tuples, self._blocks, states, (1, 2))
         # What ran before the first layer is forgotten.
         alike = leave(shell, *places, used.clear)
@@ -270,7 +271,7 @@ class Shell:
             )
         if self._holders:
             spoiled = self._filled(spoiled=self._holders)
-            spoiled.set_submodule(self._head, _NoHead(self.dtype))
+            spoiled.set_submodule(self._head, NoHead(self.dtype))
             self._require_idle(torch.equal(alike, leave(spoiled, *places)))
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
         if not torch.equal(alike, leave(shell, *places, earlier=drawn.to(states))):
@@ -323,63 +324,6 @@ class Shell:
 
 _KINDS = 3
 """Most kinds of layers that are tried to return their states in all ways."""
-_ROWS = 1 << 24
-"""Rows of tables whose values do not matter: more than any position or token."""
-
-
-class _NoHead(nn.Identity):
-    """Stands in for a head that is not needed; models ask for the dtype of its weight."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = torch.empty(0, dtype=dtype)
-
-
-def _note_used(root: nn.Module, used: list[str], without: Collection[str]) -> None:
-    """From now on add to `used` the names of modules with parameters, but for those `without`, as they
-    are called first."""
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, out: Any) -> None:
-            if name not in used:
-                used.append(name)
-
-        return note
-
-    for name, module in root.named_modules():
-        if name not in without and any(p is not None for p in module._parameters.values()):
-            module.register_forward_hook(noting(name))
-
-
-def _filled(
-    shell: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    spoiled: Collection[str] = (),
-) -> Any:
-    """The same shell, whose modules get tensors of random values, or NaN, when they are called
-    first."""
-    draw = torch.Generator().manual_seed(seed)
-    nan = {shell.get_submodule(name) for name in spoiled}
-
-    def fill(module: nn.Module, args: Any) -> None:
-        for name, held in module._parameters.items():
-            if held is not None and held.is_meta:
-                shape = list(held.shape)
-                table = isinstance(module, nn.Embedding)
-                if table:
-                    module.padding_idx = None  # type: ignore[assignment]
-                made = torch.randn([1, *shape[1:]] if table else shape, generator=draw)
-                made = (made * float("nan") if module in nan else made).to(device, dtype)
-                # All rows of a table are one, which takes no memory.
-                made = made.expand(_ROWS, *shape[1:]) if table else made
-                module._parameters[name] = nn.Parameter(made, requires_grad=False)
-
-    for module in shell.modules():
-        if module._parameters:
-            module.register_forward_pre_hook(fill)
-    return shell
 
 
 def _place(

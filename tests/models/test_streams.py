@@ -122,3 +122,17 @@ def test_stacks_that_stay_whole_are_said(tmp_path: Path):
     lines = [line for line in convert(request).lost if "shared experts" in line]
     assert len(lines) == 1
     assert "model.layers.0.mlp.shared_experts.gate_proj and 5 more stay as stored" in lines[0]
+
+
+def test_parameters_beside_the_layers_are_copied_where_text_does_not_pass_them(tmp_path: Path):
+    model = zoo.build("llava_next", image_text=True)
+    folder = zoo.save(model, tmp_path / "model")
+    skeleton = Skeleton(folder, CPU, torch.float32)
+    assert "model.image_newline" in skeleton.arch.beside
+    assert difference(folder, model) < 1e-5
+
+
+def test_parameters_beside_the_layers_that_act_are_refused(tmp_path: Path):
+    folder = zoo.save(zoo.build("zaya"), tmp_path / "model")
+    with pytest.raises(UnderivedError, match="stands beside the layers in no module of its own"):
+        _ = Skeleton(folder, CPU, torch.float32).arch
