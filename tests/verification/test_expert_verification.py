@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import request_for
 from damage import Maker, checks_of, edit_json, edit_tensors, failed, pop, put
+from models import zoo
 from torch import Tensor
 
+from quantize.convert.loop import convert
 from quantize.formats.native import native_config
 from quantize.model.moe import Threshold
 from quantize.verification import verify
@@ -90,3 +94,17 @@ def test_another_routing_leaves_linears_comparable(copied: Maker, tiny: Maker):
     edit_json(folder, "config.json", route)
     result = verify(folder, tiny("qwen2_moe"))
     assert result.ok, result.first_failure
+
+
+def test_a_router_that_is_no_linear_chooses_alike(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Mixtral's own class of routers; attention of four bits moves some tokens to other experts.
+    parent = zoo.save(zoo.build("mixtral", seed=1), tmp_path / "mixtral")
+    convert(request_for(parent, "rtn", tmp_path / "out", text_file, "group_size=32"))
+    result = verify(tmp_path / "out", parent)
+    assert result.ok, result.first_failure
+    # Without it there are no pairs of rows.
+    monkeypatch.setattr("quantize.verification.outputs._choosing", lambda layer, arch: [])
+    with pytest.raises(RuntimeError, match="must match the size"):
+        verify(tmp_path / "out", parent)
