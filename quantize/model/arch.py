@@ -308,7 +308,9 @@ class Shape:
 
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key)
-            value = default if value is None else value
+            # Latent attention of some types (GLM-5) has a head_dim of 0: of its own sizes none.
+            absent = value is None or (default is not None and value == 0)
+            value = default if absent else value
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 31:
                 raise ModelError(f"config.json: {key} is {value!r}, expected a positive integer")
             return value

@@ -179,11 +179,13 @@ class Homes:
         weight, converter, _ = self._conversion.place(f"{owner}.weight")
         if converter is None and weight in self._conversion.tensors:
             return f"{owner_of(weight)}.{part}", True
-        for known in self._prefixed(owner):
+        # The model's name for the part of a stack, where transformers renames what is around it.
+        renamed = () if converter is not None else self._prefixed(owner_of(weight))
+        for known in (*self._prefixed(owner), *renamed):
             if known in self._owners:
                 return f"{self._owners[known]}.{part}", True
-        renamed, converter, _ = self._conversion.place(stored)
-        for name in self._prefixed(renamed if converter is None else stored):
+        place, converter, _ = self._conversion.place(stored)
+        for name in self._prefixed(place if converter is None else stored):
             near = {name.rsplit(".", levels)[0] for levels in (1, 2)}
             near -= {"", self._conversion.prefix}  # near to everything
             if near & self._conversion.modules:

@@ -38,6 +38,7 @@ from quantize.model.transformers_decoder import (
     plain_tokens,
     renew_buffers,
     returns_tuple,
+    say_device,
     text_config,
     use_attention,
     without_layers,
@@ -176,6 +177,7 @@ class Shell:
         elif f"{self._head}.weight" not in given:
             given[f"{self._head}.weight"] = outside[f"{self._embedding}.weight"]
         _place(shell, given, self.device, self.dtype)
+        say_device(shell, self.device, self.dtype)
 
         def logits(stream: Tensor) -> Tensor:
             states = self.stream.states.unpack(stream)
@@ -191,6 +193,7 @@ class Shell:
             for index, (layer, several) in enumerate(zip(self._layers, self._tuples, strict=True))
         ]
         shell.set_submodule(self._blocks, nn.ModuleList(recorders))
+        say_device(shell, self.device, self.dtype)
         states = enter(shell, recorders, tokens)
         return Entry(states, [recorder.call for recorder in recorders])
 
@@ -261,6 +264,7 @@ class Shell:
         states = self.stream.states.unpack(stream)
 
         note_used(shell, used, self._holders)
+        say_device(shell, self.device, self.dtype)
         places = (self._layers, self._tuples, self._blocks, states, (1, 2))
         # What ran before the first layer is forgotten.
         alike = leave(shell, *places, used.clear)
@@ -271,6 +275,7 @@ class Shell:
             )
         if self._holders:
             spoiled = self._filled(spoiled=self._holders)
+            say_device(spoiled, self.device, self.dtype)
             spoiled.set_submodule(self._head, NoHead(self.dtype))
             self._require_idle(torch.equal(alike, leave(spoiled, *places)))
         drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))

@@ -325,6 +325,17 @@ def returns_tuple(layer: nn.Module) -> bool:
     return "tuple" in str(said).lower()
 
 
+def say_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let a model and the models within say that they are on `device`, which they ask of their first
+    parameter: that of a tower without weights would say meta (Idefics 3)."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            asked = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+            module._parameters = {"first": asked, **module._parameters}
+
+
 def enter(model: Any, recorders: Sequence[Recorder], tokens: Tensor) -> Tensor:
     """Run a model whose layers are these recorders on tokens [B, T] → the hidden states that enter
     its first layer, [B, T, D] in most models.
