@@ -108,6 +108,8 @@ class StoredCheckpoint(Checkpoint):
         if unplaced:
             homes = Homes(conversion, published_names(expected, self._form), expected)
             beside = {key: homes.name(key) for key in unplaced}
+            if layouts and not all(is_part for _, is_part in beside.values()):
+                beside |= self._as_written(parts, beside)
         self.leftovers = self._sort_out(model, beside)
         for key in (*self.leftovers.carried_names, *self.leftovers.ignored):
             beside.pop(key, None)
@@ -136,6 +138,24 @@ class StoredCheckpoint(Checkpoint):
         self.dtypes = {name: self._dtype(place) for name, place in self._places.items()}
         places = self._places.items()
         self._where = {name: source._where[names_in(place)[0]] for name, place in places}
+
+    def _as_written(
+        self, parts: Mapping[str, Where], beside: Mapping[str, tuple[str, bool]]
+    ) -> dict[str, tuple[str, bool]]:
+        """Of tensors that belong nowhere those that bear the names under which experts are written,
+        where nothing that is stored shows these (Step 3.7). parts: what has its place."""
+        output = self._names_of(parts)
+        written = {
+            owner_of(output.name(name)): owner_of(name)
+            for name in self._expected
+            if any(name.startswith(f"{module}.") for module in self._layouts)
+        }
+        found = {}
+        for key in (key for key, (_, is_part) in beside.items() if not is_part):
+            owner, _, part = key.rpartition(".")
+            if owner in written:
+                found[key] = (f"{written[owner]}.{part}", True)
+        return found
 
     def _name_embedding(self, model: nn.Module, tied: Mapping[str, Sequence[str]]) -> None:
         """Call a tensor that a tied model has stored for its head alone by the embedding's name, as
@@ -239,8 +259,10 @@ class StoredCheckpoint(Checkpoint):
     @cached_property
     def output(self) -> OutputNames:
         """Under which names a model made of this one is written."""
-        places = self._places.items()
-        stored = {name: names_in(place)[0] for name, place in places if _is_stored(place)}
+        return self._names_of(self._places)
+
+    def _names_of(self, places: Mapping[str, Where]) -> OutputNames:
+        stored = {n: names_in(place)[0] for n, place in places.items() if _is_stored(place)}
         # A tensor under the name of another is written by its own.
         stored = {n: s for n, s in stored.items() if s == n or s not in self._expected}
         parts, form = self._expected, self._form
