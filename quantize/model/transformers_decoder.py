@@ -31,11 +31,22 @@ class Parts:
     head: str
 
 
+def _head_of(model: Any) -> Any:
+    """The head: the model's own, else that of the one model within that has one (Nemotron Omni's
+    class does not hand on its text model's)."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return head
+    inner = [m for m in model.modules() if m is not model and hasattr(m, "get_output_embeddings")]
+    found = {found for m in inner if (found := m.get_output_embeddings()) is not None}
+    return found.pop() if len(found) == 1 else None
+
+
 def parts_of(model: Any) -> Parts:
     """Find them; UnderivedError names what is not as in other decoders."""
     kind = type(model).__name__
     names = {module: name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), _head_of(model)
     if not isinstance(embedding, nn.Embedding):
         raise UnderivedError(f"{kind}: get_input_embeddings() gives no embedding of tokens")
     if not isinstance(head, nn.Linear):
