@@ -22,6 +22,7 @@ from quantize.convert.draft import draft
 from quantize.convert.plan import Plan
 from quantize.convert.request import Request
 from quantize.convert.trial import Timing, timing
+from quantize.convert.waits import waits_before
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import peak_resident, resident
 from quantize.cost.units import gigabytes
@@ -95,7 +96,9 @@ def within(request: Request) -> Request:
         choices = _frugal(request)
         found = [_estimate(plan, choice, tokens) for choice in choices]
         limits = (request.max_ram or math.inf, request.max_vram or math.inf)
-        choices[0] = replace(choices[0], hold=_hold(request, found[0]))
+        choices[0] = replace(
+            choices[0], hold=_hold(request, found[0], _standing(plan, request, tokens))
+        )
         fitting = (
             i for i, one in enumerate(found) if one.ram <= limits[0] and one.vram <= limits[1]
         )
@@ -114,12 +117,13 @@ def within(request: Request) -> Request:
     return choices[int(chosen)]
 
 
-def _hold(request: Request, found: Estimate) -> int | None:
-    """Bytes for passes that wait, which spare time alone: most of what a limit leaves; None
-    without one."""
+def _hold(request: Request, found: Estimate, wanted: int) -> int | None:
+    """Bytes for passes that wait, which spare time alone: most of what a limit leaves; None where
+    that is as much as is wanted."""
     cpu = request.device.type == "cpu"
     limit, taken = (request.max_ram, found.ram) if cpu else (request.max_vram, found.vram)
-    return None if limit is None else max(0, (limit - taken) * 4 // 5)
+    left = None if limit is None else max(0, (limit - taken) * 4 // 5)
+    return None if left is None or left >= wanted else left
 
 
 def _frugal(request: Request) -> list[Request]:
@@ -158,6 +162,7 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
             batch=min(B * T, max(T, request.batch_tokens // T * T)),
             tokens=B * T,
             itemsize=request.dtype.itemsize,
+            stops=waits_before(plan, index),
             stream=plan.skeleton.stream.width,
         )
     return list(seen.values())
@@ -182,6 +187,9 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
         "work on one layer": _working(plan, block),
     }
     waiting = min(request.holds, _standing(plan, request, tokens))
+    # They wait while linears are worked on, and not yet when the block is looked at as a whole.
+    most = max(stage.room(block) for stage in stages) + waiting
+    waiting = max(0, most - parts["work on one layer"])
     parts |= {"passes that wait": waiting} if waiting else {}
     writing = 2 * max(*outside, packed, *part_sizes(plan))
     computed = max(sum(parts.values()), writing if cpu else 0)

@@ -84,8 +84,9 @@ def _left_whole(plan: Plan) -> list[str]:
 def _not_stock(plan: Plan, state: State) -> list[str]:
     """Why stock transformers does not load the output, in which these linears are packed."""
     why = []
-    modules = map(plan.skeleton.model.get_submodule, state.schemes)
-    if any(isinstance(module, FromConv1D) for module in modules):
+    # Of what a stage made anew, the parent has no module.
+    modules = dict(plan.skeleton.model.named_modules())
+    if any(isinstance(modules.get(name), FromConv1D) for name in state.schemes):
         why.append("it has Conv1D in the place of linears, which it cannot pack; pq reads it")
     if stacks := plan.source.output.unloadable(state.schemes):
         more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""

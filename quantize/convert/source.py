@@ -16,6 +16,7 @@ from quantize.calibration.tokens import TokenSet
 from quantize.convert.allocation import SAMPLE_TOKENS
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress
+from quantize.convert.waits import waits_before
 from quantize.cost.footprint import standing
 from quantize.files.disk import report_errors
 from quantize.files.finite import require_finite_floats
@@ -83,7 +84,8 @@ def _passes(plan: Plan, index: int, inputs: MutableSequence[Tensor], streams: in
         return 0
     routed = {name for name in linears if arch.is_routed(name)}
     width = plan.skeleton.stream.width
-    values = standing(linears, arch.calibration_order, routed, width)
+    stops = waits_before(plan, index)
+    values = standing(linears, arch.calibration_order, routed, stops, width)
     size = inputs[0].numel() // width * values * plan.request.dtype.itemsize
     return plan.request.holds // max(1, size * streams)
 

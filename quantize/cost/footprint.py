@@ -43,6 +43,8 @@ class BlockSizes:
     """Tokens of the whole text."""
     itemsize: int
     """Bytes of the dtype that blocks compute in."""
+    stops: frozenset[str] = frozenset()
+    """First linears of the groups that passes wait before."""
     stream: int = 0
     """Channels that go from block to block; 0: the hidden size."""
 
@@ -102,11 +104,10 @@ class BlockSizes:
 
     def standing(self) -> int:
         """Bytes at most of passes of the whole text that stand still in the block."""
-        return (
-            self.itemsize
-            * self.tokens
-            * standing(self.linears, self.groups, self.routed, self.hidden)
+        values = standing(
+            self.linears, self.groups, self.routed, self.stops, self.stream or self.hidden
         )
+        return self.itemsize * self.tokens * values
 
     def profiling(self) -> int:
         """Bytes at most while a pass records the inputs of all groups of
@@ -129,17 +130,26 @@ def standing(
     linears: Mapping[str, tuple[int, int]],
     groups: Sequence[Sequence[str]],
     routed: Collection[str],
+    stops: Collection[str],
     width: int,
 ) -> int:
     """Values at most that a pass holds for each of its tokens while it stands before a linear.
 
-    Those are hidden states before and behind norms, what the linears before it returned, which the
-    layer's code may still refer to, and what it is about to get. What is routed is a part of them.
+    Those are, behind the first linears, hidden states before and behind a norm; what the linears
+    before it returned, unless that was made one (gate and up); and what it is about to get. Of
+    experts, what enters them all. What entered the block is held anyway.
+    stops: first linears of the groups that passes wait before.
     """
-    own = [group for group in groups if group[0] not in routed]
-    returned = max((sum(linears[name][0] for name in group) for group in own), default=0)
-    entering = max((linears[name][1] for group in own for name in group), default=0)
-    return 4 * width + returned + entering
+    most, before, states = 0, 0, 0
+    for group in groups:
+        inputs, outputs = linears[group[0]][1], sum(linears[name][0] for name in group)
+        if group[0] in routed:
+            most = max(most, 4 * width if group[0] in stops else 0)
+            continue
+        if group[0] in stops:
+            most = max(most, states + inputs + (before if before != 2 * inputs else 0))
+        before, states = outputs, 2 * width
+    return most
 
 
 ROUTED_BYTES = 1 << 30

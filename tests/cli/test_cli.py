@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import request_for
 
 import quantize
 from quantize.cli import common, main
 from quantize.convert import loop as convert_module
+from quantize.convert.loop import Request, convert
 from quantize.errors import (
     DataError,
     ModelError,
@@ -65,10 +68,12 @@ def test_convert_speaks_on_stderr_otherwise(pq: Call, convert_args: list[object]
 
 
 def test_the_command_writes_what_the_function_writes(
-    pq: Call, convert_args: list[object], converted: Maker, tmp_path: Path
+    pq: Call, convert_args: list[object], tiny: Maker, text_file: Path, tmp_path: Path
 ):
     pq(*convert_args, "--recipe", "gptq", "--json")
-    expected = converted("gptq", "llama")
+    expected = tmp_path / "expected"
+    asked = request_for(tiny("llama"), "gptq", expected, text_file)
+    convert(dataclasses.replace(asked, batch_tokens=Request.batch_tokens))
     for path in expected.glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 

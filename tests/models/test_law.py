@@ -94,7 +94,7 @@ def test_types_that_showed_what_was_wrong(model_type: str, tmp_path: Path) -> No
         held(check(one))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "zaya"])
+@pytest.mark.parametrize("model_type", ["zamba", "zaya"])
 def test_a_refusal_is_one_line_that_names_the_model(model_type: str, tmp_path: Path) -> None:
     row = law.stream(subject(model_type, tmp_path))
     assert row["status"] == "refused"
