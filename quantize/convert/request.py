@@ -60,7 +60,11 @@ class Request:
         """Bytes that passes may take which wait (`hold`)."""
         if self.split or self.states_on == "disk":
             return 0  # where memory is short, it is not for what can be computed again
-        return available(self.device) // 2 if self.hold is None else self.hold
+        if self.hold is not None:
+            return self.hold
+        # Processes on one machine share its memory; each has a GPU of its own.
+        sharing = self.ranks.size if self.device.type == "cpu" else 1
+        return available(self.device) // 2 // sharing
 
     def require_room(self) -> None:
         """RoomError where more memory was taken than the limit of the
