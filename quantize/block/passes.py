@@ -45,6 +45,12 @@ class HeldPasses:
         self._direct: dict[tuple[str, str], bool] = {}
         """Whether the second of two modules gets what the first returns, as it is."""
 
+    def __del__(self) -> None:
+        # A pass that stands still and what it stands in hold each other: without this they would
+        # wait for the garbage collector, which knows nothing of gigabytes.
+        for held in self._standing.values():
+            held.stop()
+
     def __len__(self) -> int:
         return len(self._standing)
 
@@ -130,13 +136,14 @@ class HeldPasses:
         """Let a pass go on until it comes to the module `name`; None: to its end."""
         if self._names is None:
             self._names = {module: full for full, module in self.layer.named_modules()}
-        names = self._names
+        # Without a reference to us: frames that stand still keep the hook that was called last.
+        names, recorded = self._names, self._recorded
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             full = names.get(module)
             if full is not None:
                 held.passed.add(full)
-                if full in self._recorded:
+                if full in recorded:
                     held.seen[full] = args[0]
 
         # A hook for all modules there are: on each of them it would be copied with the layer.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -193,7 +192,7 @@ class Space:
             out.update(self._sensitivities(block))
             if block.index + 1 == blocks:
                 return None
-            return {_SMOOTHED: (_SMOOTHED, partial(block.forward, block.module))}
+            return {_SMOOTHED: (_SMOOTHED, block.passes.finish)}
 
         walk(streams, range(blocks), open_next, visit)
         return out

@@ -4,6 +4,8 @@ up."""
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
@@ -147,6 +149,22 @@ def test_a_copy_of_a_layer_is_not_held(make_block: BlockMaker):
         assert not module._forward_pre_hooks
     hidden = block.inputs[0]
     assert torch.equal(block.forward(block.frozen, hidden), block.passes.finish(hidden))
+
+
+def test_passes_end_with_their_block(make_block: BlockMaker):
+    block = make_block("llama")
+    block.holds = 100
+    (entering,) = block.passes.inputs(block.inputs[0], ["mlp.down_proj"])
+    seen = weakref.ref(entering)
+    del entering
+    gc.disable()
+    try:
+        before = seen() is not None
+        del block
+        after = seen() is not None
+    finally:
+        gc.enable()
+    assert (before, after) == (True, False)
 
 
 class Breaks(nn.Module):
