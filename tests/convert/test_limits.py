@@ -87,6 +87,7 @@ def test_the_peak_stays_below_the_limit(tiny: ModelMaker, tmp_path: Path):
     assert peak < limit
     unlimited = run("convert", *common, "-o", str(tmp_path / "plain"))["peak_bytes"]
     assert unlimited > peak + 50_000_000  # there was something to spare
-    assert 0.85 < plain["ram"] / unlimited < 1.15
+    # At most: a pass that waits early in a block holds less than one that came to its widest place.
+    assert 0.85 < plain["ram"] / unlimited < 1.25
     for path in (tmp_path / "plain").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
