@@ -80,14 +80,15 @@ def open_block(
 def _passes(plan: Plan, index: int, inputs: MutableSequence[Tensor], streams: int) -> int:
     """How many passes of each stream have room to wait in a block."""
     arch, linears = plan.skeleton.block_arch(index), plan.skeleton.linear_shapes(index)
-    if not inputs or not plan.request.holds:
+    room = plan.request.holds
+    if not inputs or not room:
         return 0
     routed = {name for name in linears if arch.is_routed(name)}
     width = plan.skeleton.stream.width
     stops = waits_before(plan, index)
     values = standing(linears, arch.calibration_order, routed, stops, width)
     size = inputs[0].numel() // width * values * plan.request.dtype.itemsize
-    return plan.request.holds // max(1, size * streams)
+    return room // max(1, size * streams)
 
 
 def outside(plan: Plan, *modules: str) -> dict[str, Tensor]:

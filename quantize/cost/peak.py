@@ -73,20 +73,12 @@ def available(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + int(unused)
-    free = _meminfo("MemAvailable")
+    free = _bytes_in("/proc/meminfo", "MemAvailable") or 0
     with suppress(OSError, ValueError):  # what a container may take, where there is a limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         taken = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, max(0, limit - taken))
     return free
-
-
-def _meminfo(key: str) -> int:
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def require_below(limit: int | None, device: torch.device) -> None:
@@ -103,8 +95,13 @@ def require_below(limit: int | None, device: torch.device) -> None:
 
 
 def _status(key: str) -> int | None:
+    return _bytes_in("/proc/self/status", key)
+
+
+def _bytes_in(table: str, key: str) -> int | None:
+    """What a table of the kernel's says in kB; None where there is no such table or key."""
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(table).read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     return None
