@@ -94,7 +94,8 @@ def sums_of(
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
     if with_parent:
         stream = block.inputs if block.parent_inputs is None else block.parent_inputs
-        parent = _entering(block.parent_passes, names, _own_batches(block, stream, batches))
+        theirs_of = _entering if residual is None else _leaving
+        parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
     own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
     for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
@@ -118,6 +119,17 @@ def _entering(
             else (passes.outputs(hidden, source, names[-1]),)
         )
         yield tuple(x.flatten(0, -2).float() for x in found)
+
+
+def _leaving(
+    passes: HeldPasses, names: tuple[str, ...], stream: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs [B·T, N] of all named modules but the last, and what that linear makes of its
+    own without its bias, batch by batch, in float32."""
+    bias = passes.layer.get_submodule(names[-1]).bias
+    for hidden in stream:
+        *before, made = (x.flatten(0, -2).float() for x in passes.results(hidden, names))
+        yield (*before, made if bias is None else made - bias.float())
 
 
 def routed_sums(block: Block, name: str, fp8_activations: bool) -> dict[str, Sums]:

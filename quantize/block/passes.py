@@ -66,6 +66,18 @@ class HeldPasses:
         self._keep(hidden, held)
         return found
 
+    def results(self, hidden: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """As `inputs`, but of the last module what it returns [..., N].
+
+        It is computed once: the pass goes on with it.
+        """
+        *before, name = names
+        held = self._come_to(hidden, name)
+        out = held.result()
+        found = (*(held.seen[other] for other in before), out)
+        self._keep(hidden, held)
+        return found
+
     def outputs(self, hidden: Tensor, source: str, name: str) -> Tensor:
         """What enters `name` [..., K], as `inputs` has it, where that may be what comes out of the
         module `source`.
@@ -178,6 +190,8 @@ class _Held:
         """Of the module that it stands before."""
         self.output: Tensor
         """Of the layer."""
+        self._made: Tensor | None = None
+        """What the module that it stands before returns, if that was asked for."""
         self._layer = layer
         self.thread = greenlet(partial(self._run, forward, hidden))
 
@@ -192,8 +206,19 @@ class _Held:
         self.at = None
         del self.input
         self.passed.add(name)
+        if self._made is not None:
+            made, self._made = self._made, None
+            return made
         # Not the module itself: what its hooks do to inputs was done before it was come to.
         return self._layer.get_submodule(name).forward(x, *args, **kwargs)
+
+    def result(self) -> Tensor:
+        """What the linear that it stands before returns; a change of it comes too late from now on."""
+        assert self.at is not None
+        if self._made is None:
+            self._made = self._layer.get_submodule(self.at).forward(self.input)
+            self.passed.add(self.at)
+        return self._made
 
     def stop(self) -> None:
         """End the pass where it stands."""

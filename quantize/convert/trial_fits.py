@@ -89,13 +89,13 @@ class Fit:
             parking=None,
         )
         if moments is not None:
-            cross, residual = moments.cross, moments.residual
+            cross, wanted = moments.cross, moments.wanted
             moments = replace(
                 moments,
                 hessian=moments.hessian[:inputs, :inputs].clone(),
                 absmean=moments.absmean[:inputs].clone(),
                 cross=None if cross is None else cross[:inputs, :inputs].clone(),
-                residual=None if residual is None else residual[:rows, :inputs].clone(),
+                wanted=None if wanted is None else wanted[:rows, :inputs].clone(),
             )
         return replace(self, block=block, names=(name,), moments=moments)
 

@@ -84,7 +84,7 @@ class BlockSizes:
         N, K = self.linears[name]
         if not with_parent or name in self.routed:
             return FLOAT * K * K
-        return FLOAT * (2 * K * K + (N * K if name in self.residual else 0))
+        return FLOAT * (K * K + (N * K if name in self.residual else K * K))
 
     def measuring(self, name: str, with_parent: bool, fp8: bool) -> int:
         """Bytes at most while the moments of a linear's inputs are
@@ -97,7 +97,9 @@ class BlockSizes:
             )
             held = max(held, min(alike * held, ROUTED_BYTES))
         streams = 2 if with_parent else 1
-        inputs = self.batch * (K * (streams + fp8) + (streams * N if name in self.residual else 0))
+        # Where the output is added to the residual stream: that of both, and the parent's output.
+        residual = with_parent and name in self.residual
+        inputs = self.batch * (K * (1 + fp8) + (3 * N if residual else K * with_parent))
         return held + max(
             self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)
         )

@@ -259,9 +259,9 @@ def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None =
 def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
     """What a fit aims at, [N, K]: the weight itself, or where the parent is known what
     repairs the drift from it."""
-    if moments.cross is None:
+    if moments.cross is None and moments.wanted is None:
         return weight
-    return corrected_target(weight, moments.hessian, moments.cross, moments.residual, usable)
+    return corrected_target(weight, moments.hessian, moments.cross, moments.wanted, usable)
 
 
 def note_errors(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
+from quantize.block.moments import gram
 from quantize.block.teacher import freeze_layer
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
@@ -206,7 +207,7 @@ def test_moments_are_those_of_the_inputs(
     assert difference(moments.hessian.double(), x.T @ x / len(x)) < 1e-5
     assert difference(moments.absmean.double(), x.abs().mean(0)) < 1e-5
     assert moments.cross is None
-    assert moments.residual is None
+    assert moments.wanted is None
 
 
 @pytest.mark.parametrize(("model_type", "name"), GROUPED)
@@ -230,10 +231,8 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
     moments = moments_of(block, name, False, with_parent=True)
     if block.arch.expert_of(name) is not None:  # the parent's tokens may go elsewhere
         assert moments.cross is None
-        assert moments.residual is None
+        assert moments.wanted is None
         return
-    assert moments.cross is not None
-    assert difference(moments.cross.double(), parents.T @ x / len(x)) < 1e-5
     assert difference(moments.hessian.double(), x.T @ x / len(x)) < 1e-5
 
     before = {
@@ -241,7 +240,9 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
         "mlp.down_proj": "post_attention_layernorm",
     }.get(name)
     if before is None:
-        assert moments.residual is None
+        assert moments.wanted is None
+        assert moments.cross is not None
+        assert difference(moments.cross.double(), parents.T @ x / len(x)) < 1e-5
         return
     r, parents_r = (
         captured(block, module, stream, before)
@@ -250,8 +251,31 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
             (block.frozen, block.parent_inputs),
         )
     )
-    assert moments.residual is not None
-    assert difference(moments.residual.double(), (parents_r - r).T @ x / len(x)) < 1e-5
+    made = parents @ block.frozen.get_submodule(name).weight.double().T
+    assert moments.cross is None
+    assert moments.wanted is not None
+    assert difference(moments.wanted.double(), (made + parents_r - r).T @ x / len(x)) < 1e-5
+
+
+def test_what_is_wanted_of_a_linear_leaves_its_bias_out(make_block: BlockMaker):
+    block = make_block("llama", with_parent=True)
+    block.add_bias("self_attn.o_proj")
+    block.linear("self_attn.o_proj").bias.data.normal_(
+        generator=torch.Generator().manual_seed(1)
+    )
+    block.holds = len(block.inputs)
+    freeze_layer(block)
+    weight = block.linear("self_attn.o_proj").weight.double()
+    moments = moments_of(block, "self_attn.o_proj", False, with_parent=True)
+    assert moments.wanted is not None
+    assert difference(moments.wanted.double(), weight @ moments.hessian.double()) < 1e-5
+
+
+@pytest.mark.parametrize("K", [48, 768, 1700])
+def test_gram_is_the_product(K: int):
+    x = torch.randn(900, K, generator=torch.Generator().manual_seed(K))
+    assert torch.equal(gram(x), gram(x).T)
+    assert difference(gram(x).double(), x.double().T @ x.double()) < 1e-6
 
 
 def test_statistics_need_inputs(make_block: BlockMaker):

@@ -77,7 +77,7 @@ def moments(N: int, K: int, with_parent: bool) -> Moments:
         hessian,
         x.abs().mean(dim=0),
         hessian * 0.99 if with_parent else None,
-        torch.full((N, K), 1e-4) if with_parent else None,
+        None,
         len(x),
     )
 

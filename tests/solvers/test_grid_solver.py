@@ -263,15 +263,16 @@ def test_corrected_target_is_least_squares(with_residual: bool):
     seen = x + 0.2 * torch.randn(500, 32, generator=generator, dtype=torch.float64) @ drift
     w = torch.randn(4, 32, generator=generator, dtype=torch.float64)
     missing = (x[:, :4] - seen[:, 4:8]) * with_residual  # what the residual stream lacks
-    H, cross, residual, delta = seen.T @ seen / 500, x.T @ seen / 500, missing.T @ seen / 500, 0.05
+    H, cross, delta = seen.T @ seen / 500, x.T @ seen / 500, 0.05
+    wanted = (x @ w.T + missing).T @ seen / 500
     # min ‖x Wᵀ + (r − r̂) − x̂ Vᵀ‖² + δ‖V − W‖² as one stacked system.
     ridge = math.sqrt(delta * float(H.diagonal().mean()) * 500)
     stacked = torch.cat([seen, ridge * torch.eye(32, dtype=torch.float64)])
     expected = torch.linalg.lstsq(stacked, torch.cat([x @ w.T + missing, ridge * w.T])).solution.T
-    given_residual = residual.float() if with_residual else None
+    known = (None, wanted.float()) if with_residual else (cross.float(), None)
     usable = damp(H.float(), delta, feedback_order(H.float(), "activation"))
     assert usable is not None
-    out = corrected_target(w.float(), H.float(), cross.float(), given_residual, usable)
+    out = corrected_target(w.float(), H.float(), *known, usable)
     assert torch.allclose(out.double(), expected, atol=2e-5)
 
 
