@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
@@ -126,7 +126,9 @@ def _leaving(
 ) -> Iterator[tuple[Tensor, ...]]:
     """The inputs [B·T, N] of all named modules but the last, and what that linear makes of its
     own without its bias, batch by batch, in float32."""
-    bias = passes.layer.get_submodule(names[-1]).bias
+    linear = passes.layer.get_submodule(names[-1])
+    assert isinstance(linear, nn.Linear)
+    bias = linear.bias
     for hidden in stream:
         *before, made = (x.flatten(0, -2).float() for x in passes.results(hidden, names))
         yield (*before, made if bias is None else made - bias.float())

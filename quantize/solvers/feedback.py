@@ -6,7 +6,7 @@ W [N, K], H = E[x xᵀ] [K, K].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.cost.footprint import SOLVER_ROWS
-from quantize.solvers.grid import Grid
+from quantize.solvers.grid import Book, Grid
 
 # Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
 # over columns, narrower ones make the updates too thin to run fast.
@@ -25,6 +25,8 @@ _BLOCK = 128
 _MAX_DAMPING_TRIES = 6
 # Elements of a block of columns, below which a second thread costs more than it brings.
 _SMALL = 1 << 20
+Moves = Sequence[Tensor]
+"""Scales [N, G] that groups may take instead of theirs."""
 # Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
 
@@ -208,7 +210,8 @@ def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
 
 
 def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
-    """Coordinate descent from `rounded`: every sweep moves group scales, then codes.
+    """Coordinate descent from `rounded`: every sweep goes through the groups once, moves the scales
+    of each and then its codes.
 
     Each move is the exact minimiser of its coordinate, so the loss never grows; ends early once a
     sweep gains less than half a percent.
@@ -216,9 +219,7 @@ def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: in
     state = _Descent.start(w, rounded, hessian, grid)
     before = state.loss(w)
     for sweep in range(sweeps):
-        _move_scales(state, hessian, grid, sweep)
-        books = grid.books(state.scale, state.factor)
-        move_codes(state.codes, state.value, state.gradient, hessian, books, grid.group_size)
+        state.sweep(hessian, grid, grid.scale_moves(state.scale, state.factor, sweep))
         after = state.loss(w)
         if after > before * (1 - _MIN_GAIN):
             break
@@ -245,6 +246,80 @@ class _Descent:
     def loss(self, w: Tensor) -> float:
         return float(((self.value - w) * self.gradient).sum())
 
+    def sweep(self, H: Tensor, grid: Grid, moves: Moves) -> None:
+        """Move scales, which may become those of `moves` [N, G], and codes, a few whole groups at a
+        time: what that does to the rest of the gradient is one product."""
+        G = grid.group_size
+        width = G * max(1, _BLOCK // G)
+        for start in range(0, self.value.shape[1], width):
+            span = slice(start, min(start + width, self.value.shape[1]))
+            # Columns as contiguous rows.
+            codes, value, slope = (
+                t[:, span].T.contiguous() for t in (self.codes, self.value, self.gradient)
+            )
+            before = value.clone()
+            part = _Part(codes, value, slope, H[span, span])
+            with _few_threads(value):
+                books = [
+                    self._move_scale((start + i) // G, slice(i, i + G), part, grid, moves)
+                    for i in range(0, len(value), G)
+                ]
+                _move_columns(part, books, G)
+            self.codes[:, span], self.value[:, span] = codes.T, value.T
+            self.gradient.addmm_((value - before).T, H[span])
+
+    def _move_scale(self, g: int, rows: slice, part: _Part, grid: Grid, moves: Moves) -> Book:
+        """Try other scales for group g, whose columns are `rows` of the part, with the codes kept
+        and with the codes rounded again."""
+        block, codes, here = part.H[rows, rows], part.codes[rows], part.value[rows]
+        twice = 2 * part.slope[rows]
+        least = torch.zeros_like(here[0])
+        best = (codes, here, self.scale[:, g])
+        for move in moves:
+            scale = move[:, g]
+            book = grid.book(scale, self.factor[:, 0])
+            for q, trial in ((codes, book.value(codes)), book.round(here)):
+                delta = trial - here
+                gain = torch.addmm(twice, block, delta).mul_(delta).sum(dim=0)
+                better = gain < least
+                least = torch.where(better, gain, least)
+                best = (
+                    torch.where(better, q, best[0]),
+                    torch.where(better, trial, best[1]),
+                    torch.where(better, scale, best[2]),
+                )
+        part.slope.addmm_(part.H[:, rows], best[1] - here)
+        part.codes[rows], part.value[rows], self.scale[:, g] = best
+        return grid.book(self.scale[:, g], self.factor[:, 0])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some columns of a descent as rows: codes, values and gradient [C, N], changed in place."""
+
+    codes: Tensor
+    value: Tensor
+    slope: Tensor
+    H: Tensor
+    """Hessian of these columns [C, C]."""
+
+
+def _move_columns(part: _Part, books: Books, group_size: int, first: int = 0) -> None:
+    """One sweep over the columns of a part, whose first has that number among those of the books'
+    groups."""
+    for start in range(0, len(part.value), _BLOCK):
+        stop = min(start + _BLOCK, len(part.value))
+        old, slope = part.value[start:stop], part.slope[start:stop]
+        new = torch.empty_like(old)
+        H = part.H[start:stop, start:stop]
+        for i in range(stop - start):
+            target = torch.addcdiv(old[i : i + 1], slope[i : i + 1], H[i, i], value=-1)
+            book = books[(first + start + i) // group_size]
+            part.codes[start + i : start + i + 1], new[i : i + 1] = book.round(target)
+            slope[i + 1 :].addr_(H[i, i + 1 :], new[i] - old[i])
+        part.slope[stop:].addmm_(part.H[stop:, start:stop], new - old)
+        part.value[start:stop] = new
+
 
 def move_codes(
     codes: Tensor, value: Tensor, gradient: Tensor, H: Tensor, books: Books, group_size: int
@@ -256,53 +331,14 @@ def move_codes(
     """
     K = value.shape[1]
     for start in range(0, K, _BLOCK):
-        stop = min(start + _BLOCK, K)
-        span = slice(start, stop)
+        span = slice(start, min(start + _BLOCK, K))
         # Columns as contiguous rows.
-        slope = gradient[:, span].T.contiguous()
-        old = value[:, span].T.contiguous()
-        chosen, new = torch.empty_like(old), torch.empty_like(old)
+        chosen, new, slope = (t[:, span].T.contiguous() for t in (codes, value, gradient))
+        old = new.clone()
         with _few_threads(old):
-            for i, j in enumerate(range(start, stop)):
-                target = torch.addcdiv(old[i : i + 1], slope[i : i + 1], H[j, j], value=-1)
-                chosen[i : i + 1], new[i : i + 1] = books[j // group_size].round(target)
-                slope[i + 1 :].addr_(H[j, j + 1 : stop], new[i] - old[i])
-        codes[:, span] = chosen.T
-        value[:, span] = new.T
+            _move_columns(_Part(chosen, new, slope, H[span, span]), books, group_size, start)
+        codes[:, span], value[:, span] = chosen.T, new.T
         gradient.addmm_((new - old).T, H[span])
-
-
-def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
-    """Try neighbouring scales group by group, with the codes kept and
-    with the codes rounded again."""
-    G = grid.group_size
-    candidates = grid.scale_moves(state.scale, state.factor, sweep)
-    for g in range(state.scale.shape[1]):
-        span = slice(g * G, (g + 1) * G)
-        block = H[span, span]
-        old = state.codes[:, span]
-        here = state.value[:, span]
-        slope = state.gradient[:, span]
-        best = torch.zeros_like(here[:, 0])
-        best_value = here.clone()
-        best_codes = old.clone()
-        best_scale = state.scale[:, g].clone()
-        for candidate in candidates:
-            s = candidate[:, g : g + 1]
-            codes, values = grid.book(s[:, 0], state.factor[:, 0]).round(here.T)
-            trials = ((old, grid.value(old, s, state.factor)), (codes.T, values.T))
-            for q, trial in trials:
-                delta = trial - here
-                gain = ((2 * slope + delta @ block) * delta).sum(1)
-                better = gain < best
-                best = torch.where(better, gain, best)
-                best_value = torch.where(better[:, None], trial, best_value)
-                best_codes = torch.where(better[:, None], q, best_codes)
-                best_scale = torch.where(better, s[:, 0], best_scale)
-        state.gradient.addmm_(best_value - here, H[span])
-        state.value[:, span] = best_value
-        state.codes[:, span] = best_codes
-        state.scale[:, g] = best_scale
 
 
 def corrected_target(

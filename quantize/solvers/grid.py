@@ -62,7 +62,10 @@ class Grid:
             return Book(self, scale, None, None)
         codes = torch.arange(self.qmin, self.qmax + 1, device=scale.device, dtype=torch.float32)
         levels = product_weight(codes[:, None], scale, factor)
-        return Book(self, scale, levels, (levels[1:] + levels[:-1]) / 2)
+        ends = torch.full_like(levels[:1], torch.inf)
+        borders = torch.cat((-ends, (levels[1:] + levels[:-1]) / 2, ends))
+        step = levels[1 - self.qmin]
+        return Book(self, torch.where(step == 0, 1.0, step), levels, borders)
 
     def books(self, scale: Tensor, factor: Tensor) -> list[Book]:
         """One book per group of scales [N, G] with factors [N, 1]."""
@@ -175,26 +178,31 @@ class Book:
     """Values of all codes for R rows that each have one scale [R]."""
 
     grid: Grid
-    scale: Tensor
+    step: Tensor
+    """Value of the code 1, [R]; 1 where all codes have the value 0."""
     levels: Tensor | None
     """[2^bits, R], rising; None where codes are evenly spaced."""
-    middles: Tensor | None
-    """[2^bits − 1, R] borders between neighbouring levels."""
+    borders: Tensor | None
+    """[2^bits + 1, R]: −∞, what lies halfway between neighbouring levels, ∞."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
-        if self.levels is None or self.middles is None:
-            codes = (w / self.scale).round_().clamp_(self.grid.qmin, self.grid.qmax)
-            return codes, codes * self.scale
-        # E4M3 products are not evenly spaced, so a rounded quotient can miss the
-        # nearest one: count borders below w.
-        index = torch.zeros_like(w, dtype=torch.int8)
-        if w.shape[0] == 1:
-            index = (w > self.middles).sum(dim=0, keepdim=True, dtype=torch.int8)
-        else:
-            for border in self.middles:
-                index += w > border
-        return (index + self.grid.qmin).float(), self.levels.gather(0, index.long())
+        codes = (w / self.step).round_().clamp_(self.grid.qmin, self.grid.qmax)
+        if self.levels is None or self.borders is None:
+            return codes, codes * self.step
+        # E4M3 products are not evenly spaced: each is off by a sixteenth of itself at most, which
+        # is less than half a step up to the code 8, so the nearest is this one or its neighbour.
+        index = codes.sub_(self.grid.qmin).long()
+        above = (w > self.borders.gather(0, index + 1)).long()
+        below = (w <= self.borders.gather(0, index)).long()
+        index.add_(above).sub_(below)
+        return index.float().add_(self.grid.qmin), self.levels.gather(0, index)
+
+    def value(self, codes: Tensor) -> Tensor:
+        """Values of codes [M, R], float32."""
+        if self.levels is None:
+            return codes * self.step
+        return self.levels.gather(0, codes.long().sub_(self.grid.qmin))
 
 
 def _e4m3_neighbour(scale: Tensor, factor: Tensor, steps: int) -> Tensor:

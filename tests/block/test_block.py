@@ -260,9 +260,7 @@ def test_moments_against_the_parent(make_block: BlockMaker, model_type: str, nam
 def test_what_is_wanted_of_a_linear_leaves_its_bias_out(make_block: BlockMaker):
     block = make_block("llama", with_parent=True)
     block.add_bias("self_attn.o_proj")
-    block.linear("self_attn.o_proj").bias.data.normal_(
-        generator=torch.Generator().manual_seed(1)
-    )
+    block.linear("self_attn.o_proj").bias.data.normal_(generator=torch.Generator().manual_seed(1))
     block.holds = len(block.inputs)
     freeze_layer(block)
     weight = block.linear("self_attn.o_proj").weight.double()

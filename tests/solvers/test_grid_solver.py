@@ -80,6 +80,21 @@ def test_nearest_is_the_best_of_all_codes(grid: Grid):
     assert torch.allclose((values - w).abs(), best, rtol=0, atol=1e-9)
 
 
+def test_nearest_is_found_under_every_scale_that_e4m3_has():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite() & (codes > 0)]
+    grid, factor = PRODUCT, torch.full_like(codes, 0.37)
+    book = grid.book(codes * factor, factor)
+    levels = grid.value(torch.arange(-8.0, 8.0)[:, None], codes * factor, factor)
+    span = levels[-1] - levels[0]
+    w = torch.rand(4001, 1, generator=torch.Generator().manual_seed(2)) * 1.2 - 0.1
+    w = levels[0] + w * span
+    found, values = book.round(w)
+    assert torch.equal(values, book.value(found))
+    nearest = (w[None] - levels[:, None]).abs().amin(dim=0)
+    assert torch.allclose((values - w).abs(), nearest, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("signed", [False, True])
