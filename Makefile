@@ -17,7 +17,7 @@ else
 LOCKED += .ci/locks/cuda.txt
 endif
 
-.PHONY: demo test test-all test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu \
+.PHONY: demo test test-all test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu bench-peers \
 	gpu-session docs clean help
 
 help: ## Show the targets
@@ -118,6 +118,9 @@ bench: setup ## Accuracy and cost of the shipped recipes on the reference model,
 
 bench-gpu: setup ## Speed of the kernels on this machine's GPU beside torch's, into eval/results/
 	$(BIN)/python eval/gpu_speed.py --output eval/results
+
+bench-peers: setup ## Conversions beside llm-compressor and AutoRound, each in an environment of its own, into eval/results/
+	$(BIN)/python eval/bench_peers.py $(PEERS)
 
 docs: setup ## Bring the generated pages up to date and build the documentation into out/site
 	$(BIN)/python docs/generate.py

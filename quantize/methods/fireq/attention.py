@@ -33,6 +33,7 @@ from quantize.methods.fireq.kv_search import (
     post_candidates,
     powers_of_two,
     pre_candidates,
+    rounded_values,
 )
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.rope import partners
@@ -153,12 +154,15 @@ class FireqAttention(Stage):
         if shared:
             pair = pair.amax(dim=0, keepdim=True).expand_as(pair)
         one = torch.ones_like(channel)
-        best, errors = KeyScales(one, one), output_error(samples, one, values, gram, self.numerics)
+        rounded = rounded_values(samples, values, self.numerics)
+        errors = output_error(samples, one, values, gram, self.numerics, rounded)
+        best = KeyScales(one, one)
 
         def consider(candidate: KeyScales, forced: bool = False) -> None:
             nonlocal best, errors
             scales = _storable(candidate) if shared else candidate
-            error = output_error(samples, scales.pre * scales.post, values, gram, self.numerics)
+            keys = scales.pre * scales.post
+            error = output_error(samples, keys, values, gram, self.numerics, rounded)
             better = (error.sum() < errors.sum()).expand_as(error) if shared else error < errors
             better = torch.ones_like(better) if forced else better
             errors = torch.where(better, error, errors)

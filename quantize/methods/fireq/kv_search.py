@@ -64,25 +64,33 @@ def output_error(
     value_scale: Tensor,
     gram: Tensor,
     numerics: KvNumerics,
+    values: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Squared error [Hkv] that the rounded cache causes behind o_proj, summed over
     tokens and a group's query heads.
 
     key_scale, value_scale: A and λ [Hkv, d]. gram: Wᵀ W [H, d, d] of o_proj's columns for each
-    query head; what two heads do to the same output is counted as if it were independent.
+    query head; what two heads do to the same output is counted as if it were independent. values:
+    `rounded_values` of these samples and λ, where many key scales are tried beside them.
     """
     Hkv = key_scale.shape[0]
     total = torch.zeros(Hkv, dtype=torch.float64)
-    for s in samples:
+    values = rounded_values(samples, value_scale, numerics) if values is None else values
+    for s, v in zip(samples, values, strict=True):
         R = s.q.shape[1] // Hkv
         q = s.q / key_scale.repeat_interleave(R, dim=0)[:, None]
         q = quantize_activations(q) if numerics.fp8_query else q
         k = fake_quantize(s.k * key_scale[:, None], numerics.scheme)
-        v = fake_quantize(s.v / value_scale[:, None], numerics.scheme) * value_scale[:, None]
         delta = attend(q, k, v, s.mask, s.scaling, numerics.fp8_probabilities) - s.exact
         per_head = torch.einsum("bhtd,hde,bhte->h", delta, gram, delta)
         total += per_head.double().cpu().view(Hkv, R).sum(dim=1)
     return total
+
+
+def rounded_values(samples: Sequence[Sample], scale: Tensor, numerics: KvNumerics) -> list[Tensor]:
+    """Values [B, Hkv, T, d] of each sample as the cache gives them back under λ [Hkv, d]."""
+    wide = scale[:, None]
+    return [fake_quantize(s.v / wide, numerics.scheme) * wide for s in samples]
 
 
 def output_power(samples: Sequence[Sample], gram: Tensor, n_kv_heads: int) -> Tensor:

@@ -28,6 +28,7 @@ _MIN_GAIN = 0.005
 _REFIT_STEPS = 6
 # Of the mean diagonals: keeps the preconditioner invertible, which float64 needs little for.
 _RIDGE = 1e-6
+_BOOKS = 1 << 24  # bytes of books that are kept at once
 _PIECE = 1 << 22  # weights looked up at once: 32 MB of places in 64 bits
 
 
@@ -37,27 +38,37 @@ class LineBook:
 
     values: Tensor
     """[R, 2^bits], rising."""
+    middles: Tensor
+    """[R, 2^bits − 1]: what lies halfway between neighbours of them."""
     codes: Tensor
     """[R, 2^bits]: the codes of these values."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
-        middles = (self.values[:, 1:] + self.values[:, :-1]) / 2
-        rank = torch.searchsorted(middles, w.T.contiguous())
+        rank = torch.searchsorted(self.middles, w.T.contiguous())
         return self.codes.gather(1, rank).T.float(), self.values.gather(1, rank).T
 
 
 class LineBooks:
-    """The books of all groups under index [N, G]; each is looked up when it is asked for."""
+    """The books of all groups under index [N, G]; each is looked up when it is asked for, and kept
+    until there are many: error feedback comes to the groups in any order."""
 
     def __init__(self, codebook: Codebook, index: Tensor) -> None:
         self.index = index.long()
         self.values, self.codes = codebook.levels.sort(dim=1)
+        self.middles = (self.values[:, 1:] + self.values[:, :-1]) / 2
+        size = len(index) * self.values.shape[1] * (2 * self.values.itemsize + self.codes.itemsize)
+        self._most = max(1, _BOOKS // size)
+        self._books: dict[int, LineBook] = {}
 
     def __getitem__(self, group: int) -> LineBook:
         """The book of `group`."""
-        rows = self.index[:, group]
-        return LineBook(self.values[rows], self.codes[rows])
+        if group not in self._books:
+            if len(self._books) >= self._most:
+                del self._books[next(iter(self._books))]
+            rows = self.index[:, group]
+            self._books[group] = LineBook(self.values[rows], self.middles[rows], self.codes[rows])
+        return self._books[group]
 
 
 @dataclass

@@ -10,6 +10,7 @@ Trans. Signal Process. 40, 1992).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -194,13 +195,20 @@ def _totals(mass: Tensor, codes: Tensor, axis: Axis, bits: int) -> tuple[Tensor,
 
 def _equations(counts: Tensor, sums: Tensor, C: int) -> tuple[Tensor, Tensor]:
     """Normal equations of lines of C coefficients, [L, C, C] and [L, C], of totals [L, 2^bits]."""
-    codes = torch.arange(counts.shape[1], device=counts.device)
-    terms = codes[:, None] >> torch.arange(C, device=counts.device) & 1
-    if len(codes) < 1 << C:
+    masks, pairs = _terms(counts.shape[1], C, counts.device)
+    return (counts @ pairs).view(-1, C, C), sums @ masks
+
+
+@lru_cache(maxsize=16)
+def _terms(codes: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of C coefficients each of so many codes adds up [codes, C], and which pairs of them
+    [codes, C²], float64."""
+    every = torch.arange(codes, device=device)
+    terms = every[:, None] >> torch.arange(C, device=device) & 1
+    if codes < 1 << C:
         terms[:, -1] = 1
     masks = terms.double()
-    pairs = (masks[:, :, None] * masks[:, None, :]).flatten(1)
-    return (counts @ pairs).view(-1, C, C), sums @ masks
+    return masks, (masks[:, :, None] * masks[:, None, :]).flatten(1)
 
 
 def _solve(gram: Tensor, moment: Tensor, old: Tensor) -> Tensor:
