@@ -28,7 +28,7 @@ import quantize
 
 LAYERS = {"0.1B": 2, "1B": 1, "7B": 1}
 RECIPES = ("rtn", "fireq", "sbvr")
-PQ = (sys.executable, "-c", "from quantize.cli import main; main()")
+PQ = (sys.executable, "-c", "from quantize.cli import run; run()")
 CALIBRATION = ("--nsamples", "4", "--seqlen", "512")
 
 

@@ -1,5 +1,5 @@
 """`python -m quantize`, which launchers take in the place of a script."""
 
-from quantize.cli import main
+from quantize.cli import run
 
-main()
+run()

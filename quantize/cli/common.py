@@ -18,6 +18,7 @@ from quantize.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from rich.status import Status
     from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
@@ -59,6 +60,14 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
             completed=done,
             total=total,
         )
+
+
+def loading(what: str) -> Status:
+    """A sign of life on a terminal's stderr, as a context, until its `stop`: the libraries alone
+    take seconds to load."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 def titled_table(title: str) -> Table:
@@ -111,13 +120,18 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
 
 def quiet_libraries() -> None:
     """Keep the progress bars and advice of the libraries below us off the
-    terminal; errors still raise."""
+    terminal; errors still raise.
+
+    With this they are loaded: from here on garbage is collected again.
+    """
+    import gc
     import logging
 
     from quantize.model.transformers_api import silence
 
     silence()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    gc.enable()
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -16,6 +16,7 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import (
+    loading,
     local_model,
     pick_device,
     pick_dtype,
@@ -116,13 +117,14 @@ def convert(
 
     OUTPUT.log and OUTPUT.report.html stand beside it.
     """
-    from quantize.convert.estimate import within
-    from quantize.convert.loop import Request
-    from quantize.cost.peak import keep_little
-    from quantize.files.resume import forget_finished
-    from quantize.files.transaction import require_apart, require_free, require_name
-    from quantize.recipe.overrides import with_stage_fields
-    from quantize.recipe.recipe import load_recipe
+    with loading("loading torch and transformers"):
+        from quantize.convert.estimate import within
+        from quantize.convert.loop import Request
+        from quantize.cost.peak import keep_little
+        from quantize.files.resume import forget_finished
+        from quantize.files.transaction import require_apart, require_free, require_name
+        from quantize.recipe.overrides import with_stage_fields
+        from quantize.recipe.recipe import load_recipe
 
     require_name(output)
     keep_little()

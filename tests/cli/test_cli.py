@@ -322,7 +322,7 @@ def test_paths_are_not_taken_for_hub_names(name: str):
 def test_the_installed_command(tiny: Maker, tmp_path: Path):
     """Once as a user runs it: another process, another folder, a relative output."""
     args = ["convert", "-m", str(tiny("llama")), "-r", "rtn.yaml", "-o", "out", "--json"]
-    code = "from quantize.cli import main; main()"
+    code = "from quantize.cli import run; run()"
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
         cwd=tmp_path,

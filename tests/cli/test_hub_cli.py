@@ -133,7 +133,7 @@ def test_with_the_environment_of_a_user(hub: Hub, tiny: ModelMaker, tmp_path: Pa
     commit = hub.put(NAME, tiny("llama"))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     environment = kept | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
-    code = "from quantize.cli import main; main()"
+    code = "from quantize.cli import run; run()"
     command = [sys.executable, "-c", code, "inspect", NAME]
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ SIZES = {
 
 def run(*arguments: str) -> dict[str, Any]:
     """What `pq` prints as JSON. Its peak is VmHWM: ru_maxrss also counts the process that it was forked from."""
-    command = [sys.executable, "-c", "from quantize.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from quantize.cli import run; run()", *arguments]
     done = subprocess.run(
         command,
         check=True,

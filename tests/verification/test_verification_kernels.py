@@ -17,7 +17,7 @@ from quantize.verification import verify
 
 Maker = Callable[..., Path]
 
-RUN = "from quantize.cli import main; main()"
+RUN = "from quantize.cli import run; run()"
 WRONG = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
