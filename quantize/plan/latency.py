@@ -151,7 +151,7 @@ class StepTime:
         moved = m.read_bytes(self.tp, tokens) + n * m.kv_bytes(context, self.tp)
         matrices = 2.0 * (m.parameters_per_token * tokens + m.head_parameters * n)
         scores = batch.prefill_tokens * m.attention_flops(batch.prefill_context)
-        scores += n * m.attention_flops(context)
+        scores += n * m.attention_flops(context, decode=True)
         compute = matrices / self.rate + scores / self.attention_rate
         c = self.constants
         host = self.host + c.sequence * n
