@@ -6,6 +6,7 @@ as recipes' are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from quantize.errors import RecipeError, UsageError
+from quantize.errors import UsageError
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, Problem, error_of, no_mapping, show_key, show_value
 from quantize.files.strict_yaml import Document
@@ -39,8 +40,11 @@ class Demand(BaseModel):
     """How tables and files call it; null: the folder's name."""
     rate: _Positive | None = None
     """Requests a second, arriving at random; null with a trace, or to ask what fits."""
+    sequences: int | None = Field(default=None, ge=1)
+    """Sequences of `context` tokens that must run at once, in the place of a rate."""
     trace: str | None = None
-    """File or name of a trace of requests in place of a rate: azure-code, azure-conv, mooncake."""
+    """File or name of a trace of requests in place of a rate: azure-code, azure-conv, mooncake,
+    poisson:RATE:COUNT:INPUT:OUTPUT."""
     input: int = Field(default=1024, ge=1)
     """Tokens of a prompt, in the mean."""
     output: int = Field(default=256, ge=1)
@@ -72,9 +76,10 @@ class Demand(BaseModel):
 
     @model_validator(mode="after")
     def _one_load(self) -> Self:
-        if self.rate is not None and self.trace is not None:
-            text = "give rate or trace, not both"
-            raise PydanticCustomError("load", "{text}", {"text": text, "field": "trace"})
+        given = [key for key in ("rate", "sequences", "trace") if getattr(self, key) is not None]
+        if len(given) > 1:
+            text = f"give {' or '.join(given)}, not both"
+            raise PydanticCustomError("load", "{text}", {"text": text, "field": given[-1]})
         if self.context is not None and self.context < self.input + self.output:
             text = (
                 f"context {self.context} is shorter than input + output, {self.input + self.output}"
@@ -116,11 +121,12 @@ class Nodes(BaseModel):
     @property
     def kind(self) -> Gpu:
         """The GPU, with what the file says of it."""
-        import dataclasses
-
-        changes = {"memory_gib": self.memory_gib, "link_gb": self.link_gb}
         found = gpu_named(self.gpu)
-        return dataclasses.replace(found, **{k: v for k, v in changes.items() if v is not None})
+        return dataclasses.replace(
+            found,
+            memory_gib=self.memory_gib or found.memory_gib,
+            link_gb=self.link_gb or found.link_gb,
+        )
 
 
 class Request(BaseModel):
@@ -212,9 +218,8 @@ def _class_at(path: Place) -> type[BaseModel] | None:
     """The class whose field `path` is."""
     if len(path) == 1:
         return Request
-    if len(path) == 3:
-        return {"models": Demand, "cluster": Nodes}.get(str(path[0]))
-    return None
+    lists: dict[str, type[BaseModel]] = {"models": Demand, "cluster": Nodes}
+    return lists.get(str(path[0])) if len(path) == 3 else None
 
 
 def single(model: str, gpu: str, **changes: object) -> Request:
@@ -231,6 +236,3 @@ def single(model: str, gpu: str, **changes: object) -> Request:
         ]
         raise UsageError("\n".join(lines)) from None
     return Request(models=(demand,), cluster=(nodes,))
-
-
-__all__ = ["Demand", "Nodes", "RecipeError", "Request", "load_request", "parse_request", "single"]
