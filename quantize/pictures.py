@@ -58,7 +58,8 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars side by side for every category; each of `series` has a value for every category."""
+    """Bars for every category, side by side or on top of each other; each of `series` has a value
+    for every category."""
 
     title: str
     caption: str
@@ -66,6 +67,7 @@ class Bars:
     series: Mapping[str, Sequence[Number]]
     y_label: str = ""
     log_y: bool = False
+    stacked: bool = False
     kind: Literal["bars"] = field(default="bars", init=False)
 
     def __post_init__(self) -> None:

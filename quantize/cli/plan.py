@@ -111,7 +111,7 @@ def plan(
         return
     others = [_instead(request, other, constants) for other in compare or []]
     if html is not None:
-        _page(found, html, errors)
+        _page(found, html, errors, bool(calibrate))
     if as_json:
         data = plain(found, errors)
         if others:
@@ -164,5 +164,8 @@ def _constants(
     return calibrated(models[name_of(demand)], request.cluster[0].kind, demand.tp, runs)
 
 
-def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
-    raise UsageError("--html: not there yet")
+def _page(found: Plan, path: Path, errors: dict[str, Error], calibrated: bool) -> None:
+    from quantize.report.html import write_page
+    from quantize.report.plan_page import plan_report
+
+    write_page(plan_report(found, errors, calibrated), path)

@@ -110,6 +110,8 @@ class Report:
     """Protocol, data, tokens and numerics of the headline figures."""
     warnings: Sequence[str]
     sections: Sequence[Section]
+    heading: str = "Quantization report"
+    """What kind of page it is."""
 
 
 def as_json(report: Report) -> dict[str, Any]:
