@@ -5,6 +5,7 @@ Each engine has its GPUs to itself; that several models share one is `placement`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from quantize.plan.latency import CONSTANTS, Constants
 from quantize.plan.request import Demand, Nodes, Request
 from quantize.plan.served import ServedModel
 from quantize.plan.simulated import stream_of
-from quantize.plan.sizing import Option, option_for
+from quantize.plan.sizing import Option, option_for, with_simulation
 
 TPS = (1, 2, 4, 8, 16)
 _ENGINES = 256
@@ -69,19 +70,29 @@ def options_of(
 
     UsageError for a trace that cannot be read.
     """
-    found = []
     stream = stream_of(demand)
+    room, found = {}, []
     for gpu, (widest, every) in _kinds(cluster).items():
+        room[gpu] = every
         tps = [demand.tp] if demand.tp else [tp for tp in TPS if tp <= widest]
-        for tp in tps:
-            most = min(_ENGINES, max(1, every // tp))
-            found.append(option_for(demand, model, gpu, tp, constants, stream, most))
+        found += [option_for(demand, model, gpu, tp, constants, stream) for tp in tps]
+    found.sort(key=_order)
+    if stream is None or (demand.ttft is None and demand.tpot is None):
+        return found
+    # The closed form is near enough to tell which are worth their simulation: the best, and those
+    # that it gives as many GPUs as that turns out to need.
+    least = math.inf
+    for i, option in enumerate(found):
+        if option.works and option.gpus <= least:
+            most = min(_ENGINES, max(1, room[option.gpu] // option.tp))
+            found[i] = with_simulation(option, stream, most)
+            least = min(least, found[i].gpus or math.inf)
     return sorted(found, key=_order)
 
 
 def _order(option: Option) -> tuple[bool, int, float]:
     tpot = option.state.tpot if option.state else 0.0
-    return (not option.works, option.gpus or option.tp, tpot)
+    return (not option.works, option.gpus or option.tp * max(1, option.wanted), tpot)
 
 
 def _kinds(cluster: Sequence[Nodes]) -> dict[Gpu, tuple[int, int]]:

@@ -41,6 +41,8 @@ class Option:
     simulated: Simulated | None = None
     """What the simulator made of that many engines."""
     constants: Constants = CONSTANTS
+    load: Load | None = None
+    """All of what is asked, where that is a rate or a trace."""
 
     @property
     def gpus(self) -> int:
@@ -85,12 +87,11 @@ def option_for(
     tp: int,
     constants: Constants = CONSTANTS,
     stream: Requests | None = None,
-    most: int = 64,
 ) -> Option:
-    """One model on engines of `tp` GPUs: what fits, what one takes, how many are needed.
+    """One model on engines of `tp` GPUs: what fits, what one takes, how many are needed by the closed
+    form.
 
-    stream: requests that goals are simulated with, for a rate or a trace. most: engines that there
-    could be room for.
+    stream: requests of a rate or a trace, for their lengths.
     """
     engine = replace(engine_for(gpu), utilization=demand.utilization)
     longest = demand.longest
@@ -104,7 +105,7 @@ def option_for(
         return _for_sequences(base, demand.sequences)
     if demand.rate is None and demand.trace is None:
         return replace(base, replicas=1, wanted=1)
-    return _for_rate(base, stream, most)
+    return _for_rate(base, stream)
 
 
 def _too_large(model: ServedModel, found: Fit) -> str | None:
@@ -140,7 +141,7 @@ def tpot_at(option: Option, sequences: int) -> float:
     return option.step.seconds(Batch(0, 0.0, n, n * option.fit.context))
 
 
-def _for_rate(base: Option, stream: Requests | None, most: int) -> Option:
+def _for_rate(base: Option, stream: Requests | None) -> Option:
     demand, engine = base.demand, base.engine
     rate, inputs, outputs = demand.rate or 0.0, demand.input, demand.output
     if demand.trace is not None and stream is not None:
@@ -155,16 +156,28 @@ def _for_rate(base: Option, stream: Requests | None, most: int) -> Option:
         return replace(base, rate=0.0, binds=binding(base.step, engine, idle, limits))
     replicas = max(1, math.ceil(rate / each - 1e-3))
     binds = binding(base.step, engine, replace(load, rate=each), limits)
-    base = replace(base, rate=each, binds=binds, wanted=replicas)
-    goals = demand.ttft is not None or demand.tpot is not None
-    if stream is not None and goals:
-        simulated, replicas = _fewest(base, stream, min(replicas, most), most)
-        wanted = replicas or max(base.wanted, most + 1)
-        base = replace(base, simulated=simulated, wanted=wanted)
-    if not replicas:
-        return base
     share = replace(load, rate=rate / replicas)
-    return replace(base, replicas=replicas, state=steady(base.step, engine, share))
+    return replace(
+        base,
+        rate=each,
+        binds=binds,
+        wanted=replicas,
+        replicas=replicas,
+        state=steady(base.step, engine, share),
+        load=load,
+    )
+
+
+def with_simulation(option: Option, stream: Requests, most: int) -> Option:
+    """The option with as many engines as the simulator finds are needed for a stream: `most` at
+    most, which are those that there could be room for. None where they do not do."""
+    simulated, replicas = _fewest(option, stream, min(option.wanted, most), most)
+    wanted = replicas or max(option.wanted, most + 1)
+    found = replace(option, simulated=simulated, replicas=replicas, wanted=wanted, state=None)
+    if not replicas or option.load is None:
+        return found
+    share = replace(option.load, rate=option.load.rate / replicas)
+    return replace(found, state=steady(option.step, option.engine, share))
 
 
 def _fewest(base: Option, stream: Requests, start: int, most: int) -> tuple[Simulated | None, int]:
