@@ -19,7 +19,8 @@ class Gpu:
 
     name: str
     memory_gib: float
-    """2³⁰ bytes."""
+    """2³⁰ bytes, as CUDA tells programs, which is less than the label says: engines take their share
+    of this. From messages of PyTorch and vLLM in public issues."""
     bandwidth_tb: float
     """10¹² bytes a second of its memory."""
     bf16_tflops: float
@@ -30,6 +31,8 @@ class Gpu:
     fp4_tflops: float | None = None
     link_gb: float = 32.0
     """10⁹ bytes a second to another GPU of its node, in one direction: NVLink, or PCIe."""
+    capability: float = 8.0
+    """Of CUDA, by which engines choose their kernels."""
 
     @property
     def memory_bytes(self) -> int:
@@ -37,11 +40,14 @@ class Gpu:
         return int(self.memory_gib * 2**30)
 
     def tflops(self, compute: str) -> float:
-        """Peak for operands in bf16, fp8 or fp4; that of the next wider ones it has, where it
-        lacks them: engines unpack such weights and multiply in 16 bits."""
+        """Peak for operands in bf16, fp8, int8 or fp4; that of the next wider ones it has, where it
+        lacks them: engines unpack such weights and multiply in 16 bits. All of these GPUs multiply
+        INT8 at twice the rate of bf16."""
+        if compute == "int8":
+            return 2 * self.bf16_tflops
         rates = {"fp4": self.fp4_tflops, "fp8": self.fp8_tflops, "bf16": self.bf16_tflops}
         if compute not in rates:
-            raise ValueError(f"compute is one of {', '.join(rates)}, not {compute!r}")
+            raise ValueError(f"compute is one of int8, {', '.join(rates)}, not {compute!r}")
         wider = list(rates)[list(rates).index(compute) :]
         return next(rate for name in wider if (rate := rates[name]) is not None)
 
@@ -51,18 +57,18 @@ class Gpu:
 
 
 GPUS: tuple[Gpu, ...] = (
-    Gpu("a100-40-sxm", 40, 1.555, 312, None, NVIDIA.format("A100"), link_gb=300),
-    Gpu("a100-80-sxm", 80, 2.039, 312, None, AIC.format("a100_sxm"), link_gb=300),
-    Gpu("a100-80-pcie", 80, 1.935, 312, None, AIC.format("a100_pcie"), link_gb=32),
-    Gpu("h100-sxm", 80, 3.35, 989, 1978, AIC.format("h100_sxm"), link_gb=450),
-    Gpu("h100-pcie", 80, 2.0, 756, 1513, AIC.format("h100_pcie"), link_gb=64),
-    Gpu("h200-sxm", 141, 4.8, 989, 1978, AIC.format("h200_sxm"), link_gb=450),
-    Gpu("b200-sxm", 180, 7.7, 2250, 4500, AIC.format("b200_sxm"), 9000, 900),
-    Gpu("l4", 24, 0.30, 121, 242, AIC.format("l4"), link_gb=32),
-    Gpu("l40s", 45, 0.864, 362, 733, AIC.format("l40s"), link_gb=32),
-    Gpu("rtx-pro-6000", 96, 1.79, 468, 936, AIC.format("rtx_pro_6000"), 1872, 64),
-    Gpu("rtx-4090", 24, 1.008, 165, 330, ARCHITECTURE.format("Ada"), link_gb=32),
-    Gpu("rtx-5090", 32, 1.792, 209, 419, ARCHITECTURE.format("Blackwell"), 838, 64),
+    Gpu("a100-40-sxm", 39.5, 1.555, 312, None, NVIDIA.format("A100"), None, 300, 8.0),
+    Gpu("a100-80-sxm", 79.2, 2.039, 312, None, AIC.format("a100_sxm"), None, 300, 8.0),
+    Gpu("a100-80-pcie", 79.2, 1.935, 312, None, AIC.format("a100_pcie"), None, 32, 8.0),
+    Gpu("h100-sxm", 79.2, 3.35, 989, 1978, AIC.format("h100_sxm"), None, 450, 9.0),
+    Gpu("h100-pcie", 79.2, 2.0, 756, 1513, AIC.format("h100_pcie"), None, 64, 9.0),
+    Gpu("h200-sxm", 139.8, 4.8, 989, 1978, AIC.format("h200_sxm"), None, 450, 9.0),
+    Gpu("b200-sxm", 178.4, 7.7, 2250, 4500, AIC.format("b200_sxm"), 9000, 900, 10.0),
+    Gpu("l4", 22.1, 0.30, 121, 242, AIC.format("l4"), None, 32, 8.9),
+    Gpu("l40s", 44.4, 0.864, 362, 733, AIC.format("l40s"), None, 32, 8.9),
+    Gpu("rtx-pro-6000", 95.0, 1.79, 468, 936, AIC.format("rtx_pro_6000"), 1872, 64, 12.0),
+    Gpu("rtx-4090", 23.5, 1.008, 165, 330, ARCHITECTURE.format("Ada"), None, 32, 8.9),
+    Gpu("rtx-5090", 31.4, 1.792, 209, 419, ARCHITECTURE.format("Blackwell"), 838, 64, 12.0),
 )
 _ALIASES = {
     "a100": "a100-80-sxm",

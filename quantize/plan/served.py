@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-COMPUTE = ("bf16", "fp8", "fp4")
+COMPUTE = ("bf16", "fp8", "int8", "fp4")
 """What matrices are multiplied in. Formats that pack weights alone multiply in bf16."""
 
 
@@ -25,10 +25,20 @@ class WeightPart:
     A GPU holds ⌈units / tp⌉ of them. None: each GPU holds the whole."""
     experts: int = 0
     """Routed experts that lie in it; 0: a step reads all of it."""
-    active: int = 0
+    active: float = 0
     """Of these, how many one token visits."""
     looked_up: bool = False
     """Whether a step reads but a row a token: an embedding that is not also the head."""
+    cut: str = "even"
+    """What an engine does where tp does not divide `units`: it refuses (`even`), or pads the last
+    shard (`pad`); `repeat`: it refuses too, but for tp that are multiples of them, when GPUs hold
+    copies."""
+
+    def refuses(self, tp: int) -> bool:
+        """Whether engines do not shard it so."""
+        if self.units is None or self.cut == "pad" or self.units % tp == 0:
+            return False
+        return not (self.cut == "repeat" and tp % self.units == 0)
 
     def shard(self, tp: int) -> int:
         """Bytes of one of `tp` GPUs: of the fullest."""
@@ -92,11 +102,26 @@ class ServedModel:
     """One a layer that keeps something."""
     score_dim: int = 0
     """Channels of a query and its value together that one attended token costs, by head;
-    0: 2·head_dim. Latent attention takes more than it keeps."""
+    0: 2·head_dim."""
+    latent_dim: int = 0
+    """The same while decoding, where latent attention (MLA) works on what it keeps; 0: as above."""
+    ffn_width: int = 0
+    """Channels between gate, up and down that one token makes: of its experts together."""
+    max_context: int | None = None
+    """Tokens that config.json allows for."""
+    notes: tuple[str, ...] = ()
+    """What of it is counted coarsely or not at all, a line each."""
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE:
             raise ValueError(f"compute is one of {', '.join(COMPUTE)}, not {self.compute!r}")
+
+    def refuses(self, tp: int) -> str | None:
+        """Why engines do not run it on `tp` GPUs; None where they do."""
+        for part in self.parts:
+            if part.refuses(tp):
+                return f"{part.name} come in {part.units:,}, which {tp} GPUs do not share evenly"
+        return None
 
     def weights(self, tp: int = 1) -> int:
         """Bytes of its weights on one of `tp` GPUs."""
@@ -110,6 +135,11 @@ class ServedModel:
     def routed(self) -> bool:
         """Whether it has routed experts."""
         return any(part.experts for part in self.parts)
+
+    @property
+    def visits(self) -> float:
+        """Routed experts that a token visits; 0 without any."""
+        return max((part.active for part in self.parts), default=0)
 
     @cached_property
     def _kv_kinds(self) -> tuple[tuple[KvLayer, int], ...]:
@@ -127,13 +157,14 @@ class ServedModel:
         """Bytes that one more token takes on one GPU while no window is full."""
         return sum(n * layer.bytes_per_token(tp) for layer, n in self._kv_kinds)
 
-    def attention_flops(self, context: float) -> float:
+    def attention_flops(self, context: float, decode: bool = False) -> float:
         """Operations of one token that attends to `context` tokens, in all layers, on all GPUs."""
         work = 0.0
         for layer, n in self._kv_kinds:
             seen = context if layer.window is None else min(context, layer.window)
             work += n * seen if layer.heads else 0.0
-        return 2.0 * self.heads * (self.score_dim or 2 * self.head_dim) * work
+        dim = (self.latent_dim if decode else 0) or self.score_dim or 2 * self.head_dim
+        return 2.0 * self.heads * dim * work
 
 
 def dense(
@@ -160,13 +191,16 @@ def dense(
     table = hidden * vocab
     size = weight_bits / 8
     parts = [
-        WeightPart("q, k, v", round(layers * qkv * size), kv_heads),
+        WeightPart("q", round(layers * hidden * heads * head_dim * size), heads),
+        WeightPart(
+            "k, v", round(2 * layers * hidden * kv_heads * head_dim * size), kv_heads, cut="repeat"
+        ),
         WeightPart("o, gate, up, down", round(layers * rest * size), intermediate),
         WeightPart("norms", 2 * (2 * layers + 1) * hidden),
-        WeightPart("head", 2 * table, vocab),
+        WeightPart("head", 2 * table, vocab, cut="pad"),
     ]
     if not tied:
-        parts.append(WeightPart("embedding", 2 * table, vocab, looked_up=True))
+        parts.append(WeightPart("embedding", 2 * table, vocab, looked_up=True, cut="pad"))
     layer = KvLayer(kv_heads, 4.0 * head_dim if kv_head_bytes is None else kv_head_bytes)
     return ServedModel(
         name=name,
@@ -180,4 +214,5 @@ def dense(
         head_parameters=table,
         compute=compute,
         kv=(layer,) * layers,
+        ffn_width=intermediate,
     )
