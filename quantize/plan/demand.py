@@ -11,6 +11,8 @@ from quantize.plan.slabs import KvFormat
 
 SIZES = (1, 2, 4, 8)
 """GPUs of one replica."""
+_BATCHES = (*range(1, 17), *(round(16 * 1.125**k) for k in range(1, 48)))
+"""Batches that are looked at: each up to 16, then every eighth part more, up to 4,000."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ def options(
         most = min(_most_in_time(demand, shard.costs, sequences), fit)
         if most < 1:
             continue
-        speeds = [throughput(shard.costs, batch, demand) for batch in range(1, most + 1)]
+        batches = sorted({min(batch, most) for batch in _BATCHES})
+        speeds = [throughput(shard.costs, batch, demand) for batch in batches]
         for dp in range(1, gpus // tp + 1):
-            enough = [b for b, speed in enumerate(speeds, 1) if speed >= demand.rate / dp]
+            enough = [b for b, v in zip(batches, speeds, strict=True) if v >= demand.rate / dp]
             if enough:
                 load = demand.rate / dp / max(speeds)
                 found.append(Option(shard, dp, enough[0], most, load))

@@ -20,6 +20,8 @@ from quantize.plan.demand import Demand, Option, options, short_of
 
 WEIGHT_ROOM = 1.3
 """FineServe counts weights so many times, for activations."""
+VISITS = 20_000
+"""Steps of a search through all placements, about a second, before it is given up for a program."""
 EXHAUSTIVE = 8
 """GPUs up to which every placement is looked at."""
 
@@ -135,14 +137,15 @@ def prism(demands: Sequence[Demand], cluster: Cluster) -> Placement:
 def best(demands: Sequence[Demand], cluster: Cluster, exhaustive: bool | None = None) -> Placement:
     """Choose the placement whose fullest GPU has the least load, then the fewest bytes of weights.
 
-    Weights and the KV of each batch must fit. Up to 8 GPUs all are looked at, beyond that, or with
-    exhaustive=False, an integer program over aligned groups of GPUs is solved. Where not all have a
+    Weights and the KV of each batch must fit. Up to 8 GPUs the best of all is found: all are looked
+    at, or, where they are too many, an integer program over all groups of GPUs is solved. Beyond
+    that, or with exhaustive=False, it is one over aligned groups. Where not all have a
     place, those are left out, one after the other, that have no option or need most.
     """
     left, unplaced = _choices(demands, cluster)
     small = cluster.gpus <= EXHAUSTIVE if exhaustive is None else exhaustive
     while left:
-        found = (_search if small else _program)(left, cluster)
+        found = _exact(left, cluster) if small else _program(left, cluster)
         if found is not None:
             return replace(found, unplaced=tuple(unplaced))
         last = max(left, key=lambda item: min(_need(item[0], o) * o.gpus for o in item[1]))
@@ -211,6 +214,19 @@ def _bytes(demand: Demand, option: Option) -> int:
     return option.shard.weights + option.kv_bytes(demand.tokens)
 
 
+class _TooMany(Exception):  # noqa: N818 - no error
+    """More placements than are looked at one by one."""
+
+
+def _exact(
+    items: Sequence[tuple[Demand, tuple[Option, ...]]], cluster: Cluster
+) -> Placement | None:
+    try:
+        return _search(items, cluster)
+    except _TooMany:
+        return _program(items, cluster, aligned=False)
+
+
 def _search(
     items: Sequence[tuple[Demand, tuple[Option, ...]]], cluster: Cluster
 ) -> Placement | None:
@@ -222,8 +238,11 @@ def _search(
     found: list[tuple[tuple[float, int], tuple[Replica, ...]]] = []
     load, free = [0.0] * cluster.gpus, [cluster.memory] * cluster.gpus
     placed: list[Replica] = []
+    visits = itertools.count()
 
     def visit(i: int, option: Option | None, missing: int, after: tuple[int, ...]) -> None:
+        if next(visits) > VISITS:
+            raise _TooMany
         bound = max(max(load), sum(load) / cluster.gpus + rest[min(i + 1, len(queue))])
         if found and bound > found[0][0][0] + 1e-12:
             return
@@ -265,19 +284,25 @@ def _search(
     return Placement(found[0][1]) if found else None
 
 
-def _program(
-    items: Sequence[tuple[Demand, tuple[Option, ...]]], cluster: Cluster
-) -> Placement | None:
-    """The same as an integer program: how many replicas of each option stand on each group of GPUs.
+def _groups(node: range, tp: int, aligned: bool) -> Iterator[tuple[int, ...]]:
+    """Groups of tp GPUs of a node: all, or those of neighbours that begin at a multiple of tp."""
+    if not aligned:
+        yield from itertools.combinations(node, tp)
+        return
+    for start in range(0, len(node) - tp + 1, tp):
+        yield tuple(node[start : start + tp])
 
-    Groups are aligned: tp neighbours of a node, from a multiple of tp on.
-    """
+
+def _program(
+    items: Sequence[tuple[Demand, tuple[Option, ...]]], cluster: Cluster, aligned: bool = True
+) -> Placement | None:
+    """The same as an integer program: how many replicas of each option stand on each group."""
     columns = [
-        (d, option, tuple(node[start : start + option.shard.tp]))
+        (d, option, gpus)
         for d, (_, made) in enumerate(items)
         for option in made
         for node in cluster.nodes()
-        for start in range(0, len(node) - option.shard.tp + 1, option.shard.tp)
+        for gpus in _groups(node, option.shard.tp, aligned)
     ]
     chosen = [(d, option) for d, (_, made) in enumerate(items) for option in made]
     n, m, goal = len(columns), len(chosen), len(columns) + len(chosen)

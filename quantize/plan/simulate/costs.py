@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantize.plan.gpus import Gpu
 from quantize.plan.latency import CONSTANTS, Constants, StepTime, first_token_seconds
@@ -46,6 +47,10 @@ class StepCosts:
 
     def decode(self) -> Callable[[int, float], float]:
         """The GPU's part of a step without prompts, as a function of (n, c)."""
+        return self._decode
+
+    @cached_property
+    def _decode(self) -> Callable[[int, float], float]:
         last = max(len(self.weights), len(self.decoding)) - 1
         weights = [
             self.weights[min(n, len(self.weights) - 1)]
