@@ -50,7 +50,7 @@ ROOMS: dict[str, str] = {
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (
-        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures recipe report "
+        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures plan recipe report "
         "tested verification"
     ),
     "__main__": "cli",

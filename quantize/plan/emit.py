@@ -14,8 +14,9 @@ from typing import Any
 
 from quantize.errors import UsageError
 from quantize.files import strict_yaml
-from quantize.plan.deploy import Engines, Option, Plan
+from quantize.plan.deploy import Engines, Plan
 from quantize.plan.kv import KV_TYPES
+from quantize.plan.sizing import Option
 
 KINDS = ("vllm", "compose", "production-stack", "llm-d")
 IMAGE = "vllm/vllm-openai"

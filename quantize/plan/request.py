@@ -49,8 +49,12 @@ class Demand(BaseModel):
     """Tokens of a prompt, in the mean."""
     output: int = Field(default=256, ge=1)
     """Tokens of an answer, in the mean."""
+    spread: float = Field(default=0.5, ge=0, le=2)
+    """Standard deviation of the logarithm of both lengths, drawn log-normally around the means."""
     context: int | None = Field(default=None, ge=1)
     """Tokens of the longest sequence that must fit; null: a prompt and its answer."""
+    prefix_cache: bool = True
+    """Whether prompts' leading tokens that a trace says were seen before are taken from a cache."""
     ttft: _Positive | None = None
     """Seconds to the first token that `attainment` of requests should stay below."""
     tpot: _Positive | None = None
@@ -80,6 +84,9 @@ class Demand(BaseModel):
         if len(given) > 1:
             text = f"give {' or '.join(given)}, not both"
             raise PydanticCustomError("load", "{text}", {"text": text, "field": given[-1]})
+        if self.trace is not None and self.ttft is None and self.tpot is None:
+            text = "a trace is played against goals; add ttft, tpot or both"
+            raise PydanticCustomError("load", "{text}", {"text": text, "field": "trace"})
         if self.context is not None and self.context < self.input + self.output:
             text = (
                 f"context {self.context} is shorter than input + output, {self.input + self.output}"
@@ -222,12 +229,12 @@ def _class_at(path: Place) -> type[BaseModel] | None:
     return lists.get(str(path[0])) if len(path) == 3 else None
 
 
-def single(model: str, gpu: str, **changes: object) -> Request:
+def single(model: str, gpu: str, gpus: int, nodes: int, **changes: object) -> Request:
     """The request that a command line makes. UsageError, a line for each value out of range."""
     given = {key: value for key, value in changes.items() if value is not None}
     try:
         demand = Demand.model_validate({"model": model, **given})
-        nodes = Nodes.model_validate({"gpu": gpu, "gpus": 8, "nodes": 1000})
+        cluster = Nodes.model_validate({"gpu": gpu, "gpus": gpus, "nodes": nodes})
     except ValidationError as err:
         lines = [
             f"--{error['loc'][-1] if error['loc'] else error.get('ctx', {}).get('field', '')}: "
@@ -235,4 +242,4 @@ def single(model: str, gpu: str, **changes: object) -> Request:
             for error in err.errors()
         ]
         raise UsageError("\n".join(lines)) from None
-    return Request(models=(demand,), cluster=(nodes,))
+    return Request(models=(demand,), cluster=(cluster,))

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.plan.deploy import Option, Plan, name_of, option_for, options_of
+from quantize.plan.deploy import Plan, name_of, options_of
 from quantize.plan.gpus import GPUS
 from quantize.plan.kv import KV_TYPES
-from quantize.plan.latency import Batch
 from quantize.plan.memory import short_of
 from quantize.plan.request import Demand, Nodes
+from quantize.plan.sizing import Option, option_for
 
 _GIB = 2**30
 
@@ -37,7 +37,7 @@ def shortages(plan: Plan) -> list[Shortage]:
         options = plan.options[name]
         if all(option.refused for option in options):
             found.append(_memory(name, options))
-        elif not any(option.works for option in options):
+        elif not any(option.wanted for option in options):
             found.append(_latency(name, demands[name], options))
         else:
             found.append(_gpus(name, demands[name], options, plan))
@@ -104,8 +104,8 @@ def _smaller_kv(option: Option) -> list[str]:
 def _latency(name: str, demand: Demand, options: Sequence[Option]) -> Shortage:
     """No engine meets the goals, however few requests it gets."""
     running = [option for option in options if not option.refused]
-    tpot = min((_alone(option), option.tp, option.gpu.name) for option in running)
-    ttft = min((_first(option), option.tp, option.gpu.name) for option in running)
+    tpot = min((option.alone, option.tp, option.gpu.name) for option in running)
+    ttft = min((option.first, option.tp, option.gpu.name) for option in running)
     remedies, lacks = [], []
     if demand.tpot is not None and tpot[0] > demand.tpot:
         lacks.append(
@@ -132,30 +132,15 @@ def _up(seconds: float) -> str:
     return f"{math.ceil(1.1 * seconds * scale) / scale:g}"
 
 
-def _alone(option: Option) -> float:
-    """TPOT of one sequence that has the engine to itself."""
-    return option.step.seconds(Batch(0, 0.0, 1, option.demand.input))
-
-
-def _first(option: Option) -> float:
-    """TTFT of one prompt that has the engine to itself."""
-    from quantize.plan.latency import first_token_seconds
-
-    left, done, total = option.demand.input, 0, 0.0
-    while left > 0:
-        n = min(left, option.engine.batched_tokens)
-        total += option.step.seconds(Batch(n, done + n / 2))
-        done, left = done + n, left - n
-    return total + first_token_seconds(option.model, option.constants)
-
-
 def _gpus(name: str, demand: Demand, options: Sequence[Option], plan: Plan) -> Shortage:
     """The goals can be met, with more GPUs than are left."""
-    best = next(option for option in options if option.works)
+    best = min((o for o in options if o.wanted), key=lambda o: (o.wanted * o.tp, o.tp))
+    needed = best.wanted * best.tp
     there = sum(nodes.gpus * nodes.nodes for nodes in plan.request.cluster)
     left = there - plan.gpus
-    by = f"{best.gpus} {best.gpu.name} needed, {left} of {there} GPUs left"
-    remedies = [f"{best.gpus - left} more {best.gpu.name}"] if best.gpus > left else []
+    least = "" if best.works else "at least "
+    by = f"{least}{needed} {best.gpu.name} needed, {left} of {there} GPUs left"
+    remedies = [f"{needed - left} more {best.gpu.name}"] if needed > left else []
     if best.rate is not None and (most := _placed_rate(options, plan)) > 0:
         remedies.append(f"a rate of {most:.3g} requests a second")
         if eased := _eased(demand, best, plan.request.cluster, left):
@@ -172,7 +157,7 @@ def _placed_rate(options: Sequence[Option], plan: Plan) -> float:
         used[place] = used.get(place, 0) + len(engine.gpus)
     best = 0.0
     for option in options:
-        if option.works and option.rate:
+        if option.rate:
             rooms = sum(
                 (nodes.gpus - used.get((i, j), 0)) // option.tp
                 for i, nodes in enumerate(plan.request.cluster)
