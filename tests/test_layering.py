@@ -48,7 +48,7 @@ ROOMS: dict[str, str] = {
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
     "gate": "convert errors evaluate files model recipe",
-    "report": "block errors evaluate files formats model pictures recipe",
+    "report": "block errors evaluate files formats model pictures plan recipe",
     "cli": (
         "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures plan recipe report "
         "tested verification"

@@ -165,4 +165,10 @@ def _constants(
 
 
 def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
-    raise UsageError("--html: not there yet")
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"--html {path}: must end in .html; the JSON goes beside it")
+    from quantize import __version__
+    from quantize.report.html import write_page
+    from quantize.report.plan import plan_report
+
+    write_page(plan_report(found, __version__, errors), path)
