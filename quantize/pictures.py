@@ -58,8 +58,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars for every category, side by side or on top of each other; each of `series` has a value
-    for every category."""
+    """Bars side by side for every category; each of `series` has a value for every category."""
 
     title: str
     caption: str
@@ -68,6 +67,7 @@ class Bars:
     y_label: str = ""
     log_y: bool = False
     stacked: bool = False
+    """On top of each other: parts of a whole."""
     kind: Literal["bars"] = field(default="bars", init=False)
 
     def __post_init__(self) -> None:

@@ -111,7 +111,7 @@ def plan(
         return
     others = [_instead(request, other, constants) for other in compare or []]
     if html is not None:
-        _page(found, html, errors, bool(calibrate))
+        _page(found, html, errors)
     if as_json:
         data = plain(found, errors)
         if others:
@@ -164,8 +164,11 @@ def _constants(
     return calibrated(models[name_of(demand)], request.cluster[0].kind, demand.tp, runs)
 
 
-def _page(found: Plan, path: Path, errors: dict[str, Error], calibrated: bool) -> None:
+def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"--html {path}: must end in .html; the JSON goes beside it")
+    from quantize import __version__
     from quantize.report.html import write_page
-    from quantize.report.plan_page import plan_report
+    from quantize.report.plan import plan_report
 
-    write_page(plan_report(found, errors, calibrated), path)
+    write_page(plan_report(found, __version__, errors), path)

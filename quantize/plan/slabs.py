@@ -85,7 +85,9 @@ class SlabPool:
 
     def __init__(self, slabs: int, slab_bytes: int) -> None:
         self.slabs, self.slab_bytes = slabs, slab_bytes
-        self._free = list(range(slabs - 1, -1, -1))
+        self._free: list[int] = []
+        """Slabs that came back; those from `_fresh` on were never used."""
+        self._fresh = 0
         self._groups: dict[int, _Group] = {}
         self._numbers: list[int] = []
         self._held: dict[KvFormat, _Held] = {}
@@ -113,13 +115,13 @@ class SlabPool:
     @property
     def free_slabs(self) -> int:
         """Slabs that nobody holds."""
-        return len(self._free)
+        return len(self._free) + self.slabs - self._fresh
 
     def available(self, kind: KvFormat) -> int:
         """Blocks that could be taken now, those promised to others left alone."""
         held = self._held[kind]
         own = max(0, held.guaranteed - held.groups) * kind.parts
-        groups = (len(self._free) - (self._owed - own)) // kind.parts
+        groups = (self.free_slabs - (self._owed - own)) // kind.parts
         return held.free_blocks + max(0, groups) * self.per_group(kind)
 
     def take(self, kind: KvFormat, count: int) -> Blocks | None:
@@ -184,7 +186,11 @@ class SlabPool:
     def _cut(self, held: _Held, kind: KvFormat) -> int:
         number = heapq.heappop(self._numbers) if self._numbers else len(self._groups)
         size = self.per_group(kind)
-        slabs = [self._free.pop() for _ in range(kind.parts)]
+        slabs = self._free[-kind.parts :]
+        del self._free[-kind.parts :]
+        more = kind.parts - len(slabs)
+        slabs += range(self._fresh, self._fresh + more)
+        self._fresh += more
         self._groups[number] = _Group(kind, slabs, list(range(size - 1, -1, -1)), set(), size)
         heapq.heappush(held.partial, number)
         if held.groups < held.guaranteed:

@@ -178,25 +178,17 @@ def _bars(ax: Axes, picture: Bars) -> None:
     if not picture.categories:
         return  # matplotlib would make up a legend for bars that are not there
     beside = 1 if picture.stacked else max(1, len(picture.series))
-    width = 0.8 / beside
-    middle = (beside - 1) / 2
+    width, middle = 0.8 / beside, (beside - 1) / 2
     below = [0.0] * len(picture.categories)
     for i, (name, values) in enumerate(picture.series.items()):
-        place = 0 if picture.stacked else i
-        at = [category + (place - middle) * width for category in range(len(picture.categories))]
+        shift = 0.0 if picture.stacked else (i - middle) * width
+        at = [category + shift for category in range(len(picture.categories))]
         heights = [keep(v) for v in values]
-        ax.bar(
-            at,
-            heights,
-            width * 0.9,
-            bottom=below,
-            color=SERIES[i % len(SERIES)],
-            label=name,
-        )
+        colour = SERIES[i % len(SERIES)]
+        ax.bar(at, heights, width * 0.9, bottom=below, color=colour, label=name)
         if picture.stacked:
             below = [
-                low + (h if math.isfinite(h) else 0.0)
-                for low, h in zip(below, heights, strict=True)
+                b + (h if math.isfinite(h) else 0.0) for b, h in zip(below, heights, strict=True)
             ]
     if picture.log_y:
         ax.set_yscale("log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantize.plan.gpus import Gpu
 from quantize.plan.latency import CONSTANTS, Constants, StepTime, first_token_seconds
@@ -17,13 +18,15 @@ SATURATED = 1024
 class StepCosts:
     """Seconds of a step of `p` prompt tokens and `n` decoding sequences that hold `c` tokens.
 
-    On the GPU max(weights[p + n] + kv·c, token·(p + n) + head·n + attention·(a + c)) +
-    link·(p + n), with `a` the tokens that the prompts' tokens attend to, together; on the host
+    On the GPU max(weights[p + n] + decoding[n] + kv·c, token·(p + n) + head·n + attention·(a + c))
+    + link·(p + n), with `a` the tokens that the prompts' tokens attend to, together; on the host
     host + sequence·n, and `prefill` more if p > 0.
     """
 
     weights: Sequence[float]
     """By tokens of the step; the last holds for more."""
+    decoding: Sequence[float] = (0.0,)
+    """By decoding sequences, where a step's time was measured; the last holds for more."""
     kv: float = 0.0
     token: float = 0.0
     head: float = 0.0
@@ -39,12 +42,23 @@ class StepCosts:
     are of the others."""
     stretch: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     """How many times longer the GPU's part takes where 1, 2, … engines share it: of a step with
-    prompt tokens, and without. Beyond the last, and where empty: as many times as engines."""
+    prompt tokens, and without. Beyond the last in proportion to it; where empty as many times as
+    engines."""
 
     def decode(self) -> Callable[[int, float], float]:
         """The GPU's part of a step without prompts, as a function of (n, c)."""
-        weights, kv, attention = self.weights, self.kv, self.attention
-        token, last, link = self.token + self.head, len(self.weights) - 1, self.link
+        return self._decode
+
+    @cached_property
+    def _decode(self) -> Callable[[int, float], float]:
+        last = max(len(self.weights), len(self.decoding)) - 1
+        weights = [
+            self.weights[min(n, len(self.weights) - 1)]
+            + self.decoding[min(n, len(self.decoding) - 1)]
+            for n in range(last + 1)
+        ]
+        kv, attention = self.kv, self.attention
+        token, link = self.token + self.head, self.link
 
         def plain(n: int, c: float) -> float:
             moved = weights[n if n < last else last] + kv * c
@@ -62,6 +76,7 @@ class StepCosts:
         """The GPU's part of a step with prompt tokens."""
         tokens = p + n
         moved = self.weights[min(tokens, len(self.weights) - 1)] + self.kv * c
+        moved += self.decoding[min(n, len(self.decoding) - 1)]
         work = self.token * tokens + self.head * n + self.attention * (a + c)
         if self.windows:
             more, scores = self._windowed(n, c)
@@ -91,7 +106,8 @@ class StepCosts:
         """`stretch` for up to `engines` engines on one GPU; index 0 is unused."""
         made = []
         for known in self.stretch:
-            far = [float(m) for m in range(len(known) + 1, engines + 1)]
+            each = known[-1] / len(known) if known else 1.0
+            far = [each * m for m in range(len(known) + 1, engines + 1)]
             made.append([1.0, *known, *far])
         return made[0], made[1]
 

@@ -6,6 +6,7 @@ in one of b phases, so the blocks that k steps take are known without a look at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from quantize.plan.slabs import Blocks, KvFormat, SlabPool
@@ -17,6 +18,8 @@ class Memory(Protocol):
     block_tokens: int
     longest_run: int
     """Steps that may be decided at once."""
+    pools: tuple[SlabPool, ...]
+    """Shared with other engines."""
 
     def could_hold(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits, if it is alone."""
@@ -45,6 +48,10 @@ class Memory(Protocol):
         """Bytes or blocks in use, of `capacity`."""
 
     @property
+    def live(self) -> float:
+        """Those of `used` that blocks of requests lie on."""
+
+    @property
     def capacity(self) -> float:
         """All there is."""
 
@@ -61,6 +68,7 @@ class Share:
     """
 
     longest_run = 1 << 60
+    pools: tuple[SlabPool, ...] = ()
 
     def __init__(self, blocks: int, block_tokens: int = 16, extra: int = 0) -> None:
         self.blocks, self.block_tokens, self.extra = blocks, block_tokens, extra
@@ -141,6 +149,11 @@ class Share:
         return self.taken(self._step)
 
     @property
+    def live(self) -> float:
+        """Blocks."""
+        return self.used
+
+    @property
     def capacity(self) -> float:
         """Blocks."""
         return self.blocks
@@ -151,6 +164,7 @@ class Slabs:
 
     def __init__(self, pool: SlabPool, kind: KvFormat, extra: int = 0) -> None:
         self.pool, self.kind, self.extra = pool, kind, extra
+        self.pools: tuple[SlabPool, ...] = (pool,)
         self.block_tokens = kind.tokens
         self.longest_run = kind.tokens
         """So that no blocks are taken long before they are used, while others want them."""
@@ -235,6 +249,72 @@ class Slabs:
         return self.pool.held(self.kind)[0]
 
     @property
+    def live(self) -> float:
+        """Bytes of its format's blocks that are taken."""
+        return self.pool.held(self.kind)[1]
+
+    @property
     def capacity(self) -> float:
         """Bytes of the pool."""
         return self.pool.slabs * self.pool.slab_bytes
+
+
+class Everywhere:
+    """Slabs on several GPUs that a replica runs on together and shares with different engines."""
+
+    def __init__(self, parts: Sequence[Slabs]) -> None:
+        self.parts = tuple(parts)
+        self.pools: tuple[SlabPool, ...] = tuple(part.pool for part in parts)
+        self.block_tokens, self.longest_run = parts[0].block_tokens, parts[0].longest_run
+
+    def could_hold(self, tokens: int) -> bool:
+        """See `Memory`."""
+        return all(part.could_hold(tokens) for part in self.parts)
+
+    def admit(self, request: int, tokens: int, step: int) -> bool:
+        """See `Memory`."""
+        for i, part in enumerate(self.parts):
+            if not part.admit(request, tokens, step):
+                for done in self.parts[:i]:
+                    done.release(request)
+                return False
+        return True
+
+    def decode(self, request: int, tokens: int, step: int) -> None:
+        """See `Memory`."""
+        for part in self.parts:
+            part.decode(request, tokens, step)
+
+    def run(self, step: int, steps: int) -> int:
+        """See `Memory`."""
+        return min(part.run(step, steps) for part in self.parts)
+
+    def grow(self, step: int, steps: int) -> None:
+        """See `Memory`."""
+        for part in self.parts:
+            part.grow(step, steps)
+
+    def shrink(self, step: int, kept: int, steps: int) -> None:
+        """See `Memory`."""
+        for part in self.parts:
+            part.shrink(step, kept, steps)
+
+    def release(self, request: int) -> None:
+        """See `Memory`."""
+        for part in self.parts:
+            part.release(request)
+
+    @property
+    def used(self) -> float:
+        """Of the GPU that holds most."""
+        return max(part.used for part in self.parts)
+
+    @property
+    def live(self) -> float:
+        """Of the GPU that holds most."""
+        return max(part.live for part in self.parts)
+
+    @property
+    def capacity(self) -> float:
+        """Of the smallest pool."""
+        return min(part.capacity for part in self.parts)

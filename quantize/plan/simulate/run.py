@@ -22,7 +22,9 @@ class Sample:
     running: int
     waiting: int
     used: float
-    """Bytes or blocks of its memory."""
+    """Bytes or blocks of its memory; of slabs, those of all engines of its format."""
+    live: float
+    """Of these, what blocks of requests lie on."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ class Outcome:
         gaps = np.maximum(self.requests.output - 1, 1)
         return np.where(self.requests.output > 1, (self.finish - self.first) / gaps, 0.0)
 
-    def met(self, ttft: float = IDLE, tpot: float = IDLE) -> NDArray[np.bool_]:
-        """Which requests were answered within both goals; a dropped one was not."""
+    def met(
+        self, ttft: float | NDArray[np.float64] = IDLE, tpot: float | NDArray[np.float64] = IDLE
+    ) -> NDArray[np.bool_]:
+        """Which requests were answered within both goals, one for all or one each; a dropped one
+        was not."""
         with np.errstate(invalid="ignore"):
             return (self.ttft <= ttft) & (self.tpot <= tpot)
 
@@ -122,10 +127,11 @@ class _Clock:
         self.factors = [
             engine.costs.factors(max(most[g] for g in engine.setup.gpus)) for engine in engines
         ]
-        pools: dict[int, list[int]] = {}
-        for i, engine in enumerate(engines):
-            pools.setdefault(id(getattr(engine.memory, "pool", engine)), []).append(i)
-        self.same_pool = {i: [j for j in who if j != i] for who in pools.values() for i in who}
+        pools = [{id(pool) for pool in engine.memory.pools} for engine in engines]
+        self.same_pool = [
+            [j for j, theirs in enumerate(pools) if j != i and theirs & own]
+            for i, own in enumerate(pools)
+        ]
 
     def run(self, until: float) -> float:
         arrival, models, ends, engines = self.arrival, self.models, self.ends, self.engines
@@ -177,8 +183,9 @@ class _Clock:
         self.ends[e] = engine.end
         if self.record:
             waiting = len(engine.waiting) + len(engine.resumed)
-            used = engine.memory.used
-            self.samples.append(Sample(now, e, len(engine.running), waiting, used))
+            memory = engine.memory
+            sample = Sample(now, e, len(engine.running), waiting, memory.used, memory.live)
+            self.samples.append(sample)
 
     def _wake(self, e: int, now: float) -> None:
         """Let those try again that had no memory, since an engine may have given some back."""
