@@ -13,6 +13,7 @@ from quantize.plan.gpus import Gpu
 from quantize.plan.latency import CONSTANTS, Constants
 from quantize.plan.request import Demand, Nodes, Request
 from quantize.plan.served import ServedModel
+from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.simulated import stream_of
 from quantize.plan.sizing import Option, option_for, with_simulation
 
@@ -64,7 +65,11 @@ def name_of(demand: Demand) -> str:
 
 
 def options_of(
-    demand: Demand, model: ServedModel, cluster: Sequence[Nodes], constants: Constants = CONSTANTS
+    demand: Demand,
+    model: ServedModel,
+    cluster: Sequence[Nodes],
+    constants: Constants = CONSTANTS,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> list[Option]:
     """Every way to run one model on nodes of a cluster, the fewest GPUs first, then the fastest.
 
@@ -75,7 +80,7 @@ def options_of(
     for gpu, (widest, every) in _kinds(cluster).items():
         room[gpu] = every
         tps = [demand.tp] if demand.tp else [tp for tp in TPS if tp <= widest]
-        found += [option_for(demand, model, gpu, tp, constants, stream) for tp in tps]
+        found += [option_for(demand, model, gpu, tp, constants, stream, profile) for tp in tps]
     found.sort(key=_order)
     if stream is None or (demand.ttft is None and demand.tpot is None):
         return found
@@ -105,14 +110,17 @@ def _kinds(cluster: Sequence[Nodes]) -> dict[Gpu, tuple[int, int]]:
 
 
 def plan_for(
-    request: Request, models: Mapping[str, ServedModel], constants: Constants = CONSTANTS
+    request: Request,
+    models: Mapping[str, ServedModel],
+    constants: Constants = CONSTANTS,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> Plan:
     """Choose and place engines for all models: by priority, then those that need most GPUs.
 
-    models: by `name_of` their demands.
+    models: by `name_of` their demands. profile: measured costs of all of them, by tp.
     """
     options = {
-        name_of(d): options_of(d, models[name_of(d)], request.cluster, constants)
+        name_of(d): options_of(d, models[name_of(d)], request.cluster, constants, profile)
         for d in request.models
     }
     order = sorted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from quantize.plan.gpus import Gpu
@@ -10,6 +11,7 @@ from quantize.plan.latency import CONSTANTS, Batch, Constants, StepTime, first_t
 from quantize.plan.memory import Engine, Fit, engine_for, fit
 from quantize.plan.request import Demand
 from quantize.plan.served import ServedModel
+from quantize.plan.simulate.costs import StepCosts, TableStep
 from quantize.plan.simulate.requests import Requests
 from quantize.plan.simulated import Simulated, simulate_engines
 from quantize.plan.steady import Limits, Load, Steady, best_rate, binding, steady
@@ -41,6 +43,8 @@ class Option:
     simulated: Simulated | None = None
     """What the simulator made of that many engines."""
     constants: Constants = CONSTANTS
+    costs: StepCosts | None = None
+    """Of its steps, where they were measured; else `constants` tell."""
     load: Load | None = None
     """All of what is asked, where that is a rate or a trace."""
 
@@ -52,7 +56,10 @@ class Option:
     @property
     def step(self) -> StepTime:
         """How long its steps take."""
-        return StepTime(self.model, self.gpu, self.tp, self.constants)
+        if self.costs is None:
+            return StepTime(self.model, self.gpu, self.tp, self.constants)
+        own = replace(self.constants, first=0.0)  # which the measured times hold
+        return TableStep(self.model, self.gpu, self.tp, own, self.costs)
 
     @property
     def alone(self) -> float:
@@ -87,20 +94,25 @@ def option_for(
     tp: int,
     constants: Constants = CONSTANTS,
     stream: Requests | None = None,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> Option:
     """One model on engines of `tp` GPUs: what fits, what one takes, how many are needed by the closed
     form.
 
-    stream: requests of a rate or a trace, for their lengths.
+    stream: requests of a rate or a trace, for their lengths. profile: measured costs by tp, in the
+    place of the roofline.
     """
     engine = replace(engine_for(gpu), utilization=demand.utilization)
     longest = demand.longest
     if stream is not None and demand.context is None:
         longest = max(longest, int((stream.input + stream.output).max()))
     found = fit(model, gpu, tp, engine, longest)
-    base = Option(model, demand, gpu, tp, engine, found, constants=constants)
+    costs = None if profile is None else profile.get(tp)
+    base = Option(model, demand, gpu, tp, engine, found, constants=constants, costs=costs)
     if refused := model.refuses(tp) or _too_large(model, found):
         return replace(base, refused=refused)
+    if profile is not None and costs is None:
+        return replace(base, refused=f"the profile has no rows of tp {tp}")
     if demand.sequences is not None:
         return _for_sequences(base, demand.sequences)
     if demand.rate is None and demand.trace is None:

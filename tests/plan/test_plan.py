@@ -26,6 +26,7 @@ from quantize.plan.memory import Engine
 from quantize.plan.request import Demand, Nodes, Request
 from quantize.plan.served import ServedModel, dense
 from quantize.plan.shortage import shortages
+from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.steady import Limits, Load, best_rate, steady
 
 SHAPE = (32, 4096, 32, 8, 128, 14336, 128256)
@@ -279,3 +280,19 @@ def test_vllms_own_parser_takes_the_lines(two: Plan):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len([x for x in done.stdout.splitlines() if x and x[0].isdigit()]) == len(lines)
+
+
+def test_measured_steps_take_the_place_of_the_roofline():
+    """A profile of which one step takes 20 ms, whatever it holds, and its prompts 1 ms a token."""
+    costs = StepCosts(weights=(0.0,), decoding=(0.0, 0.02), token=1e-3)
+    demand = Demand(model="org/m", rate=0.5, input=100, output=50, ttft=1.0, tpot=0.1, spread=0.0)
+    nodes = Nodes(gpu="h100", gpus=4)
+    request = Request(models=(demand,), cluster=(nodes,))
+    plan = plan_for(request, {"m": LLAMA}, profile={2: costs})
+    chosen = plan.chosen["m"]
+    assert chosen.tp == 2
+    assert {o.tp: o.refused for o in plan.options["m"]}[1] == "the profile has no rows of tp 1"
+    assert chosen.alone == pytest.approx(0.02)
+    assert chosen.first == pytest.approx(0.1)
+    assert chosen.simulated is not None
+    assert 0.02 <= chosen.simulated.tpot[0] < 0.03
