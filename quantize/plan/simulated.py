@@ -17,7 +17,7 @@ from quantize.plan.simulate.memory import Share
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
 
-_COUNT = 3000
+_COUNT = 2000
 """Requests that are drawn for a rate: a share of 90 % is then known to one percent."""
 QUANTILES = (0.5, 0.9, 0.99)
 

@@ -74,7 +74,7 @@ class Option:
             n = min(left, self.engine.batched_tokens)
             total += self.step.seconds(Batch(n, done + n / 2))
             done, left = done + n, left - n
-        return total + first_token_seconds(self.model, self.constants)
+        return total + first_token_seconds(self.model, self.step.constants)
 
     @property
     def together(self) -> int:

@@ -76,7 +76,7 @@ def test_the_closed_form_is_the_simulators_mean():
 
 
 def test_fewest_gpus_that_meet_the_goals():
-    rate = 30.0
+    rate = 22.0
     plan = planned(rate=rate, ttft=1, tpot=0.05)
     chosen = plan.chosen["m"]
     assert plan.feasible
@@ -98,10 +98,10 @@ def test_sequences_at_once():
 
 def test_priority_is_placed_first():
     demands = tuple(
-        Demand(model=f"org/{name}", rate=20.0, ttft=1.0, tpot=0.05, priority=i, tp=1)
+        Demand(model=f"org/{name}", rate=6.0, ttft=1.0, tpot=0.05, priority=i, tp=1)
         for i, name in enumerate(("a", "b"))
     )
-    request = Request(models=demands, cluster=(Nodes(gpu="h100", gpus=2),))
+    request = Request(models=demands, cluster=(Nodes(gpu="h100", gpus=1),))
     plan = plan_for(request, {"a": LLAMA, "b": LLAMA})
     assert list(plan.chosen) == ["b"]
     assert plan.missing == ("a",)
@@ -114,7 +114,7 @@ def test_priority_is_placed_first():
         ({"context": 200_000}, "context", "context 131,072 or less"),
         ({"rate": 1.0, "tpot": 0.001}, "latency", "tpot 0.0"),
         ({"rate": 1.0, "ttft": 0.001}, "latency", "ttft 0.0"),
-        ({"rate": 400.0, "ttft": 1.0, "tpot": 0.05}, "gpus", "more h100-sxm"),
+        ({"rate": 60.0, "ttft": 1.0, "tpot": 0.05, "gpus": 1}, "gpus", "more h100-sxm"),
         ({"tp": 3}, "memory", "another tp"),
     ],
 )
