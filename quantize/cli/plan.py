@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from quantize.plan.latency import Constants, Error
     from quantize.plan.request import Request
     from quantize.plan.served import ServedModel
+    from quantize.plan.simulate.costs import StepCosts
 
 
 def plan(
@@ -67,6 +69,15 @@ def plan(
         list[Path] | None,
         typer.Option(help="JSON of `vllm bench serve` on this model, GPU and tp. Repeatable."),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CSV[@MODEL/FORMAT]", help="Measured times of its steps; no latency model."
+        ),
+    ] = None,
+    trace_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the public traces; else PQ_TRACE_DIR.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -74,7 +85,10 @@ def plan(
     from quantize.plan.answer import as_json as plain
     from quantize.plan.deploy import plan_for
     from quantize.plan.request import load_request, single
+    from quantize.plan.simulate.requests import TRACE_DIR
 
+    if trace_dir is not None:
+        os.environ[TRACE_DIR] = str(trace_dir)
     if (file is None) == (model is None):
         raise UsageError("give a FILE, or --model with --gpu")
     if file is not None:
@@ -103,7 +117,8 @@ def plan(
         )
     models = _models(request)
     constants, errors = _constants(request, models, calibrate or [])
-    found = plan_for(request, models, constants)
+    measured = None if profile is None else _profile(profile, request)
+    found = plan_for(request, models, constants, measured)
     if emit is not None:
         from quantize.plan.emit import emit as text_of
 
@@ -120,7 +135,7 @@ def plan(
     else:
         from quantize.cli.plan_table import print_comparison, print_plan
 
-        print_plan(found, errors, calibrated=bool(calibrate))
+        print_plan(found, errors, bool(calibrate), measured is not None)
         if others:
             print_comparison([found, *others])
     if not found.feasible:
@@ -162,6 +177,26 @@ def _constants(
         raise UsageError("--calibrate needs one model and --tp, those that were measured")
     runs = [read_run(path) for path in files]
     return calibrated(models[name_of(demand)], request.cluster[0].kind, demand.tp, runs)
+
+
+def _profile(given: str, request: Request) -> dict[int, StepCosts]:
+    """Costs by tp of the rows that `CSV[@MODEL/FORMAT]` names."""
+    from quantize.plan.simulate.tables import profiles, read_rows
+
+    path, _, wanted = given.partition("@")
+    found = profiles(read_rows(Path(path)))
+    names = sorted({f"{model}/{form}" for model, form, _ in found})
+    if len(request.models) > 1:
+        raise UsageError("--profile needs one model, the one that was measured")
+    if not wanted and len(names) == 1:
+        wanted = names[0]
+    if wanted not in names:
+        raise UsageError(
+            f"--profile {given}: name its rows as {path}@{names[0]}; it has {', '.join(names)}"
+        )
+    return {
+        tp: one.costs for (model, form, tp), one in found.items() if f"{model}/{form}" == wanted
+    }
 
 
 def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:

@@ -28,7 +28,9 @@ def _console() -> Console:
     return console
 
 
-def print_plan(plan: Plan, errors: dict[str, Error], calibrated: bool = False) -> None:
+def print_plan(
+    plan: Plan, errors: dict[str, Error], calibrated: bool = False, measured: bool = False
+) -> None:
     """What was chosen for each model, what else was looked at, and where engines stand."""
     from quantize.plan.deploy import name_of
     from quantize.plan.shortage import shortages
@@ -53,7 +55,10 @@ def print_plan(plan: Plan, errors: dict[str, Error], calibrated: bool = False) -
         console.print()
     if plan.engines:
         _print_places(console, plan)
-    console.print(_about(errors, calibrated))
+    if measured:
+        console.print("Times of steps are those of the profile.")
+    else:
+        console.print(_about(errors, calibrated))
 
 
 def _memory_table(name: str, options: Sequence[Option]) -> Table:

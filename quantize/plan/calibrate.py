@@ -34,6 +34,8 @@ _LEAST = 0.05
 """Of error that is stated at least: a run does not repeat itself more closely."""
 _STEPS = [1.04**i for i in range(-50, 51)]
 """Factors that are tried: from a seventh to sevenfold."""
+_ROUNDS = 3
+"""How often one is sought for the other's value."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,18 @@ def calibrated(
 
     UsageError where no factor makes the runs possible: another model, GPU or tp was measured.
     """
-    pairs = [(f, f) for f in _STEPS]
-    if len(runs) > 1:
-        pairs += [(g, h) for g in _STEPS[::2] for h in _STEPS[::2]]
-    best, least = None, math.inf
-    for factors in pairs:
-        constants = scaled(start, *factors)
-        loss = _loss(model, gpu, tp, runs, constants)
+
+    def loss(factors: tuple[float, float]) -> float:
+        found = _loss(model, gpu, tp, runs, scaled(start, *factors))
         # Of factors that do as well those that are nearest to each other, and to 1.
-        loss += 1e-4 * (abs(math.log(factors[0])) + abs(math.log(factors[1] / factors[0])))
-        if loss < least:
-            best, least = constants, loss
+        away = abs(math.log(factors[0])) + abs(math.log(factors[1] / factors[0]))
+        return found + 1e-4 * away
+
+    factors = min(((f, f) for f in _STEPS), key=loss)
+    for _ in range(_ROUNDS if len(runs) > 1 else 0):
+        factors = min(((f, factors[1]) for f in _STEPS), key=loss)
+        factors = min(((factors[0], f) for f in _STEPS), key=loss)
+    best = None if math.isinf(loss(factors)) else scaled(start, *factors)
     if best is None:
         raise UsageError(
             f"--calibrate: no engine of {tp} {gpu.name} answers {runs[0].rate:.3g} requests a second "

@@ -5,6 +5,7 @@ Each engine has its GPUs to itself; that several models share one is `placement`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,8 +13,9 @@ from quantize.plan.gpus import Gpu
 from quantize.plan.latency import CONSTANTS, Constants
 from quantize.plan.request import Demand, Nodes, Request
 from quantize.plan.served import ServedModel
+from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.simulated import stream_of
-from quantize.plan.sizing import Option, option_for
+from quantize.plan.sizing import Option, option_for, with_simulation
 
 TPS = (1, 2, 4, 8, 16)
 _ENGINES = 256
@@ -63,25 +65,39 @@ def name_of(demand: Demand) -> str:
 
 
 def options_of(
-    demand: Demand, model: ServedModel, cluster: Sequence[Nodes], constants: Constants = CONSTANTS
+    demand: Demand,
+    model: ServedModel,
+    cluster: Sequence[Nodes],
+    constants: Constants = CONSTANTS,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> list[Option]:
     """Every way to run one model on nodes of a cluster, the fewest GPUs first, then the fastest.
 
     UsageError for a trace that cannot be read.
     """
-    found = []
     stream = stream_of(demand)
+    room, found = {}, []
     for gpu, (widest, every) in _kinds(cluster).items():
+        room[gpu] = every
         tps = [demand.tp] if demand.tp else [tp for tp in TPS if tp <= widest]
-        for tp in tps:
-            most = min(_ENGINES, max(1, every // tp))
-            found.append(option_for(demand, model, gpu, tp, constants, stream, most))
+        found += [option_for(demand, model, gpu, tp, constants, stream, profile) for tp in tps]
+    found.sort(key=_order)
+    if stream is None or (demand.ttft is None and demand.tpot is None):
+        return found
+    # The closed form is near enough to tell which are worth their simulation: the best, and those
+    # that it gives as many GPUs as that turns out to need.
+    least = math.inf
+    for i, option in enumerate(found):
+        if option.works and option.gpus <= least:
+            most = min(_ENGINES, max(1, room[option.gpu] // option.tp))
+            found[i] = with_simulation(option, stream, most)
+            least = min(least, found[i].gpus or math.inf)
     return sorted(found, key=_order)
 
 
 def _order(option: Option) -> tuple[bool, int, float]:
     tpot = option.state.tpot if option.state else 0.0
-    return (not option.works, option.gpus or option.tp, tpot)
+    return (not option.works, option.gpus or option.tp * max(1, option.wanted), tpot)
 
 
 def _kinds(cluster: Sequence[Nodes]) -> dict[Gpu, tuple[int, int]]:
@@ -94,14 +110,17 @@ def _kinds(cluster: Sequence[Nodes]) -> dict[Gpu, tuple[int, int]]:
 
 
 def plan_for(
-    request: Request, models: Mapping[str, ServedModel], constants: Constants = CONSTANTS
+    request: Request,
+    models: Mapping[str, ServedModel],
+    constants: Constants = CONSTANTS,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> Plan:
     """Choose and place engines for all models: by priority, then those that need most GPUs.
 
-    models: by `name_of` their demands.
+    models: by `name_of` their demands. profile: measured costs of all of them, by tp.
     """
     options = {
-        name_of(d): options_of(d, models[name_of(d)], request.cluster, constants)
+        name_of(d): options_of(d, models[name_of(d)], request.cluster, constants, profile)
         for d in request.models
     }
     order = sorted(

@@ -11,7 +11,7 @@ from quantize.errors import UsageError
 from quantize.plan.latency import StepTime
 from quantize.plan.memory import Blocks, Engine
 from quantize.plan.request import Demand
-from quantize.plan.simulate.costs import model_costs
+from quantize.plan.simulate.costs import costs_of
 from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Share
 from quantize.plan.simulate.requests import Requests, poisson, requests
@@ -77,7 +77,7 @@ def simulate_engines(
     step: StepTime, engine: Engine, blocks: Blocks, stream: Requests, demand: Demand, replicas: int
 ) -> Simulated:
     """Serve a stream by `replicas` engines that each have their GPUs to themselves."""
-    costs = model_costs(step.model, step.gpu, step.tp, step.constants)
+    costs = costs_of(step)
     context = int((stream.input + stream.output).mean())
     made = [
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from quantize.plan.gpus import Gpu
@@ -10,6 +11,7 @@ from quantize.plan.latency import CONSTANTS, Batch, Constants, StepTime, first_t
 from quantize.plan.memory import Engine, Fit, engine_for, fit
 from quantize.plan.request import Demand
 from quantize.plan.served import ServedModel
+from quantize.plan.simulate.costs import StepCosts, TableStep
 from quantize.plan.simulate.requests import Requests
 from quantize.plan.simulated import Simulated, simulate_engines
 from quantize.plan.steady import Limits, Load, Steady, best_rate, binding, steady
@@ -41,6 +43,10 @@ class Option:
     simulated: Simulated | None = None
     """What the simulator made of that many engines."""
     constants: Constants = CONSTANTS
+    costs: StepCosts | None = None
+    """Of its steps, where they were measured; else `constants` tell."""
+    load: Load | None = None
+    """All of what is asked, where that is a rate or a trace."""
 
     @property
     def gpus(self) -> int:
@@ -50,7 +56,10 @@ class Option:
     @property
     def step(self) -> StepTime:
         """How long its steps take."""
-        return StepTime(self.model, self.gpu, self.tp, self.constants)
+        if self.costs is None:
+            return StepTime(self.model, self.gpu, self.tp, self.constants)
+        own = replace(self.constants, first=0.0)  # which the measured times hold
+        return TableStep(self.model, self.gpu, self.tp, own, self.costs)
 
     @property
     def alone(self) -> float:
@@ -85,26 +94,30 @@ def option_for(
     tp: int,
     constants: Constants = CONSTANTS,
     stream: Requests | None = None,
-    most: int = 64,
+    profile: Mapping[int, StepCosts] | None = None,
 ) -> Option:
-    """One model on engines of `tp` GPUs: what fits, what one takes, how many are needed.
+    """One model on engines of `tp` GPUs: what fits, what one takes, how many are needed by the closed
+    form.
 
-    stream: requests that goals are simulated with, for a rate or a trace. most: engines that there
-    could be room for.
+    stream: requests of a rate or a trace, for their lengths. profile: measured costs by tp, in the
+    place of the roofline.
     """
     engine = replace(engine_for(gpu), utilization=demand.utilization)
     longest = demand.longest
     if stream is not None and demand.context is None:
         longest = max(longest, int((stream.input + stream.output).max()))
     found = fit(model, gpu, tp, engine, longest)
-    base = Option(model, demand, gpu, tp, engine, found, constants=constants)
+    costs = None if profile is None else profile.get(tp)
+    base = Option(model, demand, gpu, tp, engine, found, constants=constants, costs=costs)
     if refused := model.refuses(tp) or _too_large(model, found):
         return replace(base, refused=refused)
+    if profile is not None and costs is None:
+        return replace(base, refused=f"the profile has no rows of tp {tp}")
     if demand.sequences is not None:
         return _for_sequences(base, demand.sequences)
     if demand.rate is None and demand.trace is None:
         return replace(base, replicas=1, wanted=1)
-    return _for_rate(base, stream, most)
+    return _for_rate(base, stream)
 
 
 def _too_large(model: ServedModel, found: Fit) -> str | None:
@@ -140,7 +153,7 @@ def tpot_at(option: Option, sequences: int) -> float:
     return option.step.seconds(Batch(0, 0.0, n, n * option.fit.context))
 
 
-def _for_rate(base: Option, stream: Requests | None, most: int) -> Option:
+def _for_rate(base: Option, stream: Requests | None) -> Option:
     demand, engine = base.demand, base.engine
     rate, inputs, outputs = demand.rate or 0.0, demand.input, demand.output
     if demand.trace is not None and stream is not None:
@@ -155,16 +168,28 @@ def _for_rate(base: Option, stream: Requests | None, most: int) -> Option:
         return replace(base, rate=0.0, binds=binding(base.step, engine, idle, limits))
     replicas = max(1, math.ceil(rate / each - 1e-3))
     binds = binding(base.step, engine, replace(load, rate=each), limits)
-    base = replace(base, rate=each, binds=binds, wanted=replicas)
-    goals = demand.ttft is not None or demand.tpot is not None
-    if stream is not None and goals:
-        simulated, replicas = _fewest(base, stream, min(replicas, most), most)
-        wanted = replicas or max(base.wanted, most + 1)
-        base = replace(base, simulated=simulated, wanted=wanted)
-    if not replicas:
-        return base
     share = replace(load, rate=rate / replicas)
-    return replace(base, replicas=replicas, state=steady(base.step, engine, share))
+    return replace(
+        base,
+        rate=each,
+        binds=binds,
+        wanted=replicas,
+        replicas=replicas,
+        state=steady(base.step, engine, share),
+        load=load,
+    )
+
+
+def with_simulation(option: Option, stream: Requests, most: int) -> Option:
+    """The option with as many engines as the simulator finds are needed for a stream: `most` at
+    most, which are those that there could be room for. None where they do not do."""
+    simulated, replicas = _fewest(option, stream, min(option.wanted, most), most)
+    wanted = replicas or max(option.wanted, most + 1)
+    found = replace(option, simulated=simulated, replicas=replicas, wanted=wanted, state=None)
+    if not replicas or option.load is None:
+        return found
+    share = replace(option.load, rate=option.load.rate / replicas)
+    return replace(found, state=steady(option.step, option.engine, share))
 
 
 def _fewest(base: Option, stream: Requests, start: int, most: int) -> tuple[Simulated | None, int]:

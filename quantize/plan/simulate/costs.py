@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quantize.plan.gpus import Gpu
-from quantize.plan.latency import CONSTANTS, Constants, StepTime, first_token_seconds
+from quantize.plan.latency import CONSTANTS, Batch, Constants, StepTime, first_token_seconds
 from quantize.plan.served import ServedModel
 
 SATURATED = 1024
@@ -150,3 +150,26 @@ def model_costs(
         first=first_token_seconds(model, constants),
         windows=tuple((a, b, w) for w, (a, b) in sorted(windows.items())),
     )
+
+
+@dataclass(frozen=True)
+class TableStep(StepTime):
+    """Steps whose costs were measured, in the place of the roofline."""
+
+    costs: StepCosts | None = None
+
+    def seconds(self, batch: Batch) -> float:
+        """Time of one step; see `latency.step_seconds`."""
+        if self.costs is None or not batch.prefill_tokens + batch.decode_sequences:
+            return super().seconds(batch)
+        scores = batch.prefill_tokens * batch.prefill_context
+        return self.costs.seconds(
+            batch.prefill_tokens, scores, batch.decode_sequences, batch.decode_context_total
+        )
+
+
+def costs_of(step: StepTime) -> StepCosts:
+    """What a simulator adds up for the steps of a model."""
+    if isinstance(step, TableStep) and step.costs is not None:
+        return step.costs
+    return model_costs(step.model, step.gpu, step.tp, step.constants)
