@@ -55,7 +55,7 @@ def test_a_mistake_and_its_line(tmp_path: Path, text: str, message: str):
 
 def test_names_need_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv(TRACE_DIR, raising=False)
-    with pytest.raises(UsageError, match=r"set PQ_TRACE_DIR or --trace-dir .* azure_2023_code.csv"):
+    with pytest.raises(UsageError, match=r"set PQ_TRACE_DIR to .* azure_2023_code\.csv"):
         requests("azure-code")
     monkeypatch.setenv(TRACE_DIR, str(tmp_path))
     with pytest.raises(UsageError, match="cannot be read"):

@@ -129,8 +129,8 @@ def requests(source: str, seed: int = 0, folder: Path | None = None) -> Requests
         return read_trace(Path(source))
     place = folder or (Path(os.environ[TRACE_DIR]) if os.environ.get(TRACE_DIR) else None)
     if place is None:
-        reason = f"pq brings no traces; set {TRACE_DIR} or --trace-dir to the folder with"
-        raise UsageError(f"--trace {source}: {reason} {TRACES[source]}")
+        reason = f"pq brings no traces; set {TRACE_DIR} to the folder that holds"
+        raise UsageError(f"--trace {source}: {reason} {TRACES[source]}, or give the file")
     return read_trace(place / TRACES[source])
 
 
