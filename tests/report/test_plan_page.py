@@ -63,7 +63,7 @@ def test_memory_and_latency_are_drawn(report: Report):
     assert max(requests.series["running"]) >= 1
     ttft, tpot = next(i for i in section(report, "latency") if isinstance(i, Group)).pictures
     assert list(ttft.points) == [2000.0] or list(ttft.points) == [2.0]
-    assert sum(tpot.counts) > 2000
+    assert sum(tpot.counts) > 1900  # of 2,000, but the few beyond the edge
 
 
 def test_the_page_is_written(report: Report, tmp_path: Path):
