@@ -22,6 +22,7 @@ from quantize.cli import estimate as estimate_command
 from quantize.cli import evaluate as evaluate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
+from quantize.cli import plan as plan_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import verify as verify_command
@@ -47,6 +48,7 @@ app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
 app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
+app.command("plan")(plan_command.plan)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.add_typer(recipe_command.app, name="recipe")
