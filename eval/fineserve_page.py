@@ -6,18 +6,19 @@ python eval/fineserve_page.py
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import render  # the script beside this one
-from fineserve import BASELINES
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results" / "fineserve.json"
 PAGE = ROOT / "docs" / "plan-fineserve.md"
 PICTURE = ROOT / "docs" / "pictures" / "plan-fineserve.svg"
+BASELINES = ("Prism", "static partition", "fcfs", "sjf", "lsf")
 _GREY = "#7c879b"
 """To be read on light and on dark pages."""
 _LINES = ("FineServe", *BASELINES)
@@ -92,6 +93,13 @@ def slabs(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def put(text: str, name: str, made: str) -> str:
+    """The text with another section `name`; leaves the program where there is none."""
+    section = re.compile(rf"(<!-- {name}: begin -->\n).*(<!-- {name}: end -->)", re.DOTALL)
+    text, count = section.subn(lambda m: m[1] + made + m[2], text)
+    return text if count else sys.exit(f"{PAGE} has no section {name}")
+
+
 def draw(data: dict[str, Any]) -> None:
     """Attainment and tokens/s over rates, a column for each setting and load."""
     found = [cell for part in ("1 GPU", "8 GPUs") for cell in cells(data.get(part, [])).items()]
@@ -127,13 +135,13 @@ def main() -> None:
     """Rewrite the sections and the picture."""
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
-    text = render.put(text, "claim", claim(data), PAGE)
+    text = put(text, "claim", claim(data))
     found = {key: rows for part in ("1 GPU", "8 GPUs") for key, rows in cells(data[part]).items()}
     for field in ("attainment", "tokens_per_second"):
         shown = [f"{s}, {load}:\n\n{by_rate(rows, field)}" for (s, load), rows in found.items()]
-        text = render.put(text, field, "\n".join(shown), PAGE)
-    text = render.put(text, "time-sliced", by_rate(data["time-sliced"], "attainment"), PAGE)
-    text = render.put(text, "slabs", slabs(data["fragmentation"]), PAGE)
+        text = put(text, field, "\n".join(shown))
+    text = put(text, "time-sliced", by_rate(data["time-sliced"], "attainment"))
+    text = put(text, "slabs", slabs(data["fragmentation"]))
     PAGE.write_text(text, encoding="utf-8")
     draw(data)
 

@@ -27,15 +27,20 @@ def planned(**asked: object) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
-    return plan_report(planned(rate=30.0, ttft=2.0, input=600, output=100), "1.0")
+def plan() -> Plan:
+    return planned(rate=30.0, ttft=2.0, input=600, output=100)
+
+
+@pytest.fixture(scope="module")
+def report(plan: Plan) -> Report:
+    return plan_report(plan, "1.0")
 
 
 def section(report: Report, name: str) -> list[object]:
     return next(list(s.items) for s in report.sections if s.id == name)
 
 
-def test_each_gpu_adds_up_to_its_memory(report: Report):
+def test_each_gpu_adds_up_to_its_memory(plan: Plan, report: Report):
     bars = next(i for i in section(report, "gpus") if isinstance(i, Bars))
     assert bars.stacked
     assert bars.categories == ["0.0.0 8b"] or len(bars.categories) > 1
