@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -179,7 +180,7 @@ def test_more_requests_wait_longer_and_more_memory_less():
     assert waits == sorted(waits)
     waits = [float(np.mean(run(base.at_rate(24), n).ttft)) for n in (20_000, 2_000, 700, 300)]
     assert waits == sorted(waits)
-    slower = StepCosts(**{**COSTS.__dict__, "weights": [2 * w for w in COSTS.weights]})
+    slower = dataclasses.replace(COSTS, weights=[2 * w for w in COSTS.weights])
     times = [
         float(np.mean(simulate(base.at_rate(16), [(EngineSetup(c), Share(20_000))]).tpot))
         for c in (COSTS, slower)
@@ -209,7 +210,7 @@ def test_what_orders_are_for():
         policy: run(requests, policy=policy, ttft=2.0, drop=policy == "fineserve").met(2.0).mean()
         for policy in ("fcfs", "sjf", "fineserve")
     }
-    assert met["fcfs"] < 0.4
+    assert met["fcfs"] < 0.5
     assert met["fcfs"] + 0.2 < min(met["sjf"], met["fineserve"])
 
 
