@@ -45,6 +45,7 @@ ROOMS: dict[str, str] = {
     "bench": "cost errors formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
+    "draft": "calibration errors evaluate files model",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
@@ -89,7 +90,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": (
         "quantize.model.transformers_api",
         "quantize.model.transformers_decoder",
+        "quantize.model.transformers_generate",  # the parent writes: cache and its argument
         "quantize.model.transformers_names",
+        "quantize.serving.transformers_assistant",  # subclasses its generator of candidates
         "quantize.serving.transformers_quantizer",
     ),
 }
