@@ -131,7 +131,7 @@ def test_sampled_text_is_distributed_as_the_parents(pair: Any, policy: str):
     out, steps = generated(parent, prompt, 200, draft, policy_named(policy), temperature)
     accepted = sum(step.accepted for step in steps)
     rejected = sum(step.accepted < step.drafted for step in steps)
-    assert accepted > 40 and rejected > 40  # both ways of getting a token are taken often
+    assert min(accepted, rejected) > 40  # both ways of getting a token are taken often
     text = prompt + out
     assert surprise(parent, text, 3, temperature) < 2.5
     assert surprise(draft, text, 3, temperature) > 2.5  # the test can tell
