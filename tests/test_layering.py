@@ -47,6 +47,7 @@ ROOMS: dict[str, str] = {
     "evaluate": "block calibration errors files model parallel",
     "draft": "calibration errors evaluate files model",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
+    "plan": "errors files formats inspect model",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (
