@@ -45,14 +45,14 @@ ROOMS: dict[str, str] = {
     "bench": "cost errors formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
-    "draft": "calibration errors evaluate files model",
+    "draft": "calibration errors evaluate files model plan serving",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model",
     "gate": "convert errors evaluate files model recipe",
-    "report": "block errors evaluate files formats model pictures recipe",
+    "report": "block draft errors evaluate files formats model pictures recipe",
     "cli": (
-        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures recipe report "
-        "tested verification"
+        "bench convert cost draft errors evaluate files formats gate inspect methods model parallel pictures "
+        "plan recipe report tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",

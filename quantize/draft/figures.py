@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,9 +170,9 @@ def _in_context(trace: Trace, text: int, at: int, tokenizer: Any) -> dict[str, A
         "token": said(written[at : at + 1]),
         "after": said(written[at + 1 : at + 1 + _AFTER]),
         "draft_choice": said([int(trace.choice[text][at])]),
+        "parent_choice": said([int(trace.parent_choice[text][at])]),
         "kl": float(trace["kl"][text][at]),
         "accept": float(trace["accept"][text][at]),
-        "draft_confidence": float(trace["confidence"][text][at]),
-        "parent_confidence": float(trace["parent_confidence"][text][at]),
-        "nll": float(trace["nll"][text][at]),
+        "probability": math.exp(-float(trace["draft_nll"][text][at])),
+        "parent_probability": math.exp(-float(trace["nll"][text][at])),
     }

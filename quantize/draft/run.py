@@ -30,6 +30,7 @@ from quantize.model.transformers_generate import stop_tokens
 
 Progress = Callable[[str, int, int], None]
 LOOKUP = "n-gram lookup"
+CACHE = "parent on INT4 KV"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Settings:
     numerics: Numerics = "kernel"
     attention: KvNumerics | None = None
     """How drafts attend where they do not say."""
+    kv_int4: bool = False
+    """Whether to run the parent itself on an INT4 cache as one more draft: what the cache alone
+    costs."""
 
     def __post_init__(self) -> None:
         if not self.temperatures or any(t < 0 for t in self.temperatures):
@@ -73,6 +77,8 @@ class DraftFigures:
     shared_ids: SharedIds | None = None
     folder: Path | None = None
     """None for prompt lookup."""
+    same_vocabulary: bool = True
+    """Whether config.json gives the parent's vocab_size, which vLLM asks for."""
 
     def at(self, temperature: float) -> Sampling:
         """The figures at one temperature."""
@@ -132,12 +138,19 @@ def measure(
         rollouts, sources, sha256 = list(saved), ("a saved rollout",), ""
     theirs = open_model(parent, how.device, how.dtype, how.numerics)
     opened = [open_model(f, how.device, how.dtype, how.numerics, how.attention) for f in drafts]
-    traces = trace(theirs, opened, rollouts, vocab, progress)
     called_so = list(names or map(called, drafts))
+    folders = list(drafts)
+    if how.kv_int4:
+        opened.append(open_model(parent, how.device, how.dtype, how.numerics, KvNumerics()))
+        called_so.append(CACHE)
+        folders.append(parent)
+        shared.append(compare_ids(tokenizer, tokenizer, parent))
+        sizes.append(sizes[0])
+    traces = trace(theirs, opened, rollouts, vocab, progress)
     figures = [
-        _figures(name, folder, model, found, ids, tokenizer, how.gammas)
-        for name, folder, model, found, ids in zip(
-            called_so, drafts, opened, traces, shared, strict=True
+        _figures(name, folder, model, found, ids, tokenizer, how.gammas, size == sizes[0])
+        for name, folder, model, found, ids, size in zip(
+            called_so, folders, opened, traces, shared, sizes[1:], strict=True
         )
     ]
     figures.append(DraftFigures(LOOKUP, tuple(_lookup(r, how.gammas) for r in rollouts)))
@@ -188,6 +201,7 @@ def _figures(
     ids: SharedIds,
     tokenizer: Any,
     gammas: Sequence[int],
+    same_vocabulary: bool,
 ) -> DraftFigures:
     return DraftFigures(
         name,
@@ -196,6 +210,7 @@ def _figures(
         model.kv_cache,
         ids,
         folder,
+        same_vocabulary,
     )
 
 

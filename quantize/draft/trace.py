@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,12 +41,14 @@ COLUMNS = (
     "margin",
     "parent_confidence",
     "nll",
+    "draft_nll",
 )
 """What is kept of every token, float64 [n] for each text:
 kl: KL(p ‖ q) in nats; overlap: Σ min(p, q), the chance that a token drawn from q is accepted;
 accept: the chance that the token which the parent wrote came from the draft, 1 or 0 at T = 0 and
 min(1, q/p) above; top1: whether both have the same likeliest token; entropy, confidence, margin of
-q (nats; likeliest; less the second); parent_confidence: the likeliest of p; nll: −ln p of the token.
+q (nats; likeliest; less the second); parent_confidence: the likeliest of p; nll, draft_nll: −ln p and
+−ln q of the token.
 p and q are at the rollout's temperature, at T = 0 at 1."""
 
 
@@ -57,8 +59,9 @@ class Trace:
     rollout: Rollout
     columns: dict[str, list[Array]]
     """Name → one array for each text, in the order of the rollout."""
-    choice: list[NDArray[np.int64]] = field(default_factory=list)
+    choice: list[NDArray[np.int64]]
     """The draft's likeliest token."""
+    parent_choice: list[NDArray[np.int64]]
 
     @property
     def temperature(self) -> float:
@@ -77,7 +80,12 @@ class Trace:
             tuple(self.rollout.tokens[i] for i in texts),
         )
         columns = {name: [values[i] for i in texts] for name, values in self.columns.items()}
-        return Trace(rollout, columns, [self.choice[i] for i in texts] if self.choice else [])
+        return Trace(
+            rollout,
+            columns,
+            [self.choice[i] for i in texts],
+            [self.parent_choice[i] for i in texts],
+        )
 
 
 def trace(
@@ -193,7 +201,9 @@ def _compare(p: Tensor, q: Tensor, written: Tensor, temperature: float) -> dict[
         "margin": two.values[:, 0] - two.values[:, 1],
         "parent_confidence": best.values.exp(),
         "nll": -wanted,
+        "draft_nll": -mine,
         "choice": choice,
+        "parent_choice": best.indices,
         "strange": (best.values - wanted > _TIE).double(),
     }
     return {name: values.cpu() for name, values in found.items()}
@@ -215,13 +225,15 @@ def _traces(
                 f"{strange:.0%} of the tokens of the greedy rollout are not what this parent finds "
                 "likeliest: it is another model's; let this parent write one"
             )
-        choice = [found[r, i]["choice"].numpy() for i in kept]
+        choices = [
+            [found[r, i][name].numpy() for i in kept] for name in ("choice", "parent_choice")
+        ]
         used = Rollout(
             rollout.temperature,
             tuple(rollout.prompts[i] for i in kept),
             tuple(rollout.tokens[i] for i in kept),
         )
-        traces.append(Trace(used, columns, choice))
+        traces.append(Trace(used, columns, *choices))
     return traces
 
 
