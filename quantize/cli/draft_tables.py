@@ -42,7 +42,7 @@ def _table(title: str, *columns: str, texts: int = 1) -> Table:
     table = titled_table(title)
     for i, column in enumerate(columns):
         left = i < texts
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     return table
 
 
@@ -59,13 +59,12 @@ def _temperature(entry: Drafted) -> str:
 
 def _acceptance(found: Analysis, title: str) -> Table:
     table = _table(
-        f"{title} at each temperature; tokens per step of the parent at length γ",
+        f"{title} at each temperature\ntokens per step of the parent at length γ",
         "draft",
         "bits",
         "T",
         "accepted",
         "KL",
-        "top-1",
         *(f"γ {g}" for g in _SHOWN),
     )
     for drafted in found.drafts:
@@ -73,12 +72,11 @@ def _acceptance(found: Analysis, title: str) -> Table:
         for i, entry in enumerate(drafted.by_temperature):
             s = entry.sampling
             kl = "-" if s.kl is None else f"{s.kl.value:.4f}"
-            top1 = "-" if s.top1 is None else f"{s.top1.value:.3f}"
             lengths = {x.gamma: x.tokens_per_step for x in s.lengths}
             steps = [_plus(lengths[g], 2) if g == 4 else f"{lengths[g].value:.2f}" for g in _SHOWN]
             bits = "-" if f.bits_per_weight is None else f"{f.bits_per_weight:.2f}"
             name = (f.name, bits) if i == 0 else ("", "")
-            table.add_row(*name, _temperature(entry), _plus(s.alpha, 3), kl, top1, *steps)
+            table.add_row(*name, _temperature(entry), _plus(s.alpha, 3), kl, *steps)
     return table
 
 

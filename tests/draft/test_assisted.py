@@ -12,6 +12,7 @@ from drafts import REFERENCE, docstrings, rounded
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quantize
+from quantize.draft.policies import play, stories
 from quantize.draft.replay import replay
 from quantize.draft.run import Measurement, Settings, measure
 from quantize.errors import UsageError
@@ -71,6 +72,9 @@ def test_no_policy_changes_greedy_text(measured: Measurement, draft: Path, polic
     out, steps = generated(parent, prompt.ids, TOKENS, assistant, policy, 0.0)
     assert tuple(out) == written
     assert sum(step.accepted + 1 for step in steps) == len(written)
+    greedy_of_one = greedy.only([1])
+    played = play(policy, stories(greedy_of_one))
+    assert played.steps[0] == len(steps)  # replay takes the very same steps
     at = 0
     for step in steps:  # what policies are told is what the streamed pass finds
         kl = greedy["kl"][1][at : at + step.accepted + 1]
@@ -160,6 +164,6 @@ def test_import_quantize_is_enough(pair: Any):
     assert torch.equal(
         parent.generate(ids, custom_generate=quantize.assisted(draft, "dsde-paper"), **how), plain
     )
-    with pytest.raises(UsageError, match="policy 'dsd': choose static-N, dsde-paper"):
+    with pytest.raises(UsageError, match="policy 'dsd': choose static-N, fitted:FILE, dsde-paper"):
         quantize.assisted(draft, "dsd")
     assert Round(0, 0).kl == ()
