@@ -42,7 +42,9 @@ def _table(title: str, *columns: str, texts: int = 1) -> Table:
     table = titled_table(title)
     for i, column in enumerate(columns):
         left = i < texts
-        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        table.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=not left
+        )
     return table
 
 
