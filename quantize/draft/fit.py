@@ -53,6 +53,15 @@ def fit(trace: Trace, costs: Costs, repeats: int = 4, seed: int = 0) -> Fit | No
     half = set(texts[::2])
     learn = [story for story in told if story.text in half]
     rest = [story for story in told if story.text not in half]
+    return _judged(learn, rest, costs)
+
+
+def carried_over(trace: Trace, other: Trace, costs: Costs, repeats: int = 4) -> Fit:
+    """Fit on all texts of one trace and compare on another's, of other text."""
+    return _judged(stories(trace, repeats), stories(other, repeats), costs)
+
+
+def _judged(learn: Sequence[Story], rest: Sequence[Story], costs: Costs) -> Fit:
     static = max((Static(g) for g in _LENGTHS), key=lambda p: play(p, learn).speed_up(costs).value)
     policy = fitted_on(learn, costs)
     ours, theirs = play(policy, rest), play(static, rest)
@@ -168,4 +177,4 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-__all__ = ["AHEAD", "FEATURES", "Fit", "difference", "fit", "fitted_on", "signals"]
+__all__ = ["AHEAD", "FEATURES", "Fit", "carried_over", "difference", "fit", "fitted_on", "signals"]
