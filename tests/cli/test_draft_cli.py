@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from quantize.cli import app
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "draft"))
-from drafts import REFERENCE, docstrings, rounded  # noqa: E402
+from drafts import REFERENCE, docstrings, rounded
 
 
 @pytest.fixture(scope="module")
