@@ -169,7 +169,14 @@ def draft(
             cost=cost,
             policies=policies,
             cache=cache,
+            paths={copy.name: f"{parent}-{copy.name}" for copy in copies},
             progress=progress,
+        )
+    for copy, name in zip(copies, recipe or (), strict=True):
+        typer.echo(
+            f"pq: note: {copy.name} was converted for this run alone; to serve it: pq convert -m "
+            f"{target} -r {name} -o {parent}-{copy.name}",
+            err=True,
         )
     if save_rollout is not None:
         save_rollouts(found.rollouts, found.parent, save_rollout)

@@ -24,7 +24,7 @@ from quantize.draft.pays import (
 )
 from quantize.draft.policies import BatchOutcome, Costs, Outcome, play, play_batch, stories
 from quantize.draft.replay import Interval
-from quantize.draft.run import DraftFigures, Measurement
+from quantize.draft.run import CACHE, DraftFigures, Measurement
 from quantize.draft.trace import Trace
 from quantize.plan.checkpoint import served_model
 from quantize.plan.served import ServedModel
@@ -99,15 +99,15 @@ def analyse(
     cost: float | None = None,
     policies: bool = False,
     cache: int | None = None,
-    kv: Mapping[str, str] | None = None,
+    paths: Mapping[str, str] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Analysis:
     """Draw the conclusions of a measurement.
 
     place: GPU whose times are taken, or cost: a known cost ratio of all drafts; one of them.
     policies: replay policies and look for bursts, which takes a while. cache: which draft of the
-    measurement is the parent on an INT4 cache (`Settings.kv_int4`). kv: name of a draft → type of
-    its cache in the engine where not as its checkpoint says.
+    measurement is the parent on an INT4 cache (`Settings.kv_int4`). paths: name of a draft → what
+    engines are to load it from, where not from the folder that was measured.
     """
     theirs = None if place is None else served_model(parent)
     drafts = []
@@ -116,12 +116,13 @@ def analyse(
         folder = figures.folder
         served = None
         if folder is not None and place is not None:
-            served = served_model(folder, (kv or {}).get(figures.name, "auto"))
+            served = served_model(folder)
         by_batch, space = _times(theirs, served, folder is None, place, cost)
         most = None if space is None else space.sequences
         entries = []
         for index, sampling in enumerate(figures.sampling):
-            progress("policies", number * len(figures.sampling) + index, 0)
+            done = number * len(figures.sampling) + index
+            progress("replaying", done, len(found.drafts) * len(figures.sampling))
             paid = pays(sampling, by_batch, most)
             trace = traces[index] if traces else None
             if trace is None or not policies:
@@ -129,7 +130,7 @@ def analyse(
                 continue
             beside = None if cache is None or cache == number else found.traces[cache][index]
             entries.append(_drafted(sampling, paid, trace, by_batch, beside))
-        drafts.append(_analysed(figures, tuple(entries), space, found))
+        drafts.append(_analysed(figures, tuple(entries), space, found, paths or {}))
     return Analysis(found, place, cost, tuple(drafts))
 
 
@@ -203,15 +204,20 @@ def _row(
 
 
 def _analysed(
-    figures: DraftFigures, entries: tuple[Drafted, ...], space: Room | None, found: Measurement
+    figures: DraftFigures,
+    entries: tuple[Drafted, ...],
+    space: Room | None,
+    found: Measurement,
+    paths: Mapping[str, str],
 ) -> Analysed:
     # what is sampled is served; greedy figures where nothing else was measured
     last = entries[-1]
     ranges, most = lengths_by_batch(last.pays)
-    if not any(pay.gamma for pay in last.pays):
+    # the parent on an INT4 cache says what the cache costs, and is nothing to serve
+    if figures.name == CACHE or not any(pay.gamma for pay in last.pays):
         return Analysed(figures, entries, space, "", None)
     config = speculative_config(
-        figures.folder,
+        None if figures.folder is None else Path(paths.get(figures.name, figures.folder)),
         most,
         by_batch=ranges if len(ranges) > 1 else (),
         same_vocabulary=figures.same_vocabulary,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ def measure(
         sources, sha256 = prompts.sources, prompts.sha256
     else:
         rollouts, sources, sha256 = list(saved), ("a saved rollout",), ""
+        how = replace(how, temperatures=tuple(rollout.temperature for rollout in rollouts))
     theirs = open_model(parent, how.device, how.dtype, how.numerics)
     opened = [open_model(f, how.device, how.dtype, how.numerics, how.attention) for f in drafts]
     called_so = list(names or map(called, drafts))

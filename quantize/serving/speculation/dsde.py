@@ -16,6 +16,7 @@ Source: the DSDE paper, and github.com/samsungsds-research-paper/DSDE at 283f72f
 | smallest length | 2 | 6 |
 | largest | accepted · (1 + mean/max KL) | accepted · (1 + ½·mean/max KL) |
 | cap of a batch at ⌈mean length⌉ | yes | no |
+| KL values before lengths are adapted | 30 | 30 (the worker's fallback; its configuration says 100) |
 
 Deviations: KL values are exact, where the code clamps probabilities at 1e-8; behind a rejected token
 they are used only where they are known (`after_rejection`), which is in transformers but not in
