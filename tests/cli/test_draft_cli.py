@@ -24,7 +24,7 @@ def call(*words: object, code: int = 0) -> str:
     done = CliRunner().invoke(app, ["draft", *map(str, words)], env={"COLUMNS": "80"})
     if code == 0 and done.exception:
         raise done.exception
-    return done.output
+    return done.stdout
 
 
 def test_tables_page_config_and_json(draft: Path, tmp_path: Path):
