@@ -35,11 +35,11 @@ from vllm import LLM, SamplingParams
 asked = json.load(open(sys.argv[1]))
 if asked["corrected"]:
     import vllm.v1.sample.rejection_sampler as sampler
-    def expand(x, ends, count, old=0, new=0):
+    def expand(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
         import torch
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        wide = x.repeat_interleave((ends - starts).long())
-        return torch.where(wide == old, torch.full_like(wide, new), wide)
+        starts = torch.cat([cu_num_tokens.new_zeros(1), cu_num_tokens[:-1]])
+        wide = x.repeat_interleave((cu_num_tokens - starts).long())
+        return torch.where(wide == replace_from, torch.full_like(wide, replace_to), wide)
     sampler.expand_batch_to_tokens = expand
 llm = LLM(model=asked["model"], speculative_config=asked["speculative"], dtype=asked["dtype"],
           enforce_eager=True, max_model_len=asked["length"], disable_log_stats=False,
