@@ -127,7 +127,9 @@ def surprise(model: Any, text: list[int], first: int, temperature: float) -> flo
     return float(((seen - expected) ** 2 / expected).sum() / 11)
 
 
-@pytest.mark.parametrize("policy", ["dsde-published-code", "adaedl"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("dsde-published-code", marks=pytest.mark.slow), "adaedl"]
+)
 def test_sampled_text_is_distributed_as_the_parents(pair: Any, policy: str):
     parent, draft = pair
     torch.manual_seed(11)
