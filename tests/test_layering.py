@@ -45,13 +45,14 @@ ROOMS: dict[str, str] = {
     "bench": "cost errors formats kernels methods model serving solvers",
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
+    "draft": "calibration errors evaluate files model plan serving",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
     "gate": "convert errors evaluate files model recipe",
-    "report": "block errors evaluate files formats model pictures plan recipe",
+    "report": "block draft errors evaluate files formats model pictures plan recipe",
     "cli": (
-        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures plan recipe "
-        "report tested verification"
+        "bench convert cost draft errors evaluate files formats gate inspect methods model parallel pictures "
+        "plan recipe report tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",
@@ -90,7 +91,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": (
         "quantize.model.transformers_api",
         "quantize.model.transformers_decoder",
+        "quantize.model.transformers_generate",  # the parent writes: cache and its argument
         "quantize.model.transformers_names",
+        "quantize.serving.transformers_assistant",  # subclasses its generator of candidates
         "quantize.serving.transformers_quantizer",
     ),
 }

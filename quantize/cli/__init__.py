@@ -18,6 +18,7 @@ import quantize
 from quantize.cli import bench as bench_command
 from quantize.cli import compare as compare_command
 from quantize.cli import convert as convert_command
+from quantize.cli import draft as draft_command
 from quantize.cli import estimate as estimate_command
 from quantize.cli import evaluate as evaluate_command
 from quantize.cli import inspect as inspect_command
@@ -46,6 +47,7 @@ app.command("convert")(convert_command.convert)
 app.command("estimate")(estimate_command.estimate)
 app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
+app.command("draft")(draft_command.draft)
 app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
@@ -61,7 +63,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_COMPUTING = {"convert", "estimate", "eval", "compare", "verify", "bench"}
+_COMPUTING = {"convert", "estimate", "eval", "compare", "draft", "verify", "bench"}
 """Commands that compute with the libraries whose releases may be untested;
 the others only read files."""
 
