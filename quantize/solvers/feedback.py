@@ -287,10 +287,11 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
         best_value = here.clone()
         best_codes = old.clone()
         best_scale = state.scale[:, g].clone()
-        for candidate in candidates:
-            s = candidate[:, g : g + 1]
-            codes, values = grid.book(s[:, 0], state.factor[:, 0]).round(here.T)
-            trials = ((old, grid.value(old, s, state.factor)), (codes.T, values.T))
+        tried = [candidate[:, g] for candidate in candidates]
+        fitted = grid.refit(old, here, slope, block)
+        for s in [*tried, *([] if fitted is None else [fitted])]:
+            codes, values = grid.book(s, state.factor[:, 0]).round(here.T)
+            trials = ((old, grid.value(old, s[:, None], state.factor)), (codes.T, values.T))
             for q, trial in trials:
                 delta = trial - here
                 gain = ((2 * slope + delta @ block) * delta).sum(1)
@@ -298,11 +299,16 @@ def _move_scales(state: _Descent, H: Tensor, grid: Grid, sweep: int) -> None:
                 best = torch.where(better, gain, best)
                 best_value = torch.where(better[:, None], trial, best_value)
                 best_codes = torch.where(better[:, None], q, best_codes)
-                best_scale = torch.where(better, s[:, 0], best_scale)
+                best_scale = torch.where(_rows(better, s), s, best_scale)
         state.gradient.addmm_(best_value - here, H[span])
         state.value[:, span] = best_value
         state.codes[:, span] = best_codes
         state.scale[:, g] = best_scale
+
+
+def _rows(chosen: Tensor, scale: Tensor) -> Tensor:
+    """Chosen rows [N] beside scales [N], or [N, 2] where a group has a minimum too."""
+    return chosen if scale.dim() == 1 else chosen[:, None]
 
 
 def corrected_target(
