@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantize.formats.compressed_tensors import CompressedTensors
@@ -46,6 +46,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return form.open(folder, section)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise unreadable(folder, err) from None
+
+
+def scheme_of(entry: Mapping[str, Any]) -> AnyScheme:
+    """Undo a scheme's `as_json`, whatever its layout; ValueError for one that pq does not write."""
+    from quantize.formats.gguf.blocks import KINDS, BlockScheme
+    from quantize.formats.native import scheme_from_json
+
+    blocks = entry.get("format") in KINDS
+    return BlockScheme.from_json(entry) if blocks else scheme_from_json(entry)
 
 
 def schemes_in(section: Section, linears: Sequence[str]) -> dict[str, AnyScheme]:

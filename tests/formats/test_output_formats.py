@@ -127,9 +127,9 @@ def test_what_such_a_format_cannot_hold_is_said_with_its_line(npz: OutputFormat)
         parse_recipe(text, "r.yaml")
     with pytest.raises(RecipeError, match=rf"{where}method: needs 'format: pq', no other loader"):
         parse_recipe(text.replace("rtn, bits: 5", "sbvr"), "r.yaml")
-    names = "'compressed-tensors' or 'pq' or 'npz'"
-    with pytest.raises(RecipeError, match=rf"must be {names} \(value 'gguf'\)"):
-        parse_recipe(text.replace("npz", "gguf"), "r.yaml")
+    names = "'compressed-tensors' or 'pq' or 'gguf' or 'npz'"
+    with pytest.raises(RecipeError, match=rf"must be {names} \(value 'exl3'\)"):
+        parse_recipe(text.replace("npz", "exl3"), "r.yaml")
 
 
 def test_what_such_a_format_loses_is_told(

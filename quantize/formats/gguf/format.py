@@ -210,7 +210,7 @@ def describe(
     if problem := next(problems(facts), None):
         raise ValueError(problem)
     told: dict[str, Any] = {
-        "general.name": str(facts.get("_name_or_path") or facts["model_type"]),
+        "general.name": str(facts["model_type"]),
         "general.quantization_version": 2,
         "general.file_type": _file_type(facts),
     }
