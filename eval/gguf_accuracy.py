@@ -135,13 +135,15 @@ def made(model: Path, args: Any) -> Iterator[tuple[str, Path]]:
     yield "F16", work / "f16" / FILE
     matrix = None
     for row, (ftype, with_matrix) in THEIRS.items():
+        if args.rows and row not in args.rows:
+            continue
         path = work / f"llama-{ftype}{'-imatrix' * with_matrix}.gguf"
         if not path.exists():
             if with_matrix and matrix is None:
                 tokens = calibration_tokens(
                     load_tokenizer(model),
                     dataset=args.calibration,
-                    nsamples=args.nsamples,
+                    nsamples=args.matrix_samples or args.nsamples,
                     seqlen=args.seqlen,
                     seed=0,
                 )
@@ -149,6 +151,8 @@ def made(model: Path, args: Any) -> Iterator[tuple[str, Path]]:
             write_theirs(work / "f16" / FILE, path, ftype, matrix if with_matrix else None)
         yield row, path
     for row, (name, fields) in OURS.items():
+        if args.rows and row not in args.rows:
+            continue
         folder = work / "-".join((name, *fields))
         if not folder.exists():
             recipe = recipe_of(name, fields, args)
@@ -251,6 +255,12 @@ def main() -> None:
     """Measure every row of every model, and keep the results after each."""
     parser = measuring.parser(__doc__ or "")
     parser.add_argument("--work", type=Path, help="folder that keeps all files between runs")
+    parser.add_argument(
+        "--rows", action="append", help="a row to measure, beside F16; all by default"
+    )
+    parser.add_argument(
+        "--matrix-samples", type=int, help="sequences for the importance matrix; all by default"
+    )
     args = parser.parse_args()
     args.work = args.work or Path(tempfile.mkdtemp(prefix="pq-gguf-"))
     results = measuring.head(args)

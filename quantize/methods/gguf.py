@@ -48,6 +48,11 @@ class Blocks(Encode):
     """Rounds of coordinate descent over scales, minima and codes."""
 
     @property
+    def bits(self) -> int:
+        """Bits of a weight code."""
+        return KINDS[self.type].bits
+
+    @property
     def blocks_field(self) -> str | None:
         """No other format has these blocks."""
         return "method"

@@ -1,0 +1,116 @@
+"""A real llama.cpp loads what `format: gguf` writes (`make test-gguf`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, config_of, random_weights, save_model, save_side_files
+from resumed import request
+from transformers import AutoTokenizer
+
+from quantize.convert.loop import convert
+from quantize.files.resources import data_dir
+from quantize.model.load import load_model
+
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed; make test-gguf makes a place for it"
+)
+pytestmark = pytest.mark.slow
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "sliding_window": 8,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+REFERENCE = data_dir("eval") / "reference-model"
+TOKENS = torch.randint(2, 290, (96,), generator=torch.Generator().manual_seed(0))
+
+
+def engine(folder: Path) -> Any:
+    return llama_cpp.Llama(
+        str(folder / "model.gguf"),
+        n_ctx=256,
+        n_batch=256,
+        n_threads=1,
+        logits_all=True,
+        verbose=False,
+    )
+
+
+def log_probs(running: Any, tokens: list[int]) -> torch.Tensor:
+    running.reset()
+    running.eval(tokens)
+    return torch.from_numpy(np.array(running.scores[: len(tokens)])).log_softmax(-1)
+
+
+def divergence(folder: Path, tokens: torch.Tensor) -> float:
+    """Mean KL of llama.cpp's predictions from those of pq's own reader in float32."""
+    with torch.no_grad():
+        ours = load_model(folder, CPU, torch.float32)(tokens[None]).logits[0].log_softmax(-1)
+    theirs = log_probs(engine(folder), tokens.tolist())
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "llama3"])
+def test_every_family_computes_what_pq_reads(kind: str, text_file: Path, tmp_path: Path):
+    """One linear in blocks and the rest in F16: nothing but float16 differs, so that a row, a norm or
+    a frequency in the wrong place would show."""
+    sizes = {"rope_parameters": LLAMA3} if kind == "llama3" else FAMILIES[kind]
+    config = config_of("llama" if kind == "llama3" else kind, **sizes)
+    parent = save_model(tmp_path / "parent", config, random_weights(config))
+    save_side_files(parent)
+    body = "format: gguf, stages: [{method: gguf, type: q8_0, rounding: nearest, layers: ['*.0.mlp.up_proj']}]"
+    convert(request(body, parent, text_file, tmp_path / "out"))
+    assert divergence(tmp_path / "out", TOKENS) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
+def test_blocks_compute_within_the_rounding_of_activations(
+    kind: str, text_file: Path, tmp_path: Path
+):
+    body = (
+        "format: gguf, head_bits: 8, embedding_bits: 8, "
+        f"stages: [{{method: gguf, type: {kind}, rounding: nearest}}]"
+    )
+    convert(request(body, REFERENCE, text_file, tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    text = Path(str(torch.__file__)).read_text(encoding="utf-8")[:2000]
+    tokens = torch.tensor(tokenizer(text).input_ids[:200])
+    # What llama.cpp leaves when it rounds inputs of blocks to 8 bits: measured 2e-4.
+    assert divergence(tmp_path / "out", tokens) < 1e-3
+
+
+def test_it_tokenizes_and_generates(text_file: Path, tmp_path: Path):
+    convert(
+        request("format: gguf, stages: [{method: rtn}]", REFERENCE, text_file, tmp_path / "out")
+    )
+    running, tokenizer = engine(tmp_path / "out"), AutoTokenizer.from_pretrained(REFERENCE)
+    for text in ("def main(args):\n    return 1234", "naïve  量子 isn't\n\n\tit?", " <s>x</s>"):
+        wanted = tokenizer(text).input_ids
+        assert running.tokenize(text.encode(), add_bos=True, special=True) == wanted, text
+    prompt = tokenizer("import os\n\ndef main(").input_ids
+    model = load_model(tmp_path / "out", CPU, torch.float32)
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0]
+    found = running.create_completion(prompt, max_tokens=12, temperature=0)["choices"][0]["text"]
+    assert tokenizer.decode(wanted[len(prompt) :])[:8] == found[:8]
