@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
-import llama_cpp
 import measuring  # the script beside this one
 import numpy as np
 import torch
@@ -101,6 +99,8 @@ def write_theirs(
     plain: Path, output: Path, ftype: int, matrix: Mapping[str, np.ndarray[Any, Any]] | None
 ) -> None:
     """Quantize with llama.cpp."""
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.ftype = torch.get_num_threads(), ftype
     params.output_tensor_type = params.token_embedding_type = Q8_0
@@ -162,14 +162,18 @@ def made(model: Path, args: Any) -> Iterator[tuple[str, Path]]:
 
 def bits_of(path: Path) -> tuple[float, int]:
     """Bits per weight of the matrices of the blocks, and bytes of the file."""
+    import gguf
+
     held = [t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk.")]
     held = [tensor for tensor in held if len(tensor.shape) > 1]
     weights = sum(math.prod(int(n) for n in tensor.shape) for tensor in held)
     return sum(8 * int(tensor.n_bytes) for tensor in held) / weights, path.stat().st_size
 
 
-def open_model(path: Path, context: int) -> llama_cpp.Llama:
+def open_model(path: Path, context: int) -> Any:
     """A model that keeps the logits of all tokens."""
+    import llama_cpp
+
     return llama_cpp.Llama(
         str(path),
         n_ctx=context,
@@ -181,7 +185,7 @@ def open_model(path: Path, context: int) -> llama_cpp.Llama:
     )
 
 
-def log_probs(engine: llama_cpp.Llama, window: list[int]) -> torch.Tensor:
+def log_probs(engine: Any, window: list[int]) -> torch.Tensor:
     """Log probabilities [T − 1, V] of the tokens behind the first."""
     engine.reset()
     engine.eval(window)
@@ -251,6 +255,23 @@ def difference(folder: Path, windows: torch.Tensor) -> dict[str, float]:
     return {"kld_mean": float(torch.cat(klds).mean()), "mean_abs": float(torch.cat(moved).mean())}
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | file | bits | MB | perplexity | KLD | KLD p99 | same top-1 | prompt tokens/s | decode tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results["rows"]:
+        speeds = [r.get(f"{what}_tokens_per_second") for what in ("prompt", "decode")]
+        shown = " | ".join("" if found is None else f"{found:.0f}" for found in speeds)
+        lines.append(
+            f"| {r['model']} | {r['file']} | {r['bits_per_weight']:.3f} | {r['bytes'] / 1e6:.1f} "
+            f"| {r['perplexity']:.3f} | {r['kld_mean']:.5f} | {r['kld_p99']:.4f} "
+            f"| {r['top1_agreement']:.3f} | {shown} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure every row of every model, and keep the results after each."""
     parser = measuring.parser(__doc__ or "")
@@ -269,6 +290,8 @@ def main() -> None:
         .replace("parent and model in float32; ", "all of them by llama.cpp, the parent in F16; ")
         .replace("lm_head and embeddings stay 16-bit", "lm_head and embeddings are Q8_0")
     )
+    import llama_cpp
+
     results["versions"]["llama-cpp-python"] = llama_cpp.__version__
     for model in args.model:
         text = evaluation_tokens(
@@ -283,7 +306,7 @@ def main() -> None:
                     shape = (len(windows), windows.shape[1] - 1, vocab)
                     parent = np.memmap(Path(scratch) / "parent", np.float32, "w+", shape=shape)
                 bits, size = bits_of(path)
-                facts: dict[str, Any] = {"model": model.name, "row": row, "bits_per_weight": bits}
+                facts: dict[str, Any] = {"model": model.name, "file": row, "bits_per_weight": bits}
                 facts["bytes"] = size
                 facts |= dataclasses.asdict(measure(path, windows, parent, row == "F16"))
                 if row == "F16" or row.startswith("pq gguf"):

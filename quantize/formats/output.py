@@ -71,6 +71,8 @@ class OutputFormat(ABC):
     """What it is for, after its name, for the editor's help."""
     served: ClassVar[bool] = False
     """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
+    copies: ClassVar[int] = 1
+    """How often the tensors stand on the disk while the last of them is written."""
     keeps_post_scales: ClassVar[bool] = False
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
     keeps_blocks: ClassVar[bool] = False

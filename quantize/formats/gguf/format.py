@@ -37,6 +37,7 @@ class Gguf(OutputFormat):
     name = GGUF
     about = "loads in llama.cpp (Q4_0, Q4_1 and Q8_0 blocks)"
     keeps_blocks = True
+    copies = 2
 
     def problems(self, stages: Sequence[Asking]) -> Iterator[tuple[int, str, str]]:
         """No cache of ours, no FP8, no groups that blocks do not divide, nothing of format pq."""
