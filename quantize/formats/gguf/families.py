@@ -142,12 +142,14 @@ def problems(facts: Mapping[str, Any]) -> Iterator[str]:
             yield "its sliding layers have scaled positions, which llama.cpp's have not"
     if family.architecture == "gemma3":
         yield from _gemma_problems(facts)
-    elif facts.get("model_type") == "qwen2" and "sliding_attention" in facts.get("layer_types", ()):
+    elif facts.get("model_type") == "qwen2" and "sliding_attention" in (
+        facts.get("layer_types") or ()
+    ):
         yield "some of its layers attend to a window, and llama.cpp's qwen2 to everything"
 
 
 def _gemma_problems(facts: Mapping[str, Any]) -> Iterator[str]:
-    kinds = facts.get("layer_types", ())
+    kinds = facts.get("layer_types") or ()
     usual = [
         "sliding_attention" if (index + 1) % _GEMMA_PERIOD else "full_attention"
         for index in range(len(kinds))
