@@ -279,6 +279,7 @@ def test_schema_is_strict_and_discriminated():
         "description",
         "format",
         "head_bits",
+        "embedding_bits",
         "calibration",
         "target_bpw",
         "stages",
