@@ -256,6 +256,7 @@ def test_blocks_need_the_format():
             PATTERN | {"layer_types": ["sliding_attention"] * 6},
             "full attention in every 6th layer",
         ),
+        ("qwen2", {"num_attention_heads": 4}, "its 4 heads are not as wide together"),
         ("qwen3", {"attention_bias": True}, "_proj.bias has no place in llama.cpp's qwen3"),
     ],
 )

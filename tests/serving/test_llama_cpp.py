@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": True, "num_attention_heads": 2},
     "qwen3": {},
     "gemma3_text": {
         "num_hidden_layers": 6,

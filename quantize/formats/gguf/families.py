@@ -140,6 +140,12 @@ def problems(facts: Mapping[str, Any]) -> Iterator[str]:
             yield "it rotates a part of each head"
         if kind == "sliding_attention" and rope.get("rope_type", "default") != "default":
             yield "its sliding layers have scaled positions, which llama.cpp's have not"
+    heads, width = facts["num_attention_heads"], facts["hidden_size"]
+    if (
+        family.architecture == "qwen2"
+        and (facts.get("head_dim") or width // heads) * heads != width
+    ):
+        yield f"its {heads} heads are not as wide together as the stream of {width}, as qwen2's are"
     if family.architecture == "gemma3":
         yield from _gemma_problems(facts)
     elif facts.get("model_type") == "qwen2" and "sliding_attention" in (
