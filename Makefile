@@ -17,7 +17,7 @@ else
 LOCKED += .ci/locks/cuda.txt
 endif
 
-.PHONY: demo test test-all test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu bench-peers \
+.PHONY: demo test test-all test-gguf test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu bench-peers \
 	gpu-session docs clean help
 
 help: ## Show the targets
@@ -71,6 +71,15 @@ test-models: setup ## Put every type of the installed transformers to the law, a
 		$(BIN)/python -W ignore -m models.sweep out/models.json --law
 	PYTHONPATH=tests:. $(BIN)/python -m models.table out/models.json
 	$(BIN)/python docs/generate.py
+
+# llama.cpp is built from source, without its multimodal part; make's own -j does not reach it.
+GGUF ?= .venv-gguf
+test-gguf: ## Build a real llama.cpp in an environment of its own (some minutes, once) and run what needs it
+	test -x $(GGUF)/bin/python || $(PYTHON) -m venv $(GGUF)
+	$(if $(TORCH),$(GGUF)/bin/python -m pip install --quiet "$(TORCH)")
+	CMAKE_ARGS="$${CMAKE_ARGS:--DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF}" \
+		$(GGUF)/bin/python -m pip install --quiet --editable ".[test]" "llama-cpp-python>=0.3.30"
+	$(GGUF)/bin/python -m pytest -q -rs tests/serving/test_llama_cpp.py
 
 LOWEST ?= .venv-lowest
 test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
@@ -140,4 +149,4 @@ gpu-session: ## All that is worth doing on a GPU in nine minutes: right kernels,
 		--output $(if $(filter file,$(origin OUT)),out/gpu,$(OUT))
 
 clean: ## Remove the environment and all outputs
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) out
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) $(GGUF) out

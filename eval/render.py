@@ -17,6 +17,7 @@ from typing import Any
 
 import ablation  # the scripts beside this one
 import accuracy
+import gguf_accuracy
 import gpu_speed
 import ladimo
 import memory
@@ -30,6 +31,7 @@ _KINDS = {
     "part": (ablation.table, "FireQ part by part"),
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
     "conversion": (ladimo.table, "LaDiMo beside pruning"),
+    "file": (gguf_accuracy.table, "GGUF files beside llama.cpp's own types, all run by llama.cpp"),
 }
 """Key of a row that only one kind of results has → its table, its heading."""
 _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (

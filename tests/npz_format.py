@@ -92,7 +92,9 @@ class Archive:
         self._written.append(name)
         self._total += sum(tensor.nbytes for tensor in tensors.values())
 
-    def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
+    def finish(
+        self, files: Transaction, config: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
         assert len(self._written) == self._parts
         whole = {"model_type": np.array(config["model_type"])}
         for name in self._written:

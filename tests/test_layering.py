@@ -83,6 +83,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "rich": ("quantize.cli", "quantize.report"),
     "datasets": ("quantize.calibration",),
     "lm_eval": ("quantize.evaluate",),
+    "gguf": ("quantize.files.gguf",),
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.block.block import Block
 from quantize.block.moments import Moments
-from quantize.formats.native import scheme_from_json
+from quantize.formats.registry import scheme_of
 from quantize.model.linear import PackedLinear
 
 
@@ -66,7 +66,7 @@ def _pass_on(block: Block, name: str, owner: int) -> None:
         told, tensors = {"scheme": scheme, "noted": block.report.get(name)}, linear.packed.tensors()
     told, tensors = block.ranks.tell(told, owner), block.ranks.tensors(tensors, owner)
     if block.ranks.rank != owner:
-        layout = scheme_from_json(told["scheme"])
+        layout = scheme_of(told["scheme"])
         block.encode(name, layout.read(tensors), layout.fp8_activations)
         if told["noted"] is not None:
             block.report[name] = told["noted"]

@@ -46,7 +46,7 @@ def compare(
     from quantize.cli.figures import print_comparison
     from quantize.evaluate.protocols import Protocol
     from quantize.evaluate.run import measure
-    from quantize.files.checkpoint import Checkpoint
+    from quantize.formats.registry import open_checkpoint
     from quantize.report import write_page
     from quantize.report.comparison import comparison
 
@@ -70,7 +70,9 @@ def compare(
             progress=progress,
         )
     evaluations = [m.figures for m in measured]
-    sizes = [sum((f / shard).stat().st_size for shard in Checkpoint(f).shards) for f in folders]
+    sizes = [
+        sum((f / shard).stat().st_size for shard in open_checkpoint(f).shards) for f in folders
+    ]
     if output:
         write_page(comparison(evaluations, sizes, quantize.__version__), output)
         typer.echo(f"{output} written", err=True)

@@ -21,7 +21,10 @@ from quantize.convert.plan import Plan
 from quantize.convert.source import embed_windows, hold, open_block, outside
 from quantize.convert.state import State
 from quantize.cost.peak import give_back
+from quantize.errors import ModelError
+from quantize.formats.gguf.blocks import nearest_q8
 from quantize.formats.scheme import Packed
+from quantize.methods.encode import relative_error
 from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
 
@@ -82,8 +85,9 @@ class Conversion:
             return _onward(block, batches) if index + 1 < plan.shape.n_blocks else None
 
         def leave(block: Block) -> None:
-            self._record(block, prefix)
-            packed = {prefix + name: weight for name, weight in block.packed.items()}
+            held = {name: self._held(prefix + name, w) for name, w in block.packed.items()}
+            self._record(block, prefix, held)
+            packed = {prefix + name: weight for name, (weight, _) in held.items()}
             plain = {prefix + name: tensor for name, tensor in _plain(block).items()}
             shard.update(plan.format.tensors(packed, plain))
 
@@ -102,6 +106,9 @@ class Conversion:
         packed: dict[str, Packed] = {}
         if head in plain and bits is not None:
             packed[plan.arch.head] = self._head(plain.pop(head), bits)
+        embedding = f"{plan.arch.embedding}.weight"
+        if embedding in plain and plan.recipe.embedding_bits is not None:
+            packed[plan.arch.embedding] = self._embedding(plain.pop(embedding))
         stored = {name: tensor.cpu() for name, tensor in plan.format.tensors(packed, plain).items()}
         if untied:
             of_head = {n: t for n, t in stored.items() if n.startswith(f"{plan.arch.head}.")}
@@ -116,9 +123,18 @@ class Conversion:
     def _head(self, weight: Tensor, bits: int) -> Packed:
         """Encode lm_head [V, D]."""
         name = self.plan.arch.head
-        packed, facts = encode_head(weight, bits, self.plan.request.device)
+        integers, facts = encode_head(weight, bits, self.plan.request.device)
+        packed, more = self._held(name, integers)
+        facts |= more
         self._count(name, packed, fp8_activations=False)
         self.state.report[name] = facts
+        return packed
+
+    def _embedding(self, weight: Tensor) -> Packed:
+        """Put the embedding [V, D] into blocks. It is no linear, and counts as none."""
+        packed = nearest_q8(weight)
+        error = relative_error(weight.float(), packed.unpack())
+        self.state.report[self.plan.arch.embedding] = {"weight_error": error}
         return packed
 
     def _apply_stages(self, block: Block) -> None:
@@ -140,9 +156,18 @@ class Conversion:
             smoothed |= stage.kind == "smooth"
         self.state.statistics.add(block, before, after)
 
-    def _record(self, block: Block, prefix: str) -> None:
+    def _held(self, name: str, weight: Packed) -> tuple[Packed, dict[str, Any]]:
+        """A packed linear as the format holds it, and facts about that."""
+        try:
+            return self.plan.format.packed(weight)
+        except ValueError as err:
+            raise ModelError(f"{name}: format: {self.plan.format.name}: {err}") from None
+
+    def _record(
+        self, block: Block, prefix: str, held: Mapping[str, tuple[Packed, dict[str, Any]]]
+    ) -> None:
         state = self.state
-        for name, packed in block.packed.items():
+        for name, (packed, _) in held.items():
             linear = block.module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
             self._count(prefix + name, packed, linear.fp8_activations)
@@ -154,7 +179,10 @@ class Conversion:
                 state.routing[prefix + name] = module.policy
         if block.unproved:
             state.report[prefix.removesuffix(".")] = {"unmoved": block.unproved}
-        for name, facts in block.report.items():
+        for name in dict.fromkeys((*block.report, *held)):
+            facts = block.report.get(name, {}) | (held[name][1] if name in held else {})
+            if not facts:
+                continue
             state.report[prefix + name] = facts
             log.info("%s%s %s", prefix, name, facts)
 

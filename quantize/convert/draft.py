@@ -10,10 +10,11 @@ from quantize.calibration.tokens import TokenSet, calibration_tokens, check_voca
 from quantize.convert.allocation import Space
 from quantize.convert.head import HEAD_GROUP
 from quantize.convert.joint import shared_tokens
+from quantize.convert.output import facts_of
 from quantize.convert.patterns import require_patterns
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.request import Request
-from quantize.convert.serving import foretell, foretell_roughly
+from quantize.convert.serving import foretell, foretell_roughly, linears_of
 from quantize.errors import ModelError, RecipeError, UsageError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.registry import FORMATS
@@ -55,6 +56,7 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
             log.warning("%s", note)
     _check(source, arch, shape, skeleton, request.recipe)
     plan = Plan(request, source, arch, shape, skeleton, Decisions(request.recipe))
+    _require_format(plan)
     if plan.needs_decisions:  # its linears are not known yet
         foretell_roughly(plan, aloud)
     else:
@@ -68,6 +70,18 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     return plan, space, tokens
 
 
+def _require_format(plan: Plan) -> None:
+    """ModelError for a model that the format cannot hold."""
+    linears = linears_of(plan)
+    stages = [stage for stage in plan.recipe.stages if isinstance(stage, Encode)]
+    packed = {n: size for n, size in linears.items() if any(s.selects(n) for s in stages)}
+    if plan.recipe.head_bits is not None or plan.recipe.embedding_bits is not None:
+        packed[plan.arch.head] = (plan.shape.vocab, plan.shape.hidden)
+    facts, names = facts_of(plan, plan.source.config), plan.source.names()
+    for text in plan.format.model_problems(facts, names, packed, plan.source.folder):
+        raise ModelError(f"{plan.source.folder}: format: {plan.recipe.format}: {text}")
+
+
 def _check(
     source: StoredCheckpoint, arch: Architecture, shape: Shape, skeleton: Skeleton, recipe: Recipe
 ) -> None:
@@ -79,7 +93,9 @@ def _check(
             f"recipe stage rotate: {carried}, which is carried over unchanged, reads the stream in "
             "the parent's basis; set residual: false"
         )
-    if recipe.head_bits is not None and shape.tied and not basis.unties(shape):
+    # Where the embedding is packed, a head that shares it has these bits already.
+    shares = shape.tied and not basis.unties(shape)
+    if recipe.head_bits is not None and shares and recipe.head_bits != recipe.embedding_bits:
         raise ModelError(
             f"head_bits: {arch.head} shares its weights with the embedding; remove head_bits"
         )

@@ -209,7 +209,7 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
         vram=0 if cpu else computed + on_device,
         # Two states are there while one replaces the other; the finished shards move,
         # the source's are not touched.
-        disk=output + spilled + files + 2 * state,
+        disk=output * plan.format.copies + spilled + files + 2 * state,
         output=output,
         parts={"the program": base} | parts if cpu else parts,
         batch_tokens=block.batch or request.batch_tokens,

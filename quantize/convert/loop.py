@@ -24,7 +24,7 @@ from quantize.convert.conversion import Conversion
 from quantize.convert.decide import decide
 from quantize.convert.draft import draft
 from quantize.convert.joint import NoWriter, require_same_block, shared_state
-from quantize.convert.output import output_config
+from quantize.convert.output import facts_of, output_config
 from quantize.convert.pace import Pace
 from quantize.convert.plan import Plan
 from quantize.convert.request import Progress, Request
@@ -173,7 +173,7 @@ def _finish(
     text = card(plan, state, parents)
     writer.write(CARD, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
     config = output_config(plan, state)
-    writer.finish(config)
+    writer.finish(config, facts_of(plan, config))
     writer.write_json("config.json", config)
     writer.write_json(STATISTICS, state.statistics.as_json())
     plan.request.require_room()

@@ -46,6 +46,12 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
     return config if section is None else config | {"quantization_config": section}
 
 
+def facts_of(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of the output with all defaults of the model's class filled in."""
+    defaults: dict[str, Any] = plan.skeleton.model.config.to_dict()
+    return defaults | dict(config)
+
+
 def _expert_sizes(ffn: str, linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Sizes of the experts that a stage put in the place of an FFN, the same in every block."""
     ends = {name: N for name, (N, _) in linears.items() if name.endswith(".up_proj")}
@@ -64,7 +70,23 @@ def lost_in(plan: Plan, state: State) -> list[str]:
     ]
     schemes = {state.schemes.get(name) for name in experts}
     lines = plan.format.losses(plan.attention is not None, schemes, _not_stock(plan, state))
-    return lines + _left_whole(plan)
+    lines += plan.format.model_notes(facts_of(plan, plan.source.config))
+    return lines + _rounded_scales(state) + _left_whole(plan)
+
+
+def _rounded_scales(state: State) -> list[str]:
+    """Group scales that the format's float16 does not hold."""
+    found = [
+        facts["float16_scales"] for facts in state.report.values() if "float16_scales" in facts
+    ]
+    rounded = sum(one["rounded"] for one in found)
+    if not rounded:
+        return []
+    every, change = sum(one["scales"] for one in found), max(one["change"] for one in found)
+    return [
+        f"{rounded} of {every} group scales were rounded to float16, by {change:.1e} at most; all "
+        "other values are those of the integers"
+    ]
 
 
 def _left_whole(plan: Plan) -> list[str]:

@@ -16,14 +16,14 @@ from quantize.convert.fields import Codec, Fields, layout
 from quantize.convert.plan import Decisions, Plan
 from quantize.convert.source import hold
 from quantize.convert.state import State
-from quantize.formats.native import scheme_from_json
+from quantize.formats.registry import scheme_of
 from quantize.formats.routing import Policy, policy_from_json
 from quantize.formats.scheme import AnyScheme
 from quantize.recipe.recipe import Recipe
 
 _FIELDS = Fields(
     {
-        AnyScheme: Codec(lambda scheme: scheme.as_json([]), scheme_from_json),
+        AnyScheme: Codec(lambda scheme: scheme.as_json([]), scheme_of),
         Policy: Codec(lambda policy: policy.as_json(), policy_from_json),
         Recipe: Codec(
             lambda recipe: recipe.model_dump(mode="json"),

@@ -11,8 +11,8 @@ import torch
 
 import quantize
 from quantize.evaluate.protocols import Windows
-from quantize.files.checkpoint import Checkpoint
 from quantize.files.hub_origin import called
+from quantize.model.dequantized import open_source
 from quantize.parallel.agreement import processor, require_equal
 from quantize.parallel.ranks import Ranks
 
@@ -59,5 +59,6 @@ def require_alike(
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {
-        name: (folder / name).stat().st_size for name in ("config.json", *Checkpoint(folder).shards)
+        name: (folder / name).stat().st_size
+        for name in ("config.json", *open_source(folder).shards)
     }

@@ -203,6 +203,10 @@ class Checkpoint:
             if tensor.dtype in FLOATS or not copied(name):
                 require_finite_floats({name: tensor}, "")
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """What `tensor` reads back as, were it written as `name` is here: of safetensors, the same."""
+        return tensor
+
     def entries(self) -> dict[str, dict[str, Any]]:
         """What the header of its shard says of every tensor: dtype, shape and data_offsets."""
         # The safetensors library, which had checked every header, does not tell byte ranges.
@@ -220,6 +224,14 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and every shard."""
         return {name: sha256_file(self.folder / name) for name in ("config.json", *self.shards)}
+
+
+def unreadable(folder: Path, why: Exception) -> ModelError:
+    """The error for a quantization_config that cannot be made sense of."""
+    text = " ".join(f"{why}".split())[:200]
+    return ModelError(
+        f"{folder}/config.json: quantization_config is not one that pq reads ({text})"
+    )
 
 
 def header_entries(path: Path) -> dict[str, Any]:

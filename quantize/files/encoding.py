@@ -32,5 +32,11 @@ class Encoding(Protocol):
     def add(self, files: Transaction, tensors: Mapping[str, Tensor]) -> None:
         """Take in the next part, whose tensors no other part holds."""
 
-    def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
-        """Write what needs all parts and side files; config: config.json of the output."""
+    def finish(
+        self, files: Transaction, config: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        """Write what needs all parts and side files.
+
+        config: config.json of the output. facts: the same with all defaults of the model's class
+        filled in.
+        """

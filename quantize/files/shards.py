@@ -59,7 +59,9 @@ class Shards:
         self._weight_map |= dict.fromkeys(plain, name)
         self._total_size += sum(t.numel() * t.element_size() for t in plain.values())
 
-    def finish(self, files: Transaction, config: Mapping[str, Any]) -> None:
+    def finish(
+        self, files: Transaction, config: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
         """Write the index; VerifyError when fewer shards were written than announced."""
         written = set(self._weight_map.values())
         if len(written) != self._n_shards:

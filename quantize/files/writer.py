@@ -46,6 +46,9 @@ class CheckpointWriter(Transaction):
         """Write the next part of the model."""
         self._encoding.add(self, tensors)
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Write what needs all parts, side files and config.json's content; `commit` comes last."""
-        self._encoding.finish(self, config)
+    def finish(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write what needs all parts, side files and config.json's content; `commit` comes last.
+
+        facts: config with all defaults of the model's class filled in.
+        """
+        self._encoding.finish(self, config, facts)

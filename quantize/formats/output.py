@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantize.files.checkpoint import Checkpoint
     from quantize.files.encoding import Encoding
     from quantize.formats.routing import Policy
     from quantize.formats.scheme import AnyScheme, Packed
@@ -27,6 +28,13 @@ Section = Mapping[str, Any]
 
 class Asking(Protocol):
     """A stage of a recipe, as far as formats look at it."""
+
+    kind: ClassVar[Any]
+    """restructure, smooth, cache or encode."""
+
+    @property
+    def blocks_field(self) -> str | None:
+        """The field that asks for llama.cpp's blocks."""
 
     @property
     def native_field(self) -> str | None:
@@ -63,8 +71,12 @@ class OutputFormat(ABC):
     """What it is for, after its name, for the editor's help."""
     served: ClassVar[bool] = False
     """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
+    copies: ClassVar[int] = 1
+    """How often the tensors stand on the disk while the last of them is written."""
     keeps_post_scales: ClassVar[bool] = False
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
+    keeps_blocks: ClassVar[bool] = False
+    """Whether weights may be in llama.cpp's blocks, the embedding's among them."""
     keeps_experts: ClassVar[bool] = False
     """Whether experts may stand where the model's class has a dense FFN."""
 
@@ -76,6 +88,30 @@ class OutputFormat(ABC):
             if stage.native_field is not None:
                 text = "needs 'format: pq', no other loader can do this; add it or turn this off"
                 yield index, stage.native_field, text
+            elif stage.blocks_field is not None:
+                text = (
+                    "needs 'format: gguf', whose blocks these are; set it, or take another method"
+                )
+                yield index, stage.blocks_field, text
+
+    def model_problems(
+        self,
+        facts: Mapping[str, Any],
+        tensors: Collection[str],
+        packed: Mapping[str, tuple[int, int]],
+        folder: Path,
+    ) -> Iterator[str]:
+        """Why a model cannot be written so, a line each, before any work.
+
+        facts: config.json with all defaults of the model's class filled in. tensors: full names of
+        all. packed: [N, K] of the linears that a recipe encodes. folder: the source's, with its
+        tokenizer.
+        """
+        yield from ()
+
+    def model_notes(self, facts: Mapping[str, Any]) -> list[str]:
+        """What becomes otherwise of a model written so, in lines for people. facts: as above."""
+        return []
 
     def losses(
         self,
@@ -107,6 +143,11 @@ class OutputFormat(ABC):
 
     # What is written
 
+    def packed(self, weight: Packed) -> tuple[Packed, dict[str, Any]]:
+        """A packed linear as the format holds it, and facts about what that took, for the
+        provenance. ValueError for what it cannot hold."""
+        return weight, {}
+
     def tensors(
         self,
         packed: Mapping[str, Packed],
@@ -137,6 +178,13 @@ class OutputFormat(ABC):
         return Shards(parts)
 
     # What is read
+
+    def open(self, folder: Path, section: Section) -> Checkpoint:
+        """A checkpoint of this format by the names and dtypes of safetensors; ModelError or
+        ValueError for one that cannot be read."""
+        from quantize.files.checkpoint import Checkpoint
+
+        return Checkpoint(folder)
 
     def recognizes(self, section: Section) -> bool:
         """Whether quantization_config is one of this format."""

@@ -18,7 +18,6 @@ from quantize.convert.loop import Request, convert
 from quantize.errors import ModelError, QualityError, UsageError, VerifyError
 from quantize.evaluate import evaluate
 from quantize.evaluate.protocols import Protocol, said_once
-from quantize.files.checkpoint import Checkpoint
 from quantize.files.problems import error_of, show_value
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
@@ -31,6 +30,7 @@ from quantize.gate.protocol import (
     require_same,
     unfit,
 )
+from quantize.model.dequantized import open_source
 
 __all__ = ["GateResult", "Verdict", "run_gate"]
 
@@ -106,7 +106,7 @@ def run_gate(
     gate = load_gate(file)
     entries, parent = _choose(gate, model, baseline, only)
     for folder in (parent, *([] if model is None else [model])):
-        Checkpoint(folder)  # a wrong path is no failed check
+        open_source(folder)  # a wrong path is no failed check
     protocol = protocol_of(gate, model or parent)
     if not renew:
         require_same(gate, entries, protocol)

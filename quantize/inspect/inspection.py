@@ -13,6 +13,7 @@ from typing import Any
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
 from quantize.files.hub_origin import HubOrigin, hub_origin
+from quantize.formats.registry import open_checkpoint
 from quantize.inspect.origin import Origin, read_origin
 from quantize.model.roles import ROLES, ROUTER, natural, role_of
 from quantize.model.storage import Storage, storage_of
@@ -130,7 +131,7 @@ def inspect(folder: Path) -> Inspection:
 
     ModelError for a folder that is no readable safetensors checkpoint.
     """
-    source = Checkpoint(folder)
+    source = open_checkpoint(folder)
     headers = tensor_headers(source)
     stored = storage_of(
         headers,

@@ -60,6 +60,12 @@ class Stage(BaseModel):
         where every format will do."""
         return None
 
+    @property
+    def blocks_field(self) -> str | None:
+        """The field that asks for llama.cpp's blocks, which only `format: gguf` can hold; None
+        where it asks for none."""
+        return None
+
     def needs_native(self, parent: Mapping[str, Any]) -> str | None:
         """Why only `format: pq` can hold what the stage makes of a model with this config.json, in
         a line with the remedy; None where every format will do."""

@@ -300,5 +300,5 @@ def encode_nearest(block: Block, name: str, grid: Grid, clip: bool, fp8: bool) -
     weight = block.linear(name).weight.float()
     scale, factor = grid.fit_scale(weight) if clip else grid.absmax_scale(weight)
     codes, quantized = grid.round(weight, scale, factor)
-    block.encode(name, grid.pack(codes, scale), fp8)
+    block.encode(name, grid.held(codes, scale), fp8)
     return quantized

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.small import Dequantized
+from quantize.formats.registry import open_checkpoint
 from quantize.formats.sources.registry import SOURCE_FORMATS, described, source_format_in
 from quantize.formats.sources.source import SmallTensor, Stored
 
@@ -32,7 +33,7 @@ def open_source(folder: Path) -> Checkpoint:
 
     ModelError as `Checkpoint`, and for tensors that do not fit quantization_config.
     """
-    stored = Checkpoint(folder)
+    stored = open_checkpoint(folder)
     section: Any = stored.config.get("quantization_config")
     form = source_format_in(section)
     if form is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
+from quantize.formats.gguf.blocks import SUFFIXES as BLOCK_SUFFIXES
 from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
@@ -33,7 +34,7 @@ from quantize.model.transformers_decoder import renew_buffers
 
 log = logging.getLogger(__name__)
 
-PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES)))
+PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES, *BLOCK_SUFFIXES)))
 """Names of packed tensors after the linear's own, of all layouts."""
 _NO_CODES = ("I64", "BOOL")
 """dtypes of positions and masks, and never of weights."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from quantize.files.headers import Header
 from quantize.formats.bitvec import BitVecScheme
+from quantize.formats.gguf.blocks import BLOCK, KINDS
+from quantize.formats.gguf.blocks import SUFFIXES as BLOCK_SUFFIXES
 from quantize.formats.packed_int import stored_bits
 from quantize.model.stacked_storage import stacked_of
 
@@ -27,6 +29,7 @@ _PARTS = (
     "weight_packed",
     "weight_scale",
     "weight_shape",
+    *BLOCK_SUFFIXES,
     "weight_planes",
     "weight_index",
     "weight_lines",
@@ -115,6 +118,8 @@ def _facts(
     quantization: Mapping[str, Any],
     shape: tuple[int, int] | None,
 ) -> _Facts | None:
+    if found := next((part for part in BLOCK_SUFFIXES if part in parts), None):
+        return _blocks(found, parts[found])
     if "weight_planes" in parts:
         return _bitvec(module, parts, quantization, shape)
     if "weight_packed" in parts:
@@ -153,6 +158,16 @@ def _facts(
         activations,
         True,
     )
+
+
+def _blocks(part: str, stored: Header) -> _Facts:
+    """llama.cpp's blocks, rows of whose bytes tell the inputs."""
+    kind = KINDS[part.removeprefix("weight_")]
+    shape = None
+    if len(stored.shape) == 2:
+        shape = (stored.shape[0], stored.shape[1] // kind.bytes * BLOCK)
+    weights = math.prod(shape) if shape else None
+    return shape, weights, f"gguf {kind.name}", kind.bits, BLOCK, "none", True
 
 
 def _packed_int(
@@ -202,6 +217,8 @@ def _expected_bits(module: str, facts: _Facts, quantization: Mapping[str, Any]) 
     group = _group(module, quantization)
     if shape is None:
         return None
+    if group.get("format") in KINDS:
+        return weights * KINDS[group["format"]].bits_per_weight
     if group.get("format") != "bitvec":
         return weights * stored_bits(bits, group_size, shape[1])
     try:

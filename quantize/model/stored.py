@@ -225,6 +225,11 @@ class StoredCheckpoint(Checkpoint):
             self._place(name)
             yield name, fetch(self._places[name], self._rows)
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """As `Checkpoint.as_stored`, where the tensor is stored as it stands."""
+        place = self._places[name]
+        return self.stored.as_stored(names_in(place)[0], tensor) if _is_stored(place) else tensor
+
     def entries(self) -> dict[str, dict[str, Any]]:
         """As `Checkpoint.entries`; data_offsets of what is a part of a stored tensor tell its
         size alone."""

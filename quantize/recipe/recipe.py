@@ -80,6 +80,9 @@ class Recipe(BaseModel):
     head_bits: int | None = Field(default=None, ge=2, le=8)
     """Bits of lm_head (clipped rounding, group 128, 16-bit
     activations); null: it stays as it is."""
+    embedding_bits: Literal[8] | None = None
+    """`8`: the embedding, and with it a head that shares it, in blocks of 8 bits (Q8_0), for which
+    `format: gguf` is needed; null: it stays as it is."""
     calibration: Calibration = Calibration()
     """Text that the statistics are measured on."""
     target_bpw: float | None = Field(default=None, ge=2, le=16)
@@ -108,6 +111,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_format(self) -> Self:
+        if self.embedding_bits is not None and not FORMATS[self.format].keeps_blocks:
+            text = "needs 'format: gguf', no other loader takes a packed embedding; remove it"
+            raise PydanticCustomError(
+                "stage_format", "{text}", {"text": text, "path": ("embedding_bits",)}
+            )
         for index, field, text in format_problems(self):
             raise PydanticCustomError(
                 "stage_format",

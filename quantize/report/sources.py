@@ -18,7 +18,9 @@ from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint, read_json
 from quantize.files.provenance import PROVENANCE, read_provenance
-from quantize.formats.registry import schemes_in
+from quantize.formats.gguf.blocks import BLOCK, KINDS
+from quantize.formats.gguf.blocks import SUFFIXES as BLOCK_SUFFIXES
+from quantize.formats.registry import open_checkpoint, schemes_in
 from quantize.formats.scheme import AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.load import shape_of
@@ -29,6 +31,7 @@ from quantize.report.model import mapping
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
 _SUMMARY = "summary {"
 _PACKED = ".weight_shape"
+_BLOCKS = tuple(f".{suffix}" for suffix in BLOCK_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,14 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 def _weights(folder: Path, notes: list[str]) -> Weights | None:
     try:
-        on_disk = Checkpoint(folder)
+        on_disk = open_checkpoint(folder)
         shape = shape_of(on_disk)
         source, model = open_stored(on_disk, torch.float32)
         skeleton = Skeleton(folder, torch.device("cpu"), torch.float32, model=model)
         arch = skeleton.arch
-        packed = [n.removesuffix(_PACKED) for n in source.shapes if n.endswith(_PACKED)]
+        packed = [
+            name.rpartition(".")[0] for name in source.shapes if name.endswith((_PACKED, *_BLOCKS))
+        ]
         schemes = schemes_in(mapping(source.config, "quantization_config"), packed)
         stored = sum((folder / shard).stat().st_size for shard in source.shards)
         rows = [skeleton.block_arch(index) for index in range(shape.n_blocks)]
@@ -150,6 +155,8 @@ def _parameters(source: Checkpoint, schemes: Mapping[str, AnyScheme]) -> int:
             total += math.prod(shape)
         elif suffix == _PACKED.removeprefix("."):
             total += math.prod(source.tensor(name).tolist())
+        elif suffix in BLOCK_SUFFIXES:
+            total += math.prod(shape) // KINDS[suffix.removeprefix("weight_")].bytes * BLOCK
     return total
 
 

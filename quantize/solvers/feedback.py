@@ -275,8 +275,8 @@ class _Descent:
         twice = 2 * part.slope[rows]
         least = torch.zeros_like(here[0])
         best = (codes, here, self.scale[:, g])
-        for move in moves:
-            scale = move[:, g]
+        fitted = grid.refit(codes.T, here.T, part.slope[rows].T, block)
+        for scale in [move[:, g] for move in moves] + ([] if fitted is None else [fitted]):
             book = grid.book(scale, self.factor[:, 0])
             for q, trial in ((codes, book.value(codes)), book.round(here)):
                 delta = trial - here
@@ -286,7 +286,7 @@ class _Descent:
                 best = (
                     torch.where(better, q, best[0]),
                     torch.where(better, trial, best[1]),
-                    torch.where(better, scale, best[2]),
+                    torch.where(better if scale.dim() == 1 else better[:, None], scale, best[2]),
                 )
         part.slope.addmm_(part.H[:, rows], best[1] - here)
         part.codes[rows], part.value[rows], self.scale[:, g] = best

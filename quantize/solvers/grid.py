@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale, row_factor
 from quantize.formats.packed_int import PackedInt
+from quantize.formats.scheme import Packed
 
 # Clip ratios tried per group, evenly spaced: 5 % apart, and the fit's time grows with them.
 _CLIPS = 12
@@ -41,6 +42,11 @@ class Grid:
     product: bool = False
     fp8_scales: bool = False
     signed: bool = False
+
+    @property
+    def stored(self) -> torch.dtype:
+        """In what scales are stored."""
+        return torch.bfloat16
 
     @property
     def qmin(self) -> int:
@@ -87,6 +93,10 @@ class Grid:
         """Group scales [N, G] → one per input [N, K]."""
         return scale.repeat_interleave(self.group_size, dim=1)
 
+    def held(self, codes: Tensor, scale: Tensor) -> Packed:
+        """Codes and scales in the layout that this grid is for."""
+        return self.pack(codes, scale)
+
     def pack(self, codes: Tensor, scale: Tensor) -> PackedInt:
         """Codes [N, K] and scales [N, G] (already representable) as the stored layout."""
         return PackedInt(codes.to(torch.int8), scale.to(torch.bfloat16), self.bits, self.group_size)
@@ -94,7 +104,7 @@ class Grid:
     def _representable(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Round scales to what the checkpoint can hold; return them with
         the per-row factor [N, 1]."""
-        scale = scale.to(torch.bfloat16).float()
+        scale = scale.to(self.stored).float()
         factor = row_factor(scale.abs())
         if self.fp8_scales:
             scale = representable_scale(scale, factor).float()
@@ -131,13 +141,13 @@ class Grid:
         best, least = absmax, torch.full_like(absmax, torch.inf)
         for ratio in ratios:
             for sign in signs:
-                scale = (absmax * (ratio * sign)).to(torch.bfloat16).float()
+                scale = (absmax * (ratio * sign)).to(self.stored).float()
                 best, least = self._better(grouped, share, scale, best, least)
         for _ in range(_REFITS):
             codes = self._codes(grouped, best)
             seen = codes * share
             size = (seen * codes).sum(dim=2)
-            scale = ((seen * grouped).sum(dim=2) / size).to(torch.bfloat16).float()
+            scale = ((seen * grouped).sum(dim=2) / size).to(self.stored).float()
             # A group of zeros has codes of zero, which every scale suits; and none may become zero.
             scale = torch.where((size > 0) & (scale != 0), scale, best)
             best, least = self._better(grouped, share, scale, best, least)
@@ -167,6 +177,15 @@ class Grid:
             best_error = torch.minimum(error, best_error)
         return best
 
+    def refit(self, codes: Tensor, value: Tensor, slope: Tensor, metric: Tensor) -> Tensor | None:
+        """The scales [N, …] of one group with which its codes [N, group_size] lose least, as far as
+        the checkpoint can hold them; None: grids of this kind go by `scale_moves` alone.
+
+        value, slope: the group's weights and half the loss's gradient now, [N, group_size]. metric:
+        its part of the Hessian.
+        """
+        return None
+
     def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
         """Smaller and larger alternatives to group scales [N, G] that the checkpoint
         can hold; finer every sweep."""
@@ -175,7 +194,7 @@ class Grid:
         step = _MOVES[min(sweep, len(_MOVES) - 1)]
         smaller = scale * (1 - step)
         larger = scale * (1 + step)
-        return smaller.to(torch.bfloat16).float(), larger.to(torch.bfloat16).float()
+        return smaller.to(self.stored).float(), larger.to(self.stored).float()
 
     def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Σ weight·(w − ŵ)² of every group → [N, G]."""

@@ -89,6 +89,8 @@ def _linear_error(
 ) -> float | None:
     """The largest relative difference over numbers of rows; None where
     no kernel takes the layer."""
+    if type(scheme) not in LINEARS:  # llama.cpp's blocks, which its kernels multiply
+        return None
     N, K = layout.linears.get(name) or (layout.shape.vocab, layout.shape.hidden)
     kept = min(N, _FEW_OUTPUTS) if interpreted else N
     layer = _native(layout, name, scheme, K, kept).to(device)

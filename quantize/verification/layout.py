@@ -11,7 +11,7 @@ import torch
 from quantize.errors import ModelError, UnderivedError, VerifyError
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint, read_json
 from quantize.files.headers import Header, tensor_headers
-from quantize.formats.registry import format_in
+from quantize.formats.registry import format_in, open_checkpoint
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvNumerics
@@ -61,7 +61,7 @@ def read_layout(folder: Path, by_pq: bool, device: torch.device) -> Layout:
     by_pq: whether pq wrote it; otherwise a model or packing that pq does not know is
     Skipped. PqError for any misfit.
     """
-    on_disk = Checkpoint(folder)
+    on_disk = open_checkpoint(folder)
     if not by_pq:
         _skip_foreign(on_disk)
     require_readable(on_disk)
@@ -190,6 +190,8 @@ def _check_packed(layout: Layout) -> None:
                     f"config.json implies {dtype} {list(shape)} ({scheme.bits} bits, group "
                     f"{scheme.group_size})"
                 )
+        if "weight_shape" not in expected:
+            continue
         if (stored := layout.source.tensor(f"{name}.weight_shape").tolist()) != [N, K]:
             raise VerifyError(f"{name}.weight_shape says {stored}, config.json implies {[N, K]}")
 

@@ -110,7 +110,9 @@ def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick:
                 and not layout.source.tensor(name).any()
             ):
                 problems.append(f"{name} is not in the parent")
-        elif not same_bytes(layout.source.tensor(name), parent.source.tensor(name)):
+        elif not same_bytes(
+            layout.source.tensor(name), layout.source.as_stored(name, parent.source.tensor(name))
+        ):
             problems.append(f"{name} differs from the parent's")
     problems += _carried_otherwise(layout.source, parent.source)
     if problems:
@@ -233,7 +235,7 @@ class _Part:
             for name in names
             if name not in again
             or name not in stored
-            or not same_bytes(stored.tensor(name), again[name].cpu())
+            or not same_bytes(stored.tensor(name), stored.as_stored(name, again[name].cpu()))
         )
 
 

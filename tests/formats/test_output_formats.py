@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from quantize.convert.loop import convert
 from quantize.errors import RecipeError
 from quantize.files.checkpoint import Checkpoint
+from quantize.formats.gguf.blocks import BlockScheme
 from quantize.formats.output import Finished, OutputFormat
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.registry import DEFAULT, FORMATS, format_in, schemes_in
@@ -127,9 +128,9 @@ def test_what_such_a_format_cannot_hold_is_said_with_its_line(npz: OutputFormat)
         parse_recipe(text, "r.yaml")
     with pytest.raises(RecipeError, match=rf"{where}method: needs 'format: pq', no other loader"):
         parse_recipe(text.replace("rtn, bits: 5", "sbvr"), "r.yaml")
-    names = "'compressed-tensors' or 'pq' or 'npz'"
-    with pytest.raises(RecipeError, match=rf"must be {names} \(value 'gguf'\)"):
-        parse_recipe(text.replace("npz", "gguf"), "r.yaml")
+    names = "'compressed-tensors' or 'pq' or 'gguf' or 'npz'"
+    with pytest.raises(RecipeError, match=rf"must be {names} \(value 'exl3'\)"):
+        parse_recipe(text.replace("npz", "exl3"), "r.yaml")
 
 
 def test_what_such_a_format_loses_is_told(
@@ -141,7 +142,7 @@ def test_what_such_a_format_loses_is_told(
 
 def test_the_editor_is_told_of_every_format(npz: OutputFormat):
     field = recipe_schema()["properties"]["format"]
-    assert field["enum"] == ["compressed-tensors", "pq", "npz"]
+    assert field["enum"] == ["compressed-tensors", "pq", "gguf", "npz"]
     assert field["default"] == DEFAULT == "compressed-tensors"
     assert "`npz` loads in NumPy" in field["description"]
 
@@ -157,7 +158,9 @@ def test_every_format_has_a_name_and_says_what_it_is_for():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_recognizes_what_it_says_itself(name: str):
-    schemes = {"a": IntScheme(4, 64, False), "b": IntScheme(8, 64, True)}
+    schemes: dict[str, Any] = {"a": IntScheme(4, 64, False), "b": IntScheme(8, 64, True)}
+    if name == "gguf":  # which holds blocks alone
+        schemes = {"a": BlockScheme("q4_0"), "b": BlockScheme("q8_0")}
     section = json.loads(json.dumps(FORMATS[name].config_section(Finished(schemes, ["lm_head"]))))
     assert format_in(section) is FORMATS[name]
     FORMATS[name].require_understood(section)
@@ -187,4 +190,4 @@ def test_recipes_learn_what_formats_hold_without_torch():
     code = "import sys, quantize.formats.registry as r\n"
     code += "print(list(r.FORMATS), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "['compressed-tensors', 'pq'] False"
+    assert done.stdout.strip() == "['compressed-tensors', 'pq', 'gguf'] False"

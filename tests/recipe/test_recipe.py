@@ -109,7 +109,8 @@ def test_seed_takes_its_whole_range():
         ("description: a\n\nstages: [rtn]",
          "r.yaml:3: stages[0]: must be a mapping (value 'rtn'); write '- method: ...'"),
         (GOOD + "name: x", "r.yaml:4: name: unknown field 'name'; a recipe is named by its file, remove the line"),
-        (GOOD + "format: gguf", "r.yaml:4: format: must be 'compressed-tensors' or 'pq' (value 'gguf'); "
+        (GOOD + "format: exl3",
+         "r.yaml:4: format: must be 'compressed-tensors' or 'pq' or 'gguf' (value 'exl3'); "
          "the default is 'compressed-tensors'"),
         (GOOD + "seqlen: 9", "r.yaml:4: seqlen: unknown field 'seqlen' (value 9); it belongs to 'calibration'"),
         (GOOD + "calibration:", "r.yaml:4: calibration: must be a mapping (value null)"),
@@ -278,6 +279,7 @@ def test_schema_is_strict_and_discriminated():
         "description",
         "format",
         "head_bits",
+        "embedding_bits",
         "calibration",
         "target_bpw",
         "stages",

@@ -1,0 +1,1 @@
+"""GGUF files: their container, writing one from parts, and reading one as a checkpoint."""
