@@ -115,6 +115,24 @@ def quality(output: Path, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def table(results: dict[str, Any]) -> str:
+    """The rows of a results file as a table."""
+    peers = list(results["rows"][0]["ratios"])
+    lines = [
+        "| tool | time | "
+        + " | ".join(f"× {peer}" for peer in peers)
+        + " | peak memory | KLD | perplexity |"
+    ]
+    lines.append("|---" + "|---:" * (len(peers) + 4) + "|")
+    for row in results["rows"]:
+        ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
+        lines.append(
+            f"| {row['tool']} | {row['seconds']:.0f} s | {ratios} | {row['peak_gb']:.2f} GB | "
+            f"{row['kld']:.5f} ± {row['kld_error']:.5f} | {row['perplexity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print one line a tool and keep the figures."""
     parser = argparse.ArgumentParser(

@@ -17,6 +17,7 @@ from typing import Any
 
 import ablation  # the scripts beside this one
 import accuracy
+import bench_peers
 import gguf_accuracy
 import gpu_speed
 import ladimo
@@ -27,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
 _FIRST = ("yardstick-4bit", "fireq-ablation", "sbvr", "ladimo")
 """Results files in the order in which they are read best; others follow by name."""
+_ELSEWHERE = ("models", "fineserve", "latency", "vllm-", "draft-", "tensor-parallel")
+"""How the names of others begin: docs/models.md, docs/plan*.md, docs/draft.md and docs/serving.md."""
 _KINDS = {
+    "ratios": (bench_peers.table, "Conversions beside other tools"),
     "part": (ablation.table, "FireQ part by part"),
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
     "conversion": (ladimo.table, "LaDiMo beside pruning"),
@@ -56,8 +60,12 @@ _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 
 
 def results() -> list[Path]:
-    """All results files, in the order of the page."""
-    files = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    """All results files, in the order of the page, but for those that pages of their own show."""
+    files = {
+        path.stem: path
+        for path in sorted(RESULTS.glob("*.json"))
+        if not path.stem.startswith(_ELSEWHERE)
+    }
     for other in ("models", "fineserve"):  # which pages of their own show
         files.pop(other, None)
     first = [files.pop(stem) for stem in _FIRST]

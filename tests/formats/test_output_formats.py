@@ -166,7 +166,9 @@ def test_every_format_recognizes_what_it_says_itself(name: str):
     FORMATS[name].require_understood(section)
     assert FORMATS[name].reads_others(section)
     assert schemes_in(section, ["a", "b", "lm_head"]) == schemes
-    assert FORMATS[name].config_section(Finished({}, ["a", "lm_head"])) is None
+    # Of a file in a format of its own it says in any case what it is.
+    if name != "gguf":
+        assert FORMATS[name].config_section(Finished({}, ["a", "lm_head"])) is None
 
 
 @pytest.mark.parametrize(
