@@ -1,0 +1,124 @@
+"""FP8 group scales that every shard of a row finds again, against all that could have been chosen."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantize.formats.fp8 import E4M3_MAX, FACTOR_FLOOR, reloaded, row_factor
+from quantize.formats.grouping import shard_counts
+from quantize.solvers.grid import Grid
+from quantize.solvers.shards import movable, settle
+
+
+def engine_scales(scale: Tensor, shards: int) -> Tensor:
+    """What an engine multiplies with, from the definition and torch's own E4M3: each shard's rows
+    are divided by their maximum / 448, floored, and rounded."""
+    parts = []
+    for part in scale.double().chunk(shards, dim=1):
+        factor = (part.amax(dim=1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
+        code = (part / factor).float().to(torch.float8_e4m3fn).double()
+        parts.append(code * factor)
+    return torch.cat(parts, dim=1).to(torch.bfloat16).float()
+
+
+def weights(kind: str, N: int, K: int) -> Tensor:
+    """Rows of fresh weights as differently spread as those of models."""
+    w = torch.randn(N, K)
+    if kind == "laplace":
+        w = torch.distributions.Laplace(0.0, 1.0).sample((N, K))
+    if kind == "channels":
+        w *= torch.randn(K).mul(0.7).exp()
+    if kind == "floor":  # on both sides of the floor of factors, in one row
+        w *= torch.exp2(torch.randint(-4, 4, (N, K // 128))).repeat_interleave(128, 1) * 0.3
+    w[0, :128] = 0
+    w[1] = 0
+    return w * 0.02
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["absmax", "mse"])
+@pytest.mark.parametrize("kind", ["normal", "laplace", "channels", "floor"])
+@pytest.mark.parametrize("groups", [8, 12, 32])
+def test_every_shard_finds_its_scales_again(kind: str, groups: int, clip: bool):
+    w, shards = weights(kind, 24, groups * 128), shard_counts(groups, (1, 2, 4, 8))
+    grid = Grid(4, 128, product=True, fp8_scales=True, shards=shards)
+    scale, factor = grid.fit_scale(w) if clip else grid.absmax_scale(w)
+    assert (scale > 0).all()
+    for count in (1, *shards):
+        assert torch.equal(engine_scales(scale, count), scale), count
+        assert torch.equal(reloaded(scale, count).float(), scale), count
+    assert torch.equal(row_factor(scale), factor)
+    one = Grid(4, 128, product=True, fp8_scales=True)
+    plain = one.fit_scale(w) if clip else one.absmax_scale(w)
+    errors = [
+        float((g.round(w, *found)[1] - w).square().sum())
+        for g, found in ((grid, (scale, factor)), (one, plain))
+    ]
+    # Across the floor a row's maximum must be a power of two.
+    assert errors[0] < (1.4 if kind == "floor" else 1.12) * errors[1]
+    if kind != "floor" and groups == 32:  # nothing was asked for that came by itself
+        assert not torch.equal(engine_scales(plain[0], 8), plain[0])
+
+
+@pytest.mark.parametrize("sweep", range(2))
+def test_moves_keep_every_factor(sweep: int):
+    w = weights("channels", 16, 1024)
+    grid = Grid(4, 128, product=True, fp8_scales=True, shards=(2, 4))
+    scale, factor = grid.fit_scale(w)
+    free, _ = movable(scale, factor, (2, 4))
+    assert 0.2 < float(free.float().mean()) < 0.8
+    for moved in grid.scale_moves(scale, factor, sweep):
+        assert torch.equal(moved[~free], scale[~free])
+        # Any of them may be taken and any other left, in any order.
+        taken = torch.where(torch.rand_like(scale) < 0.5, moved, scale)
+        for count in (1, 2, 4):
+            assert torch.equal(engine_scales(taken, count), taken)
+        assert torch.equal(row_factor(taken), factor)
+    assert any((moved != scale).any() for moved in grid.scale_moves(scale, factor, sweep))
+
+
+@pytest.mark.parametrize("degrees", [(2,), (2, 4)])
+def test_no_assignment_of_the_same_values_is_better(degrees: tuple[int, ...]):
+    """All 8⁴ rows of the E4M3 values next to what was wanted, those that do not reload thrown away."""
+    wanted = torch.exp2(torch.rand(12, 4) * 2 - 3).to(torch.bfloat16).float()
+    share = torch.rand(12, 4) + 0.1
+    share[:, 0] = 5.0
+
+    def error(scale: Tensor) -> Tensor:
+        return share * (scale / wanted - 1).square()
+
+    settled = settle(wanted, error, degrees)
+    for row in range(len(wanted)):
+        factor = settled.factor[row]
+        steps = torch.tensor([1 + i / 8 for i in range(8)])
+        near = torch.exp2(torch.ceil(torch.log2(0.75 * wanted[row, :, None] / factor / steps)))
+        values = (near * steps * factor).tolist()
+        rows = torch.tensor(list(itertools.product(*values))).to(torch.bfloat16).float()
+        fine = rows.amax(dim=1) == (factor * E4M3_MAX).to(torch.bfloat16)
+        for count in (1, *degrees):
+            fine &= (engine_scales(rows, count) == rows).all(dim=1)
+        costs = (share[row] * (rows[fine] / wanted[row] - 1).square()).sum(dim=1)
+        found = float(error(settled.scale)[row].sum())
+        # Errors between samples are interpolated, and only the nearest even maximum is tried.
+        assert found <= 1.25 * float(costs.min()) + 1e-4
+
+
+def test_rows_below_the_floor_share_one_factor():
+    wanted = torch.rand(6, 8) * FACTOR_FLOOR * E4M3_MAX * 0.9 + 1e-5
+    settled = settle(wanted, lambda scale: (scale / wanted - 1).square(), (2, 4, 8))
+    assert (settled.factor == FACTOR_FLOOR).all()
+    assert float((settled.scale / wanted - 1).abs().max()) < 2**-4 + 2**-8
+    for count in (1, 2, 4, 8):
+        assert torch.equal(engine_scales(settled.scale, count), settled.scale)
+
+
+def test_only_whole_groups_in_every_shard_count():
+    assert shard_counts(32, (1, 2, 4, 8)) == (2, 4, 8)
+    assert shard_counts(6, (8, 2, 4, 1)) == (2,)
+    assert shard_counts(3, (1, 2, 4, 8)) == ()
+    assert shard_counts(1, (2, 4)) == ()
+    with pytest.raises(ValueError, match="6 groups do not divide among 4"):
+        reloaded(torch.ones(2, 6), 4)
