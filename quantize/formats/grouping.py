@@ -30,8 +30,9 @@ def fitting_group(asked: int, inputs: Iterable[int]) -> int | None:
 
 def shard_counts(groups: int, asked: Iterable[int]) -> tuple[int, ...]:
     """Of so many shards of a row, rising, those above 1 in which a row of so many groups has whole
-    groups."""
-    return tuple(sorted({count for count in asked if count > 1 and not groups % count}))
+    groups, two at least: a group alone in its shard has the largest scale of it, whatever that is."""
+    fine = (count for count in asked if count > 1 and not groups % count and groups > count)
+    return tuple(sorted(set(fine)))
 
 
 def adaptation(

@@ -174,9 +174,9 @@ class IntEncode(Encode):
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
     tensor_parallel: tuple[Literal[1, 2, 4, 8, 16], ...] = (1, 2, 4, 8)
-    """Numbers of GPUs that may share a layer of `activations: fp8` and find the same group scales:
-    engines derive row factors from the scales that each GPU holds. 1 is always among them; those
-    that would cut through a group or leave a GPU without one are left out."""
+    """Numbers of GPUs that may share a layer of `activations: fp8` and multiply the same weights:
+    engines derive the factor of a row from the group scales that each GPU holds. 1 is always among
+    them; those that would leave a GPU less than two whole groups of a row are left out."""
     strict: bool = False
     """Whether a linear that does not divide into groups, or into the tiles of `activations: fp8`,
     is refused. Else its group is the largest of 128, 64 and 32 below `group_size` that divides its

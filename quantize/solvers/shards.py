@@ -1,12 +1,16 @@
-"""Group scales that an FP8 engine finds again however many GPUs share the inputs of a layer.
+"""Group scales under which an FP8 engine multiplies the same weights however many GPUs share the
+inputs of a layer.
 
 vLLM stores no row factors: it derives them from the largest group scale of what a GPU holds of a
-row, M / 448, and rounds every scale to E4M3 in units of that. With a row's inputs cut into T shards
-each shard has a maximum A of its own, and a scale c · M / 448 with an E4M3 code c is found again
-where 448 · c / c_A is an E4M3 value as well: three bits of mantissa allow that for every c only if
-A is M times a power of two ("even"), and else only where all scales of the shard are A times powers
-of two ("uniform"). Shards of T = 2 hold those of T = 4, and so on: a tree whose root is the row,
-and whose cheapest assignment is found from its leaves.
+row, M / 448, rounds every scale to E4M3 in units of that, and multiplies E4M3(q · scale) in the same
+units. With a row's inputs cut into shards, each has a maximum of its own. Where that is M times a
+power of two, all those roundings are the same: E4M3 values times powers of two are E4M3 values. (Any
+other maximum leaves few scales that are found again, and other products of all.) So of every shard
+one scale is moved to such a value and the others stay below it, which costs some percent of the
+rounding error; the row's own M is chosen by what all of that costs.
+
+Shards of two GPUs hold those of four, and so on, and the nearest power of two rises with a maximum:
+a shard's is that of one inside it, and only the smallest shards need looking at.
 """
 
 from __future__ import annotations
@@ -43,8 +47,8 @@ class Settled:
 
 
 def settle(wanted: Tensor, error: Callable[[Tensor], Tensor], degrees: Sequence[int]) -> Settled:
-    """The scales of least error near `wanted` [N, G] (positive) that survive a reload of whole rows,
-    and of rows in so many shards, rising powers of two that divide G.
+    """The scales of least error near `wanted` [N, G] (positive) that survive a reload of whole rows
+    and of rows in so many shards: rising powers of two (see `shard_counts`).
 
     error: what groups suffer [N, G] from scales [N, G].
     """
@@ -84,11 +88,8 @@ def movable(scale: Tensor, factor: Tensor, degrees: Sequence[int]) -> tuple[Tens
     ceiling = torch.full_like(code, E4M3_MAX)
     low = factor <= FACTOR_FLOOR
     for degree in (1, *degrees):
-        if code.shape[1] == degree > 1:
-            continue  # a scale alone in its shard may be any maximum of it
         top = _spread(_shards(code, degree).amax(dim=2), code.shape[1])
-        even = torch.frexp(top).mantissa == 0.875
-        free &= low | (even & (code < top))
+        free &= low | (code < top)
         ceiling = torch.where(low, ceiling, torch.minimum(ceiling, top))
     return free, ceiling
 
@@ -117,28 +118,6 @@ def _looked_up(table: Tensor, ratio: Tensor) -> Tensor:
     return left + (right - left) * (place - below)
 
 
-@dataclass(frozen=True)
-class _Level:
-    """What is known of the shards of one degree [N, T]."""
-
-    top: Tensor
-    """The even maximum of each, as a code."""
-    even: Tensor
-    """Least error with that maximum."""
-    uniform: Tensor
-    """Least error with scales of one mantissa, below the maximum of what holds the shard."""
-    mantissa: Tensor
-    """Which mantissa that is."""
-
-    @property
-    def least(self) -> Tensor:
-        return torch.minimum(self.even, self.uniform)
-
-    def holding(self, top: Tensor) -> Tensor:
-        """What it costs more to have exactly this maximum [N, T], that of what holds the shard."""
-        return torch.where(self.top == top, self.even, torch.inf) - self.least
-
-
 def _assign(wanted: Tensor, table: Tensor, degrees: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Codes [N, G] and their error [N, 1], with the largest code of a row 448 and all in units of
     what that stands for."""
@@ -150,42 +129,16 @@ def _assign(wanted: Tensor, table: Tensor, degrees: Sequence[int]) -> tuple[Tens
         _near(_shards(wanted, degree).amax(dim=2), 1.75).clamp_max(E4M3_MAX)
         for degree in (1, *degrees)
     ]
-
-    def below(top: Tensor) -> Tensor:
-        return torch.where(values > _spread(top, G)[:, :, None], torch.inf, errors)
-
-    # From the leaves: a group that holds its shard's maximum, and all others as they like it best.
-    leaf = tops[-1]
-    limited = below(leaf)
-    held = torch.where(values[:, :, _EVEN] == _spread(leaf, G), limited[:, :, _EVEN], torch.inf)
-    liked, choice = limited.min(dim=2)
-    more = _shards(held - liked, degrees[-1])
-    even = _shards(liked, degrees[-1]).sum(dim=2) + more.amin(dim=2)
-    levels: list[_Level] = []
-    for degree, top, above in zip(
-        reversed(degrees), reversed(tops), reversed(tops[:-1]), strict=False
-    ):
-        uniform, mantissa = _shards(below(above), degree).sum(dim=2).min(dim=2)
-        levels.insert(0, _Level(top, even, uniform, mantissa))
-        inside = degree // above.shape[1]
-        extra = levels[0].holding(above.repeat_interleave(inside, dim=1))
-        even = _shards(levels[0].least, above.shape[1]).sum(dim=2) + (
-            _shards(extra, above.shape[1]).amin(dim=2)
-        )
-    # To the leaves: which shard holds the maximum of the one above, and which are uniform (≥ 0).
-    kind = torch.full_like(tops[0], -1, dtype=torch.long)
-    for level, above in zip(levels, tops[:-1], strict=True):
-        inside = level.top.shape[1] // above.shape[1]
-        extra = level.holding(above.repeat_interleave(inside, dim=1))
-        holds = _first_least(_shards(extra, above.shape[1])).flatten(1)
-        own = torch.where(holds | (level.even <= level.uniform), -1, level.mantissa)
-        given = kind.repeat_interleave(inside, dim=1)
-        kind = torch.where(given >= 0, given, own)
-    code = values.gather(2, choice[:, :, None])[:, :, 0]
-    code = torch.where(_first_least(more).flatten(1), _spread(leaf, G), code)
-    spread = _spread(kind, G)
-    alike = values.gather(2, spread.clamp_min(0)[:, :, None])[:, :, 0]
-    return torch.where(spread >= 0, alike, code), even
+    # From the leaves: what it costs that one group of a shard has exactly its maximum, beside that
+    # all have what they like best. Maxima fall from a shard to those inside it, so one that holds
+    # the maximum of the shard around it is one that has the same.
+    leaf = _spread(tops[-1], G)
+    liked, choice = torch.where(values > leaf[:, :, None], torch.inf, errors).min(dim=2)
+    holding = torch.where(values[:, :, _EVEN] == leaf, errors[:, :, _EVEN], torch.inf) - liked
+    cost = _shards(holding, tops[-1].shape[1]).amin(dim=2)
+    held = _first_least(_shards(holding, tops[-1].shape[1])).flatten(1)
+    code = torch.where(held, leaf, values.gather(2, choice[:, :, None])[:, :, 0])
+    return code, (liked.sum(dim=1) + cost.sum(dim=1))[:, None]
 
 
 def _first_least(cost: Tensor) -> Tensor:

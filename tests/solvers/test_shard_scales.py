@@ -69,7 +69,7 @@ def test_moves_keep_every_factor(sweep: int):
     grid = Grid(4, 128, product=True, fp8_scales=True, shards=(2, 4))
     scale, factor = grid.fit_scale(w)
     free, _ = movable(scale, factor, (2, 4))
-    assert 0.2 < float(free.float().mean()) < 0.8
+    assert 0.2 < float(free.float().mean()) < 0.7
     for moved in grid.scale_moves(scale, factor, sweep):
         assert torch.equal(moved[~free], scale[~free])
         # Any of them may be taken and any other left, in any order.
@@ -82,28 +82,48 @@ def test_moves_keep_every_factor(sweep: int):
 
 @pytest.mark.parametrize("degrees", [(2,), (2, 4)])
 def test_no_assignment_of_the_same_values_is_better(degrees: tuple[int, ...]):
-    """All 8⁴ rows of the E4M3 values next to what was wanted, those that do not reload thrown away."""
-    wanted = torch.exp2(torch.rand(12, 4) * 2 - 3).to(torch.bfloat16).float()
-    share = torch.rand(12, 4) + 0.1
+    """All ways to hold the maximum of every shard, with the E4M3 values next to what was wanted."""
+    groups = 4 if degrees == (2,) else 8
+    wanted = torch.exp2(torch.rand(12, groups) * 2 - 3).to(torch.bfloat16).float()
+    share = torch.rand(12, groups) + 0.1
     share[:, 0] = 5.0
 
     def error(scale: Tensor) -> Tensor:
         return share * (scale / wanted - 1).square()
 
     settled = settle(wanted, error, degrees)
+    size = groups // degrees[-1]
     for row in range(len(wanted)):
         factor = settled.factor[row]
-        steps = torch.tensor([1 + i / 8 for i in range(8)])
-        near = torch.exp2(torch.ceil(torch.log2(0.75 * wanted[row, :, None] / factor / steps)))
-        values = (near * steps * factor).tolist()
-        rows = torch.tensor(list(itertools.product(*values))).to(torch.bfloat16).float()
-        fine = rows.amax(dim=1) == (factor * E4M3_MAX).to(torch.bfloat16)
-        for count in (1, *degrees):
-            fine &= (engine_scales(rows, count) == rows).all(dim=1)
-        costs = (share[row] * (rows[fine] / wanted[row] - 1).square()).sum(dim=1)
-        found = float(error(settled.scale)[row].sum())
-        # Errors between samples are interpolated, and only the nearest even maximum is tried.
-        assert found <= 1.25 * float(costs.min()) + 1e-4
+        total = 0.0
+        for first in range(0, groups, size):
+            mine = slice(first, first + size)
+            top = settled.scale[row, mine].max()
+            assert float(torch.log2(top / settled.scale[row].max())) % 1 == 0
+            steps = torch.tensor([1 + i / 8 for i in range(8)])
+            near = 0.75 * wanted[row, mine, None] / factor / steps
+            values = (torch.exp2(torch.ceil(torch.log2(near))) * steps * factor).tolist()
+            rows = torch.tensor(list(itertools.product(*values))).to(torch.bfloat16).float()
+            rows = rows[rows.amax(dim=1) == top]
+            costs = share[row, mine] * (rows / wanted[row, mine] - 1).square()
+            total += float(costs.sum(dim=1).min())
+        # Errors between samples are interpolated.
+        assert float(error(settled.scale)[row].sum()) <= 1.1 * total + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["normal", "channels"])
+def test_every_shard_multiplies_the_same_weights(kind: str):
+    w = weights(kind, 16, 2048)
+    grid = Grid(4, 128, product=True, fp8_scales=True, shards=(2, 4, 8))
+    scale, factor = grid.fit_scale(w)
+    codes, whole = grid.round(w, scale, factor)
+    # Eighths of smaller scales are subnormal in the whole row, and finer where the factor is smaller.
+    fine = grid.expand(scale / factor) >= 2.0**-3
+    assert float(fine.float().mean()) > 0.9
+    for count in (2, 4, 8):
+        own = scale.reshape(16 * count, -1)
+        value = grid.value(codes.reshape(16 * count, -1), grid.expand(own), row_factor(own))
+        assert torch.equal(value.view_as(whole)[fine], whole[fine])
 
 
 def test_rows_below_the_floor_share_one_factor():
@@ -118,6 +138,7 @@ def test_rows_below_the_floor_share_one_factor():
 def test_only_whole_groups_in_every_shard_count():
     assert shard_counts(32, (1, 2, 4, 8)) == (2, 4, 8)
     assert shard_counts(6, (8, 2, 4, 1)) == (2,)
+    assert shard_counts(8, (1, 2, 4, 8)) == (2, 4)  # each of eight would have one alone
     assert shard_counts(3, (1, 2, 4, 8)) == ()
     assert shard_counts(1, (2, 4)) == ()
     with pytest.raises(ValueError, match="6 groups do not divide among 4"):
