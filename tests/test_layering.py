@@ -46,6 +46,7 @@ ROOMS: dict[str, str] = {
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
+    "plan": "errors files formats inspect model",
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (

@@ -122,6 +122,21 @@ def decoder_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return found | {k: v for k, v in facts.items() if k in _SIZES and not isinstance(v, list)}
 
 
+def text_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of the text decoder's config, those that its class fills in among them (which
+    layers slide, for instance), as plain data.
+
+    facts: config.json as it is, whose own fields it is where transformers does not know the model.
+    """
+    section = facts.get("text_config")
+    raw = {**facts, **section} if isinstance(section, dict) else dict(facts)
+    try:
+        text = read_config(folder).get_text_config(decoder=True)
+        return raw | {k: v for k, v in text.to_dict().items() if v is not None}
+    except Exception:
+        return raw
+
+
 def sizes_of(config: Any) -> dict[str, Any]:
     """Sizes of the text decoder of a config as `decoder_facts` calls them."""
     text = config.get_text_config(decoder=True)
