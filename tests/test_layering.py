@@ -50,8 +50,8 @@ ROOMS: dict[str, str] = {
     "gate": "convert errors evaluate files model recipe",
     "report": "block errors evaluate files formats model pictures recipe",
     "cli": (
-        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures recipe report "
-        "tested verification"
+        "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures plan recipe "
+        "report tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",

@@ -20,6 +20,7 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
+from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
@@ -45,6 +46,7 @@ app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
+app.command("serve-check")(serve_check_command.serve_check)
 app.add_typer(recipe_command.app, name="recipe")
 app.add_typer(bench_command.app, name="bench")
 
