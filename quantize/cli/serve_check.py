@@ -126,10 +126,9 @@ class _Check:
         name = shlex.quote(self.model)
         if self._of(VLLM.name):
             out[VLLM.name] = [self._vllm(name)]
-        if self._of(TRANSFORMERS.name):
-            first = ["import quantize"] if self.found.format == "pq" else []
+        if found := self._of(TRANSFORMERS.name):
             out[TRANSFORMERS.name] = [
-                *first,
+                *([found[0].first] if found[0].first else []),
                 "from transformers import AutoModelForCausalLM, AutoTokenizer",
                 f"tokenizer = AutoTokenizer.from_pretrained({self.model!r})",
                 f'model = AutoModelForCausalLM.from_pretrained({self.model!r}, device_map="auto")',

@@ -96,8 +96,12 @@ class Reader:
     hardware: tuple[str, ...]
     install: tuple[str, ...] = ()
     """What pip must install beside the engine."""
+    first: str | None = None
+    """The line of Python that must come before it is used."""
     note: str | None = None
     """What else must be known."""
+    by_kernel: bool = False
+    """Whether it loads only what one of its kernels multiplies where it runs."""
 
 
 LLAMA_CPP = Engine("llama.cpp", "", fuses=False)
@@ -105,10 +109,10 @@ LLAMA_CPP = Engine("llama.cpp", "", fuses=False)
 READERS: tuple[Reader, ...] = (
     Reader(TRANSFORMERS, None, ("any device",)),
     Reader(TRANSFORMERS, "compressed-tensors", ("any device",), ("compressed-tensors",)),
-    Reader(TRANSFORMERS, "pq", ("any device",), ("pq-quantize",), "with `import quantize`"),
+    Reader(TRANSFORMERS, "pq", ("any device",), ("pq-quantize",), "import quantize"),
     Reader(VLLM, None, (TURING, HOPPER, CPU)),
-    Reader(VLLM, "compressed-tensors", (TURING, HOPPER, CPU)),
-    Reader(VLLM, "pq", (TURING, HOPPER, CPU), ("pq-vllm",), "with pq's plugin pq-vllm"),
+    Reader(VLLM, "compressed-tensors", (TURING, HOPPER, CPU), by_kernel=True),
+    Reader(VLLM, "pq", (TURING, HOPPER, CPU), ("pq-vllm",), None, "with pq's plugin pq-vllm"),
     Reader(LLAMA_CPP, "gguf", ("any device",)),
 )
 """Engines in the order in which they are told of; an engine without a row for a format refuses it."""

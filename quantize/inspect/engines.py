@@ -16,7 +16,6 @@ from quantize.formats.engines import (
     READERS,
     TRANSFORMERS,
     TURING,
-    VLLM,
     Reader,
     kernels_for,
 )
@@ -46,6 +45,8 @@ class Loading:
     """What pip must install beside the engine."""
     notes: tuple[str, ...] = ()
     """Why it does not load, or what else to know."""
+    first: str | None = None
+    """The line of Python that must come before it is used."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,16 @@ def _of_format(
             name = "plain safetensors" if form is None else f"format {form}"
             hint = "; pq's format: gguf writes what it reads" if engine.name == "llama.cpp" else ""
             engines.append(Loading(str(engine), "any device", False, (), (f"no {name}{hint}",)))
-        elif engine == VLLM and form == "compressed-tensors":
+        elif reader.by_kernel:
             engines += _in_vllm(reader, schemes, shapes)
         else:
             told: tuple[str, ...] = () if reader.note is None else (reader.note,)
             told += _in_transformers(schemes) if engine == TRANSFORMERS and form else ()
             loads = not any(note.startswith("not ") for note in told)
             for where in reader.hardware:
-                engines.append(Loading(str(engine), where, loads, reader.install, told + notes))
+                engines.append(
+                    Loading(str(engine), where, loads, reader.install, told + notes, reader.first)
+                )
     fp8 = any(scheme.fp8_activations for scheme in schemes.values())
     return _named(form or "plain", config, fp8, engines)
 
