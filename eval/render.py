@@ -56,7 +56,8 @@ _ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 def results() -> list[Path]:
     """All results files, in the order of the page."""
     files = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
-    files.pop("models", None)  # which docs/models.md shows
+    for other in ("models", "fineserve"):  # which pages of their own show
+        files.pop(other, None)
     first = [files.pop(stem) for stem in _FIRST]
     return [*first, *files.values()]
 

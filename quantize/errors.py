@@ -61,6 +61,12 @@ class QualityError(PqError):
     exit_code = 9
 
 
+class PlanError(PqError):
+    """No deployment does what was asked of it on the GPUs that there are."""
+
+    exit_code = 10
+
+
 class StoppedError(PqError):
     """The work was stopped on request, and what is done of it is kept."""
 

@@ -66,6 +66,8 @@ class Bars:
     series: Mapping[str, Sequence[Number]]
     y_label: str = ""
     log_y: bool = False
+    stacked: bool = False
+    """On top of each other: parts of a whole."""
     kind: Literal["bars"] = field(default="bars", init=False)
 
     def __post_init__(self) -> None:

@@ -14,9 +14,34 @@ _SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "F8_E4M3": 1, "I64":
 def hollow(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Path:
-    """A folder with config.json and one safetensors file of zeros; tensors: name → (dtype, shape)."""
+    """A folder with config.json and safetensors files of zeros; tensors: name → (dtype, shape)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in tensors.items():
+        more = math.prod(shape) * _SIZES[dtype]
+        if shards[-1] and size + more > _SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += more
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(folder / (file if len(shards) > 1 else "model.safetensors"), shard)
+        where |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return folder
+
+
+_SHARD = 10**9
+"""Bytes of one file at most: opening one maps it whole."""
+
+
+def _write(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     header, place = {}, 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * _SIZES[dtype]
@@ -28,10 +53,9 @@ def hollow(
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + place)
-    return folder
 
 
 def llama(

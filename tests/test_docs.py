@@ -136,6 +136,7 @@ def test_the_exit_codes_are_those_of_the_classes():
         "Verify": "read back",
         "Room": "memory",
         "Quality": "gate",
+        "Plan": "plan",
         "Stopped": "stopped",
     }
     for code, name in classes.items():

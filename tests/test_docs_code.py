@@ -18,6 +18,7 @@ from pages import DOCS, ROOT, blocks, each_page, spans, text_of
 
 from quantize.cli import app
 from quantize.gate.file import load_gate
+from quantize.plan.request import load_request
 from quantize.recipe.recipe import load_recipe
 
 LAUNCHERS = ("accelerate launch", "torchrun")
@@ -99,6 +100,7 @@ def options(command: Any) -> set[str]:
 @each_page
 def test_commands_and_options_in_a_sentence_exist(page: Path):
     others = ("--num_processes", "--nproc-per-node", "--kv-cache-dtype", "--help")
+    others += ("--gpu-memory-utilization", "--save-result")  # vLLM's
     known = options(root_command())
     for span in spans(page):
         words = span.split()
@@ -155,7 +157,9 @@ def test_recipes_and_gate_files_are_valid(page: Path, tmp_path: Path):
     for i, block in enumerate(blocks(page, "yaml")):
         path = tmp_path / f"{i}.yaml"
         path.write_text(block, encoding="utf-8")
-        if "\nrecipes:" in block:
+        if "\ncluster:" in block:
+            assert load_request(path).models
+        elif "\nrecipes:" in block:
             assert load_gate(path).entries
         else:
             assert load_recipe(str(path)).stages

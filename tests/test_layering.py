@@ -46,9 +46,9 @@ ROOMS: dict[str, str] = {
     "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
     "evaluate": "block calibration errors files model parallel",
     "verification": "block calibration convert errors files formats kernels methods model recipe serving",
-    "plan": "errors files formats inspect model",
+    "plan": "errors files formats inspect model recipe",
     "gate": "convert errors evaluate files model recipe",
-    "report": "block errors evaluate files formats model pictures recipe",
+    "report": "block errors evaluate files formats model pictures plan recipe",
     "cli": (
         "bench convert cost errors evaluate files formats gate inspect methods model parallel pictures plan recipe "
         "report tested verification"

@@ -18,6 +18,7 @@ from quantize.cli import estimate as estimate_command
 from quantize.cli import evaluate as evaluate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
+from quantize.cli import plan as plan_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
@@ -44,6 +45,7 @@ app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
 app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
+app.command("plan")(plan_command.plan)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)

@@ -177,17 +177,19 @@ def _bars(ax: Axes, picture: Bars) -> None:
     keep = positive if picture.log_y else finite
     if not picture.categories:
         return  # matplotlib would make up a legend for bars that are not there
-    width = 0.8 / max(1, len(picture.series))
-    middle = (len(picture.series) - 1) / 2
+    beside = 1 if picture.stacked else max(1, len(picture.series))
+    width, middle = 0.8 / beside, (beside - 1) / 2
+    below = [0.0] * len(picture.categories)
     for i, (name, values) in enumerate(picture.series.items()):
-        at = [category + (i - middle) * width for category in range(len(picture.categories))]
-        ax.bar(
-            at,
-            [keep(v) for v in values],
-            width * 0.9,
-            color=SERIES[i % len(SERIES)],
-            label=name,
-        )
+        shift = 0.0 if picture.stacked else (i - middle) * width
+        at = [category + shift for category in range(len(picture.categories))]
+        heights = [keep(v) for v in values]
+        colour = SERIES[i % len(SERIES)]
+        ax.bar(at, heights, width * 0.9, bottom=below, color=colour, label=name)
+        if picture.stacked:
+            below = [
+                b + (h if math.isfinite(h) else 0.0) for b, h in zip(below, heights, strict=True)
+            ]
     if picture.log_y:
         ax.set_yscale("log")
     step = max(1, math.ceil(len(picture.categories) / 12))

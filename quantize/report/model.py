@@ -110,6 +110,8 @@ class Report:
     """Protocol, data, tokens and numerics of the headline figures."""
     warnings: Sequence[str]
     sections: Sequence[Section]
+    kind: str = "Quantization report"
+    """What stands above the name."""
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from quantize.errors import UsageError
 from quantize.plan.gpus import GPUS, gpu_named
-from quantize.plan.latency import CONSTANTS, Batch, step_seconds
+from quantize.plan.latency import CONSTANTS, ERRORS, Batch, step_seconds
 from quantize.plan.served import KvLayer, WeightPart, dense
 
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
 LLAMA = dense("llama-8b", 32, 4096, 32, 8, 128, 14336, 128256)
 H100 = gpu_named("h100")
 
@@ -96,3 +101,32 @@ def test_what_a_gpu_lacks_is_computed_wider():
     a100 = gpu_named("a100")
     assert (a100.tflops("fp8"), a100.multiplies("fp8")) == (312, False)
     assert (H100.tflops("fp4"), H100.multiplies("fp4")) == (1978, False)
+
+
+def test_constants_and_errors_are_those_of_the_fit():
+    found = json.loads((ROOT / "eval" / "results" / "latency.json").read_text(encoding="utf-8"))
+    assert dataclasses.asdict(CONSTANTS) == pytest.approx(found["constants"])
+    for name, error in ERRORS.items():
+        row = found["held out"][name]
+        for field, value in dataclasses.asdict(error).items():
+            assert value == pytest.approx(row[field], abs=5e-4), (name, field)
+
+
+@pytest.mark.shared
+def test_the_fit_errs_as_its_results_say():
+    """On every fifth row of vLLM's, by the closed loop of the script: half of them it never saw."""
+    sys.path.insert(0, str(ROOT / "eval"))
+    try:
+        import latency_fit as script
+    finally:
+        sys.path.pop(0)
+    rows = script.read(SHARED / "traces" / "aiconfigurator_measured_dense.csv")
+    loops = [script.Loop(row) for row in rows if row.backend == "vllm"][::5]
+    found = script.table(loops, CONSTANTS)
+    assert found["tpot"]["median"] < 0.07
+    assert found["tpot"]["mean"] < 0.15
+    assert found["ttft"]["median"] < 0.33
+    right, pairs = script.order(
+        [script.Loop(row) for row in rows if row.backend == "vllm"][:60], CONSTANTS
+    )["tpot"]
+    assert right > 0.95 * pairs > 20

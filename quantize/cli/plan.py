@@ -1,0 +1,174 @@
+"""`pq plan`: from checkpoints to a deployment that meets its goals, or what it lacks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantize.cli import options
+from quantize.cli.common import local_model
+from quantize.errors import PlanError, UsageError
+
+if TYPE_CHECKING:
+    from quantize.plan.deploy import Plan
+    from quantize.plan.latency import Constants, Error
+    from quantize.plan.request import Request
+    from quantize.plan.served import ServedModel
+
+
+def plan(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="YAML file of models and a cluster."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="One model: a folder or Hub id; no FILE.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Its GPU: h100, a100-40, rtx-4090, …")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of one node.", min=1, max=64)] = 8,
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1)] = 16,
+    tp: Annotated[int | None, typer.Option(help="GPUs of one engine; else the fewest.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the longest sequence that must fit.")
+    ] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option("--input", help="Tokens of a prompt, in the mean: 1024.")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option("--output", help="Tokens of an answer, in the mean: 256.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="Sequences of the full context to run at once.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="CSV or name of a trace of requests instead.")
+    ] = None,
+    ttft: Annotated[float | None, typer.Option(help="Goal: seconds to the first token.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Goal: seconds a token after it.")] = None,
+    attainment: Annotated[
+        float | None, typer.Option(help="Share of requests that should meet the goals: 0.9.")
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="KV cache: bf16, fp8, fp8-head, int8, int4; auto: its own.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Another checkpoint for the same work: GPUs it saves. Repeatable."),
+    ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(help="Print files instead: vllm, compose, production-stack, llm-d."),
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON of `vllm bench serve` on this model, GPU and tp. Repeatable."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """GPUs, memory and latency of serving checkpoints; exit code 10 where goals cannot be met."""
+    from quantize.plan.answer import as_json as plain
+    from quantize.plan.deploy import plan_for
+    from quantize.plan.request import load_request, single
+
+    if (file is None) == (model is None):
+        raise UsageError("give a FILE, or --model with --gpu")
+    if file is not None:
+        if compare:
+            raise UsageError("--compare goes with --model, not with a FILE")
+        request = load_request(file)
+    else:
+        if gpu is None:
+            raise UsageError("--model: name its GPU with --gpu, e.g. h100")
+        request = single(
+            str(model),
+            gpu,
+            gpus,
+            nodes,
+            tp=tp,
+            context=context,
+            input=input_tokens,
+            output=output_tokens,
+            sequences=sequences,
+            rate=rate,
+            trace=trace,
+            ttft=ttft,
+            tpot=tpot,
+            attainment=attainment,
+            kv=kv,
+        )
+    models = _models(request)
+    constants, errors = _constants(request, models, calibrate or [])
+    found = plan_for(request, models, constants)
+    if emit is not None:
+        from quantize.plan.emit import emit as text_of
+
+        typer.echo(text_of(emit, found), nl=False)
+        return
+    others = [_instead(request, other, constants) for other in compare or []]
+    if html is not None:
+        _page(found, html, errors)
+    if as_json:
+        data = plain(found, errors)
+        if others:
+            data["compared"] = [plain(other, errors) for other in others]
+        typer.echo(json.dumps(data, indent=2))
+    else:
+        from quantize.cli.plan_table import print_comparison, print_plan
+
+        print_plan(found, errors, calibrated=bool(calibrate))
+        if others:
+            print_comparison([found, *others])
+    if not found.feasible:
+        raise PlanError(f"no plan: {', '.join(found.missing)} cannot be served as asked")
+
+
+def _models(request: Request) -> dict[str, ServedModel]:
+    from quantize.plan.checkpoint import served_model
+    from quantize.plan.deploy import name_of
+
+    return {
+        name_of(demand): served_model(local_model(demand.model), demand.kv, name_of(demand))
+        for demand in request.models
+    }
+
+
+def _instead(request: Request, other: str, constants: Constants) -> Plan:
+    """The plan for another checkpoint in the place of the one model."""
+    from quantize.plan.deploy import plan_for
+
+    demand = request.models[0].model_copy(update={"model": other, "name": None})
+    changed = request.model_copy(update={"models": (demand,)})
+    return plan_for(changed, _models(changed), constants)
+
+
+def _constants(
+    request: Request, models: dict[str, ServedModel], files: list[Path]
+) -> tuple[Constants, dict[str, Error]]:
+    """Constants of the latency model and how far it errs."""
+    from quantize.plan.latency import CONSTANTS, ERRORS
+
+    if not files:
+        return CONSTANTS, ERRORS
+    from quantize.plan.calibrate import calibrated, read_run
+    from quantize.plan.deploy import name_of
+
+    demand = request.models[0]
+    if len(request.models) > 1 or demand.tp is None:
+        raise UsageError("--calibrate needs one model and --tp, those that were measured")
+    runs = [read_run(path) for path in files]
+    return calibrated(models[name_of(demand)], request.cluster[0].kind, demand.tp, runs)
+
+
+def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"--html {path}: must end in .html; the JSON goes beside it")
+    from quantize import __version__
+    from quantize.report.html import write_page
+    from quantize.report.plan import plan_report
+
+    write_page(plan_report(found, __version__, errors), path)
