@@ -247,7 +247,7 @@ def test_the_twin_of_vllms_scales(engine: Path, tmp_path: Path):
     }
     scales = {name: grid.fit_scale(w)[0].to(torch.bfloat16) for name, grid in grids.items()}
     asked = {
-        f"{name}.{count}": scale.reshape(64 * count, -1)
+        f"{name}.{count}": scale.reshape(64 * count, -1).clone()
         for name, scale in scales.items()
         for count in (1, 2, 4, 8)
     }
