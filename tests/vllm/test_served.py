@@ -261,13 +261,13 @@ def test_the_twin_of_vllms_scales(engine: Path, tmp_path: Path):
         factor = row_factor(scale)
         codes = e4m3(e4m3(scale.float() / factor) / 8)
         assert torch.equal(out[f"{key}.factor"], 8 * factor), key
-        # Theirs multiplies by a reciprocal, which may fall on the other side of a tie.
-        assert float((out[f"{key}.codes"] != codes).float().mean()) < (
-            1e-3 if name == "bfloat16" else 1e-9
-        )
+        # Theirs multiplies by a reciprocal, which may fall on the other side of a tie: never for scales that are made to be found again.
+        found_again = name == "exact" or (name == "one GPU" and count == "1")
+        other = float((out[f"{key}.codes"] != codes).float().mean())
+        assert other == 0 if found_again else other < 2e-3, key
         stored = scales[name]
         again = (8 * codes * factor).to(torch.bfloat16).view_as(stored)
         fine = codes.view_as(stored) >= 2.0**-6  # below, eighths are subnormal
         same = torch.equal(again[fine], stored[fine])
         assert same == torch.equal(reloaded(stored, int(count)), stored), key
-        assert same == (name == "exact" or (name == "one GPU" and count == "1")), key
+        assert same == found_again, key
