@@ -135,7 +135,8 @@ def _of_format(
             engines += _in_vllm(reader, schemes, shapes)
         else:
             told: tuple[str, ...] = () if reader.note is None else (reader.note,)
-            told += _in_transformers(schemes) if engine == TRANSFORMERS and form else ()
+            if engine == TRANSFORMERS and reader.first is None and schemes:
+                told += _in_transformers(schemes, shapes)
             loads = not any(note.startswith("not ") for note in told)
             for where in reader.hardware:
                 engines.append(
@@ -173,12 +174,12 @@ def _in_vllm(
     return out
 
 
-def _in_transformers(schemes: Mapping[str, AnyScheme]) -> tuple[str, ...]:
-    """What it makes of routed experts."""
-    routed = [scheme for name, scheme in schemes.items() if _EXPERT.fullmatch(name)]
-    if len(set(routed)) > 1:
-        return ("not with experts that are packed in different ways",)
-    if any(not kernels_for(TRANSFORMERS, scheme, routed=True) for scheme in routed):
+def _in_transformers(schemes: Mapping[str, AnyScheme], names: Iterable[str]) -> tuple[str, ...]:
+    """What it makes of routed experts without pq. names: of all linears."""
+    routed = {schemes.get(name) for name in names if _EXPERT.fullmatch(name)}
+    if len(routed) > 1 or None in routed:
+        return ("not with experts that are not all packed alike",)
+    if any(scheme and not kernels_for(TRANSFORMERS, scheme, routed=True) for scheme in routed):
         return ("it runs routed experts with 16-bit inputs",)
     return ()
 

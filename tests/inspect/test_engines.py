@@ -55,6 +55,10 @@ def test_experts_need_amx_on_cpus(converted: Maker):
     found = loadings(converted("rtn", "qwen2_moe"))
     assert told(found, "vLLM") == {TURING: True, HOPPER: True, CPU: False}
     assert any("AMX" in note for x in found.engines for note in x.notes)
+    assert told(found, "transformers") == {"any device": True}
+    apart = loadings(converted("rtn", "qwen2_moe", "ignore=*.experts.*"))
+    assert told(apart, "transformers") == {"any device": False}  # stock; with pq in format pq
+    assert told(apart, "vLLM") == {TURING: True, HOPPER: True, CPU: True}
 
 
 def test_other_formats(tiny: Maker, converted: Maker, tmp_path: Path):
