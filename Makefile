@@ -17,7 +17,7 @@ else
 LOCKED += .ci/locks/cuda.txt
 endif
 
-.PHONY: demo test test-all test-gguf test-models test-lowest test-newest smoke-newest lock gate lint format setup reference-model bench bench-gpu bench-peers \
+.PHONY: demo test test-all test-gguf test-models test-lowest test-newest test-vllm smoke-newest lock gate lint format setup reference-model bench bench-gpu bench-peers \
 	gpu-session docs clean help
 
 help: ## Show the targets
@@ -104,6 +104,14 @@ newest:
 test-newest: newest ## Run the fast tests with the newest versions that pyproject.toml allows, in an environment of their own
 	$(NEWEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow and not shared"
 
+# Cached between runs. Where Python 3.11 or the network is absent a line says so and nothing is tested (code 75).
+VLLM ?= .venv-vllm
+VLLM_PYTHON ?= python3.11
+test-vllm: setup ## Convert small models and serve them with a real vLLM (its CPU build, in an environment of its own)
+	@$(BIN)/python tests/vllm/vllm_environment.py $(VLLM) --python $(VLLM_PYTHON); code=$$?; \
+	if [ $$code = 75 ]; then exit 0; elif [ $$code != 0 ]; then exit $$code; fi; \
+	set -x; PQ_VLLM=$(VLLM) $(BIN)/python -m pytest -q tests/vllm
+
 smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than .ci/locks/
 	$(NEWEST)/bin/python eval/smoke_newest.py --locked $(BIN)/python
 
@@ -149,4 +157,4 @@ gpu-session: ## All that is worth doing on a GPU in nine minutes: right kernels,
 		--output $(if $(filter file,$(origin OUT)),out/gpu,$(OUT))
 
 clean: ## Remove the environment and all outputs
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) $(GGUF) out
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(LOCKER) $(GGUF) $(VLLM) out

@@ -26,6 +26,7 @@ from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
+from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
@@ -53,6 +54,7 @@ app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
+app.command("serve-check")(serve_check_command.serve_check)
 app.add_typer(recipe_command.app, name="recipe")
 app.add_typer(bench_command.app, name="bench")
 

@@ -26,6 +26,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.conversion_log import log_run
 from quantize.cli.figures import print_restructuring
+from quantize.cli.inspect import loads_line
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
@@ -211,7 +212,8 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(request.output)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+        facts = dataclasses.asdict(summary) | {"loads_in": loads_line(Path(summary.output))}
+        typer.echo(json.dumps(facts, indent=2))
     else:
         _print(summary)
 
@@ -292,6 +294,7 @@ def _print(summary: Summary) -> None:
     for unserved in summary.unserved:
         where, _, what = unserved.partition(": ")
         console.print(f"[yellow]{where}:[/yellow] {what}")
+    console.print(f"{loads_line(Path(summary.output))} (pq serve-check says how)", soft_wrap=True)
     if summary.carried:
         modules = (
             f"{name} ({count} tensor{'s' if count > 1 else ''})"

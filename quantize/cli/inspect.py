@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model
+from quantize.errors import PqError
 from quantize.pictures import fold_numbers
 
 if TYPE_CHECKING:
@@ -41,11 +43,25 @@ def inspect(
     """Show layers, bits, sizes and provenance of a checkpoint. Reads headers only."""
     from quantize.inspect.inspection import inspect as run
 
-    found = run(local_model(model, revision))
+    folder = local_model(model, revision)
+    found = run(folder)
+    loads_in = loads_line(folder)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+        facts = dataclasses.asdict(found) | {"loads_in": loads_in}
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _print(found, every_block)
+        typer.echo(printable(loads_in))
+
+
+def loads_line(folder: Path) -> str:
+    """Which engines take a checkpoint as it is, in one line that begins with `loads in: `."""
+    from quantize.inspect.engines import loadings
+
+    try:
+        return loadings(folder).line
+    except PqError as err:
+        return f"loads in: not told ({err})"
 
 
 def _print(found: Inspection, every_block: bool) -> None:

@@ -29,7 +29,7 @@ class Engine:
     parts must be packed alike."""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.version}"
+        return f"{self.name} {self.version}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,38 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(TRANSFORMERS, "none", "any device", _BITS),
     Kernel(TRANSFORMERS, "none", "any device", _BITS, fp8=True, experts=False),
 )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """That an engine reads checkpoints of a format; what it multiplies of them say its kernels."""
+
+    engine: Engine
+    format: str | None
+    """The format's name; None: plain safetensors, nothing packed."""
+    hardware: tuple[str, ...]
+    install: tuple[str, ...] = ()
+    """What pip must install beside the engine."""
+    first: str | None = None
+    """The line of Python that must come before it is used."""
+    note: str | None = None
+    """What else must be known."""
+    by_kernel: bool = False
+    """Whether it loads only what one of its kernels multiplies where it runs."""
+
+
+LLAMA_CPP = Engine("llama.cpp", "", fuses=False)
+
+READERS: tuple[Reader, ...] = (
+    Reader(TRANSFORMERS, None, ("any device",)),
+    Reader(TRANSFORMERS, "compressed-tensors", ("any device",), ("compressed-tensors",)),
+    Reader(TRANSFORMERS, "pq", ("any device",), ("pq-quantize",), "import quantize"),
+    Reader(VLLM, None, (TURING, HOPPER, CPU)),
+    Reader(VLLM, "compressed-tensors", (TURING, HOPPER, CPU), by_kernel=True),
+    Reader(VLLM, "pq", (TURING, HOPPER, CPU), ("pq-vllm",), None, "with pq's plugin pq-vllm"),
+    Reader(LLAMA_CPP, "gguf", ("any device",)),
+)
+"""Engines in the order in which they are told of; an engine without a row for a format refuses it."""
 
 
 def kernels_for(

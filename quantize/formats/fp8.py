@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
-_MIN_SCALE = 1.0 / (E4M3_MAX * 512.0)  # vLLM's floor: scales of zero or nearly so divide nothing
+FACTOR_FLOOR = 1.0 / (E4M3_MAX * 512.0)
+"""vLLM's floor of a token's scale and of a row's factor: what is zero or nearly so divides nothing."""
 _MIN_NORMAL = 2.0**-6  # of E4M3
 _LUT_SPAN = 8.0  # the largest |q| of an INT4 code: products q·s8 with s8 <= 448/8 cannot overflow
 
@@ -35,7 +36,7 @@ def quantize_activations(x: Tensor) -> Tensor:
     Returns float32 of the same shape. A token of zeros stays zeros.
     """
     x = x.float()
-    scale = (x.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp_min(_MIN_SCALE)
+    scale = (x.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp_min(FACTOR_FLOOR)
     return e4m3(x / scale).mul_(scale)
 
 
@@ -54,7 +55,7 @@ def quantize_activations_in_dtype(x: Tensor) -> Tensor:
 def row_factor(scale: Tensor) -> Tensor:
     """Per-row factor [N, 1] that vLLM's Hopper scheme derives from group scales [N, G]:
     rowmax(s) / 448, floored."""
-    return (scale.float().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(_MIN_SCALE)
+    return (scale.float().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(FACTOR_FLOOR)
 
 
 def product_weight(codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
@@ -78,3 +79,16 @@ def representable_scale(scale: Tensor, factor: Tensor) -> Tensor:
     """
     code = e4m3(scale.float() / factor).clamp_min(2.0**-9)
     return (code * factor).to(torch.bfloat16)
+
+
+def reloaded(scale: Tensor, shards: int = 1) -> Tensor:
+    """Group scales [N, G] that an engine multiplies with once it derived row factors from stored
+    ones, where each of so many GPUs holds as many of a row's groups: bfloat16 [N, G].
+
+    What vLLM's `convert_bf16_scales_to_fp8` makes of the shards. ValueError where G does not divide.
+    """
+    N, G = scale.shape
+    if G % shards:
+        raise ValueError(f"{G} groups do not divide among {shards} shards")
+    own = scale.reshape(N * shards, G // shards)
+    return representable_scale(own, row_factor(own)).view(N, G)

@@ -28,6 +28,13 @@ def fitting_group(asked: int, inputs: Iterable[int]) -> int | None:
     return next((group for group in tried if not any(K % group for K in inputs)), None)
 
 
+def shard_counts(groups: int, asked: Iterable[int]) -> tuple[int, ...]:
+    """Of so many shards of a row, rising, those above 1 in which a row of so many groups has whole
+    groups, two at least: a group alone in its shard has the largest scale of it, whatever that is."""
+    fine = (count for count in asked if count > 1 and not groups % count and groups > count)
+    return tuple(sorted(set(fine)))
+
+
 def adaptation(
     shape: tuple[int, int], asked: int, group: int | None, lost_fp8: bool
 ) -> dict[str, Any] | None:

@@ -28,8 +28,13 @@ class Unserved:
     """The engine, its release, and the hardware where that matters."""
     what: str
     """The linears, why, and the nearest that works."""
-    refused: bool
-    """Whether no GPU takes it without an optional package; else it is served on some hardware."""
+    hardware: frozenset[str]
+    """On what it is not taken, without an optional package."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether no GPU takes it without an optional package; else it is served on some hardware."""
+        return self.hardware >= {TURING, HOPPER}
 
     def __str__(self) -> str:
         return f"not in {self.where}: {self.what}"
@@ -138,7 +143,7 @@ def _off_hopper(
         f"{_linears(_sized(names, shapes))} with inputs in FP8, which need compute capability 9.0; activations: none "
         f"runs on {TURING}"
     )
-    return [Unserved(f"{VLLM} but on {HOPPER}", what, refused=False)]
+    return [Unserved(f"{VLLM} but on {HOPPER}", what, frozenset({TURING, CPU}))]
 
 
 def _on_cpus(
@@ -179,11 +184,11 @@ def _on_cpus(
     if not parts:
         return []
     what = f"{', '.join(parts)}; serve on a GPU, or with transformers"
-    return [Unserved(f"{VLLM} on {CPU}", what, refused=False)]
+    return [Unserved(f"{VLLM} on {CPU}", what, frozenset({CPU}))]
 
 
 def _refused(what: str) -> Unserved:
-    return Unserved(str(VLLM), what, refused=True)
+    return Unserved(str(VLLM), what, frozenset({TURING, HOPPER, CPU}))
 
 
 def _sized(names: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> int:

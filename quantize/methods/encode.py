@@ -18,7 +18,7 @@ from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.cost.peak import give_back
 from quantize.errors import ModelError
-from quantize.formats.grouping import FP8_TILE, WHOLE_ROW, fitting_group
+from quantize.formats.grouping import FP8_TILE, WHOLE_ROW, fitting_group, shard_counts
 from quantize.formats.packed_int import IntScheme, stored_bits
 from quantize.formats.patterns import matches, problem_of
 from quantize.methods.adaptation import (
@@ -29,6 +29,7 @@ from quantize.methods.adaptation import (
     require_as_asked,
 )
 from quantize.methods.base import Kind, Stage
+from quantize.model.roles import splits_inputs
 from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
 from quantize.solvers.grid import Grid
 
@@ -172,6 +173,10 @@ class IntEncode(Encode):
     """Consecutive inputs of one output row that share a scale; -1: the whole row."""
     activations: Literal["none", "fp8"] = "none"
     """`fp8`: dynamic per-token E4M3 activations (W4A8-FP8); `none`: 16-bit activations (W4A16)."""
+    tensor_parallel: tuple[Literal[1, 2, 4, 8, 16], ...] = (1, 2, 4, 8)
+    """Numbers of GPUs that may share a layer of `activations: fp8` and multiply the same weights:
+    engines derive the factor of a row from the group scales that each GPU holds. 1 is always among
+    them; those that would leave a GPU less than two whole groups of a row are left out."""
     strict: bool = False
     """Whether a linear that does not divide into groups, or into the tiles of `activations: fp8`,
     is refused. Else its group is the largest of 128, 64 and 32 below `group_size` that divides its
@@ -195,6 +200,14 @@ class IntEncode(Encode):
     def rounds_inputs(self) -> bool:
         """As `fp8`."""
         return self.fp8
+
+    def grid(self, block: Block, name: str, **changes: bool) -> Grid:
+        """The code book of a linear, its FP8 scales such as engines find again. changes: further
+        fields of it."""
+        group, K = self.group_size, block.linear(name).weight.shape[1]
+        cut = splits_inputs(block.full_name(name)) and self.fp8
+        shards = shard_counts(K // group, self.tensor_parallel) if cut else ()
+        return Grid(self.bits, group, **{"fp8_scales": self.fp8, **changes}, shards=shards)
 
     def stored_bits(self, N: int, K: int) -> float:
         """Codes, and a 16-bit scale for each group."""

@@ -11,7 +11,6 @@ from quantize.block.measure import moments_of
 from quantize.cost.footprint import factoring
 from quantize.methods.encode import IntEncode, factor_hessian, fall_back, note_errors
 from quantize.solvers.feedback import error_feedback
-from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -43,10 +42,10 @@ class Gptq(IntEncode):
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by
         layer) where it is unusable."""
-        grid = Grid(self.bits, self.group_size)
         assert moments is not None
         usable = factor_hessian(block, names[0], moments, self.damping, self.order)
         for name in names:
+            grid = self.grid(block, name)
             if isinstance(usable, str):
                 fall_back(block, name, grid, self.fp8, usable)
                 continue

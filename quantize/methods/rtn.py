@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from quantize.methods.encode import IntEncode, encode_nearest, note_errors
-from quantize.solvers.grid import Grid
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -32,9 +31,11 @@ class Rtn(IntEncode):
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears one by one."""
-        grid = Grid(self.bits, self.group_size)
         for name in names:
             weight = block.linear(name).weight.float()
             note_errors(
-                block, name, weight, encode_nearest(block, name, grid, self.clip == "mse", self.fp8)
+                block,
+                name,
+                weight,
+                encode_nearest(block, name, self.grid(block, name), self.clip == "mse", self.fp8),
             )

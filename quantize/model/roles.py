@@ -78,6 +78,12 @@ _FEW = 16
 """Rows or columns of a matrix so small that nothing is saved by rounding it, while much may hang on it."""
 
 
+def splits_inputs(name: str) -> bool:
+    """Whether engines cut the inputs of the linear of this name among GPUs, and not its outputs: it
+    writes to the residual stream, and its inputs are what others, cut by outputs, computed."""
+    return role_by_name(name) in ("o", "down")
+
+
 def role_of(name: str) -> Role | Literal["router"] | None:
     """Role of a linear by its name within a block, in an expert as in a dense FFN;
     None for one that has none."""

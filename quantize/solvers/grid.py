@@ -3,14 +3,16 @@ FP8 tensor core sees them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantize.formats.fp8 import E4M3_MAX, e4m3, product_weight, representable_scale, row_factor
+from quantize.formats.fp8 import e4m3, product_weight, representable_scale, row_factor
 from quantize.formats.packed_int import PackedInt
 from quantize.formats.scheme import Packed
+from quantize.solvers.shards import movable, settle
 
 # Clip ratios tried per group, evenly spaced: 5 % apart, and the fit's time grows with them.
 _CLIPS = 12
@@ -34,6 +36,8 @@ class Grid:
     `product`: codes are fitted to E4M3(q·s8), what an INT4×FP8 kernel multiplies, instead of q·s.
     `fp8_scales`: group scales are kept to E4M3 multiples of a per-row factor, so
     vLLM re-derives the same codes.
+    `shards`: with `fp8_scales`, into how many parts of its groups a row may be cut, rising powers of
+    two, each part with a factor of its own under which the scales are found again.
     `signed`: scales may be negative, which gives the code -2^(bits-1) to the side that needs it.
     """
 
@@ -42,6 +46,7 @@ class Grid:
     product: bool = False
     fp8_scales: bool = False
     signed: bool = False
+    shards: tuple[int, ...] = ()
 
     @property
     def stored(self) -> torch.dtype:
@@ -112,7 +117,13 @@ class Grid:
 
     def absmax_scale(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Scales max|w| / qmax of every group of w [N, K] → (scale [N, G], factor [N, 1])."""
-        return self._representable(_nonzero(group_absmax(w, self.group_size) / self.qmax))
+        absmax = _nonzero(group_absmax(w, self.group_size) / self.qmax)
+        if not self._in_shards:
+            return self._representable(absmax)
+        wanted = absmax.to(torch.bfloat16).float()
+        # What was asked for are these scales and not a small error, so the nearest to them.
+        settled = settle(wanted, lambda scale: (scale - wanted).square_(), self.shards)
+        return settled.scale, settled.factor
 
     def fit_scale(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scales of w [N, K] that minimise Σ importance_k·(w_k − ŵ_k)² over clip
@@ -120,17 +131,26 @@ class Grid:
 
         Returns (scale [N, G], factor [N, 1]).
         """
-        absmax, _ = self.absmax_scale(w)
+        absmax = _nonzero(group_absmax(w, self.group_size) / self.qmax).to(torch.bfloat16).float()
         weight = torch.ones_like(w[:1]) if importance is None else importance.to(w)[None]
         rows = max(1, _PIECE // w.shape[1])
-        parts = zip(torch.split(w, rows), torch.split(absmax, rows), strict=True)
+        parts = _split(rows, w, absmax)
         best = torch.cat([self._best_scale(part, weight, start) for part, start in parts])
-        scale, factor = self._representable(best)
         if not self.fp8_scales:
-            return scale, factor
-        spans = [slice(first, first + rows) for first in range(0, len(w), rows)]
-        fitted = [self._fit_fp8(w[s], scale[s], factor[s], weight) for s in spans]
-        return torch.cat(fitted), factor
+            return self._representable(best)
+        made = [self._fp8_scale(part, near, weight) for part, near in _split(rows, w, best)]
+        scales, factors = zip(*made, strict=True)
+        return torch.cat(scales), torch.cat(factors)
+
+    def _fp8_scale(self, w: Tensor, best: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales near `best` that an FP8 engine derives again, and the rows' factors."""
+        if self._in_shards:
+            grouped, share = (t.view(len(t), -1, self.group_size) for t in (w, weight))
+            settled = settle(best, lambda scale: self._error(grouped, share, scale), self.shards)
+            scale, factor = settled.scale, settled.factor
+        else:
+            scale, factor = self._representable(best)
+        return self._fit_fp8(w, scale, factor, weight), factor
 
     def _best_scale(self, w: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
         """The scales [N, G] that `fit_scale` looks for, before they are made representable; absmax:
@@ -153,16 +173,24 @@ class Grid:
             best, least = self._better(grouped, share, scale, best, least)
         return best
 
+    @property
+    def _in_shards(self) -> bool:
+        return self.fp8_scales and bool(self.shards)
+
     def _codes(self, grouped: Tensor, scale: Tensor) -> Tensor:
         """Nearest codes of w [N, G, group_size] under scales [N, G] of q·s, whatever the kernel's."""
         return (grouped / scale[..., None]).round_().clamp_(self.qmin, self.qmax)
+
+    def _error(self, grouped: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+        """Σ share·(w − q·s)² of every group under scales [N, G] → [N, G]."""
+        values = self._codes(grouped, scale).mul_(scale[..., None])
+        return values.sub_(grouped).square_().mul_(share).sum(dim=2)
 
     def _better(
         self, grouped: Tensor, share: Tensor, scale: Tensor, best: Tensor, least: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The better of two scales [N, G] of every group, and its error Σ share·(w − q·s)²."""
-        values = self._codes(grouped, scale).mul_(scale[..., None])
-        error = values.sub_(grouped).square_().mul_(share).sum(dim=2)
+        error = self._error(grouped, share, scale)
         better = error < least
         return torch.where(better, scale, best), torch.where(better, error, least)
 
@@ -171,7 +199,7 @@ class Grid:
         row's largest scale stays."""
         best, best_error = scale, self.group_error(w, scale, factor, weight)
         for steps in (-1, 1, -2, 2):
-            candidate = _e4m3_neighbour(scale, factor, steps)
+            candidate = self._neighbour(scale, factor, steps)
             error = self.group_error(w, candidate, factor, weight)
             best = torch.where(error < best_error, candidate, best)
             best_error = torch.minimum(error, best_error)
@@ -186,11 +214,20 @@ class Grid:
         """
         return None
 
+    def _neighbour(self, scale: Tensor, factor: Tensor, steps: int) -> Tensor:
+        """Scales [N, G] some E4M3 codes further; the largest one of a row, and of a shard, stays:
+        factors ([N, 1] of rows) are derived from them."""
+        free, ceiling = movable(scale, factor, self.shards)
+        code = e4m3(scale / factor)
+        size = 2.0 ** (torch.floor(torch.log2(code)) - 3)
+        moved = torch.minimum(e4m3((code + steps * size).clamp_min(2.0**-9)), ceiling)
+        return torch.where(free, representable_scale(moved * factor, factor).float(), scale)
+
     def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
         """Smaller and larger alternatives to group scales [N, G] that the checkpoint
         can hold; finer every sweep."""
         if self.fp8_scales:
-            return _e4m3_neighbour(scale, factor, -1), _e4m3_neighbour(scale, factor, 1)
+            return self._neighbour(scale, factor, -1), self._neighbour(scale, factor, 1)
         step = _MOVES[min(sweep, len(_MOVES) - 1)]
         smaller = scale * (1 - step)
         larger = scale * (1 + step)
@@ -234,13 +271,9 @@ class Book:
         return self.levels.gather(0, codes.long().sub_(self.grid.qmin))
 
 
-def _e4m3_neighbour(scale: Tensor, factor: Tensor, steps: int) -> Tensor:
-    """Scales [N, G] some E4M3 codes further; a row's largest one stays: the row factor
-    [N, 1] is derived from it."""
-    code = e4m3(scale / factor)
-    size = 2.0 ** (torch.floor(torch.log2(code)) - 3)
-    moved = e4m3((code + steps * size).clamp(2.0**-9, E4M3_MAX))
-    return torch.where(code >= E4M3_MAX, scale, representable_scale(moved * factor, factor).float())
+def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of all of them at a time."""
+    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
 def group_absmax(w: Tensor, group_size: int) -> Tensor:

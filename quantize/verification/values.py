@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from quantize.errors import VerifyError
-from quantize.formats.fp8 import representable_scale, row_factor
+from quantize.formats.fp8 import reloaded
+from quantize.formats.grouping import shard_counts
+from quantize.methods.encode import IntEncode
+from quantize.model.roles import splits_inputs
 from quantize.recipe.recipe import Recipe
 from quantize.verification.checks import Skipped, summarize
 from quantize.verification.layout import FLOATS, Layout
@@ -44,27 +47,32 @@ def check_values(layout: Layout, recipe: Recipe | None, tick: Tick) -> str:
     )
 
 
-def _reloads(recipe: Recipe | None, linear: str) -> bool:
-    """Whether the recipe keeps the scales of the linear with this full name to E4M3
-    multiples of a row factor."""
-    stages = [stage for stage in recipe.stages if stage.kind == "encode"] if recipe else []
-    return any(
-        getattr(stage, "fp8", False)
-        and getattr(stage, "rounding", None) == "descent"
-        and getattr(stage, "scales", None) == "row"
-        and stage.selects(linear)  # type: ignore[attr-defined]  # every encode stage has it
-        for stage in stages
-    )
+def _reloads(recipe: Recipe | None, linear: str) -> tuple[int, ...]:
+    """Among how many GPUs the recipe promises that engines find the scales of the linear with this
+    full name again; empty where it promises nothing."""
+    for stage in recipe.stages if recipe else ():
+        if isinstance(stage, IntEncode) and stage.selects(linear):
+            if not stage.fp8 or getattr(stage, "scales", "row") != "row":
+                return ()
+            if (
+                "tensor_parallel" not in stage.model_fields_set
+            ):  # an older release, which promised less
+                return (1,) if getattr(stage, "rounding", None) == "descent" else ()
+            return (1, *(stage.tensor_parallel if splits_inputs(linear) else ()))
+    return ()
 
 
-def _scale_problem(scale: Tensor, fp8: bool, reloads: bool) -> str | None:
+def _scale_problem(scale: Tensor, fp8: bool, reloads: tuple[int, ...]) -> str | None:
     if (scale == 0).any():
         return f"holds {int((scale == 0).sum())} zeros"
     if fp8 and (scale < 0).any():
         return f"holds {int((scale < 0).sum())} negative values, which FP8 kernels cannot take"
     # A linear whose sizes no FP8 kernel takes has scales of its own kind.
-    if fp8 and reloads and not torch.equal(representable_scale(scale, row_factor(scale)), scale):
-        return "does not survive a reload through E4M3"
+    if fp8 and reloads:
+        for shards in (1, *shard_counts(scale.shape[1], reloads)):
+            if not torch.equal(reloaded(scale, shards), scale):
+                among = f" in {shards} shards" if shards > 1 else ""
+                return f"does not survive a reload through E4M3{among}"
     return None
 
 

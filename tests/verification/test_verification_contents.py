@@ -74,6 +74,32 @@ def test_scales_that_a_reload_would_change(copied: Maker):
     assert "survive a reload" in str(result.first_failure)
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "fireq-linear"])
+def test_scales_that_one_gpu_of_two_would_change(copied: Maker, recipe: str):
+    """Whole rows find them again, and the halves that two GPUs hold do not."""
+    folder = copied(recipe, "llama", "activations=fp8", intermediate_size=512)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        # Halves of two groups each, and the row's largest in the first: that of the second moves to another E4M3 value.
+        scale = tensors["model.layers.0.mlp.down_proj.weight_scale"].view(-1, 2, 2)
+        for row in scale:
+            half = row[1]
+            moved = half.max() * 13 / 14
+            ratio = float(half.min() / moved)
+            if row[0].max() == row.max() and ratio < 0.95 and abs(ratio - 0.5) > 0.05:
+                half[half.argmax()] = moved
+                return
+        raise AssertionError("no row can be damaged so")
+
+    assert verify(folder).ok
+    edit_tensors(folder, change)
+    result = verify(folder)
+    assert failed(result) == ["values"]
+    assert "down_proj.weight_scale does not survive a reload through E4M3 in 2 shards" in str(
+        result.first_failure
+    )
+
+
 def test_bits_beside_the_codes(copied: Maker):
     folder = copied("rtn", "llama", "bits=3", "group_size=16", intermediate_size=272)
     name = "model.layers.0.mlp.down_proj.weight_packed"  # 272 · 3 bits end in the middle of a word

@@ -25,6 +25,16 @@ class Weight(NamedTuple):
     factor: Tensor | None = None
     """float32 [N]."""
 
+    def part(self, rows: slice = slice(None), groups: slice = slice(None)) -> Weight:
+        """Some of the rows and of the groups of each, as one of several GPUs holds them; a row's
+        factor stays that of all its groups."""
+        K, G = self.packed.shape[1] * 8, self.scale.shape[1]
+        first, last, _ = groups.indices(G)
+        words = slice(first * (K // G) // 8, last * (K // G) // 8)
+        factor = None if self.factor is None else self.factor[rows].contiguous()
+        packed, scale = self.packed[rows, words], self.scale[rows, groups]
+        return Weight(packed.contiguous(), scale.contiguous(), factor)
+
     def decode(self) -> Tensor:
         """Weight float32 [N, K] that is multiplied."""
         K = self.packed.shape[1] * 8

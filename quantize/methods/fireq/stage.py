@@ -111,7 +111,7 @@ class Fireq(IntEncode):
         usable = factor_hessian(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
-                fall_back(block, name, self._grid(), self.fp8, usable)
+                fall_back(block, name, self._grid(block, name), self.fp8, usable)
             return
         targets = {
             name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
@@ -159,18 +159,15 @@ class Fireq(IntEncode):
         )
         return tuple(picture for picture in drawn if picture is not None)
 
-    def _grid(self) -> Grid:
-        if not self.fp8:
-            return Grid(self.bits, self.group_size, signed=True)
-        return Grid(self.bits, self.group_size, product=True, fp8_scales=True)
+    def _grid(self, block: Block, name: str) -> Grid:
+        return self.grid(block, name, product=self.fp8, signed=not self.fp8)
 
     def _nearest(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
         if not self.fp8 or self.scales != "tensor":
             # The paper rounds to q·s and leaves the kernel's second rounding, to E4M3(q·s), out.
-            quantized = encode_nearest(
-                block, name, Grid(self.bits, self.group_size), False, self.fp8
-            )
+            grid = self.grid(block, name, fp8_scales=self.fp8 and self.scales == "row")
+            quantized = encode_nearest(block, name, grid, False, self.fp8)
         else:
             grid = Grid(self.bits, self.group_size)
             factor = tensor_scale(weight, self.group_size)
@@ -185,7 +182,7 @@ class Fireq(IntEncode):
         self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped
     ) -> None:
         weight = block.linear(name).weight.float()
-        hessian, grid = moments.hessian, self._grid()
+        hessian, grid = moments.hessian, self._grid(block, name)
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded = error_feedback(target, usable, grid, scale, factor)
         with usable.metric(moments.hessian) as metric:
