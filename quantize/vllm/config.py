@@ -9,6 +9,7 @@ import regex
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -18,13 +19,16 @@ from quantize.formats.groups import read_groups
 from quantize.formats.native import (
     NATIVE,
     attention_of,
+    experts_of,
     require_understood,
     rotated_inputs_of,
     routing_of,
     scheme_from_json,
 )
 from quantize.vllm.attention import PqKvMethod
+from quantize.vllm.experts import PqExpertsMethod
 from quantize.vllm.linear import PqLinearMethod, RotatedLinearMethod
+from quantize.vllm.names import parts_of, renamed, renamed_groups
 
 NAME = NATIVE
 
@@ -36,10 +40,12 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
     def __init__(self, section: Mapping[str, Any]) -> None:
         super().__init__()
         require_understood(section)
-        if routing_of(section):
+        if experts_of(section):
             raise ValueError(
-                "pq-vllm does not serve LaDiMo's experts yet; load the checkpoint with transformers"
+                "pq-vllm serves LaDiMo's experts in its stock container (qwen2_moe) alone, and these stand in a "
+                "class of another type; load the checkpoint with transformers"
             )
+        self.routing = routing_of(section)
         self.section = dict(section)
         self.rotated = frozenset(rotated_inputs_of(section))
         self.attention = attention_of(section)
@@ -75,28 +81,19 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Call linears as vLLM's model does."""
 
-        def renamed(name: str) -> str:
-            # "Linear" is a class, and no name.
-            found: str | None = None if name == "Linear" else hf_to_vllm_mapper.map_name(name)
-            return name if found is None else found
-
-        groups = self.section["config_groups"].items()
-        self.section["config_groups"] = {
-            key: {**group, "targets": [renamed(target) for target in group["targets"]]}
-            for key, group in groups
-        }
-        self.section["ignore"] = [renamed(name) for name in self.section["ignore"]]
-        self.rotated = frozenset(renamed(name) for name in self.rotated)
+        self.section = renamed_groups(self.section, hf_to_vllm_mapper)
+        self.rotated = frozenset(renamed(name, hf_to_vllm_mapper) for name in self.rotated)
+        self.routing = {renamed(ffn, hf_to_vllm_mapper): p for ffn, p in self.routing.items()}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How `layer` works; None where it works as if the model were not quantized."""
         if isinstance(layer, Attention):
             return PqKvMethod(self.attention) if self.attention else None
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        place, _, last = prefix.rpartition(".")
-        stem = f"{place}." if place else ""
-        parts = [f"{stem}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        parts = parts_of(prefix, self.packed_modules_mapping)
         schemes = read_groups(self.section, parts, scheme_from_json)
         rotates = {part in self.rotated for part in parts}
         if len(rotates) > 1:
@@ -106,3 +103,18 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
         if isinstance(layer, ParallelLMHead):
             return None
         return RotatedLinearMethod() if rotates.pop() else UnquantizedLinearMethod()
+
+    def _experts(self, layer: Any, prefix: str) -> Any:
+        # One method for all: vLLM's own for 16-bit experts cannot choose as many as a token needs.
+        ffn = prefix.removesuffix(".routed_experts").removesuffix(".experts")
+        name = f"{ffn}.experts"
+        linears = [
+            f"{name}.{e}.{role}_proj"
+            for e in range(layer.global_num_experts)
+            for role in ("gate", "up", "down")
+        ]
+        schemes = read_groups(self.section, linears, scheme_from_json)
+        policy = self.routing.get(ffn)
+        if not schemes and policy is None and not self.rotated & set(linears):
+            return None
+        return PqExpertsMethod(name, layer.moe_config, schemes, self.rotated & set(linears), policy)

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from quantize.formats.scheme import AnyScheme
+from quantize.serving.native_linear import constant
 from quantize.vllm import ops
 from quantize.vllm.parts import Part, joined, part_of
 
@@ -60,7 +61,9 @@ class PqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not ins
             by_shard[None] = parts[0]
         layer.pq_suffixes = sorted({s for part in parts for s in part.missing})
         for suffix in layer.pq_suffixes:
-            place = nn.Parameter(torch.empty(0), requires_grad=False)
+            # vLLM warns of tensors whose dtype is not that of their place.
+            held = next(part for part in parts if suffix in part.missing)
+            place = constant(torch.empty(0, dtype=held.get_parameter(suffix).dtype))
             set_weight_attrs(place, {"weight_loader": _loader(suffix, by_shard)})
             layer.register_parameter(suffix, place)
 

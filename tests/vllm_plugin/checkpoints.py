@@ -17,6 +17,7 @@ from quantize.formats.bitvec import BitVec, BitVecScheme, groups_per_row
 from quantize.formats.kv4 import KvScheme
 from quantize.formats.native import native_config
 from quantize.formats.packed_int import IntScheme, PackedInt
+from quantize.formats.routing import Policy
 from quantize.formats.scheme import AnyScheme, Packed
 from quantize.model.hadamard import apply_hadamard
 
@@ -129,3 +130,76 @@ def mixed_schemes(blocks: int = 3) -> dict[str, AnyScheme]:
         for role, scheme in ways[i % len(ways)].items()
     }
     return out | {HEAD: w4a8}
+
+
+MOE_FIELDS = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "qkv_bias": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": ["full_attention"] * 3,
+}
+EXPERTS, SIZE = 6, 128
+
+
+def write_moe(
+    folder: Path, schemes: Mapping[str, AnyScheme], routing: Mapping[str, Policy]
+) -> Path:
+    """The reference model as `qwen2_moe`: its attention, and random experts, some of their linears packed."""
+    write(folder, {}, fields=MOE_FIELDS)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(9)
+    D, linears = config["hidden_size"], []
+    for i in range(config["num_hidden_layers"]):
+        block = f"model.layers.{i}"
+        for role, heads in (("q", 4), ("k", 2), ("v", 2)):
+            tensors[f"{block}.self_attn.{role}_proj.bias"] = torch.zeros(heads * 64).bfloat16()
+        for role in ("gate", "up", "down"):
+            del tensors[f"{block}.mlp.{role}_proj.weight"]
+        homes = [*(f"experts.{e}" for e in range(EXPERTS)), "shared_expert"]
+        for home in homes:
+            for role in ("gate", "up", "down"):
+                size = (D, SIZE) if role == "down" else (SIZE, D)
+                name = f"{block}.mlp.{home}.{role}_proj"
+                linears.append(name)
+                weight = torch.randn(size, generator=draw) / size[1] ** 0.5
+                tensors[f"{name}.weight"] = weight.bfloat16()
+        for name, rows in (("gate", EXPERTS), ("shared_expert_gate", 1)):
+            weight = torch.randn(rows, D, generator=draw) / D**0.5
+            tensors[f"{block}.mlp.{name}.weight"] = weight.bfloat16()
+    for name, scheme in schemes.items():
+        found = packed(tensors.pop(f"{name}.weight"), scheme)
+        tensors |= {f"{name}.{suffix}": t for suffix, t in found.tensors().items()}
+    left = [name for name in [*linears, HEAD] if name not in schemes]
+    left += [f"model.layers.{i}.{ROLES[r]}" for i in range(3) for r in "qkvo"]
+    config["quantization_config"] = native_config(schemes, left, None, (), routing)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def as_compressed_tensors(folder: Path) -> Path:
+    """A native checkpoint of integers as the same in format compressed-tensors, in place."""
+    config = json.loads((folder / "config.json").read_text())
+    section = config["quantization_config"]
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": section["config_groups"],
+        "ignore": section["ignore"],
+        "kv_cache_scheme": None,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

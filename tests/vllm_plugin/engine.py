@@ -63,7 +63,11 @@ def _by_vllm(request: dict[str, Any]) -> list[list[dict[str, Any]]]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    settings = {"enforce_eager": True, "max_model_len": 512} | request.get("engine", {})
+    settings = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "disable_log_stats": False,
+    } | request.get("engine", {})
     engine = LLM(model=request["model"], dtype=request["dtype"], **settings)
     answers = []
     for run in request["runs"]:
