@@ -7,16 +7,17 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make `quant_method: pq` known to vLLM; called in every process of an engine, and does nothing the
-    second time."""
+    """Make `quant_method: pq` known to vLLM, and W4A8-FP8 checkpoints of `compressed-tensors` where it has no
+    kernel for them; called in every process of an engine, and does nothing the second time."""
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
 
-    from quantize.vllm import attention
+    from quantize.vllm import attention, compressed
     from quantize.vllm.config import NAME, PqConfig
 
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(PqConfig)
+        register_quantization_config(compressed.NAME)(compressed.PqCompressedTensorsConfig)
         attention.register_backends()
