@@ -26,6 +26,7 @@ from quantize.kernels.attention.paged import attend_pages, store_pages
 def register_backends() -> None:
     """Make vLLM find them."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.PqCpuBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "quantize.vllm.cuda_attention.PqTritonBackend")
 
 
 class PqKvMethod(BaseKVCacheMethod):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -38,10 +39,10 @@ class PqKvMethod(BaseKVCacheMethod):  # type: ignore[misc]  # vLLM is not instal
         """A place for S, and a backend that knows the layout; ValueError for attention that is not softmax
         over earlier tokens alone, and where the backend is another one."""
         name, impl = layer.layer_name, layer.impl
-        if not isinstance(impl, PqImpl):
+        if not isinstance(impl, Int4Attention):
             raise ValueError(
                 f"{name} works on an INT4 KV cache, which backend {layer.attn_backend.get_name()} does not "
-                "know; do not choose one with --attention-backend"
+                "know; serve with --attention-backend CUSTOM on a GPU, and without the option on a CPU"
             )
         self.numerics.scheme.group(layer.head_size)
         impl.require_plain(name)
@@ -92,35 +93,54 @@ class PqCpuBackend(CPUAttentionBackend):  # type: ignore[misc]
     def get_impl_cls() -> Any:
         """What computes attention of the model that is being made."""
         config = get_current_vllm_config().quant_config
-        return PqImpl if getattr(config, "attention", None) else CPUAttentionBackendImpl
+        return PqCpuImpl if getattr(config, "attention", None) else CPUAttentionBackendImpl
 
 
-class PqImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
-    """Writes and reads packed records with the kernels' plain-torch twins."""
+class Int4Attention:
+    """What attention of vLLM, which this precedes, does on packed records."""
 
     numerics: KvNumerics
+    scale: float
+    sliding_window: Any
+    """Tokens that a query sees, or those before its own and none behind; −1: all."""
 
     def require_plain(self, name: str) -> None:
         """ValueError for what an INT4 cache of pq was never made for."""
+        held: Any = self
         odd = {
-            "ALiBi": self.alibi_slopes is not None,
-            "a soft cap": bool(self.logits_soft_cap),
-            "sinks": self.sinks is not None,
-            f"type {self.attn_type}": self.attn_type != "decoder",
-            "a cache shared between layers": self.kv_sharing_target_layer_name is not None,
-            f"--kv-cache-dtype {self.kv_cache_dtype}": self.kv_cache_dtype
-            not in ("auto", "bfloat16"),
+            "ALiBi": held.alibi_slopes is not None,
+            "a soft cap": bool(held.logits_soft_cap),
+            "sinks": held.sinks is not None,
+            f"type {held.attn_type}": held.attn_type != "decoder",
+            "a cache shared between layers": held.kv_sharing_target_layer_name is not None,
+            f"--kv-cache-dtype {held.kv_cache_dtype}": held.kv_cache_dtype
+            not in ("auto", "float16", "bfloat16"),
         }
         if found := [what for what, is_so in odd.items() if is_so]:
             raise ValueError(f"{name}: an INT4 KV cache of pq does not go with {', '.join(found)}")
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """False: keys are rounded after their positions are in them."""
+        return False
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """False: what comes next rounds its inputs itself."""
+        return False
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, its own included; None: all."""
+        size = self.sliding_window
+        if isinstance(size, tuple):
+            return None if size[0] < 0 else size[0] + 1
+        return None if size < 0 else size
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store key and value [T, Hkv, d] of tokens in their slots, page · size + place; −1: in none."""
-        store_pages(
-            key, value, layer.pq_scale, self.numerics.scheme, _bytes(kv_cache), slot_mapping
-        )
+        pages = kv_cache.view(torch.uint8)
+        store_pages(key, value, layer.pq_scale, self.numerics.scheme, pages, slot_mapping)
 
     def forward(
         self,
@@ -140,8 +160,8 @@ class PqImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         if attn_metadata is None:  # a run that only measures memory
             return output
         return attend_pages(
-            query,
-            _bytes(kv_cache),
+            query[: attn_metadata.num_actual_tokens],
+            kv_cache.view(torch.uint8),
             layer.pq_scale,
             self.numerics,
             self.scale,
@@ -149,10 +169,11 @@ class PqImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
             output,
-            window=None if self.sliding_window < 0 else self.sliding_window,
+            window=self.window,
+            most_new=attn_metadata.max_query_len,
+            most_tokens=attn_metadata.max_seq_len,
         )
 
 
-def _bytes(kv_cache: Tensor) -> Tensor:
-    """Pages in the model's dtype [P, Hkv, size, C'] as bytes [P, Hkv, size, C]."""
-    return kv_cache.view(torch.uint8)
+class PqCpuImpl(Int4Attention, CPUAttentionBackendImpl):  # type: ignore[misc]
+    """By the kernels' plain-torch twins."""

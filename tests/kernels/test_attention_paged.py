@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreted import GPU, INTERPRETED, run_interpreted
 from torch import Tensor
 
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvNumerics, KvScheme, fake_quantize
-from quantize.kernels.attention.paged import attend_pages, store_pages
+from quantize.kernels.attention.paged import attend_pages, attend_pages_reference, store_pages
 from quantize.kernels.attention.reference import attend, over_scale, visible
 
+DEVICES = ["cpu"] if INTERPRETED else [GPU]
 SCHEMES = [
     KvScheme(),
     KvScheme(32, symmetric=False),
@@ -55,6 +57,7 @@ class Sequences:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label(64))
+@pytest.mark.skipif(INTERPRETED, reason="these are the twin's")
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("fp8", [True, False])
 def test_pages_hold_what_sequences_would(scheme: KvScheme, window: int | None, fp8: bool):
@@ -67,6 +70,51 @@ def test_pages_hold_what_sequences_would(scheme: KvScheme, window: int | None, f
     facts = (held.table, held.starts, lengths, out)
     attend_pages(held.query, held.pages, held.S, numerics, 0.2, *facts, window=window)
     torch.testing.assert_close(out, held.wanted(numerics, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the child process")
+def test_kernels_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label(64))
+def test_kernels_store_the_very_bytes(scheme: KvScheme, device: str):
+    held = Sequences([19], [19], 64, scheme)
+    slots = held.slots(0)
+    slots[3] = -1
+    wanted, found = held.pages.clone(), held.pages.to(device)
+    quiet = torch.float64  # which no kernel takes
+    store_pages(held.keys[0].to(quiet), held.values[0].to(quiet), held.S, scheme, wanted, slots)
+    states = (held.keys[0].to(device), held.values[0].to(device), held.S.to(device))
+    store_pages(*states, scheme, found, slots.to(device))
+    assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("scheme", "window", "bounds"),
+    [(SCHEMES[0], None, True), (SCHEMES[1], 40, True), (SCHEMES[2], None, False)],
+    ids=["plain", "window", "unbounded"],
+)
+def test_kernels_attend_as_the_twin(
+    scheme: KvScheme, window: int | None, bounds: bool, device: str
+):
+    """Sequences that decode, begin, and are cut into pieces, in one launch; and one that is nothing yet."""
+    held = Sequences([70, 5, 40, 0], [1, 5, 20, 0], 64, scheme)
+    for b in range(3):
+        store_pages(held.keys[b], held.values[b], held.S, scheme, held.pages, held.slots(b))
+    lengths, numerics = torch.tensor(held.lengths).int(), KvNumerics(scheme)
+    wanted = torch.full_like(held.query, torch.nan)
+    facts = (held.table, held.starts, lengths)
+    attend_pages_reference(
+        held.query, held.pages, held.S, numerics, 0.2, *facts, wanted, window=window, whole_top=True
+    )
+    found = torch.full_like(held.query, torch.nan, device=device)
+    most = {"most_new": 20, "most_tokens": 70} if bounds else {}
+    given = (held.query.to(device), held.pages.to(device), held.S.to(device), numerics, 0.2)
+    attend_pages(*given, *(t.to(device) for t in facts), found, window=window, **most)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_padding_is_not_stored():
