@@ -98,7 +98,11 @@ def options(command: Any) -> set[str]:
 
 @each_page
 def test_commands_and_options_in_a_sentence_exist(page: Path):
-    others = ("--num_processes", "--nproc-per-node", "--kv-cache-dtype", "--help")
+    launchers, vllm = (
+        ("--num_processes", "--nproc-per-node", "--help"),
+        ("--kv-cache-dtype", "--attention-backend", "--enforce-eager"),
+    )
+    others = launchers + vllm
     known = options(root_command())
     for span in spans(page):
         words = span.split()
