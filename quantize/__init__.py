@@ -7,6 +7,7 @@ speculation lengths for transformers' assisted generation.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from quantize.import_hook import after_import
@@ -19,6 +20,9 @@ __version__ = "0.1.0"
 
 
 def _register() -> None:
+    # The plugin for vLLM ships without it.
+    if find_spec("quantize.serving.register") is None:
+        return
     from quantize.serving.register import register
 
     register()

@@ -100,7 +100,12 @@ def options(command: Any) -> set[str]:
 @each_page
 def test_commands_and_options_in_a_sentence_exist(page: Path):
     others = ("--num_processes", "--nproc-per-node", "--kv-cache-dtype", "--help")
-    others += ("--gpu-memory-utilization", "--save-result")  # vLLM's
+    others += (
+        "--gpu-memory-utilization",
+        "--save-result",
+        "--attention-backend",
+        "--enforce-eager",
+    )  # vLLM's
     known = options(root_command())
     for span in spans(page):
         words = span.split()

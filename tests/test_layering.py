@@ -38,6 +38,7 @@ ROOMS: dict[str, str] = {
     "solvers": "cost formats",
     "model": "errors files formats kernels",
     "serving": "errors formats kernels model tested",
+    "vllm": "formats kernels model serving",
     "inspect": "errors files formats model",
     "block": "cost errors files formats model parallel solvers",
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
@@ -87,6 +88,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
     "triton": ("quantize.kernels",),
+    "vllm": ("quantize.vllm",),
     "yaml": ("quantize.files.strict_yaml",),
     "huggingface_hub": ("quantize.files.hub", "quantize.files.hub_problems"),
     "transformers": (
@@ -360,6 +362,8 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "compressed_tensors": "
 INHERITED = {"huggingface_hub", "markupsafe", "numpy", "pydantic_core", "tqdm", "typing_extensions"}
 PEERS = {"gemlite"}
 """Measured beside our kernels where they are installed."""
+HOST = {"vllm", "regex"}
+"""What the plugin for vLLM finds there: vLLM and what comes with it."""
 
 
 def declared() -> set[str]:
@@ -375,7 +379,7 @@ def test_every_third_party_import_is_declared_and_every_declared_one_imported():
     foreign = {
         r
         for r in roots
-        if r not in sys.stdlib_module_names and r not in {"quantize"} | INHERITED | PEERS
+        if r not in sys.stdlib_module_names and r not in {"quantize"} | INHERITED | PEERS | HOST
     }
     imported = {DISTRIBUTIONS.get(root, root) for root in foreign}
     assert imported - declared() == set()

@@ -19,7 +19,7 @@ and decodes to NaN throughout.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -105,6 +105,34 @@ class KvScheme:
         if facts["bits"] != 4:
             raise ValueError(f"KV cache: {facts['bits']} bits are not supported, only 4")
         return cls(facts["group_size"], facts["symmetric"], facts["scale_dtype"])
+
+
+@dataclass(frozen=True)
+class KvNumerics:
+    """How attention rounds: INT4 cache, queries and probabilities."""
+
+    scheme: KvScheme = field(default_factory=KvScheme)
+    fp8_query: bool = True
+    fp8_probabilities: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """The `attention` part of a native checkpoint's quantization_config."""
+        return {
+            "kv_cache": self.scheme.as_json(),
+            "query": "fp8" if self.fp8_query else None,
+            "probabilities": "fp8" if self.fp8_probabilities else None,
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> KvNumerics:
+        """Undo `as_json`; ValueError or KeyError for what pq does not write."""
+        if not {facts["query"], facts["probabilities"]} <= {None, "fp8"}:
+            raise ValueError(
+                f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or "
+                "null"
+            )
+        scheme = KvScheme.from_json(facts["kv_cache"])
+        return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.formats.fp8 import quantize_activations
+from quantize.formats.kv4 import KvNumerics as KvNumerics
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.kernels.attention.api import attend_records, quantize_records, takes
 from quantize.kernels.attention.reference import attend, over_scale, read_reference
@@ -25,34 +25,6 @@ from quantize.model.transformers_api import register_attention
 ATTENTION = "pq"
 """Name of the attention implementation: SDPA, except in modules that carry a
 `KvAttention` named `kv`."""
-
-
-@dataclass(frozen=True)
-class KvNumerics:
-    """How attention rounds: INT4 cache, queries and probabilities."""
-
-    scheme: KvScheme = field(default_factory=KvScheme)
-    fp8_query: bool = True
-    fp8_probabilities: bool = True
-
-    def as_json(self) -> dict[str, Any]:
-        """The `attention` part of a native checkpoint's quantization_config."""
-        return {
-            "kv_cache": self.scheme.as_json(),
-            "query": "fp8" if self.fp8_query else None,
-            "probabilities": "fp8" if self.fp8_probabilities else None,
-        }
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> KvNumerics:
-        """Undo `as_json`; ValueError or KeyError for what pq does not write."""
-        if not {facts["query"], facts["probabilities"]} <= {None, "fp8"}:
-            raise ValueError(
-                f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or "
-                "null"
-            )
-        scheme = KvScheme.from_json(facts["kv_cache"])
-        return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8")
 
 
 class KvAttention(nn.Module):

@@ -12,10 +12,6 @@ from typing_extensions import Self
 
 from quantize.formats.scheme import AnyScheme
 
-# Weights decoded at once. On a CPU what fits a cache, 4 MB in float32; an accelerator wants few,
-# large operations, and 64 MB is still little beside a model.
-_ROOM = {"cpu": 1 << 20}
-_ROOM_ELSEWHERE = 1 << 24
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 S = TypeVar("S", bound=AnyScheme)
@@ -43,12 +39,6 @@ class NativeLinear(nn.Module, Generic[S]):
     @abstractmethod
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Decoded weight [last − first, K] of these output rows."""
-
-    def pieces(self, device: torch.device) -> list[slice]:
-        """Output rows to decode at once."""
-        N = self.out_features
-        step = max(1, _ROOM.get(device.type, _ROOM_ELSEWHERE) // self.in_features)
-        return [slice(first, min(first + step, N)) for first in range(0, N, step)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast of the model must not round what codes are made of:

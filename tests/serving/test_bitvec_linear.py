@@ -13,10 +13,11 @@ from bitvecs import exact_product, random_bitvec
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec
-from quantize.serving import bitvec_linear, native_linear
+from quantize.kernels import by_rows
+from quantize.kernels.bitvec import lookup
 from quantize.serving.bitvec_linear import BitVecLinear
 
-FEW = bitvec_linear._FEW
+FEW = lookup._FEW
 RELATIVE = {
     torch.float32: 2**-22,
     torch.bfloat16: 2**-8,
@@ -66,10 +67,14 @@ def test_both_ways_are_exact(
 def test_rows_are_taken_piece_by_piece(way: str, monkeypatch: pytest.MonkeyPatch):
     weight = random_bitvec(50, 96, 3, 64)
     layer, x = layer_of(weight), torch.randn(4, 96)
-    monkeypatch.setitem(native_linear._ROOM, "cpu", 16 * 96)
+    monkeypatch.setitem(by_rows._ROOM, "cpu", 16 * 96)
     pieces: list[tuple[int, int]] = []
-    lines = layer._lines
-    monkeypatch.setattr(layer, "_lines", lambda *piece: (pieces.append(piece), lines(*piece))[1])
+    lines = lookup.Stored._coefficients
+    monkeypatch.setattr(
+        lookup.Stored,
+        "_coefficients",
+        lambda w, *piece: (pieces.append(piece), lines(w, *piece))[1],
+    )
     check(getattr(layer, way)(x), x, weight, layer)
     assert pieces == [(0, 16), (16, 32), (32, 48), (48, 50)]
 
@@ -152,7 +157,7 @@ def test_a_layer_takes_little_memory():
 
 @pytest.mark.parametrize("M", [1, FEW + 1])
 def test_the_whole_weight_is_never_decoded(M: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(native_linear._ROOM, "cpu", 1 << 15)
+    monkeypatch.setitem(by_rows._ROOM, "cpu", 1 << 15)
     layer, x = layer_of(random_bitvec(512, 1024)), torch.randn(M, 1024)
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         layer(x)

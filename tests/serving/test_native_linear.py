@@ -54,7 +54,7 @@ def test_rows_are_decoded_piece_by_piece(scheme: IntScheme, monkeypatch: pytest.
         return piece
 
     monkeypatch.setattr(layer, "rows", rows)
-    monkeypatch.setitem(sys.modules["quantize.serving.native_linear"]._ROOM, "cpu", 16 * 256)
+    monkeypatch.setitem(sys.modules["quantize.kernels.by_rows"]._ROOM, "cpu", 16 * 256)
     torch.testing.assert_close(layer(x), decoded(x), rtol=1e-5, atol=1e-5)
     assert pieces == [(16, 256)] * 3 + [(2, 256)]
 

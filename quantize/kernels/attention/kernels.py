@@ -91,11 +91,11 @@ def softmax(scores, top, total):
 
 
 @triton.jit
-def _queries(
+def query_halves(
     query, inside, S, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr
 ):
-    # Q / S of the queries at `query` [BM] rounded to E4M3, as float16 [BM, BC]: even and odd
-    # channels of the first group and of the last one; and their scale [BM].
+    """Q / S of the queries at `query` [BM] rounded to E4M3, as float16 [BM, BC]: even and odd channels
+    of the first group and of the last one; and their scale [BM]."""
     BYTES: tl.constexpr = D // G // 2
     even0, odd0 = (
         channels(query, inside, S, 0, 2, BYTES, BC),
@@ -120,17 +120,17 @@ def _queries(
 
 
 @triton.jit
-def _scores(even, odd, packed, zero, scale):
-    # Products of one group of queries, in halves [BM, BC], with packed keys [BN, BC]
-    # times scale: float32 [BM, BN].
+def group_scores(even, odd, packed, zero, scale):
+    """Products of one group of queries, in halves [BM, BC], with packed keys [BN, BC] times scale:
+    float32 [BM, BN]."""
     product = tl.dot(even, tl.trans(low_codes(packed, zero)))  # [BM, BC] @ [BC, BN] → [BM, BN]
     return tl.dot(odd, tl.trans(high_codes(packed, zero)), product) * scale[None, :]
 
 
 @triton.jit
-def _mix(even, odd, weights, factor, packed, zero, scale):
-    # Sums of one group of values [BM, BC], in halves, times `factor`, plus weights
-    # [BM, BN] times packed values.
+def mix(even, odd, weights, factor, packed, zero, scale):
+    """Sums of one group of values [BM, BC], in halves, times `factor`, plus weights [BM, BN] times
+    packed values."""
     exponent = tl.minimum(tl.maximum(tl.max(finite_exponent(scale), axis=0), 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -160,7 +160,7 @@ def decode_kernel(
     t = m % T
     live = m < R * T
     rows = query + b * qb + (h * R + m // T).to(tl.int64) * qh + t.to(tl.int64) * qt
-    even0, odd0, even1, odd1, scale = _queries(rows, live, S + h * D, D, G, BC, OPERAND)
+    even0, odd0, even1, odd1, scale = query_halves(rows, live, S + h * D, D, G, BC, OPERAND)
     scale *= scaling
     if mask is not None:
         mask += b * mask_b
@@ -185,18 +185,18 @@ def decode_kernel(
         if G == 2:
             k1, key_zero1, key_scale1 = load_group(key, inside, 1, D, G, BC, SYMMETRIC, E4M3)
             v1, value_zero1, value_scale1 = load_group(value, inside, 1, D, G, BC, SYMMETRIC, E4M3)
-        scores = _scores(even0, odd0, k0, key_zero0, key_scale0)
+        scores = group_scores(even0, odd0, k0, key_zero0, key_scale0)
         if G == 2:
-            scores += _scores(even1, odd1, k1, key_zero1, key_scale1)
+            scores += group_scores(even1, odd1, k1, key_zero1, key_scale1)
         seen = visible(s, tl.where(live, t, T), length, T, window, mask, mask_t, mask_s, CAUSAL)
         scores = tl.where(seen, scores * scale[:, None], float("-inf"))
         weights, top, total, factor = softmax(scores, top, total)
         weights = to_e4m3(weights * 448.0, OPERAND).to(tl.float32)
-        mixed_even0, mixed_odd0 = _mix(
+        mixed_even0, mixed_odd0 = mix(
             mixed_even0, mixed_odd0, weights, factor, v0, value_zero0, value_scale0
         )
         if G == 2:
-            mixed_even1, mixed_odd1 = _mix(
+            mixed_even1, mixed_odd1 = mix(
                 mixed_even1, mixed_odd1, weights, factor, v1, value_zero1, value_scale1
             )
     row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * R * T + m

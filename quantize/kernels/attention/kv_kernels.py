@@ -123,12 +123,12 @@ def _nibbles(x, scale, zero, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def _store_group(
+def store_group(
     even, odd, record, inside, group, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
     SYMMETRIC: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    # Round one group of BT tokens, its channels in two halves [BT, BC] padded
-    # with zeros, into their records.
+    """Round one group of BT tokens, its channels in two halves [BT, BC] padded with zeros, into
+    their records."""
     BYTES: tl.constexpr = D // G // 2
     # NaN must show in the scale, but a maximum passes it over.
     broken = tl.max(((even != even) | (odd != odd)).to(tl.int32), axis=1) > 0
@@ -160,7 +160,7 @@ def _store_group(
 
 
 @triton.jit
-def _channels(
+def halves(
     x,
     inside,
     group,
@@ -170,8 +170,8 @@ def _channels(
     BC: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
 ):
-    # Even and odd channels of one group of the tokens at `x` [BT], times
-    # `factor` [D]: two float32 [BT, BC].
+    """Even and odd channels of one group of the tokens at `x` [BT], times `factor` [D]: two float32
+    [BT, BC]."""
     BYTES: tl.constexpr = D // G // 2
     byte = tl.arange(0, BC)
     channel = group * 2 * BYTES + 2 * byte
@@ -201,16 +201,16 @@ def store_kernel(
     if start is not None:
         place += tl.load(start + b).to(tl.int64) * row
     for group in tl.static_range(G):
-        even, odd = _channels(
+        even, odd = halves(
             key + b * kb + h * kh + t.to(tl.int64) * kt, t < T, group, S + h * D, D, G, BC, True
         )
         record = keys + b * keys_b + h * keys_h + place
-        _store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
-        even, odd = _channels(
+        store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
+        even, odd = halves(
             value + b * vb + h * vh + t.to(tl.int64) * vt, t < T, group, S, D, G, BC, False
         )
         record = values + b * values_b + h * values_h + place
-        _store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
+        store_group(even, odd, record, t < T, group, D, G, BC, SYMMETRIC, E4M3)
 
 
 @triton.jit(do_not_specialize=["L"])

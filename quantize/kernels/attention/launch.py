@@ -41,7 +41,7 @@ def store(key: Tensor, value: Tensor, S: Tensor, keys: Tensor, values: Tensor, s
         *values.stride()[:2],
         keys.stride(2),
     )
-    layout = _layout(key.shape[3], scheme)
+    layout = head_layout(key.shape[3], scheme)
     store_kernel[triton.cdiv(T, 16), B * H](
         key, value, S, start, keys, values, H, T, *strides, **layout, BT=16
     )
@@ -81,14 +81,14 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, S: Tensor, out: Tensor,
     causal, window, mask, lengths = view
     tile = _decode_tile(H // Hkv * T)
     span = L if window is None else min(L, window + T - 1 + tile["BN"])
-    P, tiles = _split(triton.cdiv(span, tile["BN"]), B * Hkv, query.device)
+    P, tiles = split_tiles(triton.cdiv(span, tile["BN"]), B * Hkv, query.device)
     parts = torch.empty(P, B * H * T, D, dtype=torch.float32, device=query.device)
     tops, totals = torch.empty(2, P, B * H * T, dtype=torch.float32, device=query.device).unbind()
     strides = (*query.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *_mask_strides(mask))
     decode_kernel[P, B * Hkv](
         query, S, keys, values, mask, lengths, parts, tops, totals,
         Hkv, T, L, window, tiles, scaling * _LOG2E, *strides,
-        R=H // Hkv, ROW=keys.stride(2), **_layout(D, scheme), CAUSAL=causal, OPERAND=_E4M3, **tile,
+        R=H // Hkv, ROW=keys.stride(2), **head_layout(D, scheme), CAUSAL=causal, OPERAND=_E4M3, **tile,
     )  # fmt: skip
     BD = triton.next_power_of_2(D)
     combine_kernel[(B * H * T,)](
@@ -100,7 +100,7 @@ def _expand(
     keys: Tensor, values: Tensor, lengths: Tensor | None, D: int, scheme: KvScheme
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What prefill_kernel reads: E4M3 codes and scales of keys, float16 values and their unit.
-    (B, H, L, _), device, layout = keys.shape, keys.device, _layout(D, scheme)
+    (B, H, L, _), device, layout = keys.shape, keys.device, head_layout(D, scheme)
     codes = torch.empty(B, H, L, D, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(B, H, layout["G"], L, dtype=torch.float32, device=device)
     expanded = torch.empty(B, H, L, D, dtype=torch.float16, device=device)
@@ -126,7 +126,8 @@ def _expand(
     return codes, scale, expanded, unit
 
 
-def _layout(D: int, scheme: KvScheme) -> dict[str, Any]:
+def head_layout(D: int, scheme: KvScheme) -> dict[str, Any]:
+    """Constants of a kernel that reads or writes records of heads of D channels."""
     G = D // scheme.group(D)
     BC = max(16, triton.next_power_of_2(D // G // 2))  # tl.dot adds at least 16 products
     return {
@@ -152,8 +153,8 @@ def _prefill_tile(T: int, D: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128 if D <= 64 else 64, "STAGES": 3, "num_warps": 8}
 
 
-def _split(tiles: int, sequences: int, device: torch.device) -> tuple[int, int]:
-    # Parts that fill the device, and the tiles of each.
+def split_tiles(tiles: int, sequences: int, device: torch.device) -> tuple[int, int]:
+    """Parts that fill the device, and the tiles of each."""
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
