@@ -105,6 +105,7 @@ def test_commands_and_options_in_a_sentence_exist(page: Path):
         "--save-result",
         "--attention-backend",
         "--enforce-eager",
+        "--speculative-config",
     )  # vLLM's
     known = options(root_command())
     for span in spans(page):

@@ -72,7 +72,8 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
 
 def _require_format(plan: Plan) -> None:
     """ModelError for a model that the format cannot hold."""
-    linears = linears_of(plan)
+    # What a stage makes of them is not known before it has seen the text.
+    linears = plan.skeleton.linears() if plan.needs_decisions else linears_of(plan)
     stages = [stage for stage in plan.recipe.stages if isinstance(stage, Encode)]
     packed = {n: size for n, size in linears.items() if any(s.selects(n) for s in stages)}
     if plan.recipe.head_bits is not None or plan.recipe.embedding_bits is not None:

@@ -431,6 +431,7 @@ def test_experts_stand_in_the_order_of_their_numbers():
 def test_json_is_the_function_s_result(converted: Maker):
     folder = converted("gptq", "llama")
     shown = json.loads(pq_inspect(folder, "--json").stdout)
+    assert shown.pop("loads_in").startswith("loads in: transformers")
     assert shown == json.loads(json.dumps(dataclasses.asdict(inspect(folder))))
 
 

