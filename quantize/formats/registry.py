@@ -36,9 +36,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     from quantize.files.folder import inside, read_json
 
     path = folder / "config.json"
-    if not path.is_file():
-        return Checkpoint(folder)  # says what is missing
-    section: Any = read_json(inside(folder, path)).get("quantization_config")
+    try:
+        if not path.is_file():
+            return Checkpoint(folder)  # says what is missing
+        section: Any = read_json(inside(folder, path)).get("quantization_config")
+    except OSError:
+        return Checkpoint(folder)  # which says that it cannot be read
     form = format_in(section)
     if form is None:
         return Checkpoint(folder)

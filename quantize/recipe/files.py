@@ -94,7 +94,8 @@ def _listing(path: Path) -> Listing:
         return Listing(
             name=path.stem,
             methods=[str(stage["method"]) for stage in stages],
-            bits=_distinct(stages, "bits"),
+            # Blocks have their bits in the name of their type: q4_0.
+            bits=_distinct(stages, "bits") or [int(t[1]) for t in _distinct(stages, "type")],
             activations=_distinct(stages, "activations"),
             description=str(document.data["description"]),
         )

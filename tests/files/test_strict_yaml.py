@@ -313,6 +313,7 @@ def test_resolved_yaml_is_complete_and_in_order():
         "description",
         "format",
         "head_bits",
+        "embedding_bits",
         "calibration",
         "target_bpw",
         "stages",

@@ -31,7 +31,7 @@ def write(
         writer.add(ONE)
         writer.add(TWO)
         config = {"model_type": "x", "é": 1}
-        writer.finish(config)
+        writer.finish(config, {})
         writer.write_json("config.json", config)
         before_commit(writer)
         writer.commit()
@@ -273,7 +273,7 @@ def test_shards_are_counted_and_names_unique(tmp_path: Path):
         with pytest.raises(VerifyError, match="b would be written twice"):
             writer.add({"b": torch.ones(1)})
         with pytest.raises(VerifyError, match="1 of 2 shards"):
-            writer.finish({})
+            writer.finish({}, {})
 
 
 # Transactions without tensors
@@ -320,7 +320,7 @@ def test_shards_go_on_where_others_stopped(tmp_path: Path):
         written = json.loads(json.dumps(writer.progress))
     with CheckpointWriter(tmp_path / "out", Shards(2), kept, written) as writer:
         writer.add(TWO)
-        writer.finish({})
+        writer.finish({}, {})
         writer.commit()
         assert writer.total_size == first.total_size + 2 * 4
     assert INDEX_NAME in left_over(tmp_path / "out")
