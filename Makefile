@@ -110,7 +110,8 @@ VLLM_PYTHON ?= python3.11
 test-vllm: setup ## Convert small models and serve them with a real vLLM (its CPU build, in an environment of its own)
 	@$(BIN)/python tests/vllm_engine/vllm_environment.py $(VLLM) --python $(VLLM_PYTHON); code=$$?; \
 	if [ $$code = 75 ]; then exit 0; elif [ $$code != 0 ]; then exit $$code; fi; \
-	set -x; PQ_VLLM=$(VLLM) $(BIN)/python -m pytest -q tests/vllm_engine; \
+	set -x; PQ_VLLM=$(VLLM) $(BIN)/python -m pytest -q tests/vllm_engine && \
+	PQ_VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest -q -k "vllm" tests/plan tests/draft && \
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir=tests/vllm_plugin tests/vllm_plugin
 
 smoke-newest: setup newest ## Convert, load, generate and evaluate with the newest versions; say what is newer than .ci/locks/

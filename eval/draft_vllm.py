@@ -1,6 +1,6 @@
 """Acceptance that vLLM counts while it really drafts and checks, beside what `pq draft` replays.
 
-    python eval/draft_vllm.py --engine /tmp/vllm-env/bin/python --output eval/results/draft-vllm.json \
+    python eval/draft_vllm.py --engine .venv-vllm/bin/python --output eval/results/draft-vllm.json \
         --target PARENT DRAFT ...
 
 The CPU build serves PARENT with each DRAFT by the very `--speculative-config` that `pq draft --emit`
@@ -144,7 +144,7 @@ def main() -> None:
     )
     arguments.add_argument("drafts", nargs="+", type=Path)
     arguments.add_argument("--target", type=Path, required=True)
-    arguments.add_argument("--engine", type=Path, default=Path("/tmp/vllm-env/bin/python"))
+    arguments.add_argument("--engine", type=Path, default=Path(".venv-vllm/bin/python"))
     arguments.add_argument("--text", default="builtin")
     arguments.add_argument("--prompts", type=int, default=32)
     arguments.add_argument("--tokens", type=int, default=128)

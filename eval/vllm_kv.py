@@ -1,6 +1,6 @@
 """Tokens of vLLM's KV cache, as it says when it starts, beside what `pq plan` works out.
 
-    python eval/vllm_kv.py --engine /tmp/vllm-env/bin/python --output eval/results/vllm-kv.json MODEL ...
+    python eval/vllm_kv.py --engine .venv-vllm/bin/python --output eval/results/vllm-kv.json MODEL ...
 
 Each model is loaded by the CPU build with a given number of bytes for keys and values, in each type
 of cache that build takes; what it then says of blocks and tokens is compared. MODEL may end with
@@ -75,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("models", nargs="+")
-    arguments.add_argument("--engine", type=Path, default=Path("/tmp/vllm-env/bin/python"))
+    arguments.add_argument("--engine", type=Path, default=Path(".venv-vllm/bin/python"))
     arguments.add_argument("--bytes", type=int, default=200_000_000)
     arguments.add_argument("--kv", action="append")
     arguments.add_argument("--output", type=Path)

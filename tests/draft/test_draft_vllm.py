@@ -14,11 +14,13 @@ from quantize.draft.emit import lengths_by_batch, speculative_config
 from quantize.draft.pays import Pay
 from quantize.draft.replay import Interval
 
-ENGINE = Path(os.environ.get("PQ_VLLM_PYTHON", "/tmp/vllm-env/bin/python"))
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = Path(os.environ.get("PQ_VLLM", ROOT / ".venv-vllm")) / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not ENGINE.exists(), reason=f"no vLLM at {ENGINE} (PQ_VLLM_PYTHON names its Python)"
+        not ENGINE.exists(),
+        reason=f"no vLLM at {ENGINE}; make test-vllm makes one, PQ_VLLM names another",
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -92,9 +93,9 @@ def test_what_does_not_fit_is_short_by_its_bytes(llama_8b):
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "kv"), [(1000, "bf16"), (512, "fp8")])
 def test_tokens_are_those_that_vllm_says_when_it_starts(length: int, kv: str):
-    engine = Path("/tmp/vllm-env/bin/python")
+    engine = Path(os.environ.get("PQ_VLLM", ROOT / ".venv-vllm")) / "bin" / "python"
     if not engine.exists():
-        pytest.skip("vLLM's CPU build is not installed in /tmp/vllm-env")
+        pytest.skip("no environment of vLLM; make test-vllm makes one, PQ_VLLM names another")
     sys.path.insert(0, str(ROOT / "eval"))
     try:
         from vllm_kv import compare

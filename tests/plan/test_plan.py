@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -260,9 +261,11 @@ def test_a_run_is_read_from_what_vllm_writes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_vllms_own_parser_takes_the_lines(two: Plan):
-    engine = Path("/tmp/vllm-env/bin/python")
+    engine = (
+        Path(os.environ.get("PQ_VLLM", Path(__file__).parents[2] / ".venv-vllm")) / "bin" / "python"
+    )
     if not engine.exists():
-        pytest.skip("vLLM's CPU build is not installed in /tmp/vllm-env")
+        pytest.skip("no environment of vLLM; make test-vllm makes one, PQ_VLLM names another")
     code = (
         "import sys, json\n"
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"

@@ -5,6 +5,7 @@ pq converts here, and vLLM (its CPU build) serves from an environment of its own
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -212,7 +213,8 @@ def server(command: list[str], port: int) -> Iterator[str]:
         try:
             yield wait_for(process, f"http://127.0.0.1:{port}")
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.communicate(timeout=30)
             except subprocess.TimeoutExpired:

