@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import vllm_process  # beside this file
 
 from quantize.draft.emit import speculative_config
 from quantize.draft.replay import replay
@@ -63,22 +62,8 @@ def ask(engine: Path, folder: Path, **asked: Any) -> dict[str, Any]:
     """What vLLM counts; RuntimeError with its last lines where it does not run."""
     request = folder / "asked.json"
     request.write_text(json.dumps(asked), encoding="utf-8")
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(engine), "-c", _ASK, str(request)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd="/",
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    if not lines:
-        raise RuntimeError("\n".join(done.stderr.splitlines()[-12:]))
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix("FOUND "))
-    return found
+    one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return vllm_process.ask(engine, _ASK, str(request), **one_thread)
 
 
 def compare(

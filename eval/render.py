@@ -66,8 +66,6 @@ def results() -> list[Path]:
         for path in sorted(RESULTS.glob("*.json"))
         if not path.stem.startswith(_ELSEWHERE)
     }
-    for other in ("models", "fineserve"):  # which pages of their own show
-        files.pop(other, None)
     first = [files.pop(stem) for stem in _FIRST]
     return [*first, *files.values()]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import vllm_process  # beside this file
 
 from quantize.plan.checkpoint import served_model
 from quantize.plan.memory import blocks_of
@@ -35,20 +35,7 @@ print("\\nFOUND " + json.dumps({
 
 def ask(engine: Path, **asked: Any) -> dict[str, int]:
     """What vLLM makes of a model; RuntimeError with its last lines where it does not start."""
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(engine), "-c", _ASK, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd="/",
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    if not lines:
-        raise RuntimeError("\n".join(done.stderr.splitlines()[-5:]))
-    return dict(json.loads(lines[-1].removeprefix("FOUND ")))
+    return vllm_process.ask(engine, _ASK, json.dumps(asked))
 
 
 def compare(engine: Path, folder: Path, length: int, size: int, kv: str) -> dict[str, Any]:
