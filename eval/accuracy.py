@@ -21,8 +21,8 @@ from typing import Any
 import measuring  # the script beside this one
 import torch
 
-from quantize.convert.loop import Request, convert
-from quantize.evaluate import evaluate
+from quantize.conversion.loop import Request, convert
+from quantize.evaluation import evaluate
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from quantize.calibration.tokens import calibration_tokens, evaluation_tokens
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.gguf.encoding import GgufFile
 from quantize.files.writer import CheckpointWriter

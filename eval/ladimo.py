@@ -25,8 +25,8 @@ import torch
 
 from quantize.block.block import Block
 from quantize.block.teacher import keep_parent
-from quantize.convert.loop import Request, convert
-from quantize.evaluate import evaluate
+from quantize.conversion.loop import Request, convert
+from quantize.evaluation import evaluate
 from quantize.methods.ladimo.budget import neurons_for
 from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.distill import Training, distill, refit_down

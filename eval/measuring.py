@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import quantize
-from quantize.evaluate.protocols import Protocol
+from quantize.evaluation.protocols import Protocol
 from quantize.model.tokenizer import load_tokenizer
 
 

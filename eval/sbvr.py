@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.convert.loop import Request, convert
-from quantize.evaluate import evaluate
+from quantize.conversion.loop import Request, convert
+from quantize.evaluation import evaluate
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods.rotate import Rotate
 from quantize.model.skeleton import Skeleton

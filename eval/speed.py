@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantize.calibration.tokens import evaluation_tokens
-from quantize.evaluate import evaluate
+from quantize.evaluation import evaluate
 from quantize.model.tokenizer import load_tokenizer
 
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from quantize.block.block import Block
 from quantize.block.walk import Pass
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.files.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from quantize.model.arch import CONTAINER, Architecture, Shape
 from quantize.model.moe import place_experts

@@ -26,7 +26,7 @@ import torch
 from conftest import CPU, SENTENCES, config_of, random_weights, save_model, save_side_files
 from safetensors.torch import save
 
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import ModelError, PqError
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint
 from quantize.files.finite import require_finite_floats

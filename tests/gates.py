@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import quantize.gate.run
-from quantize.evaluate import Evaluation
+from quantize.evaluation import Evaluation
 from quantize.gate.checks import judge
 from quantize.gate.file import load_gate
 from quantize.gate.run import GateResult

@@ -15,7 +15,7 @@ import torch
 from resumed import files_of, whole
 
 from quantize import cli
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.parallel.launch import join
 
 REMEDY = "start again"
@@ -27,7 +27,7 @@ HELD = """
 import sys, time
 from pathlib import Path
 from quantize.cli import main
-from quantize.convert.conversion import Conversion
+from quantize.conversion.conversion import Conversion
 
 go, real = Path(sys.argv.pop(1)), Conversion.block
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CPU, ModelMaker
 
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import StoppedError
 from quantize.recipe.recipe import parse_recipe
 

@@ -44,15 +44,15 @@ ROOMS: dict[str, str] = {
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
-    "convert": "block calibration cost errors files formats methods model parallel recipe solvers",
-    "evaluate": "block calibration errors files model parallel",
-    "draft": "calibration errors evaluate files model plan serving",
-    "verification": "block calibration convert errors files formats kernels methods model recipe serving",
+    "conversion": "block calibration cost errors files formats methods model parallel recipe solvers",
+    "evaluation": "block calibration errors files model parallel",
+    "draft": "calibration errors evaluation files model plan serving",
+    "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
-    "gate": "convert errors evaluate files model recipe",
-    "report": "block draft errors evaluate files formats model pictures plan recipe",
+    "gate": "conversion errors evaluation files model recipe",
+    "report": "block draft errors evaluation files formats model pictures plan recipe",
     "cli": (
-        "bench convert cost draft errors evaluate files formats gate inspect methods model parallel pictures "
+        "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
         "plan recipe report tested verification"
     ),
     "__main__": "cli",
@@ -83,7 +83,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "click": ("quantize.cli",),
     "rich": ("quantize.cli", "quantize.report"),
     "datasets": ("quantize.calibration",),
-    "lm_eval": ("quantize.evaluate",),
+    "lm_eval": ("quantize.evaluation",),
     "gguf": ("quantize.files.gguf",),
     "matplotlib": ("quantize.report",),
     "jinja2": ("quantize.report",),
@@ -166,7 +166,7 @@ def ours(module: str, types: bool = False) -> list[str]:
 
 def test_the_walk_sees_imports():
     assert "quantize.errors" in GRAPH["quantize.model.arch"]
-    assert "quantize.convert.loop" in GRAPH["quantize.cli.convert"]  # inside a function
+    assert "quantize.conversion.loop" in GRAPH["quantize.cli.convert"]  # inside a function
     assert "quantize.block.block" not in GRAPH["quantize.methods.base"]  # for types alone
     assert "rich.console" in GRAPH["quantize.cli.convert"]
 

@@ -150,7 +150,7 @@ def test_a_python_program_is_warned_when_pq_registers_with_transformers(later: d
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning: pq: not tested with") == 1
     assert "torch 9.1.0" in done.stderr
-    convert = run(later, "-c", "from quantize.convert.loop import convert")
+    convert = run(later, "-c", "from quantize.conversion.loop import convert")
     assert convert.stderr.count("UserWarning: pq: not tested with") == 1
 
 

@@ -44,8 +44,8 @@ def compare(
     """Measure conversions of one parent on the same windows: a table, and accuracy against bits."""
     options.check_choices(protocol, numerics)
     from quantize.cli.figures import print_comparison
-    from quantize.evaluate.protocols import Protocol
-    from quantize.evaluate.run import measure
+    from quantize.evaluation.protocols import Protocol
+    from quantize.evaluation.run import measure
     from quantize.formats.registry import open_checkpoint
     from quantize.report import write_page
     from quantize.report.comparison import comparison

@@ -18,8 +18,8 @@ _SHOWN = (
     "quantize.files.lock",
     "quantize.files.resume",
     OF_TEXT,
-    "quantize.convert.draft",
-    "quantize.convert.serving",
+    "quantize.conversion.draft",
+    "quantize.conversion.serving",
 )
 """Loggers all of whose lines are shown: what becomes of an earlier run's state, what is said of the
 text, what of the model's folder is read otherwise than it seems, and what engines will not serve."""
@@ -96,7 +96,7 @@ def log_run(output: Path, work: Path) -> Iterator[RunLog]:
     slow.addFilter(_worth_a_line)
     for name in _SHOWN:
         logging.getLogger(name).addHandler(told)
-    logging.getLogger("quantize.convert.pace").addHandler(slow)
+    logging.getLogger("quantize.conversion.pace").addHandler(slow)
     try:
         yield log
     except BaseException as err:
@@ -116,12 +116,12 @@ def log_run(output: Path, work: Path) -> Iterator[RunLog]:
         log.close()
         for name in _SHOWN:
             logging.getLogger(name).removeHandler(told)
-        logging.getLogger("quantize.convert.pace").removeHandler(slow)
+        logging.getLogger("quantize.conversion.pace").removeHandler(slow)
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
     """Warnings, and blocks that take long where no progress bar is seen."""
-    from quantize.convert.pace import SLOW
+    from quantize.conversion.pace import SLOW
 
     unseen = not sys.stderr.isatty()
     return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)

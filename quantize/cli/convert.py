@@ -33,7 +33,7 @@ from quantize.cost.units import duration, gigabytes
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.convert.loop import Request, Summary
+    from quantize.conversion.loop import Request, Summary
     from quantize.files.resume import Resume
 
 
@@ -119,8 +119,8 @@ def convert(
     OUTPUT.log and OUTPUT.report.html stand beside it.
     """
     with loading("loading torch and transformers"):
-        from quantize.convert.estimate import within
-        from quantize.convert.loop import Request
+        from quantize.conversion.estimate import within
+        from quantize.conversion.loop import Request
         from quantize.cost.peak import keep_little
         from quantize.files.resume import forget_finished
         from quantize.files.transaction import require_apart, require_free, require_name
@@ -200,7 +200,7 @@ class _Signals(ExitStack):
 
 def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Signals) -> None:
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
-    from quantize.convert.loop import convert as run
+    from quantize.conversion.loop import convert as run
 
     with log_run(request.output, kept) as log:
         with progress_bar() as progress, signals:
@@ -220,7 +220,7 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
 
 def _assist(request: Request, signals: _Signals) -> None:
     """Take part as one of several processes that is not the first: silent, without a log."""
-    from quantize.convert.loop import convert as run
+    from quantize.conversion.loop import convert as run
 
     logging.getLogger("quantize").addHandler(logging.NullHandler())
     run(request, stop=signals.stop)

@@ -235,8 +235,8 @@ def _copy(
     progress: Progress,
 ) -> Iterator[Path]:
     """The parent converted by a recipe, in a folder called after it that goes with the run."""
-    from quantize.convert.loop import convert
-    from quantize.convert.request import Request
+    from quantize.conversion.loop import convert
+    from quantize.conversion.request import Request
     from quantize.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)

@@ -16,7 +16,7 @@ from quantize.cli.told import warnings_told
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from quantize.convert.trial import Timing
+    from quantize.conversion.trial import Timing
 
 
 def estimate(
@@ -58,9 +58,9 @@ def estimate(
     as_json: options.AsJson = False,
 ) -> None:
     """What `pq convert` would take: memory at its peak, disk, time. Nothing is written."""
-    from quantize.convert.estimate import estimate as found_for
-    from quantize.convert.estimate import within
-    from quantize.convert.request import Request
+    from quantize.conversion.estimate import estimate as found_for
+    from quantize.conversion.estimate import within
+    from quantize.conversion.request import Request
     from quantize.cost.peak import keep_little
     from quantize.files.hub_origin import called
     from quantize.recipe.overrides import with_stage_fields
@@ -98,7 +98,7 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from quantize.convert.estimate import rows_of
+    from quantize.conversion.estimate import rows_of
 
     table = Table(
         "",

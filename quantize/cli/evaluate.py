@@ -19,9 +19,9 @@ from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.evaluate.run import Measured
-    from quantize.evaluate.task_comparison import TaskScore
-    from quantize.evaluate.task_results import TaskRun
+    from quantize.evaluation.run import Measured
+    from quantize.evaluation.task_comparison import TaskScore
+    from quantize.evaluation.task_results import TaskRun
 
 
 def evaluate(
@@ -186,7 +186,7 @@ def _tell(
     if as_json:
         out: dict[str, Any] = {} if measured is None else dataclasses.asdict(measured.figures)
         if scored:
-            from quantize.evaluate.saved import tasks_json
+            from quantize.evaluation.saved import tasks_json
             from quantize.files.hub_origin import commit_of
 
             out["tasks"] = tasks_json(

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from quantize.evaluate import Evaluation
-    from quantize.evaluate.task_comparison import TaskScore
-    from quantize.evaluate.task_results import TaskRun
+    from quantize.evaluation import Evaluation
+    from quantize.evaluation.task_comparison import TaskScore
+    from quantize.evaluation.task_results import TaskRun
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -13,10 +13,10 @@ from quantize.files.hub_origin import called, commit_of, hub_origin
 if TYPE_CHECKING:
     import torch
 
-    from quantize.evaluate.protocols import Bos
-    from quantize.evaluate.run import Measured
-    from quantize.evaluate.task_comparison import TaskScore
-    from quantize.evaluate.task_results import TaskRun
+    from quantize.evaluation.protocols import Bos
+    from quantize.evaluation.run import Measured
+    from quantize.evaluation.task_comparison import TaskScore
+    from quantize.evaluation.task_results import TaskRun
     from quantize.model.attention import KvNumerics
     from quantize.model.linear import Numerics
     from quantize.parallel.ranks import Ranks
@@ -46,7 +46,7 @@ class Setting:
 def output_folder(model: Path, wanted: Path | None, log_samples: bool) -> Path | None:
     """Where results go: `wanted`, else beside a model that pq made; UsageError where samples
     are to be saved and there is no such place."""
-    from quantize.evaluate.saved import results_folder
+    from quantize.evaluation.saved import results_folder
     from quantize.files.provenance import PROVENANCE
 
     beside = (model / PROVENANCE).is_file() and not hub_origin(model)  # not in the Hub's cache
@@ -71,9 +71,9 @@ def perplexity(
     progress: Any,
 ) -> Measured:
     """Measure perplexity and save it where the setting says."""
-    from quantize.evaluate.protocols import Protocol
-    from quantize.evaluate.run import measure
-    from quantize.evaluate.saved import save_measured
+    from quantize.evaluation.protocols import Protocol
+    from quantize.evaluation.run import measure
+    from quantize.evaluation.saved import save_measured
 
     measured = measure(
         [setting.model],
@@ -105,9 +105,9 @@ def tasks(
     progress: Any,
 ) -> tuple[TaskRun, list[TaskScore]]:
     """Run the tasks, on the parent as well where there is one, and save the scores."""
-    from quantize.evaluate.harness import run_tasks
-    from quantize.evaluate.saved import save_tasks
-    from quantize.evaluate.task_comparison import compare_tasks
+    from quantize.evaluation.harness import run_tasks
+    from quantize.evaluation.saved import save_tasks
+    from quantize.evaluation.task_comparison import compare_tasks
 
     def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
         samples = None

@@ -10,7 +10,7 @@ from quantize.cost.units import parse_bytes
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.evaluate.protocols import Bos
+    from quantize.evaluation.protocols import Bos
     from quantize.model.attention import KvNumerics
 
 Model = Annotated[
@@ -114,7 +114,7 @@ def kv_numerics(choice: str) -> KvNumerics | None:
 
 def bos_choice(text: str) -> Bos:
     """The choice that --bos names; UsageError for another."""
-    from quantize.evaluate.protocols import BOS
+    from quantize.evaluation.protocols import BOS
 
     for known in BOS:
         if text == known:

@@ -24,7 +24,7 @@ class Told(logging.Handler):
 def warnings_told(shown: bool = True) -> Iterator[None]:
     """Show warnings, and all that is said of the text, that once each; nothing where it is not to
     be shown."""
-    from quantize.evaluate.protocols import said_once
+    from quantize.evaluation.protocols import said_once
 
     logger = logging.getLogger("quantize")
     handler = Told() if shown else logging.NullHandler()

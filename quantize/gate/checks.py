@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantize.evaluate import Evaluation
+from quantize.evaluation import Evaluation
 
 Status = Literal["pass", "FAIL", "better"]
 Kind = Literal["value", "recovery"]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, get_args
 
-from quantize.evaluate.protocols import BOS, PROTOCOLS
+from quantize.evaluation.protocols import BOS, PROTOCOLS
 from quantize.model.linear import Numerics
 
 

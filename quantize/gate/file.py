@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluate.protocols import Bos, Protocol, ProtocolName
+from quantize.evaluation.protocols import Bos, Protocol, ProtocolName
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, error_of, no_mapping, show_value
 from quantize.files.strict_yaml import Document

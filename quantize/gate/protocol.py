@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize.errors import UsageError
-from quantize.evaluate.protocols import Protocol
+from quantize.evaluation.protocols import Protocol
 from quantize.files.problems import error_of
 from quantize.gate.checks import Check
 from quantize.gate.file import Entry, GateFile

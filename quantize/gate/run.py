@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import ModelError, QualityError, UsageError, VerifyError
-from quantize.evaluate import evaluate
-from quantize.evaluate.protocols import Protocol, said_once
+from quantize.evaluation import evaluate
+from quantize.evaluation.protocols import Protocol, said_once
 from quantize.files.problems import error_of, show_value
 from quantize.files.provenance import read_provenance
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
@@ -225,7 +225,7 @@ def _measure(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any
 
 
 def _tasks(run: _Run, model: Path, name: str) -> Tasks:
-    from quantize.evaluate.harness import run_tasks  # lm-eval takes seconds to import
+    from quantize.evaluation.harness import run_tasks  # lm-eval takes seconds to import
 
     done = run_tasks(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantize.evaluate import Evaluation
+from quantize.evaluation import Evaluation
 from quantize.pictures import Scatter, Table
 from quantize.report.model import Headline, Note, Report, Section
 

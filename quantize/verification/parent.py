@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.convert.conversion import Conversion
-from quantize.convert.plan import Decisions, Plan
-from quantize.convert.request import Request
+from quantize.conversion.conversion import Conversion
+from quantize.conversion.plan import Decisions, Plan
+from quantize.conversion.request import Request
 from quantize.errors import VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.hub_origin import HubOrigin, hub_origin

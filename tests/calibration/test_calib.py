@@ -55,7 +55,7 @@ def calibrate(
     dataset: object, nsamples: int = 2, seqlen: int = 4, seed: int = 0, **more: object
 ) -> TokenSet:
     tokenizer = more.pop("tokenizer", TOKENIZER)
-    more.setdefault("bos", "never")  # tests/evaluate/test_bos.py has windows with BOS
+    more.setdefault("bos", "never")  # tests/evaluation/test_bos.py has windows with BOS
     return calibration_tokens(
         tokenizer, dataset=str(dataset), nsamples=nsamples, seqlen=seqlen, seed=seed, **more
     )

@@ -61,7 +61,7 @@ def test_a_recipe_without_text_has_no_choice(pq: Call, command: list[object]):
 def test_another_choice_starts_anew(
     pq: Call, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from quantize.convert import loop
+    from quantize.conversion import loop
 
     real = loop.Conversion.block
 

@@ -70,7 +70,7 @@ def test_a_conversion_renders_chats_and_says_so(pq: Call, command: list[object],
 def test_another_template_starts_anew(
     pq: Call, command: list[object], model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from quantize.convert import loop
+    from quantize.conversion import loop
 
     real = loop.Conversion.block
 

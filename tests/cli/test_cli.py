@@ -16,8 +16,8 @@ from conftest import request_for
 
 import quantize
 from quantize.cli import common, main
-from quantize.convert import loop as convert_module
-from quantize.convert.loop import Request, convert
+from quantize.conversion import loop as convert_module
+from quantize.conversion.loop import Request, convert
 from quantize.errors import (
     DataError,
     ModelError,

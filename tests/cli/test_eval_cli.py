@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from quantize.evaluate import evaluate
+from quantize.evaluation import evaluate
 
 Maker = Callable[..., Path]
 Call = Callable[..., tuple[int, str, str]]

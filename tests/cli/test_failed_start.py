@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.convert.conversion import Conversion
+from quantize.conversion.conversion import Conversion
 from quantize.files.checkpoint import SINGLE_NAME
 
 Call = Callable[..., tuple[int, str, str]]

@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_from_another_cache(
     pq: Call, hub: Hub, tiny: ModelMaker, text_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    from quantize.convert import loop
+    from quantize.conversion import loop
 
     commit = hub.put(NAME, tiny("llama"))
     out = tmp_path / "out"

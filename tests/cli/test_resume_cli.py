@@ -17,7 +17,7 @@ from processes import HANGS, HELD
 from resumed import BLOCKS, files_of, model_of
 
 from quantize.cli.common import stop_on_signals
-from quantize.convert import loop as convert_module
+from quantize.conversion import loop as convert_module
 from quantize.files.resume import StateFolder
 
 Call = Callable[..., tuple[int, str, str]]

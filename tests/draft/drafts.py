@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from quantize.convert.loop import convert
-from quantize.convert.request import Request
+from quantize.conversion.loop import convert
+from quantize.conversion.request import Request
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 

@@ -18,7 +18,7 @@ from quantize.draft.run import Settings, measure
 from quantize.draft.tokenizers import compare_ids
 from quantize.draft.trace import trace
 from quantize.errors import DataError, ModelError, UsageError
-from quantize.evaluate.streamed import open_model
+from quantize.evaluation.streamed import open_model
 
 CPU = torch.device("cpu")
 

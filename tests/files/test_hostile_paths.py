@@ -14,7 +14,7 @@ import pytest
 from conftest import ModelMaker, request_for
 from hostile import Call, files_below, refused
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import OutputError, UsageError
 from quantize.files.transaction import require_free
 from quantize.verification import verify

@@ -18,7 +18,7 @@ from conftest import ModelMaker, config_of, random_weights, save_model, save_sid
 from resumed import BLOCKS, files_of, kept, model_of, request, stopped_after, whole
 
 import quantize
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import OutputError, UsageError
 from quantize.files import resume as resume_module
 from quantize.files.resume import difference

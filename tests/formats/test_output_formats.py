@@ -17,7 +17,7 @@ from resumed import files_of, model_of, request, stopped_after
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import RecipeError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.gguf.blocks import BlockScheme

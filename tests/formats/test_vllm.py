@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rows import ARCHITECTURES
 
-from quantize.convert.serving import fused
+from quantize.conversion.serving import fused
 from quantize.formats.engines import VLLM, kernels_for
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.vllm import unserved

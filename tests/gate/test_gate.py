@@ -170,8 +170,8 @@ def test_tasks_are_compared_with_the_parents(
 
     harness = types.ModuleType("harness")
     harness.run_tasks = run_tasks  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "quantize.evaluate.harness", harness)
-    monkeypatch.setattr("quantize.evaluate.harness", harness, raising=False)
+    monkeypatch.setitem(sys.modules, "quantize.evaluation.harness", harness)
+    monkeypatch.setattr("quantize.evaluation.harness", harness, raising=False)
     entries = """fireq:
   arc/acc: {recovery: 0.89, value: 0.5, tolerance: 0.01}
   arc/perplexity: {recovery: 0.91}

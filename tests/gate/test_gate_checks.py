@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.evaluate import Evaluation
+from quantize.evaluation import Evaluation
 from quantize.files.resources import data_dir
 from quantize.gate.checks import (
     HIGHER_IS_BETTER,

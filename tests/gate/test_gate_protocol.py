@@ -12,7 +12,7 @@ from conftest import with_added_bos
 from gates import GOOD, Maker, stub_runs, write_gate
 
 from quantize.errors import RecipeError
-from quantize.evaluate.protocols import Protocol
+from quantize.evaluation.protocols import Protocol
 from quantize.files.resources import data_dir
 from quantize.gate.file import load_gate
 from quantize.gate.protocol import protocol_of

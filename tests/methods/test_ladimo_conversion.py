@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import quantize.convert.source as source_module
-from quantize.convert.loop import Request, Summary, convert
+import quantize.conversion.source as source_module
+from quantize.conversion.loop import Request, Summary, convert
 from quantize.errors import ModelError, UsageError
-from quantize.evaluate import evaluate
-from quantize.evaluate.streamed import StreamedModel
+from quantize.evaluation import evaluate
+from quantize.evaluation.streamed import StreamedModel
 from quantize.methods.ladimo.stage import Ladimo
 from quantize.model.load import load_model
 from quantize.model.moe import MoeFfn

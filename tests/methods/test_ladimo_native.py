@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from quantize.convert.loop import Request, Summary, convert
+from quantize.conversion.loop import Request, Summary, convert
 from quantize.errors import ModelError, StoppedError
-from quantize.evaluate.streamed import StreamedModel
+from quantize.evaluation.streamed import StreamedModel
 from quantize.inspect.inspection import inspect
 from quantize.methods.ladimo.trial import dense_ffn
 from quantize.model.arch import ExpertSizes, Role

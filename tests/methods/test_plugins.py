@@ -19,9 +19,9 @@ from resumed import files_of, kept, stopped_after, whole
 
 from quantize.block.block import Block
 from quantize.block.teacher import freeze_layer, teacher_outputs
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import RecipeError
-from quantize.evaluate import evaluate
+from quantize.evaluation import evaluate
 from quantize.methods import STAGES
 from quantize.methods.rtn import Rtn
 from quantize.recipe.recipe import (

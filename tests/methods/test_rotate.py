@@ -21,9 +21,9 @@ from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
 from quantize.block.teacher import freeze_layer
-from quantize.convert.loop import Request, Summary, convert
+from quantize.conversion.loop import Request, Summary, convert
 from quantize.errors import ModelError, RecipeError
-from quantize.evaluate.streamed import open_model
+from quantize.evaluation.streamed import open_model
 from quantize.files.checkpoint import Checkpoint
 from quantize.methods import Stage
 from quantize.methods.awq import Awq

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import quantize  # registers the native format  # noqa: F401
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import ModelError
-from quantize.evaluate import evaluate
-from quantize.evaluate.streamed import open_model
+from quantize.evaluation import evaluate
+from quantize.evaluation.streamed import open_model
 from quantize.files.checkpoint import INDEX_NAME, Checkpoint
 from quantize.formats.native import native_config, require_understood, rotated_inputs_of
 from quantize.inspect.inspection import inspect

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantize.block.block import Block
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import ModelError
-from quantize.evaluate import evaluate
+from quantize.evaluation import evaluate
 from quantize.files.checkpoint import INDEX_NAME
 from quantize.formats.bitvec import BitVecScheme
 from quantize.inspect.inspection import inspect

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from quantize.block.block import Block
 from quantize.block.teacher import freeze_layer
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import ModelError
-from quantize.evaluate import evaluate
+from quantize.evaluation import evaluate
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize

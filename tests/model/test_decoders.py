@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantize.block.block import Block
-from quantize.evaluate.streamed import open_model
+from quantize.evaluation.streamed import open_model
 from quantize.model.rope import partners
 
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from models import zoo
 from models.subject import Check, Row, Subject
 from quantize.block.walk import Pass
-from quantize.convert.loop import Request, Summary, convert
+from quantize.conversion.loop import Request, Summary, convert
 from quantize.errors import DataError, ModelError, RecipeError
-from quantize.evaluate.streamed import StreamedModel
+from quantize.evaluation.streamed import StreamedModel
 from quantize.files.checkpoint import Checkpoint
 from quantize.model.load import load_block, packed_schemes, routing, shape_of
 from quantize.model.prove import prove

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from models import zoo
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import ModelError, StoppedError
-from quantize.evaluate.streamed import StreamedModel
+from quantize.evaluation.streamed import StreamedModel
 from quantize.files.checkpoint import Checkpoint
 from quantize.inspect.inspection import inspect
 from quantize.model.load import load_model, shape_of

@@ -11,7 +11,7 @@ from conftest import CPU
 
 from models import zoo
 from models.law import streamed_logits
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.errors import ModelError, UnderivedError
 from quantize.model.skeleton import Skeleton
 from quantize.recipe.recipe import Recipe, load_recipe

@@ -8,7 +8,7 @@ import torch
 from conftest import CPU
 
 from models.zoo import build, save
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.files.checkpoint import Checkpoint
 from quantize.recipe.recipe import load_recipe
 from quantize.verification.run import verify

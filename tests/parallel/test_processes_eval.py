@@ -21,8 +21,8 @@ from processes import HANGS, REMEDY, Launch, launch, pq
 from test_processes_launchers import LAUNCHERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize.evaluate import run, streamed
-from quantize.evaluate.records import Records
+from quantize.evaluation import run, streamed
+from quantize.evaluation.records import Records
 from quantize.formats.routing import TopK
 from quantize.model.load import load_model
 from quantize.model.tokenizer import load_tokenizer
@@ -135,7 +135,7 @@ def test_tasks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    task_model = pytest.importorskip("quantize.evaluate.task_model")
+    task_model = pytest.importorskip("quantize.evaluation.task_model")
     importlib.import_module("lm_eval.evaluator")  # once, not in every rank
     monkeypatch.setitem(task_model._MAX_TOKENS, "cpu", 80)
     rows = [
@@ -160,7 +160,7 @@ def test_tasks(
 
 
 def test_generation_and_batches_that_do_not_fit(tiny: ModelMaker, tmp_path: Path):
-    task_model = pytest.importorskip("quantize.evaluate.task_model")
+    task_model = pytest.importorskip("quantize.evaluation.task_model")
     from lm_eval.api.instance import Instance
 
     kinds = [{"do_sample": False}, {"do_sample": True, "temperature": 1.5}]

@@ -18,7 +18,7 @@ from processes import Launch, pq
 from resumed import BLOCKS, files_of, model_of
 
 from quantize.cli import convert as cli_convert
-from quantize.convert import loop as convert_module
+from quantize.conversion import loop as convert_module
 from quantize.errors import ModelError, OutputError
 from quantize.parallel import launch
 

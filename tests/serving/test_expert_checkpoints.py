@@ -18,9 +18,9 @@ from transformers import AutoModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.errors import ModelError
-from quantize.evaluate.streamed import open_model
+from quantize.evaluation.streamed import open_model
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.native import native_config, require_understood, routing_of
 from quantize.model.load import load_model

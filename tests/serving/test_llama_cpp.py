@@ -12,7 +12,7 @@ from conftest import CPU, config_of, random_weights, save_model, save_side_files
 from resumed import request
 from transformers import AutoTokenizer
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.files.resources import data_dir
 from quantize.model.load import load_model
 

@@ -16,7 +16,7 @@ from interpreted import GPU, INTERPRETED, needs_gpu, run_interpreted
 from natives import difference, loaded, tensors_of, tokens
 from torch import Tensor, nn
 
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.kernels.experts import api as experts_module
 from quantize.model.load import load_model
 from quantize.model.moe import MoeFfn, Threshold, TopK

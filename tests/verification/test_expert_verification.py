@@ -14,7 +14,7 @@ from damage import Maker, checks_of, edit_json, edit_tensors, failed, pop, put
 from models import zoo
 from torch import Tensor
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.formats.native import native_config
 from quantize.model.moe import Threshold
 from quantize.verification import verify

@@ -11,7 +11,7 @@ import resumed
 from conftest import ModelMaker
 from damage import checks_of, failed
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.verification import run, verify
 from quantize.verification.checks import Skipped
 

@@ -22,7 +22,7 @@ from damage import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantize.convert.loop import convert
+from quantize.conversion.loop import convert
 from quantize.files.checkpoint import INDEX_NAME
 from quantize.verification import verify
 

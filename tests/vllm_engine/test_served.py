@@ -26,7 +26,7 @@ from conftest import SENTENCES, ModelMaker
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantize.convert.loop import Request, convert
+from quantize.conversion.loop import Request, convert
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.engines import CPU
 from quantize.formats.fp8 import e4m3, reloaded, row_factor
