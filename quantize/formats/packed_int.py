@@ -21,6 +21,7 @@ from quantize.formats.fp8 import product_weight, row_factor
 from quantize.formats.scheme import noted_shape
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Names of a linear's tensors in the checkpoint, after the linear's own."""
 
 
@@ -177,15 +178,15 @@ class IntScheme:
 
 @dataclass(frozen=True)
 class PackedInt:
-    """A linear's weight [N, K] as signed integer codes with one bfloat16 scale per
-    group of `group_size` inputs.
+    """A linear's weight [N, K] as signed integer codes with one scale per group of
+    `group_size` inputs: bfloat16 where pq wrote it, the dtype of their model in others' checkpoints.
 
     Value = code · scale of its group (`unpack`). Scales may be negative where 16-bit activations
     are used: a flipped sign puts the extra code -2^(bits-1) on the other side.
     """
 
     codes: Tensor  # int8 [N, K]
-    scale: Tensor  # bfloat16 [N, K / group_size]
+    scale: Tensor  # of SCALE_DTYPES, [N, K / group_size]
     bits: int
     group_size: int
     channelwise: bool = False
@@ -197,8 +198,11 @@ class PackedInt:
             raise ValueError(f"{K} inputs are no multiple of the group {self.group_size}")
         if self.channelwise and self.group_size != K:
             raise ValueError(f"{K} inputs in groups of {self.group_size} are not channel-wise")
-        if self.codes.dtype != torch.int8 or self.scale.dtype != torch.bfloat16:
-            raise ValueError("codes must be int8 and scale bfloat16")
+        if self.codes.dtype != torch.int8 or self.scale.dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"codes are {self.codes.dtype} and scale {self.scale.dtype}, expected int8 and one "
+                "of bfloat16, float16, float32"
+            )
         if tuple(self.scale.shape) != (N, K // self.group_size):
             raise ValueError(
                 f"scale is {tuple(self.scale.shape)}, expected {(N, K // self.group_size)}"
@@ -255,7 +259,7 @@ class PackedInt:
         return cls(codes, scale, bits, group_size)
 
     def unpack(self) -> Tensor:
-        """Weight [N, K] in float32: what stock loaders compute (code · bfloat16 scale)."""
+        """Weight [N, K] in float32: what stock loaders compute (code · scale)."""
         scale = self.scale.float().repeat_interleave(self.group_size, dim=1)
         return self.codes.float() * scale
 

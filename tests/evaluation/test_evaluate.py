@@ -249,8 +249,8 @@ NAME = "model.layers.0.mlp.up_proj"
             f"{NAME}: weight_p",
         ),
         (
-            lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].float()}),
-            f"{NAME}: .*scale bfloat16",
+            lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].double()}),
+            f"{NAME}: .*scale torch.float64",
         ),
         (lambda t: t.update({f"{NAME}.weight_shape": torch.tensor([8, 8])}), f"{NAME}: "),
         (lambda t: t.update({f"{NAME}.weight_shape": torch.tensor([8])}), f"{NAME}: "),
@@ -270,6 +270,17 @@ def test_packed_tensors_that_do_not_fit(packed: Path, change: Callable[..., obje
     with pytest.raises(ModelError, match=says) as caught:
         load_model(packed, CPU, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_scales_that_others_store_in_their_own_dtype_are_read(packed: Path):
+    """llm-compressor writes them in the dtype that the model was loaded in."""
+    before = load_model(packed, CPU, torch.float32).state_dict()
+    edit_shard(
+        packed,
+        lambda t: t.update({n: t[n].float() for n in t if n.endswith(".weight_scale")}),
+    )
+    for name, tensor in load_model(packed, CPU, torch.float32).state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_a_plain_model_that_lacks_a_tensor_is_not_filled_up(tmp_path: Path):
