@@ -6,7 +6,9 @@ Writes weights with their rounding in 16 bits (`fake`), which every loader reads
 """
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 from auto_round import AutoRound
@@ -29,4 +31,7 @@ tool = AutoRound(
     device_map="cpu",
     enable_torch_compile=False,
 )
-tool.quantize_and_save(output, format="fake")
+# It writes into a folder of its own naming inside the one given.
+tool.quantize_and_save(f"{output}.parts", format="fake")
+(config,) = Path(f"{output}.parts").rglob("config.json")
+shutil.move(config.parent, output)
