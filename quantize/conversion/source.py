@@ -22,6 +22,7 @@ from quantize.files.disk import report_errors
 from quantize.files.finite import require_finite_floats
 from quantize.files.memo import Memo
 from quantize.files.offload import Parking, place_states
+from quantize.model.logits import log_probs
 from quantize.model.prove import prove
 from quantize.model.skeleton import as_computed
 
@@ -144,16 +145,13 @@ def view_of(plan: Plan, tokens: TokenSet, progress: Progress) -> ModelView:
         weights |= outside(plan, arch.embedding)
     tail = plan.skeleton.tail(weights)
 
-    def log_probs(hidden: Tensor) -> Tensor:
-        return tail(hidden).float().log_softmax(dim=-1)
-
     return ModelView(
         arch=arch,
         shape=plan.shape,
         sizes=plan.source.shapes,
         hidden=sample(plan, tokens),
         open=lambda index, inputs: open_block(plan, index, inputs),
-        log_probs=log_probs,
+        log_probs=lambda hidden: log_probs(tail(hidden)),
         progress=progress,
         ranks=request.ranks,
     )

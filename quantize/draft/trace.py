@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quantize.draft.rollout import Rollout
 from quantize.errors import DataError, ModelError
-from quantize.evaluation.records import log_probs
 from quantize.evaluation.streamed import Model, Span, windows_of_a_pass
+from quantize.model.logits import log_probs
 
 Array = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]

@@ -3,6 +3,7 @@ each: measured end to end."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,11 @@ on it share hidden states."""
 # Reductions whose error is measured beside the one that was asked for, for the report: each costs
 # one more plan in the pass over the calibration text.
 _CURVE = (0.1, 0.2, 0.3, 0.4)
+
+# Logits that a plan is measured on: all of the text for vocabularies up to 131,072; of larger ones
+# every second token or fewer, since some forty plans go through the head.
+_LOGITS = 1 << 29
+_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -179,9 +185,9 @@ class Searcher:
 
         walk(streams, range(blocks), open_next, visit)
         after = streams.batches
-        return [
-            self._kl(after[_prefix({}, blocks)], after[_prefix(plan, blocks)]) for plan in plans
-        ]
+        return self._kls(
+            after[_prefix({}, blocks)], [after[_prefix(plan, blocks)] for plan in plans]
+        )
 
     def _trials(
         self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
@@ -205,13 +211,32 @@ class Searcher:
             trials[mean] = Trial(student)
         return trials
 
-    def _kl(self, parent: Sequence[Tensor], converted: Sequence[Tensor]) -> float:
-        total, tokens = 0.0, 0
-        for ours, theirs in zip(parent, converted, strict=True):
-            p, q = self.model.log_probs(ours), self.model.log_probs(theirs)
-            total += float((p.exp() * (p - q)).double().sum())
-            tokens += p.shape[0] * p.shape[1]
-        return total / tokens
+    def _kls(self, parent: Sequence[Tensor], plans: Sequence[Sequence[Tensor]]) -> list[float]:
+        """KL(parent ‖ plan) in nats per token, of every plan's hidden states, batch by batch
+        [B, T, D]; on the same tokens for all."""
+        vocabulary = self.model.log_probs(parent[0][:1, :1]).shape[-1]
+        every = max(1, math.ceil(vocabulary * sum(map(_tokens, parent)) / _LOGITS))
+        rows = max(1, _LOGITS_AT_ONCE // vocabulary)
+        totals, tokens = [0.0] * len(plans), 0
+        for batch, ours in enumerate(parent):
+            theirs = [_rows(plan[batch])[::every] for plan in plans]
+            for first, states in enumerate(torch.split(_rows(ours)[::every], rows)):
+                p = self.model.log_probs(states[None])
+                share = p.exp()
+                for number, plan in enumerate(theirs):
+                    q = self.model.log_probs(plan[None, first * rows : (first + 1) * rows])
+                    totals[number] += float((share * (p - q)).double().sum())
+                tokens += len(states)
+        return [total / tokens for total in totals]
+
+
+def _tokens(states: Tensor) -> int:
+    return states.shape[0] * states.shape[1]
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[B, T, D] → [B T, D]."""
+    return states.reshape(-1, states.shape[-1])
 
 
 def _prefix(plan: Levels, blocks: int) -> Prefix:
