@@ -20,6 +20,7 @@ import accuracy
 import bench_peers
 import gguf_accuracy
 import gpu_speed
+import growth
 import ladimo
 import memory
 import sbvr
@@ -32,6 +33,7 @@ _ELSEWHERE = ("models", "fineserve", "latency", "vllm-", "draft-", "tensor-paral
 """How the names of others begin: docs/models.md, docs/plan*.md, docs/draft.md and docs/serving.md."""
 _KINDS = {
     "ratios": (bench_peers.table, "Conversions beside other tools"),
+    "forward_passes": (growth.table, "Time of a block"),
     "part": (ablation.table, "FireQ part by part"),
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
     "conversion": (ladimo.table, "LaDiMo beside pruning"),
