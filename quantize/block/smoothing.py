@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,8 +40,24 @@ def balance(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
+@dataclass(frozen=True)
+class Sink:
+    """A weight that an edge's scale moves into, and what errors of it are measured against."""
+
+    weight: Tensor
+    """float32 [N, K]"""
+    size: Tensor
+    """tr(W H Wᵀ), the mean square of its output."""
+
+    @classmethod
+    def of(cls, weight: Tensor, hessian: Tensor) -> Sink:
+        """For any rows [N, K] of a linear; hessian: E[x xᵀ] of its input."""
+        size = ((weight @ hessian) * weight).sum()
+        return cls(weight, size.clamp_min(torch.finfo(torch.float32).tiny))
+
+
 def rounding_error(
-    weights: Sequence[Tensor], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool
+    sinks: Sequence[Sink], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool
 ) -> float:
     """Relative output error, summed over sinks [N, K], of rounding W·diag(columns) to nearest.
 
@@ -48,13 +65,13 @@ def rounding_error(
     error that a forward pass would measure, without the pass.
     """
     total = 0.0
-    for weight in weights:
+    for sink in sinks:
+        weight = sink.weight
         scaled = weight * columns
         importance = hessian.diagonal() / columns.square()
         scale, factor = grid.fit_scale(scaled, importance) if clip else grid.absmax_scale(scaled)
         delta = grid.round(scaled, scale, factor)[1] / columns - weight
-        size = ((weight @ hessian) * weight).sum().clamp_min(torch.finfo(torch.float32).tiny)
-        total += float(((delta @ hessian) * delta).sum() / size)
+        total += float(((delta @ hessian) * delta).sum() / sink.size)
     return total
 
 
@@ -75,12 +92,12 @@ def search(
     # would, at a fraction of the cost.
     weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
     most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
-    weights = [weight[:: max(1, len(weight) // most)].float() for weight in weights]
-    plain = rounding_error(weights, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
+    sinks = [Sink.of(weight[:: max(1, len(weight) // most)].float(), hessian) for weight in weights]
+    plain = rounding_error(sinks, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
     best, lowest = None, plain
 
     def error_with(candidate: Tensor) -> float:
-        return rounding_error(weights, block.sink_columns(edge, candidate), hessian, grid, clip)
+        return rounding_error(sinks, block.sink_columns(edge, candidate), hessian, grid, clip)
 
     tried = list(candidates)
     errors = block.ranks.numbers([partial(error_with, candidate) for candidate in tried])
