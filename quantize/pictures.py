@@ -58,7 +58,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars side by side for every category; each of `series` has a value for every category."""
+    """Bars for every category, side by side; each of `series` has a value for every category."""
 
     title: str
     caption: str
@@ -68,6 +68,8 @@ class Bars:
     log_y: bool = False
     stacked: bool = False
     """On top of each other: parts of a whole."""
+    across: bool = False
+    """From the left to the right, a row for each category, whose names may be long."""
     kind: Literal["bars"] = field(default="bars", init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +88,8 @@ class Histogram:
     points: Sequence[float] = ()
     x_label: str = ""
     counted: str = "weights"
+    log_x: bool = False
+    """Edges, all of them positive, on a logarithmic axis."""
     kind: Literal["histogram"] = field(default="histogram", init=False)
 
     def __post_init__(self) -> None:

@@ -150,6 +150,12 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What pq keeps between commands goes into a folder of this run's."""
+    os.environ["PQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder of the models and texts that lie beside the checkout and are no part of the project."""

@@ -17,6 +17,7 @@ import typer
 from pages import DOCS, ROOT, blocks, each_page, spans, text_of
 
 from quantize.cli import app
+from quantize.files import strict_yaml
 from quantize.gate.file import load_gate
 from quantize.plan.request import load_request
 from quantize.recipe.recipe import load_recipe
@@ -169,6 +170,36 @@ def test_recipes_and_gate_files_are_valid(page: Path, tmp_path: Path):
             assert load_gate(path).entries
         else:
             assert load_recipe(str(path)).stages
+
+
+WORKFLOWS = sorted((DOCS / "ci").glob("*.yml"))
+
+
+def test_there_is_a_workflow():
+    assert WORKFLOWS
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_yaml_whose_commands_exist(path: Path):
+    found = strict_yaml.load(path.read_bytes(), str(path))
+    assert not found.problems
+    assert {"name", "on", "jobs"} <= set(found.data)
+    given = []
+    for job in found.data["jobs"].values():
+        assert job["runs-on"]
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1"))
+            for line in step.get("run", "").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and (arguments := arguments_of_pq(words)) is not None:
+                    parse(arguments)
+                    given.append(arguments)
+    (run,) = (arguments for arguments in given if arguments[:2] == ["gate", "run"])
+    assert {"--junit", "--summary-file"} <= set(run)
+    junit = run[run.index("--junit") + 1]
+    steps = [step for job in found.data["jobs"].values() for step in job["steps"]]
+    assert junit in [step["with"].get("path") for step in steps if "with" in step]
 
 
 @each_page

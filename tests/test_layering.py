@@ -50,7 +50,7 @@ ROOMS: dict[str, str] = {
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
     "gate": "conversion errors evaluation files model recipe",
-    "report": "block draft errors evaluation files formats model pictures plan recipe",
+    "report": "block draft errors evaluation files formats inspect model pictures plan recipe",
     "cli": (
         "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
         "plan recipe report tested verification"

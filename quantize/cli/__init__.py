@@ -21,6 +21,7 @@ from quantize.cli import convert as convert_command
 from quantize.cli import draft as draft_command
 from quantize.cli import estimate as estimate_command
 from quantize.cli import evaluate as evaluate_command
+from quantize.cli import gate as gate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
@@ -55,6 +56,7 @@ app.command("plan")(plan_command.plan)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)
+app.add_typer(gate_command.app, name="gate")
 app.add_typer(recipe_command.app, name="recipe")
 app.add_typer(bench_command.app, name="bench")
 
@@ -65,7 +67,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_COMPUTING = {"convert", "estimate", "eval", "compare", "draft", "verify", "bench"}
+_COMPUTING = {"convert", "estimate", "eval", "compare", "draft", "verify", "bench", "gate"}
 """Commands that compute with the libraries whose releases may be untested;
 the others only read files."""
 

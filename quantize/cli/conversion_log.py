@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +75,8 @@ class RunLog:
         """Keep what is said until the log begins."""
         _LOGGER.setLevel(logging.INFO)
         _LOGGER.addHandler(self._early)
+        # The report shows it; in the checkpoint itself paths of this machine have no place.
+        _LOGGER.info("started %s", json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd()}))
 
     def close(self) -> None:
         """End the log, or forget what was kept."""

@@ -11,7 +11,7 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
-from quantize.cli.gate import check_gate
+from quantize.cli.gate import Check, Junit, NoCache, Only, Reason, SummaryFile, Update, check_gate
 from quantize.cli.launches import joining
 from quantize.cli.measure import Setting, output_folder, perplexity
 from quantize.cli.measure import tasks as run_tasks
@@ -70,18 +70,12 @@ def evaluate(
     gate: Annotated[
         Path | None, typer.Option(help="Check against this baselines file; exit code 9 on failure.")
     ] = None,
-    update_baselines: Annotated[
-        bool,
-        typer.Option("--update-baselines", help="Write the measured values into the gate's file."),
-    ] = False,
-    reason: Annotated[
-        str,
-        typer.Option(help="Why the baselines change; kept in their history."),
-    ] = "",
-    only: Annotated[
-        str | None,
-        typer.Option(help="Recipes of the gate to run, separated by commas."),
-    ] = None,
+    update_baselines: Update = False,
+    reason: Reason = "",
+    only: Only = None,
+    junit: Junit = None,
+    summary_file: SummaryFile = None,
+    no_cache: NoCache = False,
     numerics: options.NumericsOption = "kernel",
     kv_cache: options.KvCache = "auto",
     device: options.Device = "auto",
@@ -105,23 +99,36 @@ def evaluate(
                 raise UsageError(
                     "--gate converts and measures in one process; start it without a launcher",
                 )
-            if bos != "auto":
-                raise UsageError(
-                    f"--bos {bos}: the gate's file says how it measures; write bos: {bos} under "
-                    "its evaluation"
-                )
-            check_gate(
+            _require_file_decides(
+                bos=(bos, "auto"),
+                protocol=(protocol, None),
+                dataset=(dataset, None),
+                text_field=(text_field, None),
+                chat_template=(chat_template, None),
+                seqlen=(seqlen, 512),
+                context=(context, 0),
+                max_windows=(max_windows, None),
+                numerics=(numerics, "kernel"),
+                dtype=(dtype, "float32"),
+            )
+            check = Check(
                 gate,
                 model,
                 baseline,
-                _names(only),
+                tuple(_names(only)),
                 reason if update_baselines else None,
                 device,
-                as_json,
+                junit,
+                summary_file,
+                not no_cache,
             )
+            check_gate(check, as_json)
             return
-        if update_baselines or reason or only:
-            raise UsageError("--update-baselines, --reason and --only belong to --gate FILE")
+        if update_baselines or reason or only or junit or summary_file or no_cache:
+            raise UsageError(
+                "--update-baselines, --reason, --only, --junit, --summary-file and --no-cache "
+                "belong to --gate FILE"
+            )
         if model is None:
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
         quiet_libraries()
@@ -203,6 +210,18 @@ def _tell(
             f"saved in {setting.output}; pq report {setting.model} makes a page of it",
             err=True,
         )
+
+
+def _require_file_decides(**given: tuple[object, object]) -> None:
+    """UsageError for an option that a gate's file decides on. given: name → value, default."""
+    for name, (value, default) in given.items():
+        if value != default:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise UsageError(
+                f"{option}: the gate's file says how it measures; write {name}: {shown} under "
+                "its evaluation"
+            )
 
 
 def _names(text: str | None) -> list[str]:

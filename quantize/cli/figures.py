@@ -85,12 +85,11 @@ def print_perplexity(e: Evaluation) -> None:
         ("byte perplexity", e.baseline_byte_perplexity, e.byte_perplexity, 4),
         ("bits per byte", e.baseline_bits_per_byte, e.bits_per_byte, 5),
     ]
-    gain = None if e.delta_nll is None else -e.delta_nll
     rows = []
     for name, theirs, mine, digits in both:
         rows.append((name, format_figure(theirs, digits), format_figure(mine, digits)))
     rows += [
-        ("Δ log-likelihood", "", format_figure(gain, 5, e.delta_nll_stderr)),
+        ("ΔNLL", "", format_figure(e.delta_nll, 5, e.delta_nll_stderr)),
         ("KLD mean", "", format_figure(e.kld_mean, 5, e.kld_stderr)),
         ("KLD median", "", format_figure(e.kld_median, 5)),
         ("KLD p90", "", format_figure(e.kld_p90, 5)),

@@ -79,6 +79,8 @@ class Evaluation:
     model_commit: str | None = None
     """With baseline_commit: that of a model on the Hub; None for a local folder."""
     baseline_commit: str | None = None
+    kld_histogram: dict[str, Any] | None = field(default=None, repr=False)
+    """edges, counts: of the tokens' divergences, see `Records.histogram`."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Run:
             experts_visited=dict(model.experts_visited) or None,
             model_commit=commit_of(folder),
             baseline_commit=self.baseline_commit,
+            kld_histogram=records.histogram("kld") if against else None,
             bos_token_id=int(self.tokenizer.bos_token_id) if self.protocol.bos else None,
         )
 

@@ -16,6 +16,10 @@ from quantize.model.logits import log_probs
 if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
 
+_DECADE = (
+    4  # bins of the histogram of divergences in a factor of ten: a chart's width for eight of them
+)
+_LEAST, _MOST = -6, 2  # its ends, powers of ten in nats: a rounding error, and the worst there is
 _BINS = 32  # of the curves by position: what a chart's width shows, and still many tokens in each
 
 
@@ -123,6 +127,16 @@ class Records:
             "baseline_nll": curve("baseline_nll"),
             "kld": curve("kld"),
         }
+
+    def histogram(self, name: str) -> dict[str, list[float] | list[int]]:
+        """Counts of a column's values between edges, a quarter of a power of ten apart from 1e-6 to
+        100; what lies beyond is counted at the ends."""
+        steps = torch.arange(_LEAST * _DECADE, _MOST * _DECADE + 1, dtype=torch.float64)
+        edges = torch.pow(10.0, steps / _DECADE)
+        values = self[name].double().clamp(float(edges[0]), float(edges[-1]) * (1 - 1e-12))
+        bins = torch.bucketize(values, edges, right=True) - 1
+        counts = torch.bincount(bins, minlength=len(edges) - 1)
+        return {"edges": [float(edge) for edge in edges], "counts": counts.tolist()}
 
     def worst(self, count: int) -> list[int]:
         """Rows of the largest KL divergences, the largest first."""

@@ -19,10 +19,17 @@ from quantize.calibration.bos import Bos
 from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluation.figures import Evaluation, Run
+from quantize.evaluation.parents import ParentCache
 from quantize.evaluation.protocols import Protocol, ProtocolName, Windows, windows_of
 from quantize.evaluation.records import Records
 from quantize.evaluation.sharing import require_alike, shared_windows
-from quantize.evaluation.streamed import Model, Span, open_model, windows_of_a_pass
+from quantize.evaluation.streamed import (
+    Model,
+    Span,
+    StreamedModel,
+    open_model,
+    windows_of_a_pass,
+)
 from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
@@ -55,6 +62,8 @@ def evaluate(
     baseline: Path | None,
     *,
     dataset: str = "builtin",
+    text_field: str | None = None,
+    chat_template: bool | None = None,
     seqlen: int = 512,
     max_windows: int | None = None,
     protocol: ProtocolName = "strided",
@@ -66,14 +75,17 @@ def evaluate(
     attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
+    parents: ParentCache | None = None,
 ) -> Evaluation:
-    """Perplexity of one model, and its divergence from `baseline` where one is given.
-    Raises PqError subclasses."""
+    """Perplexity of one model, and its divergence from `baseline` where one is given; arguments are
+    those of `measure`. Raises PqError subclasses."""
     measured = measure(
         [model],
         baseline,
         Protocol(protocol, seqlen, context),
         dataset=dataset,
+        text_field=text_field,
+        chat_template=chat_template,
         max_windows=max_windows,
         bos=bos,
         device=device,
@@ -82,6 +94,7 @@ def evaluate(
         attention=attention,
         progress=progress,
         ranks=ranks,
+        parents=parents,
     )
     return measured[0].figures
 
@@ -102,6 +115,7 @@ def measure(
     attention: KvNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
+    parents: ParentCache | None = None,
 ) -> list[Measured]:
     """Measure several models against one baseline on the same windows in one run.
 
@@ -114,6 +128,7 @@ def measure(
     bos: whether strided windows begin with BOS; auto: where the first model's tokenizer adds it.
     ranks: divide the windows among themselves; all of them return what
     one process would, bit for bit.
+    parents: where runs of parents are kept, for one process alone; None: nowhere.
     Raises PqError subclasses.
     """
     device = device or torch.device("cpu")
@@ -140,6 +155,9 @@ def measure(
             warn_without_bos(tokenizer, bos)
             warn_of_length(windows.inputs.shape[1], open_source(models[0]).config)
         parent = None if baseline is None else open_model(baseline, device, dtype, numerics)
+        if parents is not None and isinstance(parent, StreamedModel) and ranks.size == 1:
+            assert baseline is not None
+            parent.kept = parents.of(baseline, windows, protocol, dtype, device, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
         everyone = [*opened, *([parent] if parent else [])]
         for m in everyone:

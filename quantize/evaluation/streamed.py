@@ -44,6 +44,7 @@ from quantize.model.tied import settle_tie
 from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
+    from quantize.evaluation.parents import HiddenStates
     from quantize.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,8 @@ class StreamedModel:
         )
         self.units = self.shape.n_blocks
         self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens
+        self.kept: HiddenStates | None = None
+        """Where hidden states are looked up and kept; None: nowhere."""
         self._logits = self._tail()
 
     def _check(self) -> None:
@@ -253,7 +256,7 @@ class StreamedModel:
         """Run all blocks over inputs [B, T] int64; the head is applied
         when logits are asked for."""
         batch = windows_of_a_pass(inputs.shape[1])
-        hidden = self._hidden(inputs, batch, tick)
+        hidden = self._kept_hidden(inputs, batch, tick)
 
         @torch.no_grad()
         def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
@@ -262,6 +265,24 @@ class StreamedModel:
                 yield self._logits(states[None, first:end])[0]
 
         return logits
+
+    def _kept_hidden(self, inputs: Tensor, batch: int, tick: Tick) -> MutableSequence[Tensor]:
+        """`_hidden`, from what is kept where there is something."""
+        if self.kept is None:
+            return self._hidden(inputs, batch, tick)
+        before, found = self._visits, self.kept.recall(inputs)
+        self._visits = {}
+        if found is None:
+            hidden = self._hidden(inputs, batch, tick)
+            self.kept.keep(inputs, hidden, self._visits)
+        else:
+            hidden, self._visits = found
+            for _ in range(self.units):
+                tick()
+        for index, (visits, tokens) in before.items():
+            more = self._visits.get(index, (0, 0))
+            self._visits[index] = visits + more[0], tokens + more[1]
+        return hidden
 
     def _hidden(self, inputs: Tensor, batch: int, tick: Tick) -> MutableSequence[Tensor]:
         """inputs [B, T] → hidden states [B, T, D] that leave the last

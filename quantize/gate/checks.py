@@ -12,6 +12,8 @@ from quantize.evaluation import Evaluation
 
 Status = Literal["pass", "FAIL", "better"]
 Kind = Literal["value", "recovery"]
+Unit = Literal["metric", "percent", "se"]
+"""What a tolerance is in: the metric's own unit, percent of the value, standard errors."""
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "perplexity": False,
@@ -30,6 +32,11 @@ HIGHER_IS_BETTER: dict[str, bool] = {
 }
 """Figures of an Evaluation that can be checked; task metrics are written `task/metric`."""
 ROLLING_ONLY = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+_STDERR = {
+    "kld_mean": "kld_stderr",
+    "delta_nll": "delta_nll_stderr",
+    "top1_agreement": "top1_stderr",
+}
 _FIELDS = {field.name for field in dataclasses.fields(Evaluation)}
 WITH_PARENT = tuple(metric for metric in HIGHER_IS_BETTER if f"baseline_{metric}" in _FIELDS)
 
@@ -43,13 +50,21 @@ class Check:
     expected: float
     """The figure measured before, or the least recovery."""
     tolerance: float = 0.0
-    percent: bool = False
-    """Whether `tolerance` is in percent of `expected`."""
+    unit: Unit = "metric"
+    stderr: float | None = None
+    """One standard error of `expected`, where the file has it."""
 
     @property
     def margin(self) -> float:
         """How far from `expected` the figure may be, in its own unit."""
-        return abs(self.expected) * self.tolerance / 100 if self.percent else self.tolerance
+        if self.unit == "percent":
+            return abs(self.expected) * self.tolerance / 100
+        return self.tolerance * (self.stderr or 0.0) if self.unit == "se" else self.tolerance
+
+    @property
+    def shown(self) -> str:
+        """The tolerance as the file has it."""
+        return f"{self.tolerance:g}" + {"metric": "", "percent": "%", "se": " se"}[self.unit]
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Measurement:
     higher_is_better: bool = False
     missing: str = "was not measured"
     """Why `value` is None."""
+    stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Verdict:
     """The outcome of one check; every field is JSON."""
 
     recipe: str
-    """Name of the file's entry."""
+    """Name of the file's entry, a recipe's or a checkpoint's."""
     metric: str
     kind: Kind
     value: float | None
@@ -78,10 +94,12 @@ class Verdict:
     """Share of the parent's accuracy that is left; None for a value check."""
     expected: float
     tolerance: str | None
-    """As the file has it: 0.02 or 20%; None for a recovery check."""
+    """As the file has it: 0.02, 20% or 3 se; None for a recovery check."""
     status: Status
     detail: str
     """Why it fails, or how far it is from what was expected."""
+    stderr: float | None = None
+    """Of `value`."""
 
     @property
     def ok(self) -> bool:
@@ -97,7 +115,7 @@ def judge(recipe: str, check: Check, figure: Measurement) -> Verdict:
     status, detail, recovery = _unusable(figure) or compare(check, figure)
     tolerance = None
     if check.kind == "value":
-        tolerance = f"{check.tolerance:g}{'%' if check.percent else ''}"
+        tolerance = check.shown
     return Verdict(
         recipe,
         check.metric,
@@ -109,6 +127,7 @@ def judge(recipe: str, check: Check, figure: Measurement) -> Verdict:
         tolerance,
         status,
         detail,
+        _finite(figure.stderr),
     )
 
 
@@ -116,7 +135,23 @@ def figure_of(evaluation: Mapping[str, Any], metric: str) -> Measurement:
     """Look a figure of an Evaluation (as a dict) up."""
     missing = f"{evaluation.get('protocol', 'this protocol')} does not give it"
     parent = evaluation.get(f"baseline_{metric}")
-    return Measurement(evaluation.get(metric), parent, HIGHER_IS_BETTER[metric], missing)
+    return Measurement(
+        evaluation.get(metric),
+        parent,
+        HIGHER_IS_BETTER[metric],
+        missing,
+        stderr_of(evaluation, metric),
+    )
+
+
+def stderr_of(evaluation: Mapping[str, Any], metric: str) -> float | None:
+    """One standard error of a figure, windows taken as the independent units; None for figures that
+    have none, such as quantiles."""
+    if metric == "perplexity":  # to first order: d exp(nll) = exp(nll) d nll
+        value, error = evaluation.get("perplexity"), evaluation.get("nll_stderr")
+        return None if value is None or error is None else float(value * error)
+    found = evaluation.get(_STDERR.get(metric, ""))
+    return None if found is None else float(found)
 
 
 _Outcome = tuple[Status, str, "float | None"]
@@ -144,7 +179,7 @@ def _by_value(check: Check, figure: Measurement) -> _Outcome:
     if worse > allowed:
         return "FAIL", f"must be {sign} {limit:.6g}", None
     if worse < -allowed:
-        return "better", f"better than {check.expected:.6g} by more than the tolerance", None
+        return "better", f"better than {check.expected:.6g} by more than {check.shown}", None
     return "pass", f"{sign} {limit:.6g}", None
 
 

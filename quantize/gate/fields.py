@@ -43,6 +43,8 @@ _TEXTS: Test = (
     "a list of texts",
 )
 PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+ERRORS = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?se")
+"""A tolerance in standard errors."""
 _PROTOCOL = re.compile(r"strided-[0-9]+(-context-[0-9]+)?(-bos)?|rolling-[0-9]+")
 TOP: dict[str, Test] = {
     "model": TEXT,
@@ -54,17 +56,24 @@ TOP: dict[str, Test] = {
         lambda v: isinstance(v, dict) and bool(v),
         "a mapping with one entry or more, 'NAME: {METRIC: ...}'",
     ),
+    "checkpoints": (
+        lambda v: isinstance(v, dict) and bool(v),
+        "a mapping with one entry or more, 'FOLDER: {METRIC: ...}'",
+    ),
     "history": (lambda v: isinstance(v, list), "a list, which pq itself appends to"),
 }
 """Fields of a gate file."""
 EVALUATION: dict[str, Test] = {
     "protocol": _choice(PROTOCOLS),
     "dataset": TEXT,
+    "text_field": TEXT,
+    "chat_template": (lambda v: isinstance(v, bool), "true or false"),
     "seqlen": _count(8),
     "max_windows": _count(1),
     "context": _count(0),
     "numerics": _choice(get_args(Numerics)),
     "bos": _choice(BOS),
+    "dtype": _choice(("float32", "bfloat16", "float16")),
 }
 """Fields of its `evaluation`."""
 ENTRY: dict[str, Test] = {
@@ -76,12 +85,18 @@ ENTRY: dict[str, Test] = {
     ),
 }
 """Fields of a recipe's entry; all others are metrics."""
+CHECKPOINT: dict[str, Test] = {"folder": TEXT, "protocol": ENTRY["protocol"]}
+"""Fields of a checkpoint's entry; all others are metrics."""
 CHECK: dict[str, Test] = {
     "value": (_number, "a number"),
     "tolerance": (
-        lambda v: (_number(v) and v >= 0) or (isinstance(v, str) and bool(PERCENT.fullmatch(v))),
-        "a number >= 0 or a percentage such as 30%",
+        lambda v: (
+            (_number(v) and v >= 0)
+            or (isinstance(v, str) and bool(PERCENT.fullmatch(v) or ERRORS.fullmatch(v)))
+        ),
+        "a number >= 0, a percentage such as 30%, or standard errors such as 3 se",
     ),
+    "stderr": (lambda v: _number(v) and v >= 0, "a number >= 0"),
     "recovery": (lambda v: _number(v) and 0 < v <= 1, "a number > 0 and <= 1, such as 0.95"),
 }
 """Fields of a metric."""

@@ -2,7 +2,7 @@
 mistake in a file is one line.
 
 `value` with `tolerance` is a figure measured before; the tolerance is in the metric's
-unit, or in percent of the value.
+unit, in percent of the value, or in standard errors (`3 se`) of which `stderr` is one.
 `recovery` is the least share of the parent's accuracy: model / parent, or parent /
 model where lower is better.
 `protocol` of an entry names the one under which its values were measured.
@@ -11,59 +11,31 @@ model where lower is better.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import RecipeError, UsageError
-from quantize.evaluation.protocols import Bos, Protocol, ProtocolName
+from quantize.evaluation.protocols import Protocol
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, error_of, no_mapping, show_value
 from quantize.files.strict_yaml import Document
-from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check
-from quantize.gate.fields import CHECK, ENTRY, EVALUATION, PERCENT, TEXT, TOP, Test, close
-from quantize.model.linear import Numerics
+from quantize.gate.checks import HIGHER_IS_BETTER, ROLLING_ONLY, WITH_PARENT, Check, Unit
+from quantize.gate.entries import Entry, GateFile, Settings
+from quantize.gate.fields import (
+    CHECK,
+    CHECKPOINT,
+    ENTRY,
+    ERRORS,
+    EVALUATION,
+    PERCENT,
+    TEXT,
+    TOP,
+    Test,
+    close,
+)
 from quantize.recipe.files import shipped_recipes
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Calibration, Recipe, load_recipe
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A recipe and what it must reach."""
-
-    name: str
-    recipe: Recipe
-    """With the file's calibration and the entry's `set` applied."""
-    checks: tuple[Check, ...]
-    protocol: str | None = None
-    """Name of the one under which the checks' values were measured."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How every recipe of a file is measured."""
-
-    protocol: ProtocolName = "strided"
-    dataset: str = "builtin"
-    seqlen: int = 512
-    max_windows: int | None = None
-    context: int = 0
-    numerics: Numerics = "kernel"
-    bos: Bos = "auto"
-
-
-@dataclass(frozen=True)
-class GateFile:
-    """A gate file, checked."""
-
-    path: Path
-    model: Path | None
-    evaluation: Settings
-    tasks: tuple[str, ...]
-    task_limit: int | None
-    entries: tuple[Entry, ...]
-    document: Document = field(repr=False)
 
 
 def load_gate(path: Path) -> GateFile:
@@ -131,9 +103,9 @@ class _Reader:
 
     def gate(self, path: Path) -> GateFile:
         top = self.fields((), self.doc.data, TOP)
-        if "recipes" not in self.doc.data:
+        if not {"recipes", "checkpoints"} & set(self.doc.data):
             remedy = "add 'recipes: {NAME: {METRIC: {value: ..., tolerance: ...}}}'"
-            self.say((), f"'recipes' is missing; {remedy}")
+            self.say((), f"'recipes' is missing; {remedy}, or 'checkpoints' with folders as names")
         settings = self.settings(top.get("evaluation", {}))
         # Other values are the recipe's to judge, when it takes them up.
         known: dict[str, Test] = dict.fromkeys(Calibration.model_fields, (lambda v: True, ""))
@@ -143,8 +115,12 @@ class _Reader:
             calibration["dataset"] = self.beside(calibration["dataset"])
         tasks = tuple(self.task(name) for name in top.get("tasks", []))
         entries: list[Entry | None] = []
+        for name, data in top.get("checkpoints", {}).items():
+            if name in top.get("recipes", {}):
+                self.say(("checkpoints", name), "is a recipe's name as well; give it another")
+            entries.append(self.entry(("checkpoints", name), data, {}, settings, bool(tasks)))
         for name, data in top.get("recipes", {}).items():
-            entries.append(self.entry(name, data, calibration, settings, bool(tasks)))
+            entries.append(self.entry(("recipes", name), data, calibration, settings, bool(tasks)))
         return GateFile(
             path=path,
             model=self.folder / top["model"] if "model" in top else None,
@@ -172,9 +148,14 @@ class _Reader:
         return settings
 
     def entry(
-        self, name: str, data: Any, calibration: Mapping[str, Any], settings: Settings, tasks: bool
+        self,
+        path: tuple[str, str],
+        data: Any,
+        calibration: Mapping[str, Any],
+        settings: Settings,
+        tasks: bool,
     ) -> Entry | None:
-        path = ("recipes", name)
+        fields = CHECKPOINT if path[0] == "checkpoints" else ENTRY
         if not isinstance(data, dict):
             self.say(
                 path,
@@ -183,10 +164,10 @@ class _Reader:
             return None
         own = self.fields(
             path,
-            {key: value for key, value in data.items() if key in ENTRY},
-            ENTRY,
+            {key: value for key, value in data.items() if key in fields},
+            fields,
         )
-        metrics = [metric for metric in data if metric not in ENTRY]
+        metrics = [metric for metric in data if metric not in fields]
         if not metrics:
             self.say(
                 path,
@@ -195,11 +176,14 @@ class _Reader:
         checks = [
             check
             for metric in metrics
-            if self.metric((*path, metric), metric, settings, tasks)
+            if self.metric((*path, metric), metric, fields, settings, tasks)
             for check in self.checks((*path, metric), metric, data[metric])
         ]
+        if fields is CHECKPOINT:
+            folder = own.get("folder", path[1])
+            return Entry(path[1], None, tuple(checks), own.get("protocol"), folder)
         recipe = self.recipe(path, own, calibration)
-        return Entry(name, recipe, tuple(checks), own.get("protocol")) if recipe else None
+        return Entry(path[1], recipe, tuple(checks), own.get("protocol")) if recipe else None
 
     def recipe(
         self,
@@ -230,7 +214,14 @@ class _Reader:
             self.say((*path, "set"), str(err))
             return None
 
-    def metric(self, path: Place, metric: str, settings: Settings, tasks: bool) -> bool:
+    def metric(
+        self,
+        path: Place,
+        metric: str,
+        fields: Mapping[str, Test],
+        settings: Settings,
+        tasks: bool,
+    ) -> bool:
         if "/" in metric:
             if not tasks:
                 self.say(
@@ -239,7 +230,7 @@ class _Reader:
                 )
             return tasks
         if metric not in HIGHER_IS_BETTER:
-            hint = close(metric, (*HIGHER_IS_BETTER, *ENTRY))
+            hint = close(metric, (*HIGHER_IS_BETTER, *fields))
             known = f"{', '.join(HIGHER_IS_BETTER)}, and TASK/METRIC"
             self.say(path, f"unknown metric; {hint}the metrics are {known}")
         elif metric in ROLLING_ONLY and settings.protocol != "rolling":
@@ -265,10 +256,18 @@ class _Reader:
         out: list[Check] = []
         if "value" in good and "tolerance" in good:
             share = PERCENT.fullmatch(str(good["tolerance"]))
-            amount = float(share[1] if share else good["tolerance"])
-            out.append(
-                Check(metric, "value", float(good["value"]), amount, percent=share is not None),
-            )
+            errors = ERRORS.fullmatch(str(good["tolerance"]))
+            found = share or errors
+            amount = float(found[1] if found else good["tolerance"])
+            stderr = float(good["stderr"]) if "stderr" in good else None
+            unit: Unit = "percent" if share else "se" if errors else "metric"
+            if unit == "se" and "stderr" not in data:
+                self.say(
+                    (*path, "tolerance"),
+                    "is in standard errors, but 'stderr' is missing; add 'stderr: ...', one "
+                    "standard error of the value",
+                )
+            out.append(Check(metric, "value", float(good["value"]), amount, unit, stderr))
         if "recovery" in good:
             if "/" not in metric and metric not in WITH_PARENT:
                 self.say(

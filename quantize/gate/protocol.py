@@ -10,7 +10,7 @@ from quantize.errors import UsageError
 from quantize.evaluation.protocols import Protocol
 from quantize.files.problems import error_of
 from quantize.gate.checks import Check
-from quantize.gate.file import Entry, GateFile
+from quantize.gate.entries import Entry, GateFile
 from quantize.model.tokenizer import load_tokenizer
 
 _OF_THE_FORMAT = ("bits_per_weight",)
@@ -66,5 +66,5 @@ def require_same(gate: GateFile, entries: Sequence[Entry], protocol: Protocol) -
         f"the values were measured as {old}{named}, this run measures {protocol.name}{others}; "
         "set 'evaluation' accordingly, or measure them anew with --update-baselines"
     )
-    place = ("recipes", first.name, *(("protocol",) if first.protocol else ()))
+    place = (*first.place, *(("protocol",) if first.protocol else ()))
     raise error_of(gate.document.source, [gate.document.problem(place, text)])

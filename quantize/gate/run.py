@@ -1,5 +1,5 @@
-"""The accuracy gate: every recipe of a file reaches what the file says, its parent being
-measured in the same run."""
+"""The accuracy gate: every recipe and checkpoint of a file reaches what the file says, its parent
+being measured in the same run, or on the same text by the same software before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import torch
 from quantize.conversion.loop import Request, convert
 from quantize.errors import ModelError, QualityError, UsageError, VerifyError
 from quantize.evaluation import evaluate
+from quantize.evaluation.parents import ParentCache
 from quantize.evaluation.protocols import Protocol, said_once
-from quantize.files.problems import error_of, show_value
-from quantize.files.provenance import read_provenance
+from quantize.files.problems import show_value
 from quantize.gate.checks import Measurement, Verdict, figure_of, judge
+from quantize.gate.entries import Entry, GateFile
 from quantize.gate.fields import close
-from quantize.gate.file import Entry, GateFile, load_gate
+from quantize.gate.file import load_gate
+from quantize.gate.places import Locate, entries_of, no_hub, parent_of, place_of
 from quantize.gate.protocol import (
     baseline_protocol,
     is_measured,
@@ -54,6 +56,8 @@ class GateResult:
     """Of each recipe: task → metric → value, stderr, baseline, higher_is_better."""
     protocol: str
     """Name of the one that measured."""
+    parent_runs: str = "not kept"
+    """Of the parent's runs over the text, how many were found kept and how many were made."""
 
     @property
     def ok(self) -> bool:
@@ -78,6 +82,7 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
+    parents: ParentCache | None
 
 
 def run_gate(
@@ -88,15 +93,19 @@ def run_gate(
     *,
     renew: bool = False,
     device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: Progress = lambda what, done, total: None,
+    parents: ParentCache | None = None,
+    locate: Locate = no_hub,
 ) -> GateResult:
-    """Check the recipes of a gate file; a check that fails is a verdict, not an exception.
+    """Check the entries of a gate file; a check that fails is a verdict, not an exception.
 
-    Without `model`, every recipe (or those named in `only`) is converted on the file's model into a
-    temporary folder and measured against it. With `model` nothing is converted: `baseline` is its
-    parent, and its entry is the one of its recipe's name, or the one in `only`. A model that cannot
-    be made or used fails all of its checks.
+    Without `model`, every checkpoint (or those named in `only`) is measured against the file's
+    model, and every recipe converted on it into a temporary folder and measured. With `model`
+    nothing is converted: `baseline` is its parent, and its entry is the one of its folder, of its
+    recipe's name, or the one in `only`. A model that cannot be made or used fails all of its checks.
+    dtype: what is computed in; None: what the file says. parents: where runs of the parent are kept;
+    None: nowhere. locate: Hub id → folder.
     renew: the figures are to take the place of the file's values, which may then be of
     another protocol; else RecipeError for such.
     Raises PqError subclasses: RecipeError for a broken file, UsageError for
@@ -104,23 +113,29 @@ def run_gate(
     """
     started = time.monotonic()
     gate = load_gate(file)
-    entries, parent = _choose(gate, model, baseline, only)
-    for folder in (parent, *([] if model is None else [model])):
+    entries, parent = _choose(gate, model, baseline, only, locate)
+    folders = {entry.name: model or place_of(gate, entry, locate) for entry in entries}
+    for folder in (parent, *(folder for folder in folders.values() if folder is not None)):
         open_source(folder)  # a wrong path is no failed check
-    protocol = protocol_of(gate, model or parent)
+    protocol = protocol_of(gate, next(iter(folders.values()), None) or parent)
     if not renew:
         require_same(gate, entries, protocol)
-    run = _Run(gate, parent, device or torch.device("cpu"), dtype, progress)
+    kind: torch.dtype = dtype or getattr(torch, gate.evaluation.dtype)
+    run = _Run(gate, parent, device or torch.device("cpu"), kind, progress, parents)
     with said_once():
-        verdicts, figures, tasks = _check(run, entries, model, protocol)
+        verdicts, figures, tasks = _check(run, entries, folders, protocol)
     seconds = round(time.monotonic() - started, 2)
+    runs = "not kept" if parents is None else f"{parents.used} kept, {parents.made} new"
     return GateResult(
-        str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks), protocol.name
+        str(file), tuple(verdicts), seconds, _plain(figures), _plain(tasks), protocol.name, runs
     )
 
 
 def _check(
-    run: _Run, entries: Sequence[Entry], model: Path | None, protocol: Protocol
+    run: _Run,
+    entries: Sequence[Entry],
+    folders: Mapping[str, Path | None],
+    protocol: Protocol,
 ) -> tuple[list[Verdict], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Verdicts on all entries, their figures and those of their tasks."""
     gate = run.file
@@ -131,7 +146,7 @@ def _check(
     for entry in entries:
         missing = ""
         try:
-            figures[entry.name], ours = _measure(run, entry, model)
+            figures[entry.name], ours = _measure(run, entry, folders[entry.name])
             tasks[entry.name] = _beside_parent(ours, parents_tasks)
         except (ModelError, VerifyError) as err:
             missing = str(err)
@@ -149,7 +164,11 @@ def _check(
 
 
 def _choose(
-    gate: GateFile, model: Path | None, baseline: Path | None, only: Sequence[str] | None
+    gate: GateFile,
+    model: Path | None,
+    baseline: Path | None,
+    only: Sequence[str] | None,
+    locate: Locate,
 ) -> tuple[list[Entry], Path]:
     """Entries to check, and the folder of the parent."""
     entries = {entry.name: entry for entry in gate.entries}
@@ -165,33 +184,12 @@ def _choose(
     if baseline is not None:
         remedy = f"without one the gate uses the model of {gate.path}"
         raise UsageError(f"--baseline {baseline} needs a model; {remedy}")
-    if gate.model is None:
-        raise UsageError(
-            f"{gate.path} names no model; add 'model: FOLDER', or give a model and --baseline",
-        )
-    if not gate.model.is_dir():
-        missing = gate.document.problem(
-            ("model",),
-            f"no such folder: {gate.model}; the path starts from this file's",
-        )
-        raise error_of(gate.document.source, [missing])
-    return named, gate.model
+    return named, parent_of(gate, locate)
 
 
 def _entry_of(gate: GateFile, model: Path, named: list[Entry] | None) -> Entry:
     if named is None:
-        provenance = read_provenance(model)
-        if provenance is None:
-            raise UsageError(
-                f"{model} has no pq.json that names its recipe; name an entry of {gate.path}",
-            )
-        recipe = provenance["recipe"]["name"]
-        named = [entry for entry in gate.entries if entry.name == recipe]
-        named = named or [entry for entry in gate.entries if entry.recipe.name == recipe]
-        if not named:
-            names = ", ".join(entry.name for entry in gate.entries)
-            problem = f"{gate.path} has no entry for {model}'s recipe '{recipe}'"
-            raise UsageError(f"{problem}; name one (entries: {names})")
+        named = entries_of(gate, model)
     if len(named) > 1:
         names = ", ".join(entry.name for entry in named)
         raise UsageError(
@@ -210,15 +208,19 @@ def _measure(run: _Run, entry: Entry, model: Path | None) -> tuple[dict[str, Any
     if model is None:
         with tempfile.TemporaryDirectory(prefix="pq-gate-") as folder:
             output = Path(folder) / entry.name
+            assert entry.recipe is not None  # a checkpoint has a folder
             convert(Request(run.baseline, entry.recipe, output, run.device, run.dtype), progress)
             return _measure(run, entry, output)
+    settings = dataclasses.asdict(run.file.evaluation)
+    del settings["dtype"]
     evaluation = evaluate(
         model,
         run.baseline,
         device=run.device,
         dtype=run.dtype,
         progress=progress,
-        **dataclasses.asdict(run.file.evaluation),
+        parents=run.parents,
+        **settings,
     )
     tasks = _tasks(run, model, entry.name) if run.file.tasks else {}
     return dataclasses.asdict(evaluation), tasks
@@ -263,7 +265,12 @@ def _measurement(metric: str, evaluation: Mapping[str, Any], tasks: Tasks) -> Me
             missing=f"the tasks do not give it; {close(metric, known)}they give {', '.join(known)}",
         )
     score = tasks[task][name]
-    return Measurement(score["value"], score["baseline"], bool(score["higher_is_better"]))
+    return Measurement(
+        score["value"],
+        score["baseline"],
+        bool(score["higher_is_better"]),
+        stderr=score.get("stderr"),
+    )
 
 
 def _plain(data: Any) -> Any:

@@ -19,7 +19,8 @@ from quantize.files.problems import Place, error_of
 from quantize.files.strict_yaml import Document
 from quantize.files.yaml_scalars import resolve_plain
 from quantize.gate.checks import Check, Verdict
-from quantize.gate.file import Entry, parse_gate, read_gate
+from quantize.gate.entries import Entry
+from quantize.gate.file import parse_gate, read_gate
 from quantize.gate.protocol import is_measured
 from quantize.gate.run import GateResult
 
@@ -50,21 +51,25 @@ def update_baselines(file: Path, result: GateResult, reason: str) -> list[str]:
     checks = {(e.name, c.metric): c for e in gate.entries for c in e.checks if c.kind == "value"}
     edits: list[tuple[int, int, str]] = []
     changes: list[str] = []
+    places = {entry.name: entry.place for entry in gate.entries}
     for verdict in result.verdicts:
         if verdict.kind == "value" and (number := _new_number(verdict, checks, file)):
-            path = ("recipes", verdict.recipe, verdict.metric, "value")
-            start, end = gate.document.spans[path]
-            edits.append((start, end, number))
-            changes.append(f"{verdict.recipe}.{verdict.metric} {text[start:end]} -> {number}")
-            wanted["recipes"][verdict.recipe][verdict.metric]["value"] = resolve_plain(
-                number,
-            )
+            section, name = places[verdict.recipe]
+            numbers = {"value": number}
+            if checks[name, verdict.metric].stderr is not None:
+                numbers["stderr"] = _new_stderr(verdict, file)
+            for key, shown in numbers.items():
+                start, end = gate.document.spans[section, name, verdict.metric, key]
+                edits.append((start, end, shown))
+                what = f"{name}.{verdict.metric}" + (" stderr" if key == "stderr" else "")
+                changes.append(f"{what} {text[start:end]} -> {shown}")
+                wanted[section][name][verdict.metric][key] = resolve_plain(shown)
     for entry in gate.entries:
         if edit := _named(entry, result, gate.document, text):
             edits.append(edit)
             old = f" {entry.protocol} ->" if entry.protocol else ""
             changes.append(f"{entry.name}.protocol{old} {result.protocol}")
-            wanted["recipes"][entry.name]["protocol"] = result.protocol
+            wanted[entry.place[0]][entry.name]["protocol"] = result.protocol
     if changes:
         today = datetime.date.today().isoformat()
         note: dict[str, object] = {
@@ -97,11 +102,22 @@ def _new_number(
     if check is None or check.expected != verdict.expected:
         name = f"{verdict.recipe}.{verdict.metric}"
         raise UsageError(f"{file}: {name} has changed since the run; run the gate again")
-    error = check.margin / 100  # rounding takes nothing that counts from the tolerance
+    margin = check.margin
+    if check.unit == "se":  # a new standard error takes the place of the old one
+        margin = min(margin, check.tolerance * (verdict.stderr or 0.0))
+    error = margin / 100  # rounding takes nothing that counts from the tolerance
     if abs(check.expected - verdict.value) <= max(error, 1e-9 * abs(check.expected)):
         return None
     numbers = (f"{verdict.value:.{digits}g}" for digits in range(3, 17))
     return next((n for n in numbers if abs(float(n) - verdict.value) <= error), repr(verdict.value))
+
+
+def _new_stderr(verdict: Verdict, file: Path) -> str:
+    """The standard error that the file should have beside a new value."""
+    if verdict.stderr is None:
+        what = f"{verdict.recipe}.{verdict.metric} has no standard error in this run"
+        raise QualityError(f"{file}: {what}; measure two windows or more")
+    return f"{verdict.stderr:.3g}"
 
 
 def _named(
@@ -116,10 +132,10 @@ def _named(
     if values - measured:
         name = f"{entry.name}.{min(values - measured)}"
         raise UsageError(f"{document.source}: {name} has changed since the run; run the gate again")
-    path: Place = ("recipes", entry.name)
+    path: Place = entry.place
     if entry.protocol:
         return *document.spans[(*path, "protocol")], result.protocol
-    line, column = min(document.marks[(*path, key)] for key in document.data["recipes"][entry.name])
+    line, column = min(document.marks[(*path, key)] for key in document.data[path[0]][entry.name])
     start = sum(map(len, text.splitlines(keepends=True)[: line - 1])) + column - 1
     newline = "\r\n" if "\r\n" in text else "\n"
     inline = text[:start].rstrip().endswith("{")

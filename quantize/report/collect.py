@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,20 @@ from quantize.files.hub_origin import origin_in
 from quantize.files.small import Dequantized
 from quantize.pictures import Cell, Table
 from quantize.report import layers, quality
-from quantize.report.model import Headline, Listing, Note, Report, Section, mapping, number, text
+from quantize.report.model import (
+    Headline,
+    Listing,
+    Note,
+    Report,
+    Section,
+    mapping,
+    number,
+    plainly,
+    text,
+)
 from quantize.report.sources import Sources, beside, read
+from quantize.report.tradeoff import tradeoff
+from quantize.report.use import made_by, use
 
 _NAMED = 5  # layers of a warning that are named
 
@@ -28,10 +41,13 @@ def collect(folder: Path) -> Report:
     sections = [
         quality.quality(sources),
         quality.tasks(sources),
+        tradeoff(sources),
         quality.tokens(sources),
         *(section(sources) for section in layers.SECTIONS),
+        use(sources),
         _provenance(sources),
     ]
+    sections = [replace(part, items=[plainly(item) for item in part.items]) for part in sections]
     return Report(
         name=beside(folder, "").name,
         subtitle=_subtitle(sources),
@@ -180,6 +196,7 @@ def _provenance(sources: Sources) -> Section:
     where = f", commit {origin.commit} of {origin.id} on the Hub" if origin else ""
     small = Dequantized.read(found.get("dequantized"))
     shown = [
+        *made_by(sources),
         _pairs("Calibration", "What statistics were measured on.", ("field", "value"), calibration)
         if calibration
         else Note("The recipe reads no calibration text."),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from quantize.pictures import Bars, Histogram, Lines, Number, Scatter
 from quantize.report.model import clean
+from quantize.report.ticks import LEAST_TICKS, log_ticks, make_room
 
 # Placeholders that report/svg.py replaces by the page's own colours, light or dark.
 INK = "#000001"
@@ -25,6 +26,7 @@ _DASHES = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5
 _MARKERS = "osD^vP"
 _HUGE = 1e200  # ratios and differences of anything smaller are still floats
 _SIZE = 11  # of text, in pixels
+_ROW = 24  # pixels of a bar across
 
 Chart = Lines | Bars | Histogram | Scatter
 Range = tuple[float, float]
@@ -60,17 +62,20 @@ def format_number(value: float, digits: int = 4) -> str:
 
 
 def draw(picture: Chart, frame: Frame) -> Figure:
-    """Draw one chart."""
+    """Draw one chart; bars across are as high as they are many."""
+    if isinstance(picture, Bars) and picture.across:
+        frame = replace(frame, height=80 + _ROW * max(1, len(picture.categories)))
     fig, ax = _axes(picture, frame)
     if isinstance(picture, Lines):
         _lines(ax, picture)
     elif isinstance(picture, Bars):
-        _bars(ax, picture)
+        _across(ax, picture) if picture.across else _bars(ax, picture)
     elif isinstance(picture, Histogram):
         _histogram(ax, picture)
     else:
         _scatter(ax, picture)
     _finish(ax, picture, frame)
+    make_room(ax, frame.width)
     return fig
 
 
@@ -201,6 +206,21 @@ def _bars(ax: Axes, picture: Bars) -> None:
         ax.tick_params(axis="x", labelrotation=30)
 
 
+def _across(ax: Axes, picture: Bars) -> None:
+    """Bars from the left to the right on top of each other, the first category above."""
+    rows = range(len(picture.categories))
+    left = [0.0] * len(picture.categories)
+    for i, (name, values) in enumerate(picture.series.items()):
+        known = [0.0 if math.isnan(v) else v for v in map(finite, values)]
+        ax.barh(rows, known, 0.7, left=left, color=SERIES[i % len(SERIES)], label=name)
+        left = [a + b for a, b in zip(left, known, strict=True)]
+    ax.set_yticks(rows, [_short(name) for name in picture.categories])
+    ax.set_ylim(len(picture.categories) - 0.4, -0.6)
+    ax.grid(False, axis="y")
+    ax.grid(True, axis="x", color=RULE, linewidth=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=LEAST_TICKS))
+
+
 def _histogram(ax: Axes, picture: Histogram) -> None:
     heights = shares(picture)
     low, high = picture.edges[0], picture.edges[-1]
@@ -217,9 +237,13 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
         )
     ax.stairs(heights, picture.edges, fill=True, color=SERIES[0], alpha=0.28, linewidth=0)
     ax.stairs(heights, picture.edges, color=SERIES[0], linewidth=1.3)
+    if picture.log_x and low > 0:
+        ax.set_xscale("log")
+        log_ticks(ax.xaxis, (low, high), format_number)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set_xlim(low, high)
     ax.set_ylim(0, max(heights, default=0) * 1.06 or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set_ylabel(f"% of {clean(picture.counted)}", color=INK, fontsize=_SIZE)
 
 
@@ -255,16 +279,19 @@ def _beats(q: tuple[str, float, float], p: tuple[str, float, float]) -> bool:
 def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:
     if frame.y_range:
         ax.set_ylim(frame.y_range)
+    across = isinstance(picture, Bars) and picture.across
     if ax.get_yscale() == "log":
-        _log_ticks(ax)
-    else:
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        log_ticks(ax.yaxis, ax.get_ylim(), format_number)
+    elif not across:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5, min_n_ticks=LEAST_TICKS))
         ax.yaxis.set_major_formatter(_format(format_number))
-    ax.xaxis.set_major_formatter(
-        ax.xaxis.get_major_formatter() if isinstance(picture, Bars) else _format(format_number),
-    )
-    ax.set_xlabel(clean(getattr(picture, "x_label", "")), color=INK, fontsize=_SIZE)
-    if label := getattr(picture, "y_label", ""):
+    if across or not isinstance(picture, Bars):
+        ax.xaxis.set_major_formatter(_format(format_number))
+    x_label, y_label = (getattr(picture, f"{axis}_label", "") for axis in "xy")
+    if across:
+        x_label, y_label = y_label, ""
+    ax.set_xlabel(clean(x_label), color=INK, fontsize=_SIZE)
+    if label := y_label:
         ax.set_ylabel(clean(label), color=INK, fontsize=_SIZE)
     handles, names = ax.get_legend_handles_labels()
     if len(handles) > 1:
@@ -288,23 +315,6 @@ def _legend_columns(names: Collection[str], frame: Frame) -> int:
     """So many that the widest name fits as often beside itself."""
     widest = max(len(_short(name)) for name in names) * _SIZE * 0.6 + 50
     return max(1, min(len(names), 4, int((frame.width - 62) // widest)))
-
-
-def _log_ticks(ax: Axes) -> None:
-    low, high = ax.get_ylim()
-    decades = math.log10(high) - math.log10(low) if low > 0 else 1.0
-    # The more decades there are, the fewer ticks each gets.
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0)
-    if decades > 2.5:
-        subs = (1.0,)
-    elif decades > 1.4:
-        subs = (1.0, 3.0)
-    if decades < 0.5:
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    else:
-        ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(_format(format_number))
-    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _format(show: Callable[[float], str]) -> FuncFormatter:

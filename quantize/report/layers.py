@@ -25,6 +25,7 @@ from quantize.pictures import (
 )
 from quantize.recipe.recipe import parse_recipe
 from quantize.report import draw
+from quantize.report.bytes import bytes_by_part
 from quantize.report.model import Group, Item, Note, Section, items, mapping, number, text
 from quantize.report.sources import Sources
 
@@ -143,7 +144,8 @@ def outliers(sources: Sources) -> Section:
 def _no_statistics(sources: Sources) -> Note:
     said = f"{STATISTICS} is not there or cannot be read; pq convert writes it."
     recipe = shlex.quote(text(mapping(sources.provenance, "recipe"), "name", "RECIPE"))
-    return Note(said, f"pq convert --model PARENT --recipe {recipe} --output NEW_FOLDER")
+    command = f"pq convert --model {sources.parent_path} --recipe {recipe} --output NEW_FOLDER"
+    return Note(said, command)
 
 
 def _limit(title: str, caption: str, pictures: Sequence[Picture]) -> Group:
@@ -253,7 +255,7 @@ def _top(data: Mapping[str, Any]) -> str:
 
 def weights(sources: Sources) -> Section:
     """Bits of every linear, and weights against the code points they are rounded to."""
-    shown: list[Item] = []
+    shown: list[Item] = bytes_by_part(sources)
     if found := sources.weights:
         bits = dict.fromkeys(found.linears, _UNQUANTIZED)
         bits |= {name: found.schemes[name].bits for name in bits if name in found.schemes}

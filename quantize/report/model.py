@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from quantize.pictures import Picture
+from quantize.pictures import Heatmap, Picture
 
 _UNSAFE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -112,6 +112,21 @@ class Report:
     sections: Sequence[Section]
     kind: str = "Quantization report"
     """What stands above the name."""
+
+
+def plainly(item: Item) -> Item:
+    """The same, a heat map that has one value everywhere as a sentence: its colours tell nothing."""
+    if not isinstance(item, Heatmap):
+        return item
+    values = {value for row in item.values for value in row}
+    value = next(iter(values), None)
+    cells = sum(map(len, item.values))
+    if len(values) != 1 or value is None or cells < 2 or not math.isfinite(value):
+        return item
+    shown = f"{value:.4g} {item.unit}".strip()
+    across = item.columns_label or "column"
+    where = f"all {len(item.rows)} rows of {len(item.columns)} {across}s"
+    return Note(f"{item.title}: {shown} in {where}. {item.caption}".strip())
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from quantize.pictures import Cell, Lines, Table
+from quantize.pictures import Cell, Histogram, Lines, Table
+from quantize.report.evaluations import evaluation_tables, with_error
 from quantize.report.model import (
     Group,
     Item,
@@ -25,8 +26,8 @@ from quantize.report.sources import Sources
 
 Data = Mapping[str, Any]
 
-_EVALUATE = "pq eval {} --baseline PARENT"
-_RUN_TASKS = "pq eval {} --baseline PARENT --tasks TASKS"
+_EVALUATE = "pq eval {} --baseline {}"
+_RUN_TASKS = "pq eval {} --baseline {} --tasks arc_easy,piqa"
 _PICTURED = 6  # evaluations whose curves are drawn; the table has all of them
 _TOKENS = 10  # of an evaluation's worst; more would hide the tables below them
 _GLOSSARY = (
@@ -78,74 +79,17 @@ def quality(sources: Sources) -> Section:
     found = sources.evaluations
     shown: list[Item] = []
     if found:
-        shown.append(_table(_leading_first(found)))
+        shown += evaluation_tables(_leading_first(found))
         if any(number(data, "bits_per_byte") is not None for data in found.values()):
             shown.append(_by_text(_leading_first(found)))
         for i, data in enumerate(_leading_first(found)[:_PICTURED]):
+            shown += _distribution(data)
             shown += _by_position(data, folded=i > 0)
     if not any(text(data, "baseline") for data in found.values()):
         what = "comparison with the parent" if found else "evaluation"
-        shown.append(Note(f"No {what} has been saved.", _EVALUATE.format(sources.command_path)))
+        command = _EVALUATE.format(sources.command_path, sources.parent_path)
+        shown.append(Note(f"No {what} has been saved.", command))
     return Section("quality", "Perplexity and divergence", _GLOSSARY if found else "", shown)
-
-
-def _with_error(data: Data, value: str, error: str, digits: int, factor: float = 1.0) -> str | None:
-    mean, stderr = number(data, value), number(data, error)
-    if mean is None:
-        return None
-    shown = f"{mean * factor:.{digits}f}"
-    return shown if stderr is None else f"{shown} ± {stderr * factor:.{digits}f}"
-
-
-def _table(found: Sequence[Data]) -> Table:
-    columns: Sequence[str] = (
-        "protocol",
-        "data",
-        "numerics",
-        "tokens",
-        "perplexity",
-        "parent",
-        "KLD mean",
-        "p99",
-        "same top-1, %",
-    )
-    columns = (*columns, "ΔNLL", "KLD median", "p90", "p99.9", "windows", "dtype", "bits/weight")
-    formats = (
-        "",
-        "",
-        "",
-        ",.0f",
-        ".3f",
-        ".3f",
-        "",
-        ".5f",
-        "",
-        "",
-        ".5f",
-        ".5f",
-        ".5f",
-        ",.0f",
-        "",
-        ".3f",
-    )
-    rows: list[list[Cell]] = []
-    for data in found:
-        row: list[Cell] = [text(data, key) for key in ("protocol", "data", "numerics")]
-        row += [number(data, key) for key in ("tokens", "perplexity", "baseline_perplexity")]
-        row += [_with_error(data, "kld_mean", "kld_stderr", 5), number(data, "kld_p99")]
-        row += [_with_error(data, "top1_agreement", "top1_stderr", 2, 100.0)]
-        row += [_with_error(data, "delta_nll", "delta_nll_stderr", 5)]
-        row += [number(data, key) for key in ("kld_median", "kld_p90", "kld_p999", "windows")]
-        rows.append([*row, text(data, "dtype"), number(data, "bits_per_weight")])
-    hashes = dict.fromkeys((text(data, "data"), text(data, "data_sha256")[:16]) for data in found)
-    where = "; ".join(f"{name} {digest or 'unknown'}" for name, digest in hashes)
-    return Table(
-        "All saved evaluations",
-        f"Tokens, by the start of their SHA-256: {where}.",
-        columns,
-        rows,
-        formats,
-    )
 
 
 def _by_text(found: Sequence[Data]) -> Table:
@@ -166,6 +110,32 @@ def _by_text(found: Sequence[Data]) -> Table:
         "tokenizer plays no part."
     )
     return Table("Per word and per byte", caption, columns, rows, formats)
+
+
+def _distribution(data: Data) -> Iterator[Histogram]:
+    """How the divergences of tokens are spread, where the evaluation says it."""
+    found = mapping(data, "kld_histogram")
+    edges = [number({"": edge}, "") for edge in items(found, "edges")]
+    counts = [number({"": count}, "") for count in items(found, "counts")]
+    known = [edge for edge in edges if edge is not None and edge > 0]
+    if not counts or len(known) != len(counts) + 1 or known != sorted(set(known)):
+        return
+    used = [i for i, count in enumerate(counts) if count]
+    if not used:
+        return
+    first, end = used[0], used[-1] + 1
+    marks = [number(data, key) for key in ("kld_median", "kld_mean", "kld_p99")]
+    points = [mark for mark in marks if mark is not None and mark > 0]
+    yield Histogram(
+        "KL divergence of single tokens",
+        f"{basis(data)}. Dashed from the left: median, mean and 99th percentile, by size.",
+        known[first : end + 1],
+        counts[first:end],
+        sorted(points),
+        "KL(parent ‖ model) of a token, nats",
+        "tokens",
+        log_x=True,
+    )
 
 
 def _by_position(data: Data, folded: bool) -> Iterator[Group]:
@@ -219,7 +189,7 @@ def tokens(sources: Sources) -> Section:
         shown.append(
             Note(
                 "No comparison with the parent has been saved.",
-                _EVALUATE.format(sources.command_path),
+                _EVALUATE.format(sources.command_path, sources.parent_path),
             )
         )
     return Section("tokens", "Worst tokens", lead, shown)
@@ -249,7 +219,8 @@ def tasks(sources: Sources) -> Section:
     """One table for every saved run of tasks."""
     shown: list[Item] = [_task_table(data) for data in sources.tasks.values()]
     if not shown:
-        shown.append(Note("No tasks have been run.", _RUN_TASKS.format(sources.command_path)))
+        command = _RUN_TASKS.format(sources.command_path, sources.parent_path)
+        shown.append(Note("No tasks have been run.", command))
     return Section("tasks", "Tasks", _TASKS if sources.tasks else "", shown)
 
 
@@ -288,7 +259,7 @@ def _task_table(data: Data) -> Table:
         )
     counts = mapping(data, "n_samples")
     rows = [
-        [task, metric, number(counts, task), _with_error(found, "value", "stderr", 4)]
+        [task, metric, number(counts, task), with_error(found, "value", "stderr", 4)]
         for task, metrics in mapping(data, "tasks").items()
         if isinstance(metrics, dict)
         for metric, found in metrics.items()
@@ -309,8 +280,8 @@ def _score(score: Data) -> list[Cell]:
         text(score, "task"),
         text(score, "metric"),
         number(score, "n"),
-        _with_error(score, "value", "stderr", 4),
-        _with_error(score, "baseline", "baseline_stderr", 4),
-        _with_error(score, "difference", "difference_stderr", 4),
-        _with_error(score, "recovery", "recovery_stderr", 4),
+        with_error(score, "value", "stderr", 4),
+        with_error(score, "baseline", "baseline_stderr", 4),
+        with_error(score, "difference", "difference_stderr", 4),
+        with_error(score, "recovery", "recovery_stderr", 4),
     ]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,29 @@ import torch
 from quantize.block.statistics import STATISTICS
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint, read_json
+from quantize.files.headers import tensor_headers
+from quantize.files.hub_origin import origin_in
 from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.formats.gguf.blocks import BLOCK, KINDS
 from quantize.formats.gguf.blocks import SUFFIXES as BLOCK_SUFFIXES
 from quantize.formats.registry import open_checkpoint, schemes_in
 from quantize.formats.scheme import AnyScheme
+from quantize.inspect.engines import Loadings, loadings
 from quantize.model.arch import Architecture, Shape
 from quantize.model.load import shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import open_stored
-from quantize.report.model import mapping
+from quantize.pictures import fold_numbers, place_of
+from quantize.report.model import items, mapping, text
 
 _LOG_TAIL = 1 << 20  # bytes; the summary is among a log's last lines
 _SUMMARY = "summary {"
+_LOG_HEAD = 1 << 16  # bytes; the command is among a log's first lines
+_STARTED = "started {"
+_MOST = 24  # conversions beside; a picture of more names cannot be read
+CODES, SCALES, UNPACKED = "codes", "scales and notes", "16 bits or more"
+REST = "norms and all else"
+_CODES = ("weight", "weight_packed", "weight_planes", *BLOCK_SUFFIXES)
 _PACKED = ".weight_shape"
 _BLOCKS = tuple(f".{suffix}" for suffix in BLOCK_SUFFIXES)
 
@@ -46,6 +56,17 @@ class Weights:
     """Of every quantized linear, by full name."""
     parameters: int
     stored_bytes: int
+    parts: Mapping[str, Mapping[str, int]]
+    """Part of the model (a linear's name in its block, embedding, head, the rest) → kind of what is
+    stored (codes, scales and notes, 16 bits) → bytes."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """A conversion that lies beside the one that is reported on."""
+
+    name: str
+    evaluations: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,11 @@ class Sources:
     weights: Weights | None
     summary: Mapping[str, Any]
     """The conversion's own summary, from its log."""
+    started: Mapping[str, Any]
+    """argv and cwd of the command that converted, from its log."""
+    loads: Loadings | None
+    others: Sequence[Other]
+    """Conversions that lie beside, with an evaluation."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, and why."""
 
@@ -69,6 +95,17 @@ class Sources:
     def command_path(self) -> str:
         """The folder as a shell takes it."""
         return shlex.quote(str(self.folder))
+
+    @property
+    def parent_path(self) -> str:
+        """The parent as a shell takes it: its id on the Hub, the folder that the conversion's log
+        names, else a path that ends in the name that an evaluation has."""
+        if origin := origin_in(self.provenance):
+            return shlex.quote(f"{origin.id}@{origin.commit}")
+        if found := _model_in(self.started):
+            return shlex.quote(found)
+        names = {text(data, "baseline") for data in self.evaluations.values()} - {""}
+        return shlex.quote(f"path/to/{names.pop() if len(names) == 1 else 'parent'}")
 
 
 def beside(folder: Path, ending: str) -> Path:
@@ -106,6 +143,9 @@ def read(folder: Path) -> Sources:
         tasks=saved["tasks"],
         weights=_weights(folder, notes),
         summary=_summary(beside(folder, ".log")),
+        started=_started(beside(folder, ".log")),
+        loads=_loads(folder, notes),
+        others=_others(folder),
         notes=notes,
     )
 
@@ -138,7 +178,10 @@ def _weights(folder: Path, notes: list[str]) -> Weights | None:
             for index, row in enumerate(rows)  # experts give each block its own
             for name in row.roles
         ]
-        return Weights(arch, shape, linears, schemes, _parameters(source, schemes), stored)
+        known = {arch.embedding: "embedding", arch.head: "head"}
+        parts = _parts(source, {*linears, *schemes}, schemes, known)
+        count = _parameters(source, schemes)
+        return Weights(arch, shape, linears, schemes, count, stored, parts)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
         notes.append(
             f"The checkpoint itself cannot be read, its sizes and bits are left out ({err}).",
@@ -158,6 +201,82 @@ def _parameters(source: Checkpoint, schemes: Mapping[str, AnyScheme]) -> int:
         elif suffix in BLOCK_SUFFIXES:
             total += math.prod(shape) // KINDS[suffix.removeprefix("weight_")].bytes * BLOCK
     return total
+
+
+def _parts(
+    source: Checkpoint,
+    linears: Collection[str],
+    schemes: Mapping[str, AnyScheme],
+    known: Mapping[str, str],
+) -> dict[str, dict[str, int]]:
+    """Bytes by part and kind. known: full name → what it is called."""
+    out: dict[str, dict[str, int]] = {}
+    for name, header in tensor_headers(source).items():
+        module, _, suffix = name.rpartition(".")
+        place = place_of(module)
+        part = known.get(module, REST)
+        if module in linears and module not in known and place is not None:
+            part = fold_numbers(place[1])
+        kind = UNPACKED
+        if module in schemes and suffix != "bias":
+            kind = CODES if suffix in _CODES else SCALES
+        sizes = out.setdefault(part, {})
+        sizes[kind] = sizes.get(kind, 0) + header.bytes
+    return out
+
+
+def _loads(folder: Path, notes: list[str]) -> Loadings | None:
+    try:
+        return loadings(folder)
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+        notes.append(f"Which engines load it cannot be told ({err}).")
+        return None
+
+
+def _others(folder: Path) -> list[Other]:
+    """Conversions in the folders beside, as far as they and their evaluations can be read."""
+    whole = Path(os.path.abspath(folder))
+    found: list[Other] = []
+    try:
+        siblings = sorted(path for path in whole.parent.iterdir() if path != whole)
+    except OSError:
+        return []
+    for path in siblings:
+        if len(found) >= _MOST or not (path / PROVENANCE).is_file():
+            continue
+        evaluations: list[Mapping[str, Any]] = []
+        for saved in sorted(beside(path, ".eval").glob("*.json")):
+            data = _optional(saved, [])
+            if data is not None and data.get("kind") == "perplexity":
+                evaluations.append(data)
+        if evaluations:
+            found.append(Other(path.name, evaluations))
+    return found
+
+
+def _model_in(started: Mapping[str, Any]) -> str | None:
+    """The model that a command of pq convert names, from whatever folder it was given; None where
+    it names none."""
+    argv = [word for word in items(started, "argv") if isinstance(word, str)]
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, given = word.partition("=")
+        if name in ("--model", "-m") and (given if equals else value):
+            model = given if equals else value
+            there = os.path.join(text(started, "cwd", "."), os.path.expanduser(model))
+            return there if os.path.isdir(there) else model
+    return None
+
+
+def _started(log: Path) -> Mapping[str, Any]:
+    """What the first `started {…}` line of a conversion's log says; empty when there is none."""
+    try:
+        with log.open("rb") as file:
+            lines = file.read(_LOG_HEAD).decode("utf-8", "replace").splitlines()
+        line = next((line for line in lines if _STARTED in line), "")
+        data = json.loads(_STARTED[-1] + line.partition(_STARTED)[2]) if line else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _summary(log: Path) -> Mapping[str, Any]:

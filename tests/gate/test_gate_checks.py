@@ -56,7 +56,9 @@ def verdict_of(check: Check, value: float | None, parent: float | None = None) -
 def test_value_tolerance_and_direction(
     metric: str, value: float, tolerance: float, percent: bool, measured: float, status: str
 ):
-    verdict = verdict_of(Check(metric, "value", value, tolerance, percent), measured)
+    verdict = verdict_of(
+        Check(metric, "value", value, tolerance, "percent" if percent else "metric"), measured
+    )
     assert (verdict.status, verdict.ok, verdict.value) == (status, status != "FAIL", measured)
 
 

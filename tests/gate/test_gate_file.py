@@ -40,8 +40,14 @@ def problems_of(path: Path) -> list[str]:
         ("kld_mean: {value: .nan, tolerance: 0}", ".kld_mean.value: .nan is not a finite"),
         ("kld_mean: {value: '1', tolerance: 0}", ".kld_mean.value: must be a number (value '1')"),
         ("kld_mean: {value: true, tolerance: 0}", ".kld_mean.value: must be a number (value true)"),
-        ("kld_mean: {value: 1, tolerance: -1}", ".kld_mean.tolerance: must be a number >= 0 or"),
-        ("kld_mean: {value: 1, tolerance: 5pct}", ".kld_mean.tolerance: must be a number >= 0 or"),
+        (
+            "kld_mean: {value: 1, tolerance: -1}",
+            ".kld_mean.tolerance: must be a number >= 0, a percentage",
+        ),
+        (
+            "kld_mean: {value: 1, tolerance: 5pct}",
+            ".kld_mean.tolerance: must be a number >= 0, a percentage",
+        ),
         (
             "kld_mean: {value: 1, tolerence: 5}",
             ".kld_mean.tolerence: unknown field; did you mean 'tolerance'? ",

@@ -213,7 +213,7 @@ def test_the_table_shows_every_verdict(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "gate.yaml"
     path.write_text(FILE)
     result = result_of(path, kld_mean=0.01, perplexity=12.0)
-    print_verdicts(result)
+    print_verdicts(result, "pq gate run x.yaml --update-baselines")
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert ["fireq", "kld_mean", "0.01", "-", "0.0249", "±", "30%", "better"] in [
@@ -221,5 +221,8 @@ def test_the_table_shows_every_verdict(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     assert "recovery 0.8333 must be >= 0.95" in out
     assert "2 of 5 checks failed" in out
-    assert "2 better than their baseline: keep them with --update-baselines" in out
-    print_verdicts(dataclasses.replace(result, verdicts=()))
+    assert (
+        "2 better than their baseline (fireq.kld_mean, fireq.bits_per_weight): keep them with "
+        "pq gate run x.yaml --update-baselines" in out
+    )
+    print_verdicts(dataclasses.replace(result, verdicts=()), "")
