@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from quantize.block.walk import Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.methods.ladimo.budget import Budget, Levels
 from quantize.methods.ladimo.routing import Budget as Visits
-from quantize.methods.ladimo.split import Construction
-from quantize.methods.ladimo.trial import Start, Trial, dense_ffn
+from quantize.methods.ladimo.split import Construction, Split
+from quantize.methods.ladimo.trial import Start, Trial, dense_ffn, untrained
 from quantize.model.dense_ffn import dense_ffn_of
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Searcher:
     construction: Construction
     adaptive: bool
     seed: int
+    fits: dict[tuple[int, Visits], tuple[Split, Tensor]] = field(default_factory=dict, init=False)
+    """How blocks were split and their experts ranked so far, by block and the visits ranked for."""
 
     @torch.no_grad()
     def search(self, reduction: float) -> Found:
@@ -125,7 +127,7 @@ class Searcher:
         plans = [first, *({i: m for i, m in first.items() if i != left} for left in first)]
         plans += [self.budget.choose(harm, share) for share in reductions]
         uniform = self._uniform(levels, reduction)
-        kls = self._measure([*plans, uniform], levels, {})
+        kls = self._measure([*plans, uniform], levels)
         for kl, left in zip(kls[1:], first, strict=False):
             among = max(kls[0] - kl, 0.0)
             scale = among / max(harm[left][first[left]], 1e-30)
@@ -133,7 +135,7 @@ class Searcher:
         second = self.budget.choose(harm, reduction)
         candidates = [(kls[0], first), (kls[-1], uniform)]
         if second != first:
-            candidates.append((self._measure([second], levels, {})[0], second))
+            candidates.append((self._measure([second], levels)[0], second))
         expected, chosen = min(
             (c for c in candidates if self.budget.reduction(c[1]) >= reduction), key=lambda c: c[0]
         )
@@ -159,11 +161,11 @@ class Searcher:
         self,
         plans: Sequence[Levels],
         levels: Sequence[float],
-        errors: dict[tuple[int, float], float],
+        errors: dict[tuple[int, float], float] | None = None,
     ) -> list[float]:
         """KL of every plan, on the windows that stay finite under all of them.
 
-        errors: takes the relative output error of every block's FFN at every level,
+        errors: where given, takes the relative output error of every block's FFN at every level,
         on the parent's hidden states.
         """
         blocks = self.budget.blocks
@@ -190,9 +192,9 @@ class Searcher:
         )
 
     def _trials(
-        self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float]
+        self, block: Block, levels: Sequence[float], errors: dict[tuple[int, float], float] | None
     ) -> dict[float | None, Trial | None]:
-        place = dense_ffn_of(block.arch)
+        place, index = dense_ffn_of(block.arch), block.index
         x = torch.cat([inputs for (inputs,) in inputs_of(block, [place])])
         x = x[x.isfinite().all(dim=1)]
         if not len(x):
@@ -200,16 +202,17 @@ class Searcher:
                 f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
             )
         ffn = dense_ffn(block)
-        start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
-        y = ffn(x)
-        trials: dict[float | None, Trial | None] = {None: None}
-        # One ranking of the experts serves all levels.
-        router = start.router(Visits.plain(levels[len(levels) // 2]), self.seed)
-        for mean in levels:
-            student = start.student(Visits.plain(mean), router)
-            errors[block.index, mean] = student.error(x, y)
-            trials[mean] = Trial(student)
-        return trials
+        middle = Visits.plain(levels[len(levels) // 2])
+        # One ranking of the experts serves all levels, and one split and ranking all passes.
+        if (index, middle) not in self.fits:
+            start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
+            self.fits[index, middle] = start.split, start.router(middle, self.seed)
+        split, router = self.fits[index, middle]
+        students = {mean: untrained(ffn, split, router, Visits.plain(mean), x) for mean in levels}
+        if errors is not None:
+            y = ffn(x)
+            errors |= {(index, mean): student.error(x, y) for mean, student in students.items()}
+        return {None: None} | {mean: Trial(student) for mean, student in students.items()}
 
     def _kls(self, parent: Sequence[Tensor], plans: Sequence[Sequence[Tensor]]) -> list[float]:
         """KL(parent ‖ plan) in nats per token, of every plan's hidden states, batch by batch

@@ -86,7 +86,13 @@ class Start:
 
     def student(self, budget: Budget, router: Tensor) -> Student:
         """The untrained FFN. Shares the dense FFN's memory."""
-        return Student(self.ffn, self.split, router, budget.policy(self.x @ router.T))
+        return untrained(self.ffn, self.split, router, budget, self.x)
+
+
+def untrained(ffn: Ffn, split: Split, router: Tensor, budget: Budget, x: Tensor) -> Student:
+    """A dense FFN in experts, ranked by a router [N, D], with the policy that meets a budget on
+    inputs x [M, D]. Shares the dense FFN's memory."""
+    return Student(ffn, split, router, budget.policy(x @ router.T))
 
 
 def _energies(ffn: Ffn, found: Split, x: Tensor) -> Tensor:
