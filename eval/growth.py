@@ -2,9 +2,9 @@
 
     python eval/growth.py --scratch /scratch [--output eval/results/growth.json] [--only 7B/gptq]
 
-One block of every shape is converted with few windows and with many, each in a process of its own. Its seconds are put
-beside those that its linears take to run once over the same tokens at the rate at which this machine multiplies
-matrices, so that the figures can be compared between machines.
+One block of every shape is converted with few windows and with many, each in a process of its own with one thread. Its
+processor seconds (which others on the machine change little) are put beside those that the block's linears take to run
+once over the same tokens at the rate at which this machine multiplies matrices: that can be compared between machines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEQLEN = 512
 def table(results: dict[str, Any]) -> str:
     """The rows of a results file as a table."""
     lines = [
-        f"| shape | recipe | windows of {SEQLEN} | seconds a block | forward passes at matmul rate | peak memory |",
+        f"| shape | recipe | windows of {SEQLEN} | CPU seconds | forward passes at matmul rate | peak memory |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
@@ -47,15 +47,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def rate() -> float:
-    """Multiply-adds a second of this machine's float32 matrix products, the median of some."""
+    """Multiply-adds a processor second of this machine's float32 matrix products, the median."""
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
     torch.mm(a, b)
     taken = []
     for _ in range(9):
-        started = time.perf_counter()
+        started = time.process_time()
         torch.mm(a, b)
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
     return size**3 / statistics.median(taken)
 
 
@@ -67,20 +67,25 @@ def weights(shape: str) -> int:
 
 
 def convert(model: Path, recipe: str, windows: int, scratch: Path) -> dict[str, Any]:
-    """Seconds of the block and the peak of the process."""
+    """Processor seconds of the whole process, its seconds in the block, and its peak."""
     output, told = scratch / "out", scratch / "summary.json"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "quantize", "convert", "--model", str(model), "--json"]
     command += ["--recipe", recipe, "--output", str(output), "--device", "cpu"]
     command += ["--nsamples", str(windows), "--seqlen", str(SEQLEN)]
     with told.open("w") as file:
-        running = subprocess.Popen(command, stdout=file)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        running = subprocess.Popen(command, stdout=file, env=alone)
         _, status, used = os.wait4(running.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         sys.exit(f"exit code {code}: {' '.join(command)}")
     shutil.rmtree(output)
     summary = json.loads(told.read_text())
-    return {"seconds": summary["seconds_per_block"], "peak": used.ru_maxrss * 1024}
+    return {
+        "seconds": used.ru_utime + used.ru_stime,
+        "wall_a_block": summary["seconds_per_block"],
+        "peak": used.ru_maxrss * 1024,
+    }
 
 
 def main() -> None:
@@ -95,11 +100,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="shape/recipe, repeatable")
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     results["protocol"] = (
-        f"one block of random weights, the built-in text; {platform.machine()}, {os.cpu_count()} cores, {threads} "
-        f"threads, {2 * rate() / 1e9:.0f} GFLOP/s in float32 products; a forward pass: the block's linears, once, over "
-        "the text"
+        f"one block of random weights, the built-in text, whole processes (their start takes some 8 s); "
+        f"{platform.machine()}, one thread, {2 * rate() / 1e9:.0f} GFLOP/s in float32 products; a forward pass: the "
+        "block's linears, once, over the text"
     )
     results["versions"] = {"pq": quantize.__version__, "torch": torch.__version__}
     for shape in SHAPES:
