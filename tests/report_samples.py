@@ -151,6 +151,12 @@ def evaluation(name: str = "demo", **changes: Any) -> dict[str, Any]:
             "kld": [0.006 - 0.0001 * k for k in range(len(start))],
         },
         "worst": worst,
+        "kld_histogram": {
+            "edges": [10 ** (k / 4 - 6) for k in range(33)],
+            "counts": [0] * 6
+            + [round(9000 * math.exp(-(((k - 15) / 4) ** 2))) for k in range(20)]
+            + [0] * 6,
+        },
     } | changes
 
 

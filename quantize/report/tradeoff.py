@@ -33,7 +33,8 @@ def tradeoff(sources: Sources) -> Section:
             apart.append(other.name)
     if len(found) < 2:
         said = "No other conversion that was measured in this way lies beside it."
-        command = f"pq compare {sources.command_path} OTHER --baseline {sources.parent_path}"
+        command = f"pq compare {sources.command_path} path/to/another"
+        command += f" --baseline {sources.parent_path}"
         note = Note(said, command + " --output compare.html")
         return Section("tradeoff", "Beside others", "", [note, *_not_compared(apart)])
     known = {

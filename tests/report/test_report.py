@@ -73,16 +73,24 @@ def test_the_figures_of_the_files_are_the_figures_of_the_report(full: Path, html
 def test_every_part_is_there(full: Path, html: str):
     report = collect(full)
     everything = {s["id"]: titles(report, s["id"]) for s in as_json(report)["sections"]}
-    position = "By position in the window"
+    position, spread = "By position in the window", "KL divergence of single tokens"
+    tables = ["All saved evaluations", "Per word and per byte"]
     assert everything == {
-        "quality": ["All saved evaluations", "Per word and per byte", position, position],
+        "quality": [*tables, spread, position, spread, position],
         "tasks": ["demo"],
+        "tradeoff": ["note"],
         "tokens": ["Largest KLD", "Largest KLD"],
         "errors": ["Relative output error", "Worst layers"],
         "outliers": ["Activations", "Most uneven inputs", "Weights"],
-        "weights": ["Bits", "Weights against the code points"],
+        "weights": [
+            "Where the bytes are",
+            "Bytes by part",
+            "note",  # 4 bits everywhere
+            "Weights against the code points",
+        ],
         "methods": ["Gain of the scale search", "Share of the weight error that inputs see"],
-        "provenance": ["Calibration", "Source", "Versions", "Recipe"],
+        "use": ["Loads in", "What next"],
+        "provenance": ["Command", "Calibration", "Source", "Versions", "Recipe"],
     }
     page = Page(html)
     links = {a["href"] for a in page.all("a")}
@@ -215,7 +223,12 @@ def test_the_leading_evaluation_is_against_the_parent_in_kernel_numerics(bare: P
     assert headlines(report)["Perplexity"] == 4.0
     assert "200 predicted tokens" in report.basis
     rows = section(report, "quality")["items"][0]["rows"]
-    assert [row[4] for row in rows] == [4.0, 3.0, 2.0, 1.0]
+    assert next(row for row in rows if row[0] == "perplexity")[1:] == [
+        "4.000",
+        "3.000",
+        "2.000",
+        "1.000",
+    ]
 
 
 def test_an_evaluation_without_parent_asks_for_one(bare: Path):
@@ -227,7 +240,7 @@ def test_an_evaluation_without_parent_asks_for_one(bare: Path):
     assert set(headlines(report)) == {"Bits per weight", "Size on disk", "Perplexity"}
     assert "no parent" in report.basis
     note = section(report, "quality")["items"][-1]
-    assert note["command"] == f"pq eval {bare} --baseline PARENT"
+    assert note["command"] == f"pq eval {bare} --baseline path/to/parent"
     assert titles(report, "tokens") == ["note"]
     Page(render(report))
 
@@ -241,9 +254,9 @@ def test_what_is_absent_names_the_command_that_adds_it(bare: Path):
         if item["kind"] == "note"
     }
     assert commands == {
-        f"pq eval {bare} --baseline PARENT",
-        f"pq eval {bare} --baseline PARENT --tasks TASKS",
-        "pq convert --model PARENT --recipe fireq --output NEW_FOLDER",
+        f"pq eval {bare} --baseline path/to/parent",
+        f"pq eval {bare} --baseline path/to/parent --tasks arc_easy,piqa",
+        f"pq convert --model path/to/parent --recipe fireq --output {bare}-anew",
     }
     text = Page(render(report)).text
     assert all(command in text for command in commands)
