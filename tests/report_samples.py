@@ -255,6 +255,10 @@ def section(report: Report, identity: str) -> dict[str, Any]:
     return next(s for s in as_json(report)["sections"] if s["id"] == identity)
 
 
+def titled(report: Report, identity: str, title: str) -> dict[str, Any]:
+    return next(i for i in section(report, identity)["items"] if i.get("title") == title)
+
+
 def titles(report: Report, identity: str) -> list[str]:
     return [item.get("title", item["kind"]) for item in section(report, identity)["items"]]
 
