@@ -151,6 +151,12 @@ def evaluation(name: str = "demo", **changes: Any) -> dict[str, Any]:
             "kld": [0.006 - 0.0001 * k for k in range(len(start))],
         },
         "worst": worst,
+        "kld_histogram": {
+            "edges": [10 ** (k / 4 - 6) for k in range(33)],
+            "counts": [0] * 6
+            + [round(9000 * math.exp(-(((k - 15) / 4) ** 2))) for k in range(20)]
+            + [0] * 6,
+        },
     } | changes
 
 
@@ -247,6 +253,10 @@ def save(folder: Path, name: str, data: Any) -> None:
 
 def section(report: Report, identity: str) -> dict[str, Any]:
     return next(s for s in as_json(report)["sections"] if s["id"] == identity)
+
+
+def titled(report: Report, identity: str, title: str) -> dict[str, Any]:
+    return next(i for i in section(report, identity)["items"] if i.get("title") == title)
 
 
 def titles(report: Report, identity: str) -> list[str]:

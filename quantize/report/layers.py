@@ -144,8 +144,8 @@ def outliers(sources: Sources) -> Section:
 def _no_statistics(sources: Sources) -> Note:
     said = f"{STATISTICS} is not there or cannot be read; pq convert writes it."
     recipe = shlex.quote(text(mapping(sources.provenance, "recipe"), "name", "RECIPE"))
-    command = f"pq convert --model {sources.parent_path} --recipe {recipe} --output NEW_FOLDER"
-    return Note(said, command)
+    command = f"pq convert --model {sources.parent_path} --recipe {recipe} "
+    return Note(said, command + f"--output {sources.new_path}")
 
 
 def _limit(title: str, caption: str, pictures: Sequence[Picture]) -> Group:

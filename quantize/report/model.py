@@ -123,7 +123,8 @@ def plainly(item: Item) -> Item:
     cells = sum(map(len, item.values))
     if len(values) != 1 or value is None or cells < 2 or not math.isfinite(value):
         return item
-    shown = f"{value:.4g} {item.unit}".strip()
+    unit = "" if item.unit.lower() == item.title.lower() else item.unit
+    shown = f"{value:.4g} {unit}".strip()
     across = item.columns_label or "column"
     where = f"all {len(item.rows)} rows of {len(item.columns)} {across}s"
     return Note(f"{item.title}: {shown} in {where}. {item.caption}".strip())

@@ -89,7 +89,7 @@ def quality(sources: Sources) -> Section:
         what = "comparison with the parent" if found else "evaluation"
         command = _EVALUATE.format(sources.command_path, sources.parent_path)
         shown.append(Note(f"No {what} has been saved.", command))
-    return Section("quality", "Perplexity and divergence", _GLOSSARY if found else "", shown)
+    return Section("quality", "Quality", _GLOSSARY if found else "", shown)
 
 
 def _by_text(found: Sequence[Data]) -> Table:

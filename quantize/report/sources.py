@@ -3,6 +3,7 @@ is there and can be read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -95,6 +96,11 @@ class Sources:
     def command_path(self) -> str:
         """The folder as a shell takes it."""
         return shlex.quote(str(self.folder))
+
+    @property
+    def new_path(self) -> str:
+        """A folder beside this one as a shell takes it, for another conversion."""
+        return shlex.quote(str(beside(self.folder, "-anew")))
 
     @property
     def parent_path(self) -> str:
@@ -258,10 +264,10 @@ def _model_in(started: Mapping[str, Any]) -> str | None:
     """The model that a command of pq convert names, from whatever folder it was given; None where
     it names none."""
     argv = [word for word in items(started, "argv") if isinstance(word, str)]
-    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+    for word, value in itertools.pairwise([*argv, ""]):
         name, equals, given = word.partition("=")
-        if name in ("--model", "-m") and (given if equals else value):
-            model = given if equals else value
+        model = given if equals else value
+        if name in ("--model", "-m") and model:
             there = os.path.join(text(started, "cwd", "."), os.path.expanduser(model))
             return there if os.path.isdir(there) else model
     return None

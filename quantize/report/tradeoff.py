@@ -33,7 +33,8 @@ def tradeoff(sources: Sources) -> Section:
             apart.append(other.name)
     if len(found) < 2:
         said = "No other conversion that was measured in this way lies beside it."
-        command = f"pq compare {sources.command_path} OTHER --baseline {sources.parent_path}"
+        command = f"pq compare {sources.command_path} path/to/another"
+        command += f" --baseline {sources.parent_path}"
         note = Note(said, command + " --output compare.html")
         return Section("tradeoff", "Beside others", "", [note, *_not_compared(apart)])
     known = {
@@ -55,11 +56,12 @@ def tradeoff(sources: Sources) -> Section:
     rows: list[list[Cell]] = []
     for key, data in sorted(found.items(), key=lambda item: number(item[1], "kld_mean") or 0.0):
         row: list[Cell] = [f"{key} (this)" if key == name else key]
-        row += [number(data, "bits_per_weight"), text(data, "kv_cache"), number(data, "perplexity")]
-        row += [number(data, "kld_mean"), number(data, "kld_p99"), number(data, "top1_agreement")]
+        row += [number(data, "bits_per_weight"), number(data, "kld_mean"), number(data, "kld_p99")]
+        row += [number(data, "top1_agreement"), number(data, "perplexity"), text(data, "kv_cache")]
         rows.append([*row, "yes" if best.get(key) else ""])
-    columns = ("conversion", "bits", "KV cache", "perplexity", "KLD", "p99", "top-1", "unbeaten")
-    formats = ("", ".3f", "", ".3f", ".5f", ".4f", ".4f", "")
+    # on a phone the first three are seen
+    columns = ("conversion", "bits", "KLD", "p99", "top-1", "perplexity", "KV cache", "unbeaten")
+    formats = ("", ".3f", ".5f", ".4f", ".4f", ".3f", "", "")
     table = Table("Conversions beside it", "The smallest KLD first.", columns, rows, formats)
     lead = (
         "Conversions in the same folder whose saved evaluations are of the same text and protocol."

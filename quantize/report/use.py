@@ -8,8 +8,6 @@ from quantize.pictures import Cell, Table
 from quantize.report.model import Item, Listing, Section, items, mapping, text
 from quantize.report.sources import Sources
 
-_FOLDER = "NEW_FOLDER"
-
 
 def use(sources: Sources) -> Section:
     """A table of engines, and the next commands."""
@@ -55,7 +53,8 @@ def made_by(sources: Sources) -> list[Item]:
         cwd = text(sources.started, "cwd")
         caption = f"As it was given{f', in {cwd}' if cwd else ''}."
         return [Listing("Command", caption, shlex.join(["pq", *argv]))]
-    command = f"pq convert --model {sources.parent_path} {_recipe(sources)} --output {_FOLDER}"
+    command = f"pq convert --model {sources.parent_path} {_recipe(sources)} "
+    command += f"--output {sources.new_path}"
     calibration = mapping(sources.provenance, "calibration")
     options = {"dataset": "--dataset", "nsamples": "--nsamples", "seqlen": "--seqlen"}
     for key, option in {**options, "seed": "--seed"}.items():

@@ -22,6 +22,7 @@ from report_samples import (
     section,
     statistics,
     task_run,
+    titled,
     titles,
     write_checkpoint,
 )
@@ -73,16 +74,24 @@ def test_the_figures_of_the_files_are_the_figures_of_the_report(full: Path, html
 def test_every_part_is_there(full: Path, html: str):
     report = collect(full)
     everything = {s["id"]: titles(report, s["id"]) for s in as_json(report)["sections"]}
-    position = "By position in the window"
+    position, spread = "By position in the window", "KL divergence of single tokens"
+    tables = ["All saved evaluations", "Per word and per byte"]
     assert everything == {
-        "quality": ["All saved evaluations", "Per word and per byte", position, position],
+        "quality": [*tables, spread, position, spread, position],
         "tasks": ["demo"],
+        "tradeoff": ["note"],
         "tokens": ["Largest KLD", "Largest KLD"],
         "errors": ["Relative output error", "Worst layers"],
         "outliers": ["Activations", "Most uneven inputs", "Weights"],
-        "weights": ["Bits", "Weights against the code points"],
+        "weights": [
+            "Where the bytes are",
+            "Bytes by part",
+            "note",  # 4 bits everywhere
+            "Weights against the code points",
+        ],
         "methods": ["Gain of the scale search", "Share of the weight error that inputs see"],
-        "provenance": ["Calibration", "Source", "Versions", "Recipe"],
+        "use": ["Loads in", "What next"],
+        "provenance": ["Command", "Calibration", "Source", "Versions", "Recipe"],
     }
     page = Page(html)
     links = {a["href"] for a in page.all("a")}
@@ -157,7 +166,7 @@ def test_experts_share_rows_and_curves(converted: Callable[..., Path], tmp_path:
     assert (
         len(weights["pictures"]) == 4 + 3 + 3 + 3
     )  # attention, routed experts, the shared one, a dense FFN
-    bits = section(report, "weights")["items"][0]
+    bits = titled(report, "weights", "Bits")
     row = bits["rows"].index("mlp.experts.*.up_proj")
     assert bits["values"][row] == [(3 * 4 + 16) / 4, None]
     assert bits["values"][bits["rows"].index("mlp.up_proj")] == [None, 4]
@@ -187,13 +196,13 @@ def test_the_bits_map_knows_what_stays_16_bit(tmp_path: Path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["ignore"].append("model.layers.1.mlp.up_proj")
     (folder / "config.json").write_text(json.dumps(config))
-    bits = section(collect(folder), "weights")["items"][0]
+    bits = titled(collect(folder), "weights", "Bits")
     assert bits["values"][LINEARS.index("mlp.up_proj")] == [4, 16]
     assert bits["values"][LINEARS.index("mlp.down_proj")] == [4, 4]
 
 
 def test_histograms_mark_the_codes(full: Path):
-    group = section(collect(full), "weights")["items"][1]
+    group = titled(collect(full), "weights", "Weights against the code points")
     assert [p["title"] for p in group["pictures"]] == [
         f"{r}, 4-bit g128" for r in ("q", "k", "v", "o", "gate", "up", "down")
     ]
@@ -215,7 +224,12 @@ def test_the_leading_evaluation_is_against_the_parent_in_kernel_numerics(bare: P
     assert headlines(report)["Perplexity"] == 4.0
     assert "200 predicted tokens" in report.basis
     rows = section(report, "quality")["items"][0]["rows"]
-    assert [row[4] for row in rows] == [4.0, 3.0, 2.0, 1.0]
+    assert next(row for row in rows if row[0] == "perplexity")[1:] == [
+        "4.000",
+        "3.000",
+        "2.000",
+        "1.000",
+    ]
 
 
 def test_an_evaluation_without_parent_asks_for_one(bare: Path):
@@ -227,7 +241,7 @@ def test_an_evaluation_without_parent_asks_for_one(bare: Path):
     assert set(headlines(report)) == {"Bits per weight", "Size on disk", "Perplexity"}
     assert "no parent" in report.basis
     note = section(report, "quality")["items"][-1]
-    assert note["command"] == f"pq eval {bare} --baseline PARENT"
+    assert note["command"] == f"pq eval {bare} --baseline path/to/parent"
     assert titles(report, "tokens") == ["note"]
     Page(render(report))
 
@@ -238,12 +252,12 @@ def test_what_is_absent_names_the_command_that_adds_it(bare: Path):
         item["command"]
         for s in as_json(report)["sections"]
         for item in s["items"]
-        if item["kind"] == "note"
+        if item["kind"] == "note" and item["command"]
     }
     assert commands == {
-        f"pq eval {bare} --baseline PARENT",
-        f"pq eval {bare} --baseline PARENT --tasks TASKS",
-        "pq convert --model PARENT --recipe fireq --output NEW_FOLDER",
+        f"pq eval {bare} --baseline path/to/parent",
+        f"pq eval {bare} --baseline path/to/parent --tasks arc_easy,piqa",
+        f"pq convert --model path/to/parent --recipe fireq --output {bare}-anew",
     }
     text = Page(render(report)).text
     assert all(command in text for command in commands)
