@@ -51,7 +51,7 @@ def replay_lookup(rollout: Rollout, gamma: int, ngram: int = NGRAM) -> Replay:
                 index.add(text)
             done += min(matched + 1, left)
         tokens[number] = len(written)
-    return Replay(gamma, tokens, steps, drafted)
+    return Replay(tokens, steps, drafted, gamma)
 
 
 class _Index:

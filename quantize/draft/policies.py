@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.draft.replay import Array, Interval, ratio
+from quantize.draft.replay import Array, Counts, Interval, ratio
 from quantize.draft.trace import Trace
 from quantize.serving.speculation.dsde import DsdeState
 from quantize.serving.speculation.policy import MOST, Policy, Round, Signal, Speculation
@@ -111,23 +111,10 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a policy does on all stories, one sequence at a time; arrays by text."""
+class Outcome(Counts):
+    """Counts of a policy on all stories, one sequence at a time."""
 
     name: str
-    tokens: Array
-    steps: Array
-    drafted: Array
-
-    @property
-    def per_step(self) -> Interval:
-        """Tokens per step of the parent."""
-        return ratio(self.tokens, self.steps)
-
-    @property
-    def drafted_per_step(self) -> float:
-        """Tokens drafted in a mean step."""
-        return float(self.drafted.sum() / self.steps.sum())
 
     def time(self, costs: Costs) -> Array:
         """Of each text, in plain steps of the parent."""
@@ -151,7 +138,7 @@ def play(policy: Policy | None, told: Sequence[Story]) -> Outcome:
             steps[story.text] += 1
             drafted[story.text] += k
         tokens[story.text] += len(story.outcomes)
-    return Outcome(Oracle.name if policy is None else policy.name, tokens, steps, drafted)
+    return Outcome(tokens, steps, drafted, Oracle.name if policy is None else policy.name)
 
 
 @dataclass(frozen=True)

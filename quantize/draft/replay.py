@@ -33,15 +33,14 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Replay:
-    """What one length costs and gives, summed over each text."""
+class Counts:
+    """What speculation costs and gives, summed over each text."""
 
-    gamma: int
     tokens: Array
     steps: Array
-    """Calls of the parent (expected)."""
+    """Calls of the parent, expected where they are not drawn."""
     drafted: Array
-    """Calls of the draft (expected)."""
+    """Calls of the draft, likewise."""
 
     @property
     def per_step(self) -> Interval:
@@ -59,6 +58,13 @@ class Replay:
         return float(self.drafted.sum() / self.steps.sum())
 
 
+@dataclass(frozen=True)
+class Replay(Counts):
+    """Counts of one static length."""
+
+    gamma: int
+
+
 def replay(accept: Sequence[Array], gamma: int, from_prefill: bool = False) -> Replay:
     """Replay a static length on texts whose tokens are accepted with probability `accept`.
 
@@ -70,7 +76,7 @@ def replay(accept: Sequence[Array], gamma: int, from_prefill: bool = False) -> R
     steps, drafted = (np.zeros(len(used)) for _ in range(2))
     for text, values in enumerate(used):
         steps[text], drafted[text] = _expected(values, gamma)
-    return Replay(gamma, np.array([len(values) for values in used], float), steps, drafted)
+    return Replay(np.array([len(values) for values in used], float), steps, drafted, gamma)
 
 
 def _expected(accept: Array, gamma: int) -> tuple[float, float]:
