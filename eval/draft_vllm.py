@@ -42,7 +42,8 @@ if asked["corrected"]:
     sampler.expand_batch_to_tokens = expand
 llm = LLM(model=asked["model"], speculative_config=asked["speculative"], dtype=asked["dtype"],
           enforce_eager=True, max_model_len=asked["length"], disable_log_stats=False,
-          kv_cache_memory_bytes=200_000_000, max_num_seqs=asked["batch"], seed=0)
+          kv_cache_memory_bytes=200_000_000, max_num_seqs=asked["batch"], seed=0,
+          enable_prefix_caching=asked["prefix_cache"])
 config = llm.llm_engine.vllm_config.speculative_config
 sampling = SamplingParams(temperature=asked["temperature"], max_tokens=asked["tokens"],
                           ignore_eos=True, top_k=0, top_p=1.0, seed=None)
@@ -88,6 +89,7 @@ def compare(
         "length": 64 + args.tokens + args.gamma + 1,
         "batch": args.batch,
         "corrected": not args.as_is,
+        "prefix_cache": not args.no_prefix_cache,
         "temperature": temperature,
         "tokens": args.tokens,
         "prompts": [list(p.ids) for p in trace.rollout.prompts],
@@ -99,6 +101,9 @@ def compare(
         "draft": draft.name,
         "temperature": temperature,
         "gamma": args.gamma,
+        "tokens": args.tokens,
+        "batch": args.batch,
+        "prefix_cache": not args.no_prefix_cache,
         "draft_sample_method": theirs["sample"],
         "engine_tokens_per_step": 1 + accepted / steps,
         "engine_steps": steps,
@@ -139,6 +144,7 @@ def main() -> None:
         "--dtype", default="bfloat16", help="the CPU build multiplies 4-bit weights in no other"
     )
     arguments.add_argument("--as-is", action="store_true")
+    arguments.add_argument("--no-prefix-cache", action="store_true")
     arguments.add_argument("--temperature", type=float, action="append")
     arguments.add_argument("--work", type=Path, default=Path("/tmp"))
     arguments.add_argument("--output", type=Path)

@@ -44,7 +44,7 @@ ROOMS: dict[str, str] = {
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
-    "conversion": "block calibration cost errors files formats methods model parallel recipe solvers",
+    "conversion": "block calibration cost errors files formats inspect methods model parallel recipe solvers",
     "evaluation": "block calibration errors files model parallel",
     "draft": "calibration errors evaluation files model plan serving",
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import local_model
+from quantize.cli.common import local_model, quiet_libraries
 from quantize.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def plan(
     ] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(help="Another checkpoint for the same work: GPUs it saves. Repeatable."),
+        typer.Option(
+            help="Another checkpoint, or a recipe for this one: GPUs that it saves. Repeatable."
+        ),
     ] = None,
     emit: Annotated[
         str | None,
@@ -83,8 +85,8 @@ def plan(
 ) -> None:
     """GPUs, memory and latency of serving checkpoints; exit code 10 where goals cannot be met."""
     from quantize.plan.answer import as_json as plain
-    from quantize.plan.deploy import plan_for
     from quantize.plan.request import load_request, single
+    from quantize.plan.sharing import plan_of
     from quantize.plan.simulate.requests import TRACE_DIR
 
     if trace_dir is not None:
@@ -92,9 +94,9 @@ def plan(
     if (file is None) == (model is None):
         raise UsageError("give a FILE, or --model with --gpu")
     if file is not None:
-        if compare:
-            raise UsageError("--compare goes with --model, not with a FILE")
         request = load_request(file)
+        if compare and len(request.models) > 1:
+            raise UsageError("--compare goes with one model; this FILE has more")
     else:
         if gpu is None:
             raise UsageError("--model: name its GPU with --gpu, e.g. h100")
@@ -118,7 +120,7 @@ def plan(
     models = _models(request)
     constants, errors = _constants(request, models, calibrate or [])
     measured = None if profile is None else _profile(profile, request)
-    found = plan_for(request, models, constants, measured)
+    found = plan_of(request, models, constants, measured)
     if emit is not None:
         from quantize.plan.emit import emit as text_of
 
@@ -153,12 +155,45 @@ def _models(request: Request) -> dict[str, ServedModel]:
 
 
 def _instead(request: Request, other: str, constants: Constants) -> Plan:
-    """The plan for another checkpoint in the place of the one model."""
-    from quantize.plan.deploy import plan_for
+    """The plan for another checkpoint in the place of the one model, or for what a recipe would make
+    of it."""
+    from quantize.plan.deploy import name_of
+    from quantize.plan.sharing import plan_of
 
-    demand = request.models[0].model_copy(update={"model": other, "name": None})
-    changed = request.model_copy(update={"models": (demand,)})
-    return plan_for(changed, _models(changed), constants)
+    first = request.models[0]
+    if _is_recipe(other):
+        name = f"{name_of(first)} by {Path(other).name.removesuffix('.yaml')}"
+        demand = first.model_copy(update={"name": name})
+        models = {name: _foretold(first.model, other, first.kv, name)}
+    else:
+        demand = first.model_copy(update={"model": other, "name": None})
+        models = _models(request.model_copy(update={"models": (demand,)}))
+    return plan_of(request.model_copy(update={"models": (demand,)}), models, constants)
+
+
+def _is_recipe(other: str) -> bool:
+    """Whether what is compared is a recipe: no folder, and a YAML file or a shipped name."""
+    from quantize.recipe.files import shipped_recipes
+
+    if Path(other).is_dir():
+        return False
+    names = {path.stem for path in shipped_recipes()}
+    return other.endswith((".yaml", ".yml")) or other in names
+
+
+def _foretold(model: str, recipe: str, kv: str, name: str) -> ServedModel:
+    """What a recipe would make of a model, by the sizes that a conversion reckons with."""
+    import torch
+
+    from quantize.conversion.foretold import foretold
+    from quantize.conversion.request import Request as Conversion
+    from quantize.plan.checkpoint import model_of
+    from quantize.recipe.recipe import load_recipe
+
+    quiet_libraries()
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    asked = Conversion(local_model(model), load_recipe(recipe), Path("out"), cpu, dtype)
+    return model_of(*foretold(asked), kv, name)
 
 
 def _constants(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from quantize.plan.deploy import Plan
     from quantize.plan.latency import Error, Estimate
+    from quantize.plan.shared import Shared
     from quantize.plan.sizing import Option
 
 _SHOWN = 6  # options of one model
@@ -40,7 +41,8 @@ def print_plan(
     for demand in plan.request.models:
         name = name_of(demand)
         found = plan.options[name]
-        console.print(_memory_table(name, found))
+        if found:
+            console.print(_memory_table(name, found))
         if any(option.rate is not None for option in found):
             console.print(_rate_table(found, errors))
         for note in found[0].model.notes if found else ():
@@ -55,6 +57,8 @@ def print_plan(
         console.print()
     if plan.engines:
         _print_places(console, plan)
+    if plan.shared is not None:
+        console.print(_sharing(plan, plan.shared))
     if measured:
         console.print("Times of steps are those of the profile.")
     else:
@@ -129,6 +133,19 @@ def _chosen(name: str, option: Option) -> str:
     return f"{name}: {engines} of {option.tp} {option.gpu.name} {each}; a GPU {spent}"
 
 
+def _sharing(plan: Plan, shared: Shared) -> str:
+    """What sharing brings, and how it was reckoned."""
+    alone = "more than there are" if shared.alone is None else str(shared.alone)
+    least = min(shared.attainment)
+    assert plan.request.sharing is not None
+    how = plan.request.sharing
+    return (
+        f"Shared, {plan.gpus} GPUs; with GPUs of their own the same models take {alone}. Of all "
+        f"requests of each model {least:.1%} or more met the goals, simulated together: engines of "
+        f"one GPU take turns. Placement {how.placement}, memory {how.memory}, order {how.policy}."
+    )
+
+
 def _print_places(console: Console, plan: Plan) -> None:
     from quantize.plan.emit import node_name
 
@@ -182,6 +199,8 @@ def _about(errors: dict[str, Error], calibrated: bool) -> str:
 
 
 def _gb(size: float) -> str:
+    if abs(size) < 1e8:
+        return f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.1f} GB" if abs(size) < 1e12 else f"{size / 1e12:.2f} TB"
 
 

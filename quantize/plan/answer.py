@@ -7,6 +7,7 @@ from typing import Any
 from quantize.plan.deploy import Plan, name_of
 from quantize.plan.latency import ERRORS, Error, Estimate
 from quantize.plan.memory import Memory
+from quantize.plan.shared import Shared
 from quantize.plan.shortage import shortages
 from quantize.plan.simulated import QUANTILES
 from quantize.plan.sizing import Option, tpot_at
@@ -41,6 +42,7 @@ def as_json(plan: Plan, errors: dict[str, Error] | None = None) -> dict[str, Any
             {"name": e.name, "kind": e.nodes, "node": e.node, "gpus": list(e.gpus)}
             for e in plan.engines
         ],
+        "shared": shared_json(plan.shared),
         "short": [
             {"name": s.name, "short": s.short, "by": s.by, "remedies": list(s.remedies)}
             for s in shortages(plan)
@@ -49,6 +51,29 @@ def as_json(plan: Plan, errors: dict[str, Error] | None = None) -> dict[str, Any
             name: {"low": e.low, "high": e.high, "median": e.median, "mean": e.mean}
             for name, e in errors.items()
         },
+    }
+
+
+def shared_json(shared: Shared | None) -> dict[str, Any] | None:
+    """How engines share GPUs; None where each has its own."""
+    if shared is None:
+        return None
+    return {
+        "gpus_alone": shared.alone,
+        "attainment": {d.name: a for d, a in zip(shared.asked, shared.attainment, strict=True)},
+        "load": shared.placement.load(shared.cluster),
+        "preemptions": shared.outcome.preemptions,
+        "engines": [
+            {
+                "name": replica.demand.name,
+                "gpus": list(replica.gpus),
+                "weights_and_engine": replica.option.shard.weights,
+                "kv": shared.kv(i),
+                "kv_most": max((shared.kv_used(i, s.used) for s in mine), default=0.0),
+            }
+            for i, replica in enumerate(shared.placement.replicas)
+            for mine in [[s for s in shared.outcome.samples if s.engine == i]]
+        ],
     }
 
 

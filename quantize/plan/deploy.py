@@ -1,6 +1,6 @@
 """Which engines a model needs, and where they stand: the fewest GPUs that meet each model's goals.
 
-Each engine has its GPUs to itself; that several models share one is `placement`'s business.
+Each engine has its GPUs to itself; plans in which several share one are made in `sharing`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from quantize.plan.gpus import Gpu
 from quantize.plan.latency import CONSTANTS, Constants
 from quantize.plan.request import Demand, Nodes, Request
 from quantize.plan.served import ServedModel
+from quantize.plan.shared import Shared
 from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.simulated import stream_of
 from quantize.plan.sizing import Option, option_for, with_simulation
@@ -36,6 +37,19 @@ class Engines:
 
 
 @dataclass(frozen=True)
+class Shortage:
+    """One model that cannot be served as asked."""
+
+    name: str
+    short: str
+    """memory, context, latency or gpus."""
+    by: str
+    """How much, in words."""
+    remedies: tuple[str, ...]
+    """Each of them alone would do, as far as the estimate goes."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A deployment, whole or as far as it goes."""
 
@@ -47,6 +61,10 @@ class Plan:
     engines: tuple[Engines, ...]
     missing: tuple[str, ...] = field(default=())
     """Models that have no place, or no way to meet their goals."""
+    shared: Shared | None = None
+    """Where engines share GPUs: how they do, and what came of it."""
+    told: tuple[Shortage, ...] = ()
+    """What is short, where planning has told it already."""
 
     @property
     def feasible(self) -> bool:
@@ -56,7 +74,7 @@ class Plan:
     @property
     def gpus(self) -> int:
         """GPUs in use."""
-        return sum(len(engine.gpus) for engine in self.engines)
+        return len({(e.nodes, e.node, gpu) for e in self.engines for gpu in e.gpus})
 
 
 def name_of(demand: Demand) -> str:

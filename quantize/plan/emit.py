@@ -35,10 +35,29 @@ def emit(kind: str, plan: Plan) -> str:
         raise UsageError(f"--emit {kind}: choose one of {', '.join(KINDS)}")
     if not plan.feasible:
         raise UsageError(f"--emit {kind}: {', '.join(plan.missing)} cannot be served so")
+    if problem := _unshared(kind, plan):
+        raise UsageError(f"--emit {kind}: {problem}")
     for name, option in plan.chosen.items():
         if problem := unservable(option):
             raise UsageError(f"--emit {kind}: {name}: {problem}")
     return makers[kind](plan)
+
+
+def _unshared(kind: str, plan: Plan) -> str | None:
+    """What of a plan with shared GPUs the files cannot say; None where they can."""
+    how = plan.request.sharing
+    if how is None:
+        return None
+    if how.memory != "shares":
+        return "vLLM shares no slabs between engines; set memory: shares below sharing"
+    if how.policy != "fcfs" or how.drop:
+        return "vLLM takes requests as they come and drops none; set policy: fcfs and drop: false"
+    if kind in ("production-stack", "llm-d"):
+        return "Kubernetes gives a GPU to one pod; take vllm or compose, or no sharing"
+    return None
+
+
+_SHARED = "# of engines on one GPU start one after the other: each measures what memory is free\n"
 
 
 def unservable(option: Option) -> str | None:
@@ -107,7 +126,7 @@ def _commands(plan: Plan) -> str:
         command = ["vllm", "serve", option.demand.model, *serve_arguments(option, engine.name)]
         command += ["--port", str(port)]
         lines.append(f"CUDA_VISIBLE_DEVICES={devices} {shlex.join(command)}")
-    return "\n".join(lines) + "\n"
+    return (_SHARED if plan.shared else "") + "\n".join(lines) + "\n"
 
 
 def _by_node(plan: Plan) -> Sequence[Engines]:
@@ -155,7 +174,7 @@ def _compose(plan: Plan) -> str:
         }
     names = sorted({node_name(plan, engine) for engine in plan.engines})
     head = "".join(f"# on node {n}: docker compose --profile {n} up\n" for n in names)
-    return head + strict_yaml.dump({"services": services})
+    return head + (_SHARED if plan.shared else "") + strict_yaml.dump({"services": services})
 
 
 def _hub_home() -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -136,6 +136,25 @@ class Nodes(BaseModel):
         )
 
 
+class Sharing(BaseModel):
+    """How engines of several models share GPUs."""
+
+    model_config = _STRICT
+
+    placement: Literal["best", "fineserve", "prism"] = "best"
+    """Where engines stand: `best` keeps the load of the fullest GPU least, `fineserve` leaves most
+    blocks of KV cache free, `prism` spreads the rate per goal and free memory."""
+    memory: Literal["shares", "slabs", "paper"] = "shares"
+    """How engines of a GPU divide what weights leave: `shares` that are fixed, by rate and bytes a
+    token, as vLLM does; `slabs` of one power of two for all formats; `paper`, FineServe's slabs of
+    twice the least common multiple."""
+    policy: Literal["fcfs", "sjf", "lsf", "prism", "fineserve"] = "fcfs"
+    """In which order an engine takes requests: as they came (vLLM), shortest prompt first, longest
+    slowdown first, or those that together meet their goals."""
+    drop: bool = False
+    """Whether requests that cannot meet `ttft` any more are refused."""
+
+
 class Request(BaseModel):
     """What is to be deployed, and on what."""
 
@@ -145,6 +164,22 @@ class Request(BaseModel):
     """Models and what is asked of each."""
     cluster: tuple[Nodes, ...] = Field(min_length=1)
     """Nodes by kind."""
+    sharing: Sharing | None = None
+    """Lets several engines share a GPU; null: each has its own."""
+
+    @model_validator(mode="after")
+    def _can_share(self) -> Self:
+        if self.sharing is None:
+            return self
+        if len(self.cluster) > 1:
+            text = "GPUs that are shared are all of one kind; give one entry of cluster"
+            raise PydanticCustomError("load", "{text}", {"text": text, "field": "sharing"})
+        for index, demand in enumerate(self.models):
+            if demand.rate is None and demand.trace is None:
+                text = "engines that share GPUs are simulated together; give it a rate or a trace"
+                context = {"text": text, "field": "model", "index": index}
+                raise PydanticCustomError("load", "{text}", context)
+        return self
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:
@@ -209,7 +244,9 @@ def _translate(error: ErrorDetails, doc: Document) -> Iterator[Problem]:
         text = f"unknown field {show_key(name)!r}{shown}; {remedy}"
     elif kind in ("kv", "gpu"):
         text = f"{error['msg']} (value {show_value(value)})" if kind == "kv" else error["msg"]
-    elif len(path) == 2 and not isinstance(value, dict):
+    elif path == ("sharing",):
+        text = f"must be a mapping (value {show_value(value)}); write 'memory: ...' below it"
+    elif len(path) == 2 and path[0] != "sharing" and not isinstance(value, dict):
         first = "model" if path[0] == "models" else "gpu"
         text = f"must be a mapping (value {show_value(value)}); write '- {first}: ...'"
     elif kind == "too_short":
@@ -225,6 +262,8 @@ def _class_at(path: Place) -> type[BaseModel] | None:
     """The class whose field `path` is."""
     if len(path) == 1:
         return Request
+    if path[0] == "sharing":
+        return Sharing
     lists: dict[str, type[BaseModel]] = {"models": Demand, "cluster": Nodes}
     return lists.get(str(path[0])) if len(path) == 3 else None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from quantize.plan.deploy import Plan, name_of, options_of
+from quantize.plan.deploy import Plan, Shortage, name_of, options_of
 from quantize.plan.gpus import GPUS
 from quantize.plan.kv import KV_TYPES
 from quantize.plan.memory import short_of
@@ -16,22 +15,11 @@ from quantize.plan.sizing import Option, option_for
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Shortage:
-    """One model that cannot be served as asked."""
-
-    name: str
-    short: str
-    """memory, latency or gpus."""
-    by: str
-    """How much, in words."""
-    remedies: tuple[str, ...]
-    """Each of them alone would do, as far as the estimate goes."""
-
-
 def shortages(plan: Plan) -> list[Shortage]:
     """Of every model of a plan that has no place."""
-    found = []
+    found = list(plan.told)
+    if found:
+        return found
     demands = {name_of(demand): demand for demand in plan.request.models}
     for name in plan.missing:
         options = plan.options[name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from quantize.plan.request import Demand
 from quantize.plan.simulate.costs import costs_of
 from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Share
+from quantize.plan.simulate.prefixes import Cached, Chain, chains
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
 
@@ -60,7 +62,7 @@ def stream_of(demand: Demand, seed: int = 0) -> Requests | None:
         )
     inputs = np.minimum(found.input, longest - 1)
     outputs = np.minimum(found.output, longest - inputs)
-    return Requests(found.arrival, inputs, outputs, found.prefix, found.model)
+    return replace(found, input=inputs, output=outputs)
 
 
 def share_of(blocks: Blocks, context: int) -> Share:
@@ -73,12 +75,23 @@ def share_of(blocks: Blocks, context: int) -> Share:
     return Share(blocks.count // full, blocks.block, math.ceil(fixed / full))
 
 
+def own_memory(share: Share, chained: Sequence[Chain] | None) -> Share:
+    """Memory like `share` for one engine more; with a prefix cache where chains are given."""
+    if chained is None:
+        return Share(share.blocks, share.block_tokens, share.extra)
+    return Cached(share.blocks, chained, share.block_tokens, share.extra)
+
+
 def simulate_engines(
     step: StepTime, engine: Engine, blocks: Blocks, stream: Requests, demand: Demand, replicas: int
 ) -> Simulated:
     """Serve a stream by `replicas` engines that each have their GPUs to themselves."""
     costs = costs_of(step)
     context = int((stream.input + stream.output).mean())
+    share = share_of(blocks, context)
+    chained = None
+    if demand.prefix_cache and stream.prefix.any():
+        chained = chains(stream, share.block_tokens)
     made = [
         (
             EngineSetup(
@@ -86,13 +99,16 @@ def simulate_engines(
                 gpus=tuple(range(i * step.tp, (i + 1) * step.tp)),
                 batched_tokens=engine.batched_tokens,
                 sequences=engine.max_sequences,
-                prefix_cache=demand.prefix_cache,
             ),
-            share_of(blocks, context),
+            own_memory(share, chained),
         )
         for i in range(replicas)
     ]
-    outcome = simulate(stream, made, samples=True)
+    return judged(simulate(stream, made, samples=True), demand)
+
+
+def judged(outcome: Outcome, demand: Demand) -> Simulated:
+    """What an outcome is worth to a demand."""
     met = outcome.met(demand.ttft or math.inf, demand.tpot or math.inf)
     done = ~np.isnan(outcome.finish)
     ttft, tpot = outcome.ttft[done], outcome.tpot[done]

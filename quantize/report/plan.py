@@ -13,6 +13,7 @@ from quantize.plan.latency import ERRORS, Error
 from quantize.plan.shortage import shortages
 from quantize.plan.simulated import Simulated, simulate_engines, stream_of
 from quantize.plan.sizing import Option
+from quantize.report import plan_shared
 from quantize.report.model import Group, Headline, Item, Note, Report, Section
 
 _GIB = 2**30
@@ -46,9 +47,9 @@ def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) 
         Section(
             "gpus",
             "GPUs",
-            "What lies on each GPU in use, of all its memory. KV blocks are what the engine cuts the "
-            "rest into.",
-            [*_gpus(plan), _table(plan)],
+            "What lies on each GPU in use, of all its memory."
+            + ("" if plan.shared else " KV blocks are what the engine cuts the rest into."),
+            [*_gpus(plan), *_slabs(plan), _table(plan)],
         ),
         Section(
             "goals",
@@ -82,7 +83,15 @@ def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) 
     return Report(title, subtitle, version, headlines, "", warnings, kept, "Deployment plan")
 
 
+def _slabs(plan: Plan) -> Iterator[Picture]:
+    if plan.shared is not None:
+        yield from plan_shared.slabs(plan.shared)
+
+
 def _gpus(plan: Plan) -> Iterator[Picture]:
+    if plan.shared is not None:
+        yield from plan_shared.gpus(plan.shared)
+        return
     drawn: dict[str, list[float]] = {}
     places: list[str] = []
     for engine in plan.engines:
@@ -143,6 +152,9 @@ def _simulated(plan: Plan) -> Iterator[tuple[str, Option, Simulated]]:
 
 
 def _rates(plan: Plan) -> Iterator[Item]:
+    if plan.shared is not None:
+        yield from plan_shared.rates(plan, plan.shared, _FACTORS)
+        return
     series: dict[str, list[float | None]] = {}
     for name, option, _ in _simulated(plan):
         stream = stream_of(option.demand)
@@ -171,6 +183,8 @@ def _rates(plan: Plan) -> Iterator[Item]:
 
 
 def _times(plan: Plan) -> Iterator[Item]:
+    if plan.shared is not None:
+        yield from plan_shared.memory(plan.shared)
     for name, option, simulated in _simulated(plan):
         samples = simulated.outcome.samples
         end = simulated.outcome.seconds
@@ -183,6 +197,17 @@ def _times(plan: Plan) -> Iterator[Item]:
             _over(samples, moments, option.replicas, field)
             for field in ("used", "running", "waiting")
         )
+        requests = Lines(
+            "Requests",
+            "Computed, and waiting to be.",
+            moments.tolist(),
+            {"running": running.tolist(), "waiting": waiting.tolist()},
+            "seconds",
+            "requests",
+        )
+        if plan.shared is not None:  # its memory is drawn by GPU
+            yield Group(name, "All its engines together.", [requests])
+            continue
         yield Group(
             name,
             "All its engines together.",
@@ -195,14 +220,7 @@ def _times(plan: Plan) -> Iterator[Item]:
                     "seconds",
                     "share of blocks",
                 ),
-                Lines(
-                    "Requests",
-                    "Computed, and waiting to be.",
-                    moments.tolist(),
-                    {"running": running.tolist(), "waiting": waiting.tolist()},
-                    "seconds",
-                    "requests",
-                ),
+                requests,
             ],
         )
 

@@ -12,7 +12,7 @@ from quantize.plan.gpus import GPUS
 from quantize.plan.served import dense
 from quantize.plan.simulate.costs import model_costs
 from quantize.plan.simulate.engine import EngineSetup
-from quantize.plan.simulate.memory import Share
+from quantize.plan.simulate.prefixes import Cached, chains
 from quantize.plan.simulate.requests import TRACE_DIR, merged, requests
 from quantize.plan.simulate.run import simulate
 
@@ -96,7 +96,8 @@ def test_public_traces_are_replayed_in_full(name: str, count: int, seconds: int,
         assert found.output.mean() == pytest.approx(means[1], rel=0.02)
     llama = dense("8b", 32, 4096, 32, 8, 128, 14336, 128256)
     costs = model_costs(llama, next(gpu for gpu in GPUS if gpu.name == "h100-sxm"), 1)
-    engines = [(EngineSetup(costs, prefix_cache=True), Share(25_000)) for _ in range(8)]
+    made_of = chains(found, 16)
+    engines = [(EngineSetup(costs, gpus=(i,)), Cached(25_000, made_of)) for i in range(8)]
     made = simulate(found, engines)
     assert not np.isnan(made.finish).any()
     assert np.isnan(made.first).sum() == 0

@@ -246,14 +246,6 @@ def test_slabs_lend_what_others_leave():
     assert pool.free_slabs == pool.slabs
 
 
-def test_prefixes_seen_before_cost_nothing():
-    base = drawn(10.0, 300, 19, input_mean=2000)
-    known = Requests(base.arrival, base.input, base.output, base.input // 2, base.model)
-    plain, cached = run(known), run(known, prefix_cache=True)
-    np.testing.assert_array_equal(plain.finish, run(base).finish)
-    assert cached.ttft.mean() < 0.8 * plain.ttft.mean()
-
-
 def test_a_request_that_can_never_fit_is_refused():
     requests = Requests(
         np.zeros(2), np.array([100, 10]), np.array([80, 10]), np.zeros(2, int), np.zeros(2, int)

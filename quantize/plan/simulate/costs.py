@@ -72,6 +72,23 @@ class StepCosts:
 
         return windowed if self.windows else plain
 
+    def mix(self) -> Callable[[int, float, int, float], float]:
+        """`mixed` as a function that looks nothing up."""
+        if self.windows:
+            return self.mixed
+        weights, decoding, kv, link = self.weights, self.decoding, self.kv, self.link
+        token, head, attention = self.token, self.head, self.attention
+        last, most = len(weights) - 1, len(decoding) - 1
+
+        def plain(p: int, a: float, n: int, c: float) -> float:
+            tokens = p + n
+            moved = weights[tokens if tokens < last else last] + kv * c
+            moved += decoding[n if n < most else most]
+            work = token * tokens + head * n + attention * (a + c)
+            return (moved if moved > work else work) + link * tokens
+
+        return plain
+
     def mixed(self, p: int, a: float, n: int, c: float) -> float:
         """The GPU's part of a step with prompt tokens."""
         tokens = p + n

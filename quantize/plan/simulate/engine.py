@@ -18,6 +18,7 @@ from math import ceil, sqrt
 from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.simulate.memory import Memory
 from quantize.plan.simulate.policies import POLICIES, Fcfs, Queue, View
+from quantize.plan.simulate.prefixes import Cached
 
 IDLE = float("inf")
 
@@ -40,8 +41,6 @@ class EngineSetup:
     """Seconds a token of a prompt takes, which they reckon with; 0: from `costs`."""
     drop: bool = False
     """Whether requests that cannot meet `ttft` any more are refused."""
-    prefix_cache: bool = False
-    """Whether leading tokens seen before are taken from the cache. It is one without bounds."""
 
 
 class Log:
@@ -67,18 +66,18 @@ class Engine:
         arrival: list[float],
         inputs: list[int],
         outputs: list[int],
-        prefix: list[int],
         log: Log,
     ) -> None:
         self.setup, self.memory, self.log = setup, memory, log
         self.costs = setup.costs
-        self.arrival, self.prefix = arrival, prefix
+        self.arrival = arrival
         self.inputs, self.outputs = inputs, outputs
         """Shared with other engines: tokens to compute before the next token, tokens to give."""
         self.waiting: Queue = POLICIES[setup.policy](arrival, inputs)
         self._plain: deque[int] | None = None
         if isinstance(self.waiting, Fcfs) and not setup.drop:
             self._plain = self.waiting.queue
+        self._queue = self.waiting if self._plain is None else self._plain
         self.resumed: deque[int] = deque()
         self.running: dict[int, None] = {}
         """Admitted requests, in that order; a partial prompt is the last."""
@@ -99,11 +98,20 @@ class Engine:
         self.starved = False
         """Idle with requests for which there is no memory."""
         self.busy_seconds = 0.0
+        self.preempted = 0
+        self.load = 0
+        """Requests it has not answered."""
         self.factor = 1.0
         self._decode: Callable[[int, float], float] = self.costs.decode()
+        self._mixed = self.costs.mix()
         self._began = self._x = self._t = self._g = self._slope = self._h = 0.0
         self.token_seconds = setup.prefill_token or self._per_token()
         self._cap = memory.longest_run
+        self._grows = bool(memory.pools)
+        """Whether steps take blocks of their own; else they follow from the step."""
+        self._fits = 0
+        """Tokens of the longest request that is known to fit."""
+        self._known = memory.known if isinstance(memory, Cached) else None
 
     def _per_token(self) -> float:
         n = self.setup.batched_tokens
@@ -114,39 +122,41 @@ class Engine:
         """Whether no step runs."""
         return self.end == IDLE
 
-    @property
-    def load(self) -> int:
-        """Requests it has not answered."""
-        return len(self.running) + len(self.resumed) + len(self.waiting)
-
     def put(self, request: int) -> None:
         """Hand over a request. One that could never fit is dropped."""
         longest = self.inputs[request] + self.outputs[request] - 1
-        if not self.memory.could_hold(longest):
-            self.log.dropped[request] = True
-            return
+        if longest > self._fits:
+            if not self.memory.could_hold(longest):
+                self.log.dropped[request] = True
+                return
+            self._fits = longest
+        self.load += 1
         self.waiting.put(request)
 
     def start(self, now: float) -> None:
         """Decide what runs from `now` on; `end` is IDLE if there is nothing to."""
-        p, n, memory = 0, self.decoding, self.memory
-        if n and memory.run(self.step, 1) == 0:
+        p, n = 0, self.decoding
+        asks = self.partial is not None or self._queue or self.resumed
+        # Without prompts the steps that there is memory for tell whether there is for one.
+        steps = self._decode_steps() if n and not asks else 0
+        if n and not steps and self.memory.run(self.step, 1) == 0:
             self._make_room()
             n = self.decoding
-        elif self.partial is not None or self.resumed or self.waiting:
+        elif asks:
             p, scores = self._prompts(now)
         costs = self.costs
         if p:
             self.mixed, self.steps = True, 1
-            if n:
-                memory.grow(self.step, 1)
-            self._g, self._slope = costs.mixed(p, scores, n, self.held), 0.0
+            if n and self._grows:
+                self.memory.grow(self.step, 1)
+            self._g, self._slope = self._mixed(p, scores, n, self.held), 0.0
             self._h = costs.host + costs.sequence * n + costs.prefill
             took = self.factor * self._g + self._h
         elif n:
             self.mixed = False
-            self.steps = steps = self._decode_steps()
-            memory.grow(self.step, steps)
+            self.steps = steps = steps or self._decode_steps()
+            if self._grows:
+                self.memory.grow(self.step, steps)
             decode = self._decode
             self._g = g = decode(n, self.held)
             slope = 0.0
@@ -156,7 +166,7 @@ class Engine:
             self._h = h = costs.host + costs.sequence * n
             took = steps * (self.factor * (g + slope * (steps - 1) * 0.5) + h)
         else:
-            self.starved = bool(self.resumed or self.waiting)
+            self.starved = bool(self._queue or self.resumed)
             self.end = IDLE
             return
         self.starved = False
@@ -172,7 +182,7 @@ class Engine:
         """Bring the steps done, as a fraction, up to `now`."""
         elapsed = now - self._t
         if elapsed > 0.0:
-            y = self._time(self._x) + elapsed
+            y = (self._time(self._x) if self._x else 0.0) + elapsed
             a = self.factor * self._slope * 0.5
             b = self.factor * (self._g - self._slope * 0.5) + self._h
             x = (2.0 * y) / (b + sqrt(b * b + 4.0 * a * y)) if a > 0.0 else y / b
@@ -185,7 +195,8 @@ class Engine:
         self._progress(now)
         steps = max(1, ceil(self._x - 1e-9))
         if steps < self.steps:
-            self.memory.shrink(self.step, steps, self.steps)
+            if self._grows:
+                self.memory.shrink(self.step, steps, self.steps)
             self.steps = steps
             self.end = now + self._time(steps) - self._time(self._x)
 
@@ -213,16 +224,19 @@ class Engine:
             log.finish[request] = now
             del self.finish_step[request], self.running[request]
             self.decoding -= 1
-            self.held -= self.inputs[request] + self.outputs[request] - 1
-            self.memory.release(request)
+            self.load -= 1
+            tokens = self.inputs[request] + self.outputs[request] - 1
+            self.held -= tokens
+            self.memory.release(request, step, tokens)
         for request in self.fresh:
             if log.first[request] != log.first[request]:  # NaN: not one computed again
                 log.first[request] = now + self.costs.first
             left = self.outputs[request] - 1
             if left == 0:
                 log.finish[request] = now
+                self.load -= 1
                 del self.running[request]
-                self.memory.release(request)
+                self.memory.release(request, step, self.inputs[request])
                 continue
             self.decoding += 1
             self.held += self.inputs[request]
@@ -245,15 +259,18 @@ class Engine:
 
     def _throw_out(self, request: int) -> None:
         del self.running[request]
-        self.memory.release(request)
         self.log.preempted += 1
+        self.preempted += 1
         if request == self.partial:
+            self.memory.release(request, self.step, self.done)
             self.partial = None
             self.log.recomputed += self.done
         else:
             given = self.outputs[request] - (self.finish_step.pop(request) - self.step)
+            tokens = self.inputs[request] + given - 1
+            self.memory.release(request, self.step, tokens)
             self.decoding -= 1
-            self.held -= self.inputs[request] + given - 1
+            self.held -= tokens
             # What it has said is a prompt when it comes again, and the last of it gave no entry.
             self.inputs[request] += given
             self.outputs[request] -= given
@@ -287,10 +304,7 @@ class Engine:
                     self.waiting.take(request)
                 self.running[request] = None
                 room -= 1
-                known = 0
-                if setup.prefix_cache and self.prefix[request]:
-                    unit = memory.block_tokens
-                    known = min(self.prefix[request], inputs[request] - 1) // unit * unit
+                known = self._known(request) if self._known is not None else 0
                 n = min(budget - tokens, inputs[request] - known)
                 scores += n * (known + 0.5 * n)
                 tokens += n
@@ -315,6 +329,7 @@ class Engine:
             setup.drop,
         )
         order, refused = self.waiting.choose(view)
+        self.load -= len(refused)
         for request in refused:
             self.log.dropped[request] = True
         return order

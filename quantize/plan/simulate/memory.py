@@ -40,8 +40,9 @@ class Memory(Protocol):
     def shrink(self, step: int, kept: int, steps: int) -> None:
         """Give back those of all but the first `kept` steps."""
 
-    def release(self, request: int) -> None:
-        """Give back all of a request."""
+    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
+        """Give back all of a request. step: that runs next; computed: tokens of the request whose keys
+        and values are there."""
 
     @property
     def used(self) -> float:
@@ -82,8 +83,10 @@ class Share:
 
     def taken(self, step: int) -> int:
         """Blocks in use when all steps before `step` are done or under way."""
-        b, s = self.block_tokens, step - 1
-        return self.base + sum(n * ((p + s) // b) for p, n in enumerate(self._counts) if n)
+        whole, part = divmod(step - 1, self.block_tokens)
+        # ⌊(p + s)/b⌋ is ⌊s/b⌋, and one more in the phases that pass a boundary in s mod b steps.
+        passed = sum(self._counts[-part:]) if part else 0
+        return self.base + whole * self._decoding + passed
 
     def fits(self, step: int, more: int = 0) -> bool:
         """Whether the steps before `step` can be done, and `more` blocks taken."""
@@ -132,7 +135,7 @@ class Share:
     def shrink(self, step: int, kept: int, steps: int) -> None:
         """Nothing to do, as for `grow`."""
 
-    def release(self, request: int) -> None:
+    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
         """See `Memory`."""
         self.base -= self._of.pop(request)
         begun = self._phase.pop(request, None)
@@ -236,7 +239,7 @@ class Slabs:
         self.pool.give(back)
         del self._grown[stay:]
 
-    def release(self, request: int) -> None:
+    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
         """See `Memory`."""
         self.pool.give(self._of.pop(request))
         phase = self._phase.pop(request, None)
@@ -299,7 +302,7 @@ class Everywhere:
         for part in self.parts:
             part.shrink(step, kept, steps)
 
-    def release(self, request: int) -> None:
+    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
         """See `Memory`."""
         for part in self.parts:
             part.release(request)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ TRACES = {
     "mooncake": "mooncake_conversation.csv",
 }
 """Names of public traces and the files they are looked for in. pq brings none of them."""
+_HASHED = 512
+"""Tokens of a block of Mooncake's hash_ids."""
 TRACE_DIR = "PQ_TRACE_DIR"
 """Environment variable with the folder that holds them."""
 COLUMNS: Mapping[str, tuple[tuple[str, float], ...]] = {
@@ -45,17 +49,20 @@ class Requests:
     """Leading tokens of the prompt that a cache without bounds would hold."""
     model: NDArray[np.int64]
     """Which of the served models it is for."""
+    source: NDArray[np.int64] | None = None
+    """The earlier request whose prompt begins with these leading tokens; −1: none does. None where it
+    was not told: see `sources`."""
 
     def __len__(self) -> int:
         return len(self.arrival)
 
     def at_rate(self, rate: float) -> Requests:
         """The same requests, their gaps scaled so that `rate` arrive a second in the mean."""
-        return self._with(arrival=self.arrival * (self.rate / rate))
+        return replace(self, arrival=self.arrival * (self.rate / rate))
 
     def for_model(self, index: int) -> Requests:
         """The same requests for another model."""
-        return self._with(model=np.full(len(self), index))
+        return replace(self, model=np.full(len(self), index))
 
     def first(self, count: int) -> Requests:
         """No more than `count` requests."""
@@ -65,7 +72,22 @@ class Requests:
             self.output[:count],
             self.prefix[:count],
             self.model[:count],
+            None if self.source is None else self.source[:count],
         )
+
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """`source`, or where it was not told the latest earlier request of the model whose prompt is
+        as long as the prefix: the best case for a cache that keeps what was used last."""
+        if self.source is not None:
+            return self.source
+        found = np.full(len(self), -1, dtype=np.int64)
+        inputs, models = self.input.tolist(), self.model.tolist()
+        for i in np.flatnonzero(self.prefix).tolist():
+            wanted, model = int(self.prefix[i]), models[i]
+            earlier = range(i - 1, -1, -1)
+            found[i] = next((j for j in earlier if inputs[j] >= wanted and models[j] == model), -1)
+        return found
 
     @property
     def rate(self) -> float:
@@ -73,29 +95,23 @@ class Requests:
         span = float(self.arrival[-1] - self.arrival[0]) if len(self) > 1 else 0.0
         return (len(self) - 1) / span if span else 0.0
 
-    def _with(
-        self, arrival: NDArray[np.float64] | None = None, model: NDArray[np.int64] | None = None
-    ) -> Requests:
-        return Requests(
-            self.arrival if arrival is None else arrival,
-            self.input,
-            self.output,
-            self.prefix,
-            self.model if model is None else model,
-        )
-
 
 def merged(parts: list[Requests]) -> Requests:
     """Requests of several streams as one, by arrival; at equal times those of the first go first."""
     arrival = np.concatenate([part.arrival for part in parts])
     order = np.argsort(arrival, kind="stable")
-    return Requests(
-        arrival[order],
-        *(
-            np.concatenate([getattr(part, name) for part in parts])[order]
-            for name in ("input", "output", "prefix", "model")
-        ),
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    sources = [
+        np.where(part.sources >= 0, place[np.maximum(part.sources, 0) + start], -1)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+    inputs, outputs, prefix, model = (
+        np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("input", "output", "prefix", "model")
     )
+    return Requests(arrival[order], inputs, outputs, prefix, model, np.concatenate(sources)[order])
 
 
 def poisson(
@@ -153,9 +169,12 @@ def _drawn(source: str, seed: int) -> Requests:
 def read_trace(path: Path) -> Requests:
     """Read a CSV with a header: time, input and output tokens and, if there, prefix tokens.
 
-    Headers are those of COLUMNS; times are seconds, milliseconds or dates. Raises UsageError with
-    the line of a mistake.
+    Headers are those of COLUMNS; times are seconds, milliseconds or dates. A file `.jsonl` is read as
+    Mooncake's, whose `hash_ids` tell which prompts begin alike. Raises UsageError with the line of a
+    mistake.
     """
+    if path.suffix == ".jsonl":
+        return _read_hashed(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
@@ -188,6 +207,48 @@ def _column(path: Path, header: list[str], name: str) -> tuple[int, float] | Non
         return None
     names = ", ".join(known for known, _ in COLUMNS[name])
     raise UsageError(f"--trace {path}: line 1: no column for {name}; call it one of {names}")
+
+
+def _read_hashed(path: Path) -> Requests:
+    """A line a request: timestamp (ms), input_length, output_length, hash_ids of blocks of 512 tokens,
+    each of which stands for the whole prompt up to its end."""
+    rows: list[tuple[float, int, int, list[int]]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_hashed(path, number, line))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--trace {path}: cannot be read ({error})") from None
+    if not rows:
+        raise UsageError(f"--trace {path}: holds no requests")
+    rows.sort(key=lambda row: row[0])
+    holder: dict[int, int] = {}
+    prefix, source = [], []
+    for i, (_, inputs, _, ids) in enumerate(rows):
+        shared = next((n for n, one in enumerate(ids) if one not in holder), len(ids))
+        prefix.append(min(shared * _HASHED, inputs))
+        source.append(holder[ids[shared - 1]] if shared else -1)
+        holder.update(dict.fromkeys(ids, i))
+    times = np.array([row[0] for row in rows])
+    inputs, outputs = (np.maximum(1, np.array([row[k] for row in rows])) for k in (1, 2))
+    zeros = np.zeros(len(rows), dtype=np.int64)
+    return Requests(times - times[0], inputs, outputs, np.array(prefix), zeros, np.array(source))
+
+
+def _hashed(path: Path, number: int, line: str) -> tuple[float, int, int, list[int]]:
+    try:
+        row = json.loads(line)
+        ids = [int(one) for one in row["hash_ids"]]
+        found = float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"])
+        if min(found) < 0 or not np.isfinite(found[0]):
+            raise ValueError("figures below 0")
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = "timestamp, input_length, output_length and hash_ids"
+        raise UsageError(
+            f"--trace {path}: line {number}: {error}; a line must be a JSON object with {wanted}"
+        ) from None
+    return *found, ids
 
 
 def _row(

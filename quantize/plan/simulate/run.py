@@ -44,6 +44,8 @@ class Outcome:
     busy: tuple[float, ...]
     """Seconds in which each engine computed."""
     samples: tuple[Sample, ...] = field(default=(), repr=False)
+    preempted: tuple[int, ...] = ()
+    """`preemptions` of each engine."""
 
     @property
     def ttft(self) -> NDArray[np.float64]:
@@ -83,9 +85,9 @@ def simulate(
     samples: record the state at every decision. Requests of a model without an engine are dropped.
     """
     arrival, outputs = requests.arrival.tolist(), requests.output.tolist()
-    inputs, prefix = requests.input.tolist(), requests.prefix.tolist()
+    inputs = requests.input.tolist()
     log = Log(len(arrival))
-    shared = (arrival, inputs, outputs, prefix, log)
+    shared = (arrival, inputs, outputs, log)
     made = [Engine(setup, memory, *shared) for setup, memory in engines]
     clock = _Clock(made, requests, log, samples)
     seconds = clock.run(until)
@@ -99,6 +101,7 @@ def simulate(
         seconds,
         tuple(engine.busy_seconds for engine in made),
         tuple(clock.samples),
+        tuple(engine.preempted for engine in made),
     )
 
 
@@ -136,6 +139,7 @@ class _Clock:
     def run(self, until: float) -> float:
         arrival, models, ends, engines = self.arrival, self.models, self.ends, self.engines
         single = len(engines) == 1
+        simple = self.alone and not self.record and not any(self.same_pool)
         count, i, now = len(arrival), 0, 0.0
         while True:
             end = ends[0] if single else min(ends)
@@ -153,7 +157,11 @@ class _Clock:
                     engine = engines[e]
                     engine.put(i)
                     if engine.end == IDLE:
-                        self._start(e, now)
+                        if simple:
+                            engine.start(now)
+                            ends[e] = engine.end
+                        else:
+                            self._start(e, now)
                     elif not engine.mixed:
                         engine.cut(now)
                         ends[e] = engine.end
@@ -161,18 +169,27 @@ class _Clock:
             else:
                 now = end
                 e = 0 if single else ends.index(end)
-                engines[e].finish()
-                self._start(e, now)
-                if self.same_pool[e]:
-                    self._wake(e, now)
+                engine = engines[e]
+                engine.finish()
+                if simple:
+                    engine.start(now)
+                    ends[e] = engine.end
+                else:
+                    self._start(e, now)
+                    if self.same_pool[e]:
+                        self._wake(e, now)
 
     def _engine_for(self, model: int) -> int | None:
         serving = self.serving.get(model)
         if not serving:
             return None
-        if len(serving) == 1:
-            return serving[0]
-        return min(serving, key=lambda e: self.engines[e].load)
+        best, engines = serving[0], self.engines
+        if len(serving) > 1:
+            least = engines[best].load
+            for e in serving:
+                if (load := engines[e].load) < least:
+                    best, least = e, load
+        return best
 
     def _start(self, e: int, now: float) -> None:
         """Let an engine decide on its next steps."""
