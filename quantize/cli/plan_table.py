@@ -140,16 +140,17 @@ def _sharing(plan: Plan, shared: Shared) -> str:
     assert plan.request.sharing is not None
     how = plan.request.sharing
     return (
-        f"Shared, {plan.gpus} GPUs; with GPUs of their own the same models take {alone}. Of all "
-        f"requests of each model {least:.1%} or more met the goals, simulated together: engines of "
-        f"one GPU take turns. Placement {how.placement}, memory {how.memory}, order {how.policy}."
+        f"Shared: {plan.gpus} GPU{'s' * (plan.gpus > 1)}; with GPUs of their own the same models take "
+        f"{alone}. Goals met by {least:.1%} of requests, least of all models, simulated together: "
+        f"engines of one GPU take turns. Placement {how.placement}, memory {how.memory}, order "
+        f"{how.policy}."
     )
 
 
 def _print_places(console: Console, plan: Plan) -> None:
     from quantize.plan.emit import node_name
 
-    table = titled_table(f"{plan.gpus} GPUs in use")
+    table = titled_table(f"{plan.gpus} GPU{'s' * (plan.gpus != 1)} in use")
     for column in ("node", "GPUs", "model"):
         table.add_column(column)
     for engine in sorted(plan.engines, key=lambda e: (e.nodes, e.node, e.gpus))[:32]:

@@ -262,7 +262,7 @@ def _class_at(path: Place) -> type[BaseModel] | None:
     """The class whose field `path` is."""
     if len(path) == 1:
         return Request
-    if path[0] == "sharing":
+    if path[:1] == ("sharing",):
         return Sharing
     lists: dict[str, type[BaseModel]] = {"models": Demand, "cluster": Nodes}
     return lists.get(str(path[0])) if len(path) == 3 else None

@@ -28,6 +28,7 @@ from quantize.plan.simulate.memory import Memory, Share
 from quantize.plan.simulate.placed import Pools, Serving, engines
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
+from quantize.plan.simulated import clipped
 from quantize.plan.slabs import KvFormat, SlabPool, Tenant, fixed_pools, paper_pools, smallest_slab
 
 PLACEMENTS: Mapping[str, Callable[[Sequence[asking.Demand], Cluster], Placement]] = {
@@ -103,6 +104,12 @@ def demand_of(
     constants: Constants,
 ) -> asking.Demand:
     """A demand as placements take it, with a shard for each width that an engine runs in."""
+    longest = int((stream.input + stream.output).max())
+    if model.max_context is not None and longest > model.max_context:
+        raise UsageError(
+            f"{name}: its requests have up to {longest:,} tokens, and the model ends at "
+            f"{model.max_context:,}; give it context: {model.max_context}, to which they are cut"
+        )
     engine = replace(engine_for(gpu), utilization=demand.utilization)
     tps = (demand.tp,) if demand.tp else tuple(tp for tp in asking.SIZES if tp <= widest)
     shards = {}
@@ -143,6 +150,7 @@ def streams_of(demands: Sequence[Demand], seed: int = 0) -> list[Requests]:
             count = max(_LEAST, round(rate * span))
             draw = np.random.default_rng((seed, i))
             stream = poisson(rate, count, draw, demand.input, demand.output, demand.spread)
+        stream = clipped(stream, demand)
         found.append(replace(stream.for_model(i), prefix=np.zeros_like(stream.prefix)))
     return found
 

@@ -50,6 +50,11 @@ def stream_of(demand: Demand, seed: int = 0) -> Requests | None:
         found = poisson(demand.rate, _COUNT, draw, demand.input, demand.output, demand.spread)
     else:
         return None
+    return clipped(found, demand)
+
+
+def clipped(found: Requests, demand: Demand) -> Requests:
+    """Requests no longer than a demand's context. UsageError for a trace that has longer ones."""
     longest = demand.context
     if longest is None:
         return found
