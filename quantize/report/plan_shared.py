@@ -27,20 +27,20 @@ def gpus(shared: Shared) -> Iterator[Picture]:
     names = [demand.name for demand in shared.asked]
     drawn: dict[str, list[float]] = {}
     engine = {name: "weights, engine: " + name for name in names}
-    cache = {name: "KV: " + name for name in names}
-    parts = [*engine.values(), *cache.values(), _free(shared), "left to others"]
+    curves_of = {gpu: _curves(shared, gpu) for gpu in places}
+    cached = dict.fromkeys(f"KV: {name}" for curves in curves_of.values() for name in curves)
+    parts = [*engine.values(), *cached, _free(shared), "left to others"]
     columns = []
-    for gpu in places:
+    for gpu, curves in curves_of.items():
         column = dict.fromkeys(parts, 0.0)
         for i, replica in enumerate(shared.placement.replicas):
             if gpu in replica.gpus:
                 column[engine[replica.demand.name]] += shared.held(i)
         weights = sum(column.values())
-        curves = _curves(shared, gpu)
         total = sum(curves.values(), np.zeros(_MOMENTS))
         fullest = int(np.argmax(total))
         for name, curve in curves.items():
-            column[cache[name]] += float(curve[fullest])
+            column[f"KV: {name}"] += float(curve[fullest])
         column[parts[-2]] = shared.cluster.memory - weights - float(total[fullest])
         column[parts[-1]] = shared.gpu.memory_bytes - shared.cluster.memory
         columns.append(column)
@@ -69,7 +69,7 @@ def _in_use(shared: Shared) -> list[int]:
 
 def _curves(shared: Shared, gpu: int) -> dict[str, NDArray[np.float64]]:
     """Model → bytes of KV cache that its engines hold on a GPU, over the moments that are drawn. Slabs
-    belong to a format: engines of one format on a GPU are one curve, under the first's name."""
+    belong to a format: engines of one format on a GPU are one curve, under all their names."""
     moments = np.linspace(0.0, shared.outcome.seconds, _MOMENTS)
     found: dict[str, NDArray[np.float64]] = {}
     drawn: dict[object, str] = {}
@@ -83,11 +83,14 @@ def _curves(shared: Shared, gpu: int) -> dict[str, NDArray[np.float64]]:
         own = [s for s in shared.outcome.samples if s.engine == i]
         curve = _steps([s.time for s in own], [shared.kv_used(i, s.used) for s in own], moments)
         if key in drawn:  # the same slabs, as another engine of the format saw them
-            found[drawn[key]] = np.maximum(found[drawn[key]], curve)
+            before = found.pop(drawn[key])
+            if replica.demand.name not in drawn[key].split(" + "):
+                drawn[key] += f" + {replica.demand.name}"
+            found[drawn[key]] = np.maximum(before, curve)
             continue
         drawn[key] = replica.demand.name
-        before = found.get(replica.demand.name)
-        found[replica.demand.name] = curve if before is None else before + curve
+        other = found.get(replica.demand.name)
+        found[replica.demand.name] = curve if other is None else other + curve
     return found
 
 
