@@ -153,7 +153,9 @@ def _of_format(
                     Loading(str(engine), where, loads, reader.install, told + notes, reader.first)
                 )
     fp8 = any(scheme.fp8_activations for scheme in schemes.values())
-    options = {VLLM.name: ("--attention-backend CUSTOM",)} if _has_int4_cache(config) else {}
+    options: dict[str, tuple[str, ...]] = {}
+    if _has_int4_cache(config):
+        options[VLLM.name] = ("--attention-backend CUSTOM",)
     return _named(form or "plain", config, fp8, engines, options)
 
 

@@ -126,6 +126,10 @@ class IntPart(PackedPart):
     weight_scale: Tensor
 
     scheme: IntScheme
+    folded: Tensor | None
+    factor: Tensor | None
+    repacked: Tensor | None
+    repacked_scale: Tensor | None
 
     def __init__(self, name: str, cut: Cut, scheme: IntScheme, dtype: torch.dtype) -> None:
         super().__init__(name, cut, scheme, dtype)

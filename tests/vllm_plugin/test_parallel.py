@@ -86,9 +86,7 @@ def test_each_process_has_the_scales_of_its_heads(tmp_path: Path):
 def test_groups_that_do_not_divide_say_so(tmp_path: Path):
     name = f"model.layers.0.{ROLES['down']}"
     model = write(tmp_path / "model", {name: IntScheme(4, 128, False)})
-    words = (
-        f"{name}: inputs 384 in units of 128 does not divide among 2 GPUs; serve with another"
-    )
+    words = f"{name}: inputs 384 in units of 128 does not divide among 2 GPUs; serve with another"
     with pytest.raises(AssertionError, match=words):
         ask(tmp_path, model=model, dtype="float32", engine={"tensor_parallel_size": 2}, runs=[])
 
