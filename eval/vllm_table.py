@@ -120,7 +120,7 @@ def _converted(model: Path, row: Row, args: Any) -> Path:
 
     import torch
 
-    from quantize.convert.loop import Request, convert
+    from quantize.conversion.loop import Request, convert
     from quantize.recipe.recipe import load_recipe, parse_recipe
 
     if row.recipe is None:
