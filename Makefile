@@ -74,12 +74,15 @@ test-models: setup ## Put every type of the installed transformers to the law, a
 
 # llama.cpp is built from source, without its multimodal part; make's own -j does not reach it.
 GGUF ?= .venv-gguf
-test-gguf: ## Build a real llama.cpp in an environment of its own (some minutes, once) and run what needs it
+test-gguf: $(GGUF)/.ready ## Build a real llama.cpp in an environment of its own (some minutes, once) and run what needs it
+	$(GGUF)/bin/python -m pytest -q -rs tests/serving/test_llama_cpp.py
+
+$(GGUF)/.ready: pyproject.toml
 	test -x $(GGUF)/bin/python || $(PYTHON) -m venv $(GGUF)
 	$(if $(TORCH),$(GGUF)/bin/python -m pip install --quiet "$(TORCH)")
 	CMAKE_ARGS="$${CMAKE_ARGS:--DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF}" \
 		$(GGUF)/bin/python -m pip install --quiet --editable ".[test]" "llama-cpp-python>=0.3.30"
-	$(GGUF)/bin/python -m pytest -q -rs tests/serving/test_llama_cpp.py
+	touch $@
 
 LOWEST ?= .venv-lowest
 test-lowest: ## Run the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from quantize.calibration.bos import bos_of
 from quantize.calibration.tokens import calibration_tokens, evaluation_tokens
 from quantize.conversion.loop import Request, convert
 from quantize.files.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def importance(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray[Any, A
             module.register_forward_hook(record(known))
     with torch.no_grad():
         for part in torch.split(tokens, 8):
-            parent(part)
+            parent(part, logits_to_keep=1)
             seen += part.numel()
     return {name: (total / seen).float().numpy() for name, total in sums.items()}
 
@@ -294,8 +295,13 @@ def main() -> None:
 
     results["versions"]["llama-cpp-python"] = llama_cpp.__version__
     for model in args.model:
+        tokenizer = load_tokenizer(model)
         text = evaluation_tokens(
-            load_tokenizer(model), dataset=args.text, seqlen=args.seqlen, max_windows=args.windows
+            tokenizer,
+            dataset=args.text,
+            seqlen=args.seqlen,
+            max_windows=args.windows,
+            bos=bos_of(tokenizer, "auto"),
         )
         windows = text.tokens
         parent = None

@@ -24,6 +24,7 @@ import growth
 import ladimo
 import memory
 import sbvr
+import vllm_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -31,6 +32,8 @@ _FIRST = ("yardstick-4bit", "fireq-ablation", "sbvr", "ladimo")
 """Results files in the order in which they are read best; others follow by name."""
 _ELSEWHERE = ("models", "fineserve", "latency", "vllm-", "draft-", "tensor-parallel")
 """How the names of others begin: docs/models.md, docs/plan*.md, docs/draft.md and docs/serving.md."""
+_OWN_PAGES = {"vllm-table": ("vllm.md", "engine", vllm_table.table)}
+"""Results file → the page that shows it, its section, its table."""
 _KINDS = {
     "ratios": (bench_peers.table, "Conversions beside other tools"),
     "forward_passes": (growth.table, "Time of a block"),
@@ -135,6 +138,20 @@ def fill(text: str, files: Sequence[Path], page: Path) -> str:
     return text
 
 
+def own_pages() -> list[str]:
+    """Results files that pages of their own show, of those that were measured."""
+    return [stem for stem in _OWN_PAGES if (RESULTS / f"{stem}.json").exists()]
+
+
+def own_page(stem: str) -> tuple[Path, str]:
+    """A page that shows one results file, and its text with the section made anew."""
+    name, section, table = _OWN_PAGES[stem]
+    page, data = ROOT / "docs" / name, _data(RESULTS / f"{stem}.json")
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    shown = f"`{stem}.json`: {data['protocol']} ({data['machine']}; {versions}).\n\n{table(data)}\n"
+    return page, put(page.read_text(encoding="utf-8"), section, shown, page)
+
+
 def put(text: str, name: str, tables: str, page: Path) -> str:
     """The text with another section `name`; leaves the program where the page has none."""
     section = re.compile(rf"(<!-- {name}: begin -->\n).*(<!-- {name}: end -->)", re.DOTALL)
@@ -146,6 +163,9 @@ def put(text: str, name: str, tables: str, page: Path) -> str:
 
 if __name__ == "__main__":
     main(ROOT / "docs" / "results.md", results())
+    for one in own_pages():
+        its_page, anew = own_page(one)
+        its_page.write_text(anew, encoding="utf-8")
     readme = ROOT / "README.md"
     changed = put(readme.read_text(encoding="utf-8"), "results", summary(RESULTS), readme)
     readme.write_text(changed, encoding="utf-8")

@@ -194,6 +194,9 @@ def test_a_changed_part_is_noticed():
 def test_tables_of_results_are_up_to_date(render: ModuleType):
     page = DOCS / "results.md"
     assert render.fill(text_of(page), render.results(), page) == text_of(page), "run make docs"
+    for stem in render.own_pages():
+        page, anew = render.own_page(stem)
+        assert anew == text_of(page), "run make docs"
     readme = ROOT / "README.md"
     table = render.summary(render.RESULTS)
     small = render.put(text_of(readme), "results", table, readme)

@@ -15,7 +15,7 @@ import typer
 from quantize.cli import options
 from quantize.cli.common import local_model
 from quantize.cli.inspect import printable
-from quantize.errors import ModelError
+from quantize.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from quantize.inspect.engines import Loading, Loadings
@@ -58,6 +58,10 @@ def serve_check(
 
     folder = local_model(model, revision)
     found = loadings(folder)
+    if found.options and kv_cache != "auto":
+        raise UsageError(
+            f"--kv-cache {kv_cache}: {model} works on an INT4 cache of its own; leave the option out"
+        )
     served, untold = None, None
     try:
         served = served_model(folder, kv_cache, name=model)
@@ -109,11 +113,9 @@ class _Check:
         return placed(self.served, self.context, self.sequences, self._runs_on)
 
     def _runs_on(self, gpu: Gpu) -> bool:
-        from quantize.formats.engines import HOPPER, TURING
+        from quantize.formats.engines import runs_on
 
-        # The kernels of Hopper ask for its capability exactly.
-        where = HOPPER if gpu.capability == 9.0 else TURING
-        return any(loading.where == where for loading in self._of("vLLM"))
+        return any(runs_on(loading.where, gpu.capability) for loading in self._of("vLLM"))
 
     def _of(self, engine: str) -> list[Loading]:
         return [x for x in self.found.engines if x.loads and x.engine.startswith(engine)]
@@ -125,7 +127,11 @@ class _Check:
         out: dict[str, list[str]] = {}
         name = shlex.quote(self.model)
         if self._of(VLLM.name):
-            out[VLLM.name] = [self._vllm(name)]
+            options = self.found.options.get(VLLM.name, ())
+            line = self._vllm(name)
+            out[VLLM.name] = [" ".join((line, *options))]
+            if options:
+                out[VLLM.name].append(f"{line}  # on CPUs")
         if found := self._of(TRANSFORMERS.name):
             out[TRANSFORMERS.name] = [
                 *([found[0].first] if found[0].first else []),

@@ -69,8 +69,23 @@ VLLM = Engine("vLLM", "0.32", fuses=True)
 TRANSFORMERS = Engine("transformers", "5.24", fuses=False)
 
 TURING = "NVIDIA GPUs since Turing"
+AMPERE = "NVIDIA GPUs since Ampere"
+ADA = "NVIDIA GPUs since Ada"
 HOPPER = "H100 and H200"
 CPU = "CPUs"
+_SINCE = {TURING: 7.5, AMPERE: 8.0, ADA: 8.9}
+_HOPPER = 9.0
+
+PLUGIN = "pq-vllm"
+"""pq's plugin for vLLM, a package of its own."""
+EXPERTS_IN_VLLM = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+"""Classes in whose dense FFNs' places the plugin puts LaDiMo's experts."""
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(VLLM, "Marlin", TURING, frozenset({4, 8}), _GROUPS),
@@ -80,6 +95,8 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(VLLM, "CUTLASS W4A8", HOPPER, frozenset({4}), frozenset({128}), fp8=True, side=128),
     # Experts are run only where the processor has AMX.
     Kernel(VLLM, "CPU", CPU, frozenset({4}), side=32, experts=False),
+    Kernel(VLLM, "pq's own", ADA, frozenset({4}), fp8=True, experts=False, needs=PLUGIN),
+    Kernel(VLLM, "pq's own", CPU, frozenset({4}), fp8=True, experts=False, needs=PLUGIN),
     # It unpacks when it loads, and rounds no inputs of routed experts.
     Kernel(TRANSFORMERS, "none", "any device", _BITS),
     Kernel(TRANSFORMERS, "none", "any device", _BITS, fp8=True, experts=False),
@@ -112,10 +129,18 @@ READERS: tuple[Reader, ...] = (
     Reader(TRANSFORMERS, "pq", ("any device",), ("pq-quantize",), "import quantize"),
     Reader(VLLM, None, (TURING, HOPPER, CPU)),
     Reader(VLLM, "compressed-tensors", (TURING, HOPPER, CPU), by_kernel=True),
-    Reader(VLLM, "pq", (TURING, HOPPER, CPU), ("pq-vllm",), None, "with pq's plugin pq-vllm"),
+    Reader(VLLM, "pq", (AMPERE, CPU), (PLUGIN,)),
     Reader(LLAMA_CPP, "gguf", ("any device",)),
 )
 """Engines in the order in which they are told of; an engine without a row for a format refuses it."""
+
+
+def runs_on(where: str, capability: float) -> bool:
+    """Whether a GPU of this compute capability is one of those that `where`, a name of this table,
+    means."""
+    if where == HOPPER:
+        return capability == _HOPPER
+    return where in _SINCE and capability >= _SINCE[where]
 
 
 def kernels_for(

@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING, Any
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
 from quantize.formats.engines import (
+    ADA,
+    AMPERE,
+    CPU,
+    EXPERTS_IN_VLLM,
     HOPPER,
+    PLUGIN,
     READERS,
     TRANSFORMERS,
     TURING,
+    VLLM,
     Reader,
     kernels_for,
 )
@@ -61,6 +67,8 @@ class Loadings:
     """What floats config.json names."""
     fp8: bool
     """Whether some linears round their inputs to FP8."""
+    options: dict[str, tuple[str, ...]]
+    """Engine → options of its command that the checkpoint needs on a GPU."""
     engines: tuple[Loading, ...]
 
     @property
@@ -76,14 +84,14 @@ class Loadings:
     @property
     def line(self) -> str:
         """The short form: `loads in: …`."""
-        by_engine: dict[str, list[Loading]] = {}
+        alike: dict[tuple[str, tuple[str, ...]], list[Loading]] = {}
         for found in self.engines:
             if found.loads:
-                by_engine.setdefault(found.engine, []).append(found)
+                alike.setdefault((found.engine, found.install), []).append(found)
         parts = []
-        for engine, places in by_engine.items():
+        for (engine, install), places in alike.items():
             offered = [found for found in self.engines if found.engine == engine]
-            extra = f" with {' and '.join(places[0].install)}" if places[0].install else ""
+            extra = f" with {' and '.join(install)}" if install else ""
             wheres = [place.where for place in places]
             if TURING in wheres:  # of which those of Hopper are some
                 wheres = [where for where in wheres if where != HOPPER]
@@ -133,6 +141,8 @@ def _of_format(
             engines.append(Loading(str(engine), "any device", False, (), (f"no {name}{hint}",)))
         elif reader.by_kernel:
             engines += _in_vllm(reader, schemes, shapes)
+        elif reader.install == (PLUGIN,):
+            engines += _in_plugin(reader, config)
         else:
             told: tuple[str, ...] = () if reader.note is None else (reader.note,)
             if engine == TRANSFORMERS and reader.first is None and schemes:
@@ -143,20 +153,59 @@ def _of_format(
                     Loading(str(engine), where, loads, reader.install, told + notes, reader.first)
                 )
     fp8 = any(scheme.fp8_activations for scheme in schemes.values())
-    return _named(form or "plain", config, fp8, engines)
+    options: dict[str, tuple[str, ...]] = {}
+    if _has_int4_cache(config):
+        options[VLLM.name] = ("--attention-backend CUSTOM",)
+    return _named(form or "plain", config, fp8, engines, options)
 
 
-def _named(form: str, config: Mapping[str, Any], fp8: bool, engines: Iterable[Loading]) -> Loadings:
-    names = config.get("architectures")
+def _has_int4_cache(config: Mapping[str, Any]) -> bool:
+    section = config.get("quantization_config") or {}
+    return section.get("quant_method") == "pq" and bool(section.get("attention"))
+
+
+def _in_plugin(reader: Reader, config: Mapping[str, Any]) -> list[Loading]:
+    """pq's own format in vLLM, which pq's plugin reads."""
+    name = _architecture(config)
+    lacks: tuple[str, ...] = ()
+    if config["quantization_config"].get("experts") and name not in EXPERTS_IN_VLLM:
+        known = ", ".join(EXPERTS_IN_VLLM)
+        lacks = (f"{PLUGIN} puts LaDiMo's experts into {known} alone, this is {name}",)
+    out = []
+    for where in reader.hardware:
+        # Attention on the INT4 cache multiplies E4M3.
+        needs_ada = where == AMPERE and _has_int4_cache(config)
+        notes = lacks or (("with --attention-backend CUSTOM",) if needs_ada else ())
+        out.append(
+            Loading(
+                str(reader.engine), ADA if needs_ada else where, not lacks, reader.install, notes
+            )
+        )
+    return out
+
+
+def _named(
+    form: str,
+    config: Mapping[str, Any],
+    fp8: bool,
+    engines: Iterable[Loading],
+    options: dict[str, tuple[str, ...]] | None = None,
+) -> Loadings:
     dtype = config.get("dtype", config.get("torch_dtype"))
     return Loadings(
         format=form,
         model_type=str(config.get("model_type", "unknown")),
-        architecture=str(names[0]) if isinstance(names, list) and names else "unknown",
+        architecture=_architecture(config),
         dtype=dtype if isinstance(dtype, str) else None,
         fp8=fp8,
+        options=options or {},
         engines=tuple(engines),
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "unknown"
 
 
 def _in_vllm(
@@ -171,7 +220,22 @@ def _in_vllm(
         if where == HOPPER and any(scheme.fp8_activations for scheme in schemes.values()):
             notes = (*why, "in bfloat16")
         out.append(Loading(str(reader.engine), where, not why, reader.install, notes))
-    return out
+    return out + _off_hopper(reader, schemes, out)
+
+
+def _off_hopper(
+    reader: Reader, schemes: Mapping[str, AnyScheme], found: Iterable[Loading]
+) -> list[Loading]:
+    """Where pq's plugin multiplies what needs FP8 inputs, which vLLM alone does on one generation."""
+    served = {one.where for one in found if one.loads}
+    if HOPPER not in served or TURING in served:
+        return []
+    places = [
+        where
+        for where in (ADA, CPU)
+        if all(kernels_for(VLLM, x, hardware=(where,)) for x in schemes.values())
+    ]
+    return [Loading(str(reader.engine), where, True, (PLUGIN,)) for where in places]
 
 
 def _in_transformers(schemes: Mapping[str, AnyScheme], names: Iterable[str]) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ def register() -> None:
         register_quantization_config,
     )
 
-    from quantize.vllm import attention, compressed
+    from quantize.vllm import attention, compressed, dense_experts
     from quantize.vllm.config import NAME, PqConfig
 
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(PqConfig)
         register_quantization_config(compressed.NAME)(compressed.PqCompressedTensorsConfig)
         attention.register_backends()
+        dense_experts.register_classes()

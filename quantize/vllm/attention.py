@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from quantize.formats.kv4 import KvNumerics, KvScheme
+from quantize.formats.shards import kv_heads
 from quantize.kernels.attention.paged import attend_pages, store_pages
 
 
@@ -63,6 +65,9 @@ class PqKvMethod(BaseKVCacheMethod):  # type: ignore[misc]  # vLLM is not instal
 
 
 def _load_scale(param: nn.Parameter, loaded: Tensor) -> None:
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if loaded.ndim == param.ndim and ranks > 1:
+        loaded = loaded[kv_heads(len(loaded), rank, ranks)]
     if param.shape != loaded.shape:
         raise ValueError(
             f"kv.scale is {tuple(loaded.shape)}, the model has {tuple(param.shape)} heads and channels"

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
+from quantize.formats.engines import EXPERTS_IN_VLLM
 from quantize.formats.groups import read_groups
 from quantize.formats.native import (
     NATIVE,
@@ -26,6 +27,7 @@ from quantize.formats.native import (
     scheme_from_json,
 )
 from quantize.vllm.attention import PqKvMethod
+from quantize.vllm.dense_experts import PREFIX, NoLinearMethod
 from quantize.vllm.experts import PqExpertsMethod
 from quantize.vllm.linear import PqLinearMethod, RotatedLinearMethod
 from quantize.vllm.names import parts_of, renamed, renamed_groups
@@ -40,11 +42,7 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
     def __init__(self, section: Mapping[str, Any]) -> None:
         super().__init__()
         require_understood(section)
-        if experts_of(section):
-            raise ValueError(
-                "pq-vllm serves LaDiMo's experts in its stock container (qwen2_moe) alone, and these stand in a "
-                "class of another type; load the checkpoint with transformers"
-            )
+        self.experts = experts_of(section)
         self.routing = routing_of(section)
         self.section = dict(section)
         self.rotated = frozenset(rotated_inputs_of(section))
@@ -78,9 +76,23 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
         """The post-RoPE scale S is loaded into vLLM's attention layer, below that of the checkpoint."""
         return WeightsMapper(orig_to_new_regex={regex.compile(r"\.kv\.scale$"): ".attn.pq_scale"})
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Ask for the class that puts experts in the places of dense FFNs, where the checkpoint has them;
+        ValueError for a model of which there is none."""
+        names = [*(getattr(hf_config, "architectures", None) or [])]
+        if self.experts is None or names[0].removeprefix(PREFIX) != names[0]:
+            return
+        if names[0] not in EXPERTS_IN_VLLM:
+            raise ValueError(
+                f"{model_name}: pq-vllm serves LaDiMo's experts in {', '.join(EXPERTS_IN_VLLM)} and qwen2_moe, this "
+                f"is {names[0]}; load it with transformers"
+            )
+        hf_config.architectures = [f"{PREFIX}{names[0]}"]
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Call linears as vLLM's model does."""
-
         self.section = renamed_groups(self.section, hf_to_vllm_mapper)
         self.rotated = frozenset(renamed(name, hf_to_vllm_mapper) for name in self.rotated)
         self.routing = {renamed(ffn, hf_to_vllm_mapper): p for ffn, p in self.routing.items()}
@@ -93,6 +105,8 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
+        if self.experts is not None and prefix.rpartition(".")[0] in self.routing:
+            return NoLinearMethod()
         parts = parts_of(prefix, self.packed_modules_mapping)
         schemes = read_groups(self.section, parts, scheme_from_json)
         rotates = {part in self.rotated for part in parts}

@@ -20,6 +20,7 @@ from quantize.formats.routing import Policy, TopK
 from quantize.formats.scheme import AnyScheme
 from quantize.kernels.experts.api import routed_experts
 from quantize.vllm import ops
+from quantize.vllm.cuts import Cut, inputs_cut, rows_cut
 from quantize.vllm.parts import Part, PlainPart, joined, part_of
 
 _ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -66,14 +67,12 @@ class PqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not 
         self._require_served(layer, num_experts)
         if self.policy is None:
             self.policy = TopK(layer.top_k, layer.renormalize)
-        D, E = hidden_size, intermediate_size_per_partition
-        sizes = {"w1": (E, D), "w3": (E, D), "w2": (D, E)}
         self.parts: dict[tuple[int, str], Part] = {}
         for e in range(num_experts):
             for shard, role in _ROLES.items():
                 name = f"{self.name}.{e}.{role}"
-                scheme = self.schemes.get(name)
-                self.parts[e, shard] = part_of(name, sizes[shard], scheme, params_dtype)
+                cut = self._cut(name, shard, intermediate_size_per_partition, hidden_size)
+                self.parts[e, shard] = part_of(name, cut, self.schemes.get(name), params_dtype)
         layer.pq_parts = nn.ModuleList(self.parts.values())
         layer.pq_dtype = params_dtype
         kinds = {
@@ -84,6 +83,16 @@ class PqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not 
             place = nn.Parameter(torch.empty(0), requires_grad=False)
             set_weight_attrs(place, {"weight_loader": self._loader(suffix)})
             layer.register_parameter(f"{kind}_{suffix}", place)
+
+    def _cut(self, name: str, shard: str, E: int, D: int) -> Cut:
+        """What this GPU, which holds E hidden neurons of every expert, has of one of its linears."""
+        where = self.moe.moe_parallel_config
+        rank, ranks = where.tp_rank, where.tp_size
+        if ranks == 1:
+            return Cut((D, E) if shard == "w2" else (E, D))
+        if shard == "w2":
+            return inputs_cut(D, E * ranks, self.schemes.get(name), rank, ranks, name)
+        return rows_cut(E, D, rank, ranks)
 
     def _loader(self, suffix: str) -> Any:
         def load(
@@ -170,10 +179,13 @@ class PqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not 
 
     def _require_served(self, layer: Any, num_experts: int) -> None:
         activation = str(layer.activation.value)
+        last = {f"{self.name}.{e}.down_proj" for e in range(num_experts)}
         odd = {
-            f"{num_experts} of {layer.global_num_experts} experts here: serve with "
-            "--tensor-parallel-size 1 and without expert parallelism": (
-                num_experts != layer.global_num_experts or self.moe.moe_parallel_config.tp_size > 1
+            f"{num_experts} of {layer.global_num_experts} experts here: serve without expert "
+            "parallelism": num_experts != layer.global_num_experts,
+            "the inputs of down_proj are rotated, which needs all of them: serve with "
+            "--tensor-parallel-size 1": (
+                bool(last & self.rotated) and self.moe.moe_parallel_config.tp_size > 1
             ),
             f"activation {activation}: only SwiGLU is served": activation not in ("silu", "swiglu"),
             f"scores by {layer.scoring_func}: only softmax is served": layer.scoring_func

@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from quantize.formats.scheme import AnyScheme
 from quantize.serving.native_linear import constant
 from quantize.vllm import ops
+from quantize.vllm.cuts import Cut, inputs_cut, rows_cut
 from quantize.vllm.parts import Part, joined, part_of
 
 _SHARDS = ("q", "k", "v")
@@ -40,19 +47,15 @@ class PqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not ins
         **extra: Any,
     ) -> None:
         """Put empty parts into `layer`, and a parameter for each suffix by which vLLM's loader finds them."""
-        names = [*self.schemes]
-        if get_tensor_model_parallel_world_size() > 1:
-            raise ValueError(
-                f"{names[0]}: pq-vllm cannot slice packed linears yet; serve with --tensor-parallel-size 1"
-            )
-        sizes = _rows(layer, output_partition_sizes, len(names))
+        schemes = self.schemes
+        cuts = _cuts(layer, output_partition_sizes, input_size, schemes)
         try:
             parts = [
-                part_of(name, (N, input_size), self.schemes[name], params_dtype)
-                for name, N in zip(names, sizes, strict=True)
+                part_of(name, cut, schemes[name], params_dtype)
+                for name, cut in zip(schemes, cuts, strict=True)
             ]
         except ValueError as err:
-            raise ValueError(f"{', '.join(names)}: {err}") from None
+            raise ValueError(f"{', '.join(schemes)}: {err}") from None
         layer.pq_parts = nn.ModuleList(parts)
         layer.pq_dtype = params_dtype
         keys: Sequence[Any] = _SHARDS if len(parts) == len(_SHARDS) else range(len(parts))
@@ -63,7 +66,7 @@ class PqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not ins
         for suffix in layer.pq_suffixes:
             # vLLM warns of tensors whose dtype is not that of their place.
             held = next(part for part in parts if suffix in part.missing)
-            place = constant(torch.empty(0, dtype=held.get_parameter(suffix).dtype))
+            place = constant(torch.empty(0, dtype=held.stored[suffix][0]))
             set_weight_attrs(place, {"weight_loader": _loader(suffix, by_shard)})
             layer.register_parameter(suffix, place)
 
@@ -82,11 +85,14 @@ class PqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not ins
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] → [..., N], the outputs of all parts side by side."""
         if self.rotates:
-            x = ops.rotate_inputs(x)
+            x = _rotated(layer, x)
         parts: Sequence[Part] = layer.pq_parts
         sizes = [part.shape[0] for part in parts]
         biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
         out = [part.multiply(x, b) for part, b in zip(parts, biases, strict=True)]
+        if isinstance(layer, ParallelLMHead) and layer.tp_size > 1:
+            # What the GPUs' logits are put together from is as wide on each of them.
+            out.append(x.new_zeros(*x.shape[:-1], layer.num_embeddings_per_partition - sum(sizes)))
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
@@ -101,15 +107,45 @@ class RotatedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] → [..., N]."""
-        y: Tensor = super().apply(layer, ops.rotate_inputs(x), bias)
+        y: Tensor = super().apply(layer, _rotated(layer, x), bias)
         return y
 
 
-def _rows(layer: Any, partitions: Sequence[int], parts: int) -> list[int]:
-    # vLLM pads a vocabulary; what it pads with is cut off the logits again.
+def _cuts(
+    layer: Any, partitions: Sequence[int], K: int, schemes: Mapping[str, AnyScheme | None]
+) -> list[Cut]:
+    """What this GPU holds of each linear of the checkpoint."""
+    rank, ranks, names = layer.tp_rank, layer.tp_size, [*schemes]
     if isinstance(layer, ParallelLMHead):
-        return [layer.org_vocab_size]
-    return [*partitions] if len(partitions) == parts else [sum(partitions)]
+        # vLLM pads a vocabulary; what it pads with is cut off the logits again.
+        here = layer.shard_indices
+        rows = slice(here.org_vocab_start_index, here.org_vocab_end_index)
+        return [Cut((layer.org_vocab_size, K), rows=rows)]
+    sizes = [*partitions] if len(partitions) == len(names) else [sum(partitions)]
+    if ranks > 1 and isinstance(layer, RowParallelLinear):
+        return [
+            inputs_cut(N, K, schemes[name], rank, ranks, name)
+            for name, N in zip(names, sizes, strict=True)
+        ]
+    if ranks == 1 or not isinstance(layer, ColumnParallelLinear):
+        return [Cut((N, K)) for N in sizes]
+    if len(partitions) != len(names):
+        raise ValueError(
+            f"{names[0]} is one linear where vLLM divides {len(partitions)} among GPUs; serve with "
+            "--tensor-parallel-size 1"
+        )
+    # With more GPUs than heads of keys and values several hold the same one.
+    copies = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) else 1
+    return [rows_cut(N, K, rank, ranks, copies if index else 1) for index, N in enumerate(sizes)]
+
+
+def _rotated(layer: Any, x: Tensor) -> Tensor:
+    """x @ H of what this GPU holds of x [..., K]: a rotation mixes all inputs, so that they come together."""
+    if not isinstance(layer, RowParallelLinear) or layer.tp_size == 1:
+        return ops.rotate_inputs(x)  # type: ignore[no-any-return]
+    whole = ops.rotate_inputs(tensor_model_parallel_all_gather(x))
+    held: Tensor = whole.chunk(layer.tp_size, dim=-1)[layer.tp_rank].contiguous()
+    return held
 
 
 def _loader(suffix: str, parts: Mapping[Any, Part]) -> Any:

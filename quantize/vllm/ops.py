@@ -23,6 +23,7 @@ from quantize.kernels.int4.decode import decode
 from quantize.kernels.int4.reference import Weight
 from quantize.model.hadamard import apply_hadamard
 
+# What compiled code reads of an operator's output it reads where its fake has it: row after row.
 # The schema of an operator is read from these annotations, which must name torch's own types.
 # ruff: noqa: UP045
 
@@ -40,7 +41,7 @@ def _bitvec(
     if has_kernel(x):
         weight = (planes, index, lines, scales)
         return bitvec.multiply(x, *weight, bias, bits=bits, group_size=group_size)
-    return Stored(planes, index, lines, scales, bits, group_size).multiply(x, bias)
+    return Stored(planes, index, lines, scales, bits, group_size).multiply(x, bias).contiguous()
 
 
 def _bitvec_like(
@@ -66,15 +67,16 @@ def _int(
         weight = Weight(packed, scale if folded is None else folded, factor)
         return int4.multiply(x, weight, bias, fp8_activations=fp8_activations)
     if repacked is not None and repacked_scale is not None and prefers_repacked(x):
-        return multiply_repacked(x, repacked, repacked_scale, bias)
+        return multiply_repacked(x, repacked, repacked_scale, bias).contiguous()
     if fp8_activations:
         x = quantize_activations(x).to(x.dtype)
 
     def rows(first: int, last: int, dtype: torch.dtype) -> Tensor:
         part = slice(first, last)
-        return decode(packed[part], scale[part], bits, K, fp8_activations, dtype)
+        own = None if factor is None else factor[part]
+        return decode(packed[part], scale[part], bits, K, fp8_activations, dtype, own)
 
-    return multiply_by_rows(x, N, rows, None if bias is None else bias.to(x.dtype))
+    return multiply_by_rows(x, N, rows, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 def _int_like(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
@@ -82,7 +84,7 @@ def _int_like(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    return apply_hadamard(x)
+    return apply_hadamard(x).contiguous()
 
 
 direct_register_custom_op("pq_bitvec_linear", _bitvec, fake_impl=_bitvec_like)

@@ -9,39 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.formats.bitvec import BitVecScheme
+from quantize.formats.fp8 import row_factor
 from quantize.formats.packed_int import IntScheme
 from quantize.formats.scheme import AnyScheme
 from quantize.kernels.int4.api import fold
 from quantize.kernels.int4.cpu import can_repack, repack
-from quantize.kernels.int4.reference import Weight
+from quantize.kernels.int4.reference import Weight, fold_reference
 from quantize.serving.native_linear import constant
 from quantize.vllm import ops
+from quantize.vllm.cuts import Cut
 
 
 class Part(nn.Module):
-    """One linear [N, K] of the checkpoint: y = x Wᵀ + b, its tensors as they are stored there."""
+    """One linear of the checkpoint, or what this GPU holds of it, [N, K]: y = x Wᵀ + b, its tensors as
+    they are stored there."""
 
-    def __init__(
-        self,
-        name: str,
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-        shape: tuple[int, int],
-    ) -> None:
+    def __init__(self, name: str, cut: Cut, scheme: AnyScheme | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.name, self.shape, self.missing = name, shape, set(layout)
-        for suffix, (dtype, size) in layout.items():
-            self.register_parameter(suffix, constant(torch.empty(size, dtype=dtype)))
+        self.name, self.cut, self.shape, self.scheme = name, cut, cut.held, scheme
+        self.stored = _layout(scheme, cut.shape, dtype)
+        self.missing = set(self.stored)
+        self.whole: dict[str, Tensor] = {}
+        for suffix, (kind, size) in _layout(scheme, cut.held, dtype).items():
+            self.register_parameter(suffix, constant(torch.empty(size, dtype=kind)))
 
     def load(self, suffix: str, found: Tensor) -> None:
         """Take over a tensor of the checkpoint; ValueError for one that config.json does not imply."""
-        own = self.get_parameter(suffix)
-        if own.shape != found.shape or (own.dtype != found.dtype and suffix != "weight"):
+        dtype, size = self.stored[suffix]
+        if found.shape != size or (found.dtype != dtype and suffix != "weight"):
             raise ValueError(
                 f"{self.name}.{suffix} is {found.dtype} {tuple(found.shape)}, config.json implies "
-                f"{own.dtype} {tuple(own.shape)}; convert or download the checkpoint again"
+                f"{dtype} {size}; convert or download the checkpoint again"
             )
-        own.data.copy_(found)
+        self.whole[suffix] = found
         self.missing.discard(suffix)
+        if not self.missing:  # a tensor may need another one to be cut
+            self.take(self.whole)
+            self.whole = {}
+
+    def take(self, whole: dict[str, Tensor]) -> None:
+        """Keep what this GPU holds of all tensors; ValueError for those that contradict config.json."""
+        for suffix, part in self.cut.of(whole, self.scheme).items():
+            self.get_parameter(suffix).data.copy_(part)
 
     def check(self) -> None:
         """ValueError where a tensor was not loaded, or does not fit the others."""
@@ -63,9 +72,6 @@ class PlainPart(Part):
 
     weight: Tensor
 
-    def __init__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__(name, {"weight": (dtype, shape)}, shape)
-
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K], bias [N] → [..., N] in x's dtype."""
         return F.linear(x, self.weight, bias)
@@ -76,17 +82,14 @@ class PackedPart(Part):
 
     weight_shape: Tensor
 
-    def __init__(self, name: str, shape: tuple[int, int], scheme: AnyScheme) -> None:
-        super().__init__(name, scheme.layout(*shape), shape)
-
-    def check(self) -> None:
-        """As `Part.check`; also for a shape that is another one's."""
-        super().check()
-        if tuple(self.weight_shape.tolist()) != self.shape:
+    def take(self, whole: dict[str, Tensor]) -> None:
+        """As `Part.take`; also for a shape that is another one's."""
+        if tuple(whole["weight_shape"].tolist()) != self.cut.shape:
             raise ValueError(
-                f"{self.name}.weight_shape says {self.weight_shape.tolist()}, config.json implies "
-                f"{list(self.shape)}; convert or download the checkpoint again"
+                f"{self.name}.weight_shape says {whole['weight_shape'].tolist()}, config.json implies "
+                f"{list(self.cut.shape)}; convert or download the checkpoint again"
             )
+        super().take(whole)
 
 
 class BitVecPart(PackedPart):
@@ -97,12 +100,10 @@ class BitVecPart(PackedPart):
     weight_lines: Tensor
     weight_scales: Tensor
 
-    def __init__(self, name: str, shape: tuple[int, int], scheme: BitVecScheme) -> None:
-        super().__init__(name, shape, scheme)
-        self.scheme = scheme
+    scheme: BitVecScheme
 
     def check(self) -> None:
-        """As `PackedPart.check`; also for an index outside the codebook, where a kernel would read what
+        """As `Part.check`; also for an index outside the codebook, where a kernel would read what
         is not its own."""
         super().check()
         lines, largest = self.scheme.lines * self.scheme.scales, int(self.weight_index.int().max())
@@ -124,18 +125,33 @@ class IntPart(PackedPart):
     weight_packed: Tensor
     weight_scale: Tensor
 
-    def __init__(self, name: str, shape: tuple[int, int], scheme: IntScheme) -> None:
-        super().__init__(name, shape, scheme)
-        self.scheme = scheme
+    scheme: IntScheme
+    folded: Tensor | None
+    factor: Tensor | None
+    repacked: Tensor | None
+    repacked_scale: Tensor | None
+
+    def __init__(self, name: str, cut: Cut, scheme: IntScheme, dtype: torch.dtype) -> None:
+        super().__init__(name, cut, scheme, dtype)
         for form in ("folded", "factor", "repacked", "repacked_scale"):
             self.register_buffer(form, None, persistent=False)
+
+    def take(self, whole: dict[str, Tensor]) -> None:
+        """As `PackedPart.take`; where a row of E4M3 products is divided, the factor of all of it is kept."""
+        super().take(whole)
+        if self.scheme.fp8_activations and self.cut.inputs is not None:
+            factor = row_factor(whole["weight_scale"].to(self.weight_scale.device))
+            self.factor = fold_reference(self.weight_scale.data, factor)[1]
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Fold scales for kernels with E4M3 activations, or repack for torch's operator on CPUs."""
         (N, K), scheme = self.shape, self.scheme
         weight = Weight(self.weight_packed.data, self.weight_scale.data)
         if scheme.fp8_activations and weight.packed.is_cuda:
-            self.folded, self.factor = fold(weight)[1:]
+            if self.factor is None:
+                self.folded, self.factor = fold(weight)[1:]
+            else:
+                self.folded, self.factor = fold_reference(weight.scale, self.factor[:, None] / 8)
         plain = scheme.bits == 4 and not scheme.fp8_activations and not weight.packed.is_cuda
         if plain and can_repack(N, scheme.group(K), dtype):
             self.repacked, self.repacked_scale = repack(weight.packed, weight.scale, K)
@@ -149,16 +165,20 @@ class IntPart(PackedPart):
         return y
 
 
-def part_of(
-    name: str, shape: tuple[int, int], scheme: AnyScheme | None, dtype: torch.dtype
-) -> Part:
-    """An empty linear [N, K] of this scheme, or a plain one; dtype: of the activations."""
+def part_of(name: str, cut: Cut, scheme: AnyScheme | None, dtype: torch.dtype) -> Part:
+    """An empty linear of this scheme, or a plain one; dtype: of the activations."""
     if scheme is None:
-        return PlainPart(name, shape, dtype)
+        return PlainPart(name, cut, None, dtype)
     if isinstance(scheme, BitVecScheme):
-        return BitVecPart(name, shape, scheme)
+        return BitVecPart(name, cut, scheme, dtype)
     assert isinstance(scheme, IntScheme), scheme
-    return IntPart(name, shape, scheme)
+    return IntPart(name, cut, scheme, dtype)
+
+
+def _layout(
+    scheme: AnyScheme | None, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {"weight": (dtype, shape)} if scheme is None else scheme.layout(*shape)
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
@@ -177,7 +197,8 @@ def joined(parts: Sequence[Part]) -> list[Part]:
 
 def _stacked(above: IntPart, below: IntPart) -> IntPart:
     N = above.shape[0] + below.shape[0]
-    made = IntPart(f"{above.name} and {below.name}", (N, above.shape[1]), above.scheme)
+    name, cut = f"{above.name} and {below.name}", Cut((N, above.shape[1]))
+    made = IntPart(name, cut, above.scheme, above.weight_scale.dtype)
     for suffix in ("weight_packed", "weight_scale"):
         both = [part.get_parameter(suffix).data for part in (above, below)]
         setattr(made, suffix, constant(torch.cat(both)))

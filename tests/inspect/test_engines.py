@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from quantize.formats.engines import CPU, HOPPER, TURING
+from quantize.formats.engines import ADA, AMPERE, CPU, HOPPER, PLUGIN, TURING, runs_on
+from quantize.formats.native import native_config
+from quantize.formats.routing import Policy, TopK
 from quantize.inspect.engines import Loadings, loadings
 from quantize.plan.checkpoint import served_model
 from quantize.plan.gpus import gpu_named
@@ -19,9 +22,10 @@ Maker = Callable[..., Path]
 Call = Callable[..., tuple[int, str, str]]
 
 
-def told(found: Loadings, engine: str) -> dict[str, bool]:
-    """Hardware → whether it loads there."""
-    return {x.where: x.loads for x in found.engines if x.engine.startswith(engine)}
+def told(found: Loadings, engine: str, *install: str) -> dict[str, bool]:
+    """Hardware → whether it loads there, with these packages beside it."""
+    rows = [x for x in found.engines if x.engine.startswith(engine)]
+    return {x.where: x.loads for x in rows if not install or x.install == install}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,10 @@ def test_vllm_by_hardware(
     converted: Maker, changes: tuple[str, ...], gpus: bool, hopper: bool, cpus: bool
 ):
     found = loadings(converted("rtn", "llama", *changes))
-    assert told(found, "vLLM") == {TURING: gpus, HOPPER: hopper, CPU: cpus}
+    alone = [x for x in found.engines if x.engine == "vLLM 0.32" and x.install == ()]
+    assert {x.where: x.loads for x in alone} == {TURING: gpus, HOPPER: hopper, CPU: cpus}
+    plugged = hopper and not gpus  # inputs in FP8
+    assert told(found, "vLLM", PLUGIN) == ({ADA: True, CPU: True} if plugged else {})
     assert told(found, "transformers") == {"any device": True}
     assert told(found, "llama.cpp") == {"any device": False}
     for one in found.engines:
@@ -48,6 +55,8 @@ def test_vllm_by_hardware(
     if gpus or hopper or cpus:
         where = "" if cpus else f" on {TURING if gpus else HOPPER}"
         wanted += f"; vLLM 0.32{where}"
+    if plugged:
+        wanted += f"; vLLM 0.32 with {PLUGIN} on {ADA} and {CPU}"
     assert found.line == wanted
 
 
@@ -67,6 +76,7 @@ def test_other_formats(tiny: Maker, converted: Maker, tmp_path: Path):
     native = loadings(converted("fireq-kv", "llama"))
     assert native.format == "pq"
     assert "transformers 5.24 with pq-quantize; vLLM 0.32 with pq-vllm" in native.line
+    assert told(native, "vLLM") == {ADA: True, CPU: True}  # its cache multiplies E4M3
     others = tmp_path / "others"
     others.mkdir()
     for path in tiny("llama").iterdir():
@@ -82,6 +92,32 @@ def test_other_formats(tiny: Maker, converted: Maker, tmp_path: Path):
     assert loadings(tmp_path / "gguf").line == "loads in: llama.cpp"
 
 
+def test_experts_of_a_class_that_the_plugin_does_not_know(tiny: Maker, tmp_path: Path):
+    folder = tmp_path / "experts"
+    shutil.copytree(tiny("llama"), folder)
+    path = folder / "config.json"
+    routing: dict[str, Policy] = {"model.layers.0.mlp": TopK(1)}
+    sizes = {"n": 2, "size": 32, "shared": 64}
+    config = json.loads(path.read_text())
+    section = native_config({}, [], None, (), routing, sizes)
+    path.write_text(json.dumps(config | {"quantization_config": section}))
+    assert told(loadings(folder), "vLLM") == {AMPERE: True, CPU: True}
+    odd = {"quantization_config": section, "architectures": ["OlmoForCausalLM"]}
+    path.write_text(json.dumps(config | odd))
+    found = loadings(folder)
+    assert told(found, "vLLM") == {AMPERE: False, CPU: False}
+    assert any(note.endswith("this is OlmoForCausalLM") for x in found.engines for note in x.notes)
+
+
+@pytest.mark.parametrize(
+    ("where", "capabilities"),
+    [(TURING, (7.5, 8.0, 8.9, 9.0, 10.0)), (ADA, (8.9, 9.0, 10.0)), (HOPPER, (9.0,)), (CPU, ())],
+)
+def test_which_gpus_a_name_means(where: str, capabilities: tuple[float, ...]):
+    every = (7.0, 7.5, 8.0, 8.9, 9.0, 10.0)
+    assert tuple(x for x in every if runs_on(where, x)) == capabilities
+
+
 def test_the_screen(pq: Call, converted: Maker):
     folder = converted("rtn", "llama", "activations=fp8")
     code, out, _ = pq("serve-check", folder, "--context", 200, "--sequences", 3)
@@ -93,7 +129,9 @@ def test_the_screen(pq: Call, converted: Maker):
     assert re.search(r"^no  vLLM 0.32 +CPUs$", out, re.M)
     # Keys and values of 2 heads of 64 channels in 2 layers, 16 bits each.
     assert f"{2 * 2 * 64 * 2 * 2 * 600 / 1e6:.1f} MB of KV cache for 3 × 200 tokens" in out
-    assert "fits 1 × h100-sxm, h100-pcie, h200-sxm" in out
+    assert re.search(rf"^yes vLLM 0.32 +{ADA} +pip install pq-vllm$", out, re.M)
+    fitting = out[out.index("fits 1 ×") :]
+    assert all(gpu in fitting for gpu in ("h100-sxm", "h200-sxm", "l4"))
     assert "a100" not in out
 
 
@@ -104,6 +142,12 @@ def test_everything_as_json(pq: Call, converted: Maker):
     assert code == 0
     assert facts["loads_in"].startswith("loads in: ")
     assert facts["commands"]["transformers"][0] == "import quantize"
+    on_gpus, on_cpus = facts["commands"]["vLLM"]
+    assert on_gpus.endswith(" --attention-backend CUSTOM")
+    assert "--attention-backend" not in on_cpus
+    code, _, err = pq("serve-check", folder, "--kv-cache", "fp8")
+    assert code == 2
+    assert "--kv-cache fp8" in err
     served = served_model(folder)
     assert facts["memory"]["context"] == 256  # what config.json allows for
     assert facts["memory"]["weights"] == served.weights()

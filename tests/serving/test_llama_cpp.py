@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +134,53 @@ def test_it_tokenizes_and_generates(text_file: Path, tmp_path: Path):
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0]
     found = running.create_completion(prompt, max_tokens=12, temperature=0)["choices"][0]["text"]
     assert tokenizer.decode(wanted[len(prompt) :])[:24] == found[:24]
+
+
+def asked(address: str, body: dict[str, Any] | None = None) -> Any:
+    """What a server on this machine answers, once it is there."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_command_of_serve_check_serves(
+    pq: Callable[..., tuple[int, str, str]], text_file: Path, tmp_path: Path
+):
+    """Word for word, with llama.cpp's own server, which gives what the library gives."""
+    server = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
+    if server is None:
+        pytest.skip("there is no llama-server; LLAMA_SERVER= names one")
+    convert(request(PLAIN, REFERENCE, text_file, tmp_path / "out"))
+    told = pq("serve-check", tmp_path / "out", "--context", 256, "--sequences", 2, "--json")[1]
+    words = shlex.split(json.loads(told)["commands"]["llama.cpp"][0])
+    assert words[0] == "llama-server"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--host", "127.0.0.1", "--port", str(port)]
+    log = tmp_path / "server.log"
+    with (
+        log.open("w") as written,
+        subprocess.Popen([server, *words[1:], *place], stdout=written, stderr=written) as running,
+    ):
+        try:
+            end = time.monotonic() + 300
+            while True:
+                assert running.poll() is None, log.read_text()[-2000:]
+                assert time.monotonic() < end, log.read_text()[-2000:]
+                try:
+                    asked(f"http://127.0.0.1:{port}/health")
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.3)
+            facts = asked(f"http://127.0.0.1:{port}/props")
+            prompt = AutoTokenizer.from_pretrained(REFERENCE)("import os\n\ndef main(").input_ids
+            body = {"prompt": prompt, "n_predict": 12, "temperature": 0}
+            found = asked(f"http://127.0.0.1:{port}/completion", body)["content"]
+        finally:
+            running.terminate()
+    assert facts["total_slots"] == 2
+    assert facts["default_generation_settings"]["n_ctx"] == 256
+    wanted = engine(tmp_path / "out").create_completion(prompt, max_tokens=12, temperature=0)
+    assert wanted["choices"][0]["text"][:24] == found[:24]

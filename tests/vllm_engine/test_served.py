@@ -32,6 +32,7 @@ from quantize.formats.engines import CPU
 from quantize.formats.fp8 import e4m3, reloaded, row_factor
 from quantize.formats.registry import schemes_in
 from quantize.inspect.engines import loadings
+from quantize.plan.kv import KV_TYPES
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 from quantize.solvers.grid import Grid
@@ -192,7 +193,7 @@ def test_what_vllm_refuses_was_announced(
     """`pq convert` and `pq inspect` say so by the same table."""
     if "AMX" in name and "amx" in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip("this processor has AMX, with which vLLM takes them")
-    (told,) = [x for x in loadings(folders[name]).engines if x.where == CPU]
+    (told,) = [x for x in loadings(folders[name]).engines if x.where == CPU and not x.install]
     assert "refused" in answers[name], answers[name]
     assert not told.loads
     assert told.notes
@@ -260,6 +261,40 @@ def test_the_command_of_serve_check_serves(
             found = json.loads(answer.read())["choices"][0]["prompt_logprobs"]
     logprobs = [found[i][str(t)]["logprob"] for i, t in enumerate(windows[0]) if i]
     assert distance([logprobs], stock_logprobs(folder)[:1]) < 0.05
+
+
+@pytest.mark.parametrize("name", ["reference", "rtn", "FP8 inputs", "INT4 cache"])
+def test_vllms_own_parser_takes_the_commands(
+    name: str,
+    engine: Path,
+    folders: dict[str, Path],
+    converted: Callable[..., Path],
+    pq: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+):
+    """With every type of KV cache that pq counts, each option means what was asked for."""
+    folder = converted("fireq-kv", "llama") if name == "INT4 cache" else folders[name]
+    asked: dict[str, Any] = {}
+    types = {"auto": "auto"} | {kind.name: kind.vllm or "auto" for kind in KV_TYPES}
+    for kind in types:
+        words = ["--context", 48, "--sequences", 3, "--kv-cache", kind, "--json"]
+        code, out, _ = pq("serve-check", folder, *words)
+        if code == 0:  # a checkpoint with a cache of its own has no other
+            for index, line in enumerate(json.loads(out)["commands"]["vLLM"]):
+                asked[f"{kind} {index}"] = shlex.split(line, comments=True)[2:]
+    assert len(asked) > 1
+    (tmp_path / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+    found = json.loads(run(engine, "vllm_parser.py", tmp_path / "asked.json").splitlines()[-1])
+    assert found.keys() == asked.keys()
+    for key, words in asked.items():
+        took, kind = found[key], key.split()[0]
+        assert took["model_tag"] == str(folder)
+        assert (took["max_model_len"], took["max_num_seqs"]) == (48, 3)
+        assert took["tensor_parallel_size"] == 1
+        assert took["kv_cache_dtype"] == types[kind], words
+        assert took["dtype"] in ("auto", "bfloat16")
+        plugged = name == "INT4 cache" and key.endswith(" 0")
+        assert ("CUSTOM" in str(took["attention_backend"])) == plugged
 
 
 def test_the_twin_of_vllms_scales(engine: Path, tmp_path: Path):

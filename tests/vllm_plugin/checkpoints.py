@@ -189,6 +189,41 @@ def write_moe(
     return folder
 
 
+DENSE_EXPERTS = {"n": 2, "size": 128, "shared": 128}
+
+
+def with_experts(
+    folder: Path, schemes: Mapping[str, AnyScheme], routing: Mapping[str, Policy]
+) -> Path:
+    """A plain dense checkpoint whose FFNs of `routing` become experts, in place: their neurons are dealt out,
+    and routers are random. The model's class stays."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(11)
+    n, size = DENSE_EXPERTS["n"], DENSE_EXPERTS["size"]
+    for ffn in routing:
+        old = {r: tensors.pop(f"{ffn}.{r}_proj.weight") for r in ("gate", "up", "down")}
+        homes = [*(f"experts.{e}" for e in range(n)), "shared_expert"]
+        for place, home in enumerate(homes):
+            own = slice(place * size, (place + 1) * size)
+            for role, weight in old.items():
+                part = weight[:, own] if role == "down" else weight[own]
+                tensors[f"{ffn}.{home}.{role}_proj.weight"] = part.contiguous()
+        for name, rows in (("gate", n), ("shared_expert_gate", 1)):
+            weight = torch.randn(rows, config["hidden_size"], generator=draw) / 16
+            tensors[f"{ffn}.{name}.weight"] = weight.to(old["up"].dtype)
+    for name, scheme in schemes.items():
+        found = packed(tensors.pop(f"{name}.weight"), scheme)
+        tensors |= {f"{name}.{suffix}": t for suffix, t in found.tensors().items()}
+    linears = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
+    config["quantization_config"] = native_config(
+        schemes, [*linears, HEAD], None, (), routing, DENSE_EXPERTS
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def as_compressed_tensors(folder: Path) -> Path:
     """A native checkpoint of integers as the same in format compressed-tensors, in place."""
     config = json.loads((folder / "config.json").read_text())

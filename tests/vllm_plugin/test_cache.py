@@ -44,7 +44,7 @@ def longest_first(lengths: list[int]) -> list[list[int]]:
     return [shared + rest for rest in prompts(*lengths)]
 
 
-@pytest.mark.parametrize("way", ["eager"])
+@pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_requests_do_not_change_each_other(way: str, tmp_path: Path):
     """Chunks of 32 tokens, pages for three sequences or so, and prompts that begin alike: prompts are cut, pages
     are shared, and requests are thrown out and begun anew."""

@@ -20,7 +20,8 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [[draw.randrange(2, 1500) for _ in range(length)] for length in lengths]
 
 
-def test_linears_of_all_kinds_at_once(tmp_path: Path):
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_linears_of_all_kinds_at_once(way: str, tmp_path: Path):
     """Float32, where nothing but the order of sums may differ: rows by lookup (one token) and by decoding."""
     rotated = [f"model.layers.{i}.{DOWN}" for i in (0, 2)]
     rotated.append("model.layers.2.self_attn.k_proj")  # stays 16-bit, and rotates by itself
@@ -32,7 +33,7 @@ def test_linears_of_all_kinds_at_once(tmp_path: Path):
         "runs": [{"prompts": prompts(60, 3), "max_tokens": 6}],
     }
     (wanted,) = ask(tmp_path, by="transformers", **request)
-    (found,) = ask(tmp_path, **request)
+    (found,) = ask(tmp_path, engine={"enforce_eager": way == "eager"}, **request)
     for have, want in zip(found, wanted, strict=True):
         assert have["tokens"] == want["tokens"]
         have, want = torch.tensor(have["logprobs"]), torch.tensor(want["logprobs"])

@@ -18,9 +18,13 @@ def decode(
     columns: int,
     fp8_activations: bool,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Weight [R, columns] of packed codes int32 [R, W] and scales bfloat16 [R, G]: q · scale, or, where
-    activations are E4M3, what the kernel multiplies (`product_weight`)."""
+    activations are E4M3, what the kernel multiplies (`product_weight`).
+
+    factor: 8f of every row, float32 [R], of which these are not all groups; default: theirs.
+    """
     half = 1 << (bits - 1)
     codes = _unsigned_codes(packed, bits, columns).view(*scale.shape, -1)
     if fp8_activations:
@@ -28,7 +32,8 @@ def decode(
         # are found faster than computed.
         values = torch.arange(-half, half, device=packed.device)
         # [R, G, 2^bits]
-        products = product_weight(values, scale[:, :, None], row_factor(scale)[:, :, None])
+        row = row_factor(scale) if factor is None else factor[:, None] / 8
+        products = product_weight(values, scale[:, :, None], row[:, :, None])
         starts = torch.arange(
             0, products.numel(), 2 * half, dtype=torch.int32, device=packed.device
         )

@@ -43,13 +43,14 @@ class Weight(NamedTuple):
         return products if self.factor is None else e4m3(products) * self.factor[:, None]
 
 
-def fold_reference(scale: Tensor) -> tuple[Tensor, Tensor]:
+def fold_reference(scale: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """s8 = E4M3(E4M3(scale / f) / 8), float16 [N, G], and 8f, float32
     [N], of scale bfloat16 [N, G].
 
-    f is `row_factor`; products and factors are those of `quantize.formats.fp8.product_weight`.
+    f is `factor` [N, 1], or else `row_factor`; products and factors are those of
+    `quantize.formats.fp8.product_weight`.
     """
-    factor = row_factor(scale)
+    factor = row_factor(scale) if factor is None else factor
     return e4m3(e4m3(scale.float() / factor) / 8).half(), (factor * 8).flatten()
 
 
