@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from natives import Maker, native
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantize.conversion.loop import Request, convert
+from quantize.formats.native import WEIGHTS_FIELD
 from quantize.import_hook import after_import
+from quantize.recipe.recipe import parse_recipe
+from quantize.serving.int_linear import IntLinear
 from quantize.serving.register import register
 
 ORDERS = {
@@ -81,3 +89,62 @@ def test_an_import_that_fails_may_be_tried_again(module: str, tmp_path: Path):
     __import__(module)
     assert seen == [1]
     sys.modules.pop(module)
+
+
+STOCK = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+for load in (AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained, lambda f: pipeline("text-generation", f)):
+    try:
+        load(sys.argv[1])
+    except Exception as err:
+        print(type(err).__name__, "import quantize" in str(err), "pq-quantize" in str(err))
+    else:
+        print("loaded")
+"""
+
+
+@pytest.fixture(scope="module")
+def ours(tiny: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a conversion to pq's own format wrote, not put together by hand."""
+    folder = tmp_path_factory.mktemp("ours") / "out"
+    return converted_to(folder, tiny("llama"), "pq")
+
+
+def converted_to(folder: Path, parent: Path, form: str) -> Path:
+    recipe = parse_recipe(
+        f"description: d\nformat: {form}\nstages: [{{method: rtn, group_size: 64}}]", "r.yaml"
+    )
+    convert(Request(parent, recipe, folder, torch.device("cpu"), torch.float32))
+    return folder
+
+
+def test_stock_transformers_refuses_what_it_cannot_read_and_says_what_to_do(ours: Path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STOCK, str(ours)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "loaded" not in done.stdout, done.stdout
+    assert done.stdout.splitlines() == ["ValueError True True"] * 3, done.stdout + done.stderr
+
+
+def test_with_pq_the_refusal_is_taken_away(ours: Path):
+    config = AutoConfig.from_pretrained(ours)
+    assert hasattr(config, WEIGHTS_FIELD)
+    for given in ({}, {"config": config}):
+        model = AutoModelForCausalLM.from_pretrained(ours, **given)
+        assert isinstance(model.model.layers[0].mlp.up_proj, IntLinear)
+        assert not hasattr(model.config, WEIGHTS_FIELD)
+    assert hasattr(config, WEIGHTS_FIELD)  # which is the caller's
+
+
+def test_a_field_of_the_source_goes_with_its_files(tiny: Maker, tmp_path: Path):
+    """Weights of an output are where loaders look by themselves."""
+    parent = Path(shutil.copytree(tiny("llama"), tmp_path / "parent"))
+    path = parent / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {WEIGHTS_FIELD: "x.safetensors"}))
+    converted_to(tmp_path / "out", parent, "compressed-tensors")
+    assert WEIGHTS_FIELD not in json.loads((tmp_path / "out" / "config.json").read_text())
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0]
+    assert "Compressed" in type(layer.mlp.up_proj).__name__ or hasattr(
+        layer.mlp.up_proj, "quantization_scheme"
+    )
