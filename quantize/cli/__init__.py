@@ -30,11 +30,13 @@ from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
+from quantize.cli.pointers import PointingCommand, PointingGroup
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
 from quantize.tested import version_notice
 
 app = typer.Typer(
     name="pq",
+    cls=PointingGroup,
     help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint to serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,8 +47,8 @@ app = typer.Typer(
         "token_normalize_func": lambda t: t.replace("_", "-"),
     },
 )
-app.command("convert")(convert_command.convert)
-app.command("estimate")(estimate_command.estimate)
+app.command("convert", cls=PointingCommand)(convert_command.convert)
+app.command("estimate", cls=PointingCommand)(estimate_command.estimate)
 app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
 app.command("draft")(draft_command.draft)
