@@ -9,7 +9,6 @@ from quantize.conversion.plan import Plan
 from quantize.conversion.serving import linears_of
 from quantize.conversion.state import State
 from quantize.formats.output import Finished
-from quantize.formats.registry import without_section
 from quantize.model.arch import CONTAINER, ROUTERS, ExpertSizes
 from quantize.model.experts import whole_stacks
 from quantize.model.moe import TopK
@@ -44,7 +43,6 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         ours,
     )
     section = plan.format.config_section(finished)
-    config = without_section(config)  # a source in pq's own format has one
     if section is None:
         return config
     return config | dict(plan.format.beside_section) | {"quantization_config": section}

@@ -23,12 +23,6 @@ FORMATS: dict[str, OutputFormat] = {
 DEFAULT = CompressedTensors.name
 
 
-def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what any format puts into it."""
-    fields = {"quantization_config"}.union(*(form.beside_section for form in FORMATS.values()))
-    return {key: value for key, value in config.items() if key not in fields}
-
-
 def format_in(section: Any) -> OutputFormat | None:
     """The format that wrote a quantization_config; None for what is none of ours."""
     if not isinstance(section, dict):

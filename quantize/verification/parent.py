@@ -18,7 +18,6 @@ from quantize.conversion.request import Request
 from quantize.errors import VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.hub_origin import HubOrigin, hub_origin
-from quantize.formats.registry import without_section
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
 from quantize.model.dequantized import open_source, require_source
@@ -93,8 +92,8 @@ def implied_config(parent: Parent, recipe: Recipe | None) -> dict[str, Any]:
 def check_untouched(layout: Layout, parent: Parent, recipe: Recipe | None, tick: Tick) -> str:
     """config.json and every tensor that no stage may change equal the parent's;
     VerifyError names what differs."""
-    ours = without_section(layout.source.config)
-    theirs = without_section(implied_config(parent, recipe))
+    ours = {k: v for k, v in layout.source.config.items() if k != "quantization_config"}
+    theirs = implied_config(parent, recipe)
     problems = [
         f"config.json: '{key}' is {ours.get(key)!r}, the parent implies {theirs.get(key)!r}"
         for key in sorted({*ours, *theirs})

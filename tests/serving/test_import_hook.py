@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from natives import Maker, native
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.conversion.loop import Request, convert
+from quantize.files.checkpoint import Checkpoint
+from quantize.files.weight_files import NAMED, NO_FILE, weight_files
 from quantize.formats.native import WEIGHTS_FIELD
 from quantize.import_hook import after_import
 from quantize.recipe.recipe import parse_recipe
@@ -108,14 +109,10 @@ for load in (AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained, la
 def ours(tiny: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a conversion to pq's own format wrote, not put together by hand."""
     folder = tmp_path_factory.mktemp("ours") / "out"
-    return converted_to(folder, tiny("llama"), "pq")
-
-
-def converted_to(folder: Path, parent: Path, form: str) -> Path:
     recipe = parse_recipe(
-        f"description: d\nformat: {form}\nstages: [{{method: rtn, group_size: 64}}]", "r.yaml"
+        "description: d\nformat: pq\nstages: [{method: rtn, group_size: 64}]", "r.yaml"
     )
-    convert(Request(parent, recipe, folder, torch.device("cpu"), torch.float32))
+    convert(Request(tiny("llama"), recipe, folder, torch.device("cpu"), torch.float32))
     return folder
 
 
@@ -127,6 +124,14 @@ def test_stock_transformers_refuses_what_it_cannot_read_and_says_what_to_do(ours
     assert done.stdout.splitlines() == ["ValueError True True"] * 3, done.stdout + done.stderr
 
 
+def test_pq_itself_passes_over_it(ours: Path):
+    assert WEIGHTS_FIELD == NAMED
+    config = json.loads((ours / "config.json").read_text())
+    assert config[WEIGHTS_FIELD].startswith(NO_FILE)
+    assert weight_files(ours, config) == weight_files(ours, {})
+    assert WEIGHTS_FIELD not in Checkpoint(ours).config
+
+
 def test_with_pq_the_refusal_is_taken_away(ours: Path):
     config = AutoConfig.from_pretrained(ours)
     assert hasattr(config, WEIGHTS_FIELD)
@@ -135,16 +140,3 @@ def test_with_pq_the_refusal_is_taken_away(ours: Path):
         assert isinstance(model.model.layers[0].mlp.up_proj, IntLinear)
         assert not hasattr(model.config, WEIGHTS_FIELD)
     assert hasattr(config, WEIGHTS_FIELD)  # which is the caller's
-
-
-def test_a_field_of_the_source_goes_with_its_files(tiny: Maker, tmp_path: Path):
-    """Weights of an output are where loaders look by themselves."""
-    parent = Path(shutil.copytree(tiny("llama"), tmp_path / "parent"))
-    path = parent / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {WEIGHTS_FIELD: "x.safetensors"}))
-    converted_to(tmp_path / "out", parent, "compressed-tensors")
-    assert WEIGHTS_FIELD not in json.loads((tmp_path / "out" / "config.json").read_text())
-    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0]
-    assert "Compressed" in type(layer.mlp.up_proj).__name__ or hasattr(
-        layer.mlp.up_proj, "quantization_scheme"
-    )
