@@ -44,16 +44,17 @@ ROOMS: dict[str, str] = {
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
-    "conversion": "block calibration cost errors files formats methods model parallel recipe solvers",
+    "conversion": "block calibration cost errors files formats inspect methods model parallel recipe solvers",
     "evaluation": "block calibration errors files model parallel",
     "draft": "calibration errors evaluation files model plan serving",
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
     "gate": "conversion errors evaluation files model recipe",
     "report": "block draft errors evaluation files formats inspect model pictures plan recipe",
+    "recommend": "conversion errors files formats inspect plan recipe",
     "cli": (
         "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
-        "plan recipe report tested verification"
+        "plan recipe recommend report tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",

@@ -26,6 +26,7 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
 from quantize.cli import recipe as recipe_command
+from quantize.cli import recommend as recommend_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
@@ -55,6 +56,7 @@ app.command("draft")(draft_command.draft)
 app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
+app.command("recommend", cls=PointingCommand)(recommend_command.recommend)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)
@@ -69,7 +71,10 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_COMPUTING = {"convert", "estimate", "eval", "compare", "draft", "verify", "bench", "gate"}
+_COMPUTING = {
+    *("convert", "estimate", "eval", "compare", "draft"),
+    *("recommend", "verify", "bench", "gate"),
+}
 """Commands that compute with the libraries whose releases may be untested;
 the others only read files."""
 

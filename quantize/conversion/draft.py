@@ -41,6 +41,19 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
     aloud: whether to warn of windows that do not suit the model, and of what is not served.
     Raises what `convert` raises before it loads weights.
     """
+    plan = sized(request, aloud)
+    source, skeleton, shape = plan.source, plan.skeleton, plan.shape
+    space = _space(request, plan.arch, skeleton.linears())
+    tokens = None
+    if space or any(stage.needs_inputs for stage in request.recipe.stages):
+        tokens = shared_tokens(
+            request.ranks, lambda: _calibration(request, source, skeleton, shape, aloud)
+        )
+    return plan, space, tokens
+
+
+def sized(request: Request, aloud: bool = True) -> Plan:
+    """The plan as far as headers tell, without text. Arguments and errors as of `draft`."""
     on_disk = open_source(request.model)
     require_source(on_disk)
     shape = shape_of(on_disk)
@@ -61,13 +74,7 @@ def draft(request: Request, aloud: bool = True) -> tuple[Plan, Space | None, Tok
         foretell_roughly(plan, aloud)
     else:
         foretell(plan, aloud=aloud)
-    space = _space(request, arch, skeleton.linears())
-    tokens = None
-    if space or any(stage.needs_inputs for stage in request.recipe.stages):
-        tokens = shared_tokens(
-            request.ranks, lambda: _calibration(request, source, skeleton, shape, aloud)
-        )
-    return plan, space, tokens
+    return plan
 
 
 def _require_format(plan: Plan) -> None:

@@ -39,11 +39,20 @@ def served_model(folder: Path, kv: str = "auto", name: str | None = None) -> Ser
     kv: type of the KV cache, of `plan.kv.KV_TYPES`, or auto. name: None takes the folder's.
     ModelError for one that cannot be read, or whose decoder's sizes config.json does not tell.
     """
-    found = inspect(folder)
-    config = Checkpoint(folder).config
+    return model_of(inspect(folder), Checkpoint(folder).config, kv, name)
+
+
+def model_of(
+    found: Inspection, config: Mapping[str, Any], kv: str = "auto", name: str | None = None
+) -> ServedModel:
+    """The same of what `inspect` found, or would find. config: config.json of it; further arguments
+    and errors as of `served_model`."""
+    folder = Path(found.folder)
     facts = text_facts(folder, config) | {
         key: value for key, value in decoder_facts(folder, config).items() if value is not None
     }
+    if config.get("tie_word_embeddings") is False:
+        facts["tie_word_embeddings"] = False  # a head that a conversion gave the model
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if not isinstance(facts.get(key), int):
             raise ModelError(
