@@ -26,6 +26,7 @@ from quantize.methods.plugins import installed_methods
 from quantize.recipe.files import find, read_recipe
 from quantize.recipe.foreign import foreign
 from quantize.recipe.messages import TOP, Sections, law_problems, misfit, translate
+from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.stages import METHODS, learn, order_problems
 
 if TYPE_CHECKING:
@@ -163,8 +164,6 @@ def load_recipe(name_or_path: str) -> Recipe:
     recipe = parse_recipe(read_recipe(found.path, source), source)
     if not found.settings:
         return recipe
-    from quantize.recipe.overrides import with_stage_fields  # which reads recipes
-
     return with_stage_fields(recipe, found.settings)
 
 

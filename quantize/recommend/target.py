@@ -96,7 +96,8 @@ def _on_host(target: Target, found: Loadings) -> Runner:
             if place.loads and not place.install:
                 return Runner(place.engine)
     for place in _in(found, TRANSFORMERS.name):
-        if place.loads and found.format == "pq":
+        # Of what it reads without pq it unpacks all when it loads.
+        if place.loads and place.first is not None:
             return Runner(place.engine, place.install)
     return Runner(None, why_not="no engine there keeps its weights packed")
 
