@@ -45,6 +45,21 @@ def recipe_table() -> str:
     return "\n".join(lines)
 
 
+def choices() -> str:
+    """The names to begin with, as `pq recipe ls` shows them, and what the columns mean."""
+    from quantize.recipe.aliases import alias_of
+    from quantize.recipe.listing import CHOICES, HEADS, LEGEND, list_aliases, list_shipped
+
+    known = {listing.name: listing for listing in (*list_aliases(), *list_shipped())}
+    lines = [_row(HEADS), "|---|---|---|---:|---:|---|"]
+    for name in CHOICES:
+        first, *rest = known[name].cells()
+        lines.append(_row((f"`{first}`", *rest)))
+    aliases = [(name, alias_of(name)) for name in CHOICES]
+    stands = "; ".join(f"`{name}` is `{alias}`" for name, alias in aliases if alias)
+    return "\n".join([*lines, "", f"{stands}. {'. '.join(LEGEND)}."])
+
+
 def _scheme(stages: Any) -> str:
     """`W4A8KV4` and the like; 16 bits where no stage says otherwise."""
     encoder = next((stage for stage in stages if stage.kind == "encode"), None)
@@ -263,6 +278,7 @@ def calibration_text() -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
+    "choices": choices,
     "recipes": recipe_table,
     "stages": stage_fields,
     "recipe fields": recipe_fields,

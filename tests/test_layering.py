@@ -51,9 +51,10 @@ ROOMS: dict[str, str] = {
     "plan": "errors files formats inspect model recipe",
     "gate": "conversion errors evaluation files model recipe",
     "report": "block draft errors evaluation files formats inspect model pictures plan recipe",
+    "recommend": "conversion errors files formats inspect plan recipe",
     "cli": (
         "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
-        "plan recipe report tested verification"
+        "plan recipe recommend report tested verification"
     ),
     "__main__": "cli",
     "": "import_hook serving",

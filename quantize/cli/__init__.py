@@ -26,15 +26,18 @@ from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
 from quantize.cli import recipe as recipe_command
+from quantize.cli import recommend as recommend_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
 from quantize.cli.inspect import printable
+from quantize.cli.pointers import PointingCommand, PointingGroup
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
 from quantize.tested import version_notice
 
 app = typer.Typer(
     name="pq",
+    cls=PointingGroup,
     help="Quantize a Hugging Face model with a recipe; get a packed, verified checkpoint to serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,14 +48,15 @@ app = typer.Typer(
         "token_normalize_func": lambda t: t.replace("_", "-"),
     },
 )
-app.command("convert")(convert_command.convert)
-app.command("estimate")(estimate_command.estimate)
+app.command("convert", cls=PointingCommand)(convert_command.convert)
+app.command("estimate", cls=PointingCommand)(estimate_command.estimate)
 app.command("eval")(evaluate_command.evaluate)
 app.command("compare")(compare_command.compare)
 app.command("draft")(draft_command.draft)
 app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
+app.command("recommend", cls=PointingCommand)(recommend_command.recommend)
 app.command("verify")(verify_command.verify)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)
@@ -67,7 +71,10 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_COMPUTING = {"convert", "estimate", "eval", "compare", "draft", "verify", "bench", "gate"}
+_COMPUTING = {
+    *("convert", "estimate", "eval", "compare", "draft"),
+    *("recommend", "verify", "bench", "gate"),
+}
 """Commands that compute with the libraries whose releases may be untested;
 the others only read files."""
 

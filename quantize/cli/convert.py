@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,86 +30,38 @@ from quantize.cli.inspect import loads_line
 from quantize.cli.launches import joining
 from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
-from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.conversion.loop import Request, Summary
-    from quantize.files.resume import Resume
 
 
 def convert(
     model: options.Model,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
-    ],
+    recipe: options.Recipe,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; must be absent or empty.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write; must be absent or empty (or --overwrite)."
+        ),
     ],
     revision: options.Revision = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
-    ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    dataset: options.CalibrationDataset = None,
+    nsamples: options.CalibrationWindows = None,
+    seqlen: options.CalibrationSeqlen = None,
+    seed: options.Seed = None,
     chat_template: options.ChatTemplate = None,
     text_field: options.TextField = None,
     bos: options.CalibrationBos = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."
-        ),
-    ] = None,
-    target_bpw: Annotated[
-        float | None,
-        typer.Option(
-            help="Mean bits per weight of the quantized linears, scales counted, e.g. 4.5: those that suffer most from "
-            "rounding, measured on calibration text, get 8 bits (activations: none) instead of "
-            "the recipe's own."
-        ),
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps what is done (blocks, layers that LaDiMo taught), so that a stopped run takes it "
-            "up; default: OUTPUT.work, removed when the output is there."
-        ),
-    ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            help="auto: go on after the last block that a stopped run of the same model, recipe, text and versions "
-            "finished, else start anew; required: refuse to start anew; never: start anew and "
-            "keep no blocks. Several processes (accelerate launch, torchrun) may go on from what "
-            "any number of them kept."
-        ),
-    ] = "auto",
-    strict_serving: Annotated[
-        bool,
-        typer.Option(
-            "--strict-serving",
-            help="Refuse a recipe (exit code 3) of whose output vLLM would not serve something on any GPU without an "
-            "optional package, instead of saying so and going on.",
-        ),
-    ] = False,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory of the process, e.g. 6GB. Hidden states go to the disk, blocks are split by linear and "
-            "passes get smaller, as far as that needs; where nothing suffices, exit code 8 and "
-            "what would."
-        ),
-    ] = None,
-    max_vram: Annotated[
-        str | None, typer.Option(help="The same for the accelerator's memory.")
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")
-    ] = "auto",
+    assignments: options.Assignments = None,
+    target_bpw: options.TargetBpw = None,
+    work: options.Work = None,
+    resume: options.ResumeOption = "auto",
+    overwrite: options.Overwrite = False,
+    strict_serving: options.StrictServing = False,
+    max_ram: options.MaxRam = None,
+    max_vram: options.MaxVram = None,
+    device: options.ConversionDevice = "auto",
+    dtype: options.Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
     ] = False,
@@ -134,7 +86,7 @@ def convert(
     # left, which then say whom they miss.
     signals = _Signals(keeps=resume != "never")
     with signals, joining(signals.keeps, signals.catch) as (ranks, local_rank):
-        mode = _resume_mode(resume)
+        mode = options.resume_mode(resume)
         chosen = load_recipe(recipe).with_overrides(
             dataset=dataset,
             nsamples=nsamples,
@@ -148,7 +100,7 @@ def convert(
         kept = work or output.with_name(output.name + ".work")
         if ranks.first:
             forget_finished(kept, output, own=work is None)
-            require_free(output)
+            require_free(output, overwrite)
         quiet_libraries()
         place = pick_device(device, local_rank)
         computing = pick_dtype(dtype, place)
@@ -162,6 +114,7 @@ def convert(
             computing,
             work=kept,
             resume=mode,
+            overwrite=overwrite,
             target_bpw=target_bpw,
             strict_serving=strict_serving,
             max_ram=size_option("--max-ram", max_ram),
@@ -239,15 +192,6 @@ def _write_report(output: Path) -> None:
         )
     else:
         typer.echo(f"report: {page}", err=True)
-
-
-def _resume_mode(asked: str) -> Resume:
-    from quantize.files.resume import Resume
-
-    mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
-    if mode is None:
-        raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
-    return mode
 
 
 def _megabytes(summary: Summary) -> str:

@@ -12,6 +12,8 @@ from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.options import size_option
 from quantize.cli.told import warnings_told
+from quantize.cost.units import gigabytes
+from quantize.files.disk import free_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,32 +23,32 @@ if TYPE_CHECKING:
 
 def estimate(
     model: options.Model,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Shipped recipe name or path of a YAML file.")
-    ],
-    revision: options.Revision = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
+    recipe: options.Recipe,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="As for convert: whether it is free, and has the room on its disk.",
+        ),
     ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration draw.")] = None,
+    revision: options.Revision = None,
+    dataset: options.CalibrationDataset = None,
+    nsamples: options.CalibrationWindows = None,
+    seqlen: options.CalibrationSeqlen = None,
+    seed: options.Seed = None,
     chat_template: options.ChatTemplate = None,
     text_field: options.TextField = None,
     bos: options.CalibrationBos = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."
-        ),
-    ] = None,
-    max_ram: Annotated[
-        str | None, typer.Option(help="As for convert: what it would do to stay below, e.g. 6GB.")
-    ] = None,
-    max_vram: Annotated[
-        str | None, typer.Option(help="The same for the accelerator's memory.")
-    ] = None,
-    device: options.Device = "auto",
+    assignments: options.Assignments = None,
+    target_bpw: options.TargetBpw = None,
+    work: options.Work = None,
+    resume: options.ResumeOption = "auto",
+    overwrite: options.Overwrite = False,
+    strict_serving: options.StrictServing = False,
+    max_ram: options.MaxRam = None,
+    max_vram: options.MaxVram = None,
+    device: options.ConversionDevice = "auto",
     dtype: options.Dtype = "auto",
     timed: Annotated[
         bool,
@@ -63,9 +65,14 @@ def estimate(
     from quantize.conversion.request import Request
     from quantize.cost.peak import keep_little
     from quantize.files.hub_origin import called
+    from quantize.files.transaction import require_apart, require_free
     from quantize.recipe.overrides import with_stage_fields
     from quantize.recipe.recipe import load_recipe
 
+    if output is not None:
+        require_free(output, overwrite)
+    place_of_output = output or Path("out")
+    kept = work or place_of_output.with_name(place_of_output.name + ".work")
     keep_little()  # as `pq convert` does, whose memory this is about
     chosen = load_recipe(recipe).with_overrides(
         dataset=dataset,
@@ -79,21 +86,29 @@ def estimate(
     chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()
     place = pick_device(device)
+    source = local_model(model, revision)
+    if output is not None:
+        require_apart(source, output, kept)
     request = Request(
-        local_model(model, revision),
+        source,
         chosen,
-        Path("out"),
+        place_of_output,
         place,
         pick_dtype(dtype, place),
-        work=Path("out.work"),
-        resume="auto",
+        work=kept,
+        resume=options.resume_mode(resume),
+        overwrite=overwrite,
+        target_bpw=target_bpw,
+        strict_serving=strict_serving,
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )
     with warnings_told():
         found = found_for(within(request), timed)
+    free = None if output is None else free_bytes(output)
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2))
+        room = {} if free is None else {"disk_free": free}
+        typer.echo(json.dumps(found.as_json() | room, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -110,6 +125,8 @@ def estimate(
         table.add_row(*row)
     console = Console()
     console.print(table)
+    if free is not None and free < found.disk:
+        console.print(f"the disk of {output} has {gigabytes(free)} free, which is too little")
     if found.time is not None:
         _print_time(console, found.time)
     spared = [f"hidden states on the {found.states_on}"] if found.states_on != "device" else []

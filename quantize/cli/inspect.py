@@ -68,6 +68,8 @@ def _print(found: Inspection, every_block: bool) -> None:
     from rich.console import Console
     from rich.tree import Tree
 
+    from quantize.inspect.words import attention_words
+
     sizes = ", ".join(f"{key} {value}" for key, value in found.sizes.items())
     root = Tree(
         printable(f"{found.origin or found.folder}: {found.architecture} ({found.model_type})")
@@ -78,7 +80,7 @@ def _print(found: Inspection, every_block: bool) -> None:
     for note in found.notes:
         root.add(printable(note))
     if found.attention is not None:
-        root.add(printable(f"attention: {json.dumps(found.attention)}"))
+        root.add(printable(f"attention: {attention_words(found.attention)}"))
     runs = list(_runs(found.blocks, every_block))
     for other in found.outside:
         root.add(_other_line(other))
@@ -127,11 +129,13 @@ def _runs(blocks: Sequence[DecoderBlock], every_block: bool) -> Iterator[list[De
 
 
 def _add_blocks(root: Tree, run: list[DecoderBlock], every_expert: bool) -> None:
+    from quantize.inspect.words import routing_words
+
     first, last = run[0], run[-1]
     name = first.name if first is last else f"{first.name} … {last.index}, {len(run)} equal blocks"
     branch = root.add(printable(f"{name}: {_size(first.bytes)}{'' if first is last else ' each'}"))
     if first.routing is not None:
-        branch.add(printable(f"routing: {json.dumps(first.routing)}"))
+        branch.add(printable(f"routing: {routing_words(first.routing)}"))
     for alike in [[x] for x in first.linears] if every_expert else _alike(first.linears):
         branch.add(printable(_linear_line(alike)))
     for other in first.others:

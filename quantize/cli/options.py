@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from quantize.cli import complete
 from quantize.cost.units import parse_bytes
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.evaluation.protocols import Bos
+    from quantize.files.resume import Resume
     from quantize.model.attention import KvNumerics
+
+_BOS = complete.words("auto", "always", "never")
+_DTYPES = complete.words("auto", "float32", "bfloat16", "float16")
+_DEVICES = complete.words("auto", "cpu", "cuda", "mps")
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Model folder, or Hub id org/name."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Model folder, or Hub id org/name.",
+        autocompletion=complete.models,
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -29,7 +41,11 @@ Baseline = Annotated[
 ]
 ProtocolOption = Annotated[
     str | None,
-    typer.Option("--protocol", help="strided (default) or rolling."),
+    typer.Option(
+        "--protocol",
+        help="strided (default) or rolling.",
+        autocompletion=complete.words("strided", "rolling"),
+    ),
 ]
 Dataset = Annotated[
     str | None,
@@ -61,6 +77,7 @@ BosOption = Annotated[
         "--bos",
         help="Whether what is read begins with BOS: auto (where the tokenizer adds it), always, "
         "never. Rolling windows always do.",
+        autocompletion=_BOS,
     ),
 ]
 CalibrationBos = Annotated[
@@ -69,6 +86,7 @@ CalibrationBos = Annotated[
         "--bos",
         help="Whether calibration windows begin with BOS: auto (where the tokenizer adds it), "
         "always, never.",
+        autocompletion=_BOS,
     ),
 ]
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
@@ -77,10 +95,14 @@ NumericsOption = Annotated[
     typer.Option(
         "--numerics",
         help="kernel: emulate the INT4xFP8 kernel; stock: compute as transformers loads it.",
+        autocompletion=complete.words("kernel", "stock"),
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", autocompletion=_DEVICES)]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Computing dtype: auto, float32, bfloat16, float16.", autocompletion=_DTYPES),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
 
@@ -89,8 +111,103 @@ KvCache = Annotated[
     typer.Option(
         "--kv-cache",
         help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
+        autocompletion=complete.words("auto", "int4"),
     ),
 ]
+
+
+# What `pq convert` takes, and `pq estimate` with it.
+
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Shipped recipe, a scheme (w4a16, w4a8, w4a8kv4, w3a16, w2a16: the best recipe for it), or "
+        "path of a YAML file.",
+        autocompletion=complete.recipes,
+    ),
+]
+CalibrationDataset = Annotated[
+    str | None, typer.Option(help="Calibration text: builtin, a file, or a Hub set.")
+]
+CalibrationWindows = Annotated[int | None, typer.Option(help="Calibration windows.")]
+CalibrationSeqlen = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change a stage field, e.g. bits=3 or activations=none. Repeatable."
+    ),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean bits per weight of the quantized linears, scales counted, e.g. 4.5: those that suffer most from "
+        "rounding, measured on calibration text, get 8 bits (activations: none) instead of "
+        "the recipe's own."
+    ),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps what is done (blocks, layers that LaDiMo taught), so that a stopped run takes it "
+        "up; default: OUTPUT.work, removed when the output is there."
+    ),
+]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        help="auto: go on after the last block that a stopped run of the same model, recipe, text and versions "
+        "finished, else start anew; required: refuse to start anew; never: start anew and "
+        "keep no blocks. Several processes (accelerate launch, torchrun) may go on from what "
+        "any number of them kept.",
+        autocompletion=complete.words("auto", "required", "never"),
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Let the output take the place of one that pq wrote, when it is done; anything else stays.",
+    ),
+]
+StrictServing = Annotated[
+    bool,
+    typer.Option(
+        "--strict-serving",
+        help="Refuse a recipe (exit code 3) of whose output vLLM would not serve something on any GPU without an "
+        "optional package, instead of saying so and going on.",
+    ),
+]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory of the process, e.g. 6GB. Hidden states go to the disk, blocks are split by linear and "
+        "passes get smaller, as far as that needs; where nothing suffices, exit code 8 and "
+        "what would."
+    ),
+]
+MaxVram = Annotated[str | None, typer.Option(help="The same for the accelerator's memory.")]
+ConversionDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda (in a launch the process's own), cuda:1, mps.",
+        autocompletion=_DEVICES,
+    ),
+]
+
+
+def resume_mode(asked: str) -> Resume:
+    """What --resume asks for; UsageError for anything else."""
+    from quantize.files.resume import Resume
+
+    mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
+    if mode is None:
+        raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
+    return mode
 
 
 def size_option(name: str, text: str | None) -> int | None:

@@ -63,7 +63,7 @@ def convert(
     """
     started, ranks = time.monotonic(), request.ranks
     if ranks.first:
-        require_free(request.output)
+        require_free(request.output, request.overwrite)
         require_apart(request.model, request.output, request.work)
     with (
         ranks.explain(),
@@ -189,7 +189,7 @@ def _writer(
     if not request.ranks.first:
         return NoWriter()
     encoding = FORMATS[request.recipe.format].encoding(parts)
-    return CheckpointWriter(request.output, encoding, kept, written)
+    return CheckpointWriter(request.output, encoding, kept, written, request.overwrite)
 
 
 def _surroundings(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def output_config(plan: Plan, state: State) -> dict[str, Any]:
         ours,
     )
     section = plan.format.config_section(finished)
-    return config if section is None else config | {"quantization_config": section}
+    if section is None:
+        return config
+    return config | dict(plan.format.beside_section) | {"quantization_config": section}
 
 
 def facts_of(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:

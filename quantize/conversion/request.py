@@ -44,6 +44,8 @@ class Request:
     """Whether to go on from the last block that a stopped run kept in `work`, and to
     keep every block that is done;
     None: no block is kept, and what another run kept is left alone."""
+    overwrite: bool = False
+    """Whether the output takes the place of one that pq wrote."""
     target_bpw: float | None = None
     """Overrides the recipe's `target_bpw`."""
     strict_serving: bool = False

@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from typing_extensions import Self
 from quantize.errors import OutputError, UsageError, VerifyError
 from quantize.files.disk import report_errors, sync
 from quantize.files.hashing import sha256_file
-from quantize.files.provenance import canonical_json
+from quantize.files.provenance import PROVENANCE, canonical_json
 
 _LONGEST = 224
 """Bytes of an output's name: file systems take 255, the files beside it have longer ones."""
@@ -45,14 +46,26 @@ def require_name(output: Path) -> None:
             raise OutputError(f"{output}: is a link; give the folder itself as --output")
 
 
-def require_free(output: Path) -> None:
-    """OutputError unless `output` is absent or an empty folder whose parent can be written to."""
+def require_free(output: Path, overwrite: bool = False) -> None:
+    """OutputError unless `output` is absent or an empty folder whose parent can be written to.
+
+    overwrite: whether it may also be what pq wrote.
+    """
     require_name(output)
     with report_errors(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise OutputError(
-                f"{output}: exists and is not an empty folder; give another --output or remove it"
-            )
+            ours = (output / PROVENANCE).is_file()
+            if overwrite and not ours:
+                raise OutputError(
+                    f"{output}: exists and has no {PROVENANCE}, so that --overwrite leaves it alone; give "
+                    "another --output or remove it"
+                )
+            if not overwrite:
+                also = "; --overwrite replaces what pq wrote" if ours else ""
+                raise OutputError(
+                    f"{output}: exists and is not an empty folder; give another --output or remove "
+                    f"it{also}"
+                )
         parent = output.absolute().parent
         while not parent.exists():
             parent = parent.parent
@@ -77,7 +90,8 @@ class Transaction:
     """Collects files in a temporary folder beside `output`; `commit` checks them and renames it.
 
     Use as a context manager: leaving it without `commit`, by error or interrupt, removes
-    everything it wrote. With `kept`, files are collected there instead and stay; another
+    everything it wrote. With `overwrite`, an output of pq's
+    is replaced at the end. With `kept`, files are collected there instead and stay; another
     transaction goes on from the `hashes` of this one. Raises OutputError for what the file system
     refuses.
     """
@@ -87,8 +101,10 @@ class Transaction:
         output: Path,
         kept: Path | None = None,
         hashes: Mapping[str, str] | None = None,
+        overwrite: bool = False,
     ) -> None:
-        require_free(output)
+        require_free(output, overwrite)
+        self._overwrite = overwrite
         self.output = output.absolute()
         self._kept = kept
         self._hashes: dict[str, str] = dict(hashes or {})
@@ -168,16 +184,31 @@ class Transaction:
                 sync(self.folder / folder)
             sync(self.folder)
             self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is private
-            require_free(self.output)
+            require_free(self.output, self._overwrite)
+            with self._old_set_aside():
+                try:
+                    self.folder.rename(self.output)
+                except OSError as err:
+                    if err.errno != errno.EXDEV or self._kept is None:
+                        raise
+                    self._move_between_disks()
+                sync(self.output.parent)
+
+    @contextmanager
+    def _old_set_aside(self) -> Iterator[None]:
+        """Room for the output: what stood there is back where it was on any error, else gone."""
+        if not self.output.exists():
+            yield
+            return
+        old = self._temporary("old")
+        self.output.rename(old)
+        try:
+            yield
+        finally:
             if self.output.exists():
-                self.output.rmdir()
-            try:
-                self.folder.rename(self.output)
-            except OSError as err:
-                if err.errno != errno.EXDEV or self._kept is None:
-                    raise
-                self._move_between_disks()
-            sync(self.output.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(self.output)
 
     def _move_between_disks(self) -> None:
         copy = self._temporary()
@@ -205,10 +236,8 @@ class Transaction:
         """Names of the folders within that hold files."""
         return sorted({name.rpartition("/")[0] for name in self._hashes} - {""})
 
-    def _temporary(self) -> Path:
-        return Path(
-            tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent)
-        )
+    def _temporary(self, what: str = "partial") -> Path:
+        return Path(tempfile.mkdtemp(prefix=f".{self.output.name}.{what}-", dir=self.output.parent))
 
 
 def _umask() -> int:

@@ -21,6 +21,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 NAMED = "transformers_weights"
 """Field of config.json that names the file or index to load."""
+NO_FILE = "none, "
+"""How a text there begins that only keeps loaders off which do not know pq's own format."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _INDEX_END = ".safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -59,6 +61,8 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
     config: what config.json holds.
     """
     named = config.get(NAMED)
+    if isinstance(named, str) and named.startswith(NO_FILE):
+        named = None
     if named is not None:
         where = f"{folder}/config.json: {NAMED} {str(named)[:80]!r}"
         if not isinstance(named, str) or not is_file_name(named):

@@ -26,8 +26,9 @@ class CheckpointWriter(Transaction):
         encoding: Encoding,
         kept: Path | None = None,
         written: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
-        super().__init__(output, kept, written["hashes"] if written else None)
+        super().__init__(output, kept, written["hashes"] if written else None, overwrite)
         self._encoding = encoding
         if written:
             encoding.restore(written)

@@ -8,6 +8,8 @@ attention on an INT4 KV cache.
      "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …},
      "experts": {"n": 8, "size": 128, "shared": 1024}}
 
+Beside it stands a field that keeps transformers from loading the model without pq (`WEIGHTS_FIELD`).
+
 `rotated_inputs` (absent: none) are linears, packed or not, whose inputs x [K] become x @ H_K before
 anything else is done with them; `quantize.model.hadamard` says which matrix H_K is. `routing`
 (absent: none) are Mixtures of Experts that do not route as the model's own fields say;
@@ -35,6 +37,14 @@ if TYPE_CHECKING:
     from quantize.formats.scheme import AnyScheme
 
 NATIVE = "pq"
+WEIGHTS_FIELD = "transformers_weights"
+"""Where config.json names a file of weights of its own. transformers, in all releases from 5.17 on, goes
+on without a `quant_method` that it does not know, and fills what it then misses with random numbers;
+a file here that is none it refuses, and says this text. pq's own loader takes the field away."""
+_REFUSAL = (
+    "none, since this model is in pq's own format, which must be known first: pip install "
+    "pq-quantize, then `import quantize` before from_pretrained"
+)
 VERSION = 1
 _KEYS = {"quant_method", "version", "config_groups", "ignore", "attention"}
 _OPTIONAL = {"rotated_inputs", "routing", "experts"}
@@ -47,6 +57,7 @@ class Native(OutputFormat):
 
     name = NATIVE
     about = "also holds post-RoPE scales and the INT4 cache (loads in transformers after `import quantize`)"
+    beside_section = MappingProxyType({WEIGHTS_FIELD: _REFUSAL})
     keeps_post_scales = True
     keeps_experts = True
 

@@ -77,6 +77,9 @@ class OutputFormat(ABC):
     """Whether attention's post-RoPE scales are stored, and so may be fitted."""
     keeps_blocks: ClassVar[bool] = False
     """Whether weights may be in llama.cpp's blocks, the embedding's among them."""
+    beside_section: ClassVar[Mapping[str, str]] = {}
+    """Fields of config.json that stand beside quantization_config, for loaders that pass over what
+    they do not know in it."""
     keeps_experts: ClassVar[bool] = False
     """Whether experts may stand where the model's class has a dense FFN."""
 

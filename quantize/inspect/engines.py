@@ -25,7 +25,7 @@ from quantize.formats.engines import (
     Reader,
     kernels_for,
 )
-from quantize.formats.registry import format_in, schemes_in
+from quantize.formats.registry import DEFAULT, format_in, schemes_in
 from quantize.formats.vllm import unserved
 from quantize.model.roles import role_by_name
 from quantize.model.storage import storage_of
@@ -122,6 +122,22 @@ def loadings(folder: Path) -> Loadings:
         return _foreign(section, source.config, str(err))
     shapes = _shapes(source, headers, section)
     return _of_format(form.name, source.config, schemes, shapes)
+
+
+def loadings_as(
+    form: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
+) -> Loadings:
+    """The same of an output that is not there yet.
+
+    form: the name of its format. config: its config.json. shapes: [N, K] of all its linears by full
+    name.
+    """
+    section = config.get("quantization_config")
+    if section is None:
+        # What pq's own format and llama.cpp's files hold may be known only once it is encoded; of
+        # the other, nothing packed makes a plain model.
+        return _of_format(None if form == DEFAULT else form, config)
+    return _of_format(form, config, schemes_in(section, [*shapes]), shapes)
 
 
 def _of_format(

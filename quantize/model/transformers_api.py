@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 )
 
 from quantize.errors import ModelError, UnderivedError, UsageError
+from quantize.formats.native import WEIGHTS_FIELD
 
 __all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"]
 
@@ -81,17 +82,19 @@ def read_config(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+    return _forget_packing(config)
 
 
 def plain_config(config: Any) -> Any:
     """A copy of a config that says nothing of quantization."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    return plain
+    return _forget_packing(copy.deepcopy(config))
+
+
+def _forget_packing(config: Any) -> Any:
+    for field in ("quantization_config", WEIGHTS_FIELD):
+        if hasattr(config, field):
+            delattr(config, field)
+    return config
 
 
 _SIZES = (

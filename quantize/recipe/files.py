@@ -1,12 +1,12 @@
-"""Recipe files: where they lie, their bytes, and what they say of themselves.
+"""Recipe files: where they lie, their names and their bytes.
 
-Nothing here builds a stage, so that listing and printing recipes loads no torch.
+Nothing here builds a stage, so that finding and printing recipes loads no torch.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,18 @@ from typing import Any
 
 from quantize.errors import RecipeError
 from quantize.files import strict_yaml
-from quantize.files.problems import error_of, show_value
+from quantize.files.problems import show_value
 from quantize.files.resources import data_dir
+from quantize.recipe.aliases import ALIASES, alias_of
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What one recipe file says of itself, defaults not filled in."""
+class Found:
+    """A recipe file that a name stands for."""
 
-    name: str
-    methods: list[str]
-    bits: list[int]
-    """Bits that its stages state, in their order, each value once."""
-    activations: list[str]
-    """Numerics of the activations that its stages state, likewise."""
-    description: str
+    path: Path
+    settings: tuple[str, ...] = ()
+    """Of its stages, as `--set` takes them: those of an alias."""
 
 
 def shipped_recipes() -> list[Path]:
@@ -40,9 +37,15 @@ def shipped_recipes() -> list[Path]:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """Return the file of a recipe: an existing path wins, else a shipped name, `.yaml` or not.
+    """Return the file of a recipe; arguments and errors as of `find`."""
+    return find(name_or_path).path
 
-    Raises RecipeError with the shipped names when there is neither.
+
+def find(name_or_path: str) -> Found:
+    """Return what a name stands for: an existing path wins, else a shipped name, `.yaml` or not, or an
+    alias (`quantize.recipe.aliases`), both in whatever case.
+
+    Raises RecipeError with the names when there is neither.
     """
     path = Path(name_or_path)
     what = "no such file"
@@ -50,12 +53,18 @@ def find_recipe(name_or_path: str) -> Path:
         if path.is_dir():
             what = "is a folder"
         elif path.exists():  # not is_file(): a pipe is a recipe too
-            return path
+            return Found(path)
     shipped = {file.stem: file for file in shipped_recipes()}
-    if file := shipped.get(name_or_path.removesuffix(".yaml")):
-        return file
-    near = nearest(path.name.removesuffix(".yaml"), shipped) or "give a path or a shipped name "
+    name = name_or_path.removesuffix(".yaml")
+    if file := shipped.get(name, shipped.get(name.lower())):
+        return Found(file)
+    aliases = {alias.name: alias for alias in ALIASES if alias.recipe in shipped}
+    if (alias := alias_of(name)) and alias.name in aliases:
+        return Found(shipped[alias.recipe], alias.settings)
+    near = nearest(path.name.removesuffix(".yaml"), [*shipped, *aliases])
+    near = near or "give a path or a shipped name "
     names = ", ".join(shipped) or "none"
+    names += f"; by scheme: {', '.join(aliases)}" if aliases else ""
     text = f"{what} and no shipped recipe of that name; {near}(shipped: {names})"
     raise RecipeError(f"recipe {show_value(name_or_path)}: {text}")
 
@@ -73,37 +82,8 @@ def read_recipe(path: Path, source: str) -> bytes:
         raise RecipeError(f"{source}: {reason}") from None
 
 
-def list_shipped() -> list[Listing]:
-    """Return what each shipped recipe says of itself; RecipeError for one that is no recipe."""
-    return [_listing(path) for path in shipped_recipes()]
-
-
 def nearest(word: Any, options: Iterable[str]) -> str:
     """Return "did you mean 'option'? " for the option nearest to `word`, else nothing."""
     plain = str(word).lower().replace("-", "_")
     matches = difflib.get_close_matches(plain, list(options), n=1)
     return f"did you mean '{matches[0]}'? " if matches else ""
-
-
-def _listing(path: Path) -> Listing:
-    document = strict_yaml.load(read_recipe(path, str(path)), str(path))
-    if document.problems:
-        raise error_of(document.source, document.problems)
-    try:
-        stages = document.data["stages"]
-        return Listing(
-            name=path.stem,
-            methods=[str(stage["method"]) for stage in stages],
-            # Blocks have their bits in the name of their type: q4_0.
-            bits=_distinct(stages, "bits") or [int(t[1]) for t in _distinct(stages, "type")],
-            activations=_distinct(stages, "activations"),
-            description=str(document.data["description"]),
-        )
-    except (KeyError, TypeError):
-        remedy = f"`pq recipe validate {path.stem}` says why"
-        raise RecipeError(f"{path}: is no recipe; {remedy}") from None
-
-
-def _distinct(stages: list[Mapping[str, Any]], field: str) -> list[Any]:
-    """Return the values that stages give to `field`, in their order, each once."""
-    return list(dict.fromkeys(stage[field] for stage in stages if field in stage))

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
-from typing import get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
+from typing_extensions import Self
 
 from quantize.errors import UsageError
 from quantize.files.yaml_scalars import resolve_plain
 from quantize.methods.base import Stage
 from quantize.recipe.messages import misfit
-from quantize.recipe.recipe import Recipe
 
 
-def with_stage_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+class Staged(Protocol):
+    """A recipe, as far as its stages go: recipes are read with this module's help."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Its stages."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other fields."""
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Staged)
+
+
+def with_stage_fields(recipe: AnyRecipe, assignments: Sequence[str]) -> AnyRecipe:
     """Return the recipe with `field=value` applied to every stage that has the field.
 
     A field that is a list takes values separated by commas.
@@ -81,7 +99,7 @@ def _replace_fields(stage: Stage, values: dict[str, object]) -> Stage:
         raise UsageError(f"--set: {where}: {reason}{value}") from None
 
 
-def _no_such_field(recipe: Recipe, target: str) -> str:
+def _no_such_field(recipe: Staged, target: str) -> str:
     fields = sorted(set().union(*map(_fields_of, recipe.stages)))
     close = difflib.get_close_matches(target.rpartition(".")[2], fields, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""

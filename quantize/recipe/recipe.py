@@ -23,9 +23,10 @@ from quantize.files.strict_yaml import Document
 from quantize.formats.registry import DEFAULT, FORMATS
 from quantize.methods import STAGES, Stage
 from quantize.methods.plugins import installed_methods
-from quantize.recipe.files import find_recipe, read_recipe
+from quantize.recipe.files import find, read_recipe
 from quantize.recipe.foreign import foreign
 from quantize.recipe.messages import TOP, Sections, law_problems, misfit, translate
+from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.stages import METHODS, learn, order_problems
 
 if TYPE_CHECKING:
@@ -156,10 +157,14 @@ _SECTIONS: Sections = {"calibration": Calibration, TOP: Recipe}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Read the recipe that `find_recipe` finds. Raises RecipeError with one line per problem."""
-    path = find_recipe(name_or_path)
-    source = str(path) if path == Path(name_or_path) else path.name
-    return parse_recipe(read_recipe(path, source), source)
+    """Read the recipe that `find` finds, with the settings of an alias. Raises RecipeError with one
+    line per problem."""
+    found = find(name_or_path)
+    source = str(found.path) if found.path == Path(name_or_path) else found.path.name
+    recipe = parse_recipe(read_recipe(found.path, source), source)
+    if not found.settings:
+        return recipe
+    return with_stage_fields(recipe, found.settings)
 
 
 def parse_recipe(text: str | bytes, source_name: str) -> Recipe:

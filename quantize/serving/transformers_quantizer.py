@@ -5,6 +5,7 @@ Apart from `transformers_api`, because importing it makes transformers import pq
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from transformers.quantizers.auto import register_quantizer as register_quantize
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantize.formats.native import WEIGHTS_FIELD
+
+log = logging.getLogger(__name__)
+
 __all__ = ["QuantizationConfigMixin", "Quantizer", "register_quantizer"]
 
 
@@ -26,11 +31,26 @@ def register_quantizer(name: str, config: type, quantizer: type) -> None:
         register_quantizer_class(name)(quantizer)
 
 
+def _let_load(config: Any) -> Any:
+    if hasattr(config, WEIGHTS_FIELD):
+        delattr(config, WEIGHTS_FIELD)
+    return config
+
+
 class Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
     """A quantization method whose checkpoints are loaded as they were packed, for inference."""
 
     requires_calibration = True
     """A model cannot be packed while it is loaded."""
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Take away what keeps loaders off that do not know the method. Releases of transformers
+        before 5.18 show the config here alone."""
+        return _let_load(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The same; the others, before they look for files."""
+        return _let_load(config)
 
     def prepare(self, model: Any, files: Sequence[str]) -> None:
         """Put modules for packed tensors into a model; files: the checkpoint's, none in memory."""
@@ -59,7 +79,16 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
         return list(super().update_weight_conversions(kept, *args))
 
     def is_serializable(self, safe_serialization: object = None) -> bool:
-        """Whether save_pretrained works: it writes the packed tensors as they are."""
+        """Whether save_pretrained works: it writes the packed tensors as they are.
+
+        Of config.json it leaves out what keeps loaders off that do not know the method, whatever
+        a method does about it, and asks this first: the moment to say so.
+        """
+        log.warning(
+            "save_pretrained leaves %s out of config.json: without `import quantize`, transformers "
+            "would fill the copy with random weights and only warn; copy the field from the model's",
+            WEIGHTS_FIELD,
+        )
         return True
 
     @property

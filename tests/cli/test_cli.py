@@ -250,6 +250,24 @@ def test_an_output_in_use(pq: Call, convert_args: list[object], tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_is_replaced_only_when_asked(
+    pq: Call, convert_args: list[object], tmp_path: Path
+):
+    assert pq(*convert_args, "--recipe", "rtn")[0] == 0
+    before = (tmp_path / "out" / "pq.json").read_bytes()
+    other = (*convert_args, "--recipe", "rtn", "--set", "bits=8")
+    assert pq(*other)[0] == 6
+    assert (tmp_path / "out" / "pq.json").read_bytes() == before
+    assert pq(*other, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "out" / "pq.json").read_text())["recipe"] != json.loads(before)
+    assert (tmp_path / "out" / "pq.json").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out",
+        "out.log",
+        "out.report.html",
+    ]
+
+
 def raising(error: BaseException) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         raise error

@@ -14,6 +14,7 @@ from quantize.cli.recipe import app
 from quantize.errors import RecipeError
 from quantize.recipe import files as recipe_files
 from quantize.recipe import recipe as recipes
+from quantize.recipe.listing import list_shipped
 from quantize.recipe.recipe import recipe_schema, resolved_yaml
 
 GOOD = "description: plain\nstages:\n  - method: rtn\n"
@@ -91,8 +92,45 @@ def test_ls(shelf: Path):
     assert [row["bits"] for row in rows] == [[], [], [3, 8]]
     assert [row["activations"] for row in rows] == [[], [], ["none"]]
     table = call("ls").stdout
-    assert "awq → gptq" in table
+    assert call("list").stdout == table
     assert "[b]two[/b]" in table  # text, not rich markup
+    names = [line.partition(" ")[0] for line in table.splitlines()]
+    assert names[:4] == ["name", "plain", "second", "third"]
+
+
+def test_ls_is_a_line_a_recipe_at_80_columns():
+    table = call("ls").stdout
+    assert max(map(len, table.splitlines())) <= 80
+    rows = json.loads(call("ls", "--json").stdout)
+    told = table.splitlines()
+    lines = {line.partition(" ")[0]: line for line in reversed(told)}
+    for row in rows:
+        line = lines[row["name"]]
+        assert row["scheme"] in line
+        assert row["purpose"] in line
+    assert "w4a16 is fireq-linear --set activations=none" in told
+
+
+def test_show_of_an_alias_is_a_recipe_of_its_own(tmp_path: Path):
+    shown = call("show", "W4A16").stdout
+    assert shown.startswith("# fireq-linear.yaml with activations=none\n")
+    (tmp_path / "mine.yaml").write_text(shown)
+    mine, meant = recipes.load_recipe(str(tmp_path / "mine.yaml")), recipes.load_recipe("w4a16")
+    assert mine.stages == meant.stages
+    assert call("show", "w4a8").stdout == call("show", "fireq-linear").stdout
+
+
+def test_diff_shows_the_fields_that_differ():
+    found = call("diff", "w4a16", "w4a8")
+    assert found.exit_code == 1
+    changed = [line for line in found.stdout.splitlines() if line[0] in "+-"]
+    assert changed[:2] == ["--- w4a16", "+++ w4a8"]
+    assert [line.split() for line in changed[2:]] == [
+        ["-", "activations:", "none"],
+        ["+", "activations:", "fp8"],
+    ]
+    same = call("diff", "w4a8", "FIREQ-LINEAR")
+    assert (same.exit_code, same.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("path", recipe_files.shipped_recipes(), ids=lambda path: path.stem)
@@ -100,7 +138,7 @@ def test_ls_reads_in_each_shipped_recipe_what_its_stages_will_do(path: Path):
     """The list fills in no defaults: a recipe that leaves its bits or activations to them would show none."""
     recipe = recipes.load_recipe(path.stem)
     encodes = [stage for stage in recipe.stages if stage.kind == "encode"]
-    (listing,) = [listing for listing in recipe_files.list_shipped() if listing.name == path.stem]
+    (listing,) = [listing for listing in list_shipped() if listing.name == path.stem]
     assert listing.description == recipe.description
     assert listing.methods == [stage.method for stage in recipe.stages]
     for field, shown in (("bits", listing.bits), ("activations", listing.activations)):
@@ -122,7 +160,7 @@ def test_ls_reads_in_each_shipped_recipe_what_its_stages_will_do(path: Path):
 def test_ls_names_a_file_that_is_no_recipe(shelf: Path, text: str, says: str):
     (shelf / "broken.yaml").write_text(text)
     with pytest.raises(RecipeError) as caught:
-        recipe_files.list_shipped()
+        list_shipped()
     assert says in str(caught.value)
 
 

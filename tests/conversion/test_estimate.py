@@ -15,7 +15,7 @@ from resumed import RECIPES, request
 from quantize.conversion.estimate import estimate, within
 from quantize.conversion.loop import convert
 from quantize.cost.units import duration, gigabytes, parse_bytes
-from quantize.errors import ModelError, RoomError
+from quantize.errors import ModelError, RecipeError, RoomError
 
 Pq = Callable[..., tuple[int, str, str]]
 
@@ -144,6 +144,31 @@ def test_without_time_nothing_is_loaded(
     assert json.loads(told[1])["vram"] == 0
     assert json.loads(told[1])["seconds"] is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_takes_what_convert_takes(
+    pq: Pq, tiny: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, out = str(tiny("llama")), tmp_path / "out"
+    arguments = ("estimate", "-m", model, "-r", "rtn", "--set", "group_size=64", "--no-time")
+    text = ("--dataset", str(text_file), "--nsamples", "6", "--seqlen", "32", "--device", "cpu")
+    plain = json.loads(pq(*arguments, *text, "-o", str(out), "--json")[1])
+    assert plain["disk_free"] > plain["disk"]
+    more = json.loads(pq(*arguments, *text, "--target-bpw", "7", "--json")[1])
+    assert more["output"] > 1.3 * plain["output"]
+    assert "disk_free" not in more
+    monkeypatch.setattr("quantize.cli.estimate.free_bytes", lambda path: 1000)
+    assert "which is too little" in pq(*arguments, *text, "-o", str(out))[1]
+    out.mkdir()
+    (out / "pq.json").write_text("{}")
+    code, _, err = pq(*arguments, *text, "-o", str(out))
+    assert (code, "--overwrite replaces what pq wrote" in err) == (6, True)
+    assert pq(*arguments, *text, "-o", str(out), "--overwrite")[0] == 0
+    assert pq(*arguments, *text, "-o", model)[0] in (2, 6)
+    strict = (*arguments, "--set", "bits=3", "--strict-serving")
+    assert pq(*strict)[0] == RecipeError.exit_code
+    assert "choose auto" in pq(*arguments, "--resume", "perhaps")[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_convert_refuses_a_limit_below_the_least(pq: Pq, tiny: ModelMaker, tmp_path: Path):

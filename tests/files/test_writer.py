@@ -137,6 +137,61 @@ def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path: Path):
     assert left_over(out) == ["theirs"]
 
 
+def old_output(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "pq.json").write_text("{}")
+    (folder / "old").write_text("x")
+    return folder
+
+
+def test_an_output_of_pqs_is_replaced_where_that_is_asked_for(tmp_path: Path):
+    out = old_output(tmp_path / "out")
+    with pytest.raises(OutputError, match="--overwrite replaces what pq wrote"):
+        require_free(out)
+    with Transaction(out, overwrite=True) as files:
+        files.write("new", lambda path: path.write_text("y"))
+        assert left_over(out) == ["old", "pq.json"]  # until the other is whole
+        files.commit()
+    assert left_over(out) == ["new"]
+    assert left_over(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("wrong", ["left", "rename"])
+def test_an_output_stays_where_its_successor_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+):
+    out = old_output(tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if "partial" in path.name:
+            raise OSError(errno.EIO, "boom")
+        return rename(path, target)
+
+    def commit() -> None:
+        with Transaction(out, overwrite=True) as files:
+            files.write("new", lambda path: path.write_text("y"))
+            if wrong == "left":
+                raise BoomError
+            files.commit()
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(BoomError if wrong == "left" else OutputError):
+        commit()
+    assert left_over(out) == ["old", "pq.json"]
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_what_pq_did_not_write_is_never_replaced(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(OutputError, match=r"has no pq.json, so that --overwrite leaves it alone"):
+        Transaction(tmp_path / "out", overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"--overwrite leaves it alone"):
+        require_free(tmp_path / "file", overwrite=True)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_parent_is_refused(tmp_path: Path):
     tmp_path.chmod(0o555)

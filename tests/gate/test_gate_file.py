@@ -11,6 +11,7 @@ from gates import GOOD, Maker, write_gate
 from quantize.errors import RecipeError
 from quantize.files.resources import data_dir
 from quantize.gate.file import load_gate
+from quantize.recipe.recipe import load_recipe
 
 
 @pytest.fixture
@@ -166,3 +167,12 @@ def test_names_of_files_start_from_the_gate_file(
     assert fireq.recipe.calibration.dataset == gate.evaluation.dataset == str(tmp_path / "text.txt")
     assert fireq.recipe.calibration.nsamples == 3
     assert gate.tasks == (f"multiple_choice:{tmp_path / 'text.txt'}", "arc_easy")
+
+
+def test_a_scheme_names_the_best_recipe_for_it(gate_file: Callable[..., Path]):
+    checks = "{kld_mean: {value: 1, tolerance: 1}}"
+    path = gate_file(f"W4A16: {checks}\nmine: {{recipe: w4a8, {checks[1:]}")
+    by_name = {entry.name: entry.recipe for entry in load_gate(path).entries}
+    for name, scheme in (("W4A16", "w4a16"), ("mine", "w4a8")):
+        assert by_name[name].stages == load_recipe(scheme).stages
+    assert by_name["W4A16"].stages != by_name["mine"].stages

@@ -414,7 +414,7 @@ def test_equal_experts_are_folded(converted: Maker, tmp_path: Path):
     assert "up (mlp.experts.2.up_proj): 128 x 128, bfloat16" in folded
     assert folded.count("(mlp.shared_expert.gate_proj): 256 x 128") == 1
     assert "router (mlp.gate): 4 x 128, bfloat16" in folded
-    assert folded.count('routing: {"policy": "threshold", "threshold": 0.5}') == 1
+    assert folded.count("routing: a token visits every expert whose score exceeds 0.5") == 1
     assert whole.count("gate (mlp.experts.") == 4
     assert " equal" not in whole
 
