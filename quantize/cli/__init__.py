@@ -29,6 +29,7 @@ from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
+from quantize.cli.common import VERBOSE, end_life, hush, show_life
 from quantize.cli.inspect import printable
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
 from quantize.tested import version_notice
@@ -88,13 +89,23 @@ def _root(
             help="Print the version and exit.",
         ),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show what torch, transformers and others warn of."),
+    ] = False,
 ) -> None:
     """Options of `pq` itself."""
+    if verbose:
+        os.environ[VERBOSE] = "1"
+    hush()
     # Before a command imports transformers, where the same would be said as a Python warning.
     computes = ctx.invoked_subcommand in _COMPUTING and not {"-h", "--help"} & set(sys.argv)
     line = version_notice()  # asked for all, since what was looked at once is never warned of
     if computes and line:
         typer.echo(f"pq: note: {line}", err=True)
+    if ctx.invoked_subcommand in _LOADING and computes:
+        show_life()
+        ctx.call_on_close(end_life)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -133,11 +144,12 @@ def main() -> None:
     # Read when torch loads: spinning threads make a machine that others use several
     # times slower (36 s became 9 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if {*sys.argv[1:2]} & _LOADING:
+    if {*sys.argv[1:3]} & _LOADING:
         # Torch and transformers are half a million objects of which none is garbage, looked at over
         # and over while they are loaded: a fifth of that time.
         gc.disable()
     signal.signal(signal.SIGTERM, _exit_on_signal)
+    sys.argv[1:] = _verbose_first(sys.argv[1:])
     try:
         app()
     except LostError as err:
@@ -167,6 +179,12 @@ def main() -> None:
         if left.code == 130:  # typer turns an interrupt into this
             typer.echo("pq: interrupted; no output was written", err=True)
         raise
+
+
+def _verbose_first(words: list[str]) -> list[str]:
+    """`-v` means the same behind the command as in front of it."""
+    rest = [word for word in words if word not in ("-v", "--verbose")]
+    return words if len(rest) == len(words) else ["-v", *rest]
 
 
 def _is_out_of_memory(err: Exception) -> bool:

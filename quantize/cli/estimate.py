@@ -46,6 +46,7 @@ def estimate(
     max_vram: Annotated[
         str | None, typer.Option(help="The same for the accelerator's memory.")
     ] = None,
+    check_windows: options.CheckWindows = options.CHECK_WINDOWS,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     timed: Annotated[
@@ -87,6 +88,7 @@ def estimate(
         pick_dtype(dtype, place),
         work=Path("out.work"),
         resume="auto",
+        check_windows=check_windows,
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )
