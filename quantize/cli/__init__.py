@@ -25,6 +25,7 @@ from quantize.cli import gate as gate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
+from quantize.cli import push as push_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
@@ -55,6 +56,7 @@ app.command("inspect")(inspect_command.inspect)
 app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
 app.command("verify")(verify_command.verify)
+app.command("push")(push_command.push)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)
 app.add_typer(gate_command.app, name="gate")
