@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 
 @dataclass
@@ -44,6 +47,16 @@ class Hub:
     """What everything is answered with."""
     token: str | None = None
     """The only one that is accepted, where a request has one."""
+    writers: dict[str, str] = field(default_factory=dict)
+    """Organization → the token that may write there."""
+    large: tuple[str, ...] = (".safetensors", ".gguf", ".bin")
+    """Endings of files that go to the storage of large ones; all others go along with the commit."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """SHA-256 → content in that storage."""
+    posted: list[tuple[str, str, Any]] = field(default_factory=list)
+    """Method, path and JSON of every request that brings something."""
+    root: Path = Path()
+    """Folder for what is committed here."""
 
     def put(self, name: str, folder: Path, revision: str = "main", **facts: Any) -> str:
         """Make the files below a folder a commit, which the revision then names → its hash."""
@@ -70,6 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -109,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
                 [{"type": "file", "path": p, "size": n, "oid": "0" * 40} for p, n in sizes]
             )
         siblings = [{"rfilename": p, "size": n, "blobId": "0" * 40} for p, n in sizes]
-        return self._send({"id": name, "sha": commit, "siblings": siblings, "tags": []})
+        about = {"id": name, "sha": commit, "siblings": siblings, "tags": []}
+        return self._send({**about, "private": found.private})
 
     def _send_file(self, found: Repository, commit: str, file: Path) -> None:
         if found.gated or not file.is_file() or file.name in self.hub.gone:
@@ -135,9 +155,120 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
 
-    def _send(self, data: Any) -> None:
+    def _take(self) -> None:
+        """Requests that bring something."""
+        path = unquote(urlsplit(self.path).path)
+        body = self._body()
+        self.hub.asked.append((self.command, path, None))
+        if self.hub.status is not None:
+            return self._refuse(self.hub.status)
+        if path.startswith("/storage/"):  # signed addresses of another machine: no token
+            return self._store(path.removeprefix("/storage/"), body)
+        data = None if path.rpartition("/")[0].endswith("/commit") else json.loads(body)
+        self.hub.posted.append((self.command, path, data))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if not token or (self.hub.token and token != self.hub.token):
+            return self._refuse(401, message="Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self._validate(data["content"])
+        if path == "/api/repos/create":
+            name = f"{data['organization']}/{data['name']}"
+        else:
+            name = "/".join(path.removeprefix("/api/models").split("/")[1:3]).removesuffix(".git")
+        if self.hub.writers.get(name.partition("/")[0]) != token:
+            return self._refuse(403, message="You do not have the required permissions")
+        if path == "/api/repos/create":
+            return self._create(name, data)
+        if name not in self.hub.repositories:
+            return self._refuse(404, "RepoNotFound")
+        if path.endswith("/info/lfs/objects/batch"):
+            return self._batch(data)
+        if "/preupload/" in path:
+            modes = [
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if one["path"].endswith(self.hub.large) else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for one in data["files"]
+            ]
+            return self._send({"files": modes})
+        return self._commit(name, [json.loads(line) for line in body.splitlines()])
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length")
+        if length is not None:
+            return self.rfile.read(int(length))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _store(self, oid: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._refuse(400)
+        self.hub.objects[oid] = body
+        return self._send({})
+
+    def _validate(self, content: str) -> None:
+        head = content.split("---\n")
+        front = None if len(head) < 3 else yaml.safe_load(head[1])
+        if not isinstance(front, dict):
+            return self._send({"errors": [{"message": "no front matter"}]}, 400)
+        if front.get("base_model_relation") not in (None, "quantized", "finetune"):
+            return self._send({"errors": [{"message": "base_model_relation is unknown"}]}, 400)
+        return self._send({"errors": [], "warnings": []})
+
+    def _create(self, name: str, data: Any) -> None:
+        if name in self.hub.repositories:
+            return self._send({"error": "You already created this model repo"}, 409)
+        folder = self.hub.root / name / "0"
+        folder.mkdir(parents=True)
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        private = data.get("visibility") == "private" or bool(data.get("private"))
+        self.hub.put(name, folder, private=private)
+        return self._send({"url": f"{self.hub.address}/{name}", "id": name})
+
+    def _batch(self, data: Any) -> None:
+        found = []
+        for one in data["objects"]:
+            actions: dict[str, Any] = {
+                "upload": {"href": f"{self.hub.address}/storage/{one['oid']}", "header": {}}
+            }
+            known = one["oid"] in self.hub.objects
+            found.append({**one, **({} if known else {"actions": actions})})
+        self._send({"transfer": "basic", "objects": found})
+
+    def _commit(self, name: str, lines: list[Any]) -> None:
+        repository = self.hub.repositories[name]
+        before = repository.commits[repository.names["main"]]
+        folder = before.parent / str(len(repository.commits))
+        shutil.copytree(before, folder)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            path = folder / value["path"]
+            if line["key"] == "deletedFile":
+                path.unlink()
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.objects:
+                    return self._refuse(400, message="an object is missing")
+                path.write_bytes(self.hub.objects[value["oid"]])
+            else:
+                path.write_bytes(base64.b64decode(value["content"]))
+        commit = self.hub.put(name, folder)
+        url = f"{self.hub.address}/{name}/commit/{commit}"
+        return self._send({"success": True, "commitUrl": url, "commitOid": commit})
+
+    def _send(self, data: Any, status: int = 200) -> None:
         body = json.dumps(data).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -180,6 +311,8 @@ def point_to(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "ENDPOINT", hub.address)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub.root = cache.parent / "hub"
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         patch.delenv(name, raising=False)

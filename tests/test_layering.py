@@ -44,7 +44,9 @@ ROOMS: dict[str, str] = {
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
-    "conversion": "block calibration cost errors files formats inspect methods model parallel recipe solvers",
+    "conversion": (
+        "block calibration cost errors evaluation files formats inspect methods model parallel recipe solvers"
+    ),
     "evaluation": "block calibration errors files model parallel",
     "draft": "calibration errors evaluation files model plan serving",
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
@@ -91,7 +93,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "triton": ("quantize.kernels",),
     "vllm": ("quantize.vllm",),
     "yaml": ("quantize.files.strict_yaml",),
-    "huggingface_hub": ("quantize.files.hub", "quantize.files.hub_problems"),
+    "huggingface_hub": (
+        "quantize.files.hub",
+        "quantize.files.hub_problems",
+        "quantize.files.hub_push",
+    ),
     "transformers": (
         "quantize.model.transformers_api",
         "quantize.model.transformers_decoder",
@@ -169,7 +175,7 @@ def test_the_walk_sees_imports():
     assert "quantize.errors" in GRAPH["quantize.model.arch"]
     assert "quantize.conversion.loop" in GRAPH["quantize.cli.convert"]  # inside a function
     assert "quantize.block.block" not in GRAPH["quantize.methods.base"]  # for types alone
-    assert "rich.console" in GRAPH["quantize.cli.convert"]
+    assert "rich.console" in GRAPH["quantize.cli.conversion_summary"]
 
 
 def room_of(module: str) -> str:

@@ -90,6 +90,8 @@ class Block:
     they are used (`moments_of`)."""
     waiting_fp8: bool = False
     """Whether these are of inputs rounded to E4M3."""
+    tell: Callable[[str], None] = lambda name: None
+    """Called with the name of each linear that was encoded: for those who watch."""
     holds: int = 0
     """Passes of each stream that may stand still on the way through the block (`HeldPasses`)."""
     _passes: dict[str, HeldPasses] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class Block:
         self.forget_moments(name)
         self.packed[name] = packed
         self.histograms[name] = code_histogram(old.weight, packed)
+        self.tell(name)
 
     @property
     def passes(self) -> HeldPasses:

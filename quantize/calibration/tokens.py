@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,9 @@ class TokenSet:
     """
     notes: Notes = ()
     """What is to be said of the text."""
+    held_out: torch.Tensor | None = None
+    """[N, T] int64: windows of the same text that are no part of `tokens`; None where none were
+    asked for, or the text has no more."""
 
     @property
     def bos(self) -> int | None:
@@ -83,6 +87,7 @@ def calibration_tokens(
     chat_template: bool | None = None,
     text_field: str | None = None,
     bos: Bos = "auto",
+    held_out: int = 0,
 ) -> TokenSet:
     """Return `nsamples` windows [nsamples, seqlen] of calibration tokens.
 
@@ -95,6 +100,8 @@ def calibration_tokens(
     chat_template: True: render each row's messages, or its text as one user turn, with the
     tokenizer's chat template; None: messages alone, and plainly where it has no template; False:
     messages plainly.
+    held_out: how many more windows to set apart, as far as the text has them. They follow on those
+    of calibration, which are the same without them; of documents, they are made of others.
     Raises DataError when the text cannot be read or gives fewer windows ("builtin"
     may give fewer, at least one).
     """
@@ -104,13 +111,17 @@ def calibration_tokens(
     pool = max(_POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted)
     text = text_sources.load(dataset, "calibration", text_field, pool)
     render = Renderer(tokenizer, text, chat_template)
+    documents: Iterator[str] | None = None
     if text.packing == "stream":
         ids = encode(tokenizer, join_rows(text))
     else:
-        ids = pack(tokenizer, render.rendered(numbered(text, seed)), wanted)
+        documents = render.rendered(numbered(text, seed))
+        ids = pack(tokenizer, documents, wanted)
         render.require_few_odd()
     found = len(ids)
+    spare = ids[wanted:]
     if prefix is not None:
+        spare = begin_windows(ids, seqlen, prefix, nsamples + held_out)[wanted:]
         ids = begin_windows(ids, seqlen, prefix, nsamples)
     windows = min(nsamples, len(ids) // seqlen)
     if windows < nsamples and (dataset != text_sources.BUILTIN or not windows):
@@ -119,7 +130,35 @@ def calibration_tokens(
         remedy = f"{fewer}lower seqlen or give more text"
         raise DataError(f"{problem}, and {nsamples} are wanted; {remedy}")
     use = {"seed": seed, "packing": text.packing} | render.facts() | _bos_facts(prefix)
-    return _token_set(text, render, ids, windows, seqlen, use)
+    made = _token_set(text, render, ids, windows, seqlen, use)
+    if documents is not None:  # after all that is said of the rows which calibration reads
+        spare = _further(tokenizer, documents, held_out, seqlen, prefix)
+    return replace(made, held_out=_windows(spare, held_out, seqlen))
+
+
+def _further(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterator[str],
+    windows: int,
+    seqlen: int,
+    bos: int | None,
+) -> list[int]:
+    """Tokens of documents that calibration did not come to; none where they cannot be rendered."""
+    if not windows:
+        return []
+    try:
+        ids = pack(tokenizer, documents, windows * seqlen)
+    except DataError:
+        return []
+    return ids if bos is None else begin_windows(ids, seqlen, bos, windows)
+
+
+def _windows(ids: list[int], most: int, seqlen: int) -> torch.Tensor | None:
+    """Whole windows of a stream, `most` at most; None where there is none."""
+    windows = min(most, len(ids) // seqlen)
+    if not windows:
+        return None
+    return torch.tensor(ids[: windows * seqlen], dtype=torch.int64).view(windows, seqlen)
 
 
 def evaluation_tokens(

@@ -25,11 +25,13 @@ from quantize.cli import gate as gate_command
 from quantize.cli import inspect as inspect_command
 from quantize.cli import models as models_command
 from quantize.cli import plan as plan_command
+from quantize.cli import push as push_command
 from quantize.cli import recipe as recipe_command
 from quantize.cli import recommend as recommend_command
 from quantize.cli import report as report_command
 from quantize.cli import serve_check as serve_check_command
 from quantize.cli import verify as verify_command
+from quantize.cli.common import VERBOSE, end_life, hush, show_life
 from quantize.cli.inspect import printable
 from quantize.cli.pointers import PointingCommand, PointingGroup
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
@@ -58,6 +60,7 @@ app.command("models")(models_command.models)
 app.command("plan")(plan_command.plan)
 app.command("recommend", cls=PointingCommand)(recommend_command.recommend)
 app.command("verify")(verify_command.verify)
+app.command("push")(push_command.push)
 app.command("report")(report_command.report)
 app.command("serve-check")(serve_check_command.serve_check)
 app.add_typer(gate_command.app, name="gate")
@@ -95,13 +98,23 @@ def _root(
             help="Print the version and exit.",
         ),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show what torch, transformers and others warn of."),
+    ] = False,
 ) -> None:
     """Options of `pq` itself."""
+    if verbose:
+        os.environ[VERBOSE] = "1"
+    hush()
     # Before a command imports transformers, where the same would be said as a Python warning.
     computes = ctx.invoked_subcommand in _COMPUTING and not {"-h", "--help"} & set(sys.argv)
     line = version_notice()  # asked for all, since what was looked at once is never warned of
     if computes and line:
         typer.echo(f"pq: note: {line}", err=True)
+    if ctx.invoked_subcommand in _LOADING and computes:
+        show_life()
+        ctx.call_on_close(end_life)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -140,11 +153,12 @@ def main() -> None:
     # Read when torch loads: spinning threads make a machine that others use several
     # times slower (36 s became 9 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if {*sys.argv[1:2]} & _LOADING:
+    if {*sys.argv[1:3]} & _LOADING:
         # Torch and transformers are half a million objects of which none is garbage, looked at over
         # and over while they are loaded: a fifth of that time.
         gc.disable()
     signal.signal(signal.SIGTERM, _exit_on_signal)
+    sys.argv[1:] = _verbose_first(sys.argv[1:])
     try:
         app()
     except LostError as err:
@@ -174,6 +188,12 @@ def main() -> None:
         if left.code == 130:  # typer turns an interrupt into this
             typer.echo("pq: interrupted; no output was written", err=True)
         raise
+
+
+def _verbose_first(words: list[str]) -> list[str]:
+    """`-v` means the same behind the command as in front of it."""
+    rest = [word for word in words if word not in ("-v", "--verbose")]
+    return words if len(rest) == len(words) else ["-v", *rest]
 
 
 def _is_out_of_memory(err: Exception) -> bool:

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,45 +21,12 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.table import Table
 
-Progress = Callable[[str, int, int], None]
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-@contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """A rich progress bar on stderr with the time left; silent where it is not to be shown
-    or stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    # a disabled bar would do, but older rich ends it with a line feed
-    if not (shown and console.is_terminal):
-        yield lambda what, done, total: None
-        return
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(
-            task,
-            description=what,
-            completed=done,
-            total=total,
-        )
+def end_life() -> None:
+    """End the sign of life."""
+    _sign_of_life.close()
 
 
 def loading(what: str) -> Status:
@@ -118,20 +85,57 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
         restore()
 
 
+VERBOSE = "PQ_VERBOSE"
+"""Set where the libraries' warnings are to be shown: `-v`."""
+_LIBRARIES = (
+    "accelerate",
+    "compressed_tensors",
+    "datasets",
+    "fsspec",
+    "huggingface_hub",
+    "matplotlib",
+    "torch",
+)
+
+
+def hush() -> None:
+    """Keep the warnings of the libraries below us off the terminal, before any of them is loaded.
+    Those who ask for them (`-v`, PYTHONWARNINGS, `python -W`) get them."""
+    import logging
+    import warnings
+
+    if os.environ.get(VERBOSE):
+        return
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Keep the progress bars and advice of the libraries below us off the
-    terminal; errors still raise.
+    terminal, but for the warnings with `-v`; errors still raise.
 
-    With this they are loaded: from here on garbage is collected again.
+    With this they are loaded: from here on garbage is collected again, and the sign of life ends.
     """
     import gc
-    import logging
 
     from quantize.model.transformers_api import silence
 
-    silence()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    silence(warnings=bool(os.environ.get(VERBOSE)))
+    hush()
     gc.enable()
+    _sign_of_life.close()
+
+
+_sign_of_life = ExitStack()
+"""What is shown while libraries are loaded."""
+
+
+def show_life() -> None:
+    """On a terminal, say within a second that something goes on, until `quiet_libraries`."""
+    if sys.stderr.isatty():
+        _sign_of_life.enter_context(loading("loading torch and transformers"))
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:

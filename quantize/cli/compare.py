@@ -11,7 +11,8 @@ import typer
 
 import quantize
 from quantize.cli import options
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
+from quantize.cli.progress import progress_bar
 from quantize.cli.told import warnings_told
 
 

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
 
-from quantize.cli.common import Progress
+from quantize.cli.progress import Progress
 from quantize.cli.told import OF_TEXT, Told
 from quantize.errors import PqError
 
@@ -97,7 +98,7 @@ def log_run(output: Path, work: Path) -> Iterator[RunLog]:
     log.hold()
     told = Told()
     slow = Told()
-    slow.addFilter(_worth_a_line)
+    slow.addFilter(_WorthALine().filter)
     for name in _SHOWN:
         logging.getLogger(name).addHandler(told)
     logging.getLogger("quantize.conversion.pace").addHandler(slow)
@@ -123,12 +124,23 @@ def log_run(output: Path, work: Path) -> Iterator[RunLog]:
         logging.getLogger("quantize.conversion.pace").removeHandler(slow)
 
 
-def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Warnings, and blocks that take long where no progress bar is seen."""
-    from quantize.conversion.pace import SLOW
+class _WorthALine:
+    """Lets warnings through, and where no progress bar is seen a line a block; quick blocks share
+    one."""
 
-    unseen = not sys.stderr.isatty()
-    return record.levelno >= logging.WARNING or (unseen and getattr(record, "seconds", 0.0) >= SLOW)
+    def __init__(self) -> None:
+        self._last = time.time()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is to be shown."""
+        from quantize.conversion.pace import SLOW
+
+        if record.levelno >= logging.WARNING:
+            return True
+        if sys.stderr.isatty() or record.created - self._last < SLOW:
+            return False
+        self._last = record.created
+        return True
 
 
 class _Held(logging.Handler):

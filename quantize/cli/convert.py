@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,26 +16,25 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import (
-    loading,
     local_model,
     pick_device,
     pick_dtype,
-    progress_bar,
     quiet_libraries,
     stop_on_signals,
 )
 from quantize.cli.conversion_log import log_run
-from quantize.cli.figures import print_restructuring
+from quantize.cli.conversion_summary import next_steps, print_summary
 from quantize.cli.inspect import loads_line
-from quantize.cli.launches import joining
+from quantize.cli.launches import first_of_launch, joining
 from quantize.cli.options import size_option
-from quantize.cost.units import duration, gigabytes
+from quantize.cli.progress import steps_bar
 
 if TYPE_CHECKING:
-    from quantize.conversion.loop import Request, Summary
+    from quantize.conversion.loop import Request
 
 
 def convert(
+    ctx: typer.Context,
     model: options.Model,
     recipe: options.Recipe,
     output: Annotated[
@@ -57,6 +56,7 @@ def convert(
     work: options.Work = None,
     resume: options.ResumeOption = "auto",
     overwrite: options.Overwrite = False,
+    check_windows: options.CheckWindows = options.CHECK_WINDOWS,
     strict_serving: options.StrictServing = False,
     max_ram: options.MaxRam = None,
     max_vram: options.MaxVram = None,
@@ -70,14 +70,15 @@ def convert(
 
     OUTPUT.log and OUTPUT.report.html stand beside it.
     """
-    with loading("loading torch and transformers"):
-        from quantize.conversion.estimate import within
-        from quantize.conversion.loop import Request
-        from quantize.cost.peak import keep_little
-        from quantize.files.resume import forget_finished
-        from quantize.files.transaction import require_apart, require_free, require_name
-        from quantize.recipe.overrides import with_stage_fields
-        from quantize.recipe.recipe import load_recipe
+    if first_of_launch() and not sys.stderr.isatty():
+        typer.echo(f"pq: converts {model} with {recipe} to {output}", err=True)
+    from quantize.conversion.estimate import within
+    from quantize.conversion.loop import Request
+    from quantize.cost.peak import keep_little
+    from quantize.files.resume import forget_finished
+    from quantize.files.transaction import require_apart, require_free, require_name
+    from quantize.recipe.overrides import with_stage_fields
+    from quantize.recipe.recipe import load_recipe
 
     require_name(output)
     keep_little()
@@ -117,13 +118,14 @@ def convert(
             overwrite=overwrite,
             target_bpw=target_bpw,
             strict_serving=strict_serving,
+            check_windows=check_windows,
             max_ram=size_option("--max-ram", max_ram),
             max_vram=size_option("--max-vram", max_vram),
             ranks=ranks,
         )
         request = within(request)
         if ranks.first:
-            _lead(request, kept, own=work is None, as_json=as_json, signals=signals)
+            _lead(ctx, request, kept, work is None, as_json, signals)
         else:
             _assist(request, signals)
 
@@ -142,33 +144,39 @@ class _Signals(ExitStack):
     def catch(self) -> None:
         """Take the signals from now on; the first process of a launch says so when one comes."""
         if self.keeps and self._asked is None:
-            self._asked = self.enter_context(
-                stop_on_signals(aloud=os.environ.get("RANK", "0") == "0")
-            )
+            self._asked = self.enter_context(stop_on_signals(aloud=first_of_launch()))
 
     def stop(self) -> bool:
         """Whether one has come."""
         return self._asked is not None and self._asked()
 
 
-def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Signals) -> None:
+def _lead(
+    ctx: typer.Context,
+    request: Request,
+    kept: Path,
+    own: bool,
+    as_json: bool,
+    signals: _Signals,
+) -> None:
     """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
     from quantize.conversion.loop import convert as run
 
     with log_run(request.output, kept) as log:
-        with progress_bar() as progress, signals:
+        with steps_bar() as (progress, inside), signals:
             signals.catch()
-            summary = run(request, log.begins(progress), signals.stop)
+            summary = run(request, log.begins(progress), signals.stop, inside)
         log.begin()
         if own:
             shutil.rmtree(kept, ignore_errors=True)
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(request.output)
+    steps = next_steps(ctx, summary)
     if as_json:
         facts = dataclasses.asdict(summary) | {"loads_in": loads_line(Path(summary.output))}
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(facts | {"next": steps.as_json()}, indent=2))
     else:
-        _print(summary)
+        print_summary(summary, steps)
 
 
 def _assist(request: Request, signals: _Signals) -> None:
@@ -192,71 +200,3 @@ def _write_report(output: Path) -> None:
         )
     else:
         typer.echo(f"report: {page}", err=True)
-
-
-def _megabytes(summary: Summary) -> str:
-    return f"{summary.output_bytes / 1e6:.1f} MB (source {summary.source_bytes / 1e6:.1f} MB)"
-
-
-def _list_names(names: Sequence[str], shown: int = 7) -> str:
-    rest = f" and {len(names) - shown} more, all in pq.json" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
-
-
-def _print(summary: Summary) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    ratio = summary.source_bytes / summary.output_bytes
-    size = (
-        f"{summary.output_bytes / 1e6:.1f} MB ({ratio:.2f}x smaller)"
-        if ratio >= 1.005
-        else _megabytes(summary)
-    )
-    bits = f"{summary.quantized_linears} linears at {summary.bits_per_weight:.3f} bits per weight, "
-    done = bits if summary.quantized_linears else ""
-    memory = f", peak memory {gigabytes(summary.peak_bytes)}" if summary.peak_bytes else ""
-    took = f"{duration(summary.seconds)} ({duration(summary.seconds_per_block)} a block)"
-    console.print(f"[bold]{summary.output}[/bold]: {done}{size}, {took}{memory}")
-    if summary.dequantized:
-        console.print(f"the source is stored small: {summary.dequantized}")
-    if summary.bos:
-        console.print(f"calibration windows began with BOS (token {summary.bos_token_id})")
-    if summary.restructured:
-        print_restructuring(console, summary.restructured, summary.activated_reduction)
-    for reason, names in summary.cache_16bit.items():
-        console.print(
-            f"[yellow]{len(names)} layers keep a 16-bit cache[/yellow] ({reason}): "
-            f"{_list_names(names)}"
-        )
-    for reason, names in summary.unmoved.items():
-        console.print(f"in {len(names)} blocks no scales move over {reason}")
-    for adapted in summary.adapted:
-        console.print(f"[yellow]not as asked for:[/yellow] {adapted}")
-    for lost in summary.lost:
-        console.print(f"[yellow]not in this format:[/yellow] {lost}")
-    for unserved in summary.unserved:
-        where, _, what = unserved.partition(": ")
-        console.print(f"[yellow]{where}:[/yellow] {what}")
-    console.print(f"{loads_line(Path(summary.output))} (pq serve-check says how)", soft_wrap=True)
-    if summary.carried:
-        modules = (
-            f"{name} ({count} tensor{'s' if count > 1 else ''})"
-            for name, count in summary.carried.items()
-        )
-        console.print(f"carried over unchanged, beside the decoder: {', '.join(modules)}")
-    if summary.untied_head_bytes:
-        console.print(
-            "the head no longer shares the embedding's weight: "
-            f"{summary.untied_head_bytes / 1e6:.1f} MB more"
-        )
-    if summary.promoted:
-        console.print(
-            f"{len(summary.promoted)} linears got more bits to spend the target: "
-            f"{_list_names(summary.promoted)}"
-        )
-    if summary.fallbacks:
-        console.print(
-            f"[yellow]{len(summary.fallbacks)} linears were not fitted to their inputs[/yellow] "
-            f"(pq.json says why): {_list_names(summary.fallbacks)}"
-        )

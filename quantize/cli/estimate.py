@@ -45,6 +45,7 @@ def estimate(
     work: options.Work = None,
     resume: options.ResumeOption = "auto",
     overwrite: options.Overwrite = False,
+    check_windows: options.CheckWindows = options.CHECK_WINDOWS,
     strict_serving: options.StrictServing = False,
     max_ram: options.MaxRam = None,
     max_vram: options.MaxVram = None,
@@ -100,6 +101,7 @@ def estimate(
         overwrite=overwrite,
         target_bpw=target_bpw,
         strict_serving=strict_serving,
+        check_windows=check_windows,
         max_ram=size_option("--max-ram", max_ram),
         max_vram=size_option("--max-vram", max_vram),
     )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import local_model, pick_device, pick_dtype, progress_bar, quiet_libraries
+from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.gate import Check, Junit, NoCache, Only, Reason, SummaryFile, Update, check_gate
 from quantize.cli.launches import joining
 from quantize.cli.measure import Setting, output_folder, perplexity
 from quantize.cli.measure import tasks as run_tasks
+from quantize.cli.progress import progress_bar
 from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 

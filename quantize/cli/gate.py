@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import (
-    Progress,
-    local_model,
-    pick_device,
-    pick_dtype,
-    progress_bar,
-    quiet_libraries,
-)
+from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
+from quantize.cli.progress import Progress, progress_bar
 from quantize.cli.told import warnings_told
 from quantize.errors import OutputError, UsageError
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from quantize.cli.common import Progress, local_model
+from quantize.cli.common import local_model
+from quantize.cli.progress import Progress
 from quantize.files.disk import write_text
 from quantize.gate.entries import Settings
 from quantize.gate.file import parse_gate

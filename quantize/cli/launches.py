@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from quantize.parallel.ranks import Ranks
 
 
+def first_of_launch() -> bool:
+    """Whether this process is the first of its launch, or alone: known before anything is loaded."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joining(
     keeps: bool,

@@ -89,6 +89,17 @@ CalibrationBos = Annotated[
         autocompletion=_BOS,
     ),
 ]
+CHECK_WINDOWS = 4
+"""Enough to tell a good conversion from a bad one; with windows of 512 tokens half a pass of each
+model."""
+CheckWindows = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Windows, none of them calibration's, that the output and its parent are compared on at the end; "
+        "0: none.",
+    ),
+]
 MaxWindows = Annotated[int | None, typer.Option(min=1, help="Evaluate only the first windows.")]
 NumericsOption = Annotated[
     str,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 from quantize.cli import options
 from quantize.cli.common import local_model
 from quantize.cli.inspect import printable
-from quantize.errors import ModelError, UsageError
+from quantize.errors import ModelError, PqError, UsageError
 
 if TYPE_CHECKING:
     from quantize.inspect.engines import Loading, Loadings
@@ -53,10 +52,27 @@ def serve_check(
     ] = False,
 ) -> None:
     """Say which engines serve a checkpoint as it is, with what command, memory and GPUs."""
+    check = _check(model, local_model(model, revision), context, sequences, kv_cache)
+    if as_json:
+        typer.echo(json.dumps(check.as_json(), indent=2, ensure_ascii=False))
+    else:
+        for line in check.lines():
+            typer.echo(printable(line))
+
+
+def serve_commands(model: str, folder: Path) -> dict[str, list[str]]:
+    """Engine → lines that start a checkpoint as `pq serve-check` says by default; those of engines
+    that serve come first. Empty where it cannot be told."""
+    try:
+        return _check(model, folder, None, 8, "auto").commands()
+    except PqError:
+        return {}
+
+
+def _check(model: str, folder: Path, context: int | None, sequences: int, kv_cache: str) -> _Check:
     from quantize.inspect.engines import loadings
     from quantize.plan.checkpoint import served_model
 
-    folder = local_model(model, revision)
     found = loadings(folder)
     if found.options and kv_cache != "auto":
         raise UsageError(
@@ -67,12 +83,7 @@ def serve_check(
         served = served_model(folder, kv_cache, name=model)
     except ModelError as err:
         untold = str(err)
-    check = _Check(model, folder, found, served, untold, context, sequences, kv_cache)
-    if as_json:
-        typer.echo(json.dumps(check.as_json(), indent=2, ensure_ascii=False))
-    else:
-        for line in check.lines():
-            typer.echo(printable(line))
+    return _Check(model, folder, found, served, untold, context, sequences, kv_cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +104,11 @@ class _Check:
     @property
     def context(self) -> int:
         """Tokens of a sequence."""
+        from quantize.inspect.commands import usual_context
+
         if self.asked_context is not None:
             return self.asked_context
-        allowed = self.served.max_context if self.served else None
-        return min(4096, allowed or 4096)
+        return usual_context(self.served.max_context if self.served else None)
 
     def needed(self) -> Needed | None:
         """Bytes of weights and cache."""
@@ -118,47 +130,25 @@ class _Check:
         return any(runs_on(loading.where, gpu.capability) for loading in self._of("vLLM"))
 
     def _of(self, engine: str) -> list[Loading]:
-        return [x for x in self.found.engines if x.loads and x.engine.startswith(engine)]
+        from quantize.inspect.commands import loading_in
+
+        return loading_in(self.found, engine)
 
     def commands(self) -> dict[str, list[str]]:
         """Engine → lines that start it, those of the shell or of Python."""
-        from quantize.formats.engines import LLAMA_CPP, TRANSFORMERS, VLLM
-
-        out: dict[str, list[str]] = {}
-        name = shlex.quote(self.model)
-        if self._of(VLLM.name):
-            options = self.found.options.get(VLLM.name, ())
-            line = self._vllm(name)
-            out[VLLM.name] = [" ".join((line, *options))]
-            if options:
-                out[VLLM.name].append(f"{line}  # on CPUs")
-        if found := self._of(TRANSFORMERS.name):
-            out[TRANSFORMERS.name] = [
-                *([found[0].first] if found[0].first else []),
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                f"tokenizer = AutoTokenizer.from_pretrained({self.model!r})",
-                f'model = AutoModelForCausalLM.from_pretrained({self.model!r}, device_map="auto")',
-            ]
-        if self._of(LLAMA_CPP.name):
-            file = shlex.quote(str(sorted(self.folder.glob("*.gguf"))[0]))
-            total = self.context * self.sequences  # llama.cpp shares it among its slots
-            out[LLAMA_CPP.name] = [f"llama-server -m {file} -c {total} -np {self.sequences}"]
-        return out
-
-    def _vllm(self, name: str) -> str:
+        from quantize.inspect.commands import start_commands
         from quantize.plan.kv import KV_TYPES
 
-        words = [f"vllm serve {name}", f"--max-model-len {self.context}"]
-        words.append(f"--max-num-seqs {self.sequences}")
-        if self.found.fp8 and self.found.dtype != "bfloat16":
-            words.append("--dtype bfloat16")
         kept = next((kind.vllm for kind in KV_TYPES if kind.name == self.kv_cache), None)
-        if kept not in (None, "auto"):
-            words.append(f"--kv-cache-dtype {kept}")
-        fewest = min((place.count for place in self.placed() if place.count), default=1)
-        if fewest > 1:
-            words.append(f"--tensor-parallel-size {fewest}")
-        return " ".join(words)
+        return start_commands(
+            self.model,
+            self.folder,
+            self.found,
+            self.context,
+            self.sequences,
+            None if kept == "auto" else kept,
+            min((place.count for place in self.placed() if place.count), default=1),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantize.cli.common import local_model, pick_device, progress_bar, quiet_libraries
+from quantize.cli.common import local_model, pick_device, quiet_libraries
 from quantize.cli.inspect import printable
+from quantize.cli.progress import progress_bar
 from quantize.errors import VerifyError
 
 if TYPE_CHECKING:

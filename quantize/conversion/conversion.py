@@ -17,6 +17,7 @@ from quantize.block.teacher import teacher_of
 from quantize.block.walk import Route, Send, Streams, walk
 from quantize.calibration.tokens import TokenSet
 from quantize.conversion.head import encode_head
+from quantize.conversion.inside import Inside, Watched
 from quantize.conversion.plan import Plan
 from quantize.conversion.source import embed_windows, hold, open_block, outside
 from quantize.conversion.state import State
@@ -41,6 +42,8 @@ class Conversion:
     def __init__(self, plan: Plan, state: State | None = None) -> None:
         self.plan = plan
         self.state = State(report=dict(plan.decisions.findings)) if state is None else state
+        self.inside: Inside = lambda what, share: None
+        """Told what is done inside of a block."""
 
     def embed(self, tokens: TokenSet | None) -> Streams[str] | None:
         """Hidden states that enter block 0; None where no stage needs them."""
@@ -139,8 +142,10 @@ class Conversion:
 
     def _apply_stages(self, block: Block) -> None:
         stages = self.plan.recipe.stages
+        watched = Watched(self.plan.recipe, block, self.inside)
         for stage in stages:
             if stage.kind == "restructure":  # which leaves other linears than it found
+                watched.stage(stage.method)
                 stage.apply(block)
                 give_back()
                 self.plan.request.require_room()
@@ -150,6 +155,7 @@ class Conversion:
             if smoothed and stage.kind in ("cache", "encode"):
                 after = self.profile(block)
                 smoothed = False
+            watched.stage(stage.method)
             stage.apply(block)
             give_back()
             self.plan.request.require_room()

@@ -173,6 +173,7 @@ def _calibration(
         chat_template=c.chat_template,
         text_field=c.text_field,
         bos=c.bos,
+        held_out=request.check_windows if request.ranks.first else 0,
     )
     check_vocab(tokens.tokens, shape.vocab)
     if aloud:

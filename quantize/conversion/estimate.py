@@ -19,6 +19,7 @@ import torch
 from quantize.calibration.tokens import TokenSet
 from quantize.conversion.beside import part_sizes
 from quantize.conversion.draft import draft
+from quantize.conversion.held_out_cost import room_of_look
 from quantize.conversion.plan import Plan
 from quantize.conversion.request import Request
 from quantize.conversion.trial import Timing, timing
@@ -48,6 +49,9 @@ class Estimate:
     """At most, beside the output and in the work folder, the output included."""
     output: int
     """Weights of the output."""
+    check: int
+    """Of the device that computes, at most, while held-out windows are looked at; 0 without a look.
+    `ram` or `vram` is no less."""
     parts: dict[str, int]
     """What the peak of the device that computes consists of."""
     batch_tokens: int
@@ -55,6 +59,12 @@ class Estimate:
     split: bool
     time: Timing | None = None
     """None where it was not measured."""
+
+    def with_check(self, request: Request) -> Estimate:
+        """The same with room for the look at the end."""
+        if request.device.type == "cpu":
+            return replace(self, ram=max(self.ram, self.check))
+        return replace(self, vram=max(self.vram, self.check))
 
     def as_json(self) -> dict[str, Any]:
         """All fields, those of `time` among them; null where it was not measured."""
@@ -72,7 +82,9 @@ def estimate(request: Request, timed: bool = True) -> Estimate:
     started = time.monotonic()
     plan, space, tokens = draft(request)
     opening = time.monotonic() - started
-    found = _estimate(plan, request, tokens)  # before the trial, whose leavings would be counted
+    found = _estimate(plan, request, tokens).with_check(
+        request
+    )  # before the trial, whose leavings would be counted
     if not timed:
         return found
     return replace(
@@ -114,7 +126,18 @@ def within(request: Request) -> Request:
             f"recipe {request.recipe.name} on {request.model} needs {' and '.join(needed)} at "
             f"least; most of it is {max(least.parts, key=lambda part: least.parts[part])}"
         )
-    return choices[int(chosen)]
+    return _with_look(choices[int(chosen)], found[int(chosen)])
+
+
+def _with_look(request: Request, found: Estimate) -> Request:
+    """Without the look at held-out windows where a limit leaves no room for it."""
+    cpu = request.device.type == "cpu"
+    limit = request.max_ram if cpu else request.max_vram
+    if limit is None or found.check <= limit:
+        return request
+    option = "--max-ram" if cpu else "--max-vram"
+    reason = f"a look at held-out windows takes {gigabytes(found.check)}, {option} allows less"
+    return replace(request, check_windows=0, unchecked=reason)
 
 
 def _hold(request: Request, found: Estimate, wanted: int) -> int | None:
@@ -203,6 +226,9 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
     spilled = states if request.states_on == "disk" else 0
     files = item * block.weights * (1 + reference) if request.split and cpu else 0
     state = _state(plan, request, tokens)
+    largest = max(kinds, key=lambda sizes: sizes.weights)
+    check = room_of_look(plan, largest, tokens)
+    check += base if check and cpu else 0
     return Estimate(
         ram=base
         + (computed + (0 if on_device else batches) + host if cpu else host + writing + batches),
@@ -211,6 +237,7 @@ def _estimate(plan: Plan, request: Request, tokens: TokenSet | None) -> Estimate
         # the source's are not touched.
         disk=output * plan.format.copies + spilled + files + 2 * state,
         output=output,
+        check=check,
         parts={"the program": base} | parts if cpu else parts,
         batch_tokens=block.batch or request.batch_tokens,
         states_on=request.states_on,

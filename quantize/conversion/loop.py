@@ -19,10 +19,12 @@ from quantize.block.walk import Streams
 from quantize.calibration.text_sources import name_of
 from quantize.calibration.tokens import TokenSet
 from quantize.conversion.beside import part_sizes, tensors_beside
-from quantize.conversion.card import CARD, card
+from quantize.conversion.card import CARD, Made, card
 from quantize.conversion.conversion import Conversion
 from quantize.conversion.decide import decide
 from quantize.conversion.draft import draft
+from quantize.conversion.held_out import look_at
+from quantize.conversion.inside import Inside
 from quantize.conversion.joint import NoWriter, require_same_block, shared_state
 from quantize.conversion.output import facts_of, output_config
 from quantize.conversion.pace import Pace
@@ -51,6 +53,7 @@ def convert(
     request: Request,
     progress: Progress = lambda what, done, total: None,
     stop: Callable[[], bool] = lambda: False,
+    inside: Inside = lambda what, share: None,
 ) -> Summary:
     """Run a recipe over a checkpoint and write the packed result to `request.output`.
 
@@ -59,6 +62,7 @@ def convert(
     inputs, seed and versions give equal bytes, taken up or not, with any number of ranks, of which
     the first alone writes. stop: asked after each block where `request.resume` keeps blocks;
     StoppedError on all ranks once it is true on one.
+    inside: told the stages and linears of the block under way.
     Raises PqError subclasses; on any error nothing is left at the output.
     """
     started, ranks = time.monotonic(), request.ranks
@@ -80,6 +84,7 @@ def convert(
             progress("checking source", 0, blocks)
             plan.source.require_finite(plan.arch.is_beside)
         streams: Streams[str] | None = None
+        look: dict[str, Any] | None = None
         done, written = (kept.blocks, kept.written) if kept else (0, {})
         if kept:
             run, streams = unpack_run(plan, kept.facts, kept.tensors)
@@ -87,6 +92,7 @@ def convert(
             run = Conversion(decide(plan, space, tokens, progress))
             if plan.needs_decisions or space:
                 keeper.keep(run, 0, None, {})
+        run.inside = inside
         if not done:
             streams = run.embed(tokens)
         parts = blocks + 1 + has_tail(plan) + len(part_sizes(plan))
@@ -97,10 +103,10 @@ def convert(
             ranks.release()
             progress("writing", blocks, blocks)
             if isinstance(writer, CheckpointWriter):
-                _finish(run, streams, writer, _provenance(run.plan, hashes, tokens))
+                look = _finish(run, streams, writer, hashes, tokens, progress)
         state.clear()
     seconds = time.monotonic() - started
-    return summary_of(run.plan, run.state, tokens, seconds, pace.per_block, writer.total_size)
+    return summary_of(run.plan, run.state, tokens, seconds, pace.per_block, writer.total_size, look)
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,15 @@ def _finish(
     run: Conversion,
     streams: Streams[str] | None,
     writer: CheckpointWriter,
-    provenance: dict[str, Any],
-) -> None:
-    """Write what stands behind the blocks and let the output appear."""
+    hashes: Mapping[str, str],
+    tokens: TokenSet | None,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Write what stands behind the blocks, look at it and let the output appear; returns what the
+    look found.
+
+    hashes: of the source's files. tokens: what was calibrated on.
+    """
     plan, state = run.plan, run.state
     if has_tail(plan):
         writer.add(plan.source.output.written(run.tensors_outside(*plan.arch.after)))
@@ -169,18 +181,23 @@ def _finish(
         name = path.relative_to(plan.source.folder).as_posix()
         if name != CARD:
             writer.copy(path, name)
-    parents = next((path for path in beside if path == plan.source.folder / CARD), None)
-    text = card(plan, state, parents)
-    writer.write(CARD, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
     config = output_config(plan, state)
     writer.finish(config, facts_of(plan, config))
     writer.write_json("config.json", config)
+    plan.request.require_room()
+    look = look_at(plan, tokens, writer.folder, progress)
+    parents = next((path for path in beside if path == plan.source.folder / CARD), None)
+    base = _provenance(plan, hashes, tokens)
+    text = card(plan, Made(state, writer.folder, base, look), parents)
+    writer.write(CARD, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
     writer.write_json(STATISTICS, state.statistics.as_json())
     plan.request.require_room()
     results = results_of(plan, state, streams.dropped if streams else 0)
-    facts = provenance | results | {"files": writer.hashes}
+    told = {"held_out": look} if look else {}
+    facts = base | results | told | {"files": writer.hashes}
     writer.write_json(PROVENANCE, facts | {DIGEST: provenance_digest(facts)})
     writer.commit()
+    return look
 
 
 def _writer(

@@ -14,7 +14,8 @@ from quantize.cost.units import duration, gigabytes
 log = logging.getLogger(__name__)
 
 SLOW = 5.0
-"""Seconds from which on a block is worth a line to those who see no progress bar."""
+"""Seconds that lie at least between two lines for those who see no progress bar: a line a block where
+those take longer."""
 
 
 class Pace:
@@ -65,5 +66,5 @@ class Pace:
         projected = duration(now + left)
         place = f"block {self.done} of {self.blocks}"
         told = f"{place}: {duration(took)}, {duration(left)} left of {projected}{memory}"
-        log.info("%s", told, extra={"seconds": took})
+        log.info("%s", told)
         self.request.require_room()

@@ -50,6 +50,11 @@ class Request:
     """Overrides the recipe's `target_bpw`."""
     strict_serving: bool = False
     """Whether what no GPU serves in vLLM is an error, before any work."""
+    check_windows: int = 0
+    """Windows that the output and its parent are compared on before it appears, none of them those
+    of calibration; 0: no look is taken."""
+    unchecked: str = ""
+    """Why none is taken though it was asked for."""
     max_ram: int | None = None
     """Bytes that the process should stay below; `quantize.conversion.estimate.within` sees to it."""
     max_vram: int | None = None

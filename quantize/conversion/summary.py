@@ -10,6 +10,7 @@ from typing import Any
 from quantize.calibration.tokens import TokenSet
 from quantize.conversion.output import lost_in
 from quantize.conversion.plan import Plan
+from quantize.conversion.remedy import remedy_of
 from quantize.conversion.serving import unserved
 from quantize.conversion.state import State
 from quantize.cost.peak import peak_of
@@ -75,6 +76,13 @@ class Summary:
     """Whether calibration windows begin with BOS; None for data-free recipes."""
     bos_token_id: int | None
     """That token; None where they do not."""
+    held_out: dict[str, Any] | None
+    """How far the output is from its parent on windows that calibration did not use, fields of
+    `quantize.evaluation.held_out.HeldOut`; or under `not_measured` why that is not known; None where
+    it was not asked for."""
+    hurt_most: dict[str, Any] | None
+    """The linear with the largest relative squared error and what helps it, fields of
+    `quantize.conversion.remedy.Remedy`; None where no error is known."""
     mean_output_error: float | None
     """Mean over linears of the relative squared output error on calibration text; None for
     data-free recipes."""
@@ -87,11 +95,13 @@ def summary_of(
     seconds: float,
     seconds_per_block: float,
     output_bytes: int,
+    look: dict[str, Any] | None = None,
 ) -> Summary:
-    """Totals of a finished run. tokens: what it was calibrated on."""
+    """Totals of a finished run. tokens: what it was calibrated on. look: at held-out windows."""
     bos = None if tokens is None else tokens.bos
     errors = [facts["output_error"] for facts in state.report.values() if "output_error" in facts]
     allocation, small = plan.decisions.allocation, plan.source.dequantized
+    worst = remedy_of(plan, state)
     return Summary(
         output=str(plan.request.output),
         recipe=plan.recipe.name,
@@ -129,6 +139,8 @@ def summary_of(
         activated_reduction=state.report.get("ladimo", {}).get("activated_reduction"),
         bos=None if tokens is None else bos is not None,
         bos_token_id=bos,
+        held_out=look,
+        hurt_most=worst.as_json() if worst else None,
         mean_output_error=sum(errors) / len(errors) if errors else None,
     )
 

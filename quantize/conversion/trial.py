@@ -27,6 +27,7 @@ from quantize.calibration.tokens import TokenSet
 from quantize.conversion.allocation import SAMPLE_TOKENS, Space
 from quantize.conversion.beside import part_sizes
 from quantize.conversion.decide import decide
+from quantize.conversion.held_out_cost import seconds_of_logits, seconds_of_passes
 from quantize.conversion.plan import Plan
 from quantize.conversion.source import embed_windows, open_block
 from quantize.conversion.trial_fits import Clock, Fits
@@ -47,6 +48,8 @@ model lay within 1.6 of what conversions took on two busy cores; what follows fr
 error of the scaling laws on top."""
 _WARM = 1.0
 """Seconds below which a run is repeated, since the first one of a process takes longer."""
+LOOK = "look at held-out windows"
+"""The part that comes behind all blocks."""
 _PROBED = 64
 """Tokens of the pass by which the amount of text is chosen: enough for its products to be no
 single rows, and little time even for a slow machine."""
@@ -129,6 +132,8 @@ class _Trial:
     """Bytes a second that the writer took, flushed and compared."""
     loaded: float = 0.0
     """Bytes a second that were read and checked."""
+    looks: float = 0.0
+    """Seconds of all blocks in the look at held-out windows."""
 
     def timing(self, opening: float, output: int, state: int) -> Timing:
         """Measure all parts and add them up."""
@@ -139,12 +144,18 @@ class _Trial:
             found = self._block(index, until)
             for part, seconds in found.items():
                 blocks[part] = blocks.get(part, 0.0) + count * seconds
+            if self.plan.request.check_windows:
+                clock = Clock(self.plan.request.device)
+                self.looks += count * seconds_of_passes(self.plan, index, self.tokens, clock)
         n_blocks = self.plan.shape.n_blocks
         blocks["writing"] += n_blocks * state / self.written
         per_block = sum(blocks.values()) / n_blocks
         parts = {"opening": opening} | blocks
         parts["reading"] += self._outside(output)
         self._planning(parts)
+        if self.plan.request.check_windows:
+            clock = Clock(self.plan.request.device)
+            parts[LOOK] = self.looks + seconds_of_logits(self.plan, self.tokens, clock)
         seconds = sum(parts.values())
         spread = _SPREAD_REDUCED if self.reduced else _SPREAD_WHOLE
         return Timing(

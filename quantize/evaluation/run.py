@@ -42,7 +42,7 @@ from quantize.parallel.ranks import ALONE, Ranks
 Progress = Callable[[str, int, int], None]
 _Group = tuple[int, int, list[Span]]
 """First window, end, and the spans inside, which count windows from the first."""
-_LOGIT_BYTES = 1 << 26
+LOGIT_BYTES = 1 << 26
 """Of the float32 logits compared at once; what is computed of them takes several times as much."""
 _HIDDEN_BYTES = 1 << 29
 """Of the hidden states of one model held at once: blocks are loaded anew for each such group of
@@ -159,16 +159,7 @@ def measure(
             assert baseline is not None
             parent.kept = parents.of(baseline, windows, protocol, dtype, device, numerics)
         opened = [open_model(folder, device, dtype, numerics, attention) for folder in models]
-        everyone = [*opened, *([parent] if parent else [])]
-        for m in everyone:
-            m.require_positions(windows.inputs.shape[1])
-        window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
-        groups = list(_groups(windows, vocab, window_bytes, ranks))
-        records = [
-            record.gather(ranks) for record in _records(opened, parent, windows, groups, progress)
-        ]
-        for model in everyone:
-            model.count_together(ranks)
+        records = records_of(opened, parent, windows, vocab, progress, ranks)
     name = None if baseline is None else called(baseline)
     kind = str(dtype).removeprefix("torch.")
     run = Run(name, protocol, numerics, kind, windows, tokenizer, commit_of(baseline))
@@ -176,6 +167,31 @@ def measure(
         Measured(run.figures(folder, record, model, parent), record)
         for folder, model, record in zip(models, opened, records, strict=True)
     ]
+
+
+def records_of(
+    models: Sequence[Model],
+    parent: Model | None,
+    windows: Windows,
+    vocab: int,
+    progress: Progress = lambda what, done, total: None,
+    ranks: Ranks = ALONE,
+) -> list[Records]:
+    """Records of each model, beside the parent's where there is one; vocab: logits of a token.
+
+    UsageError where a model cannot read windows of this length.
+    """
+    everyone = [*models, *([parent] if parent else [])]
+    for m in everyone:
+        m.require_positions(windows.inputs.shape[1])
+    window_bytes = max(m.hidden_bytes(windows.inputs.shape[1]) for m in everyone)
+    groups = list(_groups(windows, vocab, window_bytes, ranks))
+    records = [
+        record.gather(ranks) for record in _records(models, parent, windows, groups, progress)
+    ]
+    for model in everyone:
+        model.count_together(ranks)
+    return records
 
 
 def _records(
@@ -247,7 +263,7 @@ def _groups(windows: Windows, vocab: int, window_bytes: int, ranks: Ranks) -> It
     at_once = affordable // together * together
     share = math.ceil(math.ceil(len(windows.inputs) / together) / ranks.size) * together
     mine = range(len(windows.inputs))[ranks.rank * share : (ranks.rank + 1) * share]
-    length = max(1, _LOGIT_BYTES // (4 * vocab))
+    length = max(1, LOGIT_BYTES // (4 * vocab))
     spans = windows.spans()
     for start in mine[::at_once]:
         end = min(start + at_once, mine.stop)

@@ -35,7 +35,7 @@ def fetch(name: str, revision: str | None, say: Say, bars: bool = False) -> Path
     from huggingface_hub import HfApi, constants
 
     patience = constants.HF_HUB_ETAG_TIMEOUT  # seconds, which HF_HUB_ETAG_TIMEOUT sets
-    with _library(bars):
+    with library(bars):
         try:
             info = HfApi().model_info(
                 name, revision=revision, files_metadata=True, timeout=patience
@@ -53,7 +53,7 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi, constants
 
     patience = constants.HF_HUB_ETAG_TIMEOUT
-    with _library(bars=False):
+    with library(bars=False):
         return HfApi().dataset_info(name, revision=revision, timeout=patience).sha
 
 
@@ -82,8 +82,8 @@ def _fetch(origin: HubOrigin, revision: str | None, sizes: Mapping[str, int], sa
     if missing:
         _require_room(origin, sum(missing.values()))
         rest = [size for name, size in sizes.items() if name not in names]
-        what = f"fetches {_files(missing.values())}"
-        left = f"; {_files(rest)} of its repository are not needed" if rest else ""
+        what = f"fetches {files_of(missing.values())}"
+        left = f"; {files_of(rest)} of its repository are not needed" if rest else ""
         say(f"{origin}: {what}{left}")
     # A pattern that is a name: nothing in it stands for other characters.
     wanted = [escape(name) for name in sorted(names)]
@@ -129,7 +129,7 @@ def _require_room(origin: HubOrigin, wanted: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < wanted:
         raise OutputError(
-            f"{folder}: {origin} takes {_size(wanted)} and {_size(free)} are free; free some, or "
+            f"{folder}: {origin} takes {size_of(wanted)} and {size_of(free)} are free; free some, or "
             "set HF_HOME to a folder with more room"
         )
 
@@ -201,7 +201,7 @@ def _cache() -> Path:
 
 
 @contextmanager
-def _library(bars: bool) -> Iterator[None]:
+def library(bars: bool) -> Iterator[None]:
     """Let huggingface_hub show progress bars or not, and keep its advice off the terminal."""
     import huggingface_hub
 
@@ -224,12 +224,14 @@ def _library(bars: bool) -> Iterator[None]:
         show(not off)
 
 
-def _files(sizes: Any) -> str:
+def files_of(sizes: Any) -> str:
+    """How many files of these sizes, and what they come to."""
     found = list(sizes)
-    return f"{len(found)} file{'s' if len(found) != 1 else ''}, {_size(sum(found))}"
+    return f"{len(found)} file{'s' if len(found) != 1 else ''}, {size_of(sum(found))}"
 
 
-def _size(n: float) -> str:
+def size_of(n: float) -> str:
+    """Bytes in words."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if n >= size:
             return f"{n / size:.3g} {unit}"

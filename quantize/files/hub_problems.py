@@ -77,6 +77,46 @@ def reason_of(name: str, revision: str | None, err: Exception, kind: str = "mode
     )
 
 
+def push_reason_of(name: str, err: Exception) -> str:
+    """What an error of huggingface_hub means where something was to be uploaded, and the remedy."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    hub, owner = constants.ENDPOINT, name.partition("/")[0]
+    if is_offline(err):
+        return "HF_HUB_OFFLINE forbids the network; unset it"
+    found = list(_causes(err))
+    if isinstance(err, ValueError) and "metadata" in str(err):
+        said = " ".join(str(err).split())[:300]
+        return f"{hub} refuses the card ({said}); mend the front matter of README.md"
+    if any(isinstance(one, LocalTokenNotFoundError) for one in found):
+        return f"there is no token; {_LOG_IN}, to one that may write"
+    for one in found:
+        response = getattr(one, "response", None)
+        status = getattr(response, "status_code", None)
+        if status == 401:
+            return f"{hub} does not accept the token; renew it: {_LOG_IN}, to one that may write"
+        if status in (403, 404):
+            return (
+                f"{hub} denies it: the token may not write there, or you are no member of {owner}; "
+                f"{_LOG_IN}, to one that may, or give a name of your own"
+            )
+        if status == 409:
+            return f"{hub} has it already, or it was changed meanwhile; try again, or with --update"
+        if status == 413:
+            return f"{hub} takes no more: the storage of {owner} is full"
+        if status == 429:
+            return f"{hub} has had too many requests; wait some minutes"
+        if status is not None:
+            said = (response.headers.get("X-Error-Message") or "") if response is not None else ""
+            told = f" ({said[:200]})" if said else ""
+            return f"{hub} answers with error {status}{told}; try again later"
+    return (
+        f"{hub} cannot be reached from here ({_first_line(found[-1])}); check the network: the same "
+        "command goes on, what was uploaded is not sent again"
+    )
+
+
 def _causes(err: BaseException | None) -> list[BaseException]:
     """An error and what it was raised from, in turn."""
     found: list[BaseException] = []

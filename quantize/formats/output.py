@@ -69,6 +69,8 @@ class OutputFormat(ABC):
     """The recipe's `format`, and config.json's quant_method."""
     about: ClassVar[str]
     """What it is for, after its name, for the editor's help."""
+    library: ClassVar[str] = "transformers"
+    """Which library's the Hub takes a model of this format to be (`library_name`)."""
     served: ClassVar[bool] = False
     """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
     copies: ClassVar[int] = 1
@@ -80,6 +82,8 @@ class OutputFormat(ABC):
     beside_section: ClassVar[Mapping[str, str]] = {}
     """Fields of config.json that stand beside quantization_config, for loaders that pass over what
     they do not know in it."""
+    engine_beyond: ClassVar[str] = ""
+    """What the engine of the format does beside what pq computes when it evaluates an output."""
     keeps_experts: ClassVar[bool] = False
     """Whether experts may stand where the model's class has a dense FFN."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,3 +106,15 @@ class AnyScheme(Protocol):
 
     def as_json(self, targets: Sequence[str]) -> dict[str, Any]:
         """One entry of config_groups."""
+
+
+def scheme_names(schemes: Iterable[AnyScheme]) -> list[str]:
+    """Each way of packing once, by bits and group."""
+    kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in schemes}
+    return [
+        f"{bits}-bit {f'g{group}' if group else 'channel-wise'} {layout} with "
+        f"{'FP8' if fp8 else '16-bit'} activations"
+        for bits, group, fp8, layout in sorted(
+            kinds, key=lambda kind: (kind[0], kind[1] or 0, *kind[2:])
+        )
+    ]

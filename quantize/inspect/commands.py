@@ -52,7 +52,10 @@ def start_commands(
             words.append(f"--kv-cache-dtype {kv_dtype}")
         if gpus > 1:
             words.append(f"--tensor-parallel-size {gpus}")
-        out[VLLM.name] = [" ".join(words)]
+        options = found.options.get(VLLM.name, ())
+        out[VLLM.name] = [" ".join((*words, *options))]
+        if options:
+            out[VLLM.name].append(f"{' '.join(words)}  # on CPUs")
     if loading_in(found, LLAMA_CPP.name) and (files := sorted(folder.glob("*.gguf"))):
         file = shlex.quote(str(Path(name) / files[0].name))
         which = f"-hf {shlex.quote(name)}" if on_hub else f"-m {file}"

@@ -277,12 +277,13 @@ def read_tokenizer(folder: Path) -> Any:
     )
 
 
-def silence() -> None:
-    """Keep progress bars and advice of transformers off the terminal; errors still raise."""
+def silence(warnings: bool = False) -> None:
+    """Keep progress bars and advice of transformers off the terminal; errors still raise, and
+    warnings are shown where asked for."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    (logging.set_verbosity_warning if warnings else logging.set_verbosity_error)()
 
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ methods add of their own."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from quantize.block.statistics import STATISTICS
 from quantize.errors import RecipeError
 from quantize.formats.grouping import adapted_lines
-from quantize.formats.scheme import AnyScheme
+from quantize.formats.scheme import scheme_names
 from quantize.pictures import (
     Cell,
     Histogram,
@@ -259,7 +259,7 @@ def weights(sources: Sources) -> Section:
     if found := sources.weights:
         bits = dict.fromkeys(found.linears, _UNQUANTIZED)
         bits |= {name: found.schemes[name].bits for name in bits if name in found.schemes}
-        said = "; ".join(_scheme_names(found.schemes.values())) or "none"
+        said = "; ".join(scheme_names(found.schemes.values())) or "none"
         counted = "Bits of a weight code, scales not counted; 16 is not quantized."
         caption = f"{counted} Schemes: {said}."
         if drawn := block_map(bits, title="Bits", caption=caption, unit="bits"):
@@ -270,18 +270,6 @@ def weights(sources: Sources) -> Section:
     elif sources.statistics is None:
         shown.append(_no_statistics(sources))
     return Section("weights", "Weights", "", shown)
-
-
-def _scheme_names(schemes: Iterable[AnyScheme]) -> list[str]:
-    """Each way of packing once, by bits and group."""
-    kinds = {(s.bits, s.group_size, s.fp8_activations, s.as_json([])["format"]) for s in schemes}
-    return [
-        f"{bits}-bit {f'g{group}' if group else 'channel-wise'} {layout} with "
-        f"{'FP8' if fp8 else '16-bit'} activations"
-        for bits, group, fp8, layout in sorted(
-            kinds, key=lambda kind: (kind[0], kind[1] or 0, *kind[2:])
-        )
-    ]
 
 
 def _histograms(found: Mapping[str, Any]) -> Iterator[Histogram | None]:

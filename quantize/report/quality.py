@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from quantize.evaluation.held_out import sentence
 from quantize.pictures import Cell, Histogram, Lines, Table
 from quantize.report.evaluations import evaluation_tables, with_error
 from quantize.report.model import (
@@ -77,7 +78,7 @@ def _leading_first(evaluations: Mapping[str, Data]) -> list[Data]:
 def quality(sources: Sources) -> Section:
     """Table of all saved evaluations, and perplexity and divergence by position."""
     found = sources.evaluations
-    shown: list[Item] = []
+    shown: list[Item] = list(_look(mapping(sources.provenance, "held_out")))
     if found:
         shown += evaluation_tables(_leading_first(found))
         if any(number(data, "bits_per_byte") is not None for data in found.values()):
@@ -90,6 +91,22 @@ def quality(sources: Sources) -> Section:
         command = _EVALUATE.format(sources.command_path, sources.parent_path)
         shown.append(Note(f"No {what} has been saved.", command))
     return Section("quality", "Quality", _GLOSSARY if found else "", shown)
+
+
+def _look(data: Data) -> Iterator[Note]:
+    """What the conversion itself saw on windows that calibration did not use."""
+    if reason := text(data, "not_measured"):
+        yield Note(f"When it was made: quality was not measured, {reason}.")
+        return
+    names = ("kld_mean", "top1_agreement", "tokens", "windows", "seqlen")
+    if any(number(data, name) is None for name in names):
+        return
+    error = number(data, "kld_stderr")
+    told: dict[str, Any] = {name: number(data, name) for name in names}
+    told |= {"kld_stderr": error, "size": text(data, "size")}
+    told["tokens"] = int(told["tokens"])
+    where = f"{told['windows']:.0f} windows of {told['seqlen']:.0f}, {text(data, 'text')}"
+    yield Note(f"When it was made: {sentence(told)}. {where}; {text(data, 'measured')}.")
 
 
 def _by_text(found: Sequence[Data]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,7 @@ def test_of_a_parent_on_the_hub(made: Make):
         "license_link": "LICENSE",
         "language": ["en", "de"],
         "pipeline_tag": "text-generation",
+        "library_name": "transformers",
         "base_model": "org/parent",
         "base_model_relation": "quantized",
         "tags": ["compressed-tensors", "pq"],
@@ -78,6 +81,11 @@ def test_of_a_parent_on_the_hub(made: Make):
     assert f"[{COMMIT}](https://huggingface.co/org/parent/tree/{COMMIT})" in card
     assert f"--parent org/parent@{COMMIT}" in card
     assert "4.125 bits per weight" in card
+    assert "| scheme | 4-bit g128 pack-quantized with 16-bit activations |" in card
+    assert "| calibrated on | nothing: the recipe reads no text |" in card
+    assert re.search(r"^\| loads in \| transformers.*vLLM", card, re.MULTILINE)
+    assert "```bash\nvllm serve DIR --max-model-len 256 --max-num-seqs 8\n```" in card
+    assert "Not measured when it was made" in card
     assert card.endswith("## The parent's card\n\n# The Parent\n\nIt says --- much.\n")
     assert "99.9" not in card
 
@@ -87,7 +95,13 @@ def test_of_a_parent_on_the_hub(made: Make):
 )
 def test_of_a_local_parent(made: Make, parents: str | None):
     card = made("some-folder", parents)
-    assert front(card) == {"tags": ["compressed-tensors", "pq"]}
+    told = front(card)
+    assert told.pop("license", "mit") == "mit"  # a rule that is never closed begins no front matter
+    assert told == {
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "tags": ["compressed-tensors", "pq"],
+    }
     assert "some-folder" not in card
     assert ("The parent's card" in card) == bool(parents)
     assert made("another-folder", parents) == card
@@ -110,3 +124,20 @@ def test_pq_json_names_what_came_from_the_hub(tiny: ModelMaker, text_file: Path,
     assert {name for name in hub | local if hub[name] != local[name]} == {"README.md"}
     first, second = ({k: v for k, v in r.items() if k != "sha256"} for r in records)
     assert first == second
+
+
+def test_of_a_calibrated_gguf_that_was_looked_at(tiny: ModelMaker, text_file: Path, tmp_path: Path):
+    request = request_for(tiny("llama"), "gguf-q4_0", tmp_path / "out", text_file)
+    summary = convert(dataclasses.replace(request, check_windows=2))
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    record = read_provenance(tmp_path / "out")
+    assert record is not None
+    assert front(card)["library_name"] == "gguf"
+    assert record["calibration"]["sha256"] in card
+    assert "`text.txt`: 6 windows of 32 tokens" in card
+    assert f"torch {record['versions']['torch']}" in card
+    assert "llama-server -m DIR/model.gguf -c 2048 -np 8" in card
+    assert summary.held_out is not None
+    assert f"| {summary.held_out['kld_mean']:.3g} ± " in card
+    assert summary.held_out["size"] in card
+    assert "llama.cpp rounds inputs" in card

@@ -36,6 +36,8 @@ class Gguf(OutputFormat):
 
     name = GGUF
     about = "loads in llama.cpp (Q4_0, Q4_1 and Q8_0 blocks)"
+    library = "gguf"
+    engine_beyond = "llama.cpp rounds inputs of blocks to 8 bits too, which is not in it"
     keeps_blocks = True
     copies = 2
 
