@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import quantize
 from quantize.cli import options
 from quantize.cli.common import (
     Progress,
@@ -24,6 +23,7 @@ from quantize.cli.common import (
 )
 from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
+from quantize.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -201,7 +201,7 @@ def _write(
         from quantize.report import write_page
         from quantize.report.draft import draft_page
 
-        write_page(draft_page(analysis, quantize.__version__), output)
+        write_page(draft_page(analysis, __version__), output)
         typer.echo(f"{output} written", err=True)
     first = analysis.drafts[0]
     if emit is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import quantize
 from quantize.conversion.plan import Plan
 from quantize.conversion.state import State
 from quantize.files.hub_origin import HubOrigin, hub_origin
+from quantize.version import __version__
 
 CARD = "README.md"
 _HUB = "https://huggingface.co"
@@ -51,7 +51,7 @@ def _about(plan: Plan, state: State, origin: HubOrigin | None) -> list[str]:
         "| | |",
         "|---|---|",
         f"| parent | {parent} |",
-        f"| recipe | `{recipe}`, pq {quantize.__version__} |",
+        f"| recipe | `{recipe}`, pq {__version__} |",
         f"| quantized linears | {state.bits_per_weight:.4g} bits per weight, scales counted |",
         f"| format | `{plan.format.name}`: {plan.format.about} |",
         f"| to check it | {check} |",

@@ -19,17 +19,12 @@ from quantize.calibration.bos import Bos
 from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluation.figures import Evaluation, Run
+from quantize.evaluation.model import Model, Span
 from quantize.evaluation.parents import ParentCache
 from quantize.evaluation.protocols import Protocol, ProtocolName, Windows, windows_of
 from quantize.evaluation.records import Records
 from quantize.evaluation.sharing import require_alike, shared_windows
-from quantize.evaluation.streamed import (
-    Model,
-    Span,
-    StreamedModel,
-    open_model,
-    windows_of_a_pass,
-)
+from quantize.evaluation.streamed import StreamedModel, open_model, windows_of_a_pass
 from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source

@@ -69,6 +69,8 @@ class OutputFormat(ABC):
     """The recipe's `format`, and config.json's quant_method."""
     about: ClassVar[str]
     """What it is for, after its name, for the editor's help."""
+    shared: ClassVar[bool] = False
+    """Whether other tools write it too, in more ways than pq reads."""
     served: ClassVar[bool] = False
     """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
     copies: ClassVar[int] = 1
