@@ -29,6 +29,7 @@ ROOMS: dict[str, str] = {
     "pictures": "",
     "tested": "",
     "import_hook": "",
+    "version": "",
     "cost": "errors",
     "formats": "files",
     "kernels": "formats",
@@ -44,19 +45,20 @@ ROOMS: dict[str, str] = {
     "methods": "block cost errors files formats kernels model parallel pictures solvers",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
-    "conversion": "block calibration cost errors files formats methods model parallel recipe solvers",
-    "evaluation": "block calibration errors files model parallel",
+    "conversion": "block calibration cost errors files formats methods model parallel recipe solvers version",
+    "evaluation": "block calibration errors files model parallel version",
     "draft": "calibration errors evaluation files model plan serving",
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
-    "gate": "conversion errors evaluation files model recipe",
+    "gate": "conversion errors evaluation files model recipe version",
     "report": "block draft errors evaluation files formats inspect model pictures plan recipe",
+    "api": "conversion cost errors evaluation files formats inspect model parallel pictures recipe report version",
     "cli": (
-        "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
-        "plan recipe report tested verification"
+        "api bench conversion cost draft errors evaluation files formats gate inspect methods parallel pictures "
+        "plan recipe report tested verification version"
     ),
     "__main__": "cli",
-    "": "import_hook serving",
+    "": "api import_hook serving version",
 }
 # Methods see blocks and tensors: none of these, wherever a room would let them.
 METHODS_NEVER = tuple(

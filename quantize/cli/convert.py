@@ -7,34 +7,24 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import (
-    loading,
-    local_model,
-    pick_device,
-    pick_dtype,
-    progress_bar,
-    quiet_libraries,
-    stop_on_signals,
-)
+from quantize.cli.common import loading, progress_bar, say, stop_on_signals
 from quantize.cli.conversion_log import log_run
 from quantize.cli.figures import print_restructuring
 from quantize.cli.inspect import loads_line
 from quantize.cli.launches import joining
-from quantize.cli.options import size_option
 from quantize.cost.units import duration, gigabytes
-from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.conversion.loop import Request, Summary
-    from quantize.files.resume import Resume
 
 
 def convert(
@@ -119,13 +109,9 @@ def convert(
     OUTPUT.log and OUTPUT.report.html stand beside it.
     """
     with loading("loading torch and transformers"):
-        from quantize.conversion.estimate import within
-        from quantize.conversion.loop import Request
+        from quantize.api.conversions import conversion_request
         from quantize.cost.peak import keep_little
-        from quantize.files.resume import forget_finished
-        from quantize.files.transaction import require_apart, require_free, require_name
-        from quantize.recipe.overrides import with_stage_fields
-        from quantize.recipe.recipe import load_recipe
+        from quantize.files.transaction import require_name
 
     require_name(output)
     keep_little()
@@ -134,8 +120,11 @@ def convert(
     # left, which then say whom they miss.
     signals = _Signals(keeps=resume != "never")
     with signals, joining(signals.keeps, signals.catch) as (ranks, local_rank):
-        mode = _resume_mode(resume)
-        chosen = load_recipe(recipe).with_overrides(
+        request = conversion_request(
+            model,
+            recipe,
+            output,
+            revision=revision,
             dataset=dataset,
             nsamples=nsamples,
             seqlen=seqlen,
@@ -143,34 +132,22 @@ def convert(
             chat_template=chat_template,
             text_field=text_field,
             bos=bos,
-        )
-        chosen = with_stage_fields(chosen, assignments or [])
-        kept = work or output.with_name(output.name + ".work")
-        if ranks.first:
-            forget_finished(kept, output, own=work is None)
-            require_free(output)
-        quiet_libraries()
-        place = pick_device(device, local_rank)
-        computing = pick_dtype(dtype, place)
-        source = local_model(model, revision, ranks.first)
-        require_apart(source, output, kept)
-        request = Request(
-            source,
-            chosen,
-            output,
-            place,
-            computing,
-            work=kept,
-            resume=mode,
+            set=assignments,
             target_bpw=target_bpw,
+            work=work,
+            resume=resume,
             strict_serving=strict_serving,
-            max_ram=size_option("--max-ram", max_ram),
-            max_vram=size_option("--max-vram", max_vram),
+            max_ram=max_ram,
+            max_vram=max_vram,
+            device=device,
+            dtype=dtype,
+            say=say,
+            bars=sys.stderr.isatty(),
             ranks=ranks,
+            local_rank=local_rank,
         )
-        request = within(request)
         if ranks.first:
-            _lead(request, kept, own=work is None, as_json=as_json, signals=signals)
+            _lead(request, own=work is None, as_json=as_json, signals=signals)
         else:
             _assist(request, signals)
 
@@ -198,10 +175,13 @@ class _Signals(ExitStack):
         return self._asked is not None and self._asked()
 
 
-def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Signals) -> None:
-    """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
+def _lead(request: Request, own: bool, as_json: bool, signals: _Signals) -> None:
+    """Convert, write and tell. own: whether the work folder goes when the output is there."""
+    from quantize.api.conversions import conversion_of
     from quantize.conversion.loop import convert as run
 
+    kept = request.work
+    assert kept is not None
     with log_run(request.output, kept) as log:
         with progress_bar() as progress, signals:
             signals.catch()
@@ -212,8 +192,7 @@ def _lead(request: Request, kept: Path, own: bool, as_json: bool, signals: _Sign
         logging.getLogger("quantize").info("summary %s", json.dumps(dataclasses.asdict(summary)))
         _write_report(request.output)
     if as_json:
-        facts = dataclasses.asdict(summary) | {"loads_in": loads_line(Path(summary.output))}
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(conversion_of(summary)), indent=2))
     else:
         _print(summary)
 
@@ -239,15 +218,6 @@ def _write_report(output: Path) -> None:
         )
     else:
         typer.echo(f"report: {page}", err=True)
-
-
-def _resume_mode(asked: str) -> Resume:
-    from quantize.files.resume import Resume
-
-    mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
-    if mode is None:
-        raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
-    return mode
 
 
 def _megabytes(summary: Summary) -> str:

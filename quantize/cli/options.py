@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantize.cost.units import parse_bytes
-from quantize.errors import UsageError
+from quantize.api.choices import bos_choice, check_choices, kv_numerics, size_option
 
-if TYPE_CHECKING:
-    from quantize.evaluation.protocols import Bos
-    from quantize.model.attention import KvNumerics
+__all__ = ["bos_choice", "check_choices", "kv_numerics", "size_option"]
 
 Model = Annotated[
     str,
@@ -91,40 +88,3 @@ KvCache = Annotated[
         help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
     ),
 ]
-
-
-def size_option(name: str, text: str | None) -> int | None:
-    """Bytes of an option such as 6GB; UsageError for what is no size."""
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as err:
-        raise UsageError(f"{name}: {err}") from None
-
-
-def kv_numerics(choice: str) -> KvNumerics | None:
-    """What --kv-cache asks for; UsageError for anything else."""
-    if choice not in ("auto", "int4"):
-        raise UsageError(f"--kv-cache {choice}: choose auto or int4")
-    if choice == "auto":
-        return None
-    from quantize.model.attention import KvNumerics
-
-    return KvNumerics()
-
-
-def bos_choice(text: str) -> Bos:
-    """The choice that --bos names; UsageError for another."""
-    from quantize.evaluation.protocols import BOS
-
-    for known in BOS:
-        if text == known:
-            return known
-    raise UsageError(f"--bos {text}: choose {', '.join(BOS)}")
-
-
-def check_choices(protocol: str | None, numerics: str) -> None:
-    """UsageError for a protocol or numerics that do not exist."""
-    if numerics not in ("kernel", "stock"):
-        raise UsageError(f"--numerics {numerics}: choose kernel or stock")
-    if protocol not in (None, "strided", "rolling"):
-        raise UsageError(f"--protocol {protocol}: choose strided or rolling")
