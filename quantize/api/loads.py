@@ -21,7 +21,9 @@ from quantize.api.places import (
 from quantize.files.hub_origin import called
 from quantize.formats.engines import TRANSFORMERS
 from quantize.inspect.engines import loadings
-from quantize.model.load_others import load_any, load_others
+from quantize.model.dequantized import open_source
+from quantize.model.load import load_model
+from quantize.model.load_others import load_others, of_others
 from quantize.model.tokenizer import load_tokenizer
 
 
@@ -80,12 +82,15 @@ def load(
 
 
 def is_served(folder: Path) -> bool:
-    """Whether transformers loads a checkpoint as it is, as far as pq knows."""
+    """Whether transformers loads a checkpoint as it is, as far as pq knows; it is taken to load what
+    others quantized and pq does not read."""
+    if of_others(open_source(folder)):
+        return True
     found = loadings(folder).engines
-    return any(one.loads for one in found if one.engine == TRANSFORMERS.name)
+    return any(one.loads for one in found if one.engine == str(TRANSFORMERS))
 
 
 def _served(folder: Path, place: torch.device, dtype: torch.dtype) -> Any:
-    if not is_served(folder):
-        return load_any(folder, place, dtype, "stock")
-    return load_others(folder, place, dtype)
+    if is_served(folder):
+        return load_others(folder, place, dtype)
+    return load_model(folder, place, dtype, "stock")

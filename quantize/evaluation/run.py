@@ -30,6 +30,7 @@ from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
+from quantize.model.load_others import of_others
 from quantize.model.tokenizer import load_tokenizer
 from quantize.model.transformers_api import decoder_facts
 from quantize.parallel.ranks import ALONE, Ranks
@@ -222,7 +223,8 @@ def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
 def _vocabulary_of(folder: Path) -> int:
     source = open_source(folder)
     # before the tokenizer, which stumbles over a broken config.json in words of its own
-    require_readable(source)
+    if not of_others(source):  # which transformers may read
+        require_readable(source)
     size = decoder_facts(folder, source.config).get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise ModelError(

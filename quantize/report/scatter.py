@@ -79,9 +79,9 @@ class _Box:
         return max(0.0, wide) * max(0.0, high)
 
     def inside(self, frame: _Box) -> _Box:
-        """The same box, moved so far that it lies in the frame."""
-        x = min(max(self.left, frame.left), frame.right - (self.right - self.left)) - self.left
-        y = min(max(self.bottom, frame.bottom), frame.top - (self.top - self.bottom)) - self.bottom
+        """The same box, moved so far that it lies in the frame; one that is wider begins with it."""
+        x = max(frame.left, min(self.left, frame.right - (self.right - self.left))) - self.left
+        y = max(frame.bottom, min(self.bottom, frame.top - (self.top - self.bottom))) - self.bottom
         return _Box(self.left + x, self.bottom + y, self.right + x, self.top + y)
 
 

@@ -42,8 +42,9 @@ def broken(folder: Path) -> Path:
     """A recipe whose own text is not there."""
     path = folder / "broken.yaml"
     path.write_text(
-        "format: compressed-tensors\ncalibration: {dataset: no-such-text.txt}\n"
-        "stages: [{method: gptq}]\n"
+        "description: a text that is not there\n"
+        "calibration: {dataset: no-such-text.txt, nsamples: 4, seqlen: 32}\n"
+        "stages: [{method: gptq, bits: 4, group_size: 128, activations: none}]\n"
     )
     return path
 
