@@ -1,8 +1,9 @@
 """pq: offline post-training quantization that ends in a checkpoint you can serve.
 
 Importing the package lets transformers load pq's own format (`quant_method: pq`), in whatever order
-the two are imported; it imports neither transformers nor torch. `quantize.assisted` is a policy of
-speculation lengths for transformers' assisted generation.
+the two are imported; it imports neither transformers nor torch. `convert`, `evaluate` and
+`compare` are the commands as functions, and take their arguments; `load` gives a model to run.
+`quantize.assisted` is a policy of speculation lengths for transformers' assisted generation.
 """
 
 from __future__ import annotations
@@ -11,12 +12,42 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from quantize.import_hook import after_import
+from quantize.version import __version__
 
 if TYPE_CHECKING:
+    from quantize.api.comparisons import compare
+    from quantize.api.conversions import convert
+    from quantize.api.evaluations import evaluate
+    from quantize.api.loads import load
     from quantize.serving.speculation.policy import Policy
     from quantize.serving.transformers_assistant import Assisted
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "assisted", "compare", "convert", "evaluate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # When they are asked for: each of them needs torch.
+    if name == "convert":
+        from quantize.api import conversions
+
+        return conversions.convert
+    if name == "evaluate":
+        from quantize.api import evaluations
+
+        return evaluations.evaluate
+    if name == "compare":
+        from quantize.api import comparisons
+
+        return comparisons.compare
+    if name == "load":
+        from quantize.api import loads
+
+        return loads.load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _register() -> None:

@@ -107,6 +107,8 @@ class Scatter:
     x_label: str = ""
     y_label: str = ""
     front: bool = False
+    log_y: bool = False
+    """Points that have no logarithm are left out."""
     kind: Literal["scatter"] = field(default="scatter", init=False)
 
 

@@ -29,6 +29,7 @@ ROOMS: dict[str, str] = {
     "pictures": "",
     "tested": "",
     "import_hook": "",
+    "version": "",
     "cost": "errors",
     "formats": "files",
     "kernels": "formats",
@@ -45,21 +46,22 @@ ROOMS: dict[str, str] = {
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
     "conversion": (
-        "block calibration cost errors evaluation files formats inspect methods model parallel recipe solvers"
+        "block calibration cost errors evaluation files formats inspect methods model parallel recipe solvers version"
     ),
-    "evaluation": "block calibration errors files model parallel",
+    "evaluation": "block calibration errors files model parallel version",
     "draft": "calibration errors evaluation files model plan serving",
     "verification": "block calibration conversion errors files formats kernels methods model recipe serving",
     "plan": "errors files formats inspect model recipe",
-    "gate": "conversion errors evaluation files model recipe",
+    "gate": "conversion errors evaluation files model recipe version",
     "report": "block draft errors evaluation files formats inspect model pictures plan recipe",
     "recommend": "conversion errors files formats inspect plan recipe",
+    "api": "conversion cost errors evaluation files formats inspect model parallel pictures recipe report version",
     "cli": (
-        "bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
-        "plan recipe recommend report tested verification"
+        "api bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
+        "plan recipe recommend report tested verification version"
     ),
     "__main__": "cli",
-    "": "import_hook serving",
+    "": "api import_hook serving version",
 }
 # Methods see blocks and tensors: none of these, wherever a room would let them.
 METHODS_NEVER = tuple(

@@ -69,7 +69,7 @@ def test_data_stays_out_of_the_package_in_the_repository():
 
 def test_the_command_is_declared(project: dict[str, Any]):
     assert project["project"]["scripts"] == {"pq": "quantize.cli:run"}
-    assert project["tool"]["hatch"]["version"]["path"] == "quantize/__init__.py"
+    assert project["tool"]["hatch"]["version"]["path"] == "quantize/version.py"
 
 
 # Finding data

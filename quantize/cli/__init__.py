@@ -14,7 +14,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-import quantize
 from quantize.cli import bench as bench_command
 from quantize.cli import compare as compare_command
 from quantize.cli import convert as convert_command
@@ -36,6 +35,7 @@ from quantize.cli.inspect import printable
 from quantize.cli.pointers import PointingCommand, PointingGroup
 from quantize.errors import LostError, PqError, RecipeError, StoppedError, UsageError
 from quantize.tested import version_notice
+from quantize.version import __version__
 
 app = typer.Typer(
     name="pq",
@@ -70,7 +70,7 @@ app.add_typer(bench_command.app, name="bench")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pq {quantize.__version__}")
+        typer.echo(f"pq {__version__}")
         raise typer.Exit
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +13,28 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from quantize.errors import ModelError, UsageError
+from quantize.api import places
+from quantize.api.places import VERBOSE, Progress, pick_device, pick_dtype
 
 if TYPE_CHECKING:
-    import torch
     from rich.status import Status
     from rich.table import Table
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+__all__ = [
+    "VERBOSE",
+    "Progress",
+    "end_life",
+    "hush",
+    "loading",
+    "local_model",
+    "pick_device",
+    "pick_dtype",
+    "quiet_libraries",
+    "say",
+    "show_life",
+    "stop_on_signals",
+    "titled_table",
+]
 
 
 def end_life() -> None:
@@ -85,8 +98,6 @@ def stop_on_signals(aloud: bool = True) -> Iterator[Callable[[], bool]]:
         restore()
 
 
-VERBOSE = "PQ_VERBOSE"
-"""Set where the libraries' warnings are to be shown: `-v`."""
 _LIBRARIES = (
     "accelerate",
     "compressed_tensors",
@@ -113,18 +124,9 @@ def hush() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries below us off the
-    terminal, but for the warnings with `-v`; errors still raise.
-
-    With this they are loaded: from here on garbage is collected again, and the sign of life ends.
-    """
-    import gc
-
-    from quantize.model.transformers_api import silence
-
-    silence(warnings=bool(os.environ.get(VERBOSE)))
+    """`quantize.api.places.quiet_libraries`, and the end of the sign of life: they are loaded."""
+    places.quiet_libraries()
     hush()
-    gc.enable()
     _sign_of_life.close()
 
 
@@ -138,75 +140,13 @@ def show_life() -> None:
         _sign_of_life.enter_context(loading("loading torch and transformers"))
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU; UsageError for one that is not there.
-
-    local_rank: the CUDA device that is meant by none in particular, and
-    which is made the current one.
-    """
-    import torch
-
-    if name == "auto":
-        # accelerate launch --cpu
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        name = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and local_rank is not None:
-            device = torch.device("cuda", local_rank) if device.index is None else device
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
-        raise UsageError(
-            f"--device {name}: not usable here ({str(err).splitlines()[0]}); try --device cpu",
-        ) from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` computes in float32 on a CPU and in bfloat16 on an accelerator."""
-    import torch
-
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in names:
-        raise UsageError(f"--dtype {name}: choose one of auto, {', '.join(names)}")
-    return names[name]
+def say(line: str) -> None:
+    """A line on stderr."""
+    typer.echo(f"pq: {line}", err=True)
 
 
 def local_model(model: str, revision: str | None = None, aloud: bool = True) -> Path:
-    """A model folder: `model` itself, or what the Hub's cache holds of `org/name`, which may end with
-    `@` and a revision. Only a Hub id touches the network.
-
-    revision: branch, tag or commit of a Hub id. aloud: whether to say on stderr what is fetched.
-    """
-    folder = Path(model).expanduser()
-    try:
-        there = bool(model) and folder.is_dir()
-    except OSError as err:
-        raise ModelError(
-            f"{model[:80]}: cannot be opened ({err.strerror}); give a local model folder",
-        ) from None
-    if there:
-        if revision is not None:
-            raise UsageError(
-                f"--revision {revision}: {model} is a local folder, which has none; leave it out, "
-                "or give a Hub id"
-            )
-        return folder
-    name, at, wanted = model.partition("@")
-    if folder.exists() or not _HUB_NAME.fullmatch(name):
-        raise ModelError(
-            f"{model}: no such folder; give a local model folder or a Hub id (org/name)",
-        )
-    if at and (revision or not wanted):
-        problem = f"--revision {revision} and" if revision else "no revision behind"
-        raise UsageError(f"{problem} {model}; name the revision once, as org/name@REVISION")
-    from quantize.files.hub import fetch
-
-    def say(line: str) -> None:
-        if aloud:
-            typer.echo(f"pq: {line}", err=True)
-
-    return fetch(name, revision or wanted or None, say, bars=aloud and sys.stderr.isatty())
+    """`quantize.api.places.local_model`; aloud: whether to say on stderr what is fetched."""
+    return places.local_model(
+        model, revision, say if aloud else places.silent, aloud and sys.stderr.isatty()
+    )

@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantize.cli import options
-from quantize.cli.common import (
-    local_model,
-    pick_device,
-    pick_dtype,
-    quiet_libraries,
-    stop_on_signals,
-)
+from quantize.cli.common import end_life, say, stop_on_signals
 from quantize.cli.conversion_log import log_run
 from quantize.cli.conversion_summary import next_steps, print_summary
-from quantize.cli.inspect import loads_line
 from quantize.cli.launches import first_of_launch, joining
-from quantize.cli.options import size_option
 from quantize.cli.progress import steps_bar
 
 if TYPE_CHECKING:
@@ -72,13 +64,9 @@ def convert(
     """
     if first_of_launch() and not sys.stderr.isatty():
         typer.echo(f"pq: converts {model} with {recipe} to {output}", err=True)
-    from quantize.conversion.estimate import within
-    from quantize.conversion.loop import Request
+    from quantize.api.conversions import conversion_request
     from quantize.cost.peak import keep_little
-    from quantize.files.resume import forget_finished
-    from quantize.files.transaction import require_apart, require_free, require_name
-    from quantize.recipe.overrides import with_stage_fields
-    from quantize.recipe.recipe import load_recipe
+    from quantize.files.transaction import require_name
 
     require_name(output)
     keep_little()
@@ -87,8 +75,11 @@ def convert(
     # left, which then say whom they miss.
     signals = _Signals(keeps=resume != "never")
     with signals, joining(signals.keeps, signals.catch) as (ranks, local_rank):
-        mode = options.resume_mode(resume)
-        chosen = load_recipe(recipe).with_overrides(
+        request = conversion_request(
+            model,
+            recipe,
+            output,
+            revision=revision,
             dataset=dataset,
             nsamples=nsamples,
             seqlen=seqlen,
@@ -96,36 +87,25 @@ def convert(
             chat_template=chat_template,
             text_field=text_field,
             bos=bos,
-        )
-        chosen = with_stage_fields(chosen, assignments or [])
-        kept = work or output.with_name(output.name + ".work")
-        if ranks.first:
-            forget_finished(kept, output, own=work is None)
-            require_free(output, overwrite)
-        quiet_libraries()
-        place = pick_device(device, local_rank)
-        computing = pick_dtype(dtype, place)
-        source = local_model(model, revision, ranks.first)
-        require_apart(source, output, kept)
-        request = Request(
-            source,
-            chosen,
-            output,
-            place,
-            computing,
-            work=kept,
-            resume=mode,
-            overwrite=overwrite,
+            set=assignments,
             target_bpw=target_bpw,
+            work=work,
+            resume=resume,
             strict_serving=strict_serving,
             check_windows=check_windows,
-            max_ram=size_option("--max-ram", max_ram),
-            max_vram=size_option("--max-vram", max_vram),
+            overwrite=overwrite,
+            max_ram=max_ram,
+            max_vram=max_vram,
+            device=device,
+            dtype=dtype,
+            say=say,
+            bars=sys.stderr.isatty(),
+            loaded=end_life,
             ranks=ranks,
+            local_rank=local_rank,
         )
-        request = within(request)
         if ranks.first:
-            _lead(ctx, request, kept, work is None, as_json, signals)
+            _lead(ctx, request, own=work is None, as_json=as_json, signals=signals)
         else:
             _assist(request, signals)
 
@@ -152,16 +132,14 @@ class _Signals(ExitStack):
 
 
 def _lead(
-    ctx: typer.Context,
-    request: Request,
-    kept: Path,
-    own: bool,
-    as_json: bool,
-    signals: _Signals,
+    ctx: typer.Context, request: Request, own: bool, as_json: bool, signals: _Signals
 ) -> None:
-    """Convert, write and tell. own: whether the folder `kept` goes when the output is there."""
+    """Convert, write and tell. own: whether the work folder goes when the output is there."""
+    from quantize.api.conversions import conversion_of
     from quantize.conversion.loop import convert as run
 
+    kept = request.work
+    assert kept is not None
     with log_run(request.output, kept) as log:
         with steps_bar() as (progress, inside), signals:
             signals.catch()
@@ -173,7 +151,7 @@ def _lead(
         _write_report(request.output)
     steps = next_steps(ctx, summary)
     if as_json:
-        facts = dataclasses.asdict(summary) | {"loads_in": loads_line(Path(summary.output))}
+        facts = dataclasses.asdict(conversion_of(summary))
         typer.echo(json.dumps(facts | {"next": steps.as_json()}, indent=2))
     else:
         print_summary(summary, steps)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import quantize
 from quantize.cli import options
 from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
 from quantize.cli.progress import Progress, progress_bar
 from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
+from quantize.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,7 @@ def _write(
         from quantize.report import write_page
         from quantize.report.draft import draft_page
 
-        write_page(draft_page(analysis, quantize.__version__), output)
+        write_page(draft_page(analysis, __version__), output)
         typer.echo(f"{output} written", err=True)
     first = analysis.drafts[0]
     if emit is not None:

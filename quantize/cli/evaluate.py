@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantize.api.choices import names_of
 from quantize.cli import options
-from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libraries
+from quantize.cli.common import local_model, pick_device, quiet_libraries
 from quantize.cli.gate import Check, Junit, NoCache, Only, Reason, SummaryFile, Update, check_gate
 from quantize.cli.launches import joining
-from quantize.cli.measure import Setting, output_folder, perplexity
-from quantize.cli.measure import tasks as run_tasks
 from quantize.cli.progress import progress_bar
 from quantize.cli.told import warnings_told
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantize.evaluation.run import Measured
-    from quantize.evaluation.task_comparison import TaskScore
-    from quantize.evaluation.task_results import TaskRun
+    from quantize.api.evaluated import Evaluated
 
 
 def evaluate(
@@ -89,7 +86,7 @@ def evaluate(
     --protocol or --dataset is given.
     """
     options.check_choices(protocol, numerics)
-    begins = options.bos_choice(bos)
+    options.bos_choice(bos)
     with joining(keeps=False) as (ranks, local_rank):
         if gate is not None:
             if revision is not None:
@@ -116,7 +113,7 @@ def evaluate(
                 gate,
                 model,
                 baseline,
-                tuple(_names(only)),
+                tuple(names_of(only)),
                 reason if update_baselines else None,
                 device,
                 junit,
@@ -132,85 +129,66 @@ def evaluate(
             )
         if model is None:
             raise UsageError("name the model folder to evaluate, or give --gate FILE")
+        from quantize.api.evaluations import evaluation
+
         quiet_libraries()
-        place = pick_device(device, local_rank)
+        pick_device(device, local_rank)  # before anything is fetched
         folder = local_model(model, revision, ranks.first)
-        setting = Setting(
-            folder,
-            None if baseline is None else local_model(baseline, aloud=ranks.first),
-            place,
-            pick_dtype(dtype, place),
-            "kernel" if numerics == "kernel" else "stock",
-            options.kv_numerics(kv_cache),
-            output_folder(folder, output_path, log_samples),
-            ranks,
-            begins,
-        )
-        measured = scored = None
+        parent = None if baseline is None else local_model(baseline, aloud=ranks.first)
         with progress_bar(ranks.first) as progress, warnings_told(ranks.first):
-            if not tasks or protocol or dataset:
-                chosen = protocol or "strided"
-                text = dataset or "builtin"
-                measured = perplexity(
-                    setting,
-                    chosen,
-                    text,
-                    text_field,
-                    chat_template,
-                    seqlen,
-                    context,
-                    max_windows,
-                    progress,
-                )
-            if tasks:
-                how = {
-                    "num_fewshot": num_fewshot,
-                    "limit": _limit(limit),
-                    "batch_size": batch_size,
-                    "apply_chat_template": apply_chat_template,
-                }
-                scored = run_tasks(
-                    setting,
-                    _names(tasks),
-                    how,
-                    _pairs(model_args),
-                    log_samples,
-                    progress,
-                )
+            found = evaluation(
+                folder,
+                parent,
+                revision=None,
+                protocol=protocol,
+                dataset=dataset,
+                text_field=text_field,
+                chat_template=chat_template,
+                seqlen=seqlen,
+                context=context,
+                max_windows=max_windows,
+                bos=bos,
+                tasks=tasks,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                apply_chat_template=apply_chat_template,
+                log_samples=log_samples,
+                model_args=model_args,
+                output_path=output_path,
+                numerics=numerics,
+                kv_cache=kv_cache,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+                ranks=ranks,
+                local_rank=local_rank,
+            )
         ranks.release()
         if ranks.first:
-            _tell(setting, measured, scored, as_json)
+            _tell(folder, found, as_json)
 
 
-def _tell(
-    setting: Setting,
-    measured: Measured | None,
-    scored: tuple[TaskRun, list[TaskScore]] | None,
-    as_json: bool,
-) -> None:
+def _tell(model: Path, found: Evaluated, as_json: bool) -> None:
     """Print the figures."""
     from quantize.cli import figures
 
     if as_json:
-        out: dict[str, Any] = {} if measured is None else dataclasses.asdict(measured.figures)
-        if scored:
+        out: dict[str, Any] = {} if found.figures is None else dataclasses.asdict(found.figures)
+        if found.tasks:
             from quantize.evaluation.saved import tasks_json
-            from quantize.files.hub_origin import commit_of
 
             out["tasks"] = tasks_json(
-                scored[0], setting.parent, scored[1], commit_of(setting.baseline)
+                found.tasks, found.baseline, found.scores, found.baseline_commit
             )
         typer.echo(json.dumps(out, indent=2))
         return
-    if measured:
-        figures.print_perplexity(measured.figures)
-    if scored:
-        figures.print_tasks(*scored)
-    if setting.output:
-        typer.echo(
-            f"saved in {setting.output}; pq report {setting.model} makes a page of it",
-            err=True,
-        )
+    if found.figures:
+        figures.print_perplexity(found.figures)
+    if found.tasks:
+        figures.print_tasks(found.tasks, found.scores)
+    if found.saved_in:
+        typer.echo(f"saved in {found.saved_in}; pq report {model} makes a page of it", err=True)
 
 
 def _require_file_decides(**given: tuple[object, object]) -> None:
@@ -223,21 +201,3 @@ def _require_file_decides(**given: tuple[object, object]) -> None:
                 f"{option}: the gate's file says how it measures; write {name}: {shown} under "
                 "its evaluation"
             )
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _limit(limit: float | None) -> int | float | None:
-    return int(limit) if limit is not None and limit >= 1 else limit
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = {}
-    for item in _names(text):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--model-args {item}: write key=value, separated by commas")
-        pairs[key.strip()] = value.strip()
-    return pairs

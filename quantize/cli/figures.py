@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quantize.evaluation import Evaluation
     from quantize.evaluation.task_comparison import TaskScore
     from quantize.evaluation.task_results import TaskRun
+    from quantize.report.comparison import Parent, Row
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -127,40 +128,58 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:.2f} M"
 
 
-def print_comparison(evaluations: Sequence[Evaluation], sizes: Sequence[int]) -> None:
+def print_comparison(rows: Sequence[Row], parent: Parent) -> None:
     """Models that were measured in one run, the ones that no other beats in
-    bits and divergence marked."""
+    bytes per token and divergence marked."""
     from rich.console import Console
 
-    from quantize.report.comparison import front
+    from quantize.report.comparison import activation_bits, best_of
 
-    first = evaluations[0]
+    first = rows[0].figures
     text = f"{first.protocol} on {first.data}\n{first.tokens} predictions"
     title = f"{text}, {first.numerics} numerics, {first.dtype}"
-    table = _table(title, "", "bits", "MB", "perplexity", "KLD", "KLD p99", "top-1", "")
+    met = {row.figures.activated_parameters for row in rows} - {None}
+    restructured = bool(met - {first.baseline_activated_parameters})
+    timed = any(row.tokens_per_second is not None for row in rows)
+    more = [*(["M act."] if restructured else []), *(["tok/s"] if timed else [])]
+    table = _table(title, "", "bits", "act", "KV", "MB", "MB/tok", *more, "ppl", "KLD", "top-1", "")
+
+    def millions(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value / 1e6:.{digits}f}"
+
+    def optional(parameters: float | None, speed: float | None) -> list[str]:
+        shown = [millions(parameters, 2)] if restructured else []
+        return shown + ([format_figure(speed, 1)] if timed else [])
+
     table.add_row(
-        f"parent {first.baseline}",
+        f"parent {parent.name}",
         "16",
-        "",
+        "16",
+        "16",
+        millions(parent.bytes),
+        millions(first.baseline_bytes_per_token),
+        *optional(first.baseline_activated_parameters, parent.tokens_per_second),
         format_figure(first.baseline_perplexity, 3),
         "",
         "",
         "",
-        "",
     )
-    best = front([(e.bits_per_weight or 16.0, e.kld_mean or 0.0) for e in evaluations])
-    for e, size, ahead in zip(evaluations, sizes, best, strict=True):
+    for row, ahead in zip(rows, best_of(rows), strict=True):
+        e = row.figures
         table.add_row(
-            e.model,
-            format_figure(e.bits_per_weight, 3),
-            f"{size / 1e6:.1f}",
+            row.name,
+            format_figure(row.bits, 3),
+            activation_bits(e),
+            f"{e.kv_bits:.3g}",
+            millions(row.bytes),
+            millions(e.bytes_per_token),
+            *optional(e.activated_parameters, row.tokens_per_second),
             format_figure(e.perplexity, 3),
-            format_figure(e.kld_mean, 5),
-            format_figure(e.kld_p99, 4),
-            format_figure(e.top1_agreement, 4),
+            format_figure(e.kld_mean, 4),
+            format_figure(e.top1_agreement, 3),
             "*" if ahead else "",
         )
-    table.caption = "* no other has both fewer bits and less divergence"
+    table.caption = "* no other has both fewer bytes per token and less divergence"
     table.caption_justify = "left"
     Console().print(table)
 

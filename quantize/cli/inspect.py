@@ -13,7 +13,6 @@ import typer
 
 from quantize.cli import options
 from quantize.cli.common import local_model
-from quantize.errors import PqError
 from quantize.pictures import fold_numbers
 
 if TYPE_CHECKING:
@@ -55,13 +54,10 @@ def inspect(
 
 
 def loads_line(folder: Path) -> str:
-    """Which engines take a checkpoint as it is, in one line that begins with `loads in: `."""
-    from quantize.inspect.engines import loadings
+    """`quantize.inspect.engines.loads_line`."""
+    from quantize.inspect import engines
 
-    try:
-        return loadings(folder).line
-    except PqError as err:
-        return f"loads in: not told ({err})"
+    return engines.loads_line(folder)
 
 
 def _print(found: Inspection, every_block: bool) -> None:

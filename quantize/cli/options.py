@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated
 
 import typer
 
+from quantize.api.choices import (
+    CHECK_WINDOWS,
+    bos_choice,
+    check_choices,
+    kv_numerics,
+    resume_mode,
+    size_option,
+)
 from quantize.cli import complete
-from quantize.cost.units import parse_bytes
-from quantize.errors import UsageError
 
-if TYPE_CHECKING:
-    from quantize.evaluation.protocols import Bos
-    from quantize.files.resume import Resume
-    from quantize.model.attention import KvNumerics
+__all__ = [
+    "CHECK_WINDOWS",
+    "bos_choice",
+    "check_choices",
+    "kv_numerics",
+    "resume_mode",
+    "size_option",
+]
 
 _BOS = complete.words("auto", "always", "never")
 _DTYPES = complete.words("auto", "float32", "bfloat16", "float16")
@@ -89,9 +99,6 @@ CalibrationBos = Annotated[
         autocompletion=_BOS,
     ),
 ]
-CHECK_WINDOWS = 4
-"""Enough to tell a good conversion from a bad one; with windows of 512 tokens half a pass of each
-model."""
 CheckWindows = Annotated[
     int,
     typer.Option(
@@ -209,50 +216,3 @@ ConversionDevice = Annotated[
         autocompletion=_DEVICES,
     ),
 ]
-
-
-def resume_mode(asked: str) -> Resume:
-    """What --resume asks for; UsageError for anything else."""
-    from quantize.files.resume import Resume
-
-    mode: Resume | None = next((known for known in get_args(Resume) if known == asked), None)
-    if mode is None:
-        raise UsageError(f"--resume {asked}: choose {', '.join(get_args(Resume))}")
-    return mode
-
-
-def size_option(name: str, text: str | None) -> int | None:
-    """Bytes of an option such as 6GB; UsageError for what is no size."""
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as err:
-        raise UsageError(f"{name}: {err}") from None
-
-
-def kv_numerics(choice: str) -> KvNumerics | None:
-    """What --kv-cache asks for; UsageError for anything else."""
-    if choice not in ("auto", "int4"):
-        raise UsageError(f"--kv-cache {choice}: choose auto or int4")
-    if choice == "auto":
-        return None
-    from quantize.model.attention import KvNumerics
-
-    return KvNumerics()
-
-
-def bos_choice(text: str) -> Bos:
-    """The choice that --bos names; UsageError for another."""
-    from quantize.evaluation.protocols import BOS
-
-    for known in BOS:
-        if text == known:
-            return known
-    raise UsageError(f"--bos {text}: choose {', '.join(BOS)}")
-
-
-def check_choices(protocol: str | None, numerics: str) -> None:
-    """UsageError for a protocol or numerics that do not exist."""
-    if numerics not in ("kernel", "stock"):
-        raise UsageError(f"--numerics {numerics}: choose kernel or stock")
-    if protocol not in (None, "strided", "rolling"):
-        raise UsageError(f"--protocol {protocol}: choose strided or rolling")

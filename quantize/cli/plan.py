@@ -237,8 +237,8 @@ def _profile(given: str, request: Request) -> dict[int, StepCosts]:
 def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
     if path.suffix not in (".html", ".htm"):
         raise UsageError(f"--html {path}: must end in .html; the JSON goes beside it")
-    from quantize import __version__
     from quantize.report.html import write_page
     from quantize.report.plan import plan_report
+    from quantize.version import __version__
 
     write_page(plan_report(found, __version__, errors), path)

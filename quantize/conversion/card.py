@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quantize
 from quantize.conversion.plan import Plan
 from quantize.conversion.state import State
 from quantize.files.hub_origin import HubOrigin, hub_origin
@@ -18,6 +17,7 @@ from quantize.inspect.card import Figures, quality_table, serving_lines
 from quantize.inspect.engines import loadings
 from quantize.inspect.publish import CARD as CARD
 from quantize.inspect.publish import NAME, PARENTS, QUALITY, SERVING
+from quantize.version import __version__
 
 _HUB = "https://huggingface.co"
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -84,7 +84,7 @@ def _about(plan: Plan, made: Made, origin: HubOrigin | None) -> list[str]:
         f"| quantized linears | {state.bits_per_weight:.4g} bits per weight, scales counted |",
         f"| format | `{plan.format.name}`: {plan.format.about} |",
         f"| {loadings(made.folder).line.replace(': ', ' | ', 1)} |",
-        f"| recipe | `{recipe}`, pq {quantize.__version__} ({used}) |",
+        f"| recipe | `{recipe}`, pq {__version__} ({used}) |",
         f"| calibrated on | {_calibration(made.provenance.get('calibration'))} |",
         f"| to check it | {check} |",
         "",

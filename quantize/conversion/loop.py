@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import quantize
 from quantize.block.statistics import STATISTICS
 from quantize.block.walk import Streams
 from quantize.calibration.text_sources import name_of
@@ -43,6 +42,7 @@ from quantize.formats.registry import FORMATS
 from quantize.methods.plugins import method_versions
 from quantize.parallel.agreement import processor, require_equal
 from quantize.recipe.recipe import Recipe, resolved_yaml
+from quantize.version import __version__
 
 __all__ = ["Request", "Summary", "convert"]
 
@@ -225,7 +225,7 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
     A state of another fingerprint is not gone on from.
     """
     request, facts = plan.request, _provenance(plan, hashes, tokens)
-    recipe = _without_folder(request.recipe).model_dump(mode="json")
+    recipe = without_folder(request.recipe).model_dump(mode="json")
     told = {"recipe": recipe, "target_bpw": request.target_bpw}
     # Not the name of the source: its hashes say what it is, wherever it came from.
     told |= {key: facts[key] for key in facts if key not in ("recipe", "origin")}
@@ -234,7 +234,7 @@ def _fingerprint(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None)
     return told | {"batch_tokens": request.batch_tokens, "kept": state_layout()}
 
 
-def _without_folder(recipe: Recipe) -> Recipe:
+def without_folder(recipe: Recipe) -> Recipe:
     """The recipe without the folder of its text: equal texts give equal bytes,
     and are known by their hash."""
     return recipe.with_overrides(dataset=name_of(recipe.calibration.dataset))
@@ -251,13 +251,13 @@ def _provenance(plan: Plan, hashes: Mapping[str, str], tokens: TokenSet | None) 
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     versions |= method_versions(recipe.stages)
     return {
-        "pq": quantize.__version__,
+        "pq": __version__,
         "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "device": request.device.type,
             "dtype": str(request.dtype).removeprefix("torch."),
         },
-        "recipe": {"name": recipe.name, "resolved": resolved_yaml(_without_folder(recipe))},
+        "recipe": {"name": recipe.name, "resolved": resolved_yaml(without_folder(recipe))},
         "origin": _origin(plan),
         "source": dict(hashes),
         "dequantized": asdict(plan.source.dequantized) if plan.source.dequantized else None,

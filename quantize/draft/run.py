@@ -18,7 +18,8 @@ from quantize.draft.rollout import Rollout, roll_out
 from quantize.draft.tokenizers import SharedIds, compare_ids
 from quantize.draft.trace import Trace, trace
 from quantize.errors import ModelError, UsageError
-from quantize.evaluation.streamed import Model, open_model
+from quantize.evaluation.model import Model
+from quantize.evaluation.streamed import open_model
 from quantize.files.hub_origin import called
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source

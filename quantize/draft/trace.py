@@ -18,7 +18,8 @@ from torch import Tensor
 
 from quantize.draft.rollout import Rollout
 from quantize.errors import DataError, ModelError
-from quantize.evaluation.streamed import Model, Span, windows_of_a_pass
+from quantize.evaluation.model import Model, Span
+from quantize.evaluation.streamed import windows_of_a_pass
 from quantize.model.logits import log_probs
 
 Array = NDArray[np.float64]

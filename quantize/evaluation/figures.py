@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from quantize.errors import ModelError
+from quantize.evaluation.model import Model
 from quantize.evaluation.protocols import Protocol, Windows
 from quantize.evaluation.records import Estimate, Records
-from quantize.evaluation.streamed import Model
 from quantize.files.hub_origin import called, commit_of
 
 _WORST = 20  # tokens that are kept by themselves: as many as a person reads
@@ -76,6 +76,13 @@ class Evaluation:
     None where there are none."""
     bos_token_id: int | None = None
     """The BOS token that each strided window begins with; None without one."""
+    bytes_per_token: float | None = None
+    """Bytes of the stored weights that a token is multiplied with, on average; None: not told."""
+    baseline_bytes_per_token: float | None = None
+    activation_bits: tuple[int, ...] = (16,)
+    """Bits that inputs of linears are rounded to, all kinds that there are; 16: no rounding."""
+    kv_bits: float = 16.0
+    """Stored bits of a cached key or value, scales counted."""
     model_commit: str | None = None
     """With baseline_commit: that of a model on the Hub; None for a local folder."""
     baseline_commit: str | None = None
@@ -154,6 +161,10 @@ class Run:
             activated_parameters=model.activated_parameters,
             baseline_activated_parameters=parent.activated_parameters if parent else None,
             experts_visited=dict(model.experts_visited) or None,
+            bytes_per_token=model.bytes_per_token,
+            baseline_bytes_per_token=parent.bytes_per_token if parent else None,
+            activation_bits=model.activation_bits,
+            kv_bits=model.kv_bits,
             model_commit=commit_of(folder),
             baseline_commit=self.baseline_commit,
             kld_histogram=records.histogram("kld") if against else None,

@@ -26,7 +26,7 @@ from quantize.evaluation.task_sources import Source, load_tasks, resolve
 from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.linear import Numerics
-from quantize.model.load import load_model
+from quantize.model.load_others import load_any
 from quantize.model.tokenizer import load_tokenizer
 from quantize.parallel.ranks import ALONE, Ranks
 
@@ -109,7 +109,7 @@ def run_tasks(
             warn_without_bos(tokenizer, bos)
         if bos != "auto":
             options["add_bos_token"] = bos == "always"
-        model = load_model(folder, place, dtype, numerics, attention)
+        model = load_any(folder, place, dtype, numerics, attention)
         lm = task_model.TaskModel(
             model, tokenizer, batch, progress, ranks, begins if bos == "always" else None, **options
         )

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import quantize
 from quantize.errors import OutputError
 from quantize.evaluation.protocols import Protocol, Windows
 from quantize.files import cache
@@ -33,6 +32,7 @@ from quantize.files.memo import Memo, digest
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.parallel.agreement import processor
+from quantize.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class ParentCache:
             "dtype": str(dtype),
             "numerics": numerics,
             "device": [device.type, processor(device)],
-            "pq": quantize.__version__,
+            "pq": __version__,
             "code": _code(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
@@ -154,6 +154,6 @@ def _digest(batches: Sequence[Tensor]) -> str:
 def _code() -> str:
     """SHA-256 over pq's own source: a working tree has one version for many states of it."""
     found = hashlib.sha256()
-    for path in sorted(Path(quantize.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()

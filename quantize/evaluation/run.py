@@ -19,22 +19,18 @@ from quantize.calibration.bos import Bos
 from quantize.calibration.fit import say, warn_of_length, warn_of_tokenizer, warn_without_bos
 from quantize.errors import DataError, ModelError
 from quantize.evaluation.figures import Evaluation, Run
+from quantize.evaluation.model import Model, Span
 from quantize.evaluation.parents import ParentCache
 from quantize.evaluation.protocols import Protocol, ProtocolName, Windows, windows_of
 from quantize.evaluation.records import Records
 from quantize.evaluation.sharing import require_alike, shared_windows
-from quantize.evaluation.streamed import (
-    Model,
-    Span,
-    StreamedModel,
-    open_model,
-    windows_of_a_pass,
-)
+from quantize.evaluation.streamed import StreamedModel, open_model, windows_of_a_pass
 from quantize.files.hub_origin import called, commit_of
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
+from quantize.model.load_others import of_others
 from quantize.model.tokenizer import load_tokenizer
 from quantize.model.transformers_api import decoder_facts
 from quantize.parallel.ranks import ALONE, Ranks
@@ -243,7 +239,8 @@ def _vocabulary(models: Sequence[Path], baseline: Path | None) -> int:
 def _vocabulary_of(folder: Path) -> int:
     source = open_source(folder)
     # before the tokenizer, which stumbles over a broken config.json in words of its own
-    require_readable(source)
+    if not of_others(source):  # which transformers may read
+        require_readable(source)
     size = decoder_facts(folder, source.config).get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise ModelError(

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-import quantize
 from quantize.evaluation.protocols import Windows
 from quantize.files.hub_origin import called
 from quantize.model.dequantized import open_source
 from quantize.parallel.agreement import processor, require_equal
 from quantize.parallel.ranks import Ranks
+from quantize.version import __version__
 
 
 def shared_windows(ranks: Ranks, load: Callable[[], Windows]) -> Windows:
@@ -44,7 +44,7 @@ def require_alike(
     if ranks.size == 1:
         return
     facts = {
-        "pq": quantize.__version__,
+        "pq": __version__,
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", *more)
         },

@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
-from quantize.model.arch import parameters_of_a_token
+from quantize.evaluation.model import Logits, Model, Span, Tick
+from quantize.evaluation.whole import WholeModel
 from quantize.model.attention import KvNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
@@ -35,29 +35,19 @@ from quantize.model.load import (
     shape_of,
     tensors_of,
 )
+from quantize.model.load_others import load_others, of_others
 from quantize.model.moe import MoeFfn
 from quantize.model.positions import require_positions
 from quantize.model.shell import Tail
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import open_stored
 from quantize.model.tied import settle_tie
-from quantize.model.transformers_api import logits_of
 
 if TYPE_CHECKING:
     from quantize.evaluation.parents import HiddenStates
     from quantize.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-Span = tuple[int, int, int]
-"""(window, first position, end): predictions wanted of one window, as
-half-open positions of its inputs."""
-
-Logits = Callable[[Sequence[Span]], Iterator[Tensor]]
-"""Yields logits [end − first, V] of every span, in order."""
-
-Tick = Callable[[], None]
-"""Called after each unit of work; a model's `units` says how many there are in one pass."""
 
 _ONLY = "hidden"
 """The one stream of an evaluation."""
@@ -67,47 +57,6 @@ _BATCH_TOKENS = 4096
 layer small. Figures depend on it in their last bits alone, through the shapes of products."""
 
 
-class Model(Protocol):
-    """What evaluation needs of a model."""
-
-    units: int
-    kv_cache: str
-    """`16-bit`, or how keys and values are rounded."""
-
-    def read(self, inputs: Tensor, tick: Tick) -> Logits:
-        """Run over inputs [B, T] int64; what it returns gives the logits of spans,
-        more than once if need be."""
-        ...
-
-    def require_positions(self, length: int) -> None:
-        """UsageError where the model cannot read so many tokens at once."""
-        ...
-
-    def hidden_bytes(self, tokens: int) -> int:
-        """Bytes of hidden states that one pass over so many tokens holds in memory."""
-        ...
-
-    def count_together(self, ranks: Ranks) -> None:
-        """Count what the same model read on other ranks as read; a meeting of all of them."""
-        ...
-
-    @property
-    def experts_visited(self) -> Mapping[str, float]:
-        """Block with experts → mean number of routed ones that a token visited in what was read."""
-        ...
-
-    @property
-    def activated_parameters(self) -> float | None:
-        """Parameters that a token is multiplied with, on average over what was read; the
-        embedding table's are not."""
-        ...
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Mean stored bits of quantized weights, scales counted; None without any."""
-        ...
-
-
 def open_model(
     folder: Path,
     device: torch.device,
@@ -115,18 +64,28 @@ def open_model(
     numerics: Numerics,
     attention: KvNumerics | None = None,
 ) -> Model:
-    """A checkpoint ready to be evaluated: streamed where the architecture is
-    known, else whole in memory.
+    """A checkpoint ready to be evaluated: streamed where the architecture is known, and what
+    others quantized is read by pq; else whole in memory, as transformers loads it.
 
     attention: how to attend where the checkpoint does not say, None: in full precision.
     """
-    config = open_source(folder).config
+    source = open_source(folder)
+    others, refused = attention is None and of_others(source), ""
     try:
         return StreamedModel(folder, device, dtype, numerics, attention)
     except UnderivedError:
-        if config.get("quantization_config") or attention is not None:
+        if source.config.get("quantization_config") or attention is not None:
             raise
-    return WholeModel(folder, device, dtype)
+    except ModelError as err:
+        if not others:
+            raise
+        refused = str(err)
+    if not others:
+        return WholeModel(folder, load_model(folder, device, dtype), device)
+    try:
+        return WholeModel(folder, load_others(folder, device, dtype), device)
+    except ModelError as err:
+        raise ModelError(f"{refused}; {err}" if refused else str(err)) from None
 
 
 def windows_of_a_pass(tokens: int) -> int:
@@ -231,6 +190,20 @@ class StreamedModel:
         return total / sum(sizes.values()) if sizes else None
 
     @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """Bits that inputs of linears are rounded to, smallest first; 16 for none."""
+        inside = {name for name in self.linears if name.startswith(f"{self.arch.blocks}.")}
+        fp8 = {name for name, scheme in self.schemes.items() if scheme.fp8_activations}
+        return tuple(sorted({8 if name in fp8 else 16 for name in inside}))
+
+    @property
+    def kv_bits(self) -> float:
+        """Stored bits of a cached key or value, scales counted."""
+        if self.attention is None:
+            return 16.0
+        return self.attention.scheme.bits_per_value(self.shape.head_dim)
+
+    @property
     def experts_visited(self) -> Mapping[str, float]:
         """Block with experts → mean number of routed ones that a token visited in what was read."""
         return {
@@ -241,16 +214,33 @@ class StreamedModel:
     def activated_parameters(self) -> float:
         """Parameters that a token is multiplied with, on average over what was read; the
         embedding table's are not."""
-        sizes = self._sizes()
-        total = float(parameters_of_a_token(self.arch, self.shape, sizes))
+        return self._met({name: math.prod(size) for name, size in self._sizes().items()})
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of the stored weights that a token is multiplied with, on average over what was
+        read."""
+        return self._met({name: self.source.bytes_of(name) for name in self.source.shapes})
+
+    def _met(self, sizes: Mapping[str, float]) -> float:
+        """Sum over the tensors that a token meets. sizes: full name → what counts of each; a head
+        that shares the embedding's weight counts, the embedding itself does not."""
+        table = f"{self.arch.embedding}."
+        total = sum(
+            size
+            for name, size in sizes.items()
+            if not name.startswith(table) and not self.arch.is_beside(name)
+        )
+        if self.shape.tied:
+            total += sum(size for name, size in sizes.items() if name.startswith(table))
         for block, visited in self.experts_visited.items():
             experts = self.skeleton.block_arch(int(block)).experts
             assert experts is not None
             inside = f"{self.arch.blocks}.{block}.{experts.routed}."
-            routed = sum(math.prod(size) for name, size in sizes.items() if name.startswith(inside))
+            routed = sum(size for name, size in sizes.items() if name.startswith(inside))
             n = len(self.skeleton.model.get_submodule(inside.removesuffix(".")))
             total -= routed * (1 - visited / n)
-        return total
+        return float(total)
 
     def read(self, inputs: Tensor, tick: Tick) -> Logits:
         """Run all blocks over inputs [B, T] int64; the head is applied
@@ -329,43 +319,3 @@ class StreamedModel:
         for index, visits, tokens in itertools.chain.from_iterable(found):
             before = self._visits.get(index, (0, 0))
             self._visits[index] = before[0] + visits, before[1] + tokens
-
-
-class WholeModel:
-    """A plain checkpoint of an architecture that pq cannot stream, loaded by transformers."""
-
-    units = 1
-    kv_cache = "16-bit"
-    bits_per_weight = activated_parameters = None
-    experts_visited: Mapping[str, float] = MappingProxyType({})
-    """Experts of an unknown architecture are not counted."""
-
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
-        self.model = load_model(folder, device, dtype)
-
-    def require_positions(self, length: int) -> None:
-        """UsageError where the model cannot read so many tokens at once."""
-        require_positions(self.model, length)
-
-    def hidden_bytes(self, tokens: int) -> int:
-        """Nothing is held between windows."""
-        return 0
-
-    def count_together(self, ranks: Ranks) -> None:
-        """Nothing is counted."""
-
-    def read(self, inputs: Tensor, tick: Tick) -> Logits:
-        """Nothing is computed before logits over inputs [B, T] int64 are asked for."""
-
-        @torch.no_grad()
-        def logits(spans: Sequence[Span]) -> Iterator[Tensor]:
-            last, out = -1, torch.empty(0)
-            for window, first, end in spans:
-                if window != last:
-                    batch = inputs[window : window + 1].to(self.device)
-                    last, out = window, logits_of(self.model, batch)[0]
-                yield out[first:end]
-
-        tick()
-        return logits

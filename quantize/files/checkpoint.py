@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,13 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "header_entries", "read_js
 
 # buffers that early Llama checkpoints store and models compute anew
 _COMPUTED = (".rotary_emb.inv_freq",)
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of a value, by what the safetensors format calls its dtype; 8 for one without a number
+    (BOOL)."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 class Checkpoint:
@@ -72,6 +81,10 @@ class Checkpoint:
         """What the safetensors format calls the dtype of every tensor (BF16, F8_E4M3), by name."""
         self._where = self._read_headers(weight_files(folder, told))
         self.shards = sorted(set(self._where.values()))
+
+    def bytes_of(self, name: str) -> float:
+        """What a tensor takes on the disk."""
+        return math.prod(self.shapes[name]) * bits_of(self.dtypes[name]) / 8
 
     def _read_headers(self, files: WeightFiles) -> dict[str, str]:
         """Shard of every tensor by name."""

@@ -23,6 +23,7 @@ class CompressedTensors(OutputFormat):
 
     name = "compressed-tensors"
     about = "loads in stock transformers and vLLM"
+    shared = True
     served = True
 
     def losses(

@@ -71,6 +71,8 @@ class OutputFormat(ABC):
     """What it is for, after its name, for the editor's help."""
     library: ClassVar[str] = "transformers"
     """Which library's the Hub takes a model of this format to be (`library_name`)."""
+    shared: ClassVar[bool] = False
+    """Whether other tools write it too, in more ways than pq reads."""
     served: ClassVar[bool] = False
     """Whether vLLM reads it at all, so that `unserved` says what it does not take."""
     copies: ClassVar[int] = 1

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import quantize
 from quantize.errors import OutputError, QualityError, RecipeError, UsageError
 from quantize.files import strict_yaml
 from quantize.files.problems import Place, error_of
@@ -23,6 +22,7 @@ from quantize.gate.entries import Entry
 from quantize.gate.file import parse_gate, read_gate
 from quantize.gate.protocol import is_measured
 from quantize.gate.run import GateResult
+from quantize.version import __version__
 
 _BOM = b"\xef\xbb\xbf"
 _VERSIONED = ("torch", "transformers")
@@ -159,7 +159,7 @@ def _with_note(text: str, document: Document, note: dict[str, object]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"pq": quantize.__version__, "python": platform.python_version()}
+    versions = {"pq": __version__, "python": platform.python_version()}
     return versions | {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 

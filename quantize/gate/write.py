@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quantize
 from quantize.errors import DataError
 from quantize.files.yaml_scalars import is_text
 from quantize.gate.checks import HIGHER_IS_BETTER, stderr_of
 from quantize.gate.entries import Settings
+from quantize.version import __version__
 
 ERRORS = 3.0
 """Standard errors that a figure may get worse by: of figures on other text, one in 700 would."""
@@ -58,7 +58,7 @@ def gate_text(
     first = candidates[0].figures
     lines = [
         "# What these models must reach against their parent, checked by `pq gate run FILE`.",
-        f"# Measured by pq {quantize.__version__} on {datetime.date.today().isoformat()}: "
+        f"# Measured by pq {__version__} on {datetime.date.today().isoformat()}: "
         f"{first['tokens']} predictions in {first['windows']} windows",
         f"# of {_comment(first['data'])} (SHA-256 of the tokens {first['data_sha256'][:16]}).",
     ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.errors import PqError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.headers import Header, noted_shapes, tensor_headers
 from quantize.formats.engines import (
@@ -98,6 +99,14 @@ class Loadings:
             where = "" if len(places) == len(offered) else f" on {_listed(wheres)}"
             parts.append(f"{engine}{extra}{where}")
         return f"loads in: {'; '.join(parts) or 'nothing that pq knows'}"
+
+
+def loads_line(folder: Path) -> str:
+    """Which engines take a checkpoint as it is, in one line that begins with `loads in: `."""
+    try:
+        return loadings(folder).line
+    except PqError as err:
+        return f"loads in: not told ({err})"
 
 
 def loadings(folder: Path) -> Loadings:

@@ -89,6 +89,11 @@ class DequantizedCheckpoint(Checkpoint):
         size = sum((self.folder / shard).stat().st_size for shard in self.shards)
         self.dequantized = Dequantized(found.form, len(small), dtype, len(found.dropped), size)
 
+    def bytes_of(self, name: str) -> float:
+        """As `Checkpoint.bytes_of`: of a small tensor, its codes and scales."""
+        small = self._small.get(name)
+        return sum(map(self.stored.bytes_of, (name,) if small is None else small.parts))
+
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """As `Checkpoint.rows`; nothing but these entries is dequantized."""
         if name not in self._small:

@@ -204,6 +204,13 @@ class StoredCheckpoint(Checkpoint):
             )
         return next(iter(kinds))
 
+    def bytes_of(self, name: str) -> float:
+        """As `Checkpoint.bytes_of`; of a part of a stored tensor, its share."""
+        stored = names_in(self._places[name])
+        held = sum(math.prod(self.stored.shapes[one]) for one in stored)
+        share = min(1.0, math.prod(self.shapes[name]) / held) if held else 1.0
+        return share * sum(map(self.stored.bytes_of, stored))
+
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """As `Checkpoint.rows`; of a stored tensor, whole entries of its first dimension are
         read."""

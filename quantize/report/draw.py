@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from quantize.pictures import Bars, Histogram, Lines, Number, Scatter
 from quantize.report.model import clean
+from quantize.report.scatter import Style, label, placed, scatter
 from quantize.report.ticks import LEAST_TICKS, log_ticks, make_room
 
 # Placeholders that report/svg.py replaces by the page's own colours, light or dark.
@@ -66,6 +67,7 @@ def draw(picture: Chart, frame: Frame) -> Figure:
     if isinstance(picture, Bars) and picture.across:
         frame = replace(frame, height=80 + _ROW * max(1, len(picture.categories)))
     fig, ax = _axes(picture, frame)
+    points, style = [], Style(SERIES[0], SERIES[1], INK, _SIZE)
     if isinstance(picture, Lines):
         _lines(ax, picture)
     elif isinstance(picture, Bars):
@@ -73,9 +75,12 @@ def draw(picture: Chart, frame: Frame) -> Figure:
     elif isinstance(picture, Histogram):
         _histogram(ax, picture)
     else:
-        _scatter(ax, picture)
+        points = placed(picture, positive if picture.log_y else finite)
+        scatter(ax, picture, points, style)
     _finish(ax, picture, frame)
     make_room(ax, frame.width)
+    if isinstance(picture, Scatter):
+        label(ax, points, style)
     return fig
 
 
@@ -245,35 +250,6 @@ def _histogram(ax: Axes, picture: Histogram) -> None:
     ax.set_xlim(low, high)
     ax.set_ylim(0, max(heights, default=0) * 1.06 or 1)
     ax.set_ylabel(f"% of {clean(picture.counted)}", color=INK, fontsize=_SIZE)
-
-
-def _scatter(ax: Axes, picture: Scatter) -> None:
-    points = [p for p in picture.points if not any(math.isnan(finite(v)) for v in p[1:])]
-    if picture.front and points:
-        best = [p for p in points if not any(_beats(q, p) for q in points)]
-        best.sort(key=lambda p: (p[1], -p[2]))
-        ax.plot(
-            [p[1] for p in best],
-            [p[2] for p in best],
-            color=SERIES[1],
-            linewidth=1.2,
-            drawstyle="steps-post",
-        )
-    ax.plot([p[1] for p in points], [p[2] for p in points], "o", color=SERIES[0], markersize=5)
-    for name, x, y in points:
-        ax.annotate(
-            _short(name),
-            (x, y),
-            (5, 4),
-            textcoords="offset points",
-            fontsize=_SIZE,
-            color=INK,
-        )
-    ax.margins(0.12)
-
-
-def _beats(q: tuple[str, float, float], p: tuple[str, float, float]) -> bool:
-    return q[1] <= p[1] and q[2] <= p[2] and q[1:] != p[1:]
 
 
 def _finish(ax: Axes, picture: Chart, frame: Frame) -> None:

@@ -51,6 +51,7 @@ def tradeoff(sources: Sources) -> Section:
         "bits per quantized weight, scales counted",
         "mean KL divergence, nats",
         front=True,
+        log_y=all(kld > 0 for _, kld in known.values()),
     )
     best = dict(zip(known, front(list(known.values())), strict=True))
     rows: list[list[Cell]] = []

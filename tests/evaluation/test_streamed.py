@@ -16,7 +16,8 @@ from quantize.errors import ModelError
 from quantize.evaluation import evaluate, run
 from quantize.evaluation.protocols import Protocol
 from quantize.evaluation.records import Records
-from quantize.evaluation.streamed import StreamedModel, WholeModel, open_model
+from quantize.evaluation.streamed import StreamedModel, open_model
+from quantize.evaluation.whole import WholeModel
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model
 

@@ -17,7 +17,6 @@ import torch
 from conftest import ModelMaker, config_of, random_weights, save_model, save_side_files
 from resumed import BLOCKS, files_of, kept, model_of, request, stopped_after, whole
 
-import quantize
 from quantize.conversion.loop import Request, convert
 from quantize.errors import OutputError, UsageError
 from quantize.files import resume as resume_module
@@ -86,7 +85,7 @@ def test_what_differs_is_named(
     stopped_after(asked, 2)
     other = changed_request(asked, field, tmp_path)
     if field == "pq":
-        monkeypatch.setattr(quantize, "__version__", "0.0.0")
+        monkeypatch.setattr("quantize.conversion.loop.__version__", "0.0.0")
     if field == "calibration.text_sha256":
         text.write_text(text.read_text()[::-1])
     with pytest.raises(UsageError, match=r"^--resume required: ") as caught:
