@@ -10,9 +10,7 @@ from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-_CHARACTER = (
-    6.6  # pixels of its width: of digits and lower case letters in the widest of the page's fonts
-)
+_CHARACTER = 7.0  # pixels of its width: hinted fonts draw most letters of this size as seven
 LEAST_TICKS = 3  # that an axis has at least: two do not tell whether it is logarithmic
 _MOST_TICKS = 8
 _SUBS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
