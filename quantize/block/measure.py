@@ -11,6 +11,7 @@ from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.moments import Moments, Sums
 from quantize.block.passes import HeldPasses
+from quantize.block.token_weights import TokenWeights, weights_of
 from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
 
@@ -22,6 +23,7 @@ def moments_of(
     with_parent: bool = False,
     source: str | None = None,
     tokens: int | None = None,
+    token_weights: TokenWeights = "equal",
 ) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
@@ -31,11 +33,11 @@ def moments_of(
     dense FFN.
     source: the norm before the linear, where it is about to be changed: passes then wait before it
     (`HeldPasses.outputs`). tokens: as many as are looked at, about; None: all. Routed experts see
-    few of them and always take all.
+    few of them and always take all, each the same. token_weights: how much each token counts.
     A routed expert that no token visits has moments of zero; ModelError for any other linear
     without tokens.
     """
-    found = _moments(block, name, fp8_activations, with_parent, source, tokens)
+    found = _moments(block, name, fp8_activations, with_parent, source, tokens, token_weights)
     if block.parking:
         block.parking.away(block.module, block.frozen, block.parent)
     return found
@@ -48,6 +50,7 @@ def _moments(
     with_parent: bool,
     source: str | None,
     tokens: int | None,
+    token_weights: TokenWeights,
 ) -> Moments:
     if block.arch.is_routed(name) and not waits_for_experts(block):
         if name not in block.waiting or block.waiting_fp8 != fp8_activations:
@@ -57,8 +60,9 @@ def _moments(
         return block.waiting.pop(name)
     with_parent = with_parent and block.arch.expert_of(name) is None
     if block.arch.is_routed(name):
-        tokens = None
-    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent, source, tokens))
+        tokens, token_weights = None, "equal"
+    sums = sums_of(block, name, fp8_activations, with_parent, source, tokens, token_weights)
+    return _mean(block, name, sums)
 
 
 def waits_for_experts(block: Block) -> bool:
@@ -84,6 +88,7 @@ def sums_of(
     with_parent: bool,
     source: str | None = None,
     tokens: int | None = None,
+    token_weights: TokenWeights = "equal",
 ) -> Sums:
     """Run the first batches that hold so many tokens, or all, up to the linear `name`; with_parent:
     the parent's too, through `block.frozen`."""
@@ -98,8 +103,9 @@ def sums_of(
         parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
     own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
-    for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
-        sums.add(ours, theirs, present)
+    for (batch, present), ours, theirs in zip(rounds, own, parent, strict=False):
+        weights = None if token_weights == "equal" else weights_of(block, batch)
+        sums.add(ours, theirs, present, weights)
         del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums

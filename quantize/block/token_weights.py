@@ -1,0 +1,90 @@
+"""What depends on a token: the attention that others pay to it (RSQ, arXiv 2503.01820).
+
+The mean over tokens that second moments are counts each of them the same, but an error at the token
+that all later ones look at, such as BOS, reaches every one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantize.block.block import Block
+from quantize.model.attention import watch_attention
+from quantize.model.attention_received import attention_received
+
+TokenWeights = Literal["attention", "equal"]
+"""`attention`: what the layer's own attention gives a token, mean over heads, summed over queries;
+`equal`: 1."""
+
+
+def weights_of(block: Block, batch: int) -> Tensor | None:
+    """Weights [B·T] of the tokens of a batch, float32 with the mean 1 in each window; None where
+    the block has no attention probabilities.
+
+    They are those of the parent's hidden states where these are carried along, and of the block as
+    it is when they are first asked for: before any of its linears is encoded.
+    """
+    if batch not in block.token_weights:
+        found = _measured(block, batch)
+        if found is None:
+            block.note(
+                block.arch.attention or "attention",
+                equal_tokens="no attention probabilities in this kind of block",
+            )
+        block.token_weights[batch] = found
+    return block.token_weights[batch]
+
+
+class _Received(nn.Module):
+    """Stands in for a layer's `kv`: what attention gives each token, instead of its outputs."""
+
+    weights: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: Mapping[str, Any] = {}
+
+    def watch(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Any
+    ) -> None:
+        self.options = options
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        if query.shape[2] == key.shape[2]:
+            self.weights = attention_received(query, key, mask, scaling, **self.options)
+        raise _Seen
+
+
+class _Seen(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a pass once attention was come to."""
+
+
+def _measured(block: Block, batch: int) -> Tensor | None:
+    if not block.arch.attention:
+        return None
+    layer = block.frozen or block.module
+    stream = block.inputs if block.parent_inputs is None else block.parent_inputs
+    attention = layer.get_submodule(block.arch.attention)
+    own, received = getattr(attention, "kv", None), _Received()
+    attention.kv = received
+    try:
+        with watch_attention(received.watch), suppress(_Seen):
+            block.forward(layer, stream[batch].to(block.device))
+    finally:
+        del attention.kv
+        if own is not None:
+            attention.kv = own
+    found = received.weights
+    if found is None:
+        return None
+    # A window that overflowed counts as any other: its tokens are left out where they are summed.
+    mean = found.mean(dim=1, keepdim=True)
+    usable = mean.isfinite() & (mean > 0)
+    return torch.where(usable, found / mean, torch.ones_like(found)).flatten()
