@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantize.evaluation.run import Measured
     from quantize.evaluation.task_comparison import TaskScore
     from quantize.evaluation.task_results import TaskRun
-    from quantize.model.attention import KvNumerics
+    from quantize.model.attention_cache import CacheNumerics
     from quantize.model.linear import Numerics
     from quantize.parallel.ranks import Ranks
 
@@ -31,7 +31,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     numerics: Numerics
-    attention: KvNumerics | None
+    attention: CacheNumerics | None
     output: Path | None
     """Folder for results; None saves nothing."""
     ranks: Ranks
@@ -109,7 +109,7 @@ def tasks(
     from quantize.evaluation.saved import save_tasks
     from quantize.evaluation.task_comparison import compare_tasks
 
-    def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
+    def run(folder: Path, attention: CacheNumerics | None = None) -> TaskRun:
         samples = None
         if log_samples and setting.output:
             samples = setting.output / "samples" / called(folder).replace("/", "--")

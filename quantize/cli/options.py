@@ -11,7 +11,7 @@ from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from quantize.evaluation.protocols import Bos
-    from quantize.model.attention import KvNumerics
+    from quantize.model.attention_cache import CacheNumerics
 
 Model = Annotated[
     str,
@@ -88,7 +88,8 @@ KvCache = Annotated[
     str,
     typer.Option(
         "--kv-cache",
-        help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
+        help="auto: as the checkpoint says; int4: emulate pq's, and FP8 queries; vllm-int4: vLLM's "
+        "int4_per_token_head.",
     ),
 ]
 
@@ -101,15 +102,16 @@ def size_option(name: str, text: str | None) -> int | None:
         raise UsageError(f"{name}: {err}") from None
 
 
-def kv_numerics(choice: str) -> KvNumerics | None:
+def kv_numerics(choice: str) -> CacheNumerics | None:
     """What --kv-cache asks for; UsageError for anything else."""
-    if choice not in ("auto", "int4"):
-        raise UsageError(f"--kv-cache {choice}: choose auto or int4")
+    if choice not in ("auto", "int4", "vllm-int4"):
+        raise UsageError(f"--kv-cache {choice}: choose auto, int4 or vllm-int4")
     if choice == "auto":
         return None
-    from quantize.model.attention import KvNumerics
+    from quantize.formats.kv4 import KvNumerics
+    from quantize.formats.vllm_kv4 import VllmInt4
 
-    return KvNumerics()
+    return KvNumerics() if choice == "int4" else VllmInt4()
 
 
 def bos_choice(text: str) -> Bos:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
 from quantize.model.arch import parameters_of_a_token
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import (
@@ -113,7 +113,7 @@ def open_model(
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics,
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> Model:
     """A checkpoint ready to be evaluated: streamed where the architecture is
     known, else whole in memory.
@@ -144,7 +144,7 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         numerics: Numerics,
-        attention: KvNumerics | None = None,
+        attention: CacheNumerics | None = None,
     ) -> None:
         on_disk = open_source(folder)
         require_readable(on_disk)
@@ -167,7 +167,7 @@ class StreamedModel:
             log.warning("%s", note)
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = (
-            "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
+            "16-bit" if self.attention is None else self.attention.label(self.shape.head_dim)
         )
         self.units = self.shape.n_blocks
         self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens

@@ -19,8 +19,11 @@ from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
+from quantize.formats.vllm_kv4 import VllmInt4
 from quantize.model.arch import Shape
 from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.attention_cache import CacheNumerics
+from quantize.model.attention_vllm import VllmKvAttention
 from quantize.model.build import meta_model
 from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
@@ -47,7 +50,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> nn.Module:
     """Load a plain or packed checkpoint; packed linears compute with the given numerics.
 
@@ -149,9 +152,11 @@ def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyS
         ) from None
 
 
-def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
+def kv_attention(numerics: CacheNumerics, shape: Shape) -> KvAttention | VllmKvAttention:
     """A module for attention on the cache, all its scales 1; ModelError where the
     head does not fit the groups."""
+    if isinstance(numerics, VllmInt4):
+        return VllmKvAttention(numerics)
     try:
         return KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
     except ValueError as err:
@@ -238,7 +243,7 @@ def load_block(
     schemes: Mapping[str, AnyScheme],
     index: int,
     numerics: Numerics,
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> nn.Module:
     """Materialize block `index` of a plain or packed checkpoint.
 
@@ -264,15 +269,15 @@ def load_block(
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
         kv = place_kv(skeleton, index, layer, attention, shape_of(source))
-        if kv is not None and scale in source:
+        if isinstance(kv, KvAttention) and scale in source:
             kv.scale = source.tensor(scale)
             kv.to(skeleton.device)
     return layer
 
 
 def place_kv(
-    skeleton: Skeleton, index: int, layer: nn.Module, numerics: KvNumerics, shape: Shape
-) -> KvAttention | None:
+    skeleton: Skeleton, index: int, layer: nn.Module, numerics: CacheNumerics, shape: Shape
+) -> KvAttention | VllmKvAttention | None:
     """Let block `index` attend on an INT4 cache, all scales 1; None where its kind of attention
     cannot, which then keeps 16 bits."""
     arch = skeleton.block_arch(index)
