@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.moments import Moments, Sums
 from quantize.block.passes import HeldPasses
+from quantize.block.post_norm import PostNorm
 from quantize.block.token_weights import TokenWeights, weights_of
 from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
@@ -61,8 +63,8 @@ def _moments(
     with_parent = with_parent and block.arch.expert_of(name) is None
     if block.arch.is_routed(name):
         tokens, token_weights = None, "equal"
-    sums = sums_of(block, name, fp8_activations, with_parent, source, tokens, token_weights)
-    return _mean(block, name, sums)
+    total = sums_of(block, name, fp8_activations, with_parent, source, tokens, token_weights)
+    return _mean(block, name, total)
 
 
 def waits_for_experts(block: Block) -> bool:
@@ -93,6 +95,9 @@ def sums_of(
     """Run the first batches that hold so many tokens, or all, up to the linear `name`; with_parent:
     the parent's too, through `block.frozen`."""
     residual = block.arch.residual.get(name) if with_parent else None
+    norm = _post_norm(block, name) if residual is not None else None
+    if norm is None and name in block.arch.post_norms:
+        residual = None
     names = (name,) if residual is None else (residual, name)
     sums = Sums(fp8_activations, block.ranks)
     batches = _first(block.inputs, tokens)
@@ -104,11 +109,37 @@ def sums_of(
     rounds = block.ranks.rounds(batches)
     own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
     for (batch, present), ours, theirs in zip(rounds, own, parent, strict=False):
-        weights = None if token_weights == "equal" else weights_of(block, batch)
+        weights = weights_of(block, batch, token_weights)
+        if norm is not None and theirs is not None:
+            ours, theirs, weights = _through(norm, ours, theirs, weights)
         sums.add(ours, theirs, present, weights)
         del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums
+
+
+def _post_norm(block: Block, name: str) -> PostNorm | None:
+    """The norm that the outputs of a linear of `residual` go through in the parent; None where they
+    are added as they are, or the norm is of another kind."""
+    norm = block.arch.post_norms.get(name)
+    if norm is None:
+        return None
+    layer = block.frozen or block.module
+    return PostNorm.of(layer.get_submodule(norm), block.linear(name).out_features)
+
+
+def _through(
+    norm: PostNorm, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """(r̂, x̂), (r, y) and weights [M] for a linear whose outputs y go through a norm: r − r̂ as it must
+    be before the norm, and errors counted in the size of y, which is what the norm makes of them."""
+    (r_ours, x), (r, y) = ours, theirs
+    sizes = norm.sizes(y)
+    share = sizes.squeeze(1) ** -2
+    share = share if weights is None else share * weights
+    share = torch.where(share.isfinite(), share, 0)
+    share = share / share.mean().clamp_min(1e-30)
+    return (r_ours, x), (r_ours + norm.before(r - r_ours, sizes), y), share
 
 
 def _entering(

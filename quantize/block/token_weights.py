@@ -17,18 +17,26 @@ from quantize.block.block import Block
 from quantize.model.attention import watch_attention
 from quantize.model.attention_received import attention_received
 
-TokenWeights = Literal["attention", "equal"]
+TokenWeights = Literal["attention", "sinks", "equal"]
 """`attention`: what the layer's own attention gives a token, mean over heads, summed over queries;
-`equal`: 1."""
+`sinks`: that where it is a good part of all there is, and 1 elsewhere; `equal`: 1."""
+
+_SHARE = 1 / 16
+"""Of all attention in a window, what makes a token a sink: BOS of a pretrained model receives a
+third, a token that is merely read more often than others some times the mean."""
+_TIMES = 8
+"""Times the mean that it must receive in any case, where windows are short."""
 
 
-def weights_of(block: Block, batch: int) -> Tensor | None:
+def weights_of(block: Block, batch: int, kind: TokenWeights) -> Tensor | None:
     """Weights [B·T] of the tokens of a batch, float32 with the mean 1 in each window; None where
-    the block has no attention probabilities.
+    all count the same, or the block has no attention probabilities.
 
     They are those of the parent's hidden states where these are carried along, and of the block as
     it is when they are first asked for: before any of its linears is encoded.
     """
+    if kind == "equal":
+        return None
     if batch not in block.token_weights:
         found = _measured(block, batch)
         if found is None:
@@ -37,7 +45,13 @@ def weights_of(block: Block, batch: int) -> Tensor | None:
                 equal_tokens="no attention probabilities in this kind of block",
             )
         block.token_weights[batch] = found
-    return block.token_weights[batch]
+    found = block.token_weights[batch]
+    if found is None or kind == "attention":
+        return found
+    windows = found.view(block.inputs[batch].shape[0], -1)
+    sinks = windows > max(_TIMES, _SHARE * windows.shape[1])
+    windows = torch.where(sinks, windows, 1)
+    return (windows / windows.mean(dim=1, keepdim=True)).flatten()
 
 
 class _Received(nn.Module):

@@ -37,16 +37,16 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
     d = x.shape[-1]
     b = d & -d
     signs = _signs(b).to(x.device)
-    out = x.float().unflatten(-1, (d // b, b))
+    out = x.float().reshape(*x.shape[:-1], d // b, b)
     out = out if inverse else out * signs
     half = 1
     while half < b:
-        pairs = out.unflatten(-1, (b // (2 * half), 2, half))
+        pairs = out.reshape(*x.shape[:-1], -1, 2, half)
         a, c = pairs[..., 0, :], pairs[..., 1, :]
-        out = torch.stack((a + c, a - c), dim=-2).flatten(-3)
+        out = torch.stack((a + c, a - c), dim=-2).reshape(*x.shape[:-1], d // b, b)
         half *= 2
     out = out * signs if inverse else out
-    return out.flatten(-2)
+    return out.reshape(x.shape)
 
 
 def round_rotated(x: Tensor) -> Tensor:

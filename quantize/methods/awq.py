@@ -52,8 +52,9 @@ class Awq(Stage):
     """Calibration tokens that the search looks at, the first ones; null: all. Which exponent errs
     least shows on few. Routed experts, each of which sees a part, look at all."""
     token_weights: TokenWeights = "equal"
-    """`attention`: a token counts in the statistics by the attention that it receives in its layer,
-    since its error reaches every token that looks at it; `equal`: all the same, as blocks without
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
     attention probabilities and routed experts have it anyway."""
 
     @property

@@ -32,8 +32,9 @@ class Gptq(IntEncode):
     """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
     the group's squared error."""
     token_weights: TokenWeights = "equal"
-    """`attention`: a token counts in the statistics by the attention that it receives in its layer,
-    since its error reaches every token that looks at it; `equal`: all the same, as blocks without
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
     attention probabilities and routed experts have it anyway."""
 
     def measure(self, block: Block, name: str) -> Moments:

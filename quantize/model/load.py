@@ -152,11 +152,9 @@ def packed_schemes(source: Checkpoint, linears: Sequence[str]) -> dict[str, AnyS
         ) from None
 
 
-def kv_attention(numerics: CacheNumerics, shape: Shape) -> KvAttention | VllmKvAttention:
+def kv_attention(numerics: KvNumerics, shape: Shape) -> KvAttention:
     """A module for attention on the cache, all its scales 1; ModelError where the
     head does not fit the groups."""
-    if isinstance(numerics, VllmInt4):
-        return VllmKvAttention(numerics)
     try:
         return KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
     except ValueError as err:
@@ -283,7 +281,11 @@ def place_kv(
     arch = skeleton.block_arch(index)
     if arch.no_cache:
         return None
-    kv = kv_attention(numerics, skeleton.block_shape(index, shape)).to(skeleton.device)
+    kv: KvAttention | VllmKvAttention
+    if isinstance(numerics, VllmInt4):
+        kv = VllmKvAttention(numerics)
+    else:
+        kv = kv_attention(numerics, skeleton.block_shape(index, shape)).to(skeleton.device)
     layer.get_submodule(arch.attention).kv = kv
     return kv
 

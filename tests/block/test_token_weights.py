@@ -149,11 +149,11 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
 def test_weights_are_those_from_before_anything_was_encoded(make_block: BlockMaker):
     block = make_block("llama")
     wanted = twin(block)[0]
-    first = weights_of(block, 0)
+    first = weights_of(block, 0, "attention")
     assert first is not None
     assert torch.allclose(first.double(), wanted, rtol=1e-4, atol=1e-5)
     block.linear("self_attn.q_proj").weight.data.zero_()
-    again = weights_of(block, 0)
+    again = weights_of(block, 0, "attention")
     assert again is first
 
 
@@ -163,7 +163,7 @@ def test_a_rounded_cache_stays_in_its_place(make_block: BlockMaker):
     block.attend_with(kv)
     with torch.no_grad():
         before = block.forward(block.module, block.inputs[0])
-        assert weights_of(block, 0) is not None
+        assert weights_of(block, 0, "attention") is not None
         assert block.module.get_submodule("self_attn").kv is kv
         assert torch.equal(block.forward(block.module, block.inputs[0]), before)
     assert "kv" not in vars(make_block("llama").module.get_submodule("self_attn"))
@@ -180,7 +180,7 @@ def test_a_block_without_attention_counts_tokens_the_same_and_says_so(make_block
 def test_a_module_that_never_attends_counts_the_same_and_says_so(make_block: BlockMaker):
     block = make_block("llama")
     block.arch = replace(block.arch, attention="mlp")
-    assert weights_of(block, 0) is None
+    assert weights_of(block, 0, "attention") is None
     assert "equal_tokens" in block.report["mlp"]
     assert not hasattr(block.module.mlp, "kv")
 
@@ -194,9 +194,9 @@ def test_routed_experts_count_tokens_the_same(make_block: BlockMaker):
 
 def test_a_window_that_overflowed_leaves_the_others_alone(make_block: BlockMaker):
     block = make_block("llama")
-    clean = weights_of(make_block("llama"), 0)
+    clean = weights_of(make_block("llama"), 0, "attention")
     block.inputs[0][1, 3, 5] = float("nan")
-    found = weights_of(block, 0)
+    found = weights_of(block, 0, "attention")
     assert found is not None
     assert clean is not None
     assert torch.equal(found[:24], clean[:24])
@@ -204,3 +204,36 @@ def test_a_window_that_overflowed_leaves_the_others_alone(make_block: BlockMaker
     moments = moments_of(block, "self_attn.q_proj", False, token_weights="attention")
     assert moments.hessian.isfinite().all()
     assert moments.tokens == 3 * 48 - 1
+
+
+def test_sinks_alone_count_more(make_block: BlockMaker):
+    block = make_block("llama")
+    w = weights_of(block, 0, "attention")
+    assert w is not None
+    assert float(w.max()) < 8
+    plain = weights_of(block, 0, "sinks")
+    assert plain is not None
+    assert torch.equal(plain, torch.ones(48))
+
+    sink = torch.rand(48).add(0.5)
+    sink[0], sink[30] = 20.0, 9.0
+    block.token_weights[0] = sink
+    found = weights_of(block, 0, "sinks")
+    assert found is not None
+    assert torch.allclose(found[:24], torch.tensor([20.0] + [1.0] * 23) / (43 / 24))
+    assert torch.allclose(found[24:], torch.where(torch.arange(24) == 6, 9.0, 1.0) / (32 / 24))
+    assert weights_of(block, 0, "equal") is None
+
+
+def test_a_sink_of_a_long_window_is_a_part_of_all_attention(make_block: BlockMaker):
+    block = make_block("llama")
+    block.inputs[0] = torch.zeros(1, 320, 1)
+    block.token_weights[0] = torch.ones(320)
+    block.token_weights[0][0] = 19.0
+    found = weights_of(block, 0, "sinks")
+    assert found is not None
+    assert float(found[0]) == 1
+    block.token_weights[0][0] = 21.0
+    found = weights_of(block, 0, "sinks")
+    assert found is not None
+    assert float(found[0] / found[1]) == pytest.approx(21)

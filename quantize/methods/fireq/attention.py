@@ -27,6 +27,7 @@ from quantize.methods.fireq.kv_search import (
     KeyScales,
     Sample,
     channel_maxima,
+    key_balance,
     output_error,
     output_power,
     paper_scales,
@@ -34,6 +35,7 @@ from quantize.methods.fireq.kv_search import (
     powers_of_two,
     pre_candidates,
     rounded_values,
+    value_balance,
 )
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.rope import partners
@@ -174,12 +176,17 @@ class FireqAttention(Stage):
         if not self.search:
             alpha, beta = self.alpha if pre else 0.0, self.beta if post else 0.0
             consider(paper_scales(channel, pair, partner, alpha, beta, self.top_k), forced=True)
-        for candidate in pre_candidates(pair) if self.search and pre else ():
-            consider(candidate)
+        if self.search and pre:
+            even = key_balance(samples, partner)
+            even = even.mean(dim=0, keepdim=True).expand_as(even) if shared else even
+            for candidate in (*pre_candidates(pair), KeyScales(even, one)):
+                consider(candidate)
         for candidate in (
             post_candidates(channel, pair, partner, best.pre) if self.search and post else ()
         ):
             consider(candidate)
+        if self.search and post:
+            consider(KeyScales(one, key_balance(samples)))
         return best, float(errors.sum())
 
     def _values(
@@ -196,8 +203,8 @@ class FireqAttention(Stage):
         typical = largest.log().mean(dim=1, keepdim=True).exp()
         best, errors = one, output_error(samples, key_scale, one, gram, self.numerics)
         before = float(errors.sum())
-        for exponent in EXPONENTS[1:]:
-            scale = (largest / typical) ** exponent
+        evened = [(largest / typical) ** exponent for exponent in EXPONENTS[1:]]
+        for scale in (*evened, value_balance(samples, gram)):
             error = output_error(samples, key_scale, scale, gram, self.numerics)
             best = torch.where((error < errors).to(one.device)[:, None], scale, best)
             errors = torch.minimum(errors, error)

@@ -111,6 +111,38 @@ def channel_maxima(samples: Sequence[Sample], partner: Tensor) -> tuple[Tensor, 
     return channel.clamp_min(tiny), pair.clamp_min(tiny)
 
 
+def key_balance(samples: Sequence[Sample], partner: Tensor | None = None) -> Tensor:
+    """The key scale A [Hkv, d] that errs least if rounding adds the same noise to all channels:
+    A² = rms(q) / rms(k) of every channel; partner: of both of a pair together, which rotates.
+
+    Noise in proportion to the scaled key's length, of Σ k²A², meets queries as Σ q²/A²: by Cauchy's
+    inequality their product is least there. A channel that queries do not look at may err more.
+    """
+    Hkv = samples[0].k.shape[1]
+
+    def power(parts: Sequence[Tensor]) -> Tensor:
+        total = torch.stack([p.square().mean(dim=(0, 2)) for p in parts]).mean(dim=0)
+        return total if partner is None else total + total[:, partner]
+
+    keys = power([s.k for s in samples])
+    queries = power([s.q for s in samples]).view(Hkv, -1, keys.shape[1]).mean(dim=1)
+    return _quarter(queries, keys)
+
+
+def value_balance(samples: Sequence[Sample], gram: Tensor) -> Tensor:
+    """λ [Hkv, d] by which values are divided, of the same kind: λ² = rms(v) / ‖o_proj's column‖."""
+    values = torch.stack([s.v.square().mean(dim=(0, 2)) for s in samples]).mean(dim=0)
+    seen = gram.diagonal(dim1=1, dim2=2).view(len(values), -1, values.shape[1]).mean(dim=1)
+    return _quarter(values, seen)
+
+
+def _quarter(above: Tensor, below: Tensor) -> Tensor:
+    """(above / below)^¼ [Hkv, d], its geometric mean over a head 1."""
+    above, below = (x + 1e-6 * x.mean(dim=1, keepdim=True) + 1e-30 for x in (above, below))
+    log = (above / below).log() / 4
+    return (log - log.mean(dim=1, keepdim=True)).exp()
+
+
 def treated_channels(channel: Tensor, partner: Tensor, count: int) -> Tensor:
     """The `count` largest channels of each head and their partners, as bool [Hkv, d]."""
     chosen = torch.zeros_like(channel, dtype=torch.bool)
