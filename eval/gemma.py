@@ -30,7 +30,7 @@ import torch
 
 from quantize.convert.loop import Request, convert
 from quantize.evaluate import evaluate
-from quantize.formats.kv4 import KvNumerics
+from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.formats.vllm_kv4 import VllmInt4
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ _KEYS = (
     "kld_p99",
     "top1_agreement",
 )
-_CACHES = {"": None, "int4": KvNumerics(), "vllm-int4": VllmInt4()}
+_CACHES = {"": None, "int4": KvNumerics(KvScheme(symmetric=False)), "vllm-int4": VllmInt4()}
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,10 @@ def kv_numerics(choice: str) -> CacheNumerics | None:
         raise UsageError(f"--kv-cache {choice}: choose auto, int4 or vllm-int4")
     if choice == "auto":
         return None
-    from quantize.formats.kv4 import KvNumerics
+    from quantize.formats.kv4 import KvNumerics, KvScheme
     from quantize.formats.vllm_kv4 import VllmInt4
 
-    return KvNumerics() if choice == "int4" else VllmInt4()
+    return KvNumerics(KvScheme(symmetric=False)) if choice == "int4" else VllmInt4()
 
 
 def bos_choice(text: str) -> Bos:

@@ -47,7 +47,7 @@ class Blocks(Encode):
     stays singular."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales, minima and codes."""
-    token_weights: TokenWeights = "equal"
+    token_weights: TokenWeights = "sinks"
     """How much a token counts in the statistics. `attention`: by the attention that it receives in
     its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
     sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without

@@ -31,7 +31,7 @@ class Gptq(IntEncode):
     clip: Literal["absmax", "mse"] = "mse"
     """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
     the group's squared error."""
-    token_weights: TokenWeights = "equal"
+    token_weights: TokenWeights = "sinks"
     """How much a token counts in the statistics. `attention`: by the attention that it receives in
     its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
     sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without

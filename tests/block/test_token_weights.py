@@ -16,7 +16,10 @@ from quantize.block.capture import attention_inputs, inputs_of
 from quantize.block.measure import moments_of
 from quantize.block.teacher import freeze_layer
 from quantize.block.token_weights import weights_of
+from quantize.cost.footprint import QUERIES, SCORES
 from quantize.formats.fp8 import quantize_activations
+from quantize.methods.gptq import Gptq
+from quantize.methods.rtn import Rtn
 from quantize.model.attention import KvAttention, KvNumerics, attend_plainly
 from quantize.model.attention_received import attention_received
 
@@ -71,6 +74,13 @@ def test_attention_received_is_the_sum_of_probabilities(
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
     if "s_aux" not in options:
         assert torch.allclose(found.sum(1), torch.full((2,), 23.0))
+
+
+def test_memory_is_counted_with_the_same_limits():
+    assert (SCORES, QUERIES) == (received_module._SCORES, received_module._QUERIES)
+    assert Gptq(token_weights="sinks").weighs_tokens
+    assert not Gptq(token_weights="equal").weighs_tokens
+    assert not Rtn().weighs_tokens
 
 
 def test_fewer_queries_than_keys_are_the_last_ones():

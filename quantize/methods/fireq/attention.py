@@ -22,6 +22,7 @@ from quantize.errors import ModelError
 from quantize.formats.kv4 import KvScheme
 from quantize.methods.base import Kind, Stage
 from quantize.methods.fireq.kv_search import (
+    BALANCES,
     EXPONENTS,
     SCORES_AT_ONCE,
     KeyScales,
@@ -57,8 +58,9 @@ class FireqAttention(Stage):
     method: Literal["fireq-attention"] = "fireq-attention"
     group_size: int = Field(default=128, ge=16, le=256)
     """Channels of a head that share a scale; at most a whole head."""
-    symmetric: bool = True
-    """Symmetric codes −8 … 7; false: 0 … 15 with a zero point."""
+    symmetric: bool = False
+    """Symmetric codes −8 … 7, as in the paper; false: 0 … 15 with a zero point, which halves the loss
+    for 0.06 bits more a value."""
     scale_dtype: Literal["bfloat16", "e4m3"] = "bfloat16"
     """What the cache stores its scales as."""
     queries: Literal["none", "fp8"] = "fp8"
@@ -186,7 +188,9 @@ class FireqAttention(Stage):
         ):
             consider(candidate)
         if self.search and post:
-            consider(KeyScales(one, key_balance(samples)))
+            balanced = key_balance(samples)
+            for strength in BALANCES:
+                consider(KeyScales(one, balanced**strength))
         return best, float(errors.sum())
 
     def _values(

@@ -27,6 +27,9 @@ SCORES_AT_ONCE = SCORES
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far N evens out pairs, from not at all to wholly. Finer steps would come nearer the best, and
 each costs an attention over the sample."""
+BALANCES = (0.75, 1.0, 1.25)
+"""Powers of the balance against queries that are tried: rounding errs by the largest key, and the
+balance knows the mean one."""
 # How far S takes outliers to their target, in powers of two: from half way on, since less would
 # leave the scale of a group to the outlier that stands in it.
 _STRENGTHS = (0.5, 0.75, 1.0)
