@@ -28,8 +28,8 @@ from typing import Any
 import measuring  # the script beside this one
 import torch
 
-from quantize.convert.loop import Request, convert
-from quantize.evaluate import evaluate
+from quantize.conversion.loop import Request, convert
+from quantize.evaluation import evaluate
 from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.formats.vllm_kv4 import VllmInt4
 from quantize.recipe.overrides import with_stage_fields

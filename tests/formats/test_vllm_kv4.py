@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantize.cli.options import kv_numerics
 from quantize.errors import UsageError
-from quantize.evaluate.streamed import StreamedModel
+from quantize.evaluation.streamed import StreamedModel
 from quantize.formats.vllm_kv4 import VllmInt4, rotate, round_rotated
 from quantize.model.attention_vllm import VllmKvAttention
 
