@@ -24,10 +24,14 @@ from quantize.methods.base import Kind, Stage
 from quantize.methods.fireq.kv_search import (
     BALANCES,
     EXPONENTS,
+    MOVES,
     SCORES_AT_ONCE,
     KeyScales,
     Sample,
+    aligned,
+    aligned_candidates,
     channel_maxima,
+    first_of,
     key_balance,
     output_error,
     output_power,
@@ -191,6 +195,8 @@ class FireqAttention(Stage):
             balanced = key_balance(samples)
             for strength in BALANCES:
                 consider(KeyScales(one, balanced**strength))
+            for candidate in aligned_candidates(samples, best, self.numerics.scheme):
+                consider(candidate)
         return best, float(errors.sum())
 
     def _values(
@@ -212,6 +218,13 @@ class FireqAttention(Stage):
             error = output_error(samples, key_scale, scale, gram, self.numerics)
             best = torch.where((error < errors).to(one.device)[:, None], scale, best)
             errors = torch.minimum(errors, error)
+        if (first := first_of([s.v for s in samples])) is not None:
+            free = 1 / best
+            for move in MOVES:
+                scale = 1 / aligned(first, free, self.numerics.scheme, move)
+                error = output_error(samples, key_scale, scale, gram, self.numerics)
+                best = torch.where((error < errors).to(one.device)[:, None], scale, best)
+                errors = torch.minimum(errors, error)
         block.note(block.arch.attention, value_gain=float(errors.sum()) / before if before else 1.0)
         return best
 
