@@ -233,7 +233,9 @@ def aligned_candidates(
 ) -> Iterator[KeyScales]:
     """S moved for the sake of the first token, where N does not treat a pair."""
     first = first_of([s.k for s in samples])
-    for move in () if first is None else MOVES:
+    if first is None:
+        return
+    for move in MOVES:
         moved = aligned(first, keys.pre * keys.post, scheme, move)
         yield KeyScales(keys.pre, torch.where(keys.pre != 1, keys.post, moved))
 
