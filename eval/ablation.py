@@ -19,7 +19,7 @@ import torch
 
 from quantize.conversion.loop import Request, convert
 from quantize.evaluation import evaluate
-from quantize.model.attention import KvNumerics
+from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 
@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("KV4 only, pre and post", "fireq-kv", ("values=false",), ""),
     ("KV4 only, pre, post and values", "fireq-kv", (), ""),
     ("KV4 only, E4M3 cache scales", "fireq-kv", ("scale_dtype=e4m3",), ""),
-    ("KV4 only, asymmetric", "fireq-kv", ("symmetric=false",), ""),
+    ("KV4 only, symmetric", "fireq-kv", ("symmetric=true",), ""),
     ("linear and KV4", "fireq", (), ""),
     ("linear and KV4, E4M3 cache scales", "fireq", ("scale_dtype=e4m3",), ""),
     ("linear and KV4 without post scales, compressed-tensors", "fireq", (), "compressed-tensors"),
@@ -56,7 +56,7 @@ def measure(
     if kind:
         recipe = recipe.model_copy(update={"format": kind})
     attention = (
-        KvNumerics() if kind else None
+        KvNumerics(KvScheme(symmetric=False)) if kind else None
     )  # the run-time flag of a format that does not hold it
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"

@@ -18,6 +18,7 @@ from typing import Any
 import ablation  # the scripts beside this one
 import accuracy
 import bench_peers
+import gemma
 import gguf_accuracy
 import gpu_speed
 import growth
@@ -40,6 +41,7 @@ _KINDS = {
     "part": (ablation.table, "FireQ part by part"),
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
     "conversion": (ladimo.table, "LaDiMo beside pruning"),
+    "row": (gemma.table, "A real model: Gemma 3 270M"),
     "file": (gguf_accuracy.table, "GGUF files beside llama.cpp's own types, all run by llama.cpp"),
 }
 """Key of a row that only one kind of results has → its table, its heading."""

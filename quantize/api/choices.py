@@ -12,7 +12,7 @@ from quantize.errors import UsageError
 if TYPE_CHECKING:
     from quantize.evaluation.protocols import Bos
     from quantize.files.resume import Resume
-    from quantize.model.attention import KvNumerics
+    from quantize.model.attention_cache import CacheNumerics
 
 CHECK_WINDOWS = 4
 """Held-out windows that a conversion is measured on: enough to tell a good one from a bad one; with
@@ -79,15 +79,16 @@ def resume_mode(asked: str) -> Resume:
     return mode
 
 
-def kv_numerics(choice: str) -> KvNumerics | None:
+def kv_numerics(choice: str) -> CacheNumerics | None:
     """What --kv-cache asks for; UsageError for anything else."""
-    if choice not in ("auto", "int4"):
-        raise UsageError(f"--kv-cache {choice}: choose auto or int4")
+    if choice not in ("auto", "int4", "vllm-int4"):
+        raise UsageError(f"--kv-cache {choice}: choose auto, int4 or vllm-int4")
     if choice == "auto":
         return None
-    from quantize.model.attention import KvNumerics
+    from quantize.formats.kv4 import KvNumerics, KvScheme
+    from quantize.formats.vllm_kv4 import VllmInt4
 
-    return KvNumerics()
+    return KvNumerics(KvScheme(symmetric=False)) if choice == "int4" else VllmInt4()
 
 
 def bos_choice(text: str) -> Bos:

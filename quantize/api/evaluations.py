@@ -36,7 +36,7 @@ from quantize.evaluation.task_comparison import TaskScore, compare_tasks
 from quantize.evaluation.task_results import TaskRun
 from quantize.files.hub_origin import called, commit_of, hub_origin
 from quantize.files.provenance import PROVENANCE
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.linear import Numerics
 from quantize.parallel.launch import is_launched
 from quantize.parallel.ranks import ALONE, Ranks
@@ -220,7 +220,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     numerics: Numerics
-    attention: KvNumerics | None
+    attention: CacheNumerics | None
     output: Path | None
     """Folder for results; None saves nothing."""
     ranks: Ranks
@@ -256,7 +256,7 @@ def run_tasks(
     """Run the tasks, on the parent as well where there is one, and save the scores."""
     from quantize.evaluation import harness
 
-    def run(folder: Path, attention: KvNumerics | None = None) -> TaskRun:
+    def run(folder: Path, attention: CacheNumerics | None = None) -> TaskRun:
         samples = None
         if log_samples and setting.output:
             samples = setting.output / "samples" / called(folder).replace("/", "--")

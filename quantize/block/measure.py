@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.moments import Moments, Sums
 from quantize.block.passes import HeldPasses
+from quantize.block.post_norm import PostNorm
+from quantize.block.token_weights import TokenWeights, weights_of
 from quantize.cost.footprint import ROUTED_BYTES
 from quantize.errors import ModelError
 
@@ -22,6 +25,7 @@ def moments_of(
     with_parent: bool = False,
     source: str | None = None,
     tokens: int | None = None,
+    token_weights: TokenWeights = "equal",
 ) -> Moments:
     """Second moments of the inputs of `name`; FP8-rounded where the layer will round its
     activations.
@@ -31,11 +35,11 @@ def moments_of(
     dense FFN.
     source: the norm before the linear, where it is about to be changed: passes then wait before it
     (`HeldPasses.outputs`). tokens: as many as are looked at, about; None: all. Routed experts see
-    few of them and always take all.
+    few of them and always take all, each the same. token_weights: how much each token counts.
     A routed expert that no token visits has moments of zero; ModelError for any other linear
     without tokens.
     """
-    found = _moments(block, name, fp8_activations, with_parent, source, tokens)
+    found = _moments(block, name, fp8_activations, with_parent, source, tokens, token_weights)
     if block.parking:
         block.parking.away(block.module, block.frozen, block.parent)
     return found
@@ -48,6 +52,7 @@ def _moments(
     with_parent: bool,
     source: str | None,
     tokens: int | None,
+    token_weights: TokenWeights,
 ) -> Moments:
     if block.arch.is_routed(name) and not waits_for_experts(block):
         if name not in block.waiting or block.waiting_fp8 != fp8_activations:
@@ -57,8 +62,9 @@ def _moments(
         return block.waiting.pop(name)
     with_parent = with_parent and block.arch.expert_of(name) is None
     if block.arch.is_routed(name):
-        tokens = None
-    return _mean(block, name, sums_of(block, name, fp8_activations, with_parent, source, tokens))
+        tokens, token_weights = None, "equal"
+    total = sums_of(block, name, fp8_activations, with_parent, source, tokens, token_weights)
+    return _mean(block, name, total)
 
 
 def waits_for_experts(block: Block) -> bool:
@@ -84,10 +90,14 @@ def sums_of(
     with_parent: bool,
     source: str | None = None,
     tokens: int | None = None,
+    token_weights: TokenWeights = "equal",
 ) -> Sums:
     """Run the first batches that hold so many tokens, or all, up to the linear `name`; with_parent:
     the parent's too, through `block.frozen`."""
     residual = block.arch.residual.get(name) if with_parent else None
+    norm = _post_norm(block, name) if residual is not None else None
+    if norm is None and name in block.arch.post_norms:
+        residual = None
     names = (name,) if residual is None else (residual, name)
     sums = Sums(fp8_activations, block.ranks)
     batches = _first(block.inputs, tokens)
@@ -98,11 +108,38 @@ def sums_of(
         parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
     own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
-    for (_, present), ours, theirs in zip(rounds, own, parent, strict=False):
-        sums.add(ours, theirs, present)
+    for (batch, present), ours, theirs in zip(rounds, own, parent, strict=False):
+        weights = weights_of(block, batch, token_weights)
+        if norm is not None and theirs is not None:
+            ours, theirs, weights = _through(norm, ours, theirs, weights)
+        sums.add(ours, theirs, present, weights)
         del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums
+
+
+def _post_norm(block: Block, name: str) -> PostNorm | None:
+    """The norm that the outputs of a linear of `residual` go through in the parent; None where they
+    are added as they are, or the norm is of another kind."""
+    norm = block.arch.post_norms.get(name)
+    if norm is None:
+        return None
+    layer = block.frozen or block.module
+    return PostNorm.of(layer.get_submodule(norm), block.linear(name).out_features)
+
+
+def _through(
+    norm: PostNorm, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """(r̂, x̂), (r, y) and weights [M] for a linear whose outputs y go through a norm: r − r̂ as it must
+    be before the norm, and errors counted in the size of y, which is what the norm makes of them."""
+    (r_ours, x), (r, y) = ours, theirs
+    sizes = norm.sizes(y)
+    share = sizes.squeeze(1) ** -2
+    share = share if weights is None else share * weights
+    share = torch.where(share.isfinite(), share, 0)
+    share = share / share.mean().clamp_min(1e-30)
+    return (r_ours, x), (r_ours + norm.before(r - r_ours, sizes), y), share
 
 
 def _entering(

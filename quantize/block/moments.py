@@ -20,7 +20,8 @@ class Moments:
     """Second moments of one linear's inputs x̂ [K] over calibration tokens, in float32.
 
     The mean E is over the tokens that reach the linear; each of those routed to an expert counts
-    the same. Weighting them by the square of their routing weights, as the block's output sees an
+    the same; others count by their weights, where there are any (`token_weights`). Weighting those
+    of experts by the square of their routing weights, as the block's output sees an
     expert's error, leaves fewer effective tokens, and on tokens not seen it made the output of
     randomly weighted experts worse (1 to 28 %), never better.
     """
@@ -59,13 +60,18 @@ class Sums:
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
 
     def add(
-        self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | None = None, present: int = 1
+        self,
+        ours: tuple[Tensor, ...],
+        theirs: tuple[Tensor, ...] | None = None,
+        present: int = 1,
+        weights: Tensor | None = None,
     ) -> None:
         """Add tokens. ours: the linear's inputs x̂ [M, K], before them the residual stream r̂ [M, N]
         where it is wanted.
 
         theirs: the parent's inputs x, or its residual stream r and the linear's outputs y [M, N];
-        present: how many ranks add tokens in this round, the first ones.
+        present: how many ranks add tokens in this round, the first ones; weights: how much each
+        token counts [M], 1 in the mean; None: all the same.
         """
         counts = self.ranks.rank < present
         # A token that overflowed would spoil the whole matrix. Sums tell at a fraction of the cost
@@ -76,9 +82,16 @@ class Sums:
             self.dropped += int((~finite).sum()) * counts
             ours = tuple(t[finite] for t in ours)
             theirs = None if theirs is None else tuple(t[finite] for t in theirs)
+            weights = None if weights is None else weights[finite]
         x = quantize_activations(ours[-1]) if self.fp8_activations else ours[-1]
-        self._total("hessian", gram(x), present)
-        self._total("absmean", x.abs().sum(dim=0), present)
+        if weights is None:
+            self._total("absmean", x.abs().sum(dim=0), present)
+            self._total("hessian", gram(x), present)
+        else:
+            self._total("absmean", weights @ x.abs(), present)
+            x = x * weights.sqrt()[:, None]
+            self._total("hessian", gram(x), present)
+            x *= weights.sqrt()[:, None]
         if theirs is not None and len(ours) > 1:
             self._total("wanted", (theirs[0] - ours[0]).add_(theirs[1]).T @ x, present)
         elif theirs is not None:

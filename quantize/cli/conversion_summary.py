@@ -114,6 +114,10 @@ def print_summary(summary: Summary, steps: NextSteps) -> None:
             f"[yellow]{len(names)} layers keep a 16-bit cache[/yellow] ({reason}): "
             f"{_list_names(names)}"
         )
+    for reason, names in summary.equal_tokens.items():
+        console.print(
+            f"in {len(names)} layers all tokens count the same ({reason}): {_list_names(names)}"
+        )
     for reason, names in summary.unmoved.items():
         console.print(f"in {len(names)} blocks no scales move over {reason}")
     for adapted in summary.adapted:

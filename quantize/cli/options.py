@@ -128,8 +128,9 @@ KvCache = Annotated[
     str,
     typer.Option(
         "--kv-cache",
-        help="auto: as the checkpoint says; int4: emulate it, and FP8 queries.",
-        autocompletion=complete.words("auto", "int4"),
+        help="auto: as the checkpoint says; int4: emulate pq's, and FP8 queries; vllm-int4: vLLM's "
+        "int4_per_token_head.",
+        autocompletion=complete.words("auto", "int4", "vllm-int4"),
     ),
 ]
 

@@ -53,6 +53,9 @@ class Summary:
     """What scales could not move over without changing what a block computes, and why → blocks."""
     cache_16bit: dict[str, list[str]]
     """Why attention cannot work on an INT4 cache → the modules that keep 16 bits."""
+    equal_tokens: dict[str, list[str]]
+    """Why tokens count the same although a stage asks for `token_weights: attention` → the
+    modules."""
     adapted: list[str]
     """What linears got instead of the group or activations that the recipe asks for, where their
     sizes do not allow those: a line for all that got the same."""
@@ -121,6 +124,11 @@ def summary_of(
             (name, str(facts["cache_16bit"]))
             for name, facts in state.report.items()
             if "cache_16bit" in facts
+        ),
+        equal_tokens=_by_reason(
+            (name, str(facts["equal_tokens"]))
+            for name, facts in state.report.items()
+            if "equal_tokens" in facts
         ),
         adapted=adapted_lines(state.report),
         lost=lost_in(plan, state),

@@ -16,6 +16,11 @@ SOLVER_ROWS = 1024
 would take too much room. Fewer take less, and give products that are less efficient."""
 
 
+SCORES = 1 << 24
+"""float32 scores held at once while tokens are weighed by the attention they receive, and"""
+QUERIES = 128
+"""the queries that they are of, at most: as `model.attention_received` has it."""
+
 _VISITS = 4
 """Routed experts that a token is taken to visit, where inputs of all are recorded."""
 
@@ -103,6 +108,10 @@ class BlockSizes:
         return held + max(
             self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)
         )
+
+    def weighing(self) -> int:
+        """Bytes of the attention scores that tokens are weighed by, and of what is made of them."""
+        return 3 * FLOAT * min(SCORES, self.heads * min(self.window, QUERIES) * self.window)
 
     def standing(self) -> int:
         """Bytes at most of passes of the whole text that stand still in the block."""

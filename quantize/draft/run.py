@@ -22,6 +22,7 @@ from quantize.evaluation.model import Model
 from quantize.evaluation.streamed import open_model
 from quantize.files.hub_origin import called
 from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model, require_readable
@@ -53,7 +54,7 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     numerics: Numerics = "kernel"
-    attention: KvNumerics | None = None
+    attention: CacheNumerics | None = None
     """How drafts attend where they do not say."""
     kv_int4: bool = False
     """Whether to run the parent itself on an INT4 cache as one more draft: what the cache alone

@@ -24,7 +24,7 @@ from quantize.evaluation.sharing import require_alike
 from quantize.evaluation.task_results import TaskRun, figures_of, make_folder, write_samples
 from quantize.evaluation.task_sources import Source, load_tasks, resolve
 from quantize.files.hub_origin import called, commit_of
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.linear import Numerics
 from quantize.model.load_others import load_any
 from quantize.model.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def run_tasks(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ranks: Ranks = ALONE,
 ) -> TaskRun:

@@ -26,7 +26,7 @@ from quantize.evaluation.records import Records
 from quantize.evaluation.sharing import require_alike, shared_windows
 from quantize.evaluation.streamed import StreamedModel, open_model, windows_of_a_pass
 from quantize.files.hub_origin import called, commit_of
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import require_readable
@@ -68,7 +68,7 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
     parents: ParentCache | None = None,
@@ -108,7 +108,7 @@ def measure(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
     progress: Progress = lambda what, done, total: None,
     ranks: Ranks = ALONE,
     parents: ParentCache | None = None,

@@ -17,7 +17,7 @@ from quantize.block.walk import Pass, Route, Streams, walk
 from quantize.errors import ModelError, UnderivedError
 from quantize.evaluation.model import Logits, Model, Span, Tick
 from quantize.evaluation.whole import WholeModel
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import (
@@ -62,7 +62,7 @@ def open_model(
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics,
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> Model:
     """A checkpoint ready to be evaluated: streamed where the architecture is known, and what
     others quantized is read by pq; else whole in memory, as transformers loads it.
@@ -103,7 +103,7 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         numerics: Numerics,
-        attention: KvNumerics | None = None,
+        attention: CacheNumerics | None = None,
     ) -> None:
         on_disk = open_source(folder)
         require_readable(on_disk)
@@ -126,7 +126,7 @@ class StreamedModel:
             log.warning("%s", note)
         self.attention = attention_numerics(self.source) or attention
         self.kv_cache = (
-            "16-bit" if self.attention is None else self.attention.scheme.label(self.shape.head_dim)
+            "16-bit" if self.attention is None else self.attention.label(self.shape.head_dim)
         )
         self.units = self.shape.n_blocks
         self._visits: dict[int, tuple[int, int]] = {}  # block: visits, tokens
@@ -201,7 +201,7 @@ class StreamedModel:
         """Stored bits of a cached key or value, scales counted."""
         if self.attention is None:
             return 16.0
-        return self.attention.scheme.bits_per_value(self.shape.head_dim)
+        return self.attention.bits_per_value(self.shape.head_dim)
 
     @property
     def experts_visited(self) -> Mapping[str, float]:

@@ -39,8 +39,8 @@ class CompressedTensors(OutputFormat):
             lines += [
                 "post-RoPE scales were not used, and value and key scales were fitted without them",
                 "the INT4 KV cache is a run-time choice there (vLLM, on a GPU: --kv-cache-dtype "
-                "int4_per_token_head, which rotates and rounds in another way than "
-                "pq eval --kv-cache int4 does)",
+                "int4_per_token_head, which rotates and rounds in its own way: "
+                "pq eval --kv-cache vllm-int4 measures it)",
             ]
         lines += [f"stock transformers does not load this: {why}" for why in unloadable]
         if unloadable:

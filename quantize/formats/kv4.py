@@ -123,6 +123,14 @@ class KvNumerics:
             "probabilities": "fp8" if self.fp8_probabilities else None,
         }
 
+    def label(self, head_dim: int) -> str:
+        """As `KvScheme.label`."""
+        return self.scheme.label(head_dim)
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """As `KvScheme.bits_per_value`."""
+        return self.scheme.bits_per_value(head_dim)
+
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> KvNumerics:
         """Undo `as_json`; ValueError or KeyError for what pq does not write."""

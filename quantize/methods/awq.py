@@ -17,6 +17,7 @@ from quantize.block.smoothing import (
     per_source_channel,
     search,
 )
+from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import BlockSizes
 from quantize.formats.grouping import fitting_group
 from quantize.methods.adaptation import Group
@@ -50,6 +51,11 @@ class Awq(Stage):
     tokens: int | None = Field(default=16384, ge=1024)
     """Calibration tokens that the search looks at, the first ones; null: all. Which exponent errs
     least shows on few. Routed experts, each of which sees a part, look at all."""
+    token_weights: TokenWeights = "equal"
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
+    attention probabilities and routed experts have it anyway."""
 
     @property
     def tokens_read(self) -> int | None:
@@ -71,7 +77,14 @@ class Awq(Stage):
         for edge in block.edges:
             norm = edge.source if edge.source_kind == "norm" else None
             sink = edge.sinks[0]
-            moments = moments_of(block, sink, False, source=norm, tokens=self.tokens)
+            moments = moments_of(
+                block,
+                sink,
+                False,
+                source=norm,
+                tokens=self.tokens,
+                token_weights=self.token_weights,
+            )
             if too_little := too_few(block.arch, edge.sinks[0], moments):
                 block.note(edge.name, search_ratio=1.0, left_alone=too_little)
                 continue

@@ -104,9 +104,15 @@ class Encode(Stage):
         for group in sizes.groups:
             held = sizes.moment_bytes(group[0], self.needs_parent) if self.needs_inputs else 0
             if self.needs_inputs:
-                taken.append(sizes.measuring(group[0], self.needs_parent, self.rounds_inputs))
+                measuring = sizes.measuring(group[0], self.needs_parent, self.rounds_inputs)
+                taken.append(measuring + (sizes.weighing() if self.weighs_tokens else 0))
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by the attention that they receive."""
+        return self.needs_inputs and getattr(self, "token_weights", "equal") != "equal"
 
     @property
     def rounds_inputs(self) -> bool:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.block.measure import moments_of
+from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.gguf.blocks import BLOCK, KINDS
@@ -46,6 +47,11 @@ class Blocks(Encode):
     stays singular."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales, minima and codes."""
+    token_weights: TokenWeights = "sinks"
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
+    attention probabilities and routed experts have it anyway."""
 
     @property
     def bits(self) -> int:
@@ -83,7 +89,13 @@ class Blocks(Encode):
         """Second moments of the inputs, unless the weights alone are rounded."""
         if not self.needs_inputs:
             return None
-        return moments_of(block, name, False, with_parent=self.aim == "parent")
+        return moments_of(
+            block,
+            name,
+            False,
+            with_parent=self.aim == "parent",
+            token_weights=self.token_weights,
+        )
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""

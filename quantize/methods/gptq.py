@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantize.block.measure import moments_of
+from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.methods.encode import IntEncode, factor_hessian, fall_back, note_errors
 from quantize.solvers.feedback import error_feedback
@@ -30,10 +31,15 @@ class Gptq(IntEncode):
     clip: Literal["absmax", "mse"] = "mse"
     """`absmax`: the group's largest weight fits; `mse`: clip where that lowers
     the group's squared error."""
+    token_weights: TokenWeights = "sinks"
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
+    attention probabilities and routed experts have it anyway."""
 
     def measure(self, block: Block, name: str) -> Moments:
         """Second moments of the inputs."""
-        return moments_of(block, name, self.fp8)
+        return moments_of(block, name, self.fp8, token_weights=self.token_weights)
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""

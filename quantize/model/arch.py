@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from quantize.errors import ModelError
@@ -107,12 +107,14 @@ class Architecture:
     """Groups of linears that share one input, in the order in which the block computes them."""
     edges: tuple[Edge, ...]
     residual: Mapping[str, str]
-    """Linear whose output is added to the residual stream as it is → the norm that
-    reads the stream just before."""
+    """Linear whose output is added to the residual stream, as it is or through its norm in
+    `post_norms` → the norm that reads the stream just before."""
     writers: tuple[str, ...] = ()
     """Linears whose outputs, perhaps weighed token by token, are summed into the stream."""
     stream_norms: tuple[str, ...] = ()
     """Norms that read the stream."""
+    post_norms: Mapping[str, str] = field(default_factory=dict)
+    """Linear of `residual` → the norm that its output goes through."""
     rope: RopeLayout = "half-split"
     qk_norm: tuple[str, str] | None = None
     """RMSNorms over head_dim that follow q_proj and k_proj."""
@@ -163,6 +165,7 @@ class Architecture:
                 ),
                 edges=tuple(edges.values()),
                 residual={**other.residual, **out.residual},
+                post_norms={**other.post_norms, **out.post_norms},
                 writers=tuple(dict.fromkeys((*out.writers, *other.writers))),
                 stream_norms=tuple(dict.fromkeys((*out.stream_norms, *other.stream_norms))),
                 qk_norm=out.qk_norm or other.qk_norm,
@@ -265,6 +268,7 @@ class Architecture:
             calibration_order=tuple(order),
             edges=tuple(edges),
             residual=residual,
+            post_norms={name: norm for name, norm in self.post_norms.items() if name in residual},
             writers=tuple(writers),
             experts=parts,
         )

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantize.model.arch import Architecture, Heads, Role
-from quantize.model.edges import Homes, edges_of, homes_of, qk_norm_of, residual_of, rows_of
+from quantize.model.edges import (
+    Homes,
+    edges_of,
+    homes_of,
+    post_norms_of,
+    qk_norm_of,
+    residual_of,
+    rows_of,
+)
 from quantize.model.flow import Attending, Flow
 from quantize.model.moe import Router
 from quantize.model.roles import role_by_name
@@ -61,8 +69,10 @@ def derive(
     groups = _groups(flow, linears, home)
     edges = edges_of(flow, modules, roles, groups, attending, home)
     residual, writers, stream_norms = residual_of(flow, modules, linears)
+    normed = post_norms_of(flow, modules, stream_norms)
     if outer.carries:  # what is added goes to one of several streams, or is not all that goes on
-        residual = {}
+        residual, normed = {}, {}
+    residual |= {linear: before for linear, (_, before) in normed.items()}
     qk_norm, qk_offset = qk_norm_of(flow, modules, roles, attending)
     return Architecture(
         model_type=outer.model_type,
@@ -70,6 +80,7 @@ def derive(
         calibration_order=groups,
         edges=edges,
         residual=residual,
+        post_norms={linear: norm for linear, (norm, _) in normed.items()},
         writers=writers,
         stream_norms=stream_norms,
         qk_norm=qk_norm,

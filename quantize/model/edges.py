@@ -168,6 +168,21 @@ def _product_edges(flow: Flow, roles: Mapping[str, Role], home: Homes) -> list[E
     return edges
 
 
+def post_norms_of(
+    flow: Flow, modules: Mapping[str, nn.Module], stream_norms: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Linear whose output is added to the stream through a norm alone → (that norm, the one that
+    reads the stream before)."""
+    linears = {c.gives: c.name for c in flow.calls if isinstance(modules[c.name], nn.Linear)}
+    norms = {c.gives: c for c in flow.calls if c.reads in linears}
+    reading = {c.reads: c.name for c in flow.calls if c.name in stream_norms}
+    return {
+        linears[norms[value].reads]: (norms[value].name, reading[stream])
+        for value, stream in flow.joined
+        if value in norms and stream in reading
+    }
+
+
 def residual_of(
     flow: Flow, modules: Mapping[str, nn.Module], linears: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:

@@ -91,6 +91,8 @@ class Flow:
     """Values of the residual stream: what enters, then after each addition."""
     added: list[tuple[str, bool, int]] = field(default_factory=list)
     """(linear, whether its output was added as it is, values of the stream it was added to)."""
+    joined: list[tuple[int, int]] = field(default_factory=list)
+    """(values of which nothing more is known, values of the stream they were added to)."""
     readers: dict[int, set[str]] = field(default_factory=dict)
     """Values → modules that read them; `` for the block's own code."""
     parts: dict[int, tuple[str, int, int]] = field(default_factory=dict)
@@ -242,6 +244,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 streams.append(number)
                 return
             if streams and stream == streams[-1] and given[0].shape == given[1].shape:
+                self.flow.joined.append((other, stream))
                 streams.append(number)
                 return
         if first in self._sums and second in self._sums:

@@ -19,8 +19,11 @@ from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
 from quantize.formats.scheme import AnyScheme
+from quantize.formats.vllm_kv4 import VllmInt4
 from quantize.model.arch import Shape
 from quantize.model.attention import KvAttention, KvNumerics
+from quantize.model.attention_cache import CacheNumerics
+from quantize.model.attention_vllm import VllmKvAttention
 from quantize.model.build import meta_model
 from quantize.model.dequantized import open_source
 from quantize.model.hadamard import let_rotate_inputs
@@ -47,7 +50,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> nn.Module:
     """Load a plain or packed checkpoint; packed linears compute with the given numerics.
 
@@ -238,7 +241,7 @@ def load_block(
     schemes: Mapping[str, AnyScheme],
     index: int,
     numerics: Numerics,
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> nn.Module:
     """Materialize block `index` of a plain or packed checkpoint.
 
@@ -264,21 +267,25 @@ def load_block(
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
         kv = place_kv(skeleton, index, layer, attention, shape_of(source))
-        if kv is not None and scale in source:
+        if isinstance(kv, KvAttention) and scale in source:
             kv.scale = source.tensor(scale)
             kv.to(skeleton.device)
     return layer
 
 
 def place_kv(
-    skeleton: Skeleton, index: int, layer: nn.Module, numerics: KvNumerics, shape: Shape
-) -> KvAttention | None:
+    skeleton: Skeleton, index: int, layer: nn.Module, numerics: CacheNumerics, shape: Shape
+) -> KvAttention | VllmKvAttention | None:
     """Let block `index` attend on an INT4 cache, all scales 1; None where its kind of attention
     cannot, which then keeps 16 bits."""
     arch = skeleton.block_arch(index)
     if arch.no_cache:
         return None
-    kv = kv_attention(numerics, skeleton.block_shape(index, shape)).to(skeleton.device)
+    kv: KvAttention | VllmKvAttention
+    if isinstance(numerics, VllmInt4):
+        kv = VllmKvAttention(numerics)
+    else:
+        kv = kv_attention(numerics, skeleton.block_shape(index, shape)).to(skeleton.device)
     layer.get_submodule(arch.attention).kv = kv
     return kv
 

@@ -11,7 +11,7 @@ from torch import nn
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.registry import format_in
-from quantize.model.attention import KvNumerics
+from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import load_model
@@ -64,7 +64,7 @@ def load_any(
     device: torch.device,
     dtype: torch.dtype,
     numerics: Numerics = "kernel",
-    attention: KvNumerics | None = None,
+    attention: CacheNumerics | None = None,
 ) -> nn.Module:
     """`load_model`, and of what it does not read `load_others`."""
     if attention is None and of_others(open_source(folder)):

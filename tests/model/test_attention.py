@@ -24,7 +24,16 @@ from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvScheme, fake_quantize
 from quantize.kernels.attention.reference import attend
 from quantize.methods.fireq.attention import FireqAttention
-from quantize.methods.fireq.kv_search import channel_maxima, paper_scales, treated_channels
+from quantize.methods.fireq.kv_search import (
+    Sample,
+    aligned,
+    channel_maxima,
+    first_of,
+    key_balance,
+    paper_scales,
+    treated_channels,
+    value_balance,
+)
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.load import load_model
 from quantize.model.rope import pair_norm, partners, rotary_dim
@@ -306,11 +315,12 @@ def test_a_conversion_with_attention(
     source = Checkpoint(out)
     config = source.config["quantization_config"]
     assert config["quant_method"] == "pq"
-    assert config["attention"] == KvNumerics().as_json()
+    symmetric = recipe == "fireq-paper"
+    assert config["attention"] == KvNumerics(KvScheme(symmetric=symmetric)).as_json()
     scales = [n for n in source.names() if n.endswith("self_attn.kv.scale")]
     assert len(scales) == 2
     figures = evaluate(out, tiny(model_type), dataset=str(text_file), seqlen=32, max_windows=4)
-    assert figures.kv_cache == "int4 g64"
+    assert figures.kv_cache == ("int4 g64" if symmetric else "int4 g64 asymmetric")
     assert 0 < figures.kld_mean < 1
     tokens = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
     model = load_model(out, CPU, torch.float32)
@@ -350,3 +360,82 @@ def test_maxima_cover_all_samples():
     together = torch.cat([k.transpose(1, 2).flatten(0, 1) for k in ks])
     assert torch.allclose(channel, together.abs().amax(0))
     assert torch.allclose(pair, pair_norm(together, partner).amax(0))
+
+
+def samples_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Sample]:
+    return [Sample.of(q, k, v, None, q.shape[-1] ** -0.5)]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_balanced_keys_lose_least_of_all_scales(pairs: bool):
+    """(Σ k²A²)(Σ q²/A²), which rounding errs by, is least there: every step away from it costs."""
+    generator = torch.Generator().manual_seed(0)
+    spread = (1.5 * torch.randn(2, 16, generator=generator)).exp()
+    k = torch.randn(1, 2, 200, 16, generator=generator) * spread[:, None]
+    q = (
+        torch.randn(1, 4, 200, 16, generator=generator)
+        * spread.flip(0).repeat_interleave(2, 0)[:, None]
+    )
+    partner = partners("half-split", 16, 16) if pairs else None
+    A = key_balance(samples_of(q, k, k), partner)
+    assert torch.allclose(A.log().mean(1), torch.zeros(2), atol=1e-5)
+    if partner is not None:
+        assert torch.allclose(A, A[:, partner])
+
+    def lost(scale: torch.Tensor) -> torch.Tensor:
+        keys = (k * scale[:, None]).square().sum(-1).mean((0, 2))
+        queries = (q / scale.repeat_interleave(2, 0)[:, None]).square().sum(-1).mean((0, 2))
+        return keys * queries.view(2, 2).sum(1)
+
+    best = lost(A)
+    assert (best < 0.8 * lost(torch.ones_like(A))).all()
+    for _ in range(20):
+        step = (0.3 * torch.randn(2, 16, generator=generator)).exp()
+        step = step if partner is None else (step * step[:, partner]).sqrt()
+        assert (lost(A * step) > best * 0.999).all()
+
+
+def test_queries_decide_which_channels_may_err(make_block: BlockMaker):
+    """Keys of one size; queries look at few channels: no scale that evens out keys helps, the balance does."""
+    block = make_block("llama")
+    look = torch.full((64,), 0.05)
+    look[:8] = look[32:40] = 3.0
+    block.linear("self_attn.q_proj").weight.data *= look.repeat(4)[:, None]
+    stage(queries="none", probabilities="none").apply(block)
+    facts = block.report["self_attn"]
+    assert facts["kv_error"] < 0.8 * facts["kv_error_unscaled"]
+
+
+def test_balanced_values():
+    generator = torch.Generator().manual_seed(1)
+    size = (torch.randn(1, 8, generator=generator)).exp()
+    v = torch.randn(1, 1, 400, 8, generator=generator) * size[:, None]
+    gram = torch.diag_embed(torch.tensor([[1.0, 4.0, 1, 1, 1, 1, 1, 1]]))
+    found = value_balance(samples_of(v, v, v), gram)[0]
+    wanted = (v.square().mean((0, 2))[0] / torch.diagonal(gram[0])) ** 0.25
+    assert torch.allclose(found / found[0], wanted / wanted[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("move", "own", "others"), [(0.15, 0.85, 1.1), (1 / 3, 0.5, 1.35)])
+def test_the_first_token_loses_less(symmetric: bool, move: float, own: float, others: float):
+    scheme = KvScheme(128, symmetric)
+    draw = torch.Generator().manual_seed(3)
+    first, other = torch.randn(2, 256, generator=draw), torch.randn(200, 2, 256, generator=draw)
+    scale = torch.ones(2, 256)
+    moved = aligned(first, scale, scheme, move)
+
+    def lost(x: torch.Tensor, s: torch.Tensor) -> float:
+        return float((fake_quantize(x * s, scheme) / s - x).square().sum())
+
+    assert lost(first, moved) < own * lost(first, scale)
+    assert lost(other, moved) < others * lost(other, scale)
+
+
+def test_only_a_first_token_that_is_the_same_everywhere_counts():
+    k = torch.randn(3, 2, 5, 8)
+    assert first_of([k]) is None
+    k[:, :, 0] = k[0, :, 0]
+    found = first_of([k, k])
+    assert found is not None
+    assert torch.allclose(found, k[0, :, 0], atol=1e-6)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,7 +156,8 @@ def with_ranks(block: Block, ranks: Ranks) -> Block:
     return block
 
 
-def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker):
+@pytest.mark.parametrize("weights", ["equal", "attention"])
+def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker, weights: Any):
     def made(ranks: Ranks) -> Block:
         block = with_ranks(make_block("llama", with_parent=True, batches=4), ranks)
         block.inputs[1][0, 3, 5] = float("nan")  # spoils tokens behind it
@@ -165,7 +167,7 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
         return block
 
     wanted = {
-        name: moments_of(made(ALONE), name, fp8, True)
+        name: moments_of(made(ALONE), name, fp8, True, token_weights=weights)
         for name, fp8 in (("self_attn.q_proj", True), ("mlp.down_proj", False))
     }
     assert len(everything(wanted["mlp.down_proj"])) == 3
@@ -173,7 +175,8 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
     def check(ranks: Ranks) -> None:
         block = made(ranks)
         for name, moments in wanted.items():
-            found = moments_of(block, name, name.endswith("q_proj"), True)
+            fp8 = name.endswith("q_proj")
+            found = moments_of(block, name, fp8, True, token_weights=weights)
             assert found.tokens == moments.tokens < 4 * 48
             assert all(
                 a.equal(b) for a, b in zip(everything(found), everything(moments), strict=True)

@@ -22,11 +22,17 @@ from quantize.errors import ModelError
 from quantize.formats.kv4 import KvScheme
 from quantize.methods.base import Kind, Stage
 from quantize.methods.fireq.kv_search import (
+    BALANCES,
     EXPONENTS,
+    MOVES,
     SCORES_AT_ONCE,
     KeyScales,
     Sample,
+    aligned,
+    aligned_candidates,
     channel_maxima,
+    first_of,
+    key_balance,
     output_error,
     output_power,
     paper_scales,
@@ -34,6 +40,7 @@ from quantize.methods.fireq.kv_search import (
     powers_of_two,
     pre_candidates,
     rounded_values,
+    value_balance,
 )
 from quantize.model.attention import KvAttention, KvNumerics
 from quantize.model.rope import partners
@@ -55,8 +62,9 @@ class FireqAttention(Stage):
     method: Literal["fireq-attention"] = "fireq-attention"
     group_size: int = Field(default=128, ge=16, le=256)
     """Channels of a head that share a scale; at most a whole head."""
-    symmetric: bool = True
-    """Symmetric codes −8 … 7; false: 0 … 15 with a zero point."""
+    symmetric: bool = False
+    """Symmetric codes −8 … 7, as in the paper; false: 0 … 15 with a zero point, which halves the loss
+    for 0.06 bits more a value."""
     scale_dtype: Literal["bfloat16", "e4m3"] = "bfloat16"
     """What the cache stores its scales as."""
     queries: Literal["none", "fp8"] = "fp8"
@@ -174,12 +182,21 @@ class FireqAttention(Stage):
         if not self.search:
             alpha, beta = self.alpha if pre else 0.0, self.beta if post else 0.0
             consider(paper_scales(channel, pair, partner, alpha, beta, self.top_k), forced=True)
-        for candidate in pre_candidates(pair) if self.search and pre else ():
-            consider(candidate)
+        if self.search and pre:
+            even = key_balance(samples, partner)
+            even = even.mean(dim=0, keepdim=True).expand_as(even) if shared else even
+            for candidate in (*pre_candidates(pair), KeyScales(even, one)):
+                consider(candidate)
         for candidate in (
             post_candidates(channel, pair, partner, best.pre) if self.search and post else ()
         ):
             consider(candidate)
+        if self.search and post:
+            balanced = key_balance(samples)
+            for strength in BALANCES:
+                consider(KeyScales(one, balanced**strength))
+            for candidate in aligned_candidates(samples, best, self.numerics.scheme):
+                consider(candidate)
         return best, float(errors.sum())
 
     def _values(
@@ -196,11 +213,18 @@ class FireqAttention(Stage):
         typical = largest.log().mean(dim=1, keepdim=True).exp()
         best, errors = one, output_error(samples, key_scale, one, gram, self.numerics)
         before = float(errors.sum())
-        for exponent in EXPONENTS[1:]:
-            scale = (largest / typical) ** exponent
+        evened = [(largest / typical) ** exponent for exponent in EXPONENTS[1:]]
+        for scale in (*evened, value_balance(samples, gram)):
             error = output_error(samples, key_scale, scale, gram, self.numerics)
             best = torch.where((error < errors).to(one.device)[:, None], scale, best)
             errors = torch.minimum(errors, error)
+        if (first := first_of([s.v for s in samples])) is not None:
+            free = 1 / best
+            for move in MOVES:
+                scale = 1 / aligned(first, free, self.numerics.scheme, move)
+                error = output_error(samples, key_scale, scale, gram, self.numerics)
+                best = torch.where((error < errors).to(one.device)[:, None], scale, best)
+                errors = torch.minimum(errors, error)
         block.note(block.arch.attention, value_gain=float(errors.sum()) / before if before else 1.0)
         return best
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from quantize.block.measure import moments_of
+from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.formats.fp8 import E4M3_MAX, e4m3
 from quantize.methods.encode import (
@@ -70,6 +71,11 @@ class Fireq(IntEncode):
     text too closely without it."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales and codes."""
+    token_weights: TokenWeights = "sinks"
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
+    attention probabilities and routed experts have it anyway."""
 
     @model_validator(mode="after")
     def _descent_has_row_scales(self) -> Self:
@@ -93,7 +99,13 @@ class Fireq(IntEncode):
     def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are rounded."""
         return (
-            moments_of(block, name, self.fp8, with_parent=self.aim == "parent")
+            moments_of(
+                block,
+                name,
+                self.fp8,
+                with_parent=self.aim == "parent",
+                token_weights=self.token_weights,
+            )
             if self.needs_inputs
             else None
         )

@@ -339,7 +339,7 @@ class Ladimo(Stage):
         the aim is the layer, or where what is added is not the FFN's output alone and as it is
         (norms behind FFNs, FFNs beside attention)."""
         alone = all(writer in arch.residual for writer in arch.writers)
-        if self.aim == "layer" or not alone:
+        if self.aim == "layer" or not alone or arch.post_norms:
             return None
         return arch.residual.get(arch.of_role("down"))
 

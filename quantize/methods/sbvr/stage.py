@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.block.measure import moments_of
+from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
@@ -72,6 +73,11 @@ class Sbvr(Encode):
     the Hessian stays singular."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of descent over coefficients, lines and codes."""
+    token_weights: TokenWeights = "sinks"
+    """How much a token counts in the statistics. `attention`: by the attention that it receives in
+    its layer, since its error reaches every token that looks at it; `sinks`: so where that is a
+    sixteenth of all there is or more, as for BOS, the others the same; `equal`: all the same, as blocks without
+    attention probabilities and routed experts have it anyway."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the groups that a codebook is trained on."""
 
@@ -104,7 +110,13 @@ class Sbvr(Encode):
     def measure(self, block: Block, name: str) -> Moments | None:
         """Second moments of the inputs, unless the weights alone are fitted."""
         return (
-            moments_of(block, name, False, with_parent=self.aim == "parent")
+            moments_of(
+                block,
+                name,
+                False,
+                with_parent=self.aim == "parent",
+                token_weights=self.token_weights,
+            )
             if self.needs_inputs
             else None
         )
