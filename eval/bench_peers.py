@@ -81,8 +81,8 @@ def environment(folder: Path, name: str, python: str) -> Path:
     return made
 
 
-def versions(python: Path | str, packages: list[str]) -> dict[str, str]:
-    """Versions of packages as an interpreter finds them."""
+def versions(python: Path | str, packages: list[str]) -> str:
+    """Versions of packages as an interpreter finds them, in words."""
     ask = (
         "import importlib.metadata as m, json, sys; "
         "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
@@ -91,7 +91,7 @@ def versions(python: Path | str, packages: list[str]) -> dict[str, str]:
         [str(python), "-c", ask, *packages], check=True, capture_output=True, text=True
     )
     found: dict[str, str] = json.loads(out.stdout)
-    return found
+    return ", ".join(f"{package} {version}" for package, version in found.items())
 
 
 def pq(*arguments: str) -> list[str]:
@@ -238,9 +238,11 @@ def keep(args: argparse.Namespace, tools: list[Tool], pythons: dict[str, Path]) 
         "model": args.model.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads",
         "versions": {
-            "pq": versions(sys.executable, ["torch", "transformers"]),
-            "llm-compressor": versions(pythons["llmcompressor"], ["llmcompressor", *common]),
-            "AutoRound": versions(pythons["autoround"], ["auto-round", *common[:2]]),
+            "with pq": versions(sys.executable, ["torch", "transformers"]),
+            "in llm-compressor's environment": versions(
+                pythons["llmcompressor"], ["llmcompressor", *common]
+            ),
+            "in AutoRound's": versions(pythons["autoround"], ["auto-round", *common[:2]]),
         },
         "rows": rows,
     }
