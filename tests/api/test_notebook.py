@@ -49,7 +49,11 @@ def test_it_runs():
     book = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(book)
     client = nbclient.NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        book,
+        timeout=300,
+        startup_timeout=300,  # the machine may be busy
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT)}},
     )
     client.execute()
     shown = {cell["id"]: output(cell) for cell in book["cells"] if cell["cell_type"] == "code"}
