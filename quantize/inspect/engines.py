@@ -101,6 +101,16 @@ class Loadings:
         return f"loads in: {'; '.join(parts) or 'nothing that pq knows'}"
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What only pq's own format has."""
+
+    cache: bool = False
+    """Whether attention works on an INT4 cache."""
+    experts: bool = False
+    """Whether experts stand in a class that has none."""
+
+
 def loads_line(folder: Path) -> str:
     """Which engines take a checkpoint as it is, in one line that begins with `loads in: `."""
     try:
@@ -127,10 +137,11 @@ def loadings(folder: Path) -> Loadings:
         if form is None or not form.reads_others(section):
             raise ValueError("written by another tool")
         schemes = schemes_in(section, names)
+        own = _Own(bool(form.attention(section)), bool(form.experts(section)))
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         return _foreign(section, source.config, str(err))
     shapes = _shapes(source, headers, section)
-    return _of_format(form.name, source.config, schemes, shapes)
+    return _of_format(form.name, source.config, schemes, shapes, own=own)
 
 
 def loadings_as(
@@ -155,8 +166,9 @@ def _of_format(
     schemes: Mapping[str, AnyScheme] | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     notes: tuple[str, ...] = (),
+    own: _Own | None = None,
 ) -> Loadings:
-    schemes, shapes = schemes or {}, shapes or {}
+    schemes, shapes, own = schemes or {}, shapes or {}, own or _Own()
     engines: list[Loading] = []
     for engine in dict.fromkeys(reader.engine for reader in READERS):
         reader = next((r for r in READERS if (r.engine, r.format) == (engine, form)), None)
@@ -167,7 +179,7 @@ def _of_format(
         elif reader.by_kernel:
             engines += _in_vllm(reader, schemes, shapes)
         elif reader.install == (PLUGIN,):
-            engines += _in_plugin(reader, config)
+            engines += _in_plugin(reader, _architecture(config), own)
         else:
             told: tuple[str, ...] = () if reader.note is None else (reader.note,)
             if engine == TRANSFORMERS and reader.first is None and schemes:
@@ -179,27 +191,21 @@ def _of_format(
                 )
     fp8 = any(scheme.fp8_activations for scheme in schemes.values())
     options: dict[str, tuple[str, ...]] = {}
-    if _has_int4_cache(config):
+    if own.cache:
         options[VLLM.name] = ("--attention-backend CUSTOM",)
     return _named(form or "plain", config, fp8, engines, options)
 
 
-def _has_int4_cache(config: Mapping[str, Any]) -> bool:
-    section = config.get("quantization_config") or {}
-    return section.get("quant_method") == "pq" and bool(section.get("attention"))
-
-
-def _in_plugin(reader: Reader, config: Mapping[str, Any]) -> list[Loading]:
+def _in_plugin(reader: Reader, name: str, own: _Own) -> list[Loading]:
     """pq's own format in vLLM, which pq's plugin reads."""
-    name = _architecture(config)
     lacks: tuple[str, ...] = ()
-    if config["quantization_config"].get("experts") and name not in EXPERTS_IN_VLLM:
+    if own.experts and name not in EXPERTS_IN_VLLM:
         known = ", ".join(EXPERTS_IN_VLLM)
         lacks = (f"{PLUGIN} puts LaDiMo's experts into {known} alone, this is {name}",)
     out = []
     for where in reader.hardware:
         # Attention on the INT4 cache multiplies E4M3.
-        needs_ada = where == AMPERE and _has_int4_cache(config)
+        needs_ada = where == AMPERE and own.cache
         notes = lacks or (("with --attention-backend CUSTOM",) if needs_ada else ())
         out.append(
             Loading(
