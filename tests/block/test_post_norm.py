@@ -108,6 +108,18 @@ def test_moments_of_a_linear_before_a_norm(make_block: BlockMaker, name: str, ki
     assert float((found.wanted - wanted).norm() / wanted.norm()) < 1e-4
 
 
+def test_a_window_that_overflowed_leaves_the_other_of_its_batch_alone(make_block: BlockMaker):
+    block = make_block("gemma3_text", with_parent=True)
+    freeze_layer(block)
+    assert block.parent_inputs is not None
+    block.parent_inputs[1][0, 20, 3] = float("inf")
+    found = moments_of(block, "mlp.down_proj", False, True, token_weights="sinks")
+    assert found.tokens == sum(x.shape[0] * x.shape[1] for x in block.inputs) - 24  # its window
+    assert found.hessian.isfinite().all()
+    assert found.wanted is not None
+    assert found.wanted.isfinite().all()
+
+
 def _all(block, names):  # type: ignore[no-untyped-def]
     found = list(inputs_of(block, names))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
