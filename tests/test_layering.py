@@ -57,7 +57,7 @@ ROOMS: dict[str, str] = {
     "recommend": "conversion errors files formats inspect plan recipe",
     "api": "conversion cost errors evaluation files formats inspect model parallel pictures recipe report version",
     "cli": (
-        "api bench conversion cost draft errors evaluation files formats gate inspect methods model parallel pictures "
+        "api bench conversion cost draft errors evaluation files formats gate inspect methods parallel pictures "
         "plan recipe recommend report tested verification version"
     ),
     "__main__": "cli",

@@ -18,7 +18,7 @@ from quantize.cli import options
 from quantize.cli.common import end_life, say, stop_on_signals
 from quantize.cli.conversion_log import log_run
 from quantize.cli.conversion_summary import next_steps, print_summary
-from quantize.cli.launches import first_of_launch, joining
+from quantize.cli.launches import joining
 from quantize.cli.progress import steps_bar
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def convert(
 
     OUTPUT.log and OUTPUT.report.html stand beside it.
     """
-    if first_of_launch() and not sys.stderr.isatty():
-        typer.echo(f"pq: converts {model} with {recipe} to {output}", err=True)
     from quantize.api.conversions import conversion_request
     from quantize.cost.peak import keep_little
     from quantize.files.transaction import require_name
@@ -105,6 +103,9 @@ def convert(
             local_rank=local_rank,
         )
         if ranks.first:
+            # Only now: what is wrong with the request is told in one line.
+            if not sys.stderr.isatty():
+                say(f"converts {model} with {recipe} to {output}")
             _lead(ctx, request, own=work is None, as_json=as_json, signals=signals)
         else:
             _assist(request, signals)

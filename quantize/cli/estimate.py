@@ -13,7 +13,6 @@ from quantize.cli.common import local_model, pick_device, pick_dtype, quiet_libr
 from quantize.cli.options import size_option
 from quantize.cli.told import warnings_told
 from quantize.cost.units import gigabytes
-from quantize.files.disk import free_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +64,7 @@ def estimate(
     from quantize.conversion.estimate import within
     from quantize.conversion.request import Request
     from quantize.cost.peak import keep_little
+    from quantize.files.disk import free_bytes
     from quantize.files.hub_origin import called
     from quantize.files.transaction import require_apart, require_free
     from quantize.recipe.overrides import with_stage_fields
