@@ -18,7 +18,7 @@ from quantize.cli import options
 from quantize.cli.common import end_life, say, stop_on_signals
 from quantize.cli.conversion_log import log_run
 from quantize.cli.conversion_summary import next_steps, print_summary
-from quantize.cli.launches import joining
+from quantize.cli.launches import first_of_launch, joining
 from quantize.cli.progress import steps_bar
 
 if TYPE_CHECKING:
