@@ -62,12 +62,17 @@ class RunLog:
         _LOGGER.removeHandler(self._early)
         _LOGGER.addHandler(file)
 
-    def begins(self, progress: Progress) -> Progress:
-        """The same progress, the first step of which that computes begins the log."""
+    def begins(self, progress: Progress, said: str) -> Progress:
+        """The same progress, the first step of which that computes begins the log, and is told
+        where no terminal shows a bar: what is wrong with the input has then been told, in one line."""
+        quiet = [sys.stderr.isatty()]
 
         def told(what: str, done: int, total: int) -> None:
             if what not in _PREPARES:
                 self.begin()
+                if not quiet[0]:
+                    print(f"pq: {said}", file=sys.stderr, flush=True)
+                quiet[0] = True
             progress(what, done, total)
 
         return told

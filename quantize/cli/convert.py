@@ -103,10 +103,8 @@ def convert(
             local_rank=local_rank,
         )
         if ranks.first:
-            # Only now: what is wrong with the request is told in one line.
-            if not sys.stderr.isatty():
-                say(f"converts {model} with {recipe} to {output}")
-            _lead(ctx, request, own=work is None, as_json=as_json, signals=signals)
+            said = f"converts {model} with {recipe} to {output}"
+            _lead(ctx, request, said, own=work is None, as_json=as_json, signals=signals)
         else:
             _assist(request, signals)
 
@@ -133,9 +131,10 @@ class _Signals(ExitStack):
 
 
 def _lead(
-    ctx: typer.Context, request: Request, own: bool, as_json: bool, signals: _Signals
+    ctx: typer.Context, request: Request, said: str, own: bool, as_json: bool, signals: _Signals
 ) -> None:
-    """Convert, write and tell. own: whether the work folder goes when the output is there."""
+    """Convert, write and tell. said: what is begun, for those without a bar. own: whether the work
+    folder goes when the output is there."""
     from quantize.api.conversions import conversion_of
     from quantize.conversion.loop import convert as run
 
@@ -144,7 +143,7 @@ def _lead(
     with log_run(request.output, kept) as log:
         with steps_bar() as (progress, inside), signals:
             signals.catch()
-            summary = run(request, log.begins(progress), signals.stop, inside)
+            summary = run(request, log.begins(progress, said), signals.stop, inside)
         log.begin()
         if own:
             shutil.rmtree(kept, ignore_errors=True)
