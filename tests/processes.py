@@ -68,8 +68,11 @@ class Launch:
         return [codes[rank] for rank in range(len(self.ids))]
 
     def texts(self) -> list[str]:
-        """What each rank said on stderr so far."""
-        return [path.read_text() for path in self.said]
+        """What each rank said on stderr so far, but for the line that a conversion begins with."""
+        lines = (path.read_text().splitlines(keepends=True) for path in self.said)
+        return [
+            "".join(line for line in said if not line.startswith("pq: converts ")) for said in lines
+        ]
 
 
 def launch(size: int, work: Callable[[int], None], folder: Path) -> Launch:

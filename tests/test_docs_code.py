@@ -107,6 +107,7 @@ def test_commands_and_options_in_a_sentence_exist(page: Path):
         "--attention-backend",
         "--enforce-eager",
         "--speculative-config",
+        "--tensor-parallel-size",
     )  # vLLM's
     known = options(root_command())
     for span in spans(page):

@@ -71,7 +71,7 @@ class RunLog:
             if what not in _PREPARES:
                 self.begin()
                 if not quiet[0]:
-                    print(f"pq: {said}", file=sys.stderr, flush=True)
+                    sys.stderr.write(f"pq: {said}\n")
                 quiet[0] = True
             progress(what, done, total)
 

@@ -153,11 +153,15 @@ def loadings_as(
     name.
     """
     section = config.get("quantization_config")
-    if section is None:
+    known = None if section is None else format_in(section)
+    if known is None:
         # What pq's own format and llama.cpp's files hold may be known only once it is encoded; of
         # the other, nothing packed makes a plain model.
         return _of_format(None if form == DEFAULT else form, config)
-    return _of_format(form, config, schemes_in(section, [*shapes]), shapes)
+    own = _Own(bool(known.attention(section)), bool(known.experts(section)))
+    # llama.cpp's blocks are there only once they are encoded, and decide nothing.
+    schemes = {} if known.keeps_blocks else schemes_in(section, [*shapes])
+    return _of_format(form, config, schemes, shapes, own=own)
 
 
 def _of_format(

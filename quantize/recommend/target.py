@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import UsageError
-from quantize.formats.engines import CPU, HOPPER, LLAMA_CPP, TRANSFORMERS, TURING, VLLM
+from quantize.formats.engines import CPU, LLAMA_CPP, TRANSFORMERS, VLLM, runs_on
 from quantize.inspect.engines import Loading, Loadings
 from quantize.plan.gpus import GPUS, Gpu, gpu_named
 
@@ -72,19 +72,25 @@ def runner_of(target: Target, found: Loadings, cache: str | None) -> Runner:
     keys and values, None where it leaves them alone."""
     if target.gpu is None:
         return _on_host(target, found)
-    where = HOPPER if target.gpu.capability == 9.0 else TURING  # its kernels ask for that exactly
-    places = _in(found, VLLM.name, where)
-    for place in places:
+    capability = target.gpu.capability
+    places = _in(found, VLLM.name)
+    here = [place for place in places if runs_on(place.where, capability)]
+    for place in sorted(here, key=lambda place: (not place.loads, bool(place.install))):
         if not place.loads:
             return Runner(None, why_not="; ".join(place.notes) or "vLLM does not load it")
         if not place.install:
             return Runner(place.engine)
         least = _E4M3 if found.fp8 or cache is not None else _TRITON
-        if target.gpu.capability < least:
-            what = f"pq's kernels for it need compute capability {least}"
-            return Runner(None, why_not=f"{what}, {target.name} has {target.gpu.capability}")
+        if capability < least:
+            return Runner(None, why_not=_needs(least, target.name, capability))
         return Runner(place.engine, place.install)
+    if any(place.loads for place in places):
+        return Runner(None, why_not=_needs(_E4M3, target.name, capability))
     return Runner(None, why_not=f"{VLLM} does not read format {found.format}")
+
+
+def _needs(least: float, name: str, capability: float) -> str:
+    return f"the kernels for it need compute capability {least}, {name} has {capability}"
 
 
 def _on_host(target: Target, found: Loadings) -> Runner:

@@ -265,6 +265,7 @@ def test_an_output_is_replaced_only_when_asked(
         "out",
         "out.log",
         "out.report.html",
+        "out.report.json",
     ]
 
 

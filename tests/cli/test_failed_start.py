@@ -72,6 +72,7 @@ def test_a_run_that_fails_later_leaves_its_log_from_the_first_line(
     monkeypatch.setattr(Conversion, "block", fail)
     told = ["-m", model, "-r", "rtn", "-o", tmp_path / "out", "--device", "cpu"]
     assert pq("convert", *told)[0] == 130
-    first, *_, last = (tmp_path / "out.log").read_text().splitlines()
+    started, first, *_, last = (tmp_path / "out.log").read_text().splitlines()
+    assert '"argv": ["convert"' in started
     assert "reads the weights of model.safetensors, as transformers does" in first
     assert last.endswith("stopped: KeyboardInterrupt")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.test_group_sizes import ODD, difference, entries, logits, request, stock
+from conversion.test_group_sizes import ODD, difference, entries, logits, request, stock
 from resumed import files_of
 from rows import ARCHITECTURES
 

@@ -86,8 +86,9 @@ def test_nothing_that_a_conversion_knows_is_left_out(
     )
     convert(kept(tiny, text_file, tmp_path, "ladimo-gptq"))
     run, streams = seen[-2]
-    # A run has a plan, which follows from the request and what was decided on, and a state.
-    assert set(vars(run)) == {"plan", "state"}
+    # A run has a plan, which follows from the request and what was decided on, and a state; beside
+    # them only whom it tells how far it is.
+    assert set(vars(run)) == {"plan", "state", "inside"}
     assert run.plan.decisions.findings
     facts, tensors = pack_run(run, streams)
     fresh = dataclasses.replace(run.plan, decisions=Decisions(run.plan.request.recipe))

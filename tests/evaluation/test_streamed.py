@@ -62,7 +62,7 @@ def test_small_budgets_change_nothing(
     out, parent = converted("rtn", "llama"), tiny("llama")
     large = evaluate(out, parent, **args)
     V, largest = 512, 0
-    monkeypatch.setattr(run, "_LOGIT_BYTES", 5 * 4 * V)
+    monkeypatch.setattr(run, "LOGIT_BYTES", 5 * 4 * V)
     monkeypatch.setattr(run, "_HIDDEN_BYTES", 3 * 24 * 256 * 4)
     add = Records.add
 

@@ -78,7 +78,7 @@ def test_packed_int_checks_what_it_holds():
     with pytest.raises(ValueError, match="no multiple of the group 48"):
         PackedInt(codes, scale, 4, 48)
     with pytest.raises(ValueError, match="bfloat16"):
-        PackedInt(codes, scale.float(), 4, 32)
+        PackedInt(codes, scale.double(), 4, 32)
     with pytest.raises(ValueError, match="int8"):
         PackedInt(codes.int(), scale, 4, 32)
     with pytest.raises(ValueError, match=r"scale is \(3, 1\), expected \(3, 2\)"):

@@ -126,7 +126,7 @@ def test_every_kernel_of_vllm_is_reached():
         for fp8 in (False, True)
     ]
     reached = {kernel.name for scheme in every for kernel in kernels_for(VLLM, scheme)}
-    assert reached == {"Marlin", "Triton", "humming", "CUTLASS W4A8", "CPU"}
+    assert reached == {"Marlin", "Triton", "humming", "CUTLASS W4A8", "CPU", "pq's own"}
 
 
 def test_what_stands_side_by_side_is_one_matrix_in_experts_too():

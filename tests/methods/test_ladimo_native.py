@@ -87,6 +87,7 @@ def test_the_class_stays_and_every_loader_computes_the_same(
     out = made(model_type)
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    assert "import quantize" in config.pop("transformers_weights")
     assert config == json.loads((parent(tiny, model_type) / "config.json").read_text())
     assert quantization["experts"] == SIZES
     assert list(quantization["routing"]) == [FFN]

@@ -82,7 +82,10 @@ def test_schemes_run_where_their_kernels_do(gpu: str, asked: Asked, outputs: lis
     assert set(found) == set(GPU_RECIPES)
     assert found["w4a16"].runner.install == ()
     assert (found["w4a16"].runner.engine or "").startswith("vLLM")
-    assert (found["w4a8"].runner.engine is not None) == (capability == 9.0)
+    assert (found["w4a8"].runner.engine is not None) == (capability >= 8.9)
+    assert (found["w4a8"].runner.install == ("pq-vllm",)) == (
+        capability >= 8.9 and capability != 9.0
+    )
     assert found["w3a16"].runner.install == ("pq-vllm",)
     assert (found["w4a8kv4"].runner.engine is not None) == (capability >= 8.9)
     for one in found.values():
