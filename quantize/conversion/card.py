@@ -13,8 +13,7 @@ from quantize.conversion.state import State
 from quantize.files.hub_origin import HubOrigin, hub_origin
 from quantize.formats.kv4 import KvNumerics
 from quantize.formats.scheme import scheme_names
-from quantize.inspect.card import Figures, quality_table, serving_lines
-from quantize.inspect.engines import loadings
+from quantize.inspect.card import Figures, loads_row, quality_table, serving_lines
 from quantize.inspect.publish import CARD as CARD
 from quantize.inspect.publish import NAME, PARENTS, QUALITY, SERVING
 from quantize.version import __version__
@@ -83,7 +82,7 @@ def _about(plan: Plan, made: Made, origin: HubOrigin | None) -> list[str]:
         *([f"| KV cache | {_cache(plan)} |"] if plan.attention else []),
         f"| quantized linears | {state.bits_per_weight:.4g} bits per weight, scales counted |",
         f"| format | `{plan.format.name}`: {plan.format.about} |",
-        f"| {loadings(made.folder).line.replace(': ', ' | ', 1)} |",
+        loads_row(made.folder),
         f"| recipe | `{recipe}`, pq {__version__} ({used}) |",
         f"| calibrated on | {_calibration(made.provenance.get('calibration'))} |",
         f"| to check it | {check} |",

@@ -52,6 +52,14 @@ def plain_cell(text: str) -> str:
     return re.sub(r"([|`<>\[\]*])", r"\\\1", " ".join(text.split()))
 
 
+def loads_row(folder: Path) -> str:
+    """Cells of a table: which engines load a checkpoint."""
+    try:
+        return f"| {loadings(folder).line.replace(': ', ' | ', 1)} |"
+    except PqError:
+        return "| loads in | not told |"
+
+
 def serving_lines(
     name: str, folder: Path, config: Mapping[str, Any], on_hub: bool = False
 ) -> list[str]:
@@ -61,8 +69,8 @@ def serving_lines(
     """
     try:
         found = loadings(folder)
-    except PqError as err:
-        return [f"Not told: {err}."]
+    except PqError:  # which names this machine's folder
+        return ["Not told: pq reads no checkpoints of this format."]
     context = usual_context(context_in(config))
     lines: list[str] = []
     for engine, commands in start_commands(name, folder, found, context, on_hub=on_hub).items():

@@ -154,7 +154,7 @@ def loadings_as(
     """
     section = config.get("quantization_config")
     known = None if section is None else format_in(section)
-    if known is None:
+    if section is None or known is None:
         # What pq's own format and llama.cpp's files hold may be known only once it is encoded; of
         # the other, nothing packed makes a plain model.
         return _of_format(None if form == DEFAULT else form, config)

@@ -65,7 +65,7 @@ def test_a_full_disk_at_every_stage(
 ):
     """The log takes the first page; each size ends the next attempt at another file."""
     met, output = [], disk.folder / "out"
-    for kib in (4, 16, 128, 216, 272, 380, 464, 492, 540, 580):
+    for kib in (4, 16, 128, 216, 272, 380, 464, 492, 540, 596):
         disk.resize(kib)
         code, out, err = pq(*told, "-o", output)
         assert (code, out) == (6, ""), err

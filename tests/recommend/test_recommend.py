@@ -181,8 +181,7 @@ def test_json_says_the_same(pq: Call, tiny: Maker):
     assert found["commands"]["convert"].endswith("--recipe w4a16 --output 'x y'")
     assert found["commands"]["measure"] == f"pq eval 'x y' --baseline {tiny('llama')}"
     assert "pq convert would refuse" not in out
-    assert found["estimate"] is None  # windows of 512 tokens are too long for it
-    assert "256" in found["estimate_problem"]
+    assert found["estimate"]["ram"] > found["estimate"]["output"] > 0
 
 
 def test_every_target_in_a_line(pq: Call, tiny: Maker):
