@@ -26,7 +26,7 @@ def expected_of(model: Path, recipe: str, text: Path, *changes: str) -> ServedMo
         ("gptq", "llama", (), {}),
         ("fireq", "llama", (), {}),
         ("rtn", "qwen2_moe", (), {}),
-        ("sbvr", "llama", (), {}),
+        pytest.param("sbvr", "llama", (), {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_of_a_recipe_is_that_of_its_output(

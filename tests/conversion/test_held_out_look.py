@@ -32,7 +32,10 @@ def record(output: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "fireq-kv", "sbvr", "gguf-q4_0"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["rtn", "gptq", "fireq-kv", pytest.param("sbvr", marks=pytest.mark.slow), "gguf-q4_0"],
+)
 def test_of_every_format(tiny: ModelMaker, text_file: Path, tmp_path: Path, recipe: str):
     summary = convert(checked(tiny("llama"), recipe, tmp_path / "out", text_file))
     found = summary.held_out
@@ -147,6 +150,7 @@ def test_the_worst_linear_and_its_remedy(tiny: ModelMaker, text_file: Path, tmp_
     assert more.bits_per_weight > summary.bits_per_weight
 
 
+@pytest.mark.slow
 def test_other_remedies(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     rounded = convert(request_for(tiny("llama"), "rtn", tmp_path / "rtn", text_file))
     assert _worst(rounded)["recipe"] == "gptq"
