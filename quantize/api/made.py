@@ -18,7 +18,7 @@ from quantize.conversion.loop import without_folder
 from quantize.errors import PqError, StoppedError, UsageError
 from quantize.files.provenance import PROVENANCE, read_provenance
 from quantize.model.dequantized import open_source
-from quantize.recipe.recipe import Recipe, resolved_yaml
+from quantize.recipe.recipe import Recipe, parse_recipe
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,22 @@ def _require_alike(folder: Path, recipe: Recipe, hashes: _Hashes) -> None:
     found = read_provenance(folder)
     assert found is not None
     differs = ""
-    if found["recipe"]["resolved"] != resolved_yaml(without_folder(recipe)):
+    made = parse_recipe(found["recipe"]["resolved"], f"{found['recipe']['name']}.yaml")
+    if not _agrees(without_folder(recipe).model_dump(), made.model_dump()):
         differs = "was made with other settings"
     elif found["source"] != hashes.all():
         differs = f"was made of another model than {hashes.model}"
     if differs:
         raise UsageError(f"{folder}: {differs}; remove it, or give another folder with --into")
+
+
+def _agrees(asked: object, made: object) -> bool:
+    """Whether a recipe that was carried out is what was asked for: what that leaves open (None) the
+    conversion has found."""
+    if asked is None:
+        return True
+    if isinstance(asked, dict) and isinstance(made, dict):
+        return asked.keys() == made.keys() and all(_agrees(asked[k], made[k]) for k in asked)
+    if isinstance(asked, list | tuple) and isinstance(made, list | tuple):
+        return len(asked) == len(made) and all(map(_agrees, asked, made))
+    return asked == made

@@ -143,6 +143,10 @@ def print_comparison(rows: Sequence[Row], parent: Parent) -> None:
     timed = any(row.tokens_per_second is not None for row in rows)
     more = [*(["M act."] if restructured else []), *(["tok/s"] if timed else [])]
     table = _table(title, "", "bits", "act", "KV", "MB", "MB/tok", *more, "ppl", "KLD", "top-1", "")
+    # Figures stay whole at 80 columns; names may go on in the next line.
+    table.padding = (0, 1, 0, 0)
+    for number, column in enumerate(table.columns):
+        column.no_wrap = number > 0
 
     def millions(value: float | None, digits: int = 1) -> str:
         return "-" if value is None else f"{value / 1e6:.{digits}f}"
