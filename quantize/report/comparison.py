@@ -127,11 +127,11 @@ def table(rows: Sequence[Row], parent: Parent) -> Table:
             "model": parent.name,
             "recipe": None,
             "bits/weight": 16.0,
-            "activation bits": "16",
+            "act. bits": "16",
             "KV bits": 16.0,
             "MB": parent.bytes / 1e6,
             "MB/token": _millions(first.baseline_bytes_per_token),
-            "M parameters/token": _millions(first.baseline_activated_parameters),
+            "M/token": _millions(first.baseline_activated_parameters),
             "tokens/s": parent.tokens_per_second,
             "perplexity": first.baseline_perplexity,
         }
@@ -143,11 +143,11 @@ def table(rows: Sequence[Row], parent: Parent) -> Table:
                 "model": row.name,
                 "recipe": row.recipe,
                 "bits/weight": row.bits,
-                "activation bits": activation_bits(e),
+                "act. bits": activation_bits(e),
                 "KV bits": e.kv_bits,
                 "MB": row.bytes / 1e6,
                 "MB/token": _millions(e.bytes_per_token),
-                "M parameters/token": _millions(e.activated_parameters),
+                "M/token": _millions(e.activated_parameters),
                 "tokens/s": row.tokens_per_second,
                 "perplexity": e.perplexity,
                 "KLD mean": e.kld_mean,
@@ -160,7 +160,8 @@ def table(rows: Sequence[Row], parent: Parent) -> Table:
     kept = [name for name in _FORMATS if _is_told(name, lines)]
     return Table(
         "All figures",
-        "MB: all weights on disk. MB/token: weights that a token is multiplied with.",
+        "MB: all weights on disk. MB/token and M/token: bytes and millions of the weights that a token is "
+        "multiplied with.",
         kept,
         [[line.get(name) for name in kept] for line in lines],
         [_FORMATS[name] for name in kept],
@@ -171,11 +172,11 @@ _FORMATS = {
     "model": "",
     "recipe": "",
     "bits/weight": ".3f",
-    "activation bits": "",
+    "act. bits": "",
     "KV bits": ".3g",
     "MB": ",.1f",
     "MB/token": ",.1f",
-    "M parameters/token": ",.2f",
+    "M/token": ",.2f",
     "tokens/s": ",.1f",
     "perplexity": ".4f",
     "KLD mean": ".5f",
@@ -189,7 +190,9 @@ _FORMATS = {
 
 def _is_told(name: str, lines: Sequence[Mapping[str, Cell]]) -> bool:
     parents, *own = [line.get(name) for line in lines]
-    if name == "M parameters/token":  # where nothing was restructured it tells nothing
+    if name == "recipe" and all(line.get(name) in (None, line["model"]) for line in lines):
+        return False
+    if name == "M/token":  # where nothing was restructured it tells nothing
         return any(value is not None and value != parents for value in own)
     return any(value is not None for value in own)
 
