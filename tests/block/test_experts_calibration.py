@@ -199,9 +199,10 @@ def test_siblings_leave_what_is_kept_alone(make_block: BlockMaker):
 @pytest.mark.parametrize(
     ("stage", "passes"),
     [
-        (Gptq(), 6),
-        (Fireq(aim="layer"), 6),
-        (Sbvr(**SBVR, aim="layer"), 6),
+        (Gptq(), 7),
+        (Gptq(token_weights="equal"), 6),
+        (Fireq(aim="layer"), 7),
+        (Sbvr(**SBVR, aim="layer"), 7),
         (Awq(grid=2), 5),
         (Cas(), 0),
         (Rtn(), 0),
@@ -211,7 +212,8 @@ def test_siblings_leave_what_is_kept_alone(make_block: BlockMaker):
 def test_stages_run_a_block_as_often_as_they_must(
     make_block: BlockMaker, stage: Stage, passes: int
 ):
-    """Inputs of attention, o_proj, both FFN steps of the shared expert and both of all others; a norm has but one."""
+    """Inputs of attention, o_proj, both FFN steps of the shared expert and both of all others; a norm has but one.
+    And what attention gives each token."""
     block = make_block("qwen2_moe")
     runs = count_forwards(block)
     run(stage, block)
