@@ -157,7 +157,7 @@ def test_the_command_takes_what_convert_takes(
     more = json.loads(pq(*arguments, *text, "--target-bpw", "7", "--json")[1])
     assert more["output"] > 1.3 * plain["output"]
     assert "disk_free" not in more
-    monkeypatch.setattr("quantize.cli.estimate.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("quantize.files.disk.free_bytes", lambda path: 1000)
     assert "which is too little" in pq(*arguments, *text, "-o", str(out))[1]
     out.mkdir()
     (out / "pq.json").write_text("{}")
