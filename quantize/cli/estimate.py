@@ -60,6 +60,7 @@ def estimate(
     as_json: options.AsJson = False,
 ) -> None:
     """What `pq convert` would take: memory at its peak, disk, time. Nothing is written."""
+    from quantize.api.conversions import chosen_recipe
     from quantize.conversion.estimate import estimate as found_for
     from quantize.conversion.estimate import within
     from quantize.conversion.request import Request
@@ -67,15 +68,15 @@ def estimate(
     from quantize.files.disk import free_bytes
     from quantize.files.hub_origin import called
     from quantize.files.transaction import require_apart, require_free
-    from quantize.recipe.overrides import with_stage_fields
-    from quantize.recipe.recipe import load_recipe
 
     if output is not None:
         require_free(output, overwrite)
     place_of_output = output or Path("out")
     kept = work or place_of_output.with_name(place_of_output.name + ".work")
     keep_little()  # as `pq convert` does, whose memory this is about
-    chosen = load_recipe(recipe).with_overrides(
+    chosen = chosen_recipe(
+        recipe,
+        assignments,
         dataset=dataset,
         nsamples=nsamples,
         seqlen=seqlen,
@@ -84,7 +85,6 @@ def estimate(
         text_field=text_field,
         bos=bos,
     )
-    chosen = with_stage_fields(chosen, assignments or [])
     quiet_libraries()
     place = pick_device(device)
     source = local_model(model, revision)
