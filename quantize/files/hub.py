@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -205,7 +206,7 @@ def library(bars: bool) -> Iterator[None]:
     """Let huggingface_hub show progress bars or not, and keep its advice off the terminal."""
     import huggingface_hub
 
-    utils: Any = huggingface_hub.utils
+    utils: Any = importlib.import_module("huggingface_hub.utils")  # no attribute until imported
     logger = logging.getLogger("huggingface_hub")
     level, off = logger.level, utils.are_progress_bars_disabled()
     # HF_HUB_DISABLE_PROGRESS_BARS has the last word

@@ -6,6 +6,7 @@ write, and that nothing of others would be replaced.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,9 @@ class Pushed:
 
 def require_id(name: str) -> None:
     """UsageError for what is no org/name that the Hub would take."""
-    import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
-    utils: Any = huggingface_hub.utils
+    utils: Any = importlib.import_module("huggingface_hub.utils")  # no attribute until imported
     try:
         utils.validate_repo_id(name)
         valid = name.count("/") == 1

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,3 +214,13 @@ def test_an_edited_card_goes_as_it_is(pq: Call, hub: Hub, output: Path):
     (output / "README.md").write_text("no front matter\n", encoding="utf-8")
     err = pq("push", output, "org/second")[2]
     assert "refuses the card" in one_line(err)
+
+
+def test_a_process_of_its_own(hub: Hub, output: Path, tmp_path: Path):
+    """Where nothing has loaded the Hub's library before."""
+    told = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "quantize", "push", str(output), NAME, "--dry-run"]
+    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "model" in done.stdout + done.stderr
+    assert NAME not in hub.repositories
