@@ -117,6 +117,8 @@ def plan(
             attainment=attainment,
             kv=kv,
         )
+        if {input_tokens, output_tokens, context, trace} == {None}:
+            request = _within_context(request)
     models = _models(request)
     constants, errors = _constants(request, models, calibrate or [])
     measured = None if profile is None else _profile(profile, request)
@@ -152,6 +154,18 @@ def _models(request: Request) -> dict[str, ServedModel]:
         name_of(demand): served_model(local_model(demand.model), demand.kv, name_of(demand))
         for demand in request.models
     }
+
+
+def _within_context(request: Request) -> Request:
+    """A request of usual lengths, cut to what its model takes: nobody asked for more."""
+    (demand,) = request.models
+    (model,) = _models(request).values()
+    most = model.max_context
+    if most is None or demand.input + demand.output <= most:
+        return request
+    output = max(1, most * demand.output // (demand.input + demand.output))
+    shorter = demand.model_copy(update={"input": max(1, most - output), "output": output})
+    return request.model_copy(update={"models": (shorter,)})
 
 
 def _instead(request: Request, other: str, constants: Constants) -> Plan:

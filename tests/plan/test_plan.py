@@ -220,7 +220,8 @@ def test_what_vllm_does_not_load_is_not_written():
 def test_calibration_finds_what_was_changed():
     """Runs made by the model with other constants are met again, TPOT of an unseen load too."""
     draw = random.Random(random.randrange(10**9))
-    truth = scaled(CONSTANTS, draw.uniform(0.8, 1.4), draw.uniform(0.5, 2.0))
+    # Slower ones come near what they can bear at the third load, where times explode.
+    truth = scaled(CONSTANTS, draw.uniform(0.8, 1.3), draw.uniform(0.5, 1.6))
     step = StepTime(LLAMA, H100, 1, truth)
 
     def run(rate: float, inputs: int, outputs: int) -> Run:
