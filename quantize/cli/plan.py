@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,9 +118,9 @@ def plan(
             attainment=attainment,
             kv=kv,
         )
-        if {input_tokens, output_tokens, context, trace} == {None}:
-            request = _within_context(request)
     models = _models(request)
+    if file is None and {input_tokens, output_tokens, context, trace} == {None}:
+        request = _within_context(request, models)
     constants, errors = _constants(request, models, calibrate or [])
     measured = None if profile is None else _profile(profile, request)
     found = plan_of(request, models, constants, measured)
@@ -156,10 +157,9 @@ def _models(request: Request) -> dict[str, ServedModel]:
     }
 
 
-def _within_context(request: Request) -> Request:
+def _within_context(request: Request, models: Mapping[str, ServedModel]) -> Request:
     """A request of usual lengths, cut to what its model takes: nobody asked for more."""
-    (demand,) = request.models
-    (model,) = _models(request).values()
+    (demand,), (model,) = request.models, models.values()
     most = model.max_context
     if most is None or demand.input + demand.output <= most:
         return request
