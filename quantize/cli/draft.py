@@ -206,6 +206,8 @@ def _write(
             )
         write_text(emit, json.dumps(first.config, indent=1) + "\n")
         typer.echo(f"{emit} written; {first.command}", err=True)
+        for note in first.notes:
+            typer.echo(f"pq: note: {note}", err=True)
     if save_policy is not None:
         fits = [entry.fit for entry in first.by_temperature if entry.fit is not None]
         winner: Any = next((fit for fit in fits if fit.wins), None)

@@ -36,6 +36,23 @@ def print_analysis(found: Analysis) -> None:
                 console.print(_flips(drafted.figures.name, entry))
         if drafted.figures.shared_ids is not None and drafted.figures.shared_ids.note:
             console.print(f"{drafted.figures.name}: {drafted.figures.shared_ids.note}")
+    _say_best(console, found)
+
+
+def _say_best(console: Console, found: Analysis) -> None:
+    """The answer, last: where a terminal stops scrolling."""
+    from quantize.draft.analysis import best_of
+
+    for index, entry in enumerate(found.drafts[0].by_temperature):
+        best = best_of(found, index)
+        said = "no draft is faster than the parent alone"
+        if best is not None:
+            draft, paid = best
+            tokens = f"{paid.gamma} token{'s' if paid.gamma > 1 else ''} ahead"
+            said = f"{draft.figures.name}, {tokens}: {paid.speed_up.value:.2f} times as fast"
+        console.print(f"best at batch 1, T = {_temperature(entry)}: {said}", highlight=False)
+    if any(draft.config for draft in found.drafts):
+        console.print("--emit FILE writes what vLLM is told of the first draft", highlight=False)
 
 
 def _table(title: str, *columns: str, texts: int = 1) -> Table:
@@ -79,6 +96,8 @@ def _acceptance(found: Analysis, title: str) -> Table:
             bits = "-" if f.bits_per_weight is None else f"{f.bits_per_weight:.2f}"
             name = (f.name, bits) if i == 0 else ("", "")
             table.add_row(*name, _temperature(entry), _plus(s.alpha, 3), kl, *steps)
+    table.caption = "accepted: of drafted tokens, each by itself. KL(parent ‖ draft): nats a token"
+    table.caption_justify = "left"
     return table
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quantize.draft.bursts import Bursts, bursts
-from quantize.draft.emit import accepted_at, lengths_by_batch, serve_line, speculative_config
+from quantize.draft.emit import (
+    accepted_at,
+    length_notes,
+    lengths_by_batch,
+    serve_line,
+    speculative_config,
+)
 from quantize.draft.figures import Sampling
 from quantize.draft.fit import Fit, fit, signals
 from quantize.draft.pays import (
@@ -78,6 +84,8 @@ class Analysed:
     command: str
     """`vllm serve` with the draft; empty where no length pays."""
     config: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+    """What to heed when it is served so."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,22 @@ def _analysed(
         by_batch=ranges if len(ranges) > 1 else (),
         same_vocabulary=figures.same_vocabulary,
     )
-    return Analysed(figures, entries, space, serve_line(found.parent, config), config)
+    notes = tuple(length_notes(most, figures.context, found.context))
+    return Analysed(figures, entries, space, serve_line(found.parent, config), config, notes)
+
+
+def best_of(found: Analysis, index: int, batch: int = 1) -> tuple[Analysed, Pay] | None:
+    """The draft that pays most at one batch size and the temperature of this index; None where none
+    is faster than the parent alone. The parent on an INT4 cache is nothing to serve and not among
+    them."""
+    pairs = [
+        (draft, pay)
+        for draft in found.drafts
+        if draft.figures.name != CACHE
+        for pay in draft.by_temperature[index].pays
+        if pay.batch == batch and pay.gamma
+    ]
+    return max(pairs, key=lambda pair: pair[1].speed_up.value, default=None)
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
@@ -263,4 +286,5 @@ def _draft_json(draft: Analysed) -> dict[str, Any]:
         "temperatures": [asdict(entry) for entry in draft.by_temperature],
         "speculative_config": draft.config,
         "command": draft.command,
+        "notes": list(draft.notes),
     }

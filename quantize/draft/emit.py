@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quantize.draft.lookup import NGRAM
 from quantize.draft.pays import Pay
-from quantize.draft.replay import Array
+from quantize.draft.replay import Array, whole_steps
 from quantize.errors import UsageError
 
 _LAST = 1 << 20
@@ -86,22 +84,32 @@ def serve_line(parent: str, config: dict[str, Any], tp: int = 1) -> str:
     return f"vllm serve {parent}{parallel} --speculative-config '{text}'"
 
 
+def length_notes(gamma: int, context: int | None, parents: int | None) -> list[str]:
+    """What to heed when the server's length is set, a sentence each.
+
+    vLLM 0.32 asks once for a whole batch whether its longest sequence, with the tokens under check and γ
+    more, is within the draft's length (`_input_fits_in_drafter`, `vllm/v1/worker/gpu_model_runner.py`);
+    where it is not, γ zeros are checked in every sequence and counted as refused (vLLM issues 34734,
+    52756). context, parents: tokens that config.json of draft and parent give; None where it does not
+    say, or for a draft without a model.
+    """
+    found = [
+        f"set --max-model-len {2 * gamma} tokens above the longest text: vLLM 0.32 drafts for none of "
+        f"a batch while its longest sequence is within {2 * gamma} tokens of the end, and counts what "
+        "it did not draft as refused"
+    ]
+    if context is not None and parents is not None and context < parents:
+        found.append(
+            f"the draft reads {context} tokens, the parent {parents}: while one sequence of a batch is "
+            f"longer than {context - 2 * gamma}, none of it gets a draft; set --max-model-len to "
+            f"{context} or serve longer texts without a draft"
+        )
+    return found
+
+
 def accepted_at(accept: Sequence[Array], gamma: int) -> list[float]:
     """Chance that a step accepts at least its first 1, 2, … γ drafted tokens: what engines print by
-    position, and `synthetic_acceptance_rates`."""
-    reached = np.zeros(gamma)
-    total = 0.0
-    for values in accept:
-        a = values.tolist()
-        T = len(a)
-        begins = np.zeros(T + gamma + 2)
-        begins[0] = 1.0
-        for t in range(T - gamma):  # steps that are not cut short by the end
-            here = float(begins[t])
-            total += here
-            for k in range(gamma):
-                begins[t + k + 1] += here * (1 - a[t + k])
-                here *= a[t + k]
-                reached[k] += here
-            begins[t + gamma + 1] += here
-    return (reached / total).tolist() if total else []
+    position, and `synthetic_acceptance_rates`. Empty where no text is longer than γ."""
+    steps, reached = whole_steps(accept, gamma)
+    total = float(steps.sum())
+    return (reached.sum(0) / total).tolist() if total else []

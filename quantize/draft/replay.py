@@ -79,6 +79,32 @@ def replay(accept: Sequence[Array], gamma: int, from_prefill: bool = False) -> R
     return Replay(np.array([len(values) for values in used], float), steps, drafted, gamma)
 
 
+def whole_steps(
+    accept: Sequence[Array], gamma: int, from_prefill: bool = False
+) -> tuple[Array, Array]:
+    """Expected steps [n] of each text that draft all γ tokens, and how many of them accept at least
+    their first 1, 2, … γ of these [n, γ].
+
+    Engines that draft past the end of a text and count what they drafted (vLLM) do nothing but such
+    steps: the figures of a text of T tokens are theirs for one of T − γ. from_prefill: see `replay`.
+    """
+    used = [values[1:] if from_prefill else values for values in accept]
+    steps, reached = np.zeros(len(used)), np.zeros((len(used), gamma))
+    for text, values in enumerate(used):
+        a = values.tolist()
+        begins = np.zeros(len(a) + gamma + 2)
+        begins[0] = 1.0
+        for t in range(len(a) - gamma):
+            here = float(begins[t])
+            steps[text] += here
+            for k in range(gamma):
+                begins[t + k + 1] += here * (1 - a[t + k])
+                here *= a[t + k]
+                reached[text, k] += here
+            begins[t + gamma + 1] += here
+    return steps, reached
+
+
 def _expected(accept: Array, gamma: int) -> tuple[float, float]:
     T = len(accept)
     begins = np.zeros(T + gamma + 2)

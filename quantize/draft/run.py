@@ -81,6 +81,8 @@ class DraftFigures:
     """None for prompt lookup."""
     same_vocabulary: bool = True
     """Whether config.json gives the parent's vocab_size, which vLLM asks for."""
+    context: int | None = None
+    """Tokens that config.json says it reads at once; None where it does not, and for prompt lookup."""
 
     def at(self, temperature: float) -> Sampling:
         """The figures at one temperature."""
@@ -101,6 +103,8 @@ class Measurement:
     rollouts: tuple[Rollout, ...] = field(repr=False)
     traces: tuple[tuple[Trace, ...], ...] = field(repr=False)
     """[drafts][temperatures], prompt lookup not among them."""
+    context: int | None = None
+    """See `DraftFigures.context`."""
 
 
 def measure(
@@ -118,9 +122,9 @@ def measure(
     """
     how = settings or Settings()
     tokenizer = load_tokenizer(parent)
-    sizes = [_vocabulary(folder) for folder in (parent, *drafts)]
+    facts = [_facts(folder) for folder in (parent, *drafts)]
     shared = [compare_ids(tokenizer, load_tokenizer(folder), folder) for folder in drafts]
-    vocab = min(sizes)
+    vocab = min(vocab for vocab, _ in facts)
     if saved is None:
         prompts = prompts_of(
             tokenizer,
@@ -148,12 +152,14 @@ def measure(
         called_so.append(CACHE)
         folders.append(parent)
         shared.append(compare_ids(tokenizer, tokenizer, parent))
-        sizes.append(sizes[0])
+        facts.append(facts[0])
     traces = trace(theirs, opened, rollouts, vocab, progress)
     figures = [
-        _figures(name, folder, model, found, ids, tokenizer, how.gammas, size == sizes[0])
-        for name, folder, model, found, ids, size in zip(
-            called_so, folders, opened, traces, shared, sizes[1:], strict=True
+        _figures(
+            name, folder, model, found, ids, tokenizer, how.gammas, size == facts[0][0], context
+        )
+        for name, folder, model, found, ids, (size, context) in zip(
+            called_so, folders, opened, traces, shared, facts[1:], strict=True
         )
     ]
     figures.append(DraftFigures(LOOKUP, tuple(_lookup(r, how.gammas) for r in rollouts)))
@@ -166,6 +172,7 @@ def measure(
         vocab,
         tuple(rollouts),
         tuple(map(tuple, traces)),
+        facts[0][1],
     )
 
 
@@ -205,6 +212,7 @@ def _figures(
     tokenizer: Any,
     gammas: Sequence[int],
     same_vocabulary: bool,
+    context: int | None,
 ) -> DraftFigures:
     return DraftFigures(
         name,
@@ -214,6 +222,7 @@ def _figures(
         ids,
         folder,
         same_vocabulary,
+        context,
     )
 
 
@@ -243,12 +252,14 @@ def _lookup(rollout: Rollout, gammas: Sequence[int]) -> Sampling:
     )
 
 
-def _vocabulary(folder: Path) -> int:
+def _facts(folder: Path) -> tuple[int, int | None]:
+    """Size of the vocabulary, and tokens read at once where config.json says."""
     source = open_source(folder)
     require_readable(source)
-    size = decoder_facts(folder, source.config).get("vocab_size")
+    facts = decoder_facts(folder, source.config)
+    size, context = facts.get("vocab_size"), facts.get("max_position_embeddings")
     if not isinstance(size, int) or size < 1:
         raise ModelError(
             f"{folder}/config.json: vocab_size is {size!r}, expected a positive integer"
         )
-    return size
+    return size, context if isinstance(context, int) and context > 0 else None

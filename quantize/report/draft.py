@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantize.draft.analysis import Analysed, Analysis, Drafted
-from quantize.draft.replay import Interval
+from quantize.draft.analysis import Analysed, Analysis, Drafted, best_of
+from quantize.draft.run import CACHE, LOOKUP
 from quantize.pictures import Bars, Lines, Table
+from quantize.report.draft_policies import (
+    bursts_of,
+    named,
+    policies_of,
+    temperature,
+    with_error,
+)
 from quantize.report.model import Headline, Listing, Note, Passages, Report, Section, Token
 
 _SHOWN = 12
@@ -18,47 +25,38 @@ def draft_page(found: Analysis, version: str) -> Report:
     """Make a page of an analysis."""
     m = found.measurement
     first = m.drafts[0].sampling[0]
-    pairs = [(draft, entry) for draft in found.drafts for entry in draft.by_temperature]
-    best = max(pairs, key=lambda pair: pair[1].pays[0].speed_up.value)
-    paid = best[1].pays[0]
     where = _where(found)
+    entries = found.drafts[0].by_temperature
+    count = sum(d.name not in (LOOKUP, CACHE) for d in m.drafts)
     headlines = [
-        Headline("Drafts", str(len(m.drafts)), f"of {m.parent}", len(m.drafts)),
-        Headline(
-            "Best at batch 1",
-            f"{paid.speed_up.value:.2f}x" if paid.gamma else "none",
-            f"{best[0].figures.name}, {temperature(best[1])}, {paid.gamma} tokens; {where}",
-            paid.speed_up.value,
-        ),
+        Headline("Drafts", str(count), f"of {m.parent}, beside {LOOKUP}", count),
+        *(_best(found, index, entry, where) for index, entry in enumerate(entries)),
     ]
     basis = (
         f"{first.texts} prompts of {', '.join(m.sources)}; the parent wrote {first.tokens} tokens at "
-        f"{temperature(best[1]) if len(m.settings.temperatures) == 1 else 'each temperature'}; "
+        f"{temperature(entries[0]) if len(entries) == 1 else 'each temperature'}; "
         f"{m.settings.numerics} numerics; intervals are 95 %, prompts being independent"
     )
     sections = [
         _acceptance(found),
         _payment(found, where),
-        *_policies(found),
-        *_bursts(found),
+        *policies_of(found),
+        *bursts_of(found),
         _places(found),
         _served(found),
     ]
     return Report("Draft models", f"of {m.parent}", version, headlines, basis, (), sections)
 
 
-def temperature(entry: Drafted) -> str:
-    """How the text was written."""
-    t = entry.sampling.temperature
-    return "greedy" if t == 0 else f"T = {t:g}"
-
-
-def with_error(found: Interval | None, digits: int = 3) -> str | None:
-    """A figure and half its interval."""
-    if found is None:
-        return None
-    error = "" if found.half is None else f" ± {found.half:.{digits}f}"
-    return f"{found.value:.{digits}f}{error}"
+def _best(found: Analysis, index: int, entry: Drafted, where: str) -> Headline:
+    name = f"Best at batch 1, {temperature(entry)}"
+    best = best_of(found, index)
+    if best is None:
+        return Headline(name, "none", f"no draft is faster than the parent alone; {where}", None)
+    draft, paid = best
+    value = paid.speed_up.value
+    tokens = f"{paid.gamma} token{'s' if paid.gamma > 1 else ''} ahead"
+    return Headline(name, f"{value:.2f}x", f"{draft.figures.name}, {tokens}; {where}", value)
 
 
 def _where(found: Analysis) -> str:
@@ -66,10 +64,6 @@ def _where(found: Analysis) -> str:
         return f"at a cost ratio of {found.cost:g}"
     several = f" x {found.place.tp}" if found.place.tp > 1 else ""
     return f"{found.place.gpu.name}{several}, {found.place.context} tokens a sequence"
-
-
-def _named(draft: Analysed, entry: Drafted) -> str:
-    return f"{draft.figures.name}, {temperature(entry)}"
 
 
 def _acceptance(found: Analysis) -> Section:
@@ -96,25 +90,32 @@ def _acceptance(found: Analysis) -> Section:
         rows,
         ("", ".3f", "", "", "", "", *[".2f"] * len(shown)),
     )
-    curves = Lines(
-        "Tokens per step",
-        "Replayed on the parent's own text; one token is what the parent gives without a draft.",
-        gammas,
-        {_named(d, e): [x.tokens_per_step.value for x in e.sampling.lengths] for d, e in entries},
-        "γ, drafted tokens of a step",
-        "tokens per step",
-    )
-    known = [(d, e) for d, e in entries if e.sampling.by_position]
-    starts = known[0][1].sampling.by_position["start"] if known else []
-    alike = [(d, e) for d, e in known if e.sampling.by_position["start"] == starts]
-    positions = Lines(
-        "Acceptance by position",
-        "Means over stretches of the written text.",
-        starts,
-        {_named(d, e): e.sampling.by_position["alpha"] for d, e in alike},
-        "tokens written before",
-        "acceptance",
-    )
+    curves = [
+        Lines(
+            f"Tokens per step, {how}",
+            "Replayed on the parent's own text; one token is what the parent gives without a draft.",
+            gammas,
+            {
+                d.figures.name: [x.tokens_per_step.value for x in e.sampling.lengths]
+                for d, e in alike
+            },
+            "γ, drafted tokens of a step",
+            "tokens per step",
+        )
+        for how, alike in _by_temperature(found)
+    ]
+    positions = [
+        Lines(
+            f"Acceptance by position, {how}",
+            "Means over stretches of the written text.",
+            known[0][1].sampling.by_position["start"],
+            {d.figures.name: e.sampling.by_position["alpha"] for d, e in known},
+            "tokens written before",
+            "acceptance",
+        )
+        for how, alike in _by_temperature(found)
+        if (known := [(d, e) for d, e in alike if e.sampling.by_position])
+    ]
     domains = Table(
         "By data set",
         "",
@@ -137,8 +138,17 @@ def _acceptance(found: Analysis) -> Section:
         "Speculative decoding gives text distributed as the parent's, whatever the draft: one text of "
         "the parent and one pass of each draft over it say how many drafted tokens are accepted."
     )
-    items: list[Any] = [curves, *([positions] if alike else []), table, domains]
+    several = any(len(e.sampling.domains) > 1 for _, e in entries)
+    items: list[Any] = [*curves, *positions, table, *([domains] if several else [])]
     return Section("acceptance", "Acceptance", lead, items)
+
+
+def _by_temperature(found: Analysis) -> list[tuple[str, list[tuple[Analysed, Drafted]]]]:
+    """What belongs in one picture: all drafts on the same text, whose curves can be told apart."""
+    return [
+        (temperature(entry), [(d, d.by_temperature[index]) for d in found.drafts])
+        for index, entry in enumerate(found.drafts[0].by_temperature)
+    ]
 
 
 def _payment(found: Analysis, where: str) -> Section:
@@ -149,9 +159,9 @@ def _payment(found: Analysis, where: str) -> Section:
             d.figures.name,
             temperature(e),
             pay.batch,
-            pay.cost,
             pay.gamma if pay.gamma else "none",
             f"{pay.speed_up.value:.2f} ({pay.speed_up.low:.2f} to {pay.speed_up.high:.2f})",
+            pay.cost,
             "yes" if pay.fits else "no",
         )
         for d, e in entries
@@ -161,23 +171,24 @@ def _payment(found: Analysis, where: str) -> Section:
         "What it pays",
         "c is a step of the draft over one of the parent. The range holds the interval of tokens per "
         "step and the error of the latency model.",
-        ("draft", "text", "batch", "c", "best γ", "speed-up", "fits"),
+        ("draft", "text", "batch", "best γ", "speed-up", "c", "fits"),
         rows,
-        ("", "", "", ".3f", "", "", ""),
+        ("", "", "", "", "", ".3f", ""),
     )
     items: list[Any] = []
     if len(batches) > 1:
-        items.append(
+        items += [
             Lines(
-                "Speed-up over batch",
+                f"Speed-up over batch, {how}",
                 "At the best length of each batch size; below 1 a draft costs time.",
                 batches,
-                {_named(d, e): [pay.speed_up.value for pay in e.pays] for d, e in entries},
+                {d.figures.name: [pay.speed_up.value for pay in e.pays] for d, e in alike},
                 "sequences at once",
                 "speed-up",
                 log_x=True,
             )
-        )
+            for how, alike in _by_temperature(found)
+        ]
     spaces = [(d.figures.name, d.room) for d in found.drafts if d.room is not None]
     if spaces:
         items.append(
@@ -215,103 +226,6 @@ def _payment(found: Analysis, where: str) -> Section:
     return Section("pays", "What it pays", where, [*items, table])
 
 
-def _policies(found: Analysis) -> list[Section]:
-    entries = [(d, e) for d in found.drafts for e in d.by_temperature if e.policies]
-    if not entries:
-        return []
-    items: list[Any] = []
-    for d, e in entries:
-        batches = [outcome.batch for outcome in e.policies[0].batches]
-        items.append(
-            Table(
-                _named(d, e),
-                _fit_said(e),
-                ("policy", "tokens/step", "drafted", "speed-up", *(f"batch {b}" for b in batches)),
-                [
-                    (
-                        row.name,
-                        with_error(row.tokens_per_step, 2),
-                        row.drafted_per_step,
-                        with_error(row.speed_up),
-                        *(outcome.speed_up for outcome in row.batches),
-                    )
-                    for row in e.policies
-                ],
-                ("", "", ".2f", "", *[".3f"] * len(batches)),
-            )
-        )
-        if e.signals:
-            items.append(
-                Table(
-                    f"What foretells acceptance: {_named(d, e)}",
-                    "Correlation with the acceptance of the very token, and with the number accepted "
-                    "of the next six.",
-                    ("signal", "this token", "next 6"),
-                    [(name, *values) for name, values in e.signals.items()],
-                    ("", "+.3f", "+.3f"),
-                )
-            )
-    lead = (
-        "All policies meet the same outcomes. In a batch a step lasts as long as its longest draft, so "
-        "that sequences with unequal lengths wait for one another."
-    )
-    return [Section("policies", "How far to look ahead", lead, items)]
-
-
-def _fit_said(entry: Drafted) -> str:
-    f = entry.fit
-    if f is None:
-        return "Too few prompts to fit a policy."
-    verdict = "it is offered" if f.wins else "it is not offered"
-    return (
-        f"On prompts that it was not fitted on the fitted policy gains "
-        f"{with_error(f.gain)} over {f.static.name} ({f.static_speed_up.value:.3f}): {verdict}."
-    )
-
-
-def _bursts(found: Analysis) -> list[Section]:
-    entries = [(d, e) for d in found.drafts for e in d.by_temperature if e.bursts is not None]
-    if not entries:
-        return []
-    items: list[Any] = []
-    for d, e in entries:
-        b = e.bursts
-        assert b is not None
-        said = (
-            ""
-            if b.cache_correlation is None
-            else (
-                f" KL of the parent on an INT4 cache correlates {b.cache_correlation:+.3f} with it, token "
-                f"by token (area against flips {b.cache_flip_area:.3f})."
-            )
-        )
-        items.append(
-            Table(
-                f"Flips found: {_named(d, e)}",
-                f"Of {b.tokens} tokens {b.flips:.1%} flip, which is the precision of chance.{said}",
-                ("signal", "ROC area", "precision", "recall", "area, next token"),
-                [(x.name, x.area, x.precision, x.recall, x.ahead) for x in b.detectors],
-                ("", ".3f", ".3f", ".3f", ".3f"),
-            )
-        )
-        curves = {name: values for name, values in b.curves.items() if name != "wvir"}
-        items.append(
-            Lines(
-                f"One text: {_named(d, e)}",
-                "The text of the largest burst; flips are 1.",
-                list(range(len(b.curves["kl"]))),
-                curves | {"WVIR / 10": [value / 10 for value in b.curves["wvir"]]},
-                "tokens written before",
-                "nats",
-            )
-        )
-    lead = (
-        "A signal flags the tenth of tokens where it is largest. ROC area .5 is chance. KL is known "
-        "only where both models ran; margin and entropy are the draft's own."
-    )
-    return [Section("bursts", "Bursts of divergence", lead, items)]
-
-
 def _places(found: Analysis) -> Section:
     items: list[Any] = []
     for d in found.drafts:
@@ -319,7 +233,7 @@ def _places(found: Analysis) -> Section:
             if e.sampling.worst:
                 items.append(
                     Passages(
-                        _named(d, e),
+                        named(d, e),
                         "Tokens of the parent where the draft is furthest from it.",
                         [_token(place) for place in e.sampling.worst[:_SHOWN]],
                         folded=True,
@@ -345,7 +259,9 @@ def _token(place: dict[str, Any]) -> Token:
 
 def _served(found: Analysis) -> Section:
     listings: Sequence[Any] = [
-        Listing(d.figures.name, "For vLLM 0.32.", d.command) for d in found.drafts if d.command
+        Listing(d.figures.name, f"For vLLM 0.32: {'; '.join(d.notes)}.", d.command)
+        for d in found.drafts
+        if d.command
     ]
     none = Note("No draft is faster than the parent alone here; there is nothing to serve.")
     return Section("serve", "Serve it", "", listings or [none])

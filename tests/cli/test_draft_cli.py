@@ -46,7 +46,8 @@ def test_tables_page_config_and_json(draft: Path, tmp_path: Path):
     assert written["method"] == "draft_model"
     assert written["draft_sample_method"] == "probabilistic"
     html = page.read_text()
-    for part in ("Tokens per step", "How far to look ahead", "Bursts of divergence", "vllm serve"):
+    parts = ("Tokens per step", "How far to look ahead", "Bursts of divergence", "vllm serve")
+    for part in (*parts, "set --max-model-len"):
         assert part in html
     shown = call(draft, *small, "--rollout", saved, "--gpu", "l4", "--json")
     data = json.loads(shown[shown.index("{") :])
@@ -56,6 +57,8 @@ def test_tables_page_config_and_json(draft: Path, tmp_path: Path):
     assert [pay["batch"] for pay in greedy["pays"]] == [1, 8, 32, 128]
     assert 0.5 < greedy["sampling"]["alpha"]["value"] <= 1
     assert data["gpu"]["name"] == "l4"
+    served = [d for d in data["drafts"] if d["command"]]
+    assert all("--max-model-len" in d["notes"][0] for d in served)
 
 
 @pytest.mark.parametrize(

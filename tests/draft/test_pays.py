@@ -7,7 +7,13 @@ import pytest
 from test_policies import made
 
 from quantize.draft.bursts import bursts, roc_area
-from quantize.draft.emit import accepted_at, lengths_by_batch, serve_line, speculative_config
+from quantize.draft.emit import (
+    accepted_at,
+    length_notes,
+    lengths_by_batch,
+    serve_line,
+    speculative_config,
+)
 from quantize.draft.figures import GAMMAS, Length, Sampling
 from quantize.draft.pays import GivenCost, Pay, Place, check_seconds, pays, room, times
 from quantize.draft.replay import Interval, independent
@@ -91,6 +97,14 @@ def test_config_says_probabilistic_and_lengths_by_batch(tmp_path):
     with pytest.raises(UsageError, match="nothing to emit"):
         speculative_config(tmp_path, 0)
     assert "--tensor-parallel-size 2" in serve_line("p", config, 2)
+
+
+def test_lengths_to_heed_are_told():
+    (alike,) = length_notes(4, 1024, 1024)
+    assert "--max-model-len 8 tokens above" in alike
+    assert length_notes(4, None, 1024) == [alike]
+    _, shorter = length_notes(4, 512, 1024)
+    assert "longer than 504" in shorter
 
 
 def test_acceptance_by_position_is_of_all_steps():

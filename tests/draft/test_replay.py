@@ -12,7 +12,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from quantize.draft.lookup import candidates, replay_lookup
 from quantize.draft.prompts import Prompt
-from quantize.draft.replay import independent, ratio, replay
+from quantize.draft.replay import independent, ratio, replay, whole_steps
 from quantize.draft.rollout import Rollout
 
 
@@ -51,6 +51,27 @@ def test_known_outcomes_are_walked():
     assert found.drafted_per_step == pytest.approx(
         sum(d for _, d in walked) / sum(s for s, _ in walked)
     )
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_whole_steps_are_those_of_an_engine_that_drafts_past_the_end(gamma: int):
+    length = 6
+    chances = np.random.default_rng().random(length + gamma)
+    steps, reached = 0.0, np.zeros(gamma)
+    for outcomes in itertools.product([False, True], repeat=length + gamma):
+        weight = math.prod(c if o else 1 - c for c, o in zip(chances, outcomes, strict=True))
+        done = 0
+        while done < length:
+            drafted = outcomes[done : done + gamma]
+            accepted = drafted.index(False) if False in drafted else gamma
+            steps += weight
+            reached[:accepted] += weight
+            done += accepted + 1
+    found, by_position = whole_steps([chances, np.ones(gamma)], gamma)
+    assert found.tolist() == pytest.approx([steps, 0])  # the second text is too short for one
+    assert by_position[0] == pytest.approx(reached)
+    later, _ = whole_steps([np.concatenate([[0.0], chances])], gamma, from_prefill=True)
+    assert later == pytest.approx(steps)
 
 
 def test_equal_chances_approach_the_formula():
