@@ -46,10 +46,10 @@ COLUMNS = (
 )
 """What is kept of every token, float64 [n] for each text:
 kl: KL(p ‖ q) in nats; overlap: Σ min(p, q), the chance that a token drawn from q is accepted;
-accept: the chance that the token which the parent wrote came from the draft, 1 or 0 at T = 0 and
-min(1, q/p) above; top1: whether both have the same likeliest token; entropy, confidence, margin of
-q (nats; likeliest; less the second); parent_confidence: the likeliest of p; nll, draft_nll: −ln p and
-−ln q of the token.
+accept: the chance that the token which the parent wrote came from the draft: min(1, q/p), at T = 0
+whether the draft finds likeliest what the parent wrote or finds likeliest on reading; top1: whether
+both have the same likeliest token; entropy, confidence, margin of q (nats; likeliest; less the
+second); parent_confidence: the likeliest of p; nll, draft_nll: −ln p and −ln q of the token.
 p and q are at the rollout's temperature, at T = 0 at 1."""
 
 
@@ -189,8 +189,9 @@ def _compare(p: Tensor, q: Tensor, written: Tensor, temperature: float) -> dict[
     wanted, mine = log_p.gather(1, at)[:, 0], log_q.gather(1, at)[:, 0]
     choice = two.indices[:, 0]
     best = log_p.max(-1)
-    # at T = 0 the text decides: which of two equals the parent took, it wrote
-    greedy = (choice == written).double()
+    # at T = 0 the text decides: which of two equals the parent took, it wrote. Where the parent's own
+    # choice is another here, rounding made the difference (bfloat16), and to agree with it is no fault
+    greedy = ((choice == written) | (choice == best.indices)).double()
     accept = (mine - wanted).clamp_max(0).exp() if temperature > 0 else greedy
     found = {
         "kl": (probability * (log_p - log_q)).sum(-1).clamp_min(0),

@@ -120,6 +120,18 @@ def test_a_model_drafts_perfectly_for_itself_and_rollouts_can_be_kept(tmp_path: 
         read_rollouts(file)
 
 
+def test_what_the_parent_rounds_otherwise_is_not_held_against_the_draft(tmp_path: Path):
+    text = str(docstrings(tmp_path / "text.txt"))
+    found = measure(REFERENCE, [REFERENCE], Settings((text,), 4, 8, 40, temperatures=(0.0,)))
+    rollout = found.rollouts[0]
+    assert rollout.count > 100  # one token in a hundred may be another
+    *before, last = rollout.tokens[0]
+    other = Rollout(0.0, rollout.prompts, ((*before, last ^ 1), *rollout.tokens[1:]))
+    models = [open_model(REFERENCE, CPU, torch.float32, "stock") for _ in range(2)]
+    (judged,) = trace(models[0], models[1:], [other], 1536)[0]
+    assert judged["accept"][0].tolist() == [1.0] * len(rollout.tokens[0])
+
+
 def test_tokenizers_are_compared_by_ids(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     more = copy.deepcopy(tokenizer)
