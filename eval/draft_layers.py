@@ -289,7 +289,8 @@ def main() -> None:
             {"draft": folder.name, "bits": figures.bits_per_weight, "temperatures": by_temperature}
         )
         print(json.dumps(rows[-1]), flush=True)
-    head = {"target": args.target.name, "text": args.text, "cost": args.cost, "rows": rows}
+    asked = {name: getattr(args, name) for name in ("text", "prompts", "tokens", "cost")}
+    head = {"target": args.target.name, **asked, "rows": rows}
     if args.output:
         args.output.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 

@@ -174,7 +174,6 @@ def draft(
         )
     if save_rollout is not None:
         save_rollouts(found.rollouts, found.parent, save_rollout)
-    _write(analysis, output, emit, save_policy)
     if as_json:
         from quantize.draft.analysis import as_json as data_of
 
@@ -183,6 +182,8 @@ def draft(
         from quantize.cli.draft_tables import print_analysis
 
         print_analysis(analysis)
+    # last: that there is nothing to emit must not cost anyone the figures that say why
+    _write(analysis, output, emit, save_policy)
 
 
 def _write(

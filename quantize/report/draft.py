@@ -223,7 +223,7 @@ def _payment(found: Analysis, where: str) -> Section:
                 ("", ",.1f", ",.0f", ",.0f", "", ""),
             )
         )
-    return Section("pays", "What it pays", where, [*items, table])
+    return Section("pays", "What it pays", where, [table, *items])
 
 
 def _places(found: Analysis) -> Section:

@@ -59,6 +59,11 @@ def test_tables_page_config_and_json(draft: Path, tmp_path: Path):
     assert data["gpu"]["name"] == "l4"
     served = [d for d in data["drafts"] if d["command"]]
     assert all("--max-model-len" in d["notes"][0] for d in served)
+    dear = ["draft", draft, *small, "--rollout", saved, "--cost", 9, "--emit", tmp_path / "no.json"]
+    done = CliRunner().invoke(app, [*map(str, dear)], env={"COLUMNS": "80"})
+    assert "is not faster than the parent alone" in str(done.exception)
+    assert "tokens per step" in done.stdout  # the figures are there all the same
+    assert not (tmp_path / "no.json").exists()
 
 
 @pytest.mark.parametrize(
