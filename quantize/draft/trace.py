@@ -187,26 +187,27 @@ def _compare(p: Tensor, q: Tensor, written: Tensor, temperature: float) -> dict[
     at = written[:, None]
     two = drafted.topk(2, -1)
     wanted, mine = log_p.gather(1, at)[:, 0], log_q.gather(1, at)[:, 0]
-    choice = two.indices[:, 0]
-    best = log_p.max(-1)
+    # not two.indices: of equals, common in bfloat16, topk puts first whichever it likes
+    choice, parents = log_q.argmax(-1), log_p.argmax(-1)
+    best = log_p.gather(1, parents[:, None])[:, 0]
     # at T = 0 the text decides: which of two equals the parent took, it wrote. Where the parent's own
     # choice is another here, rounding made the difference (bfloat16), and to agree with it is no fault
-    greedy = ((choice == written) | (choice == best.indices)).double()
+    greedy = ((choice == written) | (choice == parents)).double()
     accept = (mine - wanted).clamp_max(0).exp() if temperature > 0 else greedy
     found = {
         "kl": (probability * (log_p - log_q)).sum(-1).clamp_min(0),
         "overlap": torch.minimum(probability, drafted).sum(-1),
         "accept": accept,
-        "top1": (choice == best.indices).double(),
+        "top1": (choice == parents).double(),
         "entropy": -(drafted * log_q).sum(-1),
         "confidence": two.values[:, 0],
         "margin": two.values[:, 0] - two.values[:, 1],
-        "parent_confidence": best.values.exp(),
+        "parent_confidence": best.exp(),
         "nll": -wanted,
         "draft_nll": -mine,
         "choice": choice,
-        "parent_choice": best.indices,
-        "strange": (best.values - wanted > _TIE).double(),
+        "parent_choice": parents,
+        "strange": (best - wanted > _TIE).double(),
     }
     return {name: values.cpu() for name, values in found.items()}
 

@@ -16,7 +16,7 @@ from quantize.draft.prompts import Prompt, prompts_of
 from quantize.draft.rollout import Rollout, read_rollouts, roll_out, save_rollouts
 from quantize.draft.run import Settings, measure
 from quantize.draft.tokenizers import compare_ids
-from quantize.draft.trace import trace
+from quantize.draft.trace import _compare, trace
 from quantize.errors import DataError, ModelError, UsageError
 from quantize.evaluation.streamed import open_model
 
@@ -130,6 +130,14 @@ def test_what_the_parent_rounds_otherwise_is_not_held_against_the_draft(tmp_path
     models = [open_model(REFERENCE, CPU, torch.float32, "stock") for _ in range(2)]
     (judged,) = trace(models[0], models[1:], [other], 1536)[0]
     assert judged["accept"][0].tolist() == [1.0] * len(rollout.tokens[0])
+
+
+def test_of_equal_logits_both_models_take_the_same():
+    logits = torch.zeros(200, 500)  # of equals topk may put any first
+    logits[:, 100:] = torch.randint(0, 2, (200, 400)).float()
+    found = _compare(logits, logits.clone(), logits.argmax(-1), 0.0)
+    assert found["accept"].tolist() == found["top1"].tolist() == [1.0] * 200
+    assert found["margin"].abs().max() < 1e-6
 
 
 def test_tokenizers_are_compared_by_ids(tmp_path: Path):
