@@ -280,10 +280,7 @@ def fragmentation(table: dict[tuple[str, str, int], Profile], traces: Path) -> l
             except Exception as error:  # a size that cannot work is a row as well
                 rows.append(found | {"error": str(error)})
                 continue
-            time_, held, live = (
-                np.array([getattr(s, field) for s in made.samples])
-                for field in ("time", "used", "live")
-            )
+            time_, held, live = (made.samples[field] for field in ("time", "used", "live"))
             gaps = np.diff(np.append(time_, made.seconds))
             slabs = {id(p): p for _, memory in run for p in memory.pools}.values()
             found |= row(made, goals) | {

@@ -69,10 +69,10 @@ def shared_json(shared: Shared | None) -> dict[str, Any] | None:
                 "gpus": list(replica.gpus),
                 "weights_and_engine": replica.option.shard.weights,
                 "kv": shared.kv(i),
-                "kv_most": max((shared.kv_used(i, s.used) for s in mine), default=0.0),
+                "kv_most": shared.kv_used(i, float(used.max(initial=0.0))),
             }
             for i, replica in enumerate(shared.placement.replicas)
-            for mine in [[s for s in shared.outcome.samples if s.engine == i]]
+            for used in [shared.outcome.samples_of(i)["used"]]
         ],
     }
 

@@ -23,11 +23,11 @@ from quantize.plan.placement import Cluster, Placement, best, fineserve, prism
 from quantize.plan.request import Demand, Request
 from quantize.plan.served import ServedModel
 from quantize.plan.simulate.costs import model_costs
-from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Memory, Share
 from quantize.plan.simulate.placed import Pools, Serving, engines
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
+from quantize.plan.simulate.setup import EngineSetup
 from quantize.plan.simulated import clipped
 from quantize.plan.slabs import KvFormat, SlabPool, Tenant, fixed_pools, paper_pools, smallest_slab
 
@@ -156,14 +156,22 @@ def streams_of(demands: Sequence[Demand], seed: int = 0) -> list[Requests]:
 
 
 def serve(
-    request: Request, asked: Sequence[asking.Demand], stream: Requests, gpu: Gpu, cluster: Cluster
+    request: Request,
+    asked: Sequence[asking.Demand],
+    stream: Requests,
+    gpu: Gpu,
+    cluster: Cluster,
+    samples: bool = False,
 ) -> Shared | None:
-    """Place all demands on a cluster and serve the stream; None where one has no place."""
+    """Place all demands on a cluster and serve the stream; None where one has no place.
+
+    samples: record the engines' states over time.
+    """
     assert request.sharing is not None
     placement = PLACEMENTS[request.sharing.placement](asked, cluster)
     if placement.unplaced:
         return None
-    return run(request, tuple(asked), placement, stream, gpu, cluster)
+    return run(request, tuple(asked), placement, stream, gpu, cluster, samples)
 
 
 def run(
@@ -173,6 +181,7 @@ def run(
     stream: Requests,
     gpu: Gpu,
     cluster: Cluster,
+    samples: bool = False,
 ) -> Shared:
     """Serve a stream by engines that stand already."""
     sharing = request.sharing
@@ -186,7 +195,7 @@ def run(
         engine.max_sequences,
     )
     made = engines(placement, cluster, [demand.name for demand in asked], how)
-    outcome = simulate(stream, made, samples=True)
+    outcome = simulate(stream, made, samples=samples)
     goals = (np.array([getattr(one, goal) for one in asked]) for goal in ("ttft", "tpot"))
     met = outcome.met(*(goal[stream.model] for goal in goals))
     shares = tuple(float(met[stream.model == i].mean()) for i in range(len(asked)))

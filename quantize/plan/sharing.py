@@ -38,12 +38,13 @@ class _Asked:
     gpu: Gpu
     per_node: int
 
-    def on(self, gpus: int) -> Shared | None:
-        """Served by so many GPUs; None where a model has no place."""
+    def on(self, gpus: int, samples: bool = False) -> Shared | None:
+        """Served by so many GPUs; None where a model has no place. samples: with the states over
+        time."""
         share = min(demand.utilization for demand in self.request.models)
         room = int(self.gpu.memory_bytes * share)
         cluster = Cluster(gpus, room, self.per_node)
-        return serve(self.request, self.demands, self.stream, self.gpu, cluster)
+        return serve(self.request, self.demands, self.stream, self.gpu, cluster, samples)
 
     def does(self, gpus: int) -> bool:
         """Whether so many GPUs do."""
@@ -94,7 +95,7 @@ def plan_shared(
     count = _fewest(asked, every)
     if count is None:
         return _short(asked, every)
-    found = asked.on(count)
+    found = asked.on(count, samples=True)
     assert found is not None
     own = plan_for(request.model_copy(update={"sharing": None}), models, constants)
     found = replace(found, alone=own.gpus if own.feasible else None)
@@ -175,11 +176,7 @@ def _simulated(shared: Shared, index: int, mine: list[int], demand: Demand) -> S
         whole.recomputed,
         whole.seconds,
         tuple(whole.busy[i] for i in mine),
-        tuple(
-            replace(sample, engine=mine.index(sample.engine))
-            for sample in whole.samples
-            if sample.engine in mine
-        ),
+        [(time, mine.index(e), *rest) for time, e, *rest in whole.rows if e in mine],  # type: ignore[misc]
         tuple(whole.preempted[i] for i in mine),
     )
     return judged(part, demand)

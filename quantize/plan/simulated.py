@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +12,11 @@ from quantize.plan.latency import StepTime
 from quantize.plan.memory import Blocks, Engine
 from quantize.plan.request import Demand
 from quantize.plan.simulate.costs import costs_of
-from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Share
-from quantize.plan.simulate.prefixes import Cached, Chain, chains
+from quantize.plan.simulate.prefixes import Cached, Chains, chains
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
+from quantize.plan.simulate.setup import EngineSetup
 
 _COUNT = 2000
 """Requests that are drawn for a rate: a share of 90 % is then known to one percent."""
@@ -80,7 +79,7 @@ def share_of(blocks: Blocks, context: int) -> Share:
     return Share(blocks.count // full, blocks.block, math.ceil(fixed / full))
 
 
-def own_memory(share: Share, chained: Sequence[Chain] | None) -> Share:
+def own_memory(share: Share, chained: Chains | None) -> Share:
     """Memory like `share` for one engine more; with a prefix cache where chains are given."""
     if chained is None:
         return Share(share.blocks, share.block_tokens, share.extra)
@@ -88,9 +87,16 @@ def own_memory(share: Share, chained: Sequence[Chain] | None) -> Share:
 
 
 def simulate_engines(
-    step: StepTime, engine: Engine, blocks: Blocks, stream: Requests, demand: Demand, replicas: int
+    step: StepTime,
+    engine: Engine,
+    blocks: Blocks,
+    stream: Requests,
+    demand: Demand,
+    replicas: int,
+    samples: bool = False,
 ) -> Simulated:
-    """Serve a stream by `replicas` engines that each have their GPUs to themselves."""
+    """Serve a stream by `replicas` engines that each have their GPUs to themselves. samples: record
+    their states over time."""
     costs = costs_of(step)
     context = int((stream.input + stream.output).mean())
     share = share_of(blocks, context)
@@ -109,7 +115,7 @@ def simulate_engines(
         )
         for i in range(replicas)
     ]
-    return judged(simulate(stream, made, samples=True), demand)
+    return judged(simulate(stream, made, samples=samples), demand)
 
 
 def judged(outcome: Outcome, demand: Demand) -> Simulated:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from quantize.pictures import Bars, Histogram, Lines, Picture, Table
 from quantize.plan.deploy import Plan, name_of
 from quantize.plan.latency import ERRORS, Error
 from quantize.plan.shortage import shortages
+from quantize.plan.simulate.run import Outcome
 from quantize.plan.simulated import Simulated, simulate_engines, stream_of
 from quantize.plan.sizing import Option
 from quantize.report import plan_shared
@@ -186,15 +187,15 @@ def _times(plan: Plan) -> Iterator[Item]:
     if plan.shared is not None:
         yield from plan_shared.memory(plan.shared)
     for name, option, simulated in _simulated(plan):
-        samples = simulated.outcome.samples
-        end = simulated.outcome.seconds
-        if not samples or not end:
+        outcome = _sampled(option, simulated)
+        end = outcome.seconds
+        if not end:
             continue
         moments = np.linspace(0.0, end, _MOMENTS)
         capacity = max(1, option.fit.blocks.count) * option.replicas
         full = sum(groups for window, groups in option.fit.blocks.groups if window is None) or 1
         used, running, waiting = (
-            _over(samples, moments, option.replicas, field)
+            _over(outcome, moments, option.replicas, field)
             for field in ("used", "running", "waiting")
         )
         requests = Lines(
@@ -225,19 +226,23 @@ def _times(plan: Plan) -> Iterator[Item]:
         )
 
 
+def _sampled(option: Option, simulated: Simulated) -> Outcome:
+    """The outcome with its states over time, for which equal engines serve the stream once more."""
+    if len(simulated.outcome.rows):
+        return simulated.outcome
+    stream = simulated.outcome.requests
+    parts = option.step, option.engine, option.fit.blocks, stream, option.demand, option.replicas
+    return simulate_engines(*parts, samples=True).outcome
+
+
 def _over(
-    samples: Sequence[object], moments: NDArray[np.float64], engines: int, field: str
+    outcome: Outcome, moments: NDArray[np.float64], engines: int, field: str
 ) -> NDArray[np.float64]:
     """The sum over engines of what each last said of itself before each moment."""
     total = np.zeros(len(moments))
     for engine in range(engines):
-        own = [s for s in samples if s.engine == engine]  # type: ignore[attr-defined]
-        if not own:
-            continue
-        times = np.array([s.time for s in own])  # type: ignore[attr-defined]
-        values = np.array([getattr(s, field) for s in own], dtype=float)
-        at = np.searchsorted(times, moments, side="right") - 1
-        total += np.where(at >= 0, values[np.maximum(at, 0)], 0.0)
+        own = outcome.samples_of(engine)
+        total += plan_shared.steps(own["time"], own[field], moments)
     return total
 
 

@@ -80,8 +80,8 @@ def _curves(shared: Shared, gpu: int) -> dict[str, NDArray[np.float64]]:
         key: object = i
         if memory.pools:
             key = tuple(map(id, memory.pools)), replica.option.shard.kind
-        own = [s for s in shared.outcome.samples if s.engine == i]
-        curve = _steps([s.time for s in own], [shared.kv_used(i, s.used) for s in own], moments)
+        own = shared.outcome.samples_of(i)
+        curve = steps(own["time"], own["used"] * shared.kv_used(i, 1.0), moments)
         if key in drawn:  # the same slabs, as another engine of the format saw them
             before = found.pop(drawn[key])
             if replica.demand.name not in drawn[key].split(" + "):
@@ -94,13 +94,14 @@ def _curves(shared: Shared, gpu: int) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def _steps(
-    times: list[float], values: list[float], moments: NDArray[np.float64]
+def steps(
+    times: NDArray[np.float64], values: NDArray[np.float64], moments: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    if not times:
+    """What `values` were last at each moment; 0 before the first of their `times`."""
+    if not len(times):
         return np.zeros(len(moments))
-    at = np.searchsorted(np.array(times), moments, side="right") - 1
-    return np.where(at >= 0, np.array(values)[np.maximum(at, 0)], 0.0)
+    at = np.searchsorted(times, moments, side="right") - 1
+    return np.where(at >= 0, values[np.maximum(at, 0)], 0.0)
 
 
 def memory(shared: Shared) -> Iterator[Item]:
@@ -129,8 +130,8 @@ def slabs(shared: Shared) -> Iterator[Picture]:
         if not isinstance(memory, Slabs):
             continue
         kind, size = memory.kind, memory.pool.slab_bytes
-        own = [s for s in shared.outcome.samples if s.engine == i and s.used]
-        lost = 1 - sum(s.live for s in own) / sum(s.used for s in own) if own else 0.0
+        own = shared.outcome.samples_of(i)
+        lost = 1 - float(own["live"].sum() / own["used"].sum()) if own["used"].any() else 0.0
         rows.append(
             (
                 replica.demand.name,

@@ -11,10 +11,10 @@ from quantize.errors import UsageError
 from quantize.plan.gpus import GPUS
 from quantize.plan.served import dense
 from quantize.plan.simulate.costs import model_costs
-from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.prefixes import Cached, chains
 from quantize.plan.simulate.requests import TRACE_DIR, merged, requests
 from quantize.plan.simulate.run import simulate
+from quantize.plan.simulate.setup import EngineSetup
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "traces"
 

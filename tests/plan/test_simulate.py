@@ -13,10 +13,10 @@ from quantize.plan.gpus import GPUS
 from quantize.plan.latency import Batch, StepTime
 from quantize.plan.served import KvLayer, ServedModel, dense
 from quantize.plan.simulate.costs import StepCosts, model_costs
-from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Share, Slabs
 from quantize.plan.simulate.requests import Requests, merged, poisson
 from quantize.plan.simulate.run import Outcome, simulate
+from quantize.plan.simulate.setup import EngineSetup
 from quantize.plan.slabs import KvFormat, SlabPool
 
 LLAMA = dense("8b", 32, 4096, 32, 8, 128, 14336, 128256)
@@ -124,7 +124,7 @@ def test_steps_at_once_are_steps_one_by_one(seed: int, blocks: int, sequences: i
     np.testing.assert_allclose(found.finish, expected[1], rtol=1e-9)
     assert found.preemptions == expected[2]
     assert (blocks == 60) <= (expected[2] > 0)  # the small memory is too small
-    assert share.used == 0
+    assert share.held() == (0, 0)
     # The same memory as slabs of one block is the same memory.
     kind = KvFormat(64, 4)
     pool = SlabPool(blocks * 4, 64)
@@ -168,8 +168,8 @@ def test_littles_law():
     rate = len(requests) / (times.max() - times.min())
     assert mean == pytest.approx(rate * inside.mean(), rel=1e-9)
     # The engine's own count of what it holds, over time, is that number.
-    moments = np.array([s.time for s in made.samples] + [made.seconds])
-    counted = np.array([s.running + s.waiting for s in made.samples])
+    moments = np.append(made.samples["time"], made.seconds)
+    counted = made.samples["running"] + made.samples["waiting"]
     seen = float((counted * np.diff(moments)).sum() / made.seconds)
     assert seen == pytest.approx(mean, rel=0.02)
 
@@ -259,4 +259,4 @@ def test_speed():
     requests = drawn(20.0, 6000, 23)
     begun = time.process_time()
     run(requests)
-    assert len(requests) / (time.process_time() - begun) > 25_000
+    assert len(requests) / (time.process_time() - begun) > 40_000

@@ -9,55 +9,56 @@ at once.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import ceil, sqrt
+from heapq import heapify, heappop, heappush
+from math import ceil
 
-from quantize.plan.simulate.costs import StepCosts
 from quantize.plan.simulate.memory import Memory
 from quantize.plan.simulate.policies import POLICIES, Fcfs, Queue, View
 from quantize.plan.simulate.prefixes import Cached
+from quantize.plan.simulate.setup import EngineSetup, Log
+from quantize.plan.simulate.steps import IDLE, Steps
 
-IDLE = float("inf")
-
-
-@dataclass(frozen=True)
-class EngineSetup:
-    """An engine and what it runs on."""
-
-    costs: StepCosts
-    gpus: tuple[int, ...] = (0,)
-    model: int = 0
-    batched_tokens: int = 8192
-    """Tokens of one step, vLLM's max_num_batched_tokens."""
-    sequences: int = 256
-    """Running at once, max_num_seqs."""
-    policy: str = "fcfs"
-    ttft: float = IDLE
-    """Goal, seconds, which policies that know deadlines work for."""
-    prefill_token: float = 0.0
-    """Seconds a token of a prompt takes, which they reckon with; 0: from `costs`."""
-    drop: bool = False
-    """Whether requests that cannot meet `ttft` any more are refused."""
+REQUESTS = 1 << 40
+"""More than there are requests: one number orders by step, then by request."""
 
 
-class Log:
-    """What happened to every request; times in seconds, NaN where it did not happen."""
-
-    def __init__(self, count: int) -> None:
-        nan = float("nan")
-        self.first = [nan] * count
-        self.finish = [nan] * count
-        self.dropped = [False] * count
-        self.preempted = 0
-        self.recomputed = 0
-        """Tokens that were computed again."""
-
-
-class Engine:
+class Engine(Steps):
     """State of one engine. `start` decides a step or several alike ones; `end` is when they end."""
+
+    __slots__ = (
+        "_cap",
+        "_decode",
+        "_fits",
+        "_grows",
+        "_known",
+        "_mixed",
+        "_plain",
+        "arrival",
+        "busy_seconds",
+        "costs",
+        "decoding",
+        "done",
+        "finishing",
+        "fresh",
+        "held",
+        "inputs",
+        "log",
+        "memory",
+        "outputs",
+        "partial",
+        "place",
+        "preempted",
+        "queue",
+        "resumed",
+        "running",
+        "setup",
+        "starved",
+        "step",
+        "token_seconds",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -67,8 +68,10 @@ class Engine:
         inputs: list[int],
         outputs: list[int],
         log: Log,
+        place: int = 0,
     ) -> None:
-        self.setup, self.memory, self.log = setup, memory, log
+        super().__init__()
+        self.setup, self.memory, self.log, self.place = setup, memory, log, place
         self.costs = setup.costs
         self.arrival = arrival
         self.inputs, self.outputs = inputs, outputs
@@ -77,7 +80,8 @@ class Engine:
         self._plain: deque[int] | None = None
         if isinstance(self.waiting, Fcfs) and not setup.drop:
             self._plain = self.waiting.queue
-        self._queue = self.waiting if self._plain is None else self._plain
+        self.queue = self.waiting if self._plain is None else self._plain
+        """Whose length is that of `waiting`."""
         self.resumed: deque[int] = deque()
         self.running: dict[int, None] = {}
         """Admitted requests, in that order; a partial prompt is the last."""
@@ -88,23 +92,16 @@ class Engine:
         self.held = 0
         """Tokens that decoding sequences hold."""
         self.step = 0
-        self.finishing: list[tuple[int, int]] = []
-        self.finish_step: dict[int, int] = {}
+        self.finishing: list[int] = []
+        """Heap of (step after which a decoding request ends) · REQUESTS + request."""
         self.fresh: list[int] = []
         """Whose prompt ends with the step that runs."""
-        self.end = IDLE
-        self.mixed = False
-        self.steps = 0
         self.starved = False
         """Idle with requests for which there is no memory."""
         self.busy_seconds = 0.0
         self.preempted = 0
-        self.load = 0
-        """Requests it has not answered."""
-        self.factor = 1.0
         self._decode: Callable[[int, float], float] = self.costs.decode()
         self._mixed = self.costs.mix()
-        self._began = self._x = self._t = self._g = self._slope = self._h = 0.0
         self.token_seconds = setup.prefill_token or self._per_token()
         self._cap = memory.longest_run
         self._grows = bool(memory.pools)
@@ -117,11 +114,6 @@ class Engine:
         n = self.setup.batched_tokens
         return self.costs.seconds(n, n * n / 2, 0, 0.0) / n
 
-    @property
-    def idle(self) -> bool:
-        """Whether no step runs."""
-        return self.end == IDLE
-
     def put(self, request: int) -> None:
         """Hand over a request. One that could never fit is dropped."""
         longest = self.inputs[request] + self.outputs[request] - 1
@@ -130,20 +122,23 @@ class Engine:
                 self.log.dropped[request] = True
                 return
             self._fits = longest
-        self.load += 1
+        self.log.load[self.place] += 1
         self.waiting.put(request)
 
     def start(self, now: float) -> None:
         """Decide what runs from `now` on; `end` is IDLE if there is nothing to."""
-        p, n = 0, self.decoding
-        asks = self.partial is not None or self._queue or self.resumed
-        # Without prompts the steps that there is memory for tell whether there is for one.
-        steps = self._decode_steps() if n and not asks else 0
-        if n and not steps and self.memory.run(self.step, 1) == 0:
-            self._make_room()
-            n = self.decoding
-        elif asks:
-            p, scores = self._prompts(now)
+        p, steps, n = 0, 0, self.decoding
+        if self.partial is not None or self.queue or self.resumed:
+            if n and not self.memory.run(self.step, 1):
+                self._make_room()
+                n = self.decoding
+            else:
+                p, scores = self._prompts(now)
+        elif n:
+            steps = self._decode_steps()
+            if not steps:
+                self._make_room()
+                n = self.decoding
         costs = self.costs
         if p:
             self.mixed, self.steps = True, 1
@@ -166,91 +161,65 @@ class Engine:
             self._h = h = costs.host + costs.sequence * n
             took = steps * (self.factor * (g + slope * (steps - 1) * 0.5) + h)
         else:
-            self.starved = bool(self._queue or self.resumed)
+            self.starved = bool(self.queue or self.resumed)
             self.end = IDLE
             return
         self.starved = False
         self._x, self._t, self._began = 0.0, now, now
         self.end = now + took
 
-    def _time(self, x: float) -> float:
-        """Seconds of the first `x` steps of those decided."""
-        gpu = self._g * x + self._slope * x * (x - 1.0) * 0.5
-        return self.factor * gpu + self._h * x
-
-    def _progress(self, now: float) -> None:
-        """Bring the steps done, as a fraction, up to `now`."""
-        elapsed = now - self._t
-        if elapsed > 0.0:
-            y = (self._time(self._x) if self._x else 0.0) + elapsed
-            a = self.factor * self._slope * 0.5
-            b = self.factor * (self._g - self._slope * 0.5) + self._h
-            x = (2.0 * y) / (b + sqrt(b * b + 4.0 * a * y)) if a > 0.0 else y / b
-            self._x, self._t = min(x, float(self.steps)), now
-
     def cut(self, now: float) -> None:
         """Let the steps end with the one that runs, since a request came."""
-        if self.mixed or self.steps <= 1:
+        if self.mixed or self.steps == 1:
             return
         self._progress(now)
-        steps = max(1, ceil(self._x - 1e-9))
+        x = self._x
+        steps = ceil(x - 1e-9) if x > 1.0 else 1
         if steps < self.steps:
             if self._grows:
                 self.memory.shrink(self.step, steps, self.steps)
             self.steps = steps
-            self.end = now + self._time(steps) - self._time(self._x)
-
-    def share(self, now: float, factor: float) -> None:
-        """Change how many times longer the GPU's part takes, since others began or ended."""
-        if factor == self.factor:
-            return
-        if self.end != IDLE:
-            self._progress(now)
-            self.factor = factor
-            self.end = now + self._time(self.steps) - self._time(self._x)
-        self.factor = factor
+            self.end = now + self._time(steps) - self._time(x)
 
     def finish(self) -> None:
         """Take the steps that end now."""
-        now, log = self.end, self.log
+        now, log, memory = self.end, self.log, self.memory
+        inputs, outputs = self.inputs, self.outputs
         self.busy_seconds += now - self._began
         self.step = step = self.step + self.steps
         self.held += self.decoding * self.steps
-        finishing = self.finishing
-        while finishing and finishing[0][0] <= step:
-            when, request = heapq.heappop(finishing)
-            if self.finish_step.get(request) != when:
-                continue  # thrown out since
+        finishing, above = self.finishing, (step + 1) * REQUESTS
+        while finishing and finishing[0] < above:
+            request = heappop(finishing) % REQUESTS
             log.finish[request] = now
-            del self.finish_step[request], self.running[request]
+            log.load[self.place] -= 1
+            del self.running[request]
             self.decoding -= 1
-            self.load -= 1
-            tokens = self.inputs[request] + self.outputs[request] - 1
-            self.held -= tokens
-            self.memory.release(request, step, tokens)
+            self.held -= inputs[request] + outputs[request] - 1
+            memory.release(request, step)
+        if not self.fresh:
+            return
+        first = log.first
         for request in self.fresh:
-            if log.first[request] != log.first[request]:  # NaN: not one computed again
-                log.first[request] = now + self.costs.first
-            left = self.outputs[request] - 1
-            if left == 0:
+            if first[request] != first[request]:  # NaN: not one computed again
+                first[request] = now + self.costs.first
+            left = outputs[request] - 1
+            if left:
+                self.decoding += 1
+                self.held += inputs[request]
+                heappush(finishing, (step + left) * REQUESTS + request)
+                memory.decode(request, inputs[request], step)
+            else:
                 log.finish[request] = now
-                self.load -= 1
+                log.load[self.place] -= 1
                 del self.running[request]
-                self.memory.release(request, step, self.inputs[request])
-                continue
-            self.decoding += 1
-            self.held += self.inputs[request]
-            self.finish_step[request] = step + left
-            heapq.heappush(finishing, (step + left, request))
-            self.memory.decode(request, self.inputs[request], step)
+                memory.release(request, step)
         self.fresh.clear()
 
     def _decode_steps(self) -> int:
         """Steps until a sequence ends or memory does."""
-        finishing = self.finishing
-        while self.finish_step.get(finishing[0][1]) != finishing[0][0]:
-            heapq.heappop(finishing)
-        return self.memory.run(self.step, min(finishing[0][0] - self.step, self._cap))
+        steps = self.finishing[0] // REQUESTS - self.step
+        return self.memory.run(self.step, steps if steps < self._cap else self._cap)
 
     def _make_room(self) -> None:
         """Throw out sequences until each that is left can take its next token."""
@@ -266,7 +235,10 @@ class Engine:
             self.partial = None
             self.log.recomputed += self.done
         else:
-            given = self.outputs[request] - (self.finish_step.pop(request) - self.step)
+            place = [key % REQUESTS for key in self.finishing].index(request)
+            ends = self.finishing.pop(place) // REQUESTS
+            heapify(self.finishing)
+            given = self.outputs[request] - (ends - self.step)
             tokens = self.inputs[request] + given - 1
             self.memory.release(request, self.step, tokens)
             self.decoding -= 1
@@ -279,8 +251,10 @@ class Engine:
 
     def _prompts(self, now: float) -> tuple[int, float]:
         """Fill the step with prompts: (tokens, tokens that they attend to, together)."""
-        setup, memory, inputs = self.setup, self.memory, self.inputs
-        budget = max(0, setup.batched_tokens - self.decoding)
+        setup, admit, inputs = self.setup, self.memory.admit, self.inputs
+        budget = setup.batched_tokens - self.decoding
+        if budget < 0:
+            budget = 0
         tokens, scores, after = 0, 0.0, self.step + 1
         if self.partial is not None:
             request = self.partial
@@ -293,22 +267,28 @@ class Engine:
                 self.partial = None
             if tokens == budget:
                 return tokens, scores
-        room = setup.sequences - len(self.running)
-        for queue in (self.resumed, self._chosen(now)):
+        running, find = self.running, self._known
+        room = setup.sequences - len(running)
+        plain = self._plain
+        chosen = self._chosen(now) if plain is None else plain
+        for queue in (self.resumed, chosen) if self.resumed else (chosen,):
             while queue and room > 0 and tokens < budget:
                 request = queue[0]
-                if not memory.admit(request, inputs[request], after):
+                own = inputs[request]
+                if not admit(request, own, after):
                     return tokens, scores
                 queue.popleft()
-                if queue is not self.resumed:
+                if queue is not plain and queue is not self.resumed:
                     self.waiting.take(request)
-                self.running[request] = None
+                running[request] = None
                 room -= 1
-                known = self._known(request) if self._known is not None else 0
-                n = min(budget - tokens, inputs[request] - known)
+                known = find(request) if find is not None else 0
+                n = own - known
+                if n > budget - tokens:
+                    n = budget - tokens
                 scores += n * (known + 0.5 * n)
                 tokens += n
-                if known + n == inputs[request]:
+                if known + n == own:
                     self.fresh.append(request)
                 else:
                     self.partial, self.done = request, known + n
@@ -316,8 +296,6 @@ class Engine:
 
     def _chosen(self, now: float) -> deque[int]:
         """Waiting requests in the order in which the policy admits them; refused ones are gone."""
-        if self._plain is not None:
-            return self._plain
         if not self.waiting:
             return deque()
         setup = self.setup
@@ -329,7 +307,7 @@ class Engine:
             setup.drop,
         )
         order, refused = self.waiting.choose(view)
-        self.load -= len(refused)
+        self.log.load[self.place] -= len(refused)
         for request in refused:
             self.log.dropped[request] = True
         return order

@@ -40,17 +40,12 @@ class Memory(Protocol):
     def shrink(self, step: int, kept: int, steps: int) -> None:
         """Give back those of all but the first `kept` steps."""
 
-    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
-        """Give back all of a request. step: that runs next; computed: tokens of the request whose keys
-        and values are there."""
+    def release(self, request: int, step: int = 0, computed: int | None = None) -> None:
+        """Give back all of a request. step: that runs next; computed: tokens whose keys and values are
+        there, of one that is thrown out and comes again; None: it is answered."""
 
-    @property
-    def used(self) -> float:
-        """Bytes or blocks in use, of `capacity`."""
-
-    @property
-    def live(self) -> float:
-        """Those of `used` that blocks of requests lie on."""
+    def held(self) -> tuple[float, float]:
+        """(bytes or blocks in use, of `capacity`; those of them that blocks of requests lie on)."""
 
     @property
     def capacity(self) -> float:
@@ -75,9 +70,9 @@ class Share:
         self.blocks, self.block_tokens, self.extra = blocks, block_tokens, extra
         self.base = 0
         self._of: dict[int, int] = {}
-        """Blocks at admission."""
-        self._phase: dict[int, tuple[int, int]] = {}
-        """Decoding request → its phase and what it has in `base`."""
+        """What a request has in `base`."""
+        self._phase: dict[int, int] = {}
+        """Of a decoding request."""
         self._counts = [0] * block_tokens
         self._sum = self._decoding = self._step = 0
 
@@ -110,10 +105,10 @@ class Share:
     def decode(self, request: int, tokens: int, step: int) -> None:
         """See `Memory`."""
         b = self.block_tokens
-        phase = (tokens - step) % b
+        self._phase[request] = phase = (tokens - step) % b
         before = (phase + step - 1) // b
         self.base -= before
-        self._phase[request] = (phase, before)
+        self._of[request] -= before
         self._counts[phase] += 1
         self._sum += phase
         self._decoding += 1
@@ -121,7 +116,8 @@ class Share:
     def run(self, step: int, steps: int) -> int:
         """See `Memory`."""
         self._step = step
-        if self.fits(step + steps):
+        after = (self._sum + self._decoding * (step + steps - 1)) // self.block_tokens
+        if after <= self.blocks - self.base or self.fits(step + steps):
             return steps
         low, high = 0, steps  # the largest number of steps whose blocks are free
         while high - low > 1:
@@ -135,26 +131,19 @@ class Share:
     def shrink(self, step: int, kept: int, steps: int) -> None:
         """Nothing to do, as for `grow`."""
 
-    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
+    def release(self, request: int, step: int = 0, computed: int | None = None) -> None:
         """See `Memory`."""
         self.base -= self._of.pop(request)
-        begun = self._phase.pop(request, None)
-        if begun is not None:
-            phase, before = begun
-            self.base += before
+        phase = self._phase.pop(request, None)
+        if phase is not None:
             self._counts[phase] -= 1
             self._sum -= phase
             self._decoding -= 1
 
-    @property
-    def used(self) -> float:
-        """Blocks."""
-        return self.taken(self._step)
-
-    @property
-    def live(self) -> float:
-        """Blocks."""
-        return self.used
+    def held(self) -> tuple[float, float]:
+        """Blocks, twice."""
+        taken = self.taken(self._step)
+        return taken, taken
 
     @property
     def capacity(self) -> float:
@@ -239,22 +228,16 @@ class Slabs:
         self.pool.give(back)
         del self._grown[stay:]
 
-    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
+    def release(self, request: int, step: int = 0, computed: int | None = None) -> None:
         """See `Memory`."""
         self.pool.give(self._of.pop(request))
         phase = self._phase.pop(request, None)
         if phase is not None:
             del self._phases[phase][request]
 
-    @property
-    def used(self) -> float:
-        """Bytes of the slabs that its format holds."""
-        return self.pool.held(self.kind)[0]
-
-    @property
-    def live(self) -> float:
-        """Bytes of its format's blocks that are taken."""
-        return self.pool.held(self.kind)[1]
+    def held(self) -> tuple[float, float]:
+        """Bytes: of the slabs that its format holds, and of its blocks that are taken."""
+        return self.pool.held(self.kind)
 
     @property
     def capacity(self) -> float:
@@ -302,20 +285,15 @@ class Everywhere:
         for part in self.parts:
             part.shrink(step, kept, steps)
 
-    def release(self, request: int, step: int = 0, computed: int = 0) -> None:
+    def release(self, request: int, step: int = 0, computed: int | None = None) -> None:
         """See `Memory`."""
         for part in self.parts:
             part.release(request)
 
-    @property
-    def used(self) -> float:
-        """Of the GPU that holds most."""
-        return max(part.used for part in self.parts)
-
-    @property
-    def live(self) -> float:
-        """Of the GPU that holds most."""
-        return max(part.live for part in self.parts)
+    def held(self) -> tuple[float, float]:
+        """Of the GPUs that hold most."""
+        used, live = zip(*(part.held() for part in self.parts), strict=True)
+        return max(used), max(live)
 
     @property
     def capacity(self) -> float:

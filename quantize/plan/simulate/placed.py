@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.plan.placement import Cluster, Placement
-from quantize.plan.simulate.engine import EngineSetup
 from quantize.plan.simulate.memory import Everywhere, Memory, Share, Slabs
+from quantize.plan.simulate.setup import EngineSetup
 from quantize.plan.slabs import SlabPool, Tenant, fixed_pools
 
 Pools = Callable[[int, Sequence[Tenant]], Mapping[str, SlabPool]]

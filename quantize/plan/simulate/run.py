@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.plan.simulate.engine import IDLE, Engine, EngineSetup, Log
+from quantize.plan.simulate.engine import Engine
 from quantize.plan.simulate.memory import Memory
 from quantize.plan.simulate.requests import Requests
+from quantize.plan.simulate.setup import EngineSetup, Log
+from quantize.plan.simulate.steps import IDLE
 
-
-@dataclass(frozen=True)
-class Sample:
-    """The state when an engine decided on its next steps."""
-
-    time: float
-    engine: int
-    running: int
-    waiting: int
-    used: float
-    """Bytes or blocks of its memory; of slabs, those of all engines of its format."""
-    live: float
-    """Of these, what blocks of requests lie on."""
+Row = tuple[float, int, int, int, float, float]
+"""Values of SAMPLE."""
+SAMPLE = np.dtype(
+    [
+        ("time", np.float64),
+        ("engine", np.int64),
+        ("running", np.int64),
+        ("waiting", np.int64),
+        ("used", np.float64),
+        ("live", np.float64),
+    ]
+)
+"""The state when an engine decided on its next steps. `used`: bytes or blocks of its memory, of slabs
+those of all engines of its format; `live`: of these, what blocks of requests lie on."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,20 @@ class Outcome:
     """From the start to the last event."""
     busy: tuple[float, ...]
     """Seconds in which each engine computed."""
-    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    rows: Sequence[Row] = field(default=(), repr=False)
+    """Of `samples`."""
     preempted: tuple[int, ...] = ()
     """`preemptions` of each engine."""
+
+    @cached_property
+    def samples(self) -> NDArray[np.void]:
+        """States of the engines over time, SAMPLE each; none where they were not asked for."""
+        return np.array(list(self.rows), dtype=SAMPLE)
+
+    def samples_of(self, engine: int) -> NDArray[np.void]:
+        """Those of one engine."""
+        found: NDArray[np.void] = self.samples[self.samples["engine"] == engine]
+        return found
 
     @property
     def ttft(self) -> NDArray[np.float64]:
@@ -86,9 +101,9 @@ def simulate(
     """
     arrival, outputs = requests.arrival.tolist(), requests.output.tolist()
     inputs = requests.input.tolist()
-    log = Log(len(arrival))
+    log = Log(len(arrival), len(engines))
     shared = (arrival, inputs, outputs, log)
-    made = [Engine(setup, memory, *shared) for setup, memory in engines]
+    made = [Engine(setup, memory, *shared, i) for i, (setup, memory) in enumerate(engines)]
     clock = _Clock(made, requests, log, samples)
     seconds = clock.run(until)
     return Outcome(
@@ -100,7 +115,7 @@ def simulate(
         log.recomputed,
         seconds,
         tuple(engine.busy_seconds for engine in made),
-        tuple(clock.samples),
+        clock.rows,
         tuple(engine.preempted for engine in made),
     )
 
@@ -114,7 +129,7 @@ class _Clock:
         for i, engine in enumerate(engines):
             self.serving.setdefault(engine.setup.model, []).append(i)
         self.ends = [IDLE] * len(engines)
-        self.record, self.samples = samples, list[Sample]()
+        self.record, self.rows = samples, list[Row]()
         self.neighbours = [
             [
                 j
@@ -123,7 +138,7 @@ class _Clock:
             ]
             for i, engine in enumerate(engines)
         ]
-        self.alone = not any(self.neighbours)
+        self.crowded = any(self.neighbours)
         self.on_gpu = {g: 0 for engine in engines for g in engine.setup.gpus}
         self.active = [False] * len(engines)
         most = {g: sum(g in e.setup.gpus for e in engines) for g in self.on_gpu}
@@ -139,21 +154,25 @@ class _Clock:
     def run(self, until: float) -> float:
         arrival, models, ends, engines = self.arrival, self.models, self.ends, self.engines
         single = len(engines) == 1
-        simple = self.alone and not self.record and not any(self.same_pool)
+        simple = not (self.crowded or self.record or any(self.same_pool))
+        serving, load = self.serving, self.log.load
         count, i, now = len(arrival), 0, 0.0
+        end = IDLE
         while True:
-            end = ends[0] if single else min(ends)
             due = arrival[i] if i < count else IDLE
-            if (due if due <= end else end) > until:
-                return until
             if due <= end:
+                if due > until:
+                    return until
                 if due == IDLE:
                     return now
                 now = due
-                e = self._engine_for(models[i])
-                if e is None:
+                own = serving.get(models[i])
+                if own is None:
                     self.log.dropped[i] = True
                 else:
+                    # The first with the least to do; quicker where all are of the model.
+                    all_own = len(own) == len(load)
+                    e = load.index(min(load)) if all_own else min(own, key=load.__getitem__)
                     engine = engines[e]
                     engine.put(i)
                     if engine.end == IDLE:
@@ -162,11 +181,16 @@ class _Clock:
                             ends[e] = engine.end
                         else:
                             self._start(e, now)
+                            end = min(ends)
                     elif not engine.mixed:
                         engine.cut(now)
                         ends[e] = engine.end
+                    if ends[e] < end:
+                        end = ends[e]
                 i += 1
             else:
+                if end > until:
+                    return until
                 now = end
                 e = 0 if single else ends.index(end)
                 engine = engines[e]
@@ -178,31 +202,19 @@ class _Clock:
                     self._start(e, now)
                     if self.same_pool[e]:
                         self._wake(e, now)
-
-    def _engine_for(self, model: int) -> int | None:
-        serving = self.serving.get(model)
-        if not serving:
-            return None
-        best, engines = serving[0], self.engines
-        if len(serving) > 1:
-            least = engines[best].load
-            for e in serving:
-                if (load := engines[e].load) < least:
-                    best, least = e, load
-        return best
+                end = ends[0] if single else min(ends)
 
     def _start(self, e: int, now: float) -> None:
         """Let an engine decide on its next steps."""
         engine = self.engines[e]
         engine.start(now)
-        if not self.alone:
+        if self.crowded:
             self._share(e, now)
         self.ends[e] = engine.end
         if self.record:
-            waiting = len(engine.waiting) + len(engine.resumed)
-            memory = engine.memory
-            sample = Sample(now, e, len(engine.running), waiting, memory.used, memory.live)
-            self.samples.append(sample)
+            waiting = len(engine.queue) + len(engine.resumed)
+            used, live = engine.memory.held()
+            self.rows.append((now, e, len(engine.running), waiting, used, live))
 
     def _wake(self, e: int, now: float) -> None:
         """Let those try again that had no memory, since an engine may have given some back."""
