@@ -135,6 +135,8 @@ def _chosen(name: str, option: Option) -> str:
 
 def _sharing(plan: Plan, shared: Shared) -> str:
     """What sharing brings, and how it was reckoned."""
+    from quantize.plan.shared import WHOLE
+
     alone = "more than there are" if shared.alone is None else str(shared.alone)
     least = min(shared.attainment)
     assert plan.request.sharing is not None
@@ -143,7 +145,7 @@ def _sharing(plan: Plan, shared: Shared) -> str:
         f"Shared: {plan.gpus} GPU{'s' * (plan.gpus > 1)}; with GPUs of their own the same models take "
         f"{alone}. Goals met by {least:.1%} of requests, least of all models, simulated together: "
         f"engines of one GPU take turns. Placement {how.placement}, memory {how.memory}, order "
-        f"{how.policy}."
+        f"{how.policy}." + (f" {WHOLE}" if shared.whole else "")
     )
 
 

@@ -63,6 +63,7 @@ def shared_json(shared: Shared | None) -> dict[str, Any] | None:
         "attainment": {d.name: a for d, a in zip(shared.asked, shared.attainment, strict=True)},
         "load": shared.placement.load(shared.cluster),
         "preemptions": shared.outcome.preemptions,
+        "prefix_cache": not shared.whole,
         "engines": [
             {
                 "name": replica.demand.name,
@@ -117,6 +118,7 @@ def option_json(option: Option, errors: dict[str, Error]) -> dict[str, Any]:
             "tpot": [_range(errors["tpot"].around(value)) for value in simulated.tpot],
             "tokens_per_second": simulated.tokens_per_second,
             "preemptions": simulated.preemptions,
+            "prefix_hit_rate": simulated.outcome.hit_rate,
             "busy": simulated.busy,
         }
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from quantize.plan.served import ServedModel
 from quantize.plan.simulate.costs import model_costs
 from quantize.plan.simulate.memory import Memory, Share
 from quantize.plan.simulate.placed import Pools, Serving, engines
+from quantize.plan.simulate.prefixes import Chains, chains
 from quantize.plan.simulate.requests import Requests, poisson, requests
 from quantize.plan.simulate.run import Outcome, simulate
 from quantize.plan.simulate.setup import EngineSetup
@@ -36,6 +37,12 @@ PLACEMENTS: Mapping[str, Callable[[Sequence[asking.Demand], Cluster], Placement]
     "fineserve": fineserve,
     "prism": prism,
 }
+BLOCK = 16
+"""Tokens of a block of KV cache."""
+WHOLE = (
+    "Prompts that begin alike are computed whole: slabs keep no prefixes here. memory: shares has a "
+    "prefix cache for each engine."
+)
 _COUNT = 2000
 """Requests that are drawn for each model in the mean."""
 _LEAST = 300
@@ -58,8 +65,15 @@ class Shared:
     """Share of the requests of each demand that met its goals."""
     asked: tuple[asking.Demand, ...] = ()
     """What was placed."""
+    chains: Mapping[str, Chains] = field(default_factory=dict, repr=False)
+    """By model, where its engines keep a prefix cache; see `chains_of`."""
     alone: int | None = None
     """GPUs that the same models take if each engine has its own; None where there are not so many."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether prompts that begin alike are computed whole, since slabs keep no prefixes."""
+        return not self.chains and bool(self.outcome.requests.prefix.any())
 
     def held(self, replica: int) -> int:
         """Bytes of weights, activations and graphs of an engine on each of its GPUs."""
@@ -91,7 +105,7 @@ def kv_format(model: ServedModel, tp: int) -> KvFormat:
         )
     latent = all(layer.heads == 1 for layer in model.kv) and model.latent_dim > 0
     parts = len(model.kv) * (1 if latent else 2)
-    return KvFormat(math.ceil(16 * model.kv_bytes_per_token(tp) / parts), parts, 16)
+    return KvFormat(math.ceil(BLOCK * model.kv_bytes_per_token(tp) / parts), parts, BLOCK)
 
 
 def demand_of(
@@ -150,9 +164,23 @@ def streams_of(demands: Sequence[Demand], seed: int = 0) -> list[Requests]:
             count = max(_LEAST, round(rate * span))
             draw = np.random.default_rng((seed, i))
             stream = poisson(rate, count, draw, demand.input, demand.output, demand.spread)
-        stream = clipped(stream, demand)
-        found.append(replace(stream.for_model(i), prefix=np.zeros_like(stream.prefix)))
+        stream = clipped(stream, demand).for_model(i)
+        if not demand.prefix_cache:
+            zeros = np.zeros_like(stream.prefix)
+            stream = replace(stream, prefix=zeros, source=zeros - 1)
+        found.append(stream)
     return found
+
+
+def chains_of(request: Request, names: Sequence[str], stream: Requests) -> Mapping[str, Chains]:
+    """Prompts in pieces for each model whose engines find prefixes again; none of those in slabs, which
+    keep nothing of answered requests."""
+    assert request.sharing is not None
+    begun = set(stream.model[stream.prefix > 0].tolist())
+    if not begun or request.sharing.memory != "shares":
+        return {}
+    made = chains(stream, BLOCK)
+    return {name: made for i, name in enumerate(names) if i in begun}
 
 
 def serve(
@@ -161,17 +189,18 @@ def serve(
     stream: Requests,
     gpu: Gpu,
     cluster: Cluster,
+    chained: Mapping[str, Chains],
     samples: bool = False,
 ) -> Shared | None:
     """Place all demands on a cluster and serve the stream; None where one has no place.
 
-    samples: record the engines' states over time.
+    chained: of the stream, by `chains_of`. samples: record the engines' states over time.
     """
     assert request.sharing is not None
     placement = PLACEMENTS[request.sharing.placement](asked, cluster)
     if placement.unplaced:
         return None
-    return run(request, tuple(asked), placement, stream, gpu, cluster, samples)
+    return run(request, tuple(asked), placement, stream, gpu, cluster, chained, samples)
 
 
 def run(
@@ -181,9 +210,10 @@ def run(
     stream: Requests,
     gpu: Gpu,
     cluster: Cluster,
+    chained: Mapping[str, Chains],
     samples: bool = False,
 ) -> Shared:
-    """Serve a stream by engines that stand already."""
+    """Serve a stream by engines that stand already; see `serve`."""
     sharing = request.sharing
     assert sharing is not None
     engine = engine_for(gpu)
@@ -193,20 +223,23 @@ def run(
         _pools(sharing.memory, engine.batched_tokens),
         engine.batched_tokens,
         engine.max_sequences,
+        chains=chained,
     )
     made = engines(placement, cluster, [demand.name for demand in asked], how)
     outcome = simulate(stream, made, samples=samples)
     goals = (np.array([getattr(one, goal) for one in asked]) for goal in ("ttft", "tpot"))
     met = outcome.met(*(goal[stream.model] for goal in goals))
     shares = tuple(float(met[stream.model == i].mean()) for i in range(len(asked)))
-    return Shared(gpu, cluster, placement, tuple(made), outcome, shares, asked)
+    return Shared(gpu, cluster, placement, tuple(made), outcome, shares, asked, chained)
 
 
 def again(request: Request, found: Shared, factor: float) -> Shared:
     """The same engines with the same requests, which come so many times as fast."""
     stream = found.outcome.requests
     faster = stream.at_rate(stream.rate * factor)
-    return run(request, found.asked, found.placement, faster, found.gpu, found.cluster)
+    return run(
+        request, found.asked, found.placement, faster, found.gpu, found.cluster, found.chains
+    )
 
 
 def _pools(memory: str, batched_tokens: int) -> Pools | None:

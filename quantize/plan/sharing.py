@@ -14,8 +14,9 @@ from quantize.plan.memory import Fit, Memory, blocks_of, engine_for, memory_of
 from quantize.plan.placement import Cluster
 from quantize.plan.request import Demand, Request
 from quantize.plan.served import ServedModel
-from quantize.plan.shared import Shared, demand_of, meets, serve, streams_of
+from quantize.plan.shared import Shared, chains_of, demand_of, meets, serve, streams_of
 from quantize.plan.simulate.costs import StepCosts
+from quantize.plan.simulate.prefixes import Chains
 from quantize.plan.simulate.requests import Requests, merged
 from quantize.plan.simulate.run import Outcome
 from quantize.plan.simulated import Simulated, judged
@@ -37,6 +38,7 @@ class _Asked:
     stream: Requests
     gpu: Gpu
     per_node: int
+    chains: Mapping[str, Chains]
 
     def on(self, gpus: int, samples: bool = False) -> Shared | None:
         """Served by so many GPUs; None where a model has no place. samples: with the states over
@@ -44,7 +46,8 @@ class _Asked:
         share = min(demand.utilization for demand in self.request.models)
         room = int(self.gpu.memory_bytes * share)
         cluster = Cluster(gpus, room, self.per_node)
-        return serve(self.request, self.demands, self.stream, self.gpu, cluster, samples)
+        stream, chained = self.stream, self.chains
+        return serve(self.request, self.demands, stream, self.gpu, cluster, chained, samples)
 
     def does(self, gpus: int) -> bool:
         """Whether so many GPUs do."""
@@ -64,7 +67,9 @@ def _asked(request: Request, models: Mapping[str, ServedModel], constants: Const
         demand_of(one, name_of(one), models[name_of(one)], nodes.kind, nodes.gpus, own, constants)
         for one, own in zip(request.models, streams, strict=True)
     )
-    return _Asked(request, models, demands, merged(streams), nodes.kind, nodes.gpus)
+    stream = merged(streams)
+    chained = chains_of(request, [one.name for one in demands], stream)
+    return _Asked(request, models, demands, stream, nodes.kind, nodes.gpus, chained)
 
 
 def plan_of(
@@ -178,6 +183,7 @@ def _simulated(shared: Shared, index: int, mine: list[int], demand: Demand) -> S
         tuple(whole.busy[i] for i in mine),
         [(time, mine.index(e), *rest) for time, e, *rest in whole.rows if e in mine],  # type: ignore[misc]
         tuple(whole.preempted[i] for i in mine),
+        tuple(whole.found[i] for i in mine),
     )
     return judged(part, demand)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from quantize.pictures import Bars, Histogram, Lines, Picture, Table
 from quantize.plan.deploy import Plan, name_of
 from quantize.plan.latency import ERRORS, Error
+from quantize.plan.shared import WHOLE
 from quantize.plan.shortage import shortages
 from quantize.plan.simulate.run import Outcome
 from quantize.plan.simulated import Simulated, simulate_engines, stream_of
@@ -44,6 +45,8 @@ def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) 
         f"{s.name}: short of {s.short}, {s.by}. Nearest change: {'; '.join(s.remedies) or 'none'}."
         for s in short
     ]
+    if plan.shared is not None and plan.shared.whole:
+        warnings.append(WHOLE)
     sections = [
         Section(
             "gpus",

@@ -282,7 +282,11 @@ class Engine(Steps):
                     self.waiting.take(request)
                 running[request] = None
                 room -= 1
-                known = find(request) if find is not None else 0
+                known = 0
+                if find is not None:
+                    known = find(request)
+                    if queue is not self.resumed:  # one thrown out finds itself
+                        self.log.found[self.place] += known
                 n = own - known
                 if n > budget - tokens:
                     n = budget - tokens

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantize.plan.placement import Cluster, Placement
 from quantize.plan.simulate.memory import Everywhere, Memory, Share, Slabs
+from quantize.plan.simulate.prefixes import Cached, Chains
 from quantize.plan.simulate.setup import EngineSetup
 from quantize.plan.slabs import SlabPool, Tenant, fixed_pools
 
@@ -28,6 +29,8 @@ class Serving:
     """Tokens that each engine can always hold in slabs."""
     token_seconds: Mapping[str, float] | None = None
     """Demand → seconds a token of a prompt, for policies; None: from its costs."""
+    chains: Mapping[str, Chains] = field(default_factory=dict)
+    """Demand → the prompts of all requests, where its engines keep a prefix cache; fixed shares only."""
 
 
 def engines(
@@ -73,7 +76,9 @@ def engines(
             how.drop,
         )
         memory: Memory
-        if not how.pools:
+        if not how.pools and name in how.chains:
+            memory = Cached(shares[i], how.chains[name], tenants[i].kind.tokens)
+        elif not how.pools:
             memory = Share(shares[i], tenants[i].kind.tokens)
         elif len(memories[i]) == 1:
             memory = memories[i][0]

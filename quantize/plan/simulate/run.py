@@ -51,6 +51,8 @@ class Outcome:
     """Of `samples`."""
     preempted: tuple[int, ...] = ()
     """`preemptions` of each engine."""
+    found: tuple[int, ...] = ()
+    """Tokens of prompts that each engine took from its prefix cache."""
 
     @cached_property
     def samples(self) -> NDArray[np.void]:
@@ -80,6 +82,13 @@ class Outcome:
         was not."""
         with np.errstate(invalid="ignore"):
             return (self.ttft <= ttft) & (self.tpot <= tpot)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens of answered prompts that prefix caches held."""
+        admitted = ~self.dropped & ~np.isnan(self.first)
+        every = int(self.requests.input[admitted].sum())
+        return sum(self.found) / every if every else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -117,6 +126,7 @@ def simulate(
         tuple(engine.busy_seconds for engine in made),
         clock.rows,
         tuple(engine.preempted for engine in made),
+        tuple(log.found),
     )
 
 

@@ -39,5 +39,7 @@ class Log:
         self.preempted = 0
         self.recomputed = 0
         """Tokens that were computed again."""
+        self.found = [0] * engines
+        """Tokens of new prompts that each engine took from its prefix cache."""
         self.load = [0] * engines
         """Requests that each engine has not answered."""
