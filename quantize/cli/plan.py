@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context_of_call: typer.Context,
     file: Annotated[
         Path | None,
         typer.Argument(metavar="FILE", help="YAML file of models and a cluster."),
@@ -94,7 +95,9 @@ def plan(
         os.environ[TRACE_DIR] = str(trace_dir)
     if (file is None) == (model is None):
         raise UsageError("give a FILE, or --model with --gpu")
+    _together(emit, html, as_json, compare, profile)
     if file is not None:
+        _nothing_beside(file, context_of_call)
         request = load_request(file)
         if compare and len(request.models) > 1:
             raise UsageError("--compare goes with one model; this FILE has more")
@@ -145,6 +148,50 @@ def plan(
             print_comparison([found, *others])
     if not found.feasible:
         raise PlanError(f"no plan: {', '.join(found.missing)} cannot be served as asked")
+
+
+def _together(
+    emit: str | None,
+    html: Path | None,
+    as_json: bool,
+    compare: list[str] | None,
+    profile: str | None,
+) -> None:
+    """Refuse, before anything is read, what does not go together. UsageError."""
+    from quantize.plan.emit import KINDS
+
+    if emit is not None and emit not in KINDS:
+        raise UsageError(f"--emit {emit}: choose one of {', '.join(KINDS)}")
+    beside = [("--html", html is not None), ("--json", as_json), ("--compare", bool(compare))]
+    for option, given in beside:
+        if emit is not None and given:
+            raise UsageError(f"--emit prints one kind of file alone; leave {option} out")
+    if compare and profile is not None:
+        raise UsageError("--compare: --profile has measured one checkpoint; leave one of them out")
+    if html is not None and html.suffix not in (".html", ".htm"):
+        raise UsageError(f"--html {html}: must end in .html; the JSON goes beside it")
+
+
+_OF_ONE = {
+    name: "--" + name.removesuffix("_tokens")
+    for name in (
+        *("gpu", "gpus", "nodes", "tp", "context", "input_tokens", "output_tokens", "sequences"),
+        *("rate", "trace", "ttft", "tpot", "attainment", "kv"),
+    )
+}
+"""What a FILE says itself, as parameters and options."""
+
+
+def _nothing_beside(file: Path, context: typer.Context) -> None:
+    """Refuse options that only go with --model. UsageError."""
+    given = [
+        option
+        for name, option in _OF_ONE.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        verb = "goes" if len(given) == 1 else "go"
+        raise UsageError(f"{', '.join(given)} {verb} with --model; write it into {file}")
 
 
 def _models(request: Request) -> dict[str, ServedModel]:
@@ -249,8 +296,6 @@ def _profile(given: str, request: Request) -> dict[int, StepCosts]:
 
 
 def _page(found: Plan, path: Path, errors: dict[str, Error]) -> None:
-    if path.suffix not in (".html", ".htm"):
-        raise UsageError(f"--html {path}: must end in .html; the JSON goes beside it")
     from quantize.report.html import write_page
     from quantize.report.plan import plan_report
     from quantize.version import __version__

@@ -58,6 +58,7 @@ def print_plan(
     if plan.engines:
         _print_places(console, plan)
     if plan.shared is not None:
+        console.print(_shared_table(plan, errors))
         console.print(_sharing(plan, plan.shared))
     if measured:
         console.print("Times of steps are those of the profile.")
@@ -131,6 +132,33 @@ def _chosen(name: str, option: Option) -> str:
     )
     each = "GPU" if option.tp == 1 else "GPUs"
     return f"{name}: {engines} of {option.tp} {option.gpu.name} {each}; a GPU {spent}"
+
+
+def _shared_table(plan: Plan, errors: dict[str, Error]) -> Table:
+    """What became of each model's requests; times are those that the share asked for stays below."""
+    import numpy as np
+
+    table = titled_table("requests simulated together")
+    for column in ("model", "TTFT", "TPOT, ms", "tokens/s", "cached", "met"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for name, option in plan.chosen.items():
+        if (found := option.simulated) is None:
+            continue
+        made, share = found.outcome, option.demand.attainment
+        done = ~np.isnan(made.finish)
+        ttft, tpot = (
+            float(np.quantile(values[done], share)) if done.any() else float("nan")
+            for values in (made.ttft, made.tpot)
+        )
+        table.add_row(
+            printable(name),
+            f"p{100 * share:.0f} {_seconds(errors['ttft'].around(ttft))}",
+            _milliseconds(errors["tpot"].around(tpot)),
+            f"{found.tokens_per_second:,.0f}",
+            f"{made.hit_rate:.0%}" if any(made.found) else "-",
+            f"{found.attainment:.1%}",
+        )
+    return table
 
 
 def _sharing(plan: Plan, shared: Shared) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from quantize.pictures import Bars, Histogram, Lines, Picture, Table
 from quantize.plan.deploy import Plan, name_of
 from quantize.plan.latency import ERRORS, Error
-from quantize.plan.shared import WHOLE
+from quantize.plan.shared import WHOLE, Shared
 from quantize.plan.shortage import shortages
 from quantize.plan.simulate.run import Outcome
 from quantize.plan.simulated import Simulated, simulate_engines, stream_of
@@ -30,6 +30,9 @@ _BINS = 32
 def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) -> Report:
     """Make the page's data; goals over the rate are simulated here, a second or so for a model."""
     names = [name_of(demand) for demand in plan.request.models]
+    faster: Mapping[float, Shared] = {}
+    if plan.shared is not None:
+        faster = plan_shared.faster(plan, plan.shared, _FACTORS)
     kinds = ", ".join(sorted({option.gpu.name for option in plan.chosen.values()}))
     headlines = [
         Headline("GPUs", str(plan.gpus), kinds or "none", float(plan.gpus)),
@@ -59,7 +62,7 @@ def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) 
             "goals",
             "Goals over the rate",
             "The same engines, with the same requests coming slower or faster.",
-            list(_rates(plan)),
+            list(plan_shared.rates(faster) if faster else _rates(plan)),
         ),
         Section(
             "time",
@@ -79,7 +82,7 @@ def plan_report(plan: Plan, version: str, errors: Mapping[str, Error] = ERRORS) 
             + ".",
             list(_latencies(plan)),
         ),
-        Section("binds", "What binds", "Every way to run each model.", [_options(plan)]),
+        Section("binds", "What binds", *_binds(plan, faster)),
     ]
     title = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
     subtitle = "meets its goals" if plan.feasible else "does not meet all goals"
@@ -156,9 +159,6 @@ def _simulated(plan: Plan) -> Iterator[tuple[str, Option, Simulated]]:
 
 
 def _rates(plan: Plan) -> Iterator[Item]:
-    if plan.shared is not None:
-        yield from plan_shared.rates(plan, plan.shared, _FACTORS)
-        return
     series: dict[str, list[float | None]] = {}
     for name, option, _ in _simulated(plan):
         stream = stream_of(option.demand)
@@ -277,6 +277,13 @@ def _histogram(name: str, values: NDArray[np.float64], goal: float | None) -> Hi
     beyond = len(values) - len(inside)
     caption = f"{beyond} of {len(values)} lie beyond the right edge." if beyond else ""
     return Histogram(name, caption, edges.tolist(), counts.tolist(), points, unit, "requests")
+
+
+def _binds(plan: Plan, faster: Mapping[float, Shared]) -> tuple[str, list[Item]]:
+    if faster:
+        what = "What is missed first where requests come faster than asked for."
+        return what, [plan_shared.binding(plan, faster)]
+    return "Every way to run each model.", [_options(plan)]
 
 
 def _options(plan: Plan) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,14 +151,49 @@ def slabs(shared: Shared) -> Iterator[Picture]:
         yield Table("Slabs", caption, columns, rows, ("", "d", ",.0f", "d", ".2f", ".1f"))
 
 
-def rates(plan: Plan, shared: Shared, factors: tuple[float, ...]) -> Iterator[Item]:
+def faster(plan: Plan, shared: Shared, factors: Sequence[float]) -> dict[float, Shared]:
+    """The same engines with the requests coming so many times as fast."""
+    return {factor: again(plan.request, shared, factor) for factor in factors}
+
+
+def rates(found: Mapping[float, Shared]) -> Iterator[Item]:
     """Goals met by all models over the rate, their engines standing where they stand."""
-    found = [again(plan.request, shared, factor).attainment for factor in factors]
+    factors = tuple(found)
     series = {
-        demand.name: [attainment[i] for attainment in found]
-        for i, demand in enumerate(shared.asked)
+        demand.name: [shared.attainment[i] for shared in found.values()]
+        for i, demand in enumerate(found[factors[0]].asked)
     }
     caption = (
         "Share of requests that meet all goals, over the rate as a multiple of that asked for."
     )
     yield Lines("Goals met", caption, factors, series, "× the rate asked for", "share of requests")
+
+
+def binding(plan: Plan, found: Mapping[float, Shared]) -> Table:
+    """Up to which of the rates looked at each model meets its goals, and what it misses above."""
+    rows: list[tuple[str, float | None, float | None, str]] = []
+    for i, demand in enumerate(plan.request.models):
+        held = [f for f, one in found.items() if one.attainment[i] >= demand.attainment]
+        above = [f for f in found if not held or f > max(held)]
+        name = next(iter(found.values())).asked[i].name
+        what = _missed(found[min(above)], i) if above else "nothing"
+        rows.append((name, max(held, default=None), min(above, default=None), what))
+    caption = (
+        "As multiples of the rate asked for. Memory: engines threw out requests for want of blocks; "
+        "ttft and tpot: the goal that more of the late requests miss."
+    )
+    columns = ("model", "goals met up to ×", "missed at ×", "what binds there")
+    return Table("What binds first", caption, columns, rows, ("", ".2f", ".2f", ""))
+
+
+def _missed(shared: Shared, index: int) -> str:
+    """Which goal a model's requests miss most, or that memory is short."""
+    asked, made = shared.asked[index], shared.outcome
+    engines = enumerate(shared.placement.replicas)
+    if any(made.preempted[i] for i, one in engines if one.demand.name == asked.name):
+        return "memory"
+    own = made.requests.model == index
+    with np.errstate(invalid="ignore"):
+        late = int((~(made.ttft[own] <= asked.ttft)).sum())
+        slow = int((made.tpot[own] > asked.tpot).sum())
+    return "ttft" if late >= slow else "tpot"

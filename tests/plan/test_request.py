@@ -68,6 +68,11 @@ def test_all_mistakes_are_told_at_once():
     with pytest.raises(RecipeError) as err:
         parse_request(text, "plan.yaml")
     assert len(str(err.value).split("\n")) == 2
+    only = "models:\n  - {model: a, rate: no}\ncluster:\n  - {gpu: h1000}\n"
+    with pytest.raises(RecipeError) as err:
+        parse_request(only, "plan.yaml")
+    assert "the list is empty" not in str(err.value)
+    assert len(str(err.value).split("\n")) == 2
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "models: 3", "models: []\ncluster: []"])

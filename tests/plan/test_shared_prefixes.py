@@ -97,4 +97,10 @@ def test_slabs_say_that_they_keep_none(turns: Path):
     assert plan.shared is not None
     assert plan.shared.whole
     assert as_json(plan)["shared"]["prefix_cache"] is False
-    assert WHOLE in plan_report(plan, "1").warnings
+    page = plan_report(plan, "1")
+    assert WHOLE in page.warnings
+    (table,) = next(section for section in page.sections if section.id == "binds").items
+    (row,) = table.rows  # type: ignore[union-attr]
+    assert row[0] == "a"
+    assert row[3] in ("ttft", "tpot", "memory", "nothing")
+    assert row[1] >= 1.0  # what is asked for is met
