@@ -20,139 +20,29 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import ideas_stages  # the scripts beside this one
 import measuring
 import torch
 from ideas_cache import Gear, geared
-from ideas_stages import BlockFloat, OutlierSmoothing
+from ideas_rows import INT4_16BIT, ROWS, Row
+from ideas_stages import BlockFloat
 from torch import nn
 
 from quantize.conversion.loop import Request, convert
 from quantize.evaluation import evaluate
 from quantize.evaluation.parents import ParentCache
-from quantize.formats.kv4 import KvNumerics, KvScheme
-from quantize.formats.vllm_kv4 import VllmInt4
-from quantize.methods.awq import Awq
 from quantize.methods.base import Stage
 from quantize.methods.fireq.attention import FireqAttention
-from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
 from quantize.model import load
-from quantize.model.attention_cache import CacheNumerics
 from quantize.recipe.recipe import Calibration, Recipe
 
 RESULTS = Path(__file__).parent / "results"
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    idea: str
-    """Which rows are compared with each other."""
-    name: str
-    stages: tuple[Stage, ...] = ()
-    """Without any: the parent itself."""
-    int8: bool = False
-    """Whether packed linears round their inputs to INT8, for each token."""
-    cache: CacheNumerics | Gear | None = None
-    simulated: bool = False
-    known: tuple[str, Mapping[str, str]] | None = None
-    """Results file that has the row, and what finds it there: measured anew under other protocols."""
-
-
-_BALANCE = Awq(weight_exponents=(1.0,))
-_INT8, _FP8 = OutlierSmoothing(inputs="int8"), OutlierSmoothing(inputs="fp8")
-_INT4_16BIT = KvNumerics(KvScheme(symmetric=False), False, False)
-"""pq's cache without its rounding of queries and probabilities, which GEAR has not either."""
-
-
-def _known(recipe: str, activations: str) -> tuple[str, Mapping[str, str]]:
-    return "yardstick-4bit", {"recipe": recipe, "activations": activations}
-
-
-def _caches() -> Iterator[Row]:
-    """GEAR beside pq's cache."""
-    idea = "INT4 cache"
-    ours = (FireqAttention(),)
-    yield Row(idea, "`fireq-kv`", ours)
-    for name, gear in (
-        ("`fireq-kv` and r = 1", Gear("per-token", rank=1)),
-        ("`fireq-kv` and s = 1.6 %", Gear("per-token", sparse=0.016)),
-        ("`fireq-kv`, groups of 32 with the scales of 64", Gear("per-token", group=32)),
-        ("`fireq-kv`, groups of 16 with the scales of 64", Gear("per-token", group=16)),
-        ("`fireq-kv`, r = 4 and s = 1.6 %", Gear("per-token", rank=4, sparse=0.016)),
-    ):
-        yield Row(idea, name, ours, cache=gear, simulated=True)
-    for name, gear in (
-        ("GEAR on KCVT, 4 bits, r = 4, s = 2 %", Gear("kcvt", 4, 4, 0.02)),
-        ("GEAR on KIVI, 3 bits, r = 2, s = 2 %", Gear("kivi", 3, 2, 0.02)),
-        ("GEAR on KIVI, 4 bits, r = 4, s = 2 %", Gear("kivi", 4, 4, 0.02)),
-        ("KIVI, 4 bits", Gear("kivi")),
-        ("GEAR on KIVI, 2 bits, r = 4, s = 2 %", Gear("kivi", 2, 4, 0.02)),
-        ("GEAR on KIVI, 4 bits, r = 2, s = 2 %, in chunks of 64", Gear("kivi", 4, 2, 0.02, 64)),
-    ):
-        yield Row(idea, name, cache=gear, simulated=True)
-    yield Row(idea, "vLLM's `int4_per_token_head`", cache=VllmInt4())
-
-
-def _linears() -> Iterator[Row]:
-    """QQQ: weights of 4.125 bits, inputs of 8 bits."""
-    idea = "inputs of 8 bits"
-    yield Row(idea, "GPTQ, W4A8-FP8", (Gptq(activations="fp8"),), known=_known("gptq", "fp8"))
-    yield Row(
-        idea, "`fireq-linear`, W4A8-FP8", (_BALANCE, Fireq()), known=_known("fireq-linear", "fp8")
-    )
-    yield Row(idea, "QQQ's smoothing and GPTQ, W4A8-FP8", (_FP8, Gptq(activations="fp8")))
-    stages: tuple[Stage, ...] = (_INT8, Gptq())
-    yield Row(idea, "QQQ's smoothing and GPTQ, W4A8-INT8", stages, int8=True, simulated=True)
-    yield Row(idea, "QQQ's smoothing and `fireq`'s solver, W4A8-FP8", (_FP8, Fireq()))
-    yield Row(idea, "GPTQ, W4A8-INT8", (Gptq(),), int8=True, simulated=True)
-    stages = (_BALANCE, Fireq(activations="none"))
-    yield Row(idea, "`fireq-linear`, W4A8-INT8", stages, int8=True, simulated=True)
-
-
-def _weights() -> Iterator[Row]:
-    """Block floating point: inputs of 16 bits."""
-    idea = "inputs of 16 bits"
-    yield Row(idea, "GPTQ, groups of 128", (Gptq(),), known=_known("gptq", "none"))
-    stages = (_BALANCE, Fireq(activations="none"))
-    yield Row(idea, "`fireq-linear`, groups of 128", stages, known=_known("fireq-linear", "none"))
-
-    def blocks(size: int, outliers: int = 0, bits: Literal[8, 16] = 8) -> Row:
-        apart = f", {outliers} of 64 channels in {bits} bits" if outliers else ""
-        solver = BlockFloat(group_size=size, outliers=outliers, outlier_bits=bits)
-        stages = (Awq(weight_exponents=(1.0,), group_size=size), solver)
-        return Row(idea, f"blocks of {size}{apart}", stages, simulated=True)
-
-    yield blocks(128, 1)
-    yield blocks(64)
-    for element in _ELEMENTS:
-        stage = BlockFloat(group_size=32, element=element)
-        yield Row(idea, f"{element.upper()}, to the nearest", (stage,), simulated=True)
-    yield Row(
-        idea,
-        "blocks of 128, 1 of 64 channels in 8 bits, none balanced",
-        (BlockFloat(group_size=128, outliers=1),),
-        simulated=True,
-    )
-    yield blocks(32)
-    smooth, solver = (
-        Awq(weight_exponents=(1.0,), group_size=64),
-        Fireq(activations="none", group_size=64),
-    )
-    yield Row(idea, "`fireq-linear`, groups of 64", (smooth, solver))
-    yield blocks(128, 1, 16)
-
-
-_ELEMENTS: tuple[Literal["mxint4", "mxfp4"], ...] = ("mxint4", "mxfp4")
-ROWS = (*_caches(), *_linears(), *_weights())
 
 
 @contextmanager
@@ -178,7 +68,7 @@ def measure(row: Row, model: Path, args: argparse.Namespace, folder: Path) -> di
         output = folder / f"{model.name}-{_key(row.stages)}"
         seconds = _convert(row, model, args, output)
     gear = row.cache if isinstance(row.cache, Gear) else None
-    numerics = _INT4_16BIT if gear else row.cache
+    numerics = INT4_16BIT if gear else row.cache
     with geared(gear) if gear else nullcontext(), _int8_inputs() if row.int8 else nullcontext():
         found = evaluate(
             output,

@@ -49,6 +49,9 @@ class Gear:
     window at once, in which case a token sees itself compressed, too."""
     group: int = 64
     """Tokens or channels that share a scale in KIVI, channels in pq's cache."""
+    apart: int = 0
+    """`per-token`: entries of a token and head, the largest, that are kept in 16 bits: as many in
+    every one, so that all take the same room, as pages of an engine want it."""
 
     @property
     def scheme(self) -> KvScheme:
@@ -74,7 +77,8 @@ class Gear:
             2 * self.side(length) / length * (16 + math.ceil(math.log2(length)))
             for length in (n, channels)
         ]
-        return self.bits + scales + low_rank + sum(outliers) / 2
+        apart = self.apart * (16 + math.ceil(math.log2(head_dim))) / head_dim
+        return self.bits + scales + low_rank + apart + sum(outliers) / 2
 
     def side(self, length: int) -> int:
         """Largest entries of a vector of that length that go to S, and as many of the smallest."""
@@ -101,7 +105,7 @@ class Gear:
         columns = x.transpose(2, 3)  # [B, Hkv, d, T]: a vector is a channel
         plain, outlier = without_outliers(columns, self.side(x.shape[2]))
         if self.base == "per-token":
-            rounded = fake_quantize(plain.transpose(2, 3), self.scheme)
+            rounded = self._per_token(plain.transpose(2, 3))
         else:
             group = self.group if self.base == "kivi" else x.shape[2]
             rounded = round_asymmetric(plain, self.bits, group).transpose(2, 3)
@@ -115,13 +119,22 @@ class Gear:
             t.view(B, T, heads, d).transpose(1, 2) for t in (plain.contiguous(), outlier)
         )
         if self.base == "per-token":
-            rounded = fake_quantize(plain, self.scheme)
+            rounded = self._per_token(plain)
         else:
             group = self.group if self.base == "kivi" else heads * d
             together = plain.transpose(1, 2).reshape(B, T, heads * d)
             rounded = round_asymmetric(together, self.bits, group)
             rounded = rounded.view(B, T, heads, d).transpose(1, 2)
         return self._corrected(x, rounded, outlier)
+
+    def _per_token(self, x: Tensor) -> Tensor:
+        """x [B, Hkv, T, d] in pq's cache, the largest entries of every token and head apart."""
+        if not self.apart:
+            return fake_quantize(x, self.scheme)
+        where = x.abs().topk(self.apart, dim=-1).indices
+        # A range always holds 0, which therefore widens none.
+        rounded = fake_quantize(x.scatter(-1, where, 0.0), self.scheme)
+        return rounded.scatter(-1, where, x.gather(-1, where).half().float())
 
     def _corrected(self, x: Tensor, rounded: Tensor, outlier: Tensor) -> Tensor:
         """Q + S + L for X [B, Hkv, T, d]."""
@@ -200,7 +213,9 @@ def geared(gear: Gear) -> Iterator[None]:
         skeleton: Skeleton, index: int, layer: torch.nn.Module, numerics: KvNumerics, shape: Shape
     ) -> KvAttention:
         here = skeleton.block_shape(index, shape)
-        kv = GearAttention(numerics, here.n_kv_heads, here.head_dim).to(skeleton.device)
+        # The cache alone is compared: queries and probabilities are not rounded.
+        plain = KvNumerics(numerics.scheme, False, False)
+        kv = GearAttention(plain, here.n_kv_heads, here.head_dim).to(skeleton.device)
         kv.gear = gear
         layer.get_submodule(skeleton.block_arch(index).attention).kv = kv
         return kv

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BlockMaker
+from conftest import BlockMaker, ModelMaker
 
 from quantize.formats.kv4 import KvNumerics, KvScheme, fake_quantize
+from quantize.model import load
 from quantize.model.arch import Edge
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
@@ -112,6 +113,41 @@ def test_with_nothing_added_it_is_the_cache_of_pq():
     expected = fake_quantize(k, KvScheme(symmetric=False))
     assert torch.equal(gear.key(k), expected)
     assert torch.equal(gear.value(k), expected)
+
+
+def test_the_largest_of_a_token_and_head_leave_the_others_a_finer_scale():
+    x = torch.randn(1, 2, 12, 16)
+    x[0, 1, 3, 4], x[0, 1, 3, 9] = -40.0, 25.0
+    gear, scheme = cache.Gear("per-token", apart=2), KvScheme(symmetric=False)
+    assert gear.bits_per_value(64, 2, 16) == 4 + 24 / 16 + 2 * (16 + 4) / 16
+    rest = x.clone()
+    rest.scatter_(-1, x.abs().topk(2).indices, 0.0)
+    expected = fake_quantize(rest, scheme) + (x - rest).half()
+    for found in (gear.key(x), gear.value(x)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (gear.key(x) - x)[0, 1, 3].abs().max() < 0.3
+    assert (fake_quantize(x, scheme) - x)[0, 1, 3].abs().max() > 0.6
+
+
+def test_a_row_rounds_what_it_says(converted: ModelMaker, tiny: ModelMaker):
+    """A packed linear of a model that is loaded meanwhile gets INT8 inputs, an attention GEAR's cache."""
+    device, args = torch.device("cpu"), (torch.float32, "kernel")
+    with ideas._int8_inputs():
+        linear = load.load_model(converted("gptq", "llama"), device, *args)
+    linear = linear.model.layers[0].mlp.gate_proj
+    x = torch.randn(5, 128)
+    step = x.double().abs().amax(1, keepdim=True) / 127
+    expected = (x / step).round() * step @ linear.weight.double().T
+    torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)
+    gear = cache.Gear("kivi", 2)
+    with cache.geared(gear):
+        model = load.load_model(tiny("llama"), device, *args, attention=ideas.INT4_16BIT)
+    attention = model.model.layers[1].self_attn
+    assert isinstance(attention.kv, cache.GearAttention)
+    assert attention.kv.gear is gear
+    ids = torch.arange(24)[None]
+    plain = load.load_model(tiny("llama"), device, *args)
+    assert 0.01 < (model(ids).logits - plain(ids).logits).norm() / plain(ids).logits.norm() < 1
 
 
 # QQQ
