@@ -22,6 +22,7 @@ import gemma
 import gguf_accuracy
 import gpu_speed
 import growth
+import ideas
 import ladimo
 import memory
 import sbvr
@@ -42,6 +43,7 @@ _KINDS = {
     "method": (sbvr.table, "SBVR beside other formats at equal bits"),
     "conversion": (ladimo.table, "LaDiMo beside pruning"),
     "row": (gemma.table, "A real model: Gemma 3 270M"),
+    "idea": (ideas.table, "Ideas of other papers beside the recipes, at counted bits"),
     "file": (gguf_accuracy.table, "GGUF files beside llama.cpp's own types, all run by llama.cpp"),
 }
 """Key of a row that only one kind of results has → its table, its heading."""
