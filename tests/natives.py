@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantize.files.checkpoint import INDEX_NAME
-from quantize.formats.kv4 import KvScheme
+from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.formats.packed_int import IntScheme
 from quantize.model.arch import Shape
 
@@ -70,13 +70,21 @@ def native(folder: Path, source: Path, attention: Mapping[str, Any] | None = Non
         return folder
     shape = Shape.of(json.loads((folder / "config.json").read_text()))
     generator = torch.Generator().manual_seed(3)
-    sizes = {
-        f"model.layers.{i}.self_attn.kv.scale": (shape.n_kv_heads, shape.head_dim)
+    sizes = KvNumerics.from_json(attention).tensors(shape.n_kv_heads, shape.head_dim)
+    scales = {
+        f"model.layers.{i}.self_attn.{name}": drawn(name, size, generator)
         for i in range(shape.n_blocks)
+        for name, size in sizes.items()
     }
-    scales = {name: torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
     save_file(scales, folder / KV_SHARD, metadata={"format": "pt"})
     return edited(folder, lambda tensors: None)
+
+
+def drawn(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Tensors of a cache that all change something."""
+    if name.endswith("rotation"):
+        return torch.linalg.qr(torch.randn(size, generator=generator))[0].contiguous()
+    return torch.rand(size, generator=generator) + 0.5
 
 
 def linears_of(folder: Path) -> int:

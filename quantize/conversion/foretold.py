@@ -7,7 +7,7 @@ stages count them. What a stage decides on by measuring is not known, and refuse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantize.conversion.serving import expected_schemes, linears_of
 from quantize.conversion.state import State
 from quantize.errors import ModelError, UsageError
 from quantize.formats.gguf.blocks import BLOCK, KINDS
+from quantize.formats.kv4 import KvNumerics
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.inspect.inspection import DecoderBlock, Inspection, Linear, Other, inspect
 from quantize.methods.encode import Encode
@@ -61,7 +62,7 @@ def foretold(request: Request) -> tuple[Inspection, dict[str, Any]]:
             f"{request.model}: {strange} is called otherwise in its files; convert, and name the "
             "output's folder"
         )
-    blocks = tuple(_block(block, encoded) for block in found.blocks)
+    blocks = tuple(_block(block, encoded, _cache(plan, block)) for block in found.blocks)
     outside = tuple(_outside(plan, found.outside))
     config = output_config(plan, State(schemes=schemes))
     return replace(found, blocks=blocks, outside=outside, origin=None), config
@@ -102,14 +103,34 @@ def _packed(
     )
 
 
-def _block(block: DecoderBlock, encoded: Mapping[str, Linear]) -> DecoderBlock:
-    """A block with what becomes of its linears. Experts that the source keeps in stacks stand apart
-    where they are packed."""
+def _cache(plan: Plan, block: DecoderBlock) -> list[Other]:
+    """What the output has of attention on an INT4 cache."""
+    if plan.attention is None or not plan.format.keeps_post_scales:
+        return []
+    if not block.name.startswith(f"{plan.arch.blocks}."):
+        return []
+    arch = plan.skeleton.block_arch(block.index)
+    if arch.no_cache or arch.heads is None:
+        return []
+    shape = plan.skeleton.block_shape(block.index, plan.shape)
+    sizes = KvNumerics.from_json(plan.attention).tensors(shape.n_kv_heads, shape.head_dim)
+    return [
+        Other(f"{arch.attention}.{name}", "F32", size, 4 * math.prod(size))
+        for name, size in sizes.items()
+    ]
+
+
+def _block(
+    block: DecoderBlock, encoded: Mapping[str, Linear], cache: Sequence[Other]
+) -> DecoderBlock:
+    """A block with what becomes of its linears, and with `cache`. Experts that the source keeps in
+    stacks stand apart where they are packed."""
     start = f"{block.name}."
     mine = {name.removeprefix(start): x for name, x in encoded.items() if name.startswith(start)}
     there = {linear.name for linear in block.linears}
     apart = {name.rpartition(".experts.")[0] for name in set(mine) - there if ".experts." in name}
-    others = tuple(x for x in block.others if not (len(x.shape) > 2 and _lies_in(x.name, apart)))
+    kept = [x for x in block.others if not (len(x.shape) > 2 and _lies_in(x.name, apart))]
+    others = tuple(sorted([*kept, *cache], key=lambda x: x.name))
     linears = [
         replace(x, name=name, role=role_of(name) or name.rpartition(".")[2])
         for name, x in mine.items()

@@ -66,7 +66,11 @@ class Plan:
     def attention(self) -> dict[str, Any] | None:
         """How attention works on its cache; None where it is left alone."""
         return next(
-            (stage.as_json() for stage in self.recipe.stages if isinstance(stage, FireqAttention)),
+            (
+                stage.as_json(self.format.keeps_post_scales)
+                for stage in self.recipe.stages
+                if isinstance(stage, FireqAttention)
+            ),
             None,
         )
 

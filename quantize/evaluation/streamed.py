@@ -21,7 +21,7 @@ from quantize.model.attention_cache import CacheNumerics
 from quantize.model.dequantized import open_source
 from quantize.model.linear import Numerics
 from quantize.model.load import (
-    KV_SCALE,
+    KV_TENSORS,
     PACKED_SUFFIXES,
     attention_numerics,
     load_block,
@@ -154,7 +154,7 @@ class StreamedModel:
         sizes = {
             n: s
             for n, s in self.source.shapes.items()
-            if not n.endswith((*PACKED_SUFFIXES, KV_SCALE))
+            if not n.endswith((*PACKED_SUFFIXES, *KV_TENSORS))
         }
         return sizes | {f"{name}.weight": self.linears[name] for name in self.schemes}
 

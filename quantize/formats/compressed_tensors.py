@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from quantize.formats.scheme import AnyScheme, Packed
 
-_POST_SCALE = ".kv.scale"
-
 
 class CompressedTensors(OutputFormat):
     """Integers in groups, and nothing that a stock loader would not make of them."""
@@ -70,7 +68,10 @@ class CompressedTensors(OutputFormat):
         plain: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """All but the post-RoPE scales, which are one here and have no place in the model."""
-        held = {name: tensor for name, tensor in plain.items() if not name.endswith(_POST_SCALE)}
+        from quantize.formats.kv4 import KV_TENSORS
+
+        ours = tuple(f".{name}" for name in KV_TENSORS)
+        held = {name: tensor for name, tensor in plain.items() if not name.endswith(ours)}
         return super().tensors(packed, held)
 
     def config_section(self, model: Finished) -> dict[str, Any] | None:

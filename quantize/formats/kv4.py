@@ -32,6 +32,10 @@ _TORCH = {"bfloat16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
 # What a scale becomes that is smaller, so that nothing is divided by 0: the smallest normal
 # bfloat16 and the smallest E4M3 subnormal.
 _SMALLEST = {"bfloat16": 2.0**-126, "e4m3": 2.0**-9}
+AFFINE_TENSORS = ("key_shift", "key_rotation", "value_shift", "value_rotation")
+"""What an attention module has beside S where keys and values enter the cache by affine maps."""
+KV_TENSORS = ("kv.scale", *(f"kv.{name}" for name in AFFINE_TENSORS))
+"""Names of all that a checkpoint holds of an attention module's cache, relative to it."""
 _FIELDS = {"bits": int, "group_size": int, "symmetric": bool, "scale_dtype": str}
 
 
@@ -114,6 +118,17 @@ class KvNumerics:
     scheme: KvScheme = field(default_factory=KvScheme)
     fp8_query: bool = True
     fp8_probabilities: bool = True
+    affine: bool = False
+    """Whether keys and values are shifted and rotated before they are rounded
+    (`quantize.kernels.attention.affine`)."""
+
+    def tensors(self, n_kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of an attention module's tensors of `KV_TENSORS`, all float32."""
+        size = (n_kv_heads, head_dim)
+        found: dict[str, tuple[int, ...]] = {"kv.scale": size}
+        for name in AFFINE_TENSORS if self.affine else ():
+            found[f"kv.{name}"] = (*size, head_dim) if name.endswith("rotation") else size
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """The `attention` part of a native checkpoint's quantization_config."""
@@ -121,6 +136,8 @@ class KvNumerics:
             "kv_cache": self.scheme.as_json(),
             "query": "fp8" if self.fp8_query else None,
             "probabilities": "fp8" if self.fp8_probabilities else None,
+            # Absent where there is none, so that readers which know of none refuse the others alone.
+            **({"affine": True} if self.affine else {}),
         }
 
     def label(self, head_dim: int) -> str:
@@ -139,8 +156,10 @@ class KvNumerics:
                 f"query {facts['query']!r} and probabilities {facts['probabilities']!r}: fp8 or "
                 "null"
             )
-        scheme = KvScheme.from_json(facts["kv_cache"])
-        return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8")
+        scheme, affine = KvScheme.from_json(facts["kv_cache"]), facts.get("affine", False)
+        if not isinstance(affine, bool):
+            raise ValueError(f"affine is {affine!r}, expected true or false")
+        return cls(scheme, facts["query"] == "fp8", facts["probabilities"] == "fp8", affine)
 
 
 @dataclass(frozen=True)

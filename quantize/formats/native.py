@@ -3,7 +3,7 @@ attention on an INT4 KV cache.
 
     {"quant_method": "pq", "version": 1, "config_groups": {…}, "ignore": […],
      "attention": null | {"kv_cache": KvScheme.as_json(), "query": "fp8" | null,
-     "probabilities": "fp8" | null},
+     "probabilities": "fp8" | null, "affine": true},
      "rotated_inputs": ["model.layers.0.mlp.down_proj", …],
      "routing": {"model.layers.0.mlp": {"policy": "threshold", "threshold": 0.25}, …},
      "experts": {"n": 8, "size": 128, "shared": 1024}}
@@ -20,7 +20,9 @@ checkpoint, with the dense FFN's activation.
 
 Entries of config_groups are those of `IntScheme` (format pack-quantized) and `BitVecScheme` (format
 bitvec). With attention, every block also has `model.layers.N.self_attn.kv.scale`, float32 [Hkv, d]:
-the post-RoPE scale S (stored keys are K·S, queries Q/S).
+the post-RoPE scale S (stored keys are K·S, queries Q/S). With `affine` (absent: false) it also has
+`kv.key_shift` and `kv.value_shift` [Hkv, d], `kv.key_rotation` and `kv.value_rotation` [Hkv, d, d], all
+float32: `quantize.kernels.attention.affine` says what they do.
 """
 
 from __future__ import annotations
@@ -231,13 +233,15 @@ def attention_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     found = config.get("attention")
     if found is None:
         return None
-    if not isinstance(found, Mapping) or set(found) != _ATTENTION_KEYS:
+    if not isinstance(found, Mapping) or set(found) - {"affine"} != _ATTENTION_KEYS:
         raise ValueError(
             f"attention must be null or have the fields {', '.join(sorted(_ATTENTION_KEYS))}"
         )
     for key in ("query", "probabilities"):
         if found[key] not in ("fp8", None):
             raise ValueError(f"attention.{key} is {found[key]!r}, expected 'fp8' or null")
+    if not isinstance(found.get("affine", False), bool):
+        raise ValueError(f"attention.affine is {found['affine']!r}, expected true or false")
     try:
         KvScheme.from_json(found["kv_cache"])
     except (ValueError, KeyError, TypeError, AttributeError) as err:

@@ -14,9 +14,10 @@ def attention_words(facts: Mapping[str, Any]) -> str:
     try:
         cache = facts["kv_cache"]
         scale = _FLOATS[cache["scale_dtype"]]
+        moved = "shifted, rotated and " if facts.get("affine") else ""
         zero = "" if cache["symmetric"] else " and a zero point"
         text = (
-            f"keys and values are kept in {int(cache['bits'])} bits, with a scale in {scale}{zero} for "
+            f"keys and values are {moved}kept in {int(cache['bits'])} bits, with a scale in {scale}{zero} for "
             f"every token, head and {int(cache['group_size'])} channels"
         )
         rounded = [name for name in ("query", "probabilities") if facts[name] == "fp8"]

@@ -3,7 +3,8 @@ kernel, or emulated in plain torch.
 
 FireQ (arXiv 2505.20839): keys and values are rounded to INT4 per token and head as they enter the
 cache, queries and probabilities to E4M3, products accumulate in float32. Keys are stored as K·S and
-queries multiplied as Q/S, with the post-RoPE scale S of the checkpoint.
+queries multiplied as Q/S, with the post-RoPE scale S of the checkpoint. Where it has them, shifts and
+rotations of keys and values are done before they are rounded (`quantize.kernels.attention.affine`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from quantize.formats.fp8 import quantize_activations
 from quantize.formats.kv4 import KvNumerics as KvNumerics
 from quantize.formats.kv4 import KvScheme, fake_quantize
+from quantize.kernels.attention.affine import Affine
 from quantize.kernels.attention.api import attend_records, quantize_records, takes
 from quantize.kernels.attention.reference import attend, over_scale, read_reference
 from quantize.model.transformers_api import register_attention
@@ -32,20 +34,53 @@ class KvAttention(nn.Module):
     it as its submodule `kv`."""
 
     scale: Tensor
-    """[Hkv, d] float32: S. Stored keys are K·S, queries Q/S; ones where no channel is treated."""
+    """[Hkv, d] float32: S. Stored keys are K·S, queries Q/S; ones where no channel is treated.
+
+    Where numerics are affine there are beside it the float32 buffers `key_shift` and `value_shift`
+    [Hkv, d], zeros, and `key_rotation` and `value_rotation` [Hkv, d, d], identities at first.
+    """
 
     def __init__(self, numerics: KvNumerics, n_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.numerics = numerics
         numerics.scheme.group(head_dim)  # refuses what the cache cannot hold
-        self.register_buffer("scale", torch.ones(n_kv_heads, head_dim, dtype=torch.float32))
+        for name, shape in numerics.tensors(n_kv_heads, head_dim).items():
+            self.register_buffer(name.removeprefix("kv."), _neutral(name, shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KvAttention:
-        moved = fn(self.scale)
-        # A cast of the model must not round S: keys that were stored with it
-        # would no longer fit the queries.
-        self.scale = moved if moved.dtype == torch.float32 else self.scale.to(moved.device)
+        for name, tensor in self.named_buffers():
+            moved = fn(tensor)
+            # A cast of the model must not round S: keys that were stored with it
+            # would no longer fit the queries.
+            setattr(self, name, moved if moved.dtype == torch.float32 else tensor.to(moved.device))
         return self
+
+    def is_like(self, other: KvAttention) -> bool:
+        """Whether what the one stored the other reads: the same rounding, S, shifts and rotations."""
+        held = dict(other.named_buffers())
+        return (
+            self.scheme == other.scheme
+            and {*held} == {n for n, _ in self.named_buffers()}
+            and all(
+                mine.shape == held[name].shape and torch.equal(mine.to(held[name]), held[name])
+                for name, mine in self.named_buffers()
+            )
+        )
+
+    def affine(self, device: torch.device) -> Affine | None:
+        """The maps of keys and values on `device`; None where there is only S."""
+        if not self.numerics.affine:
+            return None
+        tensors = {name: held.to(device, torch.float32) for name, held in self.named_buffers()}
+        return Affine.of(tensors["scale"], tensors)
+
+    def entering(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """key and value [B, Hkv, T, d] as they are to be rounded, but for a scale [Hkv, d] of keys;
+        and that scale."""
+        S = self.scale.to(key.device, torch.float32)
+        if (maps := self.affine(key.device)) is None:
+            return key, value, S
+        return maps.keys(key), maps.values(value), torch.ones_like(S)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
@@ -57,9 +92,28 @@ class KvAttention(nn.Module):
         value are rounded already. So do keys and values that are records, uint8
         [B, Hkv, S, R], which is what kernels read.
         """
-        S = self.scale.float()
+        stored = key.dtype == torch.uint8 or getattr(key, "pq_stored", False)
+        S, maps = self.scale.float(), self.affine(query.device)
+        q = query
+        if maps is not None:
+            q, S = maps.queries(query), torch.ones_like(S)
+        if not stored:
+            key, value, _ = self.entering(key, value)
+        mixed = self._attend(q, key, value, S, mask, scaling, stored)
+        return mixed if maps is None else maps.output(mixed, query.dtype)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        S: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        stored: bool,
+    ) -> Tensor:
         if self._has_kernel(query, mask):
-            if key.dtype != torch.uint8 and not getattr(key, "pq_stored", False):
+            if not stored:
                 key, value = quantize_records(key, value, S, self.scheme)
             if key.dtype == torch.uint8:
                 return attend_records(
@@ -70,7 +124,7 @@ class KvAttention(nn.Module):
             k, v = (
                 read_reference(records, self.scheme, query.shape[3]) for records in (key, value)
             )
-        elif getattr(key, "pq_stored", False):
+        elif stored:
             k, v = key.float(), value.float()
         else:
             k, v = (
@@ -94,6 +148,13 @@ class KvAttention(nn.Module):
         """Q/S, rounded to E4M3 per token and head; [B, H, T, d] float32. S: [Hkv, d]."""
         q = over_scale(query, S)
         return quantize_activations(q) if self.numerics.fp8_query else q
+
+
+def _neutral(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that name that changes nothing."""
+    if name.endswith("rotation"):
+        return torch.eye(shape[-1], dtype=torch.float32).repeat(shape[0], 1, 1)
+    return torch.full(shape, float(name.endswith("scale")), dtype=torch.float32)
 
 
 Watch = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Any]], None]

@@ -15,6 +15,7 @@ from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.gguf.blocks import SUFFIXES as BLOCK_SUFFIXES
+from quantize.formats.kv4 import KV_TENSORS as KV_TENSORS
 from quantize.formats.output import OutputFormat
 from quantize.formats.packed_int import SUFFIXES as INT_SUFFIXES
 from quantize.formats.registry import format_in, schemes_in
@@ -41,8 +42,6 @@ PACKED_SUFFIXES = tuple(dict.fromkeys((*INT_SUFFIXES, *BITVEC_SUFFIXES, *BLOCK_S
 """Names of packed tensors after the linear's own, of all layouts."""
 _NO_CODES = ("I64", "BOOL")
 """dtypes of positions and masks, and never of weights."""
-KV_SCALE = "kv.scale"
-"""Post-RoPE scale of an attention module, relative to it."""
 
 
 def load_model(
@@ -257,20 +256,32 @@ def load_block(
         if name.startswith(prefix)
     }
     inside = {f"{prefix}{name}.{part}" for name in packed for part in (*PACKED_SUFFIXES, "bias")}
-    scale = f"{prefix}{skeleton.block_arch(index).attention}.{KV_SCALE}"
+    attending = f"{prefix}{skeleton.block_arch(index).attention}."
     weights = {
         n.removeprefix(prefix): source.tensor(n)
         for n in source.names(prefix)
-        if n not in inside | {scale}
+        if n not in inside and n.removeprefix(attending) not in KV_TENSORS
     }
     layer = skeleton.layer(index, weights, packed)
     _rotate_inputs(layer, source, prefix)
     if attention is not None:
         kv = place_kv(skeleton, index, layer, attention, shape_of(source))
-        if isinstance(kv, KvAttention) and scale in source:
-            kv.scale = source.tensor(scale)
+        if isinstance(kv, KvAttention):
+            fill_kv(kv, source, attending)
             kv.to(skeleton.device)
     return layer
+
+
+def fill_kv(kv: KvAttention, source: Checkpoint, attending: str) -> None:
+    """Read what is stored for `kv`, below the name `attending` with its dot; an S that is not there
+    is one. ModelError where shifts or rotations are missing."""
+    for name in kv.numerics.tensors(*kv.scale.shape):
+        if f"{attending}{name}" in source:
+            setattr(kv, name.removeprefix("kv."), source.tensor(f"{attending}{name}"))
+        elif name != KV_TENSORS[0]:
+            raise ModelError(
+                f"{source.folder}: tensor {attending}{name} is missing; download it again"
+            )
 
 
 def place_kv(
@@ -324,11 +335,13 @@ def _materialize(
         if n not in packed_names
     }
     # stays float32
-    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_SCALE)}
+    plain |= {n: source.tensor(n).to(device) for n in plain if n.endswith(KV_TENSORS)}
     try:
         result = model.load_state_dict(plain, assign=True, strict=False)
     except RuntimeError as err:
         raise ModelError(f"{source.folder}: {' '.join(str(err).split())[:300]}") from None
+    if missing := [n for n in result.missing_keys if n.endswith(KV_TENSORS[1:])]:
+        raise ModelError(f"{source.folder}: tensor {missing[0]} is missing; download it again")
     model.tie_weights()  # type: ignore[operator]  # every transformers model has it
     if result.unexpected_keys:
         raise ModelError(

@@ -252,6 +252,6 @@ def _compute(blocks: Sequence[DecoderBlock]) -> str:
         for linear in block.linears:
             counts[_multiplied_in(linear)] += linear.weights or linear.bytes
         for other in block.others:
-            if len(other.shape) > 2:
+            if len(other.shape) > 2 and EXPERT.search(other.name):
                 counts["bf16"] += math.prod(other.shape)
     return counts.most_common(1)[0][0] if counts else "bf16"

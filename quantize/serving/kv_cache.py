@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import ModelError, UsageError
+from quantize.formats.kv4 import KvScheme
 from quantize.kernels.attention.api import quantize_records, takes
 from quantize.kernels.attention.reference import read_reference, store_reference
 from quantize.model.attention import ATTENTION, KvAttention
@@ -48,7 +49,17 @@ class _Records:
 
     def __init__(self, kv: KvAttention, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.scheme, self.scale = kv.scheme, kv.scale
+        self.kv = kv
+
+    @property
+    def scheme(self) -> KvScheme:
+        """Layout of the records."""
+        return self.kv.scheme
+
+    @property
+    def scale(self) -> Tensor:
+        """S [Hkv, d] of the model whose tokens these are."""
+        return self.kv.scale
 
     def lazy_initialization(self, *states: Tensor) -> None:
         """Called with the first states or records: whatever their type, bytes are stored."""
@@ -66,9 +77,9 @@ class _Records:
         """
         self._check(key, value)
         self.awaits_tokens = False
-        S = self.scale.to(key.device, torch.float32)
         packed = takes(key, self.scheme)
-        stored = (quantize_records if packed else store_reference)(key, value, S, self.scheme)
+        entering = self.kv.entering(key, value)
+        stored = (quantize_records if packed else store_reference)(*entering, self.scheme)
         keys, values = super().update(*stored, *args, **kwargs)  # type: ignore[misc]
         if packed:
             return keys, values
@@ -79,13 +90,11 @@ class _Records:
         return keys, values
 
     def belongs_to(self, kv: KvAttention) -> bool:
-        """Whether records are those of `kv`: same scheme, same S."""
-        if self.scheme != kv.scheme or self.scale.shape != kv.scale.shape:
-            return False
-        # Copies of a cache hold a copy of S; compared once, they share the model's again.
-        if self.scale is not kv.scale and torch.equal(self.scale.to(kv.scale), kv.scale):
-            self.scale = kv.scale
-        return self.scale is kv.scale
+        """Whether records are those of `kv`: rounded alike, with the same S, shifts and rotations."""
+        if self.kv is not kv and self.kv.is_like(kv):
+            # Copies of a cache hold a copy of S; compared once, they share the model's again.
+            self.kv = kv
+        return self.kv is kv
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         for name, states in (("keys", key), ("values", value)):

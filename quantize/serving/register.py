@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantize.errors import ModelError
 from quantize.formats.bitvec import SUFFIXES as BITVEC_SUFFIXES
 from quantize.formats.bitvec import BitVecScheme
+from quantize.formats.kv4 import KV_TENSORS
 from quantize.formats.native import (
     NATIVE,
     attention_of,
@@ -49,7 +50,7 @@ from quantize.tested import warn_untested
 
 LINEARS: Mapping[type, type[NativeLinear[Any]]] = {IntScheme: IntLinear, BitVecScheme: BitVecLinear}
 _PACKED = {*INT_SUFFIXES, *BITVEC_SUFFIXES}
-_OURS = (*(f".{suffix}" for suffix in _PACKED), ".kv.scale")
+_OURS = (*(f".{suffix}" for suffix in _PACKED), *(f".{name}" for name in KV_TENSORS))
 
 
 def register() -> None:
@@ -203,7 +204,8 @@ def _place_attention(model: Any, facts: Mapping[str, Any]) -> None:
         kv = KvAttention(numerics, here.n_kv_heads, here.head_dim)
         # The loader gives a tensor the dtype of its place, and here the
         # default is that of the model.
-        kv.scale = torch.ones(here.n_kv_heads, here.head_dim, dtype=torch.float32)
+        for name, size in numerics.tensors(here.n_kv_heads, here.head_dim).items():
+            setattr(kv, name.removeprefix("kv."), torch.ones(size, dtype=torch.float32))
         block.get_submodule(arch.attention).kv = kv
     model.set_attn_implementation(ATTENTION)
 

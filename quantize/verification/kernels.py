@@ -16,7 +16,7 @@ from quantize.kernels.attention.reference import attend
 from quantize.kernels.device import has_kernel, runs_on
 from quantize.kernels.int4 import api as int4
 from quantize.model.attention import KvAttention
-from quantize.model.load import KV_SCALE, kv_attention, packed_linear
+from quantize.model.load import fill_kv, kv_attention, packed_linear
 from quantize.serving.native_linear import NativeLinear
 from quantize.serving.register import LINEARS
 from quantize.verification.checks import Skipped, summarize
@@ -138,9 +138,7 @@ def _attention_error(
 ) -> float | None:
     assert layout.attention is not None
     kv, shape = kv_attention(layout.attention, layout.shape), layout.shape
-    name = f"{prefix}{layout.arch.attention}.{KV_SCALE}"
-    if name in layout.source:
-        kv.scale = layout.source.tensor(name)
+    fill_kv(kv, layout.source, f"{prefix}{layout.arch.attention}.")
     kv = kv.to(device)
     worst = 0.0
     for T, L in _TOKENS:
@@ -162,20 +160,15 @@ def _attention_error(
 
 
 def _twin(kv: KvAttention, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    S = kv.scale.float()
+    maps = kv.affine(query.device)
+    key, value, S = kv.entering(key, value)
     k, v = (
         fake_quantize(key.float() * S[:, None], kv.scheme),
         fake_quantize(value.float(), kv.scheme),
     )
-    return attend(
-        kv.rounded_query(query, S),
-        k,
-        v,
-        None,
-        scaling,
-        kv.numerics.fp8_probabilities,
-        whole_top=True,
-    )
+    q = kv.rounded_query(query if maps is None else maps.queries(query), S)
+    mixed = attend(q, k, v, None, scaling, kv.numerics.fp8_probabilities, whole_top=True)
+    return mixed if maps is None else maps.output(mixed, mixed.dtype)
 
 
 def _uneven(generator: torch.Generator, *shape: int) -> Tensor:

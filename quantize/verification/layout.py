@@ -16,7 +16,6 @@ from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.model.arch import Architecture, Shape
 from quantize.model.attention import KvNumerics
 from quantize.model.load import (
-    KV_SCALE,
     PACKED_SUFFIXES,
     attention_numerics,
     packed_schemes,
@@ -203,7 +202,7 @@ def _check_plain(layout: Layout) -> None:
         if f"{name}.weight" in plain:
             raise VerifyError(f"{name} is stored twice: packed, and plain as {name}.weight")
         shapes[f"{name}.weight"] = layout.linears[name]
-    for name, shape in _post_scales(layout).items():
+    for name, shape in _kv_tensors(layout).items():
         found = plain.get(name)
         if found is None:
             raise VerifyError(
@@ -221,13 +220,17 @@ def _check_plain(layout: Layout) -> None:
             raise VerifyError(f"{name} is {header.dtype}, expected one of {', '.join(FLOATS)}")
 
 
-def _post_scales(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Full name → shape of the post-RoPE scales that there must be."""
+def _kv_tensors(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Full name → shape of what there must be of attention on an INT4 cache."""
     if layout.attention is None:
         return {}
     arch, shape = layout.arch, layout.shape
-    size = (shape.n_kv_heads, shape.head_dim)
-    return {f"{arch.blocks}.{i}.{arch.attention}.{KV_SCALE}": size for i in range(shape.n_blocks)}
+    sizes = layout.attention.tensors(shape.n_kv_heads, shape.head_dim)
+    return {
+        f"{arch.blocks}.{i}.{arch.attention}.{name}": size
+        for i in range(shape.n_blocks)
+        for name, size in sizes.items()
+    }
 
 
 def _check_total(layout: Layout) -> None:

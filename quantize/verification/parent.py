@@ -18,10 +18,11 @@ from quantize.conversion.request import Request
 from quantize.errors import VerifyError
 from quantize.files.checkpoint import Checkpoint
 from quantize.files.hub_origin import HubOrigin, hub_origin
+from quantize.formats.kv4 import KV_TENSORS
 from quantize.methods.basis import Basis
 from quantize.model.arch import Architecture, Shape
 from quantize.model.dequantized import open_source, require_source
-from quantize.model.load import KV_SCALE, require_layers, shape_of
+from quantize.model.load import require_layers, shape_of
 from quantize.model.skeleton import Skeleton
 from quantize.model.stored import StoredCheckpoint, open_stored
 from quantize.model.tied import settle_tie
@@ -153,10 +154,10 @@ def _may_change(name: str, layout: Layout, recipe: Recipe | None) -> bool:
     arch = layout.skeleton.block_arch(int(index))
     scaled = {f"{edge.source}.{part}" for edge in arch.edges for part in ("weight", "bias")}
     if recipe is None or any(stage.kind == "cache" for stage in recipe.stages):
-        # The pre-RoPE scale, and the post-RoPE scale that the parent does not have.
+        # The pre-RoPE scale, and what the parent does not have: S, shifts and rotations.
         rotated = filter(None, (arch.find_role("q"), arch.find_role("k"), *(arch.qk_norm or ())))
         scaled |= {f"{name}.{part}" for name in rotated for part in ("weight", "bias")}
-        scaled.add(f"{arch.attention}.{KV_SCALE}")
+        scaled |= {f"{arch.attention}.{name}" for name in KV_TENSORS}
     if turned:
         scaled |= {f"{writer}.bias" for writer in arch.writers}
     return local in scaled | {f"{sink}.weight" for edge in arch.edges for sink in edge.sinks}

@@ -20,8 +20,9 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from quantize.formats.kv4 import KvNumerics, KvScheme
+from quantize.formats.kv4 import AFFINE_TENSORS, KvNumerics, KvScheme
 from quantize.formats.shards import kv_heads
+from quantize.kernels.attention.affine import Affine
 from quantize.kernels.attention.paged import attend_pages, store_pages
 
 
@@ -32,7 +33,8 @@ def register_backends() -> None:
 
 
 class PqKvMethod(BaseKVCacheMethod):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """Holds the post-RoPE scale S of an attention layer, and makes its pages those of packed records."""
+    """Holds the post-RoPE scale S of an attention layer, and shifts and rotations;
+    makes its pages those of packed records."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.numerics = KvNumerics.from_json(facts)
@@ -50,27 +52,37 @@ class PqKvMethod(BaseKVCacheMethod):  # type: ignore[misc]  # vLLM is not instal
         impl.require_plain(name)
         impl.numerics = self.numerics
         layer.attn_backend = _packed_backend(layer.attn_backend, self.numerics.scheme)
-        S = nn.Parameter(torch.ones(layer.num_kv_heads, layer.head_size), requires_grad=False)
-        S.data = S.data.float()
-        set_weight_attrs(S, {"weight_loader": _load_scale, "is_loaded": False})
-        layer.register_parameter("pq_scale", S)
+        for name, shape in self._tensors(layer).items():
+            held = nn.Parameter(torch.ones(shape), requires_grad=False)
+            held.data = held.data.float()
+            set_weight_attrs(held, {"weight_loader": _load_heads, "is_loaded": False})
+            layer.register_parameter(_place(name), held)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """ValueError where the checkpoint has no S."""
-        if not layer.pq_scale.is_loaded:
-            raise ValueError(
-                f"{layer.layer_name} works on an INT4 KV cache, but its kv.scale is missing from the "
-                "checkpoint; download it again"
-            )
+        """ValueError where the checkpoint lacks S, or shifts and rotations that it speaks of."""
+        for name in self._tensors(layer):
+            if not getattr(layer, _place(name)).is_loaded:
+                raise ValueError(
+                    f"{layer.layer_name} works on an INT4 KV cache, but its {name} is missing from the "
+                    "checkpoint; download it again"
+                )
+
+    def _tensors(self, layer: Any) -> dict[str, tuple[int, ...]]:
+        return self.numerics.tensors(layer.num_kv_heads, layer.head_size)
 
 
-def _load_scale(param: nn.Parameter, loaded: Tensor) -> None:
+def _place(name: str) -> str:
+    """Name in vLLM's attention layer of a tensor of `KV_TENSORS`."""
+    return f"pq_{name.removeprefix('kv.')}"
+
+
+def _load_heads(param: nn.Parameter, loaded: Tensor) -> None:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     if loaded.ndim == param.ndim and ranks > 1:
         loaded = loaded[kv_heads(len(loaded), rank, ranks)]
     if param.shape != loaded.shape:
         raise ValueError(
-            f"kv.scale is {tuple(loaded.shape)}, the model has {tuple(param.shape)} heads and channels"
+            f"a tensor of the KV cache is {tuple(loaded.shape)}, the model has {tuple(param.shape)} heads and channels"
         )
     param.data.copy_(loaded)
     param.is_loaded = True  # type: ignore[attr-defined]
@@ -144,8 +156,14 @@ class Int4Attention:
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store key and value [T, Hkv, d] of tokens in their slots, page · size + place; −1: in none."""
-        pages = kv_cache.view(torch.uint8)
-        store_pages(key, value, layer.pq_scale, self.numerics.scheme, pages, slot_mapping)
+        pages, S, maps = kv_cache.view(torch.uint8), layer.pq_scale, self._maps(layer)
+        if maps is not None:
+            key, value = (
+                entering(x.transpose(0, 1)).transpose(0, 1).contiguous()
+                for entering, x in ((maps.keys, key), (maps.values, value))
+            )
+            S = torch.ones_like(S)
+        store_pages(key, value, S, self.numerics.scheme, pages, slot_mapping)
 
     def forward(
         self,
@@ -164,20 +182,35 @@ class Int4Attention:
             raise NotImplementedError("pq's attention does not quantize its output")
         if attn_metadata is None:  # a run that only measures memory
             return output
-        return attend_pages(
-            query[: attn_metadata.num_actual_tokens],
+        query, S, maps = query[: attn_metadata.num_actual_tokens], layer.pq_scale, self._maps(layer)
+        out = output
+        if maps is not None:
+            query = maps.queries(query.transpose(0, 1)).transpose(0, 1).contiguous()
+            out, S = torch.zeros_like(query), torch.ones_like(S)
+        mixed = attend_pages(
+            query,
             kv_cache.view(torch.uint8),
-            layer.pq_scale,
+            S,
             self.numerics,
             self.scale,
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
-            output,
+            out,
             window=self.window,
             most_new=attn_metadata.max_query_len,
             most_tokens=attn_metadata.max_seq_len,
         )
+        if maps is not None:
+            output[: len(mixed)] = maps.output(mixed.transpose(0, 1), output.dtype).transpose(0, 1)
+        return output
+
+    def _maps(self, layer: Any) -> Affine | None:
+        """Shifts and rotations of a layer; None where the checkpoint has none."""
+        if not self.numerics.affine:
+            return None
+        tensors = {name: getattr(layer, _place(name)) for name in AFFINE_TENSORS}
+        return Affine.of(layer.pq_scale, tensors)
 
 
 class PqCpuImpl(Int4Attention, CPUAttentionBackendImpl):  # type: ignore[misc]

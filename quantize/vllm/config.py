@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from quantize.formats.engines import EXPERTS_IN_VLLM
 from quantize.formats.groups import read_groups
+from quantize.formats.kv4 import KV_TENSORS
 from quantize.formats.native import (
     NATIVE,
     attention_of,
@@ -73,8 +74,12 @@ class PqConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not install
 
     @staticmethod
     def get_cache_scale_mapper() -> WeightsMapper:
-        """The post-RoPE scale S is loaded into vLLM's attention layer, below that of the checkpoint."""
-        return WeightsMapper(orig_to_new_regex={regex.compile(r"\.kv\.scale$"): ".attn.pq_scale"})
+        """What the cache needs is loaded into vLLM's attention layer, below that of the checkpoint."""
+        places = {
+            regex.compile(rf"\.{regex.escape(name)}$"): f".attn.pq_{name.removeprefix('kv.')}"
+            for name in KV_TENSORS
+        }
+        return WeightsMapper(orig_to_new_regex=places)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

@@ -181,7 +181,9 @@ def outputs(block: Block) -> torch.Tensor:
         return torch.cat([block.forward(block.module, x) for x in block.inputs])
 
 
-@pytest.mark.parametrize("fields", [{}, {"search": False}, {"post": False}, {"pre": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"search": False}, {"post": False}, {"affine": False, "pre": False}]
+)
 def test_the_scales_preserve_the_function(
     make_block: BlockMaker, model_type: str, fields: dict[str, object]
 ):
@@ -194,7 +196,10 @@ def test_the_scales_preserve_the_function(
 
     class Unrounded(torch.nn.Module):
         def forward(self, q, k, v, mask, scaling):  # type: ignore[no-untyped-def]
-            S = kv.scale
+            S, maps = kv.scale, kv.affine(q.device)
+            if maps is not None:
+                stored = maps.queries(q), maps.keys(k), maps.values(v)
+                return maps.output(attend(*stored, mask, scaling, False), q.dtype)
             R = q.shape[1] // k.shape[1]
             return attend(
                 q / S.repeat_interleave(R, 0)[:, None], k * S[:, None], v, mask, scaling, False
@@ -272,6 +277,13 @@ def test_the_search_is_never_worse_than_nothing(make_block: BlockMaker, model_ty
     stage().apply(block)
     facts = block.report["self_attn"]
     assert 0 < facts["kv_error"] <= facts["kv_error_unscaled"]
+
+
+def test_neither_is_the_search_for_scales(make_block: BlockMaker):
+    block = make_block("qwen2")
+    stage(affine=False).apply(block)
+    facts = block.report["self_attn"]
+    assert 0 < facts["kv_error"] <= facts["kv_error_unscaled"]
     assert facts["value_gain"] <= 1
 
 
@@ -316,7 +328,9 @@ def test_a_conversion_with_attention(
     config = source.config["quantization_config"]
     assert config["quant_method"] == "pq"
     symmetric = recipe == "fireq-paper"
-    assert config["attention"] == KvNumerics(KvScheme(symmetric=symmetric)).as_json()
+    assert config["attention"] == (
+        KvNumerics(KvScheme(symmetric=symmetric), affine=not symmetric).as_json()
+    )
     scales = [n for n in source.names() if n.endswith("self_attn.kv.scale")]
     assert len(scales) == 2
     figures = evaluate(out, tiny(model_type), dataset=str(text_file), seqlen=32, max_windows=4)

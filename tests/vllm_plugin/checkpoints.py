@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantize.formats.bitvec import BitVec, BitVecScheme, groups_per_row
-from quantize.formats.kv4 import KvScheme
+from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.formats.native import native_config
 from quantize.formats.packed_int import IntScheme, PackedInt
 from quantize.formats.routing import Policy
@@ -104,8 +104,11 @@ def write(
         draw = torch.Generator().manual_seed(5)
         for i in range(config["num_hidden_layers"]):
             size = (config["num_key_value_heads"], config["head_dim"])
-            scale = torch.rand(size, generator=draw) + 0.5
-            tensors[f"model.layers.{i}.self_attn.kv.scale"] = scale
+            for name, shape in KvNumerics.from_json(attention).tensors(*size).items():
+                held = torch.rand(shape, generator=draw) + 0.5
+                if name.endswith("rotation"):
+                    held = torch.linalg.qr(held - 1)[0].contiguous()
+                tensors[f"model.layers.{i}.self_attn.{name}"] = held
     left = [name for name in [*linears, HEAD] if name not in schemes]
     config["quantization_config"] = native_config(schemes, left, attention, rotated)
     (folder / "config.json").write_text(json.dumps(config))

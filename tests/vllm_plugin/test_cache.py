@@ -22,8 +22,9 @@ SCHEMES = {
 }
 
 
-def test_logprobs_are_those_of_transformers(tmp_path: Path):
-    model = write(tmp_path / "model", SCHEMES, attention=ATTENTION)
+@pytest.mark.parametrize("changes", [{}, {"affine": True}])
+def test_logprobs_are_those_of_transformers(changes: dict[str, bool], tmp_path: Path):
+    model = write(tmp_path / "model", SCHEMES, attention=ATTENTION | changes)
     request = {"model": model, "dtype": "float32", "runs": [{"prompts": prompts(90, 40, 5)}]}
     (wanted,) = ask(tmp_path, by="transformers", **request)
     (found, [facts]) = ask(tmp_path, facts=True, **request)

@@ -10,6 +10,7 @@ one treatment: N, S, or none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.errors import ModelError
 from quantize.formats.kv4 import KvScheme
 from quantize.methods.base import Kind, Stage
+from quantize.methods.fireq.kv_affine import chosen
 from quantize.methods.fireq.kv_search import (
     BALANCES,
     EXPONENTS,
@@ -78,6 +80,11 @@ class FireqAttention(Stage):
     hold it and goes without."""
     values: bool = True
     """Whether value channels are balanced on the v → o edge, too (not in the paper)."""
+    affine: bool = True
+    """Whether keys are shifted, scaled and rotated after RoPE, and values shifted and rotated, before an
+    asymmetric cache rounds them (not in the paper): learned in the place of the search for pre- and
+    post-RoPE scales. Where a symmetric cache, a format without post-RoPE scales, or `post: false` or
+    `search: false` asks for those, it goes without."""
     search: bool = True
     """Choose per kv head by the attention-output error, never worse than no scale;
     false: the constants below."""
@@ -92,17 +99,22 @@ class FireqAttention(Stage):
     def numerics(self) -> KvNumerics:
         """How attention rounds."""
         scheme = KvScheme(self.group_size, self.symmetric, self.scale_dtype)
-        return KvNumerics(scheme, self.queries == "fp8", self.probabilities == "fp8")
+        affine = self.affine and self.search and self.post and not self.symmetric
+        return KvNumerics(scheme, self.queries == "fp8", self.probabilities == "fp8", affine)
 
-    def as_json(self) -> dict[str, Any]:
-        """The `attention` part of a native checkpoint's quantization_config."""
-        return self.numerics.as_json()
+    def as_json(self, keeps_post_scales: bool = True) -> dict[str, Any]:
+        """The `attention` part of a native checkpoint's quantization_config; keeps_post_scales:
+        whether the format can hold what is done at run time."""
+        return self._numerics(keeps_post_scales).as_json()
+
+    def _numerics(self, keeps_post_scales: bool) -> KvNumerics:
+        return replace(self.numerics, affine=self.numerics.affine and keeps_post_scales)
 
     def room(self, sizes: BlockSizes) -> int:
         """Sampled queries, keys, values and outputs, scaled and rounded ones beside
         them, and some of the scores."""
         width = sizes.hidden * (2 + 2 * sizes.kv_heads / sizes.heads)
-        sampled = min(sizes.tokens, -(-_TOKENS // sizes.window) * sizes.window)
+        sampled = min(sizes.tokens, -(-self.tokens_read // sizes.window) * sizes.window)
         scores = min(SCORES_AT_ONCE, sizes.heads * sizes.window**2)
         return (
             max(sizes.forward(), int(3 * FLOAT * sampled * width) + 4 * FLOAT * scores)
@@ -111,8 +123,8 @@ class FireqAttention(Stage):
 
     @property
     def tokens_read(self) -> int:
-        """The sample that scales are tried on."""
-        return _TOKENS
+        """The sample that scales are tried on; as much again to fit affine maps to."""
+        return 2 * _TOKENS if self.numerics.affine else _TOKENS
 
     def apply(self, block: Block) -> None:
         """Choose and fold the scales of one block, and let it attend as the
@@ -125,7 +137,11 @@ class FireqAttention(Stage):
             self.numerics.scheme.group(shape.head_dim)
         except ValueError as err:
             raise ModelError(f"{block.full_name(arch.attention)}: {err}") from None
-        samples = [Sample.of(*inputs) for inputs in attention_inputs(block, _TOKENS)]
+        samples = [Sample.of(*inputs) for inputs in attention_inputs(block, self.tokens_read)]
+        numerics = self._numerics(block.keeps_post_scales)
+        if numerics.affine:
+            self._apply_affine(block, samples)
+            return
         partner = partners(arch.rope, shape.head_dim, heads.rotary_dim).to(block.device)
         gram = _gram(block)
         one = torch.ones(shape.n_kv_heads, shape.head_dim, device=block.device)
@@ -146,8 +162,26 @@ class FireqAttention(Stage):
         self._fold(block, chosen.pre)
         if (values != 1).any():
             block.fold(arch.edge("v_o"), values.flatten())
-        kv = KvAttention(self.numerics, shape.n_kv_heads, shape.head_dim)
+        kv = KvAttention(numerics, shape.n_kv_heads, shape.head_dim)
         kv.scale.copy_(chosen.post)
+        block.attend_with(kv)
+
+    def _apply_affine(self, block: Block, samples: Sequence[Sample]) -> None:
+        scaled = self.values and block.find_edge("v_o") is not None
+        choice = chosen(samples, _gram(block), self.numerics, self.values, scaled)
+        kv = KvAttention(self.numerics, block.shape.n_kv_heads, block.shape.head_dim)
+        for name, tensor in vars(choice.maps).items():
+            getattr(kv, name).copy_(tensor)
+        block.note(
+            block.arch.attention,
+            kv_error_unscaled=float(choice.before.sum()) / choice.power,
+            kv_error=float(choice.after.sum()) / choice.power,
+            rotated_heads=int(
+                (choice.maps.key_rotation.diagonal(dim1=1, dim2=2) != 1).any(1).sum()
+            ),
+        )
+        if (choice.over != 1).any():
+            block.fold(block.arch.edge("v_o"), choice.over.flatten())
         block.attend_with(kv)
 
     def _keys(

@@ -65,6 +65,13 @@ class Sample:
         v = v.float()
         return cls(q, k, v, mask, scaling, attend(q, k, v, mask, scaling, fp8_probabilities=False))
 
+    def windows(self) -> Iterator[Sample]:
+        """Each window by itself."""
+        for b in range(len(self.q)):
+            own = slice(b, b + 1)
+            mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[own]
+            yield Sample(self.q[own], self.k[own], self.v[own], mask, self.scaling, self.exact[own])
+
 
 def output_error(
     samples: Sequence[Sample],
@@ -134,14 +141,14 @@ def key_balance(samples: Sequence[Sample], partner: Tensor | None = None) -> Ten
 
     keys = power([s.k for s in samples])
     queries = power([s.q for s in samples]).view(Hkv, -1, keys.shape[1]).mean(dim=1)
-    return _quarter(queries, keys)
+    return quarter(queries, keys)
 
 
 def value_balance(samples: Sequence[Sample], gram: Tensor) -> Tensor:
     """λ [Hkv, d] by which values are divided, of the same kind: λ² = rms(v) / ‖o_proj's column‖."""
     values = torch.stack([s.v.square().mean(dim=(0, 2)) for s in samples]).mean(dim=0)
     seen = gram.diagonal(dim1=1, dim2=2).view(len(values), -1, values.shape[1]).mean(dim=1)
-    return _quarter(values, seen)
+    return quarter(values, seen)
 
 
 def first_of(states: Sequence[Tensor]) -> Tensor | None:
@@ -166,7 +173,7 @@ def aligned(first: Tensor, scale: Tensor, scheme: KvScheme, move: float) -> Tens
     return scale
 
 
-def _quarter(above: Tensor, below: Tensor) -> Tensor:
+def quarter(above: Tensor, below: Tensor) -> Tensor:
     """(above / below)^¼ [Hkv, d], its geometric mean over a head 1."""
     above, below = (x + 1e-6 * x.mean(dim=1, keepdim=True) + 1e-30 for x in (above, below))
     log = (above / below).log() / 4
