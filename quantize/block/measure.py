@@ -14,7 +14,7 @@ from quantize.block.moments import Moments, Sums
 from quantize.block.passes import HeldPasses
 from quantize.block.post_norm import PostNorm
 from quantize.block.token_weights import TokenWeights, weights_of
-from quantize.cost.footprint import ROUTED_BYTES
+from quantize.cost.footprint import FEWEST_WINDOWS, KEPT_TOKENS, ROUTED_BYTES
 from quantize.errors import ModelError
 
 
@@ -107,12 +107,13 @@ def sums_of(
         theirs_of = _entering if residual is None else _leaving
         parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
+    kept = _kept(block.inputs[:batches]) if with_parent else {}
     own = _entering(block.passes, names, _own_batches(block, block.inputs, batches), source)
     for (batch, present), ours, theirs in zip(rounds, own, parent, strict=False):
         weights = weights_of(block, batch, token_weights)
         if norm is not None and theirs is not None:
             ours, theirs, weights = _through(norm, ours, theirs, weights)
-        sums.add(ours, theirs, present, weights)
+        sums.add(ours, theirs, present, weights, (batch, kept.get(batch, 0)))
         del ours, theirs  # before the next pass, which takes most
     _complete(block, (sums,))
     return sums
@@ -200,6 +201,18 @@ def _first(stream: Sequence[Tensor], tokens: int | None) -> int:
         return len(stream)
     sizes = itertools.accumulate(batch.shape[0] * batch.shape[1] for batch in stream)
     return next((count for count, seen in enumerate(sizes, 1) if seen >= tokens), len(stream))
+
+
+def _kept(stream: Sequence[Tensor]) -> dict[int, int]:
+    """How many of the first tokens of which batches [B, T, D] are kept by themselves: whole windows,
+    since tokens of one window err alike, from batches spread over the text."""
+    windows = sum(len(batch) for batch in stream)
+    if windows < FEWEST_WINDOWS:
+        return {}
+    count = max(1, min(KEPT_TOKENS // stream[0].shape[1], windows // FEWEST_WINDOWS))
+    chosen = min(count, len(stream))
+    places = {(2 * i + 1) * len(stream) // (2 * chosen) for i in range(chosen)}
+    return {i: min(-(-count // chosen), len(stream[i])) * stream[i].shape[1] for i in places}
 
 
 def _own_batches(block: Block, stream: Sequence[Tensor], batches: int) -> Iterator[Tensor]:

@@ -14,8 +14,11 @@ FLOAT = 4
 SOLVER_ROWS = 1024
 """Rows or columns of a large matrix that solvers work on at once, where all
 would take too much room. Fewer take less, and give products that are less efficient."""
-
-
+KEPT_TOKENS = 1024
+"""Tokens kept by themselves, in whole windows, to judge a correction by: a thousand tell what share of it
+holds to a few percent."""
+FEWEST_WINDOWS = 8
+"""One window of so many is kept at most; where the text has fewer, none."""
 SCORES = 1 << 24
 """float32 scores held at once while tokens are weighed by the attention they receive, and"""
 QUERIES = 128
@@ -89,7 +92,12 @@ class BlockSizes:
         N, K = self.linears[name]
         if not with_parent or name in self.routed:
             return FLOAT * K * K
-        return FLOAT * (K * K + (N * K if name in self.residual else K * K))
+        residual = name in self.residual
+        # And a few windows by themselves, to judge corrections by.
+        kept = min(max(self.window, KEPT_TOKENS), self.tokens // FEWEST_WINDOWS)
+        return FLOAT * (
+            K * K + (N * K if residual else K * K) + kept * (K + (N if residual else K))
+        )
 
     def measuring(self, name: str, with_parent: bool, fp8: bool) -> int:
         """Bytes at most while the moments of a linear's inputs are

@@ -30,8 +30,9 @@ from quantize.methods.adaptation import (
 )
 from quantize.methods.base import Kind, Stage
 from quantize.model.roles import splits_inputs
-from quantize.solvers.feedback import Damped, corrected_target, damp, feedback_order
+from quantize.solvers.feedback import Damped, damp, feedback_order
 from quantize.solvers.grid import Grid
+from quantize.solvers.target import confirmed_target, corrected_target
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -275,12 +276,18 @@ def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None =
     return float(((delta @ hessian) * delta).sum() / size)
 
 
-def target_of(weight: Tensor, moments: Moments, usable: Damped) -> Tensor:
-    """What a fit aims at, [N, K]: the weight itself, or where the parent is known what
-    repairs the drift from it."""
+def target_of(block: Block, name: str, moments: Moments, usable: Damped) -> Tensor:
+    """What the fit of a linear aims at, [N, K]: its weight itself, or where the parent is known what
+    repairs the drift from it, as far as tokens confirm it that it was not fitted to."""
+    weight = block.linear(name).weight.float()
     if moments.cross is None and moments.wanted is None:
         return weight
-    return corrected_target(weight, moments.hessian, moments.cross, moments.wanted, usable)
+    known = moments.hessian, moments.cross, moments.wanted, usable
+    if moments.windows is None:
+        return corrected_target(weight, *known)
+    target, share = confirmed_target(weight, *known, moments.windows, moments.tokens)
+    block.note(name, confirmed_correction=share)
+    return target
 
 
 def note_errors(

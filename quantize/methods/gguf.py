@@ -115,9 +115,7 @@ class Blocks(Encode):
             for name in names:
                 fall_back(block, name, grid, False, usable)
             return
-        targets = {
-            name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
-        }
+        targets = {name: target_of(block, name, moments, usable) for name in names}
         moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)

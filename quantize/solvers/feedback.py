@@ -339,29 +339,3 @@ def move_codes(
             _move_columns(_Part(chosen, new, slope, H[span, span]), books, group_size, start)
         codes[:, span], value[:, span] = chosen.T, new.T
         gradient.addmm_((new - old).T, H[span])
-
-
-def corrected_target(
-    w: Tensor, hessian: Tensor, cross: Tensor | None, wanted: Tensor | None, d: Damped
-) -> Tensor:
-    """Weight that reproduces the parent from the inputs the quantized model
-    really has, by least squares.
-
-    hessian = E[x̂ x̂ᵀ]. What the linear should give, t, is known by `wanted` = E[t x̂ᵀ], or, where
-    that is W x of the parent's input x, by cross = E[x x̂ᵀ]. W* = W + E[(t − W x̂) x̂ᵀ] (H + δI)⁻¹,
-    δ and the inverse those of `d`. Rounding W* in the metric of `hessian` then minimises the error
-    against the parent's output (the asymmetric objective of GPTAQ, arXiv 2504.02692, in closed
-    form); a t that has in it what the residual stream lacks lets o_proj and down_proj absorb what
-    earlier layers got wrong.
-    """
-    drift = torch.empty_like(w)
-    for start in range(0, len(hessian), SOLVER_ROWS):
-        span = slice(start, start + SOLVER_ROWS)
-        if wanted is not None:
-            torch.addmm(wanted[:, span], w, hessian[:, span], alpha=-1, out=drift[:, span])
-        elif cross is not None:
-            drift[:, span] = w @ (cross[:, span] - hessian[:, span])
-    U, ordered = d.inverse_factor, drift[:, d.order]
-    torch.mm(ordered @ U.T, U, out=ordered)  # H⁻¹ = Uᵀ U in the order of feedback
-    drift[:, d.order] = ordered
-    return drift.add_(w)

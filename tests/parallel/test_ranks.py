@@ -148,7 +148,8 @@ def test_sums_are_those_of_one_process(tmp_path: Path):
 
 def everything(moments: Moments) -> list[Tensor]:
     found = [moments.hessian, moments.absmean, moments.cross, moments.wanted]
-    return [one for one in found if one is not None]
+    windows = [] if moments.windows is None else list(vars(moments.windows).values())
+    return [one for one in (*found, *windows) if one is not None]
 
 
 def with_ranks(block: Block, ranks: Ranks) -> Block:
@@ -170,7 +171,7 @@ def test_moments_are_those_of_one_process(tmp_path: Path, make_block: BlockMaker
         name: moments_of(made(ALONE), name, fp8, True, token_weights=weights)
         for name, fp8 in (("self_attn.q_proj", True), ("mlp.down_proj", False))
     }
-    assert len(everything(wanted["mlp.down_proj"])) == 3
+    assert len(everything(wanted["mlp.down_proj"])) == 3 + 2  # and windows of both
 
     def check(ranks: Ranks) -> None:
         block = made(ranks)

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.solvers.feedback import (
     Rounded,
-    corrected_target,
     damp,
     descend,
     error_feedback,
@@ -21,6 +20,7 @@ from quantize.solvers.feedback import (
     loss,
 )
 from quantize.solvers.grid import Grid
+from quantize.solvers.target import corrected_target
 
 PLAIN = Grid(4, 128)
 SIGNED = Grid(4, 128, signed=True)

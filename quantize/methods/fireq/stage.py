@@ -125,9 +125,7 @@ class Fireq(IntEncode):
             for name in names:
                 fall_back(block, name, self._grid(block, name), self.fp8, usable)
             return
-        targets = {
-            name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
-        }
+        targets = {name: target_of(block, name, moments, usable) for name in names}
         moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)

@@ -145,9 +145,7 @@ class Sbvr(Encode):
                 block.note(name, fallback=f"{usable}: fitted to the weights alone")
                 self._data_free(block, name)
             return
-        targets = {
-            name: target_of(block.linear(name).weight.float(), moments, usable) for name in names
-        }
+        targets = {name: target_of(block, name, moments, usable) for name in names}
         moments.forget_parent()  # gigabytes for a large layer
         for name in names:
             self._solve(block, name, targets.pop(name), moments, usable)

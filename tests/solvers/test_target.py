@@ -1,0 +1,80 @@
+"""How far a correction is taken: what left-out windows say of it, without a second fit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantize.solvers.feedback import Damped, damp, feedback_order
+from quantize.solvers.target import Windows, confirmed_target, corrected_target
+
+N, K, TOKENS, KEPT, DAMPING = 6, 48, 640, 128, 0.05
+
+
+def drifted(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs x̂ [T, K], what is wanted of them t [T, N], and the weight, in float64; the second half of the
+    weight's rows is off, beside noise that no input explains."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=generator, dtype=torch.float64)
+    x = torch.randn(TOKENS, K, generator=generator, dtype=torch.float64) @ mix
+    w = torch.randn(N, K, generator=generator, dtype=torch.float64)
+    right = w + 0.05 * torch.randn(N, K, generator=generator, dtype=torch.float64)
+    size = (x @ w.T).std()
+    t = x @ right.T + noise * size * torch.randn(
+        TOKENS, N, generator=generator, dtype=torch.float64
+    )
+    return x, t, w
+
+
+def usable(hessian: Tensor) -> Damped:
+    found = damp(hessian.float(), DAMPING, feedback_order(hessian.float(), "activation"))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("by_parent", [False, True])
+def test_the_share_is_that_of_a_fit_without_the_windows(noise: float, by_parent: bool):
+    x, t, w = drifted(noise, 3)
+    if by_parent:  # what is wanted is W x of the parent's inputs x
+        parent = torch.linalg.lstsq(w, t.T).solution.T
+    hessian = x.T @ x / TOKENS
+    ridge = DAMPING * float(hessian.diagonal().mean()) * TOKENS * torch.eye(K, dtype=x.dtype)
+    rest = slice(KEPT, None)
+    lacking = t - x @ w.T
+    fit = torch.linalg.solve(x[rest].T @ x[rest] + ridge, x[rest].T @ lacking[rest]).T
+    predicted, kept = x[:KEPT] @ fit.T, lacking[:KEPT]
+    expected = float(((predicted * kept).sum() / predicted.square().sum()).clamp(0, 1))
+    if by_parent:
+        known = hessian.float(), (parent.T @ x / TOKENS).float(), None
+        windows = Windows(x[:KEPT].float(), parent[:KEPT].float(), None)
+    else:
+        known = hessian.float(), None, (t.T @ x / TOKENS).float()
+        windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
+    d = usable(hessian)
+    target, share = confirmed_target(w.float(), *known, d, windows, TOKENS)
+    assert share == pytest.approx(expected, abs=2e-3)
+    whole = corrected_target(w.float(), *known, d)
+    assert torch.allclose(target, w.float() + share * (whole - w.float()), atol=1e-5)
+
+
+def test_noise_is_not_followed_and_drift_is():
+    shares = {}
+    for noise in (0.0, 3.0):
+        x, t, w = drifted(noise, 4)
+        hessian = x.T @ x / TOKENS
+        windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
+        known = hessian.float(), None, (t.T @ x / TOKENS).float()
+        shares[noise] = confirmed_target(w.float(), *known, usable(hessian), windows, TOKENS)[1]
+    assert shares[0.0] > 0.95
+    assert shares[3.0] < 0.35
+
+
+def test_a_token_alone_in_its_direction_takes_nothing_off():
+    x, t, w = drifted(0.1, 5)
+    x[:, -1] = 0
+    x[0, -1] = 1e6  # no other token has this input
+    hessian = x.T @ x / TOKENS
+    known = hessian.float(), None, (t.T @ x / TOKENS).float()
+    windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
+    _, share = confirmed_target(w.float(), *known, usable(hessian), windows, TOKENS)
+    assert 0 <= share <= 1
