@@ -2,13 +2,16 @@
 
     python eval/ablation.py --model DIR [--model DIR …] --calibration FILE --text FILE --output eval/results/NAME.json
 
-Every row converts from scratch and is measured against the parent in the same run. `--long N` also measures the KV
-rows on windows of N tokens and keeps their KL divergence by position.
+Every row converts from scratch and is measured against the parent in the same run. A row is measured when the results
+file does not have it yet; `--only` selects rows by a regular expression, `--again` measures them anew. `--long N` also
+measures the KV rows on windows of N tokens and keeps their KL divergence by position.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -23,19 +26,26 @@ from quantize.formats.kv4 import KvNumerics, KvScheme
 from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import load_recipe
 
+_SYMMETRIC = "symmetric=true"
 # (part, recipe, changes of stage fields, format)
 ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("W4A16 GPTQ g128, 16-bit cache", "gptq", (), ""),
     ("linear only", "fireq-linear", (), ""),
-    ("KV4 only, no scales", "fireq-kv", ("pre=false", "post=false", "values=false"), ""),
-    ("KV4 only, pre", "fireq-kv", ("post=false", "values=false"), ""),
-    ("KV4 only, post", "fireq-kv", ("pre=false", "values=false"), ""),
-    ("KV4 only, pre and post", "fireq-kv", ("values=false",), ""),
-    ("KV4 only, pre, post and values", "fireq-kv", (), ""),
-    ("KV4 only, E4M3 cache scales", "fireq-kv", ("scale_dtype=e4m3",), ""),
-    ("KV4 only, symmetric", "fireq-kv", ("symmetric=true",), ""),
+    ("KV4 only, learned maps", "fireq-kv", (), ""),
+    ("KV4 only, scales", "fireq-kv", ("affine=false",), ""),
+    ("KV4 only, scales, symmetric", "fireq-kv", (_SYMMETRIC,), ""),
+    (
+        "KV4 only, symmetric, no scales",
+        "fireq-kv",
+        ("pre=false", "post=false", "values=false", _SYMMETRIC),
+        "",
+    ),
+    ("KV4 only, symmetric, pre", "fireq-kv", ("post=false", "values=false", _SYMMETRIC), ""),
+    ("KV4 only, symmetric, post", "fireq-kv", ("pre=false", "values=false", _SYMMETRIC), ""),
+    ("KV4 only, symmetric, pre and post", "fireq-kv", ("values=false", _SYMMETRIC), ""),
+    ("KV4 only, scales, symmetric, in E4M3", "fireq-kv", ("scale_dtype=e4m3", _SYMMETRIC), ""),
     ("linear and KV4", "fireq", (), ""),
-    ("linear and KV4, E4M3 cache scales", "fireq", ("scale_dtype=e4m3",), ""),
+    ("linear and KV4, scales, symmetric, in E4M3", "fireq", ("scale_dtype=e4m3", _SYMMETRIC), ""),
     ("linear and KV4 without post scales, compressed-tensors", "fireq", (), "compressed-tensors"),
     ("published: linear only, FP8 group scales", "fireq-paper-linear", (), ""),
     ("published: linear only, BF16 group scales", "fireq-paper-linear", ("fireq.scales=bf16",), ""),
@@ -111,15 +121,36 @@ def main() -> None:
     parser.add_argument(
         "--long", type=int, help="also measure windows of so many tokens, by position"
     )
-    parser.add_argument("--only", help="measure rows whose part contains this")
+    parser.add_argument("--only", help="rows whose part this regular expression finds")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there")
     args = parser.parse_args()
     results = measuring.head(args)
+    if args.output and args.output.exists():
+        results |= json.loads(args.output.read_text(encoding="utf-8"))
     for model in args.model:
         for row in ROWS:
-            if not args.only or args.only in row[0]:
-                results["rows"].append(measure(model, row, args))
-                print(table({"rows": results["rows"][-1:]}).splitlines()[-1], flush=True)
-                measuring.keep(results, args.output)
+            there = [r for r in results["rows"] if (r["model"], r["part"]) == (model.name, row[0])]
+            if (args.only and not re.search(args.only, row[0])) or (there and not args.again):
+                continue
+            found = measure(model, row, args)
+            results["rows"] = _with(results["rows"], found)
+            print(table({"rows": [found]}).splitlines()[-1], flush=True)
+            measuring.keep(results, args.output)
+
+
+def _with(rows: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with another one in its place: by model, in the order of `ROWS`."""
+    models = list(dict.fromkeys([*(r["model"] for r in rows), found["model"]]))
+    parts = [row[0] for row in ROWS]
+    key = found["model"], found["part"]
+    kept = [r for r in rows if (r["model"], r["part"]) != key]
+    return sorted(
+        [*kept, found],
+        key=lambda r: (
+            models.index(r["model"]),
+            parts.index(r["part"]) if r["part"] in parts else len(parts),
+        ),
+    )
 
 
 if __name__ == "__main__":
