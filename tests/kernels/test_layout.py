@@ -15,7 +15,10 @@ FOUR = {"api", "kernels", "launch", "reference"}
 # Parts of an operator that is too large for four modules.
 MORE = {
     "attention": {"checks", "ops", "kv_kernels", "prefill_kernels"}
-    | {"paged", "paged_kernels", "paged_launch"},  # for an engine's pages
+    | {"paged", "paged_kernels", "paged_launch"}  # for an engine's pages
+    | {
+        "affine"
+    },  # what keys and values go through on their way into a cache and back: products alone
     "bitvec": {"lookup"},  # without decompression on a CPU
     "int4": {"cpu", "decode"},
 }
