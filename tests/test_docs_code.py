@@ -103,6 +103,7 @@ def test_commands_and_options_in_a_sentence_exist(page: Path):
     others = ("--num_processes", "--nproc-per-node", "--kv-cache-dtype", "--help")
     others += (
         "--gpu-memory-utilization",
+        "--max-model-len",
         "--save-result",
         "--attention-backend",
         "--enforce-eager",

@@ -223,6 +223,8 @@ class _Held:
     def stop(self) -> None:
         """End the pass where it stands."""
         if self.thread:  # which is false once it has ended
+            # The garbage collector may come here in the midst of another pass, which is to go on then.
+            self.thread.parent = getcurrent()
             self.thread.throw()
 
 

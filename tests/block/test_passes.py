@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from quantize.block.block import Block
 from quantize.block.measure import moments_of
-from quantize.block.passes import HeldPasses
+from quantize.block.passes import HeldPasses, _Held
 from quantize.block.teacher import freeze_layer
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
@@ -179,6 +180,42 @@ class Breaks(nn.Module):
         if self.breaks:
             raise ZeroDivisionError("in the layer")
         return self.second(x)
+
+
+def test_a_pass_goes_on_where_the_collector_ends_another(monkeypatch: pytest.MonkeyPatch):
+    """What stands still is part of a cycle, which the collector may find at any time."""
+
+    class Collecting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            gc.collect()
+            return super().forward(x)
+
+    def forward(layer: nn.Module, hidden: Tensor) -> Tensor:
+        out: Tensor = layer(hidden)
+        return out
+
+    ended_in: list[object] = []
+    stop = _Held.stop
+
+    def watched(held: _Held) -> None:
+        ended_in.append(getcurrent())
+        stop(held)
+
+    monkeypatch.setattr(_Held, "stop", watched)
+    left = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layer, hidden = nn.Sequential(Collecting(4, 4), nn.Linear(4, 4)), torch.randn(1, 2, 4)
+    gc.disable()
+    try:
+        waiting = HeldPasses(forward, left, (), 9)
+        waiting.inputs(torch.randn(1, 2, 4), ("1",))
+        cycle: list[object] = [waiting]
+        cycle.append(cycle)
+        del waiting, cycle
+        (entering,) = HeldPasses(forward, layer, (), 9).inputs(hidden, ("1",))
+    finally:
+        gc.enable()
+    assert ended_in[0] is not getcurrent()  # in the midst of the other pass
+    assert torch.equal(entering, nn.functional.linear(hidden, layer[0].weight, layer[0].bias))
 
 
 def test_an_error_in_a_layer_is_raised_and_leaves_nothing():
