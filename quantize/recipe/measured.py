@@ -45,6 +45,8 @@ ROWS: Mapping[Key, tuple[str, Mapping[str, Any]]] = {
     ("sbvr", ()): ("sbvr", {"method": "4-bit SBVR"}),
     ("sbvr-3bit", ()): ("sbvr", {"method": "3-bit SBVR"}),
     ("sbvr-2bit", ()): ("sbvr", {"method": "2-bit SBVR"}),
+    ("gguf-q4_0", ()): ("gguf", {"file": "pq gguf-q4_0"}),
+    ("gguf-q4_1", ()): ("gguf", {"file": "pq gguf-q4_1"}),
     ("ladimo", ()): ("ladimo", {"conversion": "LaDiMo, 20%"}),
     ("ladimo-fireq", ()): ("ladimo", {"conversion": "LaDiMo + FireQ W4A8"}),
     ("ladimo-sbvr", ()): ("ladimo", {"conversion": "LaDiMo + SBVR W4A16"}),
