@@ -93,11 +93,24 @@ class BlockSizes:
         if not with_parent or name in self.routed:
             return FLOAT * K * K
         residual = name in self.residual
-        # And a few windows by themselves, to judge corrections by.
-        kept = min(max(self.window, KEPT_TOKENS), self.tokens // FEWEST_WINDOWS)
         return FLOAT * (
-            K * K + (N * K if residual else K * K) + kept * (K + (N if residual else K))
+            K * K + (N * K if residual else K * K) + self.kept * (K + (N if residual else K))
         )
+
+    @property
+    def kept(self) -> int:
+        """Tokens at most that are kept by themselves, in whole windows, to judge corrections by."""
+        return min(max(self.window, KEPT_TOKENS), self.tokens // FEWEST_WINDOWS)
+
+    def correcting(self, group: Sequence[str]) -> int:
+        """Bytes at most while the weights of linears that share an input are corrected for the drift
+        from the parent, beside its moments: the factor of the Hessian's inverse, the targets, and what
+        the kept windows take."""
+        S, K = self.kept, self.linears[group[0]][1]
+        N = max(self.linears[name][0] for name in group)
+        made = sum(self.linears[name][0] for name in group) * K
+        made += N * K if self.itemsize < FLOAT else 0  # the weight as float32
+        return FLOAT * (K * K + max(S * K + 2 * S * S, made + S * S + max(2 * N * K, 5 * S * N)))
 
     def measuring(self, name: str, with_parent: bool, fp8: bool) -> int:
         """Bytes at most while the moments of a linear's inputs are

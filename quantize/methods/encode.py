@@ -32,7 +32,7 @@ from quantize.methods.base import Kind, Stage
 from quantize.model.roles import splits_inputs
 from quantize.solvers.feedback import Damped, damp, feedback_order
 from quantize.solvers.grid import Grid
-from quantize.solvers.target import confirmed_target, corrected_target
+from quantize.solvers.target import LeftOut, corrected_target
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -107,6 +107,8 @@ class Encode(Stage):
             if self.needs_inputs:
                 measuring = sizes.measuring(group[0], self.needs_parent, self.rounds_inputs)
                 taken.append(measuring + (sizes.weighing() if self.weighs_tokens else 0))
+            if self.needs_parent and group[0] not in sizes.routed:
+                taken.append(held + sizes.correcting(group))
             taken += [held + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
 
@@ -276,18 +278,30 @@ def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None =
     return float(((delta @ hessian) * delta).sum() / size)
 
 
-def target_of(block: Block, name: str, moments: Moments, usable: Damped) -> Tensor:
-    """What the fit of a linear aims at, [N, K]: its weight itself, or where the parent is known what
-    repairs the drift from it, as far as tokens confirm it that it was not fitted to."""
-    weight = block.linear(name).weight.float()
-    if moments.cross is None and moments.wanted is None:
-        return weight
-    known = moments.hessian, moments.cross, moments.wanted, usable
-    if moments.windows is None:
-        return corrected_target(weight, *known)
-    target, share = confirmed_target(weight, *known, moments.windows, moments.tokens)
-    block.note(name, confirmed_correction=share)
-    return target
+def take_targets(
+    block: Block, names: Sequence[str], moments: Moments, usable: Damped
+) -> dict[str, Tensor]:
+    """What the fits of linears that share an input aim at, name → [N, K]: their weights themselves, or
+    where the parent is known what repairs the drift from it, as far as tokens confirm it that it was
+    not fitted to.
+
+    Takes what `moments` has of the parent, of which a large layer has gigabytes.
+    """
+    windows = moments.windows
+    left_out = None if windows is None else LeftOut.of(windows, moments.tokens, usable)
+    known = moments.hessian, moments.cross, moments.wanted, usable, left_out
+    corrects = moments.cross is not None or moments.wanted is not None
+    targets = {}
+    for name in names:
+        weight = block.linear(name).weight.float()
+        if not corrects:
+            targets[name] = weight
+            continue
+        targets[name], share = corrected_target(weight, *known)
+        if left_out is not None:
+            block.note(name, confirmed_correction=share)
+    moments.forget_parent()
+    return targets
 
 
 def note_errors(

@@ -19,7 +19,7 @@ from quantize.methods.encode import (
     factor_hessian,
     fall_back,
     note_errors,
-    target_of,
+    take_targets,
 )
 from quantize.solvers.block_grid import block_grid
 from quantize.solvers.feedback import Damped, descend, error_feedback
@@ -115,8 +115,7 @@ class Blocks(Encode):
             for name in names:
                 fall_back(block, name, grid, False, usable)
             return
-        targets = {name: target_of(block, name, moments, usable) for name in names}
-        moments.forget_parent()  # gigabytes for a large layer
+        targets = take_targets(block, names, moments, usable)
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)
 

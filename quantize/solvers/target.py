@@ -30,11 +30,56 @@ class Windows:
     """y + r − r̂ [S, N], where `wanted` is known; both times the same roots."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Windows, and what leaves them out of a fit to all tokens: the same for all linears that have
+    these inputs."""
+
+    windows: Windows
+    factor: Tensor | None
+    """Lower Cholesky factor [S, S] of I − X (H + δI)⁻¹ Xᵀ / n, X [S, K] their inputs; None where some
+    token is alone in its direction, so that nothing can be said without it."""
+
+    @classmethod
+    def of(cls, windows: Windows, tokens: int, d: Damped) -> LeftOut:
+        """tokens: n, those that the moments behind `d` are means over, `windows` among them."""
+        seen = windows.x[:, d.order] @ d.inverse_factor.T
+        inside = (seen @ seen.T).div_(-tokens)
+        del seen
+        inside.diagonal().add_(1)
+        factor, failed = torch.linalg.cholesky_ex(inside)
+        return cls(windows, None if failed else factor)
+
+    def share(self, w: Tensor, drift: Tensor) -> float:
+        """The factor in 0 … 1 by which a correction fitted without the windows explains what they lack
+        best. w, and the correction that was fitted to all tokens: [N, K].
+
+        Nothing is fitted again: what a ridge regression predicts for tokens X that are left out follows
+        from its residuals e on them, (I − X (H + δI)⁻¹ Xᵀ / n)⁻¹ e (Allen's PRESS for several rows at
+        once).
+        """
+        if self.factor is None:
+            return 1.0
+        x, parent = self.windows.x, self.windows.parent
+        aim = self.windows.wanted if parent is None else parent @ w.T
+        assert aim is not None
+        lacking = aim - x @ w.T
+        left_out = torch.cholesky_solve(lacking - x @ drift.T, self.factor)
+        predicted = lacking - left_out
+        size = predicted.square().sum()
+        return float(((predicted * lacking).sum() / size).clamp(0, 1)) if size > 0 else 1.0
+
+
 def corrected_target(
-    w: Tensor, hessian: Tensor, cross: Tensor | None, wanted: Tensor | None, d: Damped
-) -> Tensor:
-    """Weight that reproduces the parent from the inputs the quantized model
-    really has, by least squares.
+    w: Tensor,
+    hessian: Tensor,
+    cross: Tensor | None,
+    wanted: Tensor | None,
+    d: Damped,
+    left_out: LeftOut | None = None,
+) -> tuple[Tensor, float]:
+    """Weight [N, K] that reproduces the parent from the inputs the quantized model really has, by least
+    squares; and the share of the correction that is in it: what `left_out` confirms, without it all, 1.
 
     hessian = E[x̂ x̂ᵀ]. What the linear should give, t, is known by `wanted` = E[t x̂ᵀ], or, where
     that is W x of the parent's input x, by cross = E[x x̂ᵀ]. W* = W + E[(t − W x̂) x̂ᵀ] (H + δI)⁻¹,
@@ -43,24 +88,8 @@ def corrected_target(
     form); a t that has in it what the residual stream lacks lets o_proj and down_proj absorb what
     earlier layers got wrong.
     """
-    return _drift(w, hessian, cross, wanted, d).add_(w)
-
-
-def confirmed_target(
-    w: Tensor,
-    hessian: Tensor,
-    cross: Tensor | None,
-    wanted: Tensor | None,
-    d: Damped,
-    windows: Windows,
-    tokens: int,
-) -> tuple[Tensor, float]:
-    """`corrected_target` with the correction times the share of it that windows confirm, and that share.
-
-    tokens: those that the moments are means over, `windows` among them.
-    """
     drift = _drift(w, hessian, cross, wanted, d)
-    share = _confirmed(w, drift, windows, tokens, d)
+    share = 1.0 if left_out is None else left_out.share(w, drift)
     return drift.mul_(share).add_(w), share
 
 
@@ -78,24 +107,3 @@ def _drift(
     torch.mm(ordered @ U.T, U, out=ordered)  # H⁻¹ = Uᵀ U in the order of feedback
     drift[:, d.order] = ordered
     return drift
-
-
-def _confirmed(w: Tensor, drift: Tensor, windows: Windows, tokens: int, d: Damped) -> float:
-    """The factor in 0 … 1 by which a correction fitted without `windows` explains what they lack best.
-
-    Nothing is fitted again: what a ridge regression predicts for tokens X that are left out follows from
-    its residuals e on them, (I − X (H + δI)⁻¹ Xᵀ / n)⁻¹ e (Allen's PRESS for several rows at once).
-    """
-    x = windows.x
-    aim = windows.wanted if windows.parent is None else windows.parent @ w.T
-    assert aim is not None
-    lacking = aim - x @ w.T
-    seen = x[:, d.order] @ d.inverse_factor.T
-    inside = torch.eye(len(x), device=x.device) - seen @ seen.T / tokens
-    factor, failed = torch.linalg.cholesky_ex(inside)
-    if failed:
-        return 1.0  # some token is alone in its direction: nothing can be said without it
-    left_out = torch.cholesky_solve(lacking - x @ drift.T, factor)
-    predicted = lacking - left_out
-    size = predicted.square().sum()
-    return float(((predicted * lacking).sum() / size).clamp(0, 1)) if size > 0 else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,12 +20,14 @@ from quantize.block.moments import Moments
 from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
 from quantize.methods import STAGES
-from quantize.methods.encode import Encode
+from quantize.methods.encode import Encode, take_targets
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
 from quantize.methods.sbvr.stage import Sbvr
 from quantize.model.arch import Architecture
+from quantize.solvers.feedback import damp, feedback_order
+from quantize.solvers.target import Windows
 
 FITS = {
     "rtn": Rtn(),
@@ -49,20 +51,25 @@ def allocated(call: Callable[[], object]) -> int:
     return most
 
 
-def one_linear(N: int, K: int) -> Block:
+def one_linear(N: int, K: int, names: Sequence[str] = ("l",)) -> Block:
     generator = torch.Generator().manual_seed(N)
     module = nn.Module()
-    module.l = nn.Linear(K, N, bias=False).requires_grad_(False)
-    module.l.weight.data = torch.randn(N, K, generator=generator) * 0.02
+    for name in names:
+        linear = nn.Linear(K, N, bias=False).requires_grad_(False)
+        linear.weight.data = torch.randn(N, K, generator=generator) * 0.02
+        module.add_module(name, linear)
     arch = SimpleNamespace(
-        is_routed=lambda _: False, roles={"l": "q"}, blocks="b", expert_of=lambda _: None
+        is_routed=lambda _: False,
+        roles=dict.fromkeys(names, "q"),
+        blocks="b",
+        expert_of=lambda _: None,
     )
     return Block(
         index=0,
         arch=cast(Architecture, arch),
         shape=cast(Any, None),
         module=module,
-        storage={"l.weight": torch.bfloat16},
+        storage={f"{name}.weight": torch.bfloat16 for name in names},
         forward=lambda _, hidden: hidden,
         inputs=[],
         parent_inputs=None,
@@ -70,8 +77,8 @@ def one_linear(N: int, K: int) -> Block:
     )
 
 
-def moments(N: int, K: int, with_parent: bool) -> Moments:
-    x = torch.randn(K + 64, K, generator=torch.Generator().manual_seed(K))
+def moments(N: int, K: int, with_parent: bool, kept: int = 0) -> Moments:
+    x = torch.randn(K + 64 + 2 * kept, K, generator=torch.Generator().manual_seed(K))
     hessian = x.T @ x / len(x)
     return Moments(
         hessian,
@@ -79,6 +86,7 @@ def moments(N: int, K: int, with_parent: bool) -> Moments:
         hessian * 0.99 if with_parent else None,
         None,
         len(x),
+        Windows(x[:kept].clone(), x[:kept] * 1.01, None) if kept else None,
     )
 
 
@@ -115,6 +123,24 @@ def sizes(**changes: Any) -> BlockSizes:
         "itemsize": 4,
     }
     return BlockSizes(**(known | changes))
+
+
+@pytest.mark.parametrize("names", [("l",), ("l", "m", "n")])
+@pytest.mark.parametrize(
+    ("kept", "N", "K"), [(64, 768, 256), (1024, 768, 256), (1024, 64, 512), (1024, 64, 64)]
+)
+def test_corrections_take_what_they_say(names: tuple[str, ...], kept: int, N: int, K: int):
+    block, known = one_linear(N, K, names), moments(N, K, True, kept)
+    usable = damp(known.hessian, 0.01, feedback_order(known.hessian, "activation"))
+    assert usable is not None
+    found = allocated(lambda: take_targets(block, names, known, usable))
+    told = sizes(
+        linears=dict.fromkeys(names, (N, K)), groups=(names,), window=kept, tokens=8 * kept
+    )
+    assert told.kept == kept
+    assert "confirmed_correction" in block.report["l"]
+    taken = told.correcting(names) - 4 * K * K  # the factor was there before
+    assert 0.8 < taken / found < 1.3, (taken, found)
 
 
 @pytest.mark.parametrize("with_parent", [False, True])

@@ -289,7 +289,8 @@ def test_corrected_target_is_least_squares(with_residual: bool):
     known = (None, wanted.float()) if with_residual else (cross.float(), None)
     usable = damp(H.float(), delta, feedback_order(H.float(), "activation"))
     assert usable is not None
-    out = corrected_target(w.float(), H.float(), *known, usable)
+    out, share = corrected_target(w.float(), H.float(), *known, usable)
+    assert share == 1
     assert torch.allclose(out.double(), expected, atol=2e-5)
 
 
@@ -297,7 +298,7 @@ def test_without_drift_the_target_is_the_weight():
     H, w = correlated_hessian(), weight()
     usable = damp(H, 0.01, feedback_order(H, "activation"))
     assert usable is not None
-    assert torch.equal(corrected_target(w, H, H, None, usable), w)
+    assert torch.equal(corrected_target(w, H, H, None, usable)[0], w)
 
 
 def test_damping_grows_until_a_singular_hessian_factors():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quantize.solvers.feedback import Damped, damp, feedback_order
-from quantize.solvers.target import Windows, confirmed_target, corrected_target
+from quantize.solvers.target import LeftOut, Windows, corrected_target
 
 N, K, TOKENS, KEPT, DAMPING = 6, 48, 640, 128, 0.05
 
@@ -51,9 +51,10 @@ def test_the_share_is_that_of_a_fit_without_the_windows(noise: float, by_parent:
         known = hessian.float(), None, (t.T @ x / TOKENS).float()
         windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
     d = usable(hessian)
-    target, share = confirmed_target(w.float(), *known, d, windows, TOKENS)
+    target, share = corrected_target(w.float(), *known, d, LeftOut.of(windows, TOKENS, d))
     assert share == pytest.approx(expected, abs=2e-3)
-    whole = corrected_target(w.float(), *known, d)
+    whole, all_of_it = corrected_target(w.float(), *known, d)
+    assert all_of_it == 1
     assert torch.allclose(target, w.float() + share * (whole - w.float()), atol=1e-5)
 
 
@@ -64,7 +65,9 @@ def test_noise_is_not_followed_and_drift_is():
         hessian = x.T @ x / TOKENS
         windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
         known = hessian.float(), None, (t.T @ x / TOKENS).float()
-        shares[noise] = confirmed_target(w.float(), *known, usable(hessian), windows, TOKENS)[1]
+        d = usable(hessian)
+        left_out = LeftOut.of(windows, TOKENS, d)
+        shares[noise] = corrected_target(w.float(), *known, d, left_out)[1]
     assert shares[0.0] > 0.95
     assert shares[3.0] < 0.35
 
@@ -76,5 +79,21 @@ def test_a_token_alone_in_its_direction_takes_nothing_off():
     hessian = x.T @ x / TOKENS
     known = hessian.float(), None, (t.T @ x / TOKENS).float()
     windows = Windows(x[:KEPT].float(), None, t[:KEPT].float())
-    _, share = confirmed_target(w.float(), *known, usable(hessian), windows, TOKENS)
+    d = usable(hessian)
+    _, share = corrected_target(w.float(), *known, d, LeftOut.of(windows, TOKENS, d))
     assert 0 <= share <= 1
+
+
+def test_one_factor_serves_all_linears_of_an_input():
+    x, _, w = drifted(0.3, 6)
+    hessian = (x.T @ x / TOKENS).float()
+    parent = x + 0.1 * x.flip(0)
+    windows = Windows(x[:KEPT].float(), parent[:KEPT].float(), None)
+    known = hessian, (parent.T @ x / TOKENS).float(), None
+    d = usable(hessian)
+    shared = LeftOut.of(windows, TOKENS, d)
+    for rows in (w[:2].float(), w[2:].float()):
+        target, share = corrected_target(rows, *known, d, shared)
+        alone, share_alone = corrected_target(rows, *known, d, LeftOut.of(windows, TOKENS, d))
+        assert torch.equal(target, alone)
+        assert share == share_alone

@@ -22,7 +22,7 @@ from quantize.methods.encode import (
     factor_hessian,
     fall_back,
     note_errors,
-    target_of,
+    take_targets,
 )
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.feedback import Damped, descend, error_feedback
@@ -125,8 +125,7 @@ class Fireq(IntEncode):
             for name in names:
                 fall_back(block, name, self._grid(block, name), self.fp8, usable)
             return
-        targets = {name: target_of(block, name, moments, usable) for name in names}
-        moments.forget_parent()  # gigabytes for a large layer
+        targets = take_targets(block, names, moments, usable)
         for name in names:
             self._descend(block, name, targets.pop(name), moments, usable)
 

@@ -16,7 +16,7 @@ from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.errors import ModelError
 from quantize.formats.bitvec import BitVec, BitVecScheme
-from quantize.methods.encode import Encode, factor_hessian, note_errors, target_of
+from quantize.methods.encode import Encode, factor_hessian, note_errors, take_targets
 from quantize.methods.sbvr.fit import Codebook, fit_codebook, require_room, round_codes
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
@@ -145,8 +145,7 @@ class Sbvr(Encode):
                 block.note(name, fallback=f"{usable}: fitted to the weights alone")
                 self._data_free(block, name)
             return
-        targets = {name: target_of(block, name, moments, usable) for name in names}
-        moments.forget_parent()  # gigabytes for a large layer
+        targets = take_targets(block, names, moments, usable)
         for name in names:
             self._solve(block, name, targets.pop(name), moments, usable)
 
