@@ -24,7 +24,7 @@ from quantize.conversion.plan import Plan
 from quantize.conversion.request import Request
 from quantize.conversion.trial import Timing, timing
 from quantize.conversion.waits import waits_before
-from quantize.cost.footprint import BlockSizes
+from quantize.cost.footprint import FLOAT, BlockSizes
 from quantize.cost.peak import peak_resident, resident
 from quantize.cost.units import gigabytes
 from quantize.errors import RoomError
@@ -295,8 +295,8 @@ def _encoded_bytes(request: Request, sizes: BlockSizes, reference: bool) -> int:
 
 
 def _block_bytes(plan: Plan, sizes: BlockSizes) -> int:
-    """Bytes of the first block's linears in the output."""
-    return int(_linears_bytes(plan, 0, sizes.linears))
+    """Bytes of the first block's linears and of its cache in the output."""
+    return int(_linears_bytes(plan, 0, sizes.linears)) + _cache_bytes(plan, 0)
 
 
 def _linears_bytes(plan: Plan, index: int, linears: Mapping[str, tuple[int, int]]) -> float:
@@ -317,10 +317,15 @@ def _linears_bytes(plan: Plan, index: int, linears: Mapping[str, tuple[int, int]
     return total + sum(2 * N * K for N, K in left.values())
 
 
+def _cache_bytes(plan: Plan, index: int) -> int:
+    """Bytes of the scales, shifts and rotations of a block's INT4 cache in the output."""
+    return sum(FLOAT * math.prod(size) for size in plan.cache_tensors(index).values())
+
+
 def _output(plan: Plan) -> int:
     """Bytes of the output's weights."""
     blocks = sum(
-        _linears_bytes(plan, index, plan.skeleton.linear_shapes(index))
+        _linears_bytes(plan, index, plan.skeleton.linear_shapes(index)) + _cache_bytes(plan, index)
         for index in range(plan.shape.n_blocks)
     )
     outside = sum(_bytes(plan, module) for module in (*plan.arch.before, *plan.arch.after))

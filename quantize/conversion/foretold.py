@@ -22,7 +22,6 @@ from quantize.conversion.serving import expected_schemes, linears_of
 from quantize.conversion.state import State
 from quantize.errors import ModelError, UsageError
 from quantize.formats.gguf.blocks import BLOCK, KINDS
-from quantize.formats.kv4 import KvNumerics
 from quantize.formats.scheme import STORED_AS, AnyScheme
 from quantize.inspect.inspection import DecoderBlock, Inspection, Linear, Other, inspect
 from quantize.methods.encode import Encode
@@ -105,18 +104,11 @@ def _packed(
 
 def _cache(plan: Plan, block: DecoderBlock) -> list[Other]:
     """What the output has of attention on an INT4 cache."""
-    if plan.attention is None or not plan.format.keeps_post_scales:
-        return []
     if not block.name.startswith(f"{plan.arch.blocks}."):
         return []
-    arch = plan.skeleton.block_arch(block.index)
-    if arch.no_cache or arch.heads is None:
-        return []
-    shape = plan.skeleton.block_shape(block.index, plan.shape)
-    sizes = KvNumerics.from_json(plan.attention).tensors(shape.n_kv_heads, shape.head_dim)
     return [
-        Other(f"{arch.attention}.{name}", "F32", size, 4 * math.prod(size))
-        for name, size in sizes.items()
+        Other(name, "F32", size, 4 * math.prod(size))
+        for name, size in plan.cache_tensors(block.index).items()
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantize.conversion.allocation import Allocation
 from quantize.conversion.request import Request
+from quantize.formats.kv4 import KvNumerics
 from quantize.formats.output import OutputFormat
 from quantize.formats.registry import FORMATS
 from quantize.methods.basis import Basis
@@ -73,6 +74,17 @@ class Plan:
             ),
             None,
         )
+
+    def cache_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the output holds of a block's INT4 cache, all float32, by name relative to the
+        block; none where attention has no such cache or nothing of it is stored."""
+        arch = self.skeleton.block_arch(index)
+        rounding = self.attention if self.format.keeps_post_scales else None
+        if rounding is None or arch.no_cache or arch.heads is None:
+            return {}
+        shape = self.skeleton.block_shape(index, self.shape)
+        sizes = KvNumerics.from_json(rounding).tensors(shape.n_kv_heads, shape.head_dim)
+        return {f"{arch.attention}.{name}": size for name, size in sizes.items()}
 
     def decide(self, **changes: Any) -> Plan:
         """The same plan with other decisions: fields of `Decisions`."""

@@ -47,6 +47,22 @@ def test_the_size_of_the_output_is_that_of_the_output(
         )  # norms and biases of tiny models weigh something
 
 
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_what_an_int4_cache_adds_to_the_output_is_counted(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, symmetric: str
+):
+    model = tiny("llama", num_hidden_layers=3, head_dim=64)
+    told, made = [], []
+    cache = f"{{method: fireq-attention, symmetric: {symmetric}}}, "
+    for stages in ("", cache):
+        body = f"format: pq, stages: [{stages}{{method: rtn, group_size: 32}}]"
+        asked = request(body, model, text_file, tmp_path / f"out{len(told)}")
+        told.append(estimate(asked, timed=False).output)
+        made.append(convert(asked).output_bytes)
+    assert told == pytest.approx(made, rel=0.3)
+    assert told[1] - told[0] == made[1] - made[0]
+
+
 def test_a_limit_that_suffices_changes_nothing(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     asked = request(
         "gptq", tiny("llama", num_hidden_layers=3), text_file, tmp_path / "out", max_ram=10**12
