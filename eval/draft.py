@@ -10,7 +10,6 @@ copy of an 8B model on an H100 at batch 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -18,10 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measuring  # the script beside this one
 import torch
-import transformers
 
-import quantize
 from quantize.draft.analysis import analyse, as_json
 from quantize.draft.fit import carried_over
 from quantize.draft.policies import Costs
@@ -79,19 +77,11 @@ def by_text(trace: Trace) -> dict[str, Trace]:
 
 def main() -> None:
     """Run as a script."""
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("drafts", nargs="+", type=Path)
-    arguments.add_argument("--target", type=Path, required=True)
-    arguments.add_argument("--text", default="builtin")
+    arguments = measuring.draft_parser(__doc__ or "", prompts=32, tokens=160)
     arguments.add_argument("--other")
-    arguments.add_argument("--prompts", type=int, default=32)
-    arguments.add_argument("--tokens", type=int, default=160)
     arguments.add_argument("--temperature", type=float, action="append")
     arguments.add_argument("--cost", type=float, default=0.53)
     arguments.add_argument("--kv-int4", action="store_true")
-    arguments.add_argument("--output", type=Path)
     args = arguments.parse_args()
     torch.set_num_threads(1)
     begun = time.time()
@@ -110,11 +100,7 @@ def main() -> None:
     analysis = analyse(found, args.target, cost=args.cost, policies=True, cache=cache)
     results = {
         "machine": f"{platform.machine()}, 1 thread",
-        "versions": {
-            "pq": quantize.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": measuring.versions(),
         "seconds": {"measured": measured, "all": time.time() - begun},
         **as_json(analysis),
         "fitted_on_other_text": across(found, Costs(args.cost)) if args.other else [],

@@ -18,12 +18,11 @@ signal saves something, the policy with it is replayed beside the policy without
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+import measuring  # the script beside this one
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -264,16 +263,8 @@ def _rounded(value: Interval) -> dict[str, float | None]:
 
 def main() -> None:
     """Run as a script."""
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("drafts", nargs="+", type=Path)
-    arguments.add_argument("--target", type=Path, required=True)
-    arguments.add_argument("--text", default="builtin")
-    arguments.add_argument("--prompts", type=int, default=64)
-    arguments.add_argument("--tokens", type=int, default=128)
+    arguments = measuring.draft_parser(__doc__ or "", prompts=64, tokens=128)
     arguments.add_argument("--cost", type=float, default=0.53)
-    arguments.add_argument("--output", type=Path)
     args = arguments.parse_args()
     settings = Settings((args.text,), args.prompts, 64, args.tokens)
     found = measure(args.target, args.drafts, settings)

