@@ -9,6 +9,7 @@ returned. So nothing is computed twice, and nothing need be known of how a layer
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -222,7 +223,8 @@ class _Held:
 
     def stop(self) -> None:
         """End the pass where it stands."""
-        if self.thread:  # which is false once it has ended
+        # `thread` is false once it has ended; a process that ends takes all threads with it.
+        if self.thread and not sys.is_finalizing():
             # The garbage collector may come here in the midst of another pass, which is to go on then.
             self.thread.parent = getcurrent()
             self.thread.throw()

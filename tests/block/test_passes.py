@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -216,6 +218,26 @@ def test_a_pass_goes_on_where_the_collector_ends_another(monkeypatch: pytest.Mon
         gc.enable()
     assert ended_in[0] is not getcurrent()  # in the midst of the other pass
     assert torch.equal(entering, nn.functional.linear(hidden, layer[0].weight, layer[0].bias))
+
+
+LEFT_STANDING = """
+import torch
+from torch import nn
+from quantize.block.passes import HeldPasses
+
+def main():
+    passes = HeldPasses(lambda layer, x: layer(x), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (), 9)
+    passes.inputs(torch.randn(1, 2, 4), ("1",))
+    raise ZeroDivisionError("of the script's own")
+
+main()
+"""
+
+
+def test_an_error_that_ends_a_process_is_the_last_thing_it_says():
+    command = [sys.executable, "-c", LEFT_STANDING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("ZeroDivisionError: of the script's own\n")
 
 
 def test_an_error_in_a_layer_is_raised_and_leaves_nothing():
