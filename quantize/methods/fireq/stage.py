@@ -64,11 +64,11 @@ class Fireq(IntEncode):
     aim: Literal["parent", "layer"] = "parent"
     """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`:
     this layer's own outputs."""
-    damping: float = Field(default=0.1, gt=0, le=1)
+    damping: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the mean Hessian diagonal that is added to it; raised tenfold
     while the Hessian stays singular.
-    More than GPTQ's customary 0.01: a solver that descends further fits the calibration
-    text too closely without it."""
+    Far more than GPTQ's customary 0.01: a solver that descends further, and corrects for drift, fits the
+    calibration text too closely without it."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales and codes."""
     token_weights: TokenWeights = "sinks"
