@@ -14,7 +14,7 @@ from quantize.block.moments import Moments, Sums
 from quantize.block.passes import HeldPasses
 from quantize.block.post_norm import PostNorm
 from quantize.block.token_weights import TokenWeights, weights_of
-from quantize.cost.footprint import FEWEST_WINDOWS, KEPT_TOKENS, ROUTED_BYTES
+from quantize.cost.footprint import FEWEST_WINDOWS, KEPT_TOKENS, LONGEST_KEPT, ROUTED_BYTES
 from quantize.errors import ModelError
 
 
@@ -204,15 +204,16 @@ def _first(stream: Sequence[Tensor], tokens: int | None) -> int:
 
 
 def _kept(stream: Sequence[Tensor]) -> dict[int, int]:
-    """How many of the first tokens of which batches [B, T, D] are kept by themselves: whole windows,
-    since tokens of one window err alike, from batches spread over the text."""
+    """How many of the first tokens of which batches [B, T, D] are kept by themselves: whole windows but for
+    very long ones, since tokens of one window err alike, from batches spread over the text."""
     windows = sum(len(batch) for batch in stream)
     if windows < FEWEST_WINDOWS:
         return {}
     count = max(1, min(KEPT_TOKENS // stream[0].shape[1], windows // FEWEST_WINDOWS))
     chosen = min(count, len(stream))
     places = {(2 * i + 1) * len(stream) // (2 * chosen) for i in range(chosen)}
-    return {i: min(-(-count // chosen), len(stream[i])) * stream[i].shape[1] for i in places}
+    whole = -(-count // chosen)
+    return {i: min(min(whole, len(stream[i])) * stream[i].shape[1], LONGEST_KEPT) for i in places}
 
 
 def _own_batches(block: Block, stream: Sequence[Tensor], batches: int) -> Iterator[Tensor]:

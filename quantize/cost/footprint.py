@@ -17,6 +17,8 @@ would take too much room. Fewer take less, and give products that are less effic
 KEPT_TOKENS = 1024
 """Tokens kept by themselves, in whole windows, to judge a correction by: a thousand tell what share of it
 holds to a few percent."""
+LONGEST_KEPT = 2048
+"""Tokens kept of a window that is longer: what judges a correction takes room and time by their square."""
 FEWEST_WINDOWS = 8
 """One window of so many is kept at most; where the text has fewer, none."""
 SCORES = 1 << 24
@@ -99,8 +101,9 @@ class BlockSizes:
 
     @property
     def kept(self) -> int:
-        """Tokens at most that are kept by themselves, in whole windows, to judge corrections by."""
-        return min(max(self.window, KEPT_TOKENS), self.tokens // FEWEST_WINDOWS)
+        """Tokens at most that are kept by themselves to judge corrections by."""
+        of_one = min(self.window, LONGEST_KEPT)
+        return min(max(of_one, KEPT_TOKENS), self.tokens // FEWEST_WINDOWS)
 
     def correcting(self, group: Sequence[str]) -> int:
         """Bytes at most while the weights of linears that share an input are corrected for the drift

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from quantize.block import statistics
 from quantize.block.block import Block
-from quantize.block.measure import moments_of
+from quantize.block.measure import _kept, moments_of
 from quantize.block.moments import Moments
 from quantize.block.teacher import freeze_layer
 from quantize.cost.footprint import BlockSizes
@@ -123,6 +123,18 @@ def sizes(**changes: Any) -> BlockSizes:
         "itemsize": 4,
     }
     return BlockSizes(**(known | changes))
+
+
+@pytest.mark.parametrize(
+    ("windows", "window", "kept"),
+    [(7, 512, 0), (8, 512, 512), (128, 512, 1024), (16, 64, 128), (8, 2048, 2048), (9, 5000, 2048)],
+)
+def test_tokens_are_kept_of_whole_windows_that_are_not_too_long(
+    windows: int, window: int, kept: int
+):
+    stream = list(torch.zeros(windows, 1, window, 1))
+    assert sum(_kept(stream).values()) == kept
+    assert kept <= sizes(window=window, tokens=windows * window).kept <= max(kept, 1024)
 
 
 @pytest.mark.parametrize("names", [("l",), ("l", "m", "n")])
