@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import keep  # the scripts beside this one
+from measuring import keep, versions  # the scripts beside this one
 from random_model import SHAPES, build
-
-import quantize
 
 RECIPES = ("gptq", "fireq-linear", "fireq", "sbvr")
 WINDOWS = (4, 64)
@@ -103,10 +101,11 @@ def main() -> None:
     torch.set_num_threads(1)
     results["protocol"] = (
         f"one block of random weights, the built-in text, whole processes (their start takes some 8 s); "
-        f"{platform.machine()}, one thread, {2 * rate() / 1e9:.0f} GFLOP/s in float32 products; a forward pass: the "
-        "block's linears, once, over the text"
+        f"{2 * rate() / 1e9:.0f} GFLOP/s in float32 products; a forward pass: the block's linears, once, over the "
+        "text"
     )
-    results["versions"] = {"pq": quantize.__version__, "torch": torch.__version__}
+    results["machine"] = f"{platform.machine()}, one thread"
+    results["versions"] = versions()
     for shape in SHAPES:
         for recipe in RECIPES:
             if args.only and f"{shape}/{recipe}" not in args.only:
