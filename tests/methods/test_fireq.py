@@ -212,9 +212,9 @@ def error_against_parent(make_block: BlockMaker, stage: Stage, drift: float) -> 
 @pytest.mark.parametrize("activations", ["fp8", "none"])
 def test_each_part_brings_the_block_nearer_to_its_parent(make_block: BlockMaker, activations: str):
     def error(stage: Stage) -> float:
-        return error_against_parent(
-            make_block, stage.model_copy(update={"activations": activations}), drift=0.05
-        )
+        # All of them damp alike: by how much is a question of other text, and this is the fitted one.
+        alike = {"activations": activations, "damping": 0.1}
+        return error_against_parent(make_block, stage.model_copy(update=alike), drift=0.05)
 
     gptq = error(Gptq())
     layer = {sweeps: error(Fireq(aim="layer", sweeps=sweeps)) for sweeps in (0, 4)}
