@@ -245,23 +245,6 @@ def test_what_is_measured_follows_the_fields():
     )
 
 
-@pytest.mark.parametrize(
-    ("stage", "damping"),
-    [
-        (Fireq(), 0.1),
-        (Fireq(activations="none"), 0.5),
-        (Fireq(damping=0.02), 0.02),
-        (Fireq(activations="none", damping=0.02), 0.02),
-    ],
-    ids=str,
-)
-def test_damping_follows_the_activations_until_it_is_set(
-    make_block: BlockMaker, stage: Fireq, damping: float
-):
-    block = run(stage, correlated_block(make_block))
-    assert {facts["damping"] for facts in block.report.values()} == {damping}
-
-
 # Channel-wise absmean scaling
 
 

@@ -64,10 +64,9 @@ class Fireq(IntEncode):
     aim: Literal["parent", "layer"] = "parent"
     """`parent`: reproduce the parent's outputs from the quantized model's inputs; `layer`:
     this layer's own outputs."""
-    damping: float | None = Field(default=None, gt=0, le=1)
+    damping: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the mean Hessian diagonal that is added to it; raised tenfold
-    while the Hessian stays singular. Unset: 0.5 with 16-bit activations and 0.1 with FP8's, whose own
-    rounding is in the Hessian and damps it.
+    while the Hessian stays singular.
     Far more than GPTQ's customary 0.01: a solver that descends further, and corrects for drift, fits the
     calibration text too closely without it."""
     sweeps: int = Field(default=4, ge=0, le=100)
@@ -121,7 +120,7 @@ class Fireq(IntEncode):
             for name in names:
                 self._nearest(block, name)
             return
-        usable = factor_hessian(block, names[0], moments, self._damping)
+        usable = factor_hessian(block, names[0], moments, self.damping)
         if isinstance(usable, str):
             for name in names:
                 fall_back(block, name, self._grid(block, name), self.fp8, usable)
@@ -141,7 +140,7 @@ class Fireq(IntEncode):
             n: e / w if (w := weight.get(n)) and e is not None else None
             for n, e in _errors(layers).items()
         }
-        raised = any(d is not None and d > self._damping for d in damping.values())
+        raised = any(d is not None and d > self.damping for d in damping.values())
         dead = facts(layers, "dead_inputs")
         dead = dead if any(dead.values()) else {}
         drawn = (
@@ -168,12 +167,6 @@ class Fireq(IntEncode):
             ),
         )
         return tuple(picture for picture in drawn if picture is not None)
-
-    @property
-    def _damping(self) -> float:
-        if self.damping is not None:
-            return self.damping
-        return 0.1 if self.fp8 else 0.5
 
     def _grid(self, block: Block, name: str) -> Grid:
         return self.grid(block, name, product=self.fp8, signed=not self.fp8)
