@@ -80,6 +80,7 @@ METHODS_NEVER = tuple(
 METHODS_SHARE = (
     "quantize.methods.adaptation",
     "quantize.methods.base",
+    "quantize.methods.edges",
     "quantize.methods.encode",
 )
 # Third-party package → the only modules that may import it.

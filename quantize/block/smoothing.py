@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from quantize.block.block import Block
 from quantize.model.arch import Edge
+from quantize.solvers.equalization import Rows
 from quantize.solvers.grid import Grid
 
 SAMPLED_ROWS = 512
@@ -40,26 +40,24 @@ def balance(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-@dataclass(frozen=True)
-class Sink:
-    """A weight that an edge's scale moves into, and what errors of it are measured against."""
+def sampled_rows(block: Block, edge: Edge, hessian: Tensor) -> dict[str, Rows]:
+    """A sample of every rounded sink's rows, each sink counted relative to what it puts out.
 
-    weight: Tensor
-    """float32 [N, K]"""
-    size: Tensor
-    """tr(W H Wᵀ), the mean square of its output."""
-
-    @classmethod
-    def of(cls, weight: Tensor, hessian: Tensor) -> Sink:
-        """For any rows [N, K] of a linear; hessian: E[x xᵀ] of its input."""
-        size = ((weight @ hessian) * weight).sum()
-        return cls(weight, size.clamp_min(torch.finfo(torch.float32).tiny))
+    Rows are quantized alike: a sample of them ranks scales as well as all would, at a fraction of the
+    cost. hessian: E[x xᵀ] of the sinks' input.
+    """
+    weights = {sink: block.linear(sink).weight for sink in block.rounded_sinks(edge)}
+    most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
+    return {
+        sink: Rows.of(weight[:: max(1, len(weight) // most)].float(), hessian)
+        for sink, weight in weights.items()
+    }
 
 
 def rounding_error(
-    sinks: Sequence[Sink], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool
+    sinks: Iterable[Rows], columns: Tensor, hessian: Tensor, grid: Grid, clip: bool
 ) -> float:
-    """Relative output error, summed over sinks [N, K], of rounding W·diag(columns) to nearest.
+    """Output error, summed over rows by their share, of rounding W·diag(columns) to nearest.
 
     hessian: E[x xᵀ] of the sinks' input before λ moves into it. Exactly the mean squared output
     error that a forward pass would measure, without the pass.
@@ -71,7 +69,7 @@ def rounding_error(
         importance = hessian.diagonal() / columns.square()
         scale, factor = grid.fit_scale(scaled, importance) if clip else grid.absmax_scale(scaled)
         delta = grid.round(scaled, scale, factor)[1] / columns - weight
-        total += float(((delta @ hessian) * delta).sum() / sink.size)
+        total += sink.share * float(((delta @ hessian) * delta).sum())
     return total
 
 
@@ -88,11 +86,7 @@ def search(
 
     λ is None, and the ratio 1, when nothing beats leaving the edge alone.
     """
-    # Rows are quantized alike: a sample of them ranks the candidates as well as all
-    # would, at a fraction of the cost.
-    weights = [block.linear(sink).weight for sink in block.rounded_sinks(edge)]
-    most = min(SAMPLED_ROWS, ALL_SAMPLED_ROWS // len(weights) or 1)
-    sinks = [Sink.of(weight[:: max(1, len(weight) // most)].float(), hessian) for weight in weights]
+    sinks = list(sampled_rows(block, edge, hessian).values())
     plain = rounding_error(sinks, torch.ones_like(hessian.diagonal()), hessian, grid, clip)
     best, lowest = None, plain
 

@@ -3,6 +3,7 @@
 from quantize.methods.awq import Awq
 from quantize.methods.base import Stage
 from quantize.methods.cas import Cas
+from quantize.methods.equalize import Equalize
 from quantize.methods.fireq.attention import FireqAttention
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gguf import Blocks
@@ -16,6 +17,7 @@ STAGES: tuple[type[Stage], ...] = (
     Ladimo,
     Cas,
     Awq,
+    Equalize,
     Rotate,
     FireqAttention,
     Rtn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from rows import ARCHITECTURES
 from torch import Tensor
 
 import quantize.methods.awq as awq_module
+import quantize.methods.equalize as equalize_module
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
@@ -19,6 +21,7 @@ from quantize.block.moments import Moments
 from quantize.block.smoothing import balance, search
 from quantize.methods import Stage
 from quantize.methods.awq import Awq
+from quantize.methods.equalize import Equalize
 from quantize.methods.fireq.stage import Fireq
 from quantize.methods.gptq import Gptq
 from quantize.methods.rtn import Rtn
@@ -281,17 +284,65 @@ def test_awq_tries_usable_scales_whatever_is_dead(
     assert distance(outputs(block), wanted) < 1e-5
 
 
+SEARCHES = pytest.mark.parametrize("stage", [Awq(grid=5), Equalize()], ids=lambda s: s.method)
+
+
+@SEARCHES
 @pytest.mark.parametrize(
     "zeroed", ["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj", "self_attn.v_proj"]
 )
-def test_awq_survives_a_linear_of_zeros(make_block: BlockMaker, zeroed: str):
+def test_a_linear_of_zeros_is_survived(make_block: BlockMaker, zeroed: str, stage: Stage):
     """Layers added to a trained model begin like this."""
     block = correlate(make_block("llama"))
     block.linear(zeroed).weight.data.zero_()
     wanted = outputs(block)
-    run(Awq(grid=5), block)
+    run(stage, block)
     assert all(torch.isfinite(parameter).all() for parameter in block.module.parameters())
     assert distance(outputs(block), wanted) < 1e-5
+
+
+# Equalization
+
+
+def test_equalization_never_raises_an_edges_error(make_block: BlockMaker, model_type: str):
+    block = correlate(make_block(model_type))
+    block.module.get_submodule("input_layernorm").weight.data[[7, 9]] *= 20
+    wanted = outputs(block)
+    run(Equalize(), block)
+    ratios = {edge.name: block.report[edge.name]["search_ratio"] for edge in block.arch.edges}
+    assert all(0 < ratio <= 1 for ratio in ratios.values())
+    assert ratios["attn_norm"] < 0.95
+    assert distance(outputs(block), wanted) < 1e-2  # norms keep their bfloat16
+
+
+def test_a_scale_that_helps_nothing_is_not_folded(
+    make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch
+):
+    block = correlate(make_block("llama"))
+    before = {name: value.clone() for name, value in block.module.state_dict().items()}
+    poor = torch.exp(2 * torch.randn(4096, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(
+        equalize_module, "equalize", lambda linears, left, size, start, *_: poor[: len(start)]
+    )
+    run(Equalize(), block)
+    assert {block.report[name]["search_ratio"] for name in EDGES} == {1.0}
+    assert all(torch.equal(block.module.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_hessian_that_cannot_be_factored_leaves_the_edge_alone(make_block: BlockMaker):
+    block = make_block("llama")
+    block.inputs = [torch.zeros_like(x) for x in block.inputs]
+    run(Equalize(), block)
+    assert {block.report[name]["search_ratio"] for name in EDGES} == {1.0}
+
+
+def test_equalized_linears_err_less_than_searched_ones(make_block: BlockMaker):
+    """On the text that both saw, by the error that encoding leaves."""
+    errors = {
+        stage.method: block_error(make_block, (stage, Fireq(activations="none", damping=0.1)))
+        for stage in (Awq(weight_exponents=(1.0,)), Equalize())
+    }
+    assert errors["equalize"] < errors["awq"]
 
 
 def test_a_search_that_finds_nothing_leaves_the_edge_alone(make_block: BlockMaker):
@@ -333,17 +384,21 @@ def block_error(
     return distance(outputs(block), wanted)
 
 
-BALANCED = (Awq(weight_exponents=(1.0,)), Fireq())
+BALANCED = {
+    "awq": (Awq(weight_exponents=(1.0,)), Fireq()),
+    "equalize": (Equalize(), Fireq()),
+}
 
 
-@pytest.fixture(scope="module")
-def plain_error(make_block: BlockMaker) -> float:
-    return block_error(make_block, BALANCED)
+@functools.cache
+def plain_error(make_block: BlockMaker, balance: str) -> float:
+    return block_error(make_block, BALANCED[balance])
 
 
+@pytest.mark.parametrize("balance", BALANCED)
 @pytest.mark.parametrize("edges", [*((name,) for name in EDGES), tuple(EDGES)], ids="+".join)
 def test_injected_outliers_do_not_change_the_result(
-    make_block: BlockMaker, plain_error: float, edges: tuple[str, ...]
+    make_block: BlockMaker, balance: str, edges: tuple[str, ...]
 ):
-    ratio = block_error(make_block, BALANCED, edges) / plain_error
+    ratio = block_error(make_block, BALANCED[balance], edges) / plain_error(make_block, balance)
     assert 1 / 1.05 < ratio < 1.05
