@@ -199,7 +199,7 @@ def block_loop(colours: Colours) -> str:
     w, h = 240, 58
     d.card(left, 58, w, h, ("1  load", "weights from safetensors"))
     d.card(right, 58, w, h, ("2  restructure", "FFN → experts (ladimo)"))
-    d.card(right, 148, w, h, ("3  smooth", "fold λ, rotate (awq, cas, rotate)"))
+    d.card(right, 148, w, h, ("3  smooth", "fold λ, rotate (equalize, rotate)"))
     d.card(left, 148, w, h, ("4  cache", "scales for INT4 keys and values"))
     d.card(left, 238, w, h, ("5  measure", "H = E[x xᵀ] of each input"))
     d.card(right, 238, w, h, ("6  encode", "codes and scales, packed"))
