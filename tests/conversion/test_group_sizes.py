@@ -253,7 +253,7 @@ def test_smollm2_from_the_command_line(
 ):
     model, out = tiny("llama", **SMOLLM2), tmp_path / "out"
     options = ["--dataset", text_file, "--nsamples", 2, "--seqlen", 32, "--device", "cpu"]
-    quick = {"fireq-linear": ["fireq.sweeps=0"], "fireq": ["fireq.sweeps=0", "awq.grid=2"]}
+    quick = {"fireq-linear": ["fireq.sweeps=0"], "fireq": ["fireq.sweeps=0"]}
     quick["sbvr"] = ["sbvr.sweeps=0", "sbvr.lines=4", "sbvr.fit=data-free"]
     settings = [part for field in quick.get(recipe, ()) for part in ("--set", field)]
     code, _, err = pq("convert", "-m", model, "-r", recipe, "-o", out, *options, *settings)
