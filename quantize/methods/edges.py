@@ -30,6 +30,8 @@ class EdgeStage(Stage):
     """Choose λ per edge by the moments of its sinks' input, in the order of the forward pass."""
 
     kind: ClassVar[Kind] = "smooth"
+    rounded: ClassVar[str]
+    """How the search rounds, in words."""
     bits: int = Field(default=4, ge=2, le=8)
     """Bits of the rounding that the search tries; set it to those of the encode stage."""
     group_size: Group = 128
@@ -106,6 +108,3 @@ class EdgeStage(Stage):
             unit="error after / before",
         )
         return () if gained is None else (gained,)
-
-    rounded: ClassVar[str]
-    """How the search rounds, in words."""

@@ -3,7 +3,7 @@
 Scaling input channel j of a linear by λ_j and its inputs by 1/λ_j changes no output, but it changes what
 rounding costs (cross-layer equalization, Nagel et al., arXiv 1906.04721; AWQ, arXiv 2306.00978). A group's
 step grows with its largest weights, and the error of a channel counts by what error feedback cannot move
-into other channels: the part of its input that no other input tells.
+into other channels: the part of its input that those rounded later do not tell.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from quantize.solvers.feedback import Damped, damp, error_feedback, feedback_order
 from quantize.solvers.grid import Grid
 
-# Steps at most; each one brings a channel 1/3 to all of the way to its balance.
+# Rounds at most; on linears of a Gemma 3 270M seven to twelve settled it.
 _STEPS = 40
 # Largest relative change of a step that ends them.
 _SETTLED = 2e-3
@@ -108,8 +108,8 @@ def equalize(
     outputs would count no more than the smallest. Measured on two models, the mean of both is best.
 
     weights: [N, K] each; left: [K], above zero; norm: p, a power of two; start: λ per source channel, above zero.
-    columns: λ per source channel → [K], repeated for those that share a source; sources: [K] → sums of
-    what source channels have in their columns.
+    columns: λ per source channel → [K], repeated for those that share a source; sources: [K] → sums or
+    means of what source channels have in their columns; only ratios of them count.
     """
     begin = columns(start)
     scale, best, lowest = start.clone(), start, float("inf")
