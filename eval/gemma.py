@@ -80,12 +80,12 @@ ROWS = (
     Row(
         "`fireq-linear`, W4A16, tokens count the same",
         "fireq-linear",
-        (*_W4A16, "fireq.token_weights=equal"),
+        (*_W4A16, "equalize.token_weights=equal", "fireq.token_weights=equal"),
     ),
     Row(
         "`fireq-linear`, W4A16, tokens by attention",
         "fireq-linear",
-        (*_W4A16, "fireq.token_weights=attention"),
+        (*_W4A16, "equalize.token_weights=attention", "fireq.token_weights=attention"),
     ),
     Row("GPTQ, W4A16, tokens count the same", "gptq", ("token_weights=equal",)),
     Row("GPTQ, W4A16, tokens by attention", "gptq", ("token_weights=attention",)),

@@ -27,10 +27,11 @@ OF_TERMS = {"cpu": 2**-18, "cuda": 2**-18, "cuda E4M3": 2**-10}
 def random_weight(
     N: int, K: int, group_size: int = 128, spread: float = 0.02, seed: int = 0
 ) -> PackedInt:
-    """Codes of all sizes; scales that differ by up to 2⁸ within a row."""
+    """Codes of all sizes; scales of both signs that differ by up to 2⁸ within a row."""
     generator = torch.Generator().manual_seed(N + K + group_size + seed)
     codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=generator)
     scale = torch.exp2(-8 * torch.rand(N, K // group_size, generator=generator)) * spread
+    scale *= torch.randn(scale.shape, generator=generator).sign()
     return PackedInt(codes, scale.to(torch.bfloat16), 4, group_size)
 
 

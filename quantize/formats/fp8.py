@@ -54,8 +54,8 @@ def quantize_activations_in_dtype(x: Tensor) -> Tensor:
 
 def row_factor(scale: Tensor) -> Tensor:
     """Per-row factor [N, 1] that vLLM's Hopper scheme derives from group scales [N, G]:
-    rowmax(s) / 448, floored."""
-    return (scale.float().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(FACTOR_FLOOR)
+    rowmax|s| / 448, floored."""
+    return (scale.float().abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(FACTOR_FLOOR)
 
 
 def product_weight(codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ def representable_scale(scale: Tensor, factor: Tensor) -> Tensor:
     E4M3(scale / factor)·factor.
 
     The bfloat16 rounding moves s / factor by at most 2⁻⁹, less than half an E4M3 step, so the
-    loader finds the same E4M3 code again, provided that the row's largest scale is 448·factor
-    exactly. Smallest value: one E4M3 subnormal.
+    loader finds the same E4M3 code again, provided that the row's largest |scale| is 448·factor
+    exactly. Smallest magnitude: one E4M3 subnormal. Signs stay.
     """
-    code = e4m3(scale.float() / factor).clamp_min(2.0**-9)
-    return (code * factor).to(torch.bfloat16)
+    code = e4m3(scale.float().abs() / factor).clamp_min(2.0**-9)
+    return (code * factor).copysign(scale).to(torch.bfloat16)
 
 
 def reloaded(scale: Tensor, shards: int = 1) -> Tensor:

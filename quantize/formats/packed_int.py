@@ -181,8 +181,8 @@ class PackedInt:
     """A linear's weight [N, K] as signed integer codes with one scale per group of
     `group_size` inputs: bfloat16 where pq wrote it, the dtype of their model in others' checkpoints.
 
-    Value = code · scale of its group (`unpack`). Scales may be negative where 16-bit activations
-    are used: a flipped sign puts the extra code -2^(bits-1) on the other side.
+    Value = code · scale of its group (`unpack`). Scales may be negative: a flipped sign puts the extra
+    code -2^(bits-1) on the other side.
     """
 
     codes: Tensor  # int8 [N, K]

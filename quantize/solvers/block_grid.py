@@ -90,7 +90,7 @@ class AffineGrid(Grid):
 
     def book(self, scale: Tensor, factor: Tensor) -> Book:
         """The values of all codes under pairs [R, 2]."""
-        return AffineBook(self, scale[:, 0], None, None, scale[:, 1])
+        return AffineBook(self, scale[:, 0], scale[:, 1])
 
     def held(self, codes: Tensor, scale: Tensor) -> Packed:
         """As blocks."""

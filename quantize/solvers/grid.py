@@ -72,13 +72,13 @@ class Grid:
     def book(self, scale: Tensor, factor: Tensor) -> Book:
         """The values of all codes under scales [R] of rows with factors [R]."""
         if not self.product:
-            return Book(self, scale, None, None)
+            return Book(self, scale)
         codes = torch.arange(self.qmin, self.qmax + 1, device=scale.device, dtype=torch.float32)
-        levels = product_weight(codes[:, None], scale, factor)
+        levels = product_weight(codes[:, None], scale.abs(), factor)
         ends = torch.full_like(levels[:1], torch.inf)
         borders = torch.cat((-ends, (levels[1:] + levels[:-1]) / 2, ends))
         step = levels[1 - self.qmin]
-        return Book(self, torch.where(step == 0, 1.0, step), levels, borders)
+        return ProductBook(self, torch.where(step == 0, 1.0, step), levels, borders, scale.sign())
 
     def books(self, scale: Tensor, factor: Tensor) -> list[Book]:
         """One book per group of scales [N, G] with factors [N, 1]."""
@@ -218,10 +218,11 @@ class Grid:
         """Scales [N, G] some E4M3 codes further; the largest one of a row, and of a shard, stays:
         factors ([N, 1] of rows) are derived from them."""
         free, ceiling = movable(scale, factor, self.shards)
-        code = e4m3(scale / factor)
+        code = e4m3(scale.abs() / factor)
         size = 2.0 ** (torch.floor(torch.log2(code)) - 3)
         moved = torch.minimum(e4m3((code + steps * size).clamp_min(2.0**-9)), ceiling)
-        return torch.where(free, representable_scale(moved * factor, factor).float(), scale)
+        moved = (moved * factor).copysign(scale)
+        return torch.where(free, representable_scale(moved, factor).float(), scale)
 
     def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
         """Smaller and larger alternatives to group scales [N, G] that the checkpoint
@@ -245,30 +246,47 @@ class Book:
 
     grid: Grid
     step: Tensor
-    """Value of the code 1, [R]; 1 where all codes have the value 0."""
-    levels: Tensor | None
-    """[2^bits, R], rising; None where codes are evenly spaced."""
-    borders: Tensor | None
-    """[2^bits + 1, R]: −∞, what lies halfway between neighbouring levels, ∞."""
+    """Value of the code 1, [R]; of a `ProductBook` under |scale|, and 1 where all codes have the value 0."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
         codes = (w / self.step).round_().clamp_(self.grid.qmin, self.grid.qmax)
-        if self.levels is None or self.borders is None:
-            return codes, codes * self.step
-        # E4M3 products are not evenly spaced: each is off by a sixteenth of itself at most, which
+        return codes, codes * self.step
+
+    def value(self, codes: Tensor) -> Tensor:
+        """Values of codes [M, R], float32."""
+        return codes * self.step
+
+
+@dataclass(frozen=True)
+class ProductBook(Book):
+    """Products E4M3(q·s8), which are not evenly spaced."""
+
+    levels: Tensor
+    """[2^bits, R], rising: those of |scale|."""
+    borders: Tensor
+    """[2^bits + 1, R]: −∞, what lies halfway between neighbouring levels, ∞."""
+    sign: Tensor
+    """Of the scale, [R]: levels count by it."""
+
+    def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
+        w = w * self.sign
+        # A level is off q·s by a sixteenth of itself at most, which
         # is less than half a step up to the code 8, so the nearest is this one or its neighbour.
+        codes = (w / self.step).round_().clamp_(self.grid.qmin, self.grid.qmax)
         index = codes.sub_(self.grid.qmin).long()
         above = (w > self.borders.gather(0, index + 1)).long()
         below = (w <= self.borders.gather(0, index)).long()
         index.add_(above).sub_(below)
-        return index.float().add_(self.grid.qmin), self.levels.gather(0, index)
+        return index.float().add_(self.grid.qmin), self._signed(index)
 
     def value(self, codes: Tensor) -> Tensor:
         """Values of codes [M, R], float32."""
-        if self.levels is None:
-            return codes * self.step
-        return self.levels.gather(0, codes.long().sub_(self.grid.qmin))
+        return self._signed(codes.long().sub_(self.grid.qmin))
+
+    def _signed(self, index: Tensor) -> Tensor:
+        return self.levels.gather(0, index).mul_(self.sign)
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

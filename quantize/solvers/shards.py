@@ -47,13 +47,14 @@ class Settled:
 
 
 def settle(wanted: Tensor, error: Callable[[Tensor], Tensor], degrees: Sequence[int]) -> Settled:
-    """The scales of least error near `wanted` [N, G] (positive) that survive a reload of whole rows
-    and of rows in so many shards: rising powers of two (see `shard_counts`).
+    """The scales of least error near `wanted` [N, G] that survive a reload of whole rows
+    and of rows in so many shards: rising powers of two (see `shard_counts`). Each keeps its sign.
 
     error: what groups suffer [N, G] from scales [N, G].
     """
     ratios = [_LOW * 2 ** (i / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     table = torch.stack([error(wanted * ratio) for ratio in ratios], dim=2)
+    signed, wanted = wanted, wanted.abs()
     largest = wanted.amax(dim=1, keepdim=True)
     power = torch.exp2(torch.ceil(torch.log2(largest * _LOW)))
     best = torch.empty_like(wanted)
@@ -77,13 +78,13 @@ def settle(wanted: Tensor, error: Callable[[Tensor], Tensor], degrees: Sequence[
     factor = torch.where(low, floor, factor)
     plain = e4m3(wanted / factor).clamp_min(2.0**-9)
     best = torch.where(low, plain, best)
-    return Settled((best * factor).to(torch.bfloat16).float(), factor)
+    return Settled((best * factor).copysign(signed).to(torch.bfloat16).float(), factor)
 
 
 def movable(scale: Tensor, factor: Tensor, degrees: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which scales [N, G] of a settled row may take another E4M3 code, every shard's factor left as
-    it is, and the largest code that each may have."""
-    code = e4m3(scale / factor)
+    it is, and the largest magnitude of a code that each may have."""
+    code = e4m3(scale.abs() / factor)
     free = torch.ones_like(code, dtype=torch.bool)
     ceiling = torch.full_like(code, E4M3_MAX)
     low = factor <= FACTOR_FLOOR

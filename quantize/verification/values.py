@@ -65,8 +65,6 @@ def _reloads(recipe: Recipe | None, linear: str) -> tuple[int, ...]:
 def _scale_problem(scale: Tensor, fp8: bool, reloads: tuple[int, ...]) -> str | None:
     if (scale == 0).any():
         return f"holds {int((scale == 0).sum())} zeros"
-    if fp8 and (scale < 0).any():
-        return f"holds {int((scale < 0).sum())} negative values, which FP8 kernels cannot take"
     # A linear whose sizes no FP8 kernel takes has scales of its own kind.
     if fp8 and reloads:
         for shards in (1, *shard_counts(scale.shape[1], reloads)):

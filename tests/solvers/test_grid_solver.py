@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,9 +27,19 @@ PLAIN = Grid(4, 128)
 SIGNED = Grid(4, 128, signed=True)
 PRODUCT = Grid(4, 128, product=True)
 KERNEL = Grid(4, 128, product=True, fp8_scales=True)
+SIGNED_KERNEL = replace(KERNEL, signed=True)
 GRIDS = pytest.mark.parametrize(
     "grid",
-    [PLAIN, SIGNED, PRODUCT, KERNEL, Grid(3, 32), Grid(2, 64, signed=True), Grid(8, 128)],
+    [
+        PLAIN,
+        SIGNED,
+        PRODUCT,
+        KERNEL,
+        SIGNED_KERNEL,
+        Grid(3, 32),
+        Grid(2, 64, signed=True),
+        Grid(8, 128),
+    ],
     ids=str,
 )
 
@@ -155,14 +166,15 @@ def test_error_falls_as_bits_rise(size: float):
     assert all(high > 1.7 * low for high, low in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize("grid", [PLAIN, KERNEL], ids=str)
-def test_neighbour_scales_are_storable_and_keep_the_rows_factor(grid: Grid):
-    scale, factor = grid.absmax_scale(weight())
+@pytest.mark.parametrize("grid", [PLAIN, SIGNED, KERNEL, SIGNED_KERNEL], ids=str)
+def test_neighbour_scales_are_storable_and_keep_the_rows_factor_and_signs(grid: Grid):
+    scale, factor = grid.fit_scale(weight())
+    assert bool((scale < 0).any()) == grid.signed
     for other in (moved for sweep in range(4) for moved in grid.scale_moves(scale, factor, sweep)):
         assert torch.equal(other.to(torch.bfloat16).float(), other)
-        assert (other > 0).all()
+        assert torch.equal(other.sign(), scale.sign())
         if grid.fp8_scales:
-            assert torch.equal(other.amax(dim=1), scale.amax(dim=1))
+            assert torch.equal(other.abs().amax(dim=1), scale.abs().amax(dim=1))
 
 
 # Error feedback
@@ -220,7 +232,7 @@ def test_error_feedback_without_correlation_is_rounding(grid: Grid):
     assert torch.equal(error_feedback(w, d, grid, plain.scale, plain.factor).codes, plain.codes)
 
 
-@pytest.mark.parametrize("grid", [PLAIN, SIGNED, KERNEL, Grid(2, 64)], ids=str)
+@pytest.mark.parametrize("grid", [PLAIN, SIGNED, KERNEL, SIGNED_KERNEL, Grid(2, 64)], ids=str)
 @pytest.mark.parametrize("order_name", ["natural", "activation"])
 def test_error_feedback_beats_rounding_on_correlated_inputs(grid: Grid, order_name: str):
     H, w = correlated_hessian(), weight(32)
@@ -246,7 +258,7 @@ def test_error_feedback_leaves_its_arguments_alone():
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.integers(0, 10**6), st.sampled_from([PLAIN, SIGNED, PRODUCT, KERNEL, Grid(2, 64)]))
+@given(st.integers(0, 10**6), st.sampled_from([PLAIN, SIGNED, PRODUCT, KERNEL, SIGNED_KERNEL, Grid(2, 64)]))
 def test_descent_never_climbs(seed: int, grid: Grid):
     w, H = weight(6, 256, seed), correlated_hessian(256, seed, tokens=300)
     H.diagonal().add_(0.01 * H.diagonal().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def engine_scales(scale: Tensor, shards: int) -> Tensor:
     are divided by their maximum / 448, floored, and rounded."""
     parts = []
     for part in scale.double().chunk(shards, dim=1):
-        factor = (part.amax(dim=1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
+        factor = (part.abs().amax(dim=1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
         code = (part / factor).float().to(torch.float8_e4m3fn).double()
         parts.append(code * factor)
     return torch.cat(parts, dim=1).to(torch.bfloat16).float()
@@ -39,20 +40,22 @@ def weights(kind: str, N: int, K: int) -> Tensor:
     return w * 0.02
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["absmax", "mse"])
+@pytest.mark.parametrize("clip", ["absmax", "mse", "signed"])
 @pytest.mark.parametrize("kind", ["normal", "laplace", "channels", "floor"])
 @pytest.mark.parametrize("groups", [8, 12, 32])
-def test_every_shard_finds_its_scales_again(kind: str, groups: int, clip: bool):
+def test_every_shard_finds_its_scales_again(kind: str, groups: int, clip: str):
     w, shards = weights(kind, 24, groups * 128), shard_counts(groups, (1, 2, 4, 8))
-    grid = Grid(4, 128, product=True, fp8_scales=True, shards=shards)
-    scale, factor = grid.fit_scale(w) if clip else grid.absmax_scale(w)
-    assert (scale > 0).all()
+    one = Grid(4, 128, product=True, fp8_scales=True, signed=clip == "signed")
+    grid = replace(one, shards=shards)
+    fitted = clip != "absmax"
+    scale, factor = grid.fit_scale(w) if fitted else grid.absmax_scale(w)
+    assert (scale != 0).all()
+    assert bool((scale < 0).any()) == one.signed
     for count in (1, *shards):
         assert torch.equal(engine_scales(scale, count), scale), count
         assert torch.equal(reloaded(scale, count).float(), scale), count
     assert torch.equal(row_factor(scale), factor)
-    one = Grid(4, 128, product=True, fp8_scales=True)
-    plain = one.fit_scale(w) if clip else one.absmax_scale(w)
+    plain = one.fit_scale(w) if fitted else one.absmax_scale(w)
     errors = [
         float((g.round(w, *found)[1] - w).square().sum())
         for g, found in ((grid, (scale, factor)), (one, plain))
@@ -63,15 +66,17 @@ def test_every_shard_finds_its_scales_again(kind: str, groups: int, clip: bool):
         assert not torch.equal(engine_scales(plain[0], 8), plain[0])
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("sweep", range(2))
-def test_moves_keep_every_factor(sweep: int):
+def test_moves_keep_every_factor(sweep: int, signed: bool):
     w = weights("channels", 16, 1024)
-    grid = Grid(4, 128, product=True, fp8_scales=True, shards=(2, 4))
+    grid = Grid(4, 128, product=True, fp8_scales=True, shards=(2, 4), signed=signed)
     scale, factor = grid.fit_scale(w)
     free, _ = movable(scale, factor, (2, 4))
     assert 0.2 < float(free.float().mean()) < 0.7
     for moved in grid.scale_moves(scale, factor, sweep):
         assert torch.equal(moved[~free], scale[~free])
+        assert torch.equal(moved.sign(), scale.sign())
         # Any of them may be taken and any other left, in any order.
         taken = torch.where(torch.rand_like(scale) < 0.5, moved, scale)
         for count in (1, 2, 4):

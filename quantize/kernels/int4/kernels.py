@@ -102,11 +102,11 @@ def fold_kernel(
     """Scales [N, G] → s8 [N, G] and 8 · row factor [N], as `quantize.formats.fp8` folds them."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * G
-    largest = tl.full((BN,), float("-inf"), tl.float32)
+    largest = tl.zeros((BN,), tl.float32)
     for start in range(0, G, BG):
         group = start + tl.arange(0, BG)[None, :]
-        found = tl.load(scale + row + group, mask=group < G, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(found.to(tl.float32), axis=1))
+        found = tl.load(scale + row + group, mask=group < G, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(found.to(tl.float32)), axis=1))
     size = tl.maximum(tl.div_rn(largest, 448.0), 1.0 / (448.0 * 512.0))
     tl.store(factor + n, size * 8.0, mask=n < N)
     for start in range(0, G, BG):

@@ -48,7 +48,7 @@ _SCALE = "The paper's power of two by which a tensor's group scales are multipli
 class Fireq(IntEncode):
     """INT4 weights whose group scales, code book and inputs are those of the INT4×FP8 kernel.
 
-    With `activations: none` the same solver works on the plain integer grid with signed scales.
+    With `activations: none` the same solver works on the plain integer grid. Descent's scales are signed.
     """
 
     method: Literal["fireq"] = "fireq"
@@ -169,7 +169,7 @@ class Fireq(IntEncode):
         return tuple(picture for picture in drawn if picture is not None)
 
     def _grid(self, block: Block, name: str) -> Grid:
-        return self.grid(block, name, product=self.fp8, signed=not self.fp8)
+        return self.grid(block, name, product=self.fp8, signed=True)
 
     def _nearest(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
