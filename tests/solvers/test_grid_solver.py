@@ -258,7 +258,10 @@ def test_error_feedback_leaves_its_arguments_alone():
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.integers(0, 10**6), st.sampled_from([PLAIN, SIGNED, PRODUCT, KERNEL, SIGNED_KERNEL, Grid(2, 64)]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([PLAIN, SIGNED, PRODUCT, KERNEL, SIGNED_KERNEL, Grid(2, 64)]),
+)
 def test_descent_never_climbs(seed: int, grid: Grid):
     w, H = weight(6, 256, seed), correlated_hessian(256, seed, tokens=300)
     H.diagonal().add_(0.01 * H.diagonal().mean())
