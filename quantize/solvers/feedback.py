@@ -219,54 +219,59 @@ def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: in
     state = _Descent.start(w, rounded, hessian, grid)
     before = state.loss(w)
     for sweep in range(sweeps):
-        state.sweep(hessian, grid, grid.scale_moves(state.scale, state.factor, sweep))
-        after = state.loss(w)
-        if after > before * (1 - _MIN_GAIN):
+        last = sweep + 1 == sweeps
+        state.sweep(hessian, grid, grid.scale_moves(state.scale, state.factor, sweep), last)
+        if last or (after := state.loss(w)) > before * (1 - _MIN_GAIN):
             break
         before = after
-    return Rounded(state.codes, state.scale, state.factor)
+    return Rounded(state.codes.T.contiguous(), state.scale, state.factor)
 
 
 @dataclass
 class _Descent:
-    """Codes, scales, values [N, K] and half the loss's gradient (Ŵ − W) H, kept
-    consistent by every move."""
+    """Codes, values and half the loss's gradient (Ŵ − W) H, kept consistent by every move; each
+    transposed [K, N], so that the columns that a move goes through are contiguous."""
 
     codes: Tensor
     scale: Tensor
+    """[N, G]"""
     factor: Tensor
+    """[N, 1]"""
     value: Tensor
     gradient: Tensor
 
     @classmethod
     def start(cls, w: Tensor, r: Rounded, hessian: Tensor, grid: Grid) -> _Descent:
         value = r.value(grid)
-        return cls(r.codes.clone(), r.scale.clone(), r.factor, value, (value - w) @ hessian)
+        gradient = hessian @ (value - w).T
+        codes = r.codes.T.clone(memory_format=torch.contiguous_format)  # never the caller's own
+        return cls(codes, r.scale.clone(), r.factor, value.T.contiguous(), gradient)
 
     def loss(self, w: Tensor) -> float:
-        return float(((self.value - w) * self.gradient).sum())
+        return float((self.value - w.T).mul_(self.gradient).sum())
 
-    def sweep(self, H: Tensor, grid: Grid, moves: Moves) -> None:
+    def sweep(self, H: Tensor, grid: Grid, moves: Moves, last: bool) -> None:
         """Move scales, which may become those of `moves` [N, G], and codes, a few whole groups at a
-        time: what that does to the rest of the gradient is one product."""
-        G = grid.group_size
+        time: what that does to the rest of the gradient is one product.
+
+        last: nobody will ask for the gradient of columns that were passed.
+        """
+        G, K = grid.group_size, len(self.value)
         width = G * max(1, _BLOCK // G)
-        for start in range(0, self.value.shape[1], width):
-            span = slice(start, min(start + width, self.value.shape[1]))
-            # Columns as contiguous rows.
-            codes, value, slope = (
-                t[:, span].T.contiguous() for t in (self.codes, self.value, self.gradient)
+        for start in range(0, K, width):
+            span = slice(start, min(start + width, K))
+            part = _Part(
+                self.codes[span], self.value[span], self.gradient[span].clone(), H[span, span]
             )
-            before = value.clone()
-            part = _Part(codes, value, slope, H[span, span])
-            with _few_threads(value):
+            before = part.value.clone()
+            with _few_threads(before):
                 books = [
                     self._move_scale((start + i) // G, slice(i, i + G), part, grid, moves)
-                    for i in range(0, len(value), G)
+                    for i in range(0, len(before), G)
                 ]
                 _move_columns(part, books, G)
-            self.codes[:, span], self.value[:, span] = codes.T, value.T
-            self.gradient.addmm_((value - before).T, H[span])
+            rest = slice(span.stop if last else 0, K)
+            self.gradient[rest].addmm_(H[span, rest].T, part.value - before)
 
     def _move_scale(self, g: int, rows: slice, part: _Part, grid: Grid, moves: Moves) -> Book:
         """Try other scales for group g, whose columns are `rows` of the part, with the codes kept

@@ -278,6 +278,17 @@ def test_descent_never_climbs(seed: int, grid: Grid):
     assert torch.equal(current.scale.to(torch.bfloat16).float(), current.scale)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_descent_leaves_what_it_begins_with_alone(rows: int):
+    w, H = weight(rows), correlated_hessian()
+    begun = rounded(w, SIGNED)
+    codes, scale = begun.codes.clone(), begun.scale.clone()
+    ended = descend(w, begun, H, SIGNED, 2)
+    assert not torch.equal(ended.codes, codes)
+    assert torch.equal(begun.codes, codes)
+    assert torch.equal(begun.scale, scale)
+
+
 def test_descent_keeps_what_the_kernel_re_derives():
     w, H = weight(16), correlated_hessian()
     r = descend(w, rounded(w, KERNEL), H, KERNEL, 3)
