@@ -187,6 +187,8 @@ def test_all_but_the_papers_rounding_use_signed_scales(make_block: BlockMaker, m
         stage = Fireq(rounding="nearest", scales=scales)
         for packed in run(stage, correlated_block(make_block, model_type)).packed.values():
             assert (packed.scale > 0).all(), scales
+    for packed in run(Fireq(signed_scales=False), correlated_block(make_block)).packed.values():
+        assert (packed.scale > 0).all()
     for stage in (Fireq(), Fireq(activations="none")):
         for name, packed in run(stage, correlated_block(make_block, model_type)).packed.items():
             share = float((packed.scale < 0).float().mean())

@@ -48,7 +48,7 @@ _SCALE = "The paper's power of two by which a tensor's group scales are multipli
 class Fireq(IntEncode):
     """INT4 weights whose group scales, code book and inputs are those of the INT4×FP8 kernel.
 
-    With `activations: none` the same solver works on the plain integer grid. Descent's scales are signed.
+    With `activations: none` the same solver works on the plain integer grid.
     """
 
     method: Literal["fireq"] = "fireq"
@@ -69,6 +69,9 @@ class Fireq(IntEncode):
     while the Hessian stays singular.
     Far more than GPTQ's customary 0.01: a solver that descends further, and corrects for drift, fits the
     calibration text too closely without it."""
+    signed_scales: bool = True
+    """Whether descent may choose negative group scales, which give the code −2^(bits−1) to the side of a
+    group that needs it; false: for engines that take none."""
     sweeps: int = Field(default=4, ge=0, le=100)
     """Rounds of coordinate descent over scales and codes."""
     token_weights: TokenWeights = "sinks"
@@ -169,7 +172,7 @@ class Fireq(IntEncode):
         return tuple(picture for picture in drawn if picture is not None)
 
     def _grid(self, block: Block, name: str) -> Grid:
-        return self.grid(block, name, product=self.fp8, signed=True)
+        return self.grid(block, name, product=self.fp8, signed=self.signed_scales)
 
     def _nearest(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
