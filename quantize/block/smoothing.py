@@ -34,6 +34,13 @@ def per_source_channel(block: Block, edge: Edge, columns: Tensor) -> Tensor:
     return columns.view(block.shape.n_kv_heads, -1, block.shape.head_dim).mean(dim=1).flatten()
 
 
+def source_sizes(block: Block, edge: Edge, columns: Tensor) -> Tensor:
+    """Sizes of sink input columns [K] per source channel, none below a ten-thousandth of their mean:
+    a scale divides by them, and a dead channel has none."""
+    least = 1e-4 * float(columns.mean()) + 1e-30
+    return per_source_channel(block, edge, columns).clamp_min(least)
+
+
 def balance(scale: Tensor) -> Tensor:
     """Scale λ so that its geometric mid-range is 1; channels without a finite positive λ get 1."""
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quantize.block.smoothing import balance, column_absmean, per_source_channel, search
+from quantize.block.smoothing import balance, column_absmean, search, source_sizes
 from quantize.methods.edges import EdgeStage
 from quantize.solvers.grid import Grid
 
@@ -42,9 +42,8 @@ class Awq(EdgeStage):
         )
 
     def _candidates(self, block: Block, edge: Edge, absmean: Tensor) -> Iterator[Tensor]:
-        columns = column_absmean(block, edge)
-        x = per_source_channel(block, edge, absmean).clamp_min(1e-4 * float(absmean.mean()) + 1e-30)
-        w = per_source_channel(block, edge, columns).clamp_min(1e-4 * float(columns.mean()) + 1e-30)
+        x = source_sizes(block, edge, absmean)
+        w = source_sizes(block, edge, column_absmean(block, edge))
         for step in range(self.grid):
             a = step / self.grid
             for b in self.weight_exponents:

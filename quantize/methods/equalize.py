@@ -14,6 +14,7 @@ from quantize.block.smoothing import (
     column_absmean,
     per_source_channel,
     sampled_rows,
+    source_sizes,
 )
 from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
@@ -60,8 +61,7 @@ class Equalize(EdgeStage):
         """The scale found, where it errs less than none."""
         hessian = moments.hessian
         columns = partial(block.sink_columns, edge)
-        means = per_source_channel(block, edge, column_absmean(block, edge))
-        start = 1 / means.clamp_min(1e-4 * float(means.mean()) + 1e-30)
+        start = 1 / source_sizes(block, edge, column_absmean(block, edge))
         feedback = Feedback.of(hessian, columns(start), self.damping)
         if feedback is None:
             return None, 1.0
