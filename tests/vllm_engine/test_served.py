@@ -297,15 +297,17 @@ def test_vllms_own_parser_takes_the_commands(
         assert ("CUSTOM" in str(took["attention_backend"])) == plugged
 
 
-def test_the_twin_of_vllms_scales(engine: Path, tmp_path: Path):
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_twin_of_vllms_scales(signed: bool, engine: Path, tmp_path: Path):
     """Codes and factors that vLLM's own function derives, of whole rows and of shards."""
     w = torch.randn(64, 4096) * torch.randn(4096).mul(0.5).exp() * 0.02
     grids = {
-        "exact": Grid(4, 128, fp8_scales=True, shards=(2, 4, 8)),
-        "one GPU": Grid(4, 128, fp8_scales=True),
-        "bfloat16": Grid(4, 128),
+        "exact": Grid(4, 128, fp8_scales=True, shards=(2, 4, 8), signed=signed),
+        "one GPU": Grid(4, 128, fp8_scales=True, signed=signed),
+        "bfloat16": Grid(4, 128, signed=signed),
     }
     scales = {name: grid.fit_scale(w)[0].to(torch.bfloat16) for name, grid in grids.items()}
+    assert all(bool((scale < 0).any()) == signed for scale in scales.values())
     asked = {
         f"{name}.{count}": scale.reshape(64 * count, -1).clone()
         for name, scale in scales.items()
@@ -326,7 +328,7 @@ def test_the_twin_of_vllms_scales(engine: Path, tmp_path: Path):
         assert other == 0 if found_again else other < 2e-3, key
         stored = scales[name]
         again = (8 * codes * factor).to(torch.bfloat16).view_as(stored)
-        fine = codes.view_as(stored) >= 2.0**-6  # below, eighths are subnormal
+        fine = codes.view_as(stored).abs() >= 2.0**-6  # below, eighths are subnormal
         same = torch.equal(again[fine], stored[fine])
         assert same == torch.equal(reloaded(stored, int(count)), stored), key
         assert same == found_again, key
