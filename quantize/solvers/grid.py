@@ -246,7 +246,7 @@ class Book:
 
     grid: Grid
     step: Tensor
-    """Value of the code 1, [R]; of a `ProductBook` under |scale|, and 1 where all codes have the value 0."""
+    """Value of the code 1, [R]."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
@@ -260,7 +260,8 @@ class Book:
 
 @dataclass(frozen=True)
 class ProductBook(Book):
-    """Products E4M3(q·s8), which are not evenly spaced."""
+    """Products E4M3(q·s8), which are not evenly spaced. `step` is that of |scale|, and 1 where all
+    codes have the value 0."""
 
     levels: Tensor
     """[2^bits, R], rising: those of |scale|."""
@@ -272,8 +273,8 @@ class ProductBook(Book):
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
         w = w * self.sign
-        # A level is off q·s by a sixteenth of itself at most, which
-        # is less than half a step up to the code 8, so the nearest is this one or its neighbour.
+        # A level is off q·s by a sixteenth of itself at most, which is less than half a step up to the
+        # code 8, so the nearest is this one or its neighbour.
         codes = (w / self.step).round_().clamp_(self.grid.qmin, self.grid.qmax)
         index = codes.sub_(self.grid.qmin).long()
         above = (w > self.borders.gather(0, index + 1)).long()

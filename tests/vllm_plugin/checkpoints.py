@@ -49,7 +49,8 @@ def _integers(weight: Tensor, scheme: IntScheme) -> PackedInt:
     group, top = scheme.group(K), (1 << (scheme.bits - 1)) - 1
     groups = weight.float().view(N, -1, group)
     scale = (groups.abs().amax(-1) / top).clamp_min(2.0**-20).bfloat16()
-    scale[:, 1::2] *= -1  # which puts the code −8 on the other side
+    # Neighbours in a row and in a column have opposite signs.
+    scale[:, 1::2] *= -1
     scale[1::2] *= -1
     codes = (groups / scale.float()[..., None]).round().clamp(-top - 1, top)
     return PackedInt(
