@@ -23,6 +23,10 @@ _BLOCK = 128
 # Each takes ten times the damping of the one before. Past 10⁵ times the recipe's, a fit would see
 # little of the inputs any more, and data-free rounding says so openly.
 _MAX_DAMPING_TRIES = 6
+# The largest eigenvalue is at most K times the mean of the diagonal, the least one is at least what
+# was added: from this damping on no Hessian is too ill-conditioned to be factored in float32, which
+# takes half the time and half the room.
+_WELL_CONDITIONED = 0.1
 # Elements of a block of columns, below which a second thread costs more than it brings.
 _SMALL = 1 << 20
 Moves = Sequence[Tensor]
@@ -77,7 +81,7 @@ class Damped:
     """Added to every diagonal element: `damping` times the mean of those of live inputs.
 
     As float32 has it, in which metrics are damped; the factor was damped by
-    the same in double precision.
+    the same in its own precision.
     """
     dead: Tensor
     """bool [K], natural order: inputs that were always zero."""
@@ -111,8 +115,8 @@ def _finite(matrix: Tensor) -> bool:
 
 
 def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
-    """Damp H by `damping`·mean(diag) and factor its inverse; raises the
-    damping tenfold until that works.
+    """Damp H by `damping`·mean(diag) and factor its inverse, in double precision where little is
+    added; raises the damping tenfold until that works.
 
     The mean is that of live inputs: those that are always zero tell
     nothing about the size of others.
@@ -124,8 +128,9 @@ def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     diagonal = hessian.diagonal()[order].double()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean())
-    # One matrix of doubles, worked on in place: K = 14336 takes 1.6 GB.
-    work = torch.empty_like(hessian, dtype=torch.float64)
+    # One matrix, worked on in place: K = 14336 takes 1.6 GB in doubles.
+    single = damping >= _WELL_CONDITIONED
+    work = torch.empty_like(hessian, dtype=torch.float32 if single else torch.float64)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
         for rows, picked in zip(

@@ -327,6 +327,23 @@ def test_without_drift_the_target_is_the_weight():
     assert torch.equal(corrected_target(w, H, H, None, usable)[0], w)
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+def test_the_factor_is_that_of_float64_however_ill_conditioned(damping: float, spread: float):
+    """One direction has nearly all of the energy, and there are fewer tokens than inputs."""
+    draw = torch.Generator().manual_seed(torch.seed() % 2**31)
+    x = torch.randn(150, 256, generator=draw)
+    x[:, 5] *= spread
+    x += x[:, 5:6] * torch.randn(256, generator=draw)
+    H = x.T @ x / len(x)
+    d = damp(H, damping, feedback_order(H, "activation"))
+    assert d is not None
+    assert d.damping == damping
+    whole = H.double() + damping * float(H.double().diagonal().mean()) * torch.eye(256)
+    wanted = torch.linalg.cholesky(whole[d.order][:, d.order].inverse(), upper=True)
+    assert float((d.inverse_factor - wanted).norm() / wanted.norm()) < 1e-3
+
+
 def test_damping_grows_until_a_singular_hessian_factors():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     H = x.T @ x
