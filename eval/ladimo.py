@@ -71,7 +71,7 @@ class StaticPruning(Ladimo):
         if mean is None:
             return
         ffn, lesson = dense_ffn(block), self._lesson(block)
-        x, y = lesson.train
+        x = lesson.train.x
         sizes = self._layout(ffn.neurons)
         assert sizes is not None
         found = prune(ffn, x, neurons_for(len(ffn.down), sizes, mean))
@@ -84,12 +84,12 @@ class StaticPruning(Ladimo):
             Student(ffn, split, torch.zeros(1, x.shape[1]), Threshold(float("inf")))
         )
         if self.teaching != "none":
-            refit_down(student, x, y - found.bias)
+            refit_down(student, lesson.train.minus(found.bias))
         if self.teaching == "distill":
             training = Training(
                 self.steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed
             )
-            distill(student, x, y - found.bias, training)
+            distill(student, lesson.train.minus(found.bias), training)
         for role, weight in (("gate", student.gate), ("up", student.up), ("down", student.down)):
             block.linear(block.arch.of_role(role)).weight.copy_(weight)
         down = block.linear(block.arch.of_role("down"))
@@ -99,10 +99,7 @@ class StaticPruning(Ladimo):
         kept = Ffn(
             student.gate[found.kept], student.up[found.kept], student.down[:, found.kept], ffn.act
         )
-        held = lesson.held_out
-        error = float(
-            (kept(held[0]) + found.bias - held[1]).square().sum() / held[1].square().sum()
-        )
+        error = lesson.held_out.error(lambda x: kept(x) + found.bias)
         block.note(dense_ffn_of(block.arch), ffn_error=error, mean_experts=mean)
 
 

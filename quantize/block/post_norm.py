@@ -36,7 +36,7 @@ class PostNorm:
         """rms(y) of every token of y [M, N] → [M, 1]."""
         rms = outputs.square().mean(dim=1, keepdim=True).sqrt()
         finite = rms[rms.isfinite()]  # a token that overflowed leaves the others alone
-        return rms.clamp_min(1e-6 * float(finite.mean()) + 1e-30 if len(finite) else 1e-30)
+        return rms.clamp_min(1e-6 * float(finite.detach().mean()) + 1e-30 if len(finite) else 1e-30)
 
     def before(self, missing: Tensor, sizes: Tensor) -> Tensor:
         """What must be added to outputs [M, N] of these sizes [M, 1] for `missing` [M, N] to be

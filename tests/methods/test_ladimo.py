@@ -19,6 +19,7 @@ from quantize.methods.ladimo.budget import Budget, default_layout, ffn_cost
 from quantize.methods.ladimo.container import stock_misfit
 from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.distill import Training, distill, refit_down
+from quantize.methods.ladimo.lesson import Lesson
 from quantize.methods.ladimo.pruning import prune
 from quantize.methods.ladimo.routing import Budget as Visits
 from quantize.methods.ladimo.split import Layout, cluster, contiguous, shuffle
@@ -80,7 +81,7 @@ def test_a_threshold_keeps_to_the_mean_and_a_number_to_every_token():
 @pytest.mark.parametrize("mean", [1.0, 2.0, 1.4])
 def test_the_stored_experts_compute_what_was_taught(mean: float):
     ffn, x = random_ffn()
-    start = Start.of(ffn, x, LAYOUT, "clustered", 0)
+    start = Start.of(ffn, Lesson(x, ffn(x)), LAYOUT, "clustered", 0)
     budget = Visits(mean, adaptive=mean != round(mean))
     student = start.student(budget, start.router(budget, 0))
     moe = MoeFfn(24, ExpertSizes(3, 8, 16, 1, False, frozenset()), nn.SiLU()).requires_grad_(False)
@@ -93,26 +94,29 @@ def test_the_stored_experts_compute_what_was_taught(mean: float):
 def test_teaching_lowers_the_error_and_repeats_bit_for_bit():
     ffn, x = random_ffn()
     y = ffn(x)
-    start, budget = Start.of(ffn, x, LAYOUT, "clustered", 0), Visits(1.0, adaptive=False)
+    start, budget = (
+        Start.of(ffn, Lesson(x, ffn(x)), LAYOUT, "clustered", 0),
+        Visits(1.0, adaptive=False),
+    )
     router = start.router(budget, 0)
     before = ffn.down.clone()
     taught = []
     for _ in range(2):
         student = start.student(budget, router)
-        untrained = student.error(x, y)
+        untrained = Lesson(x, y).error(student)
         own = type(student)(
             Ffn(*(t.clone() for t in (ffn.gate, ffn.up, ffn.down)), ffn.act),
             start.split,
             router,
             student.policy,
         )
-        refit_down(own, x, y)
-        refitted = own.error(x, y)
+        refit_down(own, Lesson(x, y))
+        refitted = Lesson(x, y).error(own)
         losses = distill(
-            own, x, y, Training(steps=60, batch=256, rate=0.025, weight_decay=0.0, seed=0)
+            own, Lesson(x, y), Training(steps=60, batch=256, rate=0.025, weight_decay=0.0, seed=0)
         )
         taught.append(own)
-        assert own.error(x, y) < 0.95 * refitted < 0.9 * untrained
+        assert Lesson(x, y).error(own) < 0.95 * refitted < 0.9 * untrained
         assert len(losses) == 60
     assert torch.equal(taught[0].down, taught[1].down)
     assert torch.equal(ffn.down, before)
@@ -121,7 +125,10 @@ def test_teaching_lowers_the_error_and_repeats_bit_for_bit():
 def test_a_refit_is_the_least_squares_solution():
     ffn, x = random_ffn()
     y = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    start, budget = Start.of(ffn, x, LAYOUT, "contiguous", 0), Visits(1.0, adaptive=False)
+    start, budget = (
+        Start.of(ffn, Lesson(x, ffn(x)), LAYOUT, "contiguous", 0),
+        Visits(1.0, adaptive=False),
+    )
     student = start.student(budget, start.router(budget, 0))
     h = student.hidden(x).double()
     ridge = 1e-2 * (h.T @ h).diagonal().mean()
@@ -129,7 +136,7 @@ def test_a_refit_is_the_least_squares_solution():
         h.T @ h + ridge * torch.eye(40), h.T @ y.double() + ridge * ffn.down.T.double()
     ).T
     student.down = nn.Parameter(ffn.down.clone(), requires_grad=False)
-    refit_down(student, x, y)
+    refit_down(student, Lesson(x, y))
     assert torch.allclose(student.down.double(), wanted, atol=1e-5)
 
 

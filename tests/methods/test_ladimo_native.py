@@ -183,6 +183,19 @@ def test_layers_are_searched(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     assert summary.activated_reduction >= 0.1
 
 
+@pytest.mark.parametrize(("model_type", "told"), [("gemma3_text", False), ("granite", True)])
+def test_only_what_is_not_added_by_a_norm_alone_aims_at_its_layer(
+    model_type: str,
+    told: bool,
+    tiny: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    run(parent(tiny, model_type), tmp_path / "out", text_file)
+    assert any("aim: layer" in line for line in caplog.messages) == told
+
+
 def test_other_formats_are_refused_by_name(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     stage = STAGE.replace("{method", "{policy: top-k, method")
     for model_type in ("qwen3", "gemma3_text"):

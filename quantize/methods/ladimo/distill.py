@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor
 
-from quantize.methods.ladimo.dense import Ffn
+from quantize.methods.ladimo.lesson import Lesson
 from quantize.methods.ladimo.student import Student
 from quantize.parallel.ranks import ALONE, Ranks
 
@@ -37,20 +37,26 @@ class Training:
 
 
 @torch.no_grad()
-def refit_down(student: Student, x: Tensor, y: Tensor) -> None:
-    """Set the down projection to the least-squares solution for inputs x
-    [M, D] and targets y [M, D].
+def refit_down(student: Student, lesson: Lesson) -> None:
+    """Set the down projection to the least-squares solution of a lesson.
 
-    Given who visits whom the outputs are linear in it. A ridge towards its present value keeps
-    neurons that were hardly seen.
+    Given who visits whom the outputs are linear in it; a norm behind them is taken to divide by what
+    it divided by before. A ridge towards its present value keeps neurons that were hardly seen.
     """
+    x = lesson.x
     F, D = student.down.shape[1], student.down.shape[0]
     gram = torch.zeros(F, F, dtype=torch.float64, device=x.device)
     right = torch.zeros(F, D, dtype=torch.float64, device=x.device)
-    for inputs, targets in zip(Ffn.pieces(x), Ffn.pieces(y), strict=True):
-        h = student.hidden(inputs)
-        gram += (h.T @ h).double()
-        right += (h.T @ targets).double()
+    importance = lesson.importance()
+    first = 0
+    for piece in lesson.pieces():
+        h = student.hidden(piece.x)
+        counted = h
+        if importance is not None:
+            counted = h * importance[first : first + len(h), None]
+        gram += (counted.T @ h).double()
+        right += (counted.T @ piece.wanted()).double()
+        first += len(h)
     ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
@@ -58,15 +64,15 @@ def refit_down(student: Student, x: Tensor, y: Tensor) -> None:
 
 
 def distill(
-    student: Student, x: Tensor, y: Tensor, training: Training, ranks: Ranks = ALONE
+    student: Student, lesson: Lesson, training: Training, ranks: Ranks = ALONE
 ) -> list[float]:
-    """Train the experts of `student` on the mean squared error against targets
-    y [M, D] of inputs x [M, D].
+    """Train the experts of `student` on the mean squared error of a lesson.
 
     AdamW with a short warm-up and a cosine to zero. Several ranks divide every batch; all of them
     end with the same weights, which are those that one alone would learn. Returns the relative
     squared error of each step's batch.
     """
+    x, y = lesson.x, lesson.y
     size = y.square().mean().clamp_min(torch.finfo(y.dtype).tiny)
     weights = list(student.parameters())
     groups = [
@@ -81,16 +87,14 @@ def distill(
     losses: list[list[float]] = []
     for _ in range(training.steps):
         rows = torch.randint(len(x), (training.batch,), generator=generator).to(x.device)
-        losses.append(_set_gradients(student, x[rows], y[rows], size, ranks))
+        losses.append(_set_gradients(student, lesson.part(rows), size, ranks))
         optimizer.step()
         schedule.step()
     shares = zip(*ranks.gather(losses), strict=True)
     return [sum(chain.from_iterable(zip_longest(*step, fillvalue=0.0))) for step in shares]
 
 
-def _set_gradients(
-    student: Student, x: Tensor, y: Tensor, size: Tensor, ranks: Ranks
-) -> list[float]:
+def _set_gradients(student: Student, lesson: Lesson, size: Tensor, ranks: Ranks) -> list[float]:
     """Set all weights' gradients of the mean squared error, in units of `size`, over
     a batch shared by the ranks.
 
@@ -99,13 +103,13 @@ def _set_gradients(
     weights = list(student.parameters())
     totals: list[Tensor | None] = [None] * len(weights)
     losses: list[float] = []
-    pieces = min(_PARTS, len(x))
-    parts = list(zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True))
+    tokens = torch.arange(len(lesson.x), device=lesson.x.device)
+    parts = tokens.tensor_split(min(_PARTS, len(tokens)))
     for part, present in ranks.rounds(len(parts)):
-        inputs, targets = parts[part]
+        piece = lesson.part(parts[part])
         with torch.enable_grad():
             student.requires_grad_(True)
-            loss = (student(inputs) - targets).square().sum() / (y.numel() * size)
+            loss = piece.lost(student(piece.x)).sum() / (lesson.y.numel() * size)
             gradients = torch.autograd.grad(loss, weights)
             student.requires_grad_(False)
         totals = [

@@ -17,6 +17,8 @@ from quantize.block.standin import stand_in
 from quantize.block.walk import Route, Streams, walk
 from quantize.errors import ModelError
 from quantize.methods.ladimo.budget import Budget, Levels
+from quantize.methods.ladimo.dense import Ffn
+from quantize.methods.ladimo.lesson import Lesson, Outlet
 from quantize.methods.ladimo.routing import Budget as Visits
 from quantize.methods.ladimo.split import Construction, Split
 from quantize.methods.ladimo.trial import Start, Trial, dense_ffn, untrained
@@ -202,16 +204,16 @@ class Searcher:
                 f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
             )
         ffn = dense_ffn(block)
+        lesson = _own_outputs(block, ffn, x)
         middle = Visits.plain(levels[len(levels) // 2])
         # One ranking of the experts serves all levels, and one split and ranking all passes.
         if (index, middle) not in self.fits:
-            start = Start.of(ffn, x, self.budget.layout, self.construction, self.seed)
+            start = Start.of(ffn, lesson, self.budget.layout, self.construction, self.seed)
             self.fits[index, middle] = start.split, start.router(middle, self.seed)
         split, router = self.fits[index, middle]
         students = {mean: untrained(ffn, split, router, Visits.plain(mean), x) for mean in levels}
         if errors is not None:
-            y = ffn(x)
-            errors |= {(index, mean): student.error(x, y) for mean, student in students.items()}
+            errors |= {(index, mean): lesson.error(one) for mean, one in students.items()}
         return {None: None} | {mean: Trial(student) for mean, student in students.items()}
 
     def _kls(self, parent: Sequence[Tensor], plans: Sequence[Sequence[Tensor]]) -> list[float]:
@@ -245,6 +247,12 @@ def _rows(states: Tensor) -> Tensor:
 def _prefix(plan: Levels, blocks: int) -> Prefix:
     """What a plan does to the blocks before the given one; that of the parent is empty."""
     return tuple(plan.get(index) for index in range(blocks))
+
+
+def _own_outputs(block: Block, ffn: Ffn, x: Tensor) -> Lesson:
+    """To do for inputs [M, D] what the FFN does."""
+    outlet, y = Outlet.of(block, ffn), ffn(x)
+    return Lesson(x, y if outlet is None else outlet.after(y), outlet)
 
 
 def _outputs(block: Block, trial: Trial | None, hidden: Tensor) -> Tensor:

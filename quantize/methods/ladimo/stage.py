@@ -32,10 +32,11 @@ from quantize.methods.ladimo.container import (
     stock_misfit,
 )
 from quantize.methods.ladimo.distill import Training
+from quantize.methods.ladimo.lesson import Lesson, Outlet
 from quantize.methods.ladimo.pictures import pictures
 from quantize.methods.ladimo.search import Searcher
 from quantize.methods.ladimo.split import Construction, Layout
-from quantize.methods.ladimo.teach import Lesson, Teacher, Teaching
+from quantize.methods.ladimo.teach import Teacher, Teaching
 from quantize.methods.ladimo.trial import dense_ffn
 from quantize.model.dense_ffn import dense_ffn_of
 from quantize.model.moe import MoeFfn, policy_from_json
@@ -318,16 +319,23 @@ class Ladimo(Stage):
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
         ffn, tokens = dense_ffn(block), 0
+        outlet = Outlet.of(block, ffn)
+        if outlet is None and block.arch.of_role("down") in block.arch.post_norms:
+            norm = None
+            block.note(place, aim="layer: the norm behind the FFN is not g y / rms(y)")
         recorded = [place] if norm is None else [norm, place]
         for batch, (*residual, x) in enumerate(inputs_of(block, recorded)):
-            y = parent_outputs(block, batch) - residual[0] if residual else ffn(x)
+            if residual:
+                y = parent_outputs(block, batch) - residual[0]
+            else:
+                y = ffn(x) if outlet is None else outlet.after(ffn(x))
             finite = (x.isfinite() & y.isfinite()).all(dim=1)
             inputs.append(x[finite])
             targets.append(y[finite])
             tokens += len(inputs[-1])
             if tokens >= self.tokens:
                 break
-        lesson = Lesson(torch.cat(inputs)[: self.tokens], torch.cat(targets)[: self.tokens])
+        lesson = Lesson(torch.cat(inputs)[: self.tokens], torch.cat(targets)[: self.tokens], outlet)
         if not len(lesson.x):
             raise ModelError(
                 f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
@@ -337,9 +345,9 @@ class Ladimo(Stage):
     def _stream_norm(self, arch: Architecture) -> str | None:
         """The norm that reads the residual stream which the FFN's output is added to; None where
         the aim is the layer, or where what is added is not the FFN's output alone and as it is
-        (norms behind FFNs, FFNs beside attention)."""
+        (multipliers behind FFNs, FFNs beside attention)."""
         alone = all(writer in arch.residual for writer in arch.writers)
-        if self.aim == "layer" or not alone or arch.post_norms:
+        if self.aim == "layer" or not alone:
             return None
         return arch.residual.get(arch.of_role("down"))
 

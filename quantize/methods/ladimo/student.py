@@ -69,15 +69,6 @@ class Student(nn.Module):
             weight.copy_(weight.to(dtype))
 
     @torch.no_grad()
-    def error(self, x: Tensor, y: Tensor) -> float:
-        """Squared error of the outputs for inputs x [M, D] relative to the targets y [M, D]."""
-        lost = sum(
-            float((self(a) - b).double().square().sum())
-            for a, b in zip(Ffn.pieces(x), Ffn.pieces(y), strict=True)
-        )
-        return lost / max(float(y.double().square().sum()), 1e-300)
-
-    @torch.no_grad()
     def write(self, moe: MoeFfn) -> None:
         """Fill the tensors of a `MoeFfn` of the split's sizes so that it computes this function.
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from quantize.methods.ladimo.budget import neurons_for
 from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.distill import Training, distill, refit_down
+from quantize.methods.ladimo.lesson import Lesson
 from quantize.methods.ladimo.pruning import prune
 from quantize.methods.ladimo.routing import Budget, profile
 from quantize.methods.ladimo.split import Construction, Layout
@@ -28,37 +28,11 @@ _LESSONS: Mapping[Teaching, tuple[Teaching, ...]] = {
     "least-squares": ("least-squares",),
     "distill": ("least-squares", "distill"),
 }
-# One token of so many is not trained on: enough of them to compare errors by, at the cost of little
-# to learn from.
-_HELD_OUT = 16
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """Inputs x [M, D] of an FFN and the outputs y [M, D] it should give; the
-    last tokens only measure."""
-
-    x: Tensor
-    y: Tensor
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens to learn from."""
-        return len(self.x) - len(self.x) // _HELD_OUT
-
-    @property
-    def train(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets to learn from."""
-        return self.x[: self.train_tokens], self.y[: self.train_tokens]
-
-    @property
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets to measure on; those to learn from where
-        there are too few of others."""
-        first = self.train_tokens
-        if first == len(self.x):
-            return self.train
-        return self.x[first:], self.y[first:]
+# Tokens that the other splits are ranked on, which are only told about: on all of them they would
+# take longer than the one that is taught.
+_COMPARED = 8192
 
 
 @dataclass(frozen=True)
@@ -81,14 +55,13 @@ class Teacher:
         `ffn_error` is the relative squared error on held-out tokens; `untrained_error`,
         `random_error` and `pruned_error` those of the same split without training, of a random one,
         and of static pruning to a dense FFN of equally many activated parameters; `split_errors`
-        those of every construction.
+        those of every construction, others than this one's made on a sample of the tokens.
         """
-        x, _ = lesson.train
         seed = self.training.seed
-        start = Start.of(ffn, x, self.layout, self.construction, seed)
+        start = Start.of(ffn, lesson.train, self.layout, self.construction, seed)
         budget = Budget.plain(mean)
         student = copy.deepcopy(start.student(budget, start.router(budget, seed)))
-        splits = self._constructions(ffn, lesson, mean, student.error(*lesson.held_out))
+        splits = self._constructions(ffn, lesson, mean, lesson.held_out.error(student))
         student, taught, losses = self._teach(student, lesson)
         student.round(self.stored)
         errors = self._settle(student, lesson, mean)
@@ -103,7 +76,7 @@ class Teacher:
             "pruned_error": self._pruned_error(ffn, lesson, mean),
             "losses": [float(f"{loss:.4g}") for loss in losses[:: max(1, len(losses) // 100)]],
         }
-        return student, facts | profile(student.scores(lesson.held_out[0]), student.policy)
+        return student, facts | profile(student.scores(lesson.held_out.x), student.policy)
 
     def _teach(self, student: Student, lesson: Lesson) -> tuple[Student, Teaching, list[float]]:
         """The student as far as teaching lowers the error on held-out tokens,
@@ -113,10 +86,10 @@ class Teacher:
         for teaching in _LESSONS[self.teaching]:
             tried = copy.deepcopy(student)
             if teaching == "distill":
-                losses = distill(tried, *lesson.train, self.training, self.ranks)
+                losses = distill(tried, lesson.train, self.training, self.ranks)
             else:
-                refit_down(tried, *lesson.train)
-            if tried.error(*lesson.held_out) < student.error(*lesson.held_out):
+                refit_down(tried, lesson.train)
+            if lesson.held_out.error(tried) < lesson.held_out.error(student):
                 student, done = tried, teaching
         return student, done, losses
 
@@ -127,14 +100,14 @@ class Teacher:
         Where only a fixed number of experts can be held, the
         threshold's error says what that costs.
         """
-        scores = student.scores(lesson.train[0])
+        scores = student.scores(lesson.train.x)
         policies = {"threshold": Budget(mean, True).policy(scores)}
         if mean == round(mean) > 0:
             policies["top-k"] = Budget(mean, False).policy(scores)
         errors = {}
         for name, policy in policies.items():
             student.policy = policy
-            errors[name] = student.error(*lesson.held_out)
+            errors[name] = lesson.held_out.error(student)
         student.policy = policies[self._best(errors)]
         return errors
 
@@ -156,24 +129,20 @@ class Teacher:
         if alone.neurons == self.layout.neurons:
             kinds["contiguous, none shared"] = ("contiguous", alone)
         errors: dict[str, float] = {self.construction: chosen}
+        seen = lesson.train.sample(_COMPARED)
         for name, (construction, layout) in kinds.items():
             if name == self.construction:
                 continue
             # Neurons that a token meets are as many in all.
             visits = mean + (self.layout.shared - layout.shared) / layout.size
             budget = Budget.plain(visits)
-            start = Start.of(ffn, lesson.train[0], layout, construction, self.training.seed)
-            errors[name] = start.student(budget, start.router(budget, self.training.seed)).error(
-                *lesson.held_out
+            start = Start.of(ffn, seen, layout, construction, self.training.seed)
+            errors[name] = lesson.held_out.error(
+                start.student(budget, start.router(budget, self.training.seed))
             )
         return errors
 
     def _pruned_error(self, ffn: Ffn, lesson: Lesson, mean: float) -> float:
-        x, y = lesson.held_out
-        found = prune(ffn, lesson.train[0], neurons_for(ffn.down.shape[0], self.layout, mean))
+        found = prune(ffn, lesson.train.x, neurons_for(ffn.down.shape[0], self.layout, mean))
         kept = Ffn(ffn.gate[found.kept], ffn.up[found.kept], ffn.down[:, found.kept], ffn.act)
-        lost = kept(x) + found.bias - y
-        return float(
-            lost.double().square().sum()
-            / y.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        )
+        return lesson.held_out.error(lambda x: kept(x) + found.bias)

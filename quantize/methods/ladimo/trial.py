@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantize.errors import ModelError
 from quantize.methods.ladimo.dense import Ffn
+from quantize.methods.ladimo.lesson import Lesson
 from quantize.methods.ladimo.routing import Budget, fit_router
 from quantize.methods.ladimo.split import Construction, Layout, Split, split
 from quantize.methods.ladimo.student import Student
@@ -68,17 +69,26 @@ class Start:
     x: Tensor
     """[M, D]"""
     energies: Tensor
-    """‖E_e(x)‖² [M, N]."""
+    """‖E_e(x)‖² [M, N], as they count in the residual stream."""
 
     @classmethod
     def of(
-        cls, ffn: Ffn, x: Tensor, layout: Layout, construction: Construction, seed: int
+        cls, ffn: Ffn, lesson: Lesson, layout: Layout, construction: Construction, seed: int
     ) -> Start:
-        """Split an FFN, by the activations for inputs x [M, D] where the
-        construction looks at any."""
+        """Split an FFN, by the activations for a lesson's inputs where the construction looks at
+        any."""
+        x, importance, seen = lesson.x, lesson.importance(), lesson.seen(ffn)
         step = -(-len(x) // _SAMPLE)
-        found = split(construction, layout, lambda: ffn.contributions(x[::step]), seed)
-        return cls(ffn, found, x, _energies(ffn, found, x))
+
+        def contributions() -> Tensor:
+            found = seen.contributions(x[::step])
+            return found if importance is None else found * importance[::step, None].sqrt()
+
+        found = split(construction, layout, contributions, seed)
+        energies = _energies(seen, found, x)
+        if importance is not None:
+            energies *= importance[:, None]
+        return cls(ffn, found, x, energies)
 
     def router(self, budget: Budget, seed: int) -> Tensor:
         """Router [N, D] fitted to the oracle of this budget."""
