@@ -97,4 +97,4 @@ class Equalize(EdgeStage):
 
     def trying(self, K: int) -> int:
         """The balanced Hessian and what its factorization takes, or the factor and that under a scale."""
-        return 4 * K * K + factoring(K)
+        return 4 * K * K + factoring(K, self.damping)

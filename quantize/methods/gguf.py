@@ -99,7 +99,11 @@ class Blocks(Encode):
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
-        return max(factoring(K), 4 * K * K + 36 * N * K) if self.needs_inputs else 30 * N * K
+        return (
+            max(factoring(K, self.damping), 4 * K * K + 36 * N * K)
+            if self.needs_inputs
+            else 30 * N * K
+        )
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input; falls back to rounding (noted by layer) where the

@@ -43,7 +43,7 @@ class Gptq(IntEncode):
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
-        return max(factoring(K), 4 * K * K + 25 * N * K)
+        return max(factoring(K, self.damping), 4 * K * K + 25 * N * K)
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one Hessian; falls back to rounding (noted by

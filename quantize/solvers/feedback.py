@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from quantize.cost.footprint import SOLVER_ROWS
+from quantize.cost.footprint import SOLVER_ROWS, WELL_CONDITIONED
 from quantize.solvers.grid import Book, Grid
 
 # Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
@@ -23,10 +23,6 @@ _BLOCK = 128
 # Each takes ten times the damping of the one before. Past 10⁵ times the recipe's, a fit would see
 # little of the inputs any more, and data-free rounding says so openly.
 _MAX_DAMPING_TRIES = 6
-# The largest eigenvalue is at most K times the mean of the diagonal, the least one is at least what
-# was added: from this damping on no Hessian is too ill-conditioned to be factored in float32, which
-# takes half the time and half the room.
-_WELL_CONDITIONED = 0.1
 # Elements of a block of columns, below which a second thread costs more than it brings.
 _SMALL = 1 << 20
 Moves = Sequence[Tensor]
@@ -129,7 +125,7 @@ def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean())
     # One matrix, worked on in place: K = 14336 takes 1.6 GB in doubles.
-    single = damping >= _WELL_CONDITIONED
+    single = damping >= WELL_CONDITIONED
     work = torch.empty_like(hessian, dtype=torch.float32 if single else torch.float64)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt

@@ -115,7 +115,11 @@ class Fireq(IntEncode):
 
     def fitting(self, N: int, K: int) -> int:
         """The factorization, or what stands beside the factor."""
-        return max(factoring(K), 4 * K * K + 40 * N * K) if self.needs_inputs else 24 * N * K
+        return (
+            max(factoring(K, self.damping), 4 * K * K + 40 * N * K)
+            if self.needs_inputs
+            else 24 * N * K
+        )
 
     def encode_group(self, block: Block, names: Sequence[str], moments: Moments | None) -> None:
         """Encode linears that share one input."""

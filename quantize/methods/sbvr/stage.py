@@ -127,7 +127,7 @@ class Sbvr(Encode):
         training = min(500 * N * K, 150 << 20) + 5 * N * K
         if not self.needs_inputs:
             return max(training, 24 * N * K)
-        return max(training + 4 * K * K, factoring(K), 4 * K * K + 30 * N * K)
+        return max(training + 4 * K * K, factoring(K, self.damping), 4 * K * K + 30 * N * K)
 
     def stored_bits(self, N: int, K: int) -> float:
         """Planes, and at most the overhead that the recipe allows."""
