@@ -83,13 +83,14 @@ class StaticPruning(Ladimo):
         student = copy.deepcopy(
             Student(ffn, split, torch.zeros(1, x.shape[1]), Threshold(float("inf")))
         )
+        beside_bias = lesson.train.minus(found.bias)
         if self.teaching != "none":
-            refit_down(student, lesson.train.minus(found.bias))
+            refit_down(student, beside_bias)
         if self.teaching == "distill":
             training = Training(
                 self.steps, self.batch_tokens, self.learning_rate, self.weight_decay, self.seed
             )
-            distill(student, lesson.train.minus(found.bias), training)
+            distill(student, beside_bias, training)
         for role, weight in (("gate", student.gate), ("up", student.up), ("down", student.down)):
             block.linear(block.arch.of_role(role)).weight.copy_(weight)
         down = block.linear(block.arch.of_role("down"))

@@ -201,5 +201,5 @@ ill-conditioned, and it takes half the time."""
 def factoring(K: int, damping: float) -> int:
     """Bytes of the factorization of a Hessian [K, K] under so much damping, beside it: in place, and
     for the lower precision of the factor a copy where it was made in float64."""
-    matrices = FLOAT if damping >= WELL_CONDITIONED else 2 * FLOAT + FLOAT
+    matrices = FLOAT if damping >= WELL_CONDITIONED else 3 * FLOAT
     return matrices * K * K + FLOAT * min(SOLVER_ROWS, K) * K

@@ -94,10 +94,8 @@ def test_the_stored_experts_compute_what_was_taught(mean: float):
 def test_teaching_lowers_the_error_and_repeats_bit_for_bit():
     ffn, x = random_ffn()
     y = ffn(x)
-    start, budget = (
-        Start.of(ffn, Lesson(x, ffn(x)), LAYOUT, "clustered", 0),
-        Visits(1.0, adaptive=False),
-    )
+    start = Start.of(ffn, Lesson(x, y), LAYOUT, "clustered", 0)
+    budget = Visits(1.0, adaptive=False)
     router = start.router(budget, 0)
     before = ffn.down.clone()
     taught = []
@@ -125,10 +123,8 @@ def test_teaching_lowers_the_error_and_repeats_bit_for_bit():
 def test_a_refit_is_the_least_squares_solution():
     ffn, x = random_ffn()
     y = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    start, budget = (
-        Start.of(ffn, Lesson(x, ffn(x)), LAYOUT, "contiguous", 0),
-        Visits(1.0, adaptive=False),
-    )
+    start = Start.of(ffn, Lesson(x, y), LAYOUT, "contiguous", 0)
+    budget = Visits(1.0, adaptive=False)
     student = start.student(budget, start.router(budget, 0))
     h = student.hidden(x).double()
     ridge = 1e-2 * (h.T @ h).diagonal().mean()

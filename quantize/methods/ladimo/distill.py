@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, repeat, zip_longest
 
 import torch
 from torch import Tensor
 
+from quantize.methods.ladimo.dense import Ffn
 from quantize.methods.ladimo.lesson import Lesson
 from quantize.methods.ladimo.student import Student
 from quantize.parallel.ranks import ALONE, Ranks
@@ -48,15 +49,12 @@ def refit_down(student: Student, lesson: Lesson) -> None:
     gram = torch.zeros(F, F, dtype=torch.float64, device=x.device)
     right = torch.zeros(F, D, dtype=torch.float64, device=x.device)
     importance = lesson.importance()
-    first = 0
-    for piece in lesson.pieces():
+    counts = repeat(None) if importance is None else Ffn.pieces(importance)
+    for piece, count in zip(lesson.pieces(), counts, strict=False):
         h = student.hidden(piece.x)
-        counted = h
-        if importance is not None:
-            counted = h * importance[first : first + len(h), None]
+        counted = h if count is None else h * count[:, None]
         gram += (counted.T @ h).double()
         right += (counted.T @ piece.wanted()).double()
-        first += len(h)
     ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
@@ -103,10 +101,9 @@ def _set_gradients(student: Student, lesson: Lesson, size: Tensor, ranks: Ranks)
     weights = list(student.parameters())
     totals: list[Tensor | None] = [None] * len(weights)
     losses: list[float] = []
-    tokens = torch.arange(len(lesson.x), device=lesson.x.device)
-    parts = tokens.tensor_split(min(_PARTS, len(tokens)))
+    parts = lesson.split(min(_PARTS, len(lesson.x)))
     for part, present in ranks.rounds(len(parts)):
-        piece = lesson.part(parts[part])
+        piece = parts[part]
         with torch.enable_grad():
             student.requires_grad_(True)
             loss = piece.lost(student(piece.x)).sum() / (lesson.y.numel() * size)

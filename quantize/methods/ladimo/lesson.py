@@ -80,10 +80,13 @@ class Lesson:
 
     def pieces(self) -> Iterator[Lesson]:
         """So many tokens at once that hidden activations stay small (`Ffn.pieces`)."""
-        first = 0
-        for x in Ffn.pieces(self.x):
-            yield self.part(slice(first, first + len(x)))
-            first += len(x)
+        for x, y in zip(Ffn.pieces(self.x), Ffn.pieces(self.y), strict=True):
+            yield replace(self, x=x, y=y)
+
+    def split(self, parts: int) -> list[Lesson]:
+        """So many parts of consecutive tokens, as equal as they can be."""
+        pairs = zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True)
+        return [replace(self, x=x, y=y) for x, y in pairs]
 
     def part(self, chosen: slice | Tensor) -> Lesson:
         """That of chosen tokens, a slice or int64 [m]."""
