@@ -94,8 +94,9 @@ class Block:
     """Called with the name of each linear that was encoded: for those who watch."""
     holds: int = 0
     """Passes of each stream that may stand still on the way through the block (`HeldPasses`)."""
-    token_weights: dict[int, Tensor | None] = field(default_factory=dict)
-    """Weights [B·T] of the tokens of each batch that they were asked for (`weights_of`)."""
+    token_weights: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+    """Attention that the tokens [B·T] of a batch receive, by what it was asked for and the batch
+    (`weights_of`)."""
     _passes: dict[str, HeldPasses] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:

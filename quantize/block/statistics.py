@@ -18,7 +18,7 @@ from quantize.model.arch import Role
 STATISTICS = "pq-statistics.json"
 """Name of the file beside the weights."""
 
-PROFILED_TOKENS = 8192
+PROFILED_TOKENS = 4096
 """Calibration tokens that the input profiles are taken from: more hardly change
 a channel's largest value."""
 # Largest channels that are named: outliers are few, and the file holds them for every group.

@@ -24,6 +24,8 @@ TokenWeights = Literal["attention", "sinks", "equal"]
 _SHARE = 1 / 16
 """Of all attention in a window, what makes a token a sink: BOS of a pretrained model receives a
 third, a token that is merely read more often than others some times the mean."""
+_QUERIES = 64
+"""Of a window, that are looked at for sinks: it is what all queries look at that makes one."""
 _TIMES = 8
 """Times the mean that it must receive in any case, where windows are short."""
 
@@ -37,15 +39,15 @@ def weights_of(block: Block, batch: int, kind: TokenWeights) -> Tensor | None:
     """
     if kind == "equal":
         return None
-    if batch not in block.token_weights:
-        found = _measured(block, batch)
+    if (kind, batch) not in block.token_weights:
+        found = _measured(block, batch, sampled=kind == "sinks")
         if found is None:
             block.note(
                 block.arch.attention or "attention",
                 equal_tokens="no attention probabilities in this kind of block",
             )
-        block.token_weights[batch] = found
-    found = block.token_weights[batch]
+        block.token_weights[kind, batch] = found
+    found = block.token_weights[kind, batch]
     if found is None or kind == "attention":
         return found
     windows = found.view(block.inputs[batch].shape[0], -1)
@@ -59,8 +61,9 @@ class _Received(nn.Module):
 
     weights: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, sampled: bool) -> None:
         super().__init__()
+        self.sampled = sampled
         self.options: Mapping[str, Any] = {}
 
     def watch(
@@ -72,7 +75,10 @@ class _Received(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         if query.shape[2] == key.shape[2]:
-            self.weights = attention_received(query, key, mask, scaling, **self.options)
+            every = max(1, query.shape[2] // _QUERIES) if self.sampled else 1
+            self.weights = attention_received(
+                query, key, mask, scaling, every=every, **self.options
+            )
         raise _Seen
 
 
@@ -80,13 +86,13 @@ class _Seen(Exception):  # noqa: N818 - control flow, not an error
     """Ends a pass once attention was come to."""
 
 
-def _measured(block: Block, batch: int) -> Tensor | None:
+def _measured(block: Block, batch: int, sampled: bool) -> Tensor | None:
     if not block.arch.attention:
         return None
     layer = block.frozen or block.module
     stream = block.inputs if block.parent_inputs is None else block.parent_inputs
     attention = layer.get_submodule(block.arch.attention)
-    own, received = getattr(attention, "kv", None), _Received()
+    own, received = getattr(attention, "kv", None), _Received(sampled)
     attention.kv = received
     try:
         with watch_attention(received.watch), suppress(_Seen):

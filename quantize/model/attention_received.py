@@ -19,30 +19,38 @@ def attention_received(
     scaling: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    every: int = 1,
 ) -> Tensor:
     """Attention probabilities summed over queries, mean over heads: [B, S] float32.
 
     query [B, H, T, d], key [B, Hkv, S, d]; mask [B or 1, H or 1, T, S], bool (True: may be seen) or
     additive, None: causal. softcap, s_aux: as for `attend_plainly`. Every query gives 1 in all,
     less what goes to a sink [H] of `s_aux`. Scores exist for a few queries at a time.
+    every: one query of so many is looked at, the last of them, and counts for all of them.
     """
     B, H, T, d = query.shape
     Hkv, S = key.shape[1], key.shape[2]
     out = query.new_zeros(B, S, dtype=torch.float32)
     rows = min(_QUERIES, max(1, _SCORES // (H * S)))
+    looked = torch.arange(T - 1, -1, -every, device=query.device).flip(0)
+    # The first stands for those that are left.
+    counts = looked.diff(prepend=looked.new_tensor([-1]))[:, None].float()
+    places, query = looked + S - T, query[:, :, looked]
     sinks = None if s_aux is None else s_aux.float()[:, None, None]
     for b in range(B):
-        for first in range(0, T, rows):
-            last = min(first + rows, T)
-            seen = S if mask is not None else S - T + last
-            q = query[b, :, first:last].float().reshape(Hkv, -1, d)
+        for first in range(0, len(looked), rows):
+            last = min(first + rows, len(looked))
+            chosen = slice(first, last)
+            seen = S if mask is not None else S - (len(looked) - last) * every
+            q = query[b, :, chosen].float().reshape(Hkv, -1, d)
             scores = (q @ key[b, :, :seen].float().mT).mul_(scaling).view(H, last - first, seen)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            allowed = None if mask is None else mask[b if len(mask) > 1 else 0, :, first:last]
-            if allowed is None:
-                place = torch.arange(S - T + first, S - T + last, device=query.device)
-                allowed = (torch.arange(seen, device=query.device) <= place[:, None])[None]
+            if mask is None:
+                place = places[chosen, None]
+                allowed = (torch.arange(seen, device=query.device) <= place)[None]
+            else:
+                allowed = mask[b if len(mask) > 1 else 0, :, looked[chosen]]
             if allowed.dtype == torch.bool:
                 scores.masked_fill_(~allowed, -torch.inf)
             else:
@@ -55,5 +63,6 @@ def attention_received(
             total = scores.sum(dim=-1, keepdim=True)
             if sinks is not None:
                 total = total + (sinks - top).exp()
-            out[b, :seen] += scores.div_(total.clamp_min(1e-30)).sum(dim=(0, 1))
+            shares = counts[chosen] / total.clamp_min(1e-30)
+            out[b, :seen] += scores.mul_(shares).sum(dim=(0, 1))
     return out.div_(H)

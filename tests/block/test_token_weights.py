@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quantize.block.token_weights as token_weights_module
 import quantize.model.attention_received as received_module
 from quantize.block.block import Block
 from quantize.block.capture import attention_inputs, inputs_of
@@ -26,7 +27,7 @@ from quantize.model.attention_received import attention_received
 BlockMaker = Callable[..., Block]
 
 
-def dense(
+def shares_of(
     q: Tensor,
     k: Tensor,
     allowed: Tensor,
@@ -34,7 +35,7 @@ def dense(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The same from all probabilities at once, in float64."""
+    """Attention probabilities [B, T, S], mean over heads, in float64."""
     q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.mT * scaling
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -42,7 +43,12 @@ def dense(
     if sinks is not None:
         column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), -1)
-    return scores.softmax(-1)[..., : k.shape[2]].mean(1).sum(1)
+    return scores.softmax(-1)[..., : k.shape[2]].mean(1)
+
+
+def dense(q: Tensor, k: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """What `attention_received` gives, from all probabilities at once."""
+    return shares_of(q, k, allowed, scaling).sum(1)
 
 
 def causal(T: int, window: int | None = None) -> Tensor:
@@ -52,6 +58,7 @@ def causal(T: int, window: int | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [5, 64])
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("form", ["none", "bool", "additive"])
 @pytest.mark.parametrize(
     "options",
@@ -59,7 +66,7 @@ def causal(T: int, window: int | None = None) -> Tensor:
     ids=["plain", "capped", "sinks"],
 )
 def test_attention_received_is_the_sum_of_probabilities(
-    rows: int, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    rows: int, every: int, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(received_module, "_QUERIES", rows)
     q, k = torch.randn(2, 4, 23, 8), torch.randn(2, 2, 23, 8)
@@ -69,8 +76,12 @@ def test_attention_received_is_the_sum_of_probabilities(
         "bool": allowed,
         "additive": torch.where(allowed, 0.0, torch.finfo(torch.float32).min),
     }[form]
-    found = attention_received(q, k, mask, 0.7, **options)
-    wanted = dense(q, k, allowed, 0.7, options.get("softcap"), options.get("s_aux"))
+    found = attention_received(q, k, mask, 0.7, every=every, **options)
+    # Of 23 queries every fourth from the end, the first of which stands for three.
+    looked = torch.arange(22, -1, -every).flip(0)
+    stands_for = torch.tensor([int(looked[0]) + 1] + [every] * (len(looked) - 1))
+    probabilities = shares_of(q, k, allowed, 0.7, options.get("softcap"), options.get("s_aux"))
+    wanted = (probabilities[:, looked] * stands_for[:, None]).sum(1)
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
     if "s_aux" not in options:
         assert torch.allclose(found.sum(1), torch.full((2,), 23.0))
@@ -227,7 +238,7 @@ def test_sinks_alone_count_more(make_block: BlockMaker):
 
     sink = torch.rand(48).add(0.5)
     sink[0], sink[30] = 20.0, 9.0
-    block.token_weights[0] = sink
+    block.token_weights["sinks", 0] = sink
     found = weights_of(block, 0, "sinks")
     assert found is not None
     assert torch.allclose(found[:24], torch.tensor([20.0] + [1.0] * 23) / (43 / 24))
@@ -238,12 +249,34 @@ def test_sinks_alone_count_more(make_block: BlockMaker):
 def test_a_sink_of_a_long_window_is_a_part_of_all_attention(make_block: BlockMaker):
     block = make_block("llama")
     block.inputs[0] = torch.zeros(1, 320, 1)
-    block.token_weights[0] = torch.ones(320)
-    block.token_weights[0][0] = 19.0
+    block.token_weights["sinks", 0] = torch.ones(320)
+    block.token_weights["sinks", 0][0] = 19.0
     found = weights_of(block, 0, "sinks")
     assert found is not None
     assert float(found[0]) == 1
-    block.token_weights[0][0] = 21.0
+    block.token_weights["sinks", 0][0] = 21.0
     found = weights_of(block, 0, "sinks")
     assert found is not None
     assert float(found[0] / found[1]) == pytest.approx(21)
+
+
+def test_sinks_are_found_by_few_queries(make_block: BlockMaker, monkeypatch: pytest.MonkeyPatch):
+    """A window whose first key all queries look at, with one query in three."""
+    monkeypatch.setattr(token_weights_module, "_QUERIES", 8)
+    block = make_block("llama")
+    asked = []
+
+    def received(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        query[...], key[:, :, 0] = query.abs(), 30.0
+        asked.append(options["every"])
+        return attention_received(query, key, *rest, **options)
+
+    monkeypatch.setattr(token_weights_module, "attention_received", received)
+    found = weights_of(block, 0, "sinks")
+    assert found is not None
+    windows = found.view(2, 24)
+    assert torch.allclose(windows[:, 0] / windows[:, 1], torch.full((2,), 24.0), rtol=1e-3)
+    whole = weights_of(block, 0, "attention")
+    assert whole is not None
+    assert torch.allclose(whole.view(2, 24)[:, 0], torch.full((2,), 24.0), rtol=1e-3)
+    assert asked == [3, 1]
