@@ -176,6 +176,24 @@ def stopped(model: Path, output: Path, text: Path, stages: str, **request: Any) 
     convert(asked, stop=lambda: True)
 
 
+def test_a_reduction_that_takes_most_of_the_ffns_is_told(
+    tiny: ModelMaker, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Of a model whose head is most of what a token is multiplied with."""
+    model, stage = tiny("qwen3", vocab_size=2048), "{{method: ladimo, teaching: none{}}}"
+
+    def said(fields: str) -> list[str]:
+        caplog.clear()
+        run(model, tmp_path / f"out{fields}", text_file, stage.format(fields))
+        return [line for line in caplog.messages if "of this model's FFNs" in line]
+
+    (line,) = said("")
+    assert "0.2 takes 67 %" in line
+    assert "set it to 0.150, which takes half" in line
+    assert said(", activated_reduction: 0.1") == []
+    assert said(", mean_experts: 0") == []
+
+
 def test_layers_are_searched(tiny: ModelMaker, text_file: Path, tmp_path: Path):
     stage = "{method: ladimo, activated_reduction: 0.1, steps: 3, batch_tokens: 32}"
     summary = run(parent(tiny, "gemma3_text"), tmp_path / "out", text_file, stage)

@@ -74,6 +74,10 @@ class Budget:
             )
         return found
 
+    def share_of_ffns(self, reduction: float) -> float:
+        """What saving this share of the activated parameters takes of all FFNs."""
+        return reduction * self.dense / (self.blocks * self.block_cost(None))
+
     def block_cost(self, mean: float | None) -> int:
         """Parameters of one FFN that a token meets: with `mean` routed experts, None: dense."""
         return (
