@@ -24,10 +24,10 @@ TokenWeights = Literal["attention", "sinks", "equal"]
 _SHARE = 1 / 16
 """Of all attention in a window, what makes a token a sink: BOS of a pretrained model receives a
 third, a token that is merely read more often than others some times the mean."""
-_QUERIES = 64
-"""Of a window, that are looked at for sinks: it is what all queries look at that makes one."""
 _TIMES = 8
 """Times the mean that it must receive in any case, where windows are short."""
+_QUERIES = 64
+"""Of a window, that are looked at for sinks: it is what all queries look at that makes one."""
 
 
 def weights_of(block: Block, batch: int, kind: TokenWeights) -> Tensor | None:

@@ -32,25 +32,24 @@ def attention_received(
     Hkv, S = key.shape[1], key.shape[2]
     out = query.new_zeros(B, S, dtype=torch.float32)
     rows = min(_QUERIES, max(1, _SCORES // (H * S)))
-    looked = torch.arange(T - 1, -1, -every, device=query.device).flip(0)
-    # The first stands for those that are left.
-    counts = looked.diff(prepend=looked.new_tensor([-1]))[:, None].float()
-    places, query = looked + S - T, query[:, :, looked]
+    start = (T - 1) % every
+    query, mask = query[:, :, start::every], None if mask is None else mask[:, :, start::every]
+    looked = query.shape[2]
+    counts = query.new_full((looked, 1), every, dtype=torch.float32)
+    counts[0] = start + 1  # those that are left
     sinks = None if s_aux is None else s_aux.float()[:, None, None]
     for b in range(B):
-        for first in range(0, len(looked), rows):
-            last = min(first + rows, len(looked))
-            chosen = slice(first, last)
-            seen = S if mask is not None else S - (len(looked) - last) * every
-            q = query[b, :, chosen].float().reshape(Hkv, -1, d)
+        for first in range(0, looked, rows):
+            last = min(first + rows, looked)
+            seen = S if mask is not None else S - (looked - last) * every
+            q = query[b, :, first:last].float().reshape(Hkv, -1, d)
             scores = (q @ key[b, :, :seen].float().mT).mul_(scaling).view(H, last - first, seen)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            if mask is None:
-                place = places[chosen, None]
-                allowed = (torch.arange(seen, device=query.device) <= place)[None]
-            else:
-                allowed = mask[b if len(mask) > 1 else 0, :, looked[chosen]]
+            allowed = None if mask is None else mask[b if len(mask) > 1 else 0, :, first:last]
+            if allowed is None:
+                place = S - T + start + every * torch.arange(first, last, device=query.device)
+                allowed = (torch.arange(seen, device=query.device) <= place[:, None])[None]
             if allowed.dtype == torch.bool:
                 scores.masked_fill_(~allowed, -torch.inf)
             else:
@@ -63,6 +62,6 @@ def attention_received(
             total = scores.sum(dim=-1, keepdim=True)
             if sinks is not None:
                 total = total + (sinks - top).exp()
-            shares = counts[chosen] / total.clamp_min(1e-30)
+            shares = counts[first:last] / total.clamp_min(1e-30)
             out[b, :seen] += scores.mul_(shares).sum(dim=(0, 1))
     return out.div_(H)

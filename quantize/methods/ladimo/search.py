@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,17 +204,16 @@ class Searcher:
                 f"{block.full_name(place)}: no finite calibration inputs; try --dtype float32"
             )
         ffn = dense_ffn(block)
+        lesson = cache(partial(_own_outputs, block, ffn, x))
         middle = Visits.plain(levels[len(levels) // 2])
         # One ranking of the experts serves all levels, and one split and ranking all passes.
         if (index, middle) not in self.fits:
-            lesson = _own_outputs(block, ffn, x)
-            start = Start.of(ffn, lesson, self.budget.layout, self.construction, self.seed)
+            start = Start.of(ffn, lesson(), self.budget.layout, self.construction, self.seed)
             self.fits[index, middle] = start.split, start.router(middle, self.seed)
         split, router = self.fits[index, middle]
         students = {mean: untrained(ffn, split, router, Visits.plain(mean), x) for mean in levels}
         if errors is not None:
-            lesson = _own_outputs(block, ffn, x)
-            errors |= {(index, mean): lesson.error(one) for mean, one in students.items()}
+            errors |= {(index, mean): lesson().error(one) for mean, one in students.items()}
         return {None: None} | {mean: Trial(student) for mean, student in students.items()}
 
     def _kls(self, parent: Sequence[Tensor], plans: Sequence[Sequence[Tensor]]) -> list[float]:
