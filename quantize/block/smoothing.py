@@ -12,6 +12,7 @@ from quantize.block.block import Block
 from quantize.model.arch import Edge
 from quantize.solvers.equalization import Rows
 from quantize.solvers.grid import Grid
+from quantize.solvers.products import quadratic
 
 SAMPLED_ROWS = 512
 """Rows of one sink that a search tries: a sample ranks candidates in a part of the time."""
@@ -76,7 +77,7 @@ def rounding_error(
         importance = hessian.diagonal() / columns.square()
         scale, factor = grid.fit_scale(scaled, importance) if clip else grid.absmax_scale(scaled)
         delta = grid.round(scaled, scale, factor)[1] / columns - weight
-        total += sink.share * float(((delta @ hessian) * delta).sum())
+        total += sink.share * float(quadratic(delta, hessian).sum())
     return total
 
 

@@ -32,6 +32,7 @@ from quantize.methods.base import Kind, Stage
 from quantize.model.roles import splits_inputs
 from quantize.solvers.feedback import Damped, damp, feedback_order
 from quantize.solvers.grid import Grid
+from quantize.solvers.products import quadratic
 from quantize.solvers.target import LeftOut, corrected_target
 
 if TYPE_CHECKING:
@@ -261,21 +262,25 @@ def _alike(block: Block, name: str, other: str) -> bool:
     return routed and block.arch.dense_name(name) == block.arch.dense_name(other)
 
 
-def relative_error(original: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
+def relative_error(
+    original: Tensor,
+    quantized: Tensor,
+    hessian: Tensor | None = None,
+    lost: float | None = None,
+) -> float:
     """Squared error of a quantized weight [N, K] relative to the weight, in the
-    Hessian's metric if one is given.
+    Hessian's metric if one is given; lost: the squared error in that metric, where it is known.
 
     With H = E[x xᵀ] this is the mean squared output error of the layer
     over its mean squared output.
     """
+    tiny = torch.finfo(torch.float32).tiny
     delta = quantized - original
     if hessian is None:
-        return float(
-            delta.square().sum()
-            / original.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        )
-    size = ((original @ hessian) * original).sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return float(((delta @ hessian) * delta).sum() / size)
+        return float(delta.square().sum() / original.square().sum().clamp_min(tiny))
+    if lost is None:
+        lost = float(quadratic(delta, hessian).sum())
+    return lost / max(float(quadratic(original, hessian).sum()), tiny)
 
 
 def take_targets(
@@ -305,12 +310,17 @@ def take_targets(
 
 
 def note_errors(
-    block: Block, name: str, original: Tensor, quantized: Tensor, hessian: Tensor | None = None
+    block: Block,
+    name: str,
+    original: Tensor,
+    quantized: Tensor,
+    hessian: Tensor | None = None,
+    lost: float | None = None,
 ) -> None:
-    """Record the weight error, and the output error where the inputs are known."""
+    """Record the weight error, and the output error where the inputs are known (`relative_error`)."""
     block.note(name, weight_error=relative_error(original, quantized))
     if hessian is not None:
-        block.note(name, output_error=relative_error(original, quantized, hessian))
+        block.note(name, output_error=relative_error(original, quantized, hessian, lost))
 
 
 def factor_hessian(

@@ -128,9 +128,9 @@ class Blocks(Encode):
     ) -> None:
         weight, grid = block.linear(name).weight.float(), block_grid(self.type)
         scale, factor = grid.fit_scale(target, moments.hessian.diagonal())
-        rounded = error_feedback(target, usable, grid, scale, factor)
+        rounded, lost = error_feedback(target, usable, grid, scale, factor)
         with usable.metric(moments.hessian) as metric:
-            rounded = descend(target, rounded, metric, grid, self.sweeps)
+            rounded = descend(target, rounded, metric, grid, self.sweeps, float(lost.sum()))
         block.encode(name, grid.held(rounded.codes, rounded.scale), False)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), moments.hessian)

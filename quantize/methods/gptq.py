@@ -11,7 +11,7 @@ from quantize.block.measure import moments_of
 from quantize.block.token_weights import TokenWeights
 from quantize.cost.footprint import factoring
 from quantize.methods.encode import IntEncode, factor_hessian, fall_back, note_errors
-from quantize.solvers.feedback import error_feedback
+from quantize.solvers.feedback import error_feedback, undamped
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -59,7 +59,9 @@ class Gptq(IntEncode):
             scale, factor = (
                 grid.fit_scale(weight) if self.clip == "mse" else grid.absmax_scale(weight)
             )
-            rounded = error_feedback(weight, usable, grid, scale, factor)
+            rounded, lost = error_feedback(weight, usable, grid, scale, factor)
+            value = rounded.value(grid)
             block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
             block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
-            note_errors(block, name, weight, rounded.value(grid), moments.hessian)
+            lost = undamped(lost, value - weight, usable)
+            note_errors(block, name, weight, value, moments.hessian, float(lost.sum()))

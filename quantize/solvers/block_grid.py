@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.formats.gguf.blocks import BLOCK, KINDS, PackedBlocks
 from quantize.formats.scheme import Packed
-from quantize.solvers.grid import Book, Grid
+from quantize.solvers.grid import Book, Grid, importance_row
 
 _SMALLEST = 2.0**-24
 """Least positive float16: a scale must not become zero."""
@@ -107,7 +107,7 @@ class AffineGrid(Grid):
     def fit_scale(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pairs of w [N, K] that minimise Σ importance_k·(w_k − ŵ_k)² over parts of the range, then
         over pairs with the codes kept."""
-        weight = torch.ones_like(w[:1]) if importance is None else importance.to(w)[None]
+        weight = importance_row(w, importance)
         grouped, share = (t.view(len(t), -1, self.group_size) for t in (w, weight))
         best = self._spread(grouped, 1.0)
         least = torch.full_like(best[..., 0], torch.inf)

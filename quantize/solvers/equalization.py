@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantize.solvers.feedback import Damped, damp, error_feedback, feedback_order
+from quantize.solvers.feedback import Damped, damp, error_feedback, feedback_order, undamped
 from quantize.solvers.grid import Grid
+from quantize.solvers.products import quadratic
 
 # Rounds at most; on linears of a Gemma 3 270M seven to twelve settled it.
 _STEPS = 40
@@ -39,7 +40,7 @@ class Rows:
     @classmethod
     def of(cls, weight: Tensor, hessian: Tensor) -> Rows:
         """Errors of these rows, float32, relative to the mean square of their output, tr(W H Wᵀ)."""
-        size = float(((weight @ hessian) * weight).sum())
+        size = float(quadratic(weight, hessian).sum())
         return cls(weight, 1 / max(size, torch.finfo(torch.float32).tiny))
 
 
@@ -168,7 +169,8 @@ def feedback_error(
     total = 0.0
     for linear in linears:
         scaled = linear.weight * columns
-        rounded = error_feedback(scaled, usable, grid, *grid.fit_scale(scaled, importance))
-        delta = rounded.value(grid) / columns - linear.weight
-        total += linear.share * float(((delta @ hessian) * delta).sum())
+        rounded, lost = error_feedback(scaled, usable, grid, *grid.fit_scale(scaled, importance))
+        # Damping was added under `spread`.
+        delta = (rounded.value(grid) - scaled) * (feedback.spread / columns)
+        total += linear.share * float(undamped(lost, delta, usable).sum())
     return total

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantize.cost.footprint import SOLVER_ROWS, WELL_CONDITIONED
 from quantize.solvers.grid import Book, Grid
+from quantize.solvers.products import invert_lower_, quadratic, turn_
 
 # Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
 # over columns, narrower ones make the updates too thin to run fast.
@@ -106,8 +107,8 @@ def feedback_order(hessian: Tensor, order: Literal["natural", "activation"]) -> 
 
 
 def _finite(matrix: Tensor) -> bool:
-    """Whether all is finite; in pieces, since `isfinite` takes more room than what it looks at."""
-    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, SOLVER_ROWS))
+    """Whether all is finite; by the ends of its range, which take no room and keep a NaN."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
 
 
 def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
@@ -127,13 +128,14 @@ def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
     # One matrix, worked on in place: K = 14336 takes 1.6 GB in doubles.
     single = damping >= WELL_CONDITIONED
     work = torch.empty_like(hessian, dtype=torch.float32 if single else torch.float64)
+    last_first = order.flip(0)
     for attempt in range(_MAX_DAMPING_TRIES):
         amount = damping * 10.0**attempt
         for rows, picked in zip(
-            torch.split(work, SOLVER_ROWS), torch.split(order, SOLVER_ROWS), strict=True
+            torch.split(work, SOLVER_ROWS), torch.split(last_first, SOLVER_ROWS), strict=True
         ):
-            rows.copy_(hessian[picked][:, order])
-        work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean))
+            rows.copy_(hessian[picked][:, last_first])
+        work.diagonal().copy_(torch.where(dead, mean, diagonal + amount * mean).flip(0))
         if _inverse_factor(work):
             natural = torch.empty_like(dead)
             natural[order] = dead
@@ -143,16 +145,19 @@ def damp(hessian: Tensor, damping: float, order: Tensor) -> Damped | None:
 
 
 def _inverse_factor(work: Tensor) -> bool:
-    """Symmetric H [K, K] → U with H⁻¹ = Uᵀ U, transposed and in place; false where H
-    is not positive definite."""
+    """Symmetric P H P [K, K] → U with H⁻¹ = Uᵀ U, transposed and in place; false where H is not positive
+    definite. P turns the order round.
+
+    P H P = L Lᵀ makes H = R Rᵀ of the upper triangular R = P L P, and U is its inverse: half the work of
+    inverting H and factoring that, and no rounding of H⁻¹ in between.
+    """
     columns = work.mT  # which is what LAPACK reads and writes without a copy
     info = torch.empty((), dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(columns, out=(columns, info))
     if int(info) != 0:
         return False
-    torch.cholesky_inverse(columns, out=columns)
-    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
-    return int(info) == 0 and _finite(work)
+    turn_(invert_lower_(columns))
+    return _finite(work)
 
 
 class CodeBook(Protocol):
@@ -169,14 +174,18 @@ class Books(Protocol):
         """The one of `group`."""
 
 
-def error_feedback(w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tensor) -> Rounded:
-    """GPTQ on a grid with scales [N, G] fixed beforehand (`feed_back`)."""
-    return Rounded(feed_back(w, d, grid.books(scale, factor), grid.group_size), scale, factor)
+def error_feedback(
+    w: Tensor, d: Damped, grid: Grid, scale: Tensor, factor: Tensor
+) -> tuple[Rounded, Tensor]:
+    """GPTQ on a grid with scales [N, G] fixed beforehand, and the rows' squared errors
+    (`feed_back`)."""
+    codes, lost = feed_back(w, d, grid.books(scale, factor), grid.group_size)
+    return Rounded(codes, scale, factor), lost
 
 
-def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> Tensor:
-    """GPTQ (arXiv 2210.17323, algorithm 1): codes [N, K] of w [N, K], each
-    group's book fixed beforehand.
+def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv 2210.17323, algorithm 1) of w [N, K], each group's book fixed beforehand: codes [N, K],
+    and every row's squared error in the damped metric, [N].
 
     Books stay with their natural groups whatever the column order, so
     the checkpoint needs no g_idx.
@@ -184,7 +193,7 @@ def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> Tensor:
     order, U = d.order, d.inverse_factor
     w = w.masked_fill(d.dead, 0)[:, order]
     group = (order // group_size).tolist()
-    codes = torch.empty_like(w)
+    codes, lost = torch.empty_like(w), torch.zeros_like(w[:, 0])
     K = w.shape[1]
     for start in range(0, K, _BLOCK):
         stop = min(start + _BLOCK, K)
@@ -198,40 +207,53 @@ def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> Tensor:
                 columns[i + 1 :].addr_(U[j, j + 1 : stop], errors[i], alpha=-1)
         codes[:, start:stop] = rounded.T
         w[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+        # W − Ŵ = E U, and U (H + δI) Uᵀ is one.
+        lost += errors.square_().sum(dim=0)
     out = torch.empty_like(codes)
     out[:, order] = codes
-    return out
+    return out, lost
+
+
+def undamped(lost: Tensor, delta: Tensor, d: Damped) -> Tensor:
+    """What `feed_back` lost by rows [N], without what damping had in it; delta: Ŵ − W [N, K]."""
+    added = delta.masked_fill(d.dead, 0).square_().sum(dim=1)
+    return (lost - added * d.delta).clamp_min_(0)
 
 
 def loss(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid) -> Tensor:
     """Per-row tr((Ŵ − W) H (Ŵ − W)ᵀ) → [N]."""
-    delta = rounded.value(grid) - w
-    rows: Tensor = ((delta @ hessian) * delta).sum(dim=1)
-    return rows
+    return quadratic(rounded.value(grid) - w, hessian)
 
 
-def descend(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
-    """Coordinate descent from `rounded`: every sweep goes through the groups once, moves the scales
-    of each and then its codes.
+def descend(
+    w: Tensor,
+    rounded: Rounded,
+    hessian: Tensor,
+    grid: Grid,
+    sweeps: int,
+    lost: float | None = None,
+) -> Rounded:
+    """Coordinate descent from `rounded`, whose loss is `lost` where that is known: every sweep goes
+    through the groups once, moves the scales of each and then its codes.
 
     Each move is the exact minimiser of its coordinate, so the loss never grows; ends early once a
     sweep gains less than half a percent.
     """
-    state = _Descent.start(w, rounded, hessian, grid)
-    before = state.loss(w)
+    if lost is None:
+        lost = float(loss(w, rounded, hessian, grid).sum())
+    state = _Descent.start(w, rounded, grid)
     for sweep in range(sweeps):
-        last = sweep + 1 == sweeps
-        state.sweep(hessian, grid, grid.scale_moves(state.scale, state.factor, sweep), last)
-        if last or (after := state.loss(w)) > before * (1 - _MIN_GAIN):
+        gain = state.sweep(hessian, grid, grid.scale_moves(state.scale, state.factor, sweep))
+        if sweep + 1 == sweeps or (gained := float(gain)) < lost * _MIN_GAIN:
             break
-        before = after
+        lost -= gained
     return Rounded(state.codes.T.contiguous(), state.scale, state.factor)
 
 
 @dataclass
 class _Descent:
-    """Codes, values and half the loss's gradient (Ŵ − W) H, kept consistent by every move; each
-    transposed [K, N], so that the columns that a move goes through are contiguous."""
+    """Codes, values and errors Ŵ − W, kept consistent by every move; each transposed [K, N], so that the
+    columns that a move goes through are contiguous."""
 
     codes: Tensor
     scale: Tensor
@@ -239,31 +261,29 @@ class _Descent:
     factor: Tensor
     """[N, 1]"""
     value: Tensor
-    gradient: Tensor
+    error: Tensor
 
     @classmethod
-    def start(cls, w: Tensor, r: Rounded, hessian: Tensor, grid: Grid) -> _Descent:
-        value = r.value(grid)
-        gradient = hessian @ (value - w).T
+    def start(cls, w: Tensor, r: Rounded, grid: Grid) -> _Descent:
+        value = r.value(grid).T.contiguous()
         codes = r.codes.T.clone(memory_format=torch.contiguous_format)  # never the caller's own
-        return cls(codes, r.scale.clone(), r.factor, value.T.contiguous(), gradient)
+        return cls(codes, r.scale.clone(), r.factor, value, value - w.T)
 
-    def loss(self, w: Tensor) -> float:
-        return float((self.value - w.T).mul_(self.gradient).sum())
-
-    def sweep(self, H: Tensor, grid: Grid, moves: Moves, last: bool) -> None:
+    def sweep(self, H: Tensor, grid: Grid, moves: Moves) -> Tensor:
         """Move scales, which may become those of `moves` [N, G], and codes, a few whole groups at a
-        time: what that does to the rest of the gradient is one product.
+        time → what the loss fell by, a scalar.
 
-        last: nobody will ask for the gradient of columns that were passed.
+        Half the loss's gradient, (Ŵ − W) H, is computed for those columns alone, when they are come to:
+        one product [K, K] × [K, N] a sweep, as bringing it up to date after every move would take, but
+        none to begin with, and nothing that rounding errors add up in.
         """
         G, K = grid.group_size, len(self.value)
         width = G * max(1, _BLOCK // G)
+        gain = torch.zeros_like(H[0, 0])
         for start in range(0, K, width):
             span = slice(start, min(start + width, K))
-            part = _Part(
-                self.codes[span], self.value[span], self.gradient[span].clone(), H[span, span]
-            )
+            slope = H[span] @ self.error
+            part = _Part(self.codes[span], self.value[span], slope.clone(), H[span, span])
             before = part.value.clone()
             with _few_threads(before):
                 books = [
@@ -271,37 +291,41 @@ class _Descent:
                     for i in range(0, len(before), G)
                 ]
                 _move_columns(part, books, G)
-            rest = slice(span.stop if last else 0, K)
-            self.gradient[rest].addmm_(H[span, rest].T, part.value - before)
+            moved = part.value - before
+            self.error[span] += moved
+            gain -= torch.addmm(slope.mul_(2), part.H, moved).mul_(moved).sum()
+        return gain
 
     def _move_scale(self, g: int, rows: slice, part: _Part, grid: Grid, moves: Moves) -> Book:
         """Try other scales for group g, whose columns are `rows` of the part, with the codes kept
         and with the codes rounded again."""
         block, codes, here = part.H[rows, rows], part.codes[rows], part.value[rows]
         twice = 2 * part.slope[rows]
-        least = torch.zeros_like(here[0])
-        best = (codes, here, self.scale[:, g])
+        least, again = torch.zeros_like(here[0]), torch.zeros_like(here[0], dtype=torch.bool)
+        best = self.scale[:, g]
         fitted = grid.refit(codes.T, here.T, part.slope[rows].T, block)
         for scale in [move[:, g] for move in moves] + ([] if fitted is None else [fitted]):
             book = grid.book(scale, self.factor[:, 0])
-            for q, trial in ((codes, book.value(codes)), book.round(here)):
-                delta = trial - here
+            for rounds, trial in ((False, book.value(codes)), (True, book.round(here)[1])):
+                delta = trial.sub_(here)
                 gain = torch.addmm(twice, block, delta).mul_(delta).sum(dim=0)
                 better = gain < least
                 least = torch.where(better, gain, least)
-                best = (
-                    torch.where(better, q, best[0]),
-                    torch.where(better, trial, best[1]),
-                    torch.where(better if scale.dim() == 1 else better[:, None], scale, best[2]),
-                )
-        part.slope.addmm_(part.H[:, rows], best[1] - here)
-        part.codes[rows], part.value[rows], self.scale[:, g] = best
-        return grid.book(self.scale[:, g], self.factor[:, 0])
+                again = torch.where(better, rounds, again)
+                best = torch.where(better if scale.dim() == 1 else better[:, None], scale, best)
+        # What won is made anew, which takes less than to carry the best along.
+        book = grid.book(best, self.factor[:, 0])
+        chosen = torch.where(again, book.round(here)[0], codes)
+        value = torch.where(least < 0, book.value(chosen), here)
+        part.slope.addmm_(part.H[:, rows], value - here)
+        part.codes[rows], part.value[rows], self.scale[:, g] = chosen, value, best
+        return book
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some columns of a descent as rows: codes, values and gradient [C, N], changed in place."""
+    """Some columns of a descent as rows: codes, values and gradient [C, N], changed in place; the gradient
+    only as far as columns are still to come."""
 
     codes: Tensor
     value: Tensor

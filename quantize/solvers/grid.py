@@ -75,10 +75,18 @@ class Grid:
             return Book(self, scale)
         codes = torch.arange(self.qmin, self.qmax + 1, device=scale.device, dtype=torch.float32)
         levels = product_weight(codes[:, None], scale.abs(), factor)
-        ends = torch.full_like(levels[:1], torch.inf)
-        borders = torch.cat((-ends, (levels[1:] + levels[:-1]) / 2, ends))
         step = levels[1 - self.qmin]
-        return ProductBook(self, torch.where(step == 0, 1.0, step), levels, borders, scale.sign())
+        step = torch.where(step == 0, 1.0, step)
+        middles = (levels[1:] + levels[:-1]).div_(2 * step)
+        ends = torch.full_like(middles[:1], torch.inf)
+        sign = scale.sign()
+        return ProductBook(
+            self,
+            step * sign,
+            levels * sign,
+            torch.cat((-ends, middles)),
+            torch.cat((middles, ends)),
+        )
 
     def books(self, scale: Tensor, factor: Tensor) -> list[Book]:
         """One book per group of scales [N, G] with factors [N, 1]."""
@@ -88,11 +96,18 @@ class Grid:
         """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] →
         (codes, values), float32 [N, K]."""
         codes, values = torch.empty_like(w), torch.empty_like(w)
-        for g in range(scale.shape[1]):
-            span = slice(g * self.group_size, (g + 1) * self.group_size)
-            rounded = self.book(scale[:, g], factor[:, 0]).round(w[:, span].T)
-            codes[:, span], values[:, span] = rounded[0].T, rounded[1].T
+        rows = max(1, _PIECE // w.shape[1])
+        for part, s, f, *into in _split(rows, w, scale, factor, codes, values):
+            for out, found in zip(into, self._rounded(part, s, f), strict=True):
+                out.view(len(part), -1, self.group_size).copy_(found.permute(1, 2, 0))
         return codes, values
+
+    def _rounded(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """As `round`, each [group_size, N, G], of few rows: every group is a row of one book."""
+        N, G = scale.shape[:2]
+        book = self.book(scale.flatten(0, 1), factor.expand(N, G).flatten())
+        codes, values = book.round(_columns(w, self.group_size).flatten(1))
+        return codes.view(-1, N, G), values.view(-1, N, G)
 
     def expand(self, scale: Tensor) -> Tensor:
         """Group scales [N, G] → one per input [N, K]."""
@@ -132,7 +147,7 @@ class Grid:
         Returns (scale [N, G], factor [N, 1]).
         """
         absmax = _nonzero(group_absmax(w, self.group_size) / self.qmax).to(torch.bfloat16).float()
-        weight = torch.ones_like(w[:1]) if importance is None else importance.to(w)[None]
+        weight = importance_row(w, importance)
         rows = max(1, _PIECE // w.shape[1])
         parts = _split(rows, w, absmax)
         best = torch.cat([self._best_scale(part, weight, start) for part, start in parts])
@@ -157,12 +172,14 @@ class Grid:
         those that reach the largest weight."""
         grouped, share = (t.view(len(t), -1, self.group_size) for t in (w, weight))
         ratios = torch.linspace(_MIN_CLIP, 1.0, _CLIPS).tolist()
-        signs = (1.0, -1.0) if self.signed else (1.0,)
         best, least = absmax, torch.full_like(absmax, torch.inf)
         for ratio in ratios:
-            for sign in signs:
-                scale = (absmax * (ratio * sign)).to(self.stored).float()
-                best, least = self._better(grouped, share, scale, best, least)
+            scale = (absmax * ratio).to(self.stored).float()
+            steps = grouped / scale[..., None]
+            nearest = steps.round()
+            for sign in (1, -1) if self.signed else (1,):
+                error = self._missed(steps, nearest, sign).mul_(share).sum(dim=2) * scale.square()
+                best, least = _less(error, scale * sign, least, best)
         for _ in range(_REFITS):
             codes = self._codes(grouped, best)
             seen = codes * share
@@ -170,7 +187,7 @@ class Grid:
             scale = ((seen * grouped).sum(dim=2) / size).to(self.stored).float()
             # A group of zeros has codes of zero, which every scale suits; and none may become zero.
             scale = torch.where((size > 0) & (scale != 0), scale, best)
-            best, least = self._better(grouped, share, scale, best, least)
+            best, least = _less(self._error(grouped, share, scale), scale, least, best)
         return best
 
     @property
@@ -183,16 +200,14 @@ class Grid:
 
     def _error(self, grouped: Tensor, share: Tensor, scale: Tensor) -> Tensor:
         """Σ share·(w − q·s)² of every group under scales [N, G] → [N, G]."""
-        values = self._codes(grouped, scale).mul_(scale[..., None])
-        return values.sub_(grouped).square_().mul_(share).sum(dim=2)
+        steps = grouped / scale[..., None]
+        return self._missed(steps, steps.round()).mul_(share).sum(dim=2) * scale.square()
 
-    def _better(
-        self, grouped: Tensor, share: Tensor, scale: Tensor, best: Tensor, least: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The better of two scales [N, G] of every group, and its error Σ share·(w − q·s)²."""
-        error = self._error(grouped, share, scale)
-        better = error < least
-        return torch.where(better, scale, best), torch.where(better, error, least)
+    def _missed(self, steps: Tensor, nearest: Tensor, sign: int = 1) -> Tensor:
+        """Squared distance of w / s [N, G, group_size] from the codes that it may have, where `nearest` is the
+        whole number next to it; sign: that of the scale, beside |s|."""
+        low, high = (self.qmin, self.qmax) if sign > 0 else (-self.qmax, -self.qmin)
+        return nearest.clamp(low, high).sub_(steps).square_()
 
     def _fit_fp8(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a
@@ -235,9 +250,9 @@ class Grid:
         return smaller.to(self.stored).float(), larger.to(self.stored).float()
 
     def group_error(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-        """Σ weight·(w − ŵ)² of every group → [N, G]."""
-        squared = (w - self.round(w, scale, factor)[1]).square_() * weight
-        return squared.view(len(w), -1, self.group_size).sum(dim=2)
+        """Σ weight·(w − ŵ)² of every group → [N, G]; w, weight: [N, K] and [1, K], of few rows."""
+        off = self._rounded(w, scale, factor)[1].sub_(_columns(w, self.group_size))
+        return off.square_().mul_(_columns(weight, self.group_size)).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -260,34 +275,47 @@ class Book:
 
 @dataclass(frozen=True)
 class ProductBook(Book):
-    """Products E4M3(q·s8), which are not evenly spaced. `step` is that of |scale|, and 1 where all
-    codes have the value 0."""
+    """Products E4M3(q·s8), which are not evenly spaced. `step` is 1, with the scale's sign, where all codes have
+    the value 0."""
 
     levels: Tensor
-    """[2^bits, R], rising: those of |scale|."""
-    borders: Tensor
-    """[2^bits + 1, R]: −∞, what lies halfway between neighbouring levels, ∞."""
-    sign: Tensor
-    """Of the scale, [R]: levels count by it."""
+    """Values of all codes from the least one on, [2^bits, R]."""
+    below: Tensor
+    """[2^bits, R], in steps: halfway from each code's level to the one before; −∞ of the first."""
+    above: Tensor
+    """[2^bits, R], in steps: halfway from each code's level to the next; ∞ of the last."""
 
     def round(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [M, R] → (codes, values), float32 of the same shape."""
-        w = w * self.sign
+        steps = w / self.step
         # A level is off q·s by a sixteenth of itself at most, which is less than half a step up to the
         # code 8, so the nearest is this one or its neighbour.
-        codes = (w / self.step).round_().clamp_(self.grid.qmin, self.grid.qmax)
-        index = codes.sub_(self.grid.qmin).long()
-        above = (w > self.borders.gather(0, index + 1)).long()
-        below = (w <= self.borders.gather(0, index)).long()
-        index.add_(above).sub_(below)
-        return index.float().add_(self.grid.qmin), self._signed(index)
+        index = steps.round().clamp_(self.grid.qmin, self.grid.qmax).sub_(self.grid.qmin).long()
+        higher = steps > self.above.gather(0, index)
+        lower = steps <= self.below.gather(0, index)
+        index.add_(higher).sub_(lower.long())
+        return index.float().add_(self.grid.qmin), self.levels.gather(0, index)
 
     def value(self, codes: Tensor) -> Tensor:
         """Values of codes [M, R], float32."""
-        return self._signed(codes.long().sub_(self.grid.qmin))
+        return self.levels.gather(0, codes.long().sub_(self.grid.qmin))
 
-    def _signed(self, index: Tensor) -> Tensor:
-        return self.levels.gather(0, index).mul_(self.sign)
+
+def importance_row(w: Tensor, importance: Tensor | None) -> Tensor:
+    """Importance of the inputs of w [N, K], or one for all, as [1, K]; dense, since it is read for every row, and the
+    diagonal of a matrix as it lies there takes ten times as long."""
+    return torch.ones_like(w[:1]) if importance is None else importance.to(w).contiguous()[None]
+
+
+def _columns(w: Tensor, group_size: int) -> Tensor:
+    """w [N, K] → [group_size, N, G], in which a group's weights stand one below the other."""
+    return w.view(len(w), -1, group_size).permute(2, 0, 1)
+
+
+def _less(error: Tensor, scale: Tensor, least: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """The better of two scales [N, G] of every group, `scale` and `best`, and its error [N, G]."""
+    better = error < least
+    return torch.where(better, scale, best), torch.where(better, error, least)
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

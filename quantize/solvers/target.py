@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantize.cost.footprint import SOLVER_ROWS
 from quantize.solvers.feedback import Damped
+from quantize.solvers.products import times_upper_, times_upper_transposed_
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,6 @@ def _drift(
         elif cross is not None:
             drift[:, span] = w @ (cross[:, span] - hessian[:, span])
     U, ordered = d.inverse_factor, drift[:, d.order]
-    torch.mm(ordered @ U.T, U, out=ordered)  # H⁻¹ = Uᵀ U in the order of feedback
+    times_upper_(times_upper_transposed_(ordered, U), U)  # H⁻¹ = Uᵀ U in the order of feedback
     drift[:, d.order] = ordered
     return drift

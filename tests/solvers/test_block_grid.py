@@ -65,12 +65,12 @@ def test_descent_from_feedback_only_gains(kind: str):
     usable = damp(H, 0.01, feedback_order(H, "activation"))
     assert usable is not None
     scale, factor = grid.fit_scale(w, H.diagonal())
-    fed = error_feedback(w, usable, grid, scale, factor)
+    fed, _ = error_feedback(w, usable, grid, scale, factor)
     with usable.metric(H) as metric:
         before = loss(w, fed, metric, grid)
         ended = descend(w, fed, metric, grid, 4)
         after = loss(w, ended, metric, grid)
-        nearest = error_feedback(w, usable, grid, *grid.absmax_scale(w))
+        nearest, _ = error_feedback(w, usable, grid, *grid.absmax_scale(w))
         assert after.sum() < before.sum()
         assert after.sum() < loss(w, nearest, metric, grid).sum()
     values = ended.value(grid)

@@ -170,7 +170,7 @@ def test_what_feedback_leaves_adds_up_to_the_error():
     feedback = Feedback.of(H, torch.ones(64), 0.1)
     assert feedback is not None
     usable = feedback.usable
-    rounded = error_feedback(w, usable, GRID, *GRID.fit_scale(w))
+    rounded, _ = error_feedback(w, usable, GRID, *GRID.fit_scale(w))
     delta = (w - rounded.value(GRID)).double()[:, usable.order]
     damped = H.double() + usable.delta * torch.eye(64, dtype=torch.float64)
     damped = damped[usable.order][:, usable.order]
@@ -218,7 +218,7 @@ def test_the_error_under_a_scale_is_that_of_the_scaled_problem(seed: int):
     scaled = H / columns / columns[:, None]
     usable = damp(scaled, 0.1, feedback_order(scaled, "activation"))
     assert usable is not None
-    rounded = error_feedback(
+    rounded, _ = error_feedback(
         w * columns, usable, GRID, *GRID.fit_scale(w * columns, scaled.diagonal())
     )
     delta = ((rounded.value(GRID) - w * columns) / columns).double()

@@ -19,6 +19,7 @@ from quantize.solvers.feedback import (
     error_feedback,
     feedback_order,
     loss,
+    undamped,
 )
 from quantize.solvers.grid import Grid
 from quantize.solvers.target import corrected_target
@@ -208,12 +209,28 @@ def test_error_feedback_is_textbook_gptq(order_name: str):
     assert d is not None
     assert d.damping == 0.01
     scale, factor = grid.absmax_scale(w)
-    codes = error_feedback(w, d, grid, scale, factor).codes
+    codes = error_feedback(w, d, grid, scale, factor)[0].codes
     expected = textbook_gptq(w, H, order, 0.01, grid, scale)
     # A float32 tie may fall the other way, and then that row's later columns differ.
     same_rows = (codes == expected).all(dim=1)
     assert int(same_rows.sum()) >= 7
     assert float((codes == expected).float().mean()) > 0.95
+
+
+@GRIDS
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_error_feedback_knows_what_it_lost(grid: Grid, damping: float):
+    H, w = correlated_hessian(seed=3), weight(12, seed=3)
+    H[:, [7, 130]] = H[[7, 130]] = 0
+    d = damp(H, damping, feedback_order(H, "activation"))
+    assert d is not None
+    fed, lost = error_feedback(w, d, grid, *grid.fit_scale(w))
+    delta = (fed.value(grid) - w).double()
+    with d.metric(H) as metric:
+        live = delta.masked_fill(d.dead, 0)
+        assert torch.allclose(lost.double(), (live @ metric.double() * live).sum(1), rtol=1e-4)
+    exact = (delta @ H.double() * delta).sum(1)
+    assert torch.allclose(undamped(lost, delta.float(), d).double(), exact, rtol=1e-3)
 
 
 def test_activation_order_visits_the_largest_inputs_first():
@@ -229,7 +246,7 @@ def test_error_feedback_without_correlation_is_rounding(grid: Grid):
     d = damp(H, 0.01, feedback_order(H, "activation"))
     assert d is not None
     plain = rounded(w, grid)
-    assert torch.equal(error_feedback(w, d, grid, plain.scale, plain.factor).codes, plain.codes)
+    assert torch.equal(error_feedback(w, d, grid, plain.scale, plain.factor)[0].codes, plain.codes)
 
 
 @pytest.mark.parametrize("grid", [PLAIN, SIGNED, KERNEL, SIGNED_KERNEL, Grid(2, 64)], ids=str)
@@ -239,7 +256,7 @@ def test_error_feedback_beats_rounding_on_correlated_inputs(grid: Grid, order_na
     d = damp(H, 0.01, feedback_order(H, "natural" if order_name == "natural" else "activation"))
     assert d is not None
     plain = rounded(w, grid)
-    better = error_feedback(w, d, grid, plain.scale, plain.factor)
+    better, _ = error_feedback(w, d, grid, plain.scale, plain.factor)
     assert float(loss(w, better, H, grid).sum()) < 0.8 * float(loss(w, plain, H, grid).sum())
 
 
@@ -249,7 +266,7 @@ def test_error_feedback_leaves_its_arguments_alone():
     d = damp(H, 0.01, feedback_order(H, "activation"))
     assert d is not None
     plain = rounded(w, KERNEL)
-    descend(w, error_feedback(w, d, KERNEL, plain.scale, plain.factor), H, KERNEL, 1)
+    descend(w, error_feedback(w, d, KERNEL, plain.scale, plain.factor)[0], H, KERNEL, 1)
     assert torch.equal(H, kept_h)
     assert torch.equal(w, kept_w)
 
@@ -365,7 +382,7 @@ def test_dead_inputs_get_the_code_zero():
     assert d is not None
     assert d.dead.nonzero().flatten().tolist() == dead
     plain = rounded(weight(), PLAIN)
-    codes = error_feedback(weight(), d, PLAIN, plain.scale, plain.factor).codes
+    codes = error_feedback(weight(), d, PLAIN, plain.scale, plain.factor)[0].codes
     assert (codes[:, dead] == 0).all()
 
 
@@ -429,7 +446,7 @@ def test_loops_over_columns_wait_for_nobody(grid: Grid):
         assert d is not None
         with HostReads() as mode:
             scale, factor = grid.fit_scale(w, H.diagonal())
-            fitted = error_feedback(w, d, grid, scale, factor)
+            fitted, _ = error_feedback(w, d, grid, scale, factor)
             descend(w, fitted, H, grid, 2)
         reads.append(mode.count)
     assert reads[0] == reads[1] <= 3  # the loss before, and after each sweep

@@ -200,9 +200,9 @@ class Fireq(IntEncode):
         weight = block.linear(name).weight.float()
         hessian, grid = moments.hessian, self._grid(block, name)
         scale, factor = grid.fit_scale(target, hessian.diagonal())
-        rounded = error_feedback(target, usable, grid, scale, factor)
+        rounded, lost = error_feedback(target, usable, grid, scale, factor)
         with usable.metric(moments.hessian) as metric:
-            rounded = descend(target, rounded, metric, grid, self.sweeps)
+            rounded = descend(target, rounded, metric, grid, self.sweeps, float(lost.sum()))
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), hessian)
