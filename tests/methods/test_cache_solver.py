@@ -88,8 +88,12 @@ def test_refit_finds_the_least_squares_coefficients(
     mapped = (A.view(24, 160, -1).permute(0, 2, 1) @ root).permute(0, 2, 1).reshape(24 * 160, -1)
     wanted = torch.linalg.lstsq(mapped, (w.double() @ root).flatten()).solution
     minimum = float(((A @ wanted).view(24, 160) - w.double()).matmul(root).square().sum())
+    value = fitted.value
+    gradient = (value - w) @ H
     for _ in range(6):
-        fitted = _refit(w, fitted, H)
+        fitted, value, gradient = _refit(w, fitted, value, gradient, H)
+    assert torch.equal(value, fitted.value)
+    assert torch.allclose(gradient, (value - w) @ H, rtol=1e-4, atol=1e-6)
     assert loss(w, fitted, H) < minimum * 1.002
     assert torch.equal(fitted.codebook.lines, fitted.codebook.lines.half().float())
 

@@ -20,12 +20,15 @@ from torch import Tensor
 from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.fit import Codebook, assign
 from quantize.solvers.feedback import Damped, feed_back, move_codes
+from quantize.solvers.products import quadratic
 
 # Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
 # Of conjugate gradients. Each costs one product [N, K] × [K, K]; the refit need not be exact, since
 # lines and codes move after it.
 _REFIT_STEPS = 6
+# Weights that they look at, by whole rows: thousands for each coefficient.
+_REFIT_WEIGHTS = 1 << 22
 # Of the mean diagonals: keeps the preconditioner invertible, which float64 needs little for.
 _RIDGE = 1e-6
 _BOOKS = 1 << 24  # bytes of books that are kept at once
@@ -131,13 +134,13 @@ def solve(
     a sweep gains less than half a percent.
     """
     codebook, index = start
-    codes = feed_back(target, usable, LineBooks(codebook, index), group_size)
+    codes, _ = feed_back(target, usable, LineBooks(codebook, index), group_size)
     best = Fitted(codebook, index.clone(), codes, group_size)
-    before = loss(target, best, metric)
+    value = best.value
+    gradient = (value - target) @ metric
+    before = _loss(target, value, gradient)
     for _ in range(sweeps):
-        fitted = _refit(target, best.copy(), metric)
-        value = fitted.value
-        gradient = (value - target) @ metric
+        fitted, value, gradient = _refit(target, best.copy(), value, gradient, metric)
         _move_lines(fitted, value, gradient, metric)
         move_codes(
             fitted.codes,
@@ -147,7 +150,7 @@ def solve(
             LineBooks(fitted.codebook, fitted.index),
             group_size,
         )
-        after = loss(target, fitted, metric)
+        after = _loss(target, value, gradient)
         if after < before:
             best = fitted
         if after > before * (1 - _MIN_GAIN):
@@ -158,10 +161,14 @@ def solve(
 
 def loss(target: Tensor, fitted: Fitted, metric: Tensor) -> float:
     """tr((Ŵ − W) H (Ŵ − W)ᵀ) of target [N, K] in the metric H [K, K]."""
-    delta = fitted.value.sub_(target)
+    return float(quadratic(fitted.value.sub_(target), metric).sum(dtype=torch.float64))
+
+
+def _loss(target: Tensor, value: Tensor, gradient: Tensor) -> float:
+    """The same, of a value Ŵ whose gradient (Ŵ − W) H [N, K] is known."""
     return sum(
-        float(((delta[rows] @ metric) * delta[rows]).sum(dtype=torch.float64))
-        for rows in pieces(delta)
+        float(((value[rows] - target[rows]) * gradient[rows]).sum(dtype=torch.float64))
+        for rows in pieces(value)
     )
 
 
@@ -188,7 +195,7 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         lines = fitted.index[:, g].clone()
         for index in (other, fitted.index[:, g : g + 1]):
             books = LineBooks(fitted.codebook, index)
-            trial_codes = feed_back(free, d, books, G)
+            trial_codes, _ = feed_back(free, d, books, G)
             trial = Fitted(fitted.codebook, index, trial_codes, G).value
             delta = trial - here
             gain = ((2 * slope + delta @ block) * delta).sum(dim=1)
@@ -210,15 +217,19 @@ def _factor_block(block: Tensor) -> Damped:
     return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
-def _refit(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
-    """Coefficients by least squares over the whole codebook.
+def _refit(
+    target: Tensor, fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor
+) -> tuple[Fitted, Tensor, Tensor]:
+    """Coefficients by least squares over the whole codebook, with the value and the gradient (Ŵ − W) H
+    [N, K] that follow from them.
 
-    Preconditioned conjugate gradients on the shapes [S, C].
+    Preconditioned conjugate gradients on the shapes [S, C], over as many rows as tell them.
     """
-    design = _Design(fitted)
+    some = slice(None, None, max(1, value.numel() // _REFIT_WEIGHTS))
+    design = _Design(replace(fitted, index=fitted.index[some], codes=fitted.codes[some]))
     theta = fitted.codebook.lines.double()
-    residual = -design.adjoint((fitted.value - target) @ H)
-    inverse = design.preconditioner(H.diagonal())
+    residual = -design.adjoint(gradient[some])
+    inverse = design.preconditioner(H.diagonal().clone())
     step = torch.zeros_like(theta)
     preconditioned = (inverse @ residual[:, :, None])[:, :, 0]
     direction, size = preconditioned, float((residual * preconditioned).sum())
@@ -233,9 +244,14 @@ def _refit(target: Tensor, fitted: Fitted, H: Tensor) -> Fitted:
         before, size = size, float((residual * preconditioned).sum())
         direction = preconditioned + direction * (size / before)
     codebook = replace(fitted.codebook, lines=(theta + step).half().float())
+    if not bool(torch.isfinite(codebook.lines).all()):
+        return fitted, value, gradient
     moved = replace(fitted, codebook=codebook)
-    finite = bool(torch.isfinite(codebook.lines).all())
-    return moved if finite and loss(target, moved, H) < loss(target, fitted, H) else fitted
+    new = moved.value
+    slope = (new - target) @ H
+    if _loss(target, new, slope) < _loss(target, value, gradient):
+        return moved, new, slope
+    return fitted, value, gradient
 
 
 class _Design:

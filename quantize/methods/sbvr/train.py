@@ -22,7 +22,9 @@ from quantize.methods.sbvr.assign import DIRECT, NORMAL_REACH, Axis, Codebook, g
 # stays every few rounds, so that few of them are fitted to the end.
 _STARTS = 64
 _START_CELLS = 1 << 22  # starts × points: bounds the work space
-_START_ROUNDS = 4  # before a quarter is chosen: more would rank the starts better and take longer
+# Before a quarter is chosen. Four rank the starts hardly better (the error of linears of two models falls by .02 %)
+# and take an eighth longer in all.
+_START_ROUNDS = 2
 # Below so many lines, starts see so many groups beside their own.
 _FEW_LINES = 16
 _OTHERS = 1024
