@@ -54,6 +54,7 @@ class Tool:
             shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink()
         asked = [part.format(out=output) for part in self.command]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | self.environment
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # all from compiled modules, as installed
         log = output.with_suffix(".log")
         with log.open("w") as file:
             started = time.perf_counter()

@@ -1,6 +1,6 @@
 """How the time of a block grows with the model and with the calibration text, on random models in real shapes.
 
-    python eval/growth.py --scratch /scratch [--output eval/results/growth.json] [--only 7B/gptq]
+    python eval/growth.py --scratch /scratch [--output eval/results/growth.json] [--only 7B/gptq] [--windows 4]
 
 One block of every shape is converted with few windows and with many, each in a process of its own with one thread. Its
 processor seconds (which others on the machine change little) are put beside those that the block's linears take to run
@@ -96,6 +96,7 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent / "results" / "growth.json"
     )
     parser.add_argument("--only", action="append", help="shape/recipe, repeatable")
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
     torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def main() -> None:
             model = args.scratch / f"{shape}x1"
             if not (model / "model.safetensors.index.json").exists():
                 build(shape, model, 1)
-            for windows in WINDOWS:
+            for windows in args.windows:
                 found = convert(model, recipe, windows, args.scratch)
                 key = {"shape": shape, "recipe": recipe, "windows": windows}
                 pass_seconds = weights(shape) * windows * SEQLEN / rate()
