@@ -79,7 +79,7 @@ class Grid:
         step = torch.where(step == 0, 1.0, step)
         middles = (levels[1:] + levels[:-1]).div_(2 * step)
         ends = torch.full_like(middles[:1], torch.inf)
-        sign = scale.sign()
+        sign = torch.ones_like(scale).copysign(scale)
         return ProductBook(
             self,
             step * sign,
@@ -95,7 +95,9 @@ class Grid:
     def round(self, w: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes of w [N, K] under scales [N, G] and factors [N, 1] →
         (codes, values), float32 [N, K]."""
-        codes, values = torch.empty_like(w), torch.empty_like(w)
+        codes, values = (
+            torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(2)
+        )
         rows = max(1, _PIECE // w.shape[1])
         for part, s, f, *into in _split(rows, w, scale, factor, codes, values):
             for out, found in zip(into, self._rounded(part, s, f), strict=True):
@@ -160,7 +162,7 @@ class Grid:
     def _fp8_scale(self, w: Tensor, best: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales near `best` that an FP8 engine derives again, and the rows' factors."""
         if self._in_shards:
-            grouped, share = (t.view(len(t), -1, self.group_size) for t in (w, weight))
+            grouped, share = (t.reshape(len(t), -1, self.group_size) for t in (w, weight))
             settled = settle(best, lambda scale: self._error(grouped, share, scale), self.shards)
             scale, factor = settled.scale, settled.factor
         else:
@@ -170,7 +172,7 @@ class Grid:
     def _best_scale(self, w: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
         """The scales [N, G] that `fit_scale` looks for, before they are made representable; absmax:
         those that reach the largest weight."""
-        grouped, share = (t.view(len(t), -1, self.group_size) for t in (w, weight))
+        grouped, share = (t.reshape(len(t), -1, self.group_size) for t in (w, weight))
         ratios = torch.linspace(_MIN_CLIP, 1.0, _CLIPS).tolist()
         best, least = absmax, torch.full_like(absmax, torch.inf)
         for ratio in ratios:
@@ -309,7 +311,7 @@ def importance_row(w: Tensor, importance: Tensor | None) -> Tensor:
 
 def _columns(w: Tensor, group_size: int) -> Tensor:
     """w [N, K] → [group_size, N, G], in which a group's weights stand one below the other."""
-    return w.view(len(w), -1, group_size).permute(2, 0, 1)
+    return w.reshape(len(w), -1, group_size).permute(2, 0, 1)
 
 
 def _less(error: Tensor, scale: Tensor, least: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

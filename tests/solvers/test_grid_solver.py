@@ -218,6 +218,27 @@ def test_error_feedback_is_textbook_gptq(order_name: str):
 
 
 @GRIDS
+def test_weights_need_not_lie_row_by_row(grid: Grid):
+    """As those of experts that a model stores transposed."""
+    w = weight(6, 256, seed=5)
+    by_columns = w.T.contiguous().T
+    for fit in (grid.fit_scale, grid.absmax_scale):
+        found, same = fit(w), fit(by_columns)
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+        pairs = zip(grid.round(w, *found), grid.round(by_columns, *found), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_scale_of_zero_makes_all_values_zero():
+    w = weight(4, 256)
+    scale, factor = KERNEL.fit_scale(w)
+    scale[1, 0] = 0
+    codes, values = KERNEL.round(w, scale, factor)
+    assert codes.isfinite().all()
+    assert (values[1, :128] == 0).all()
+
+
+@GRIDS
 @pytest.mark.parametrize("damping", [0.01, 0.5])
 def test_error_feedback_knows_what_it_lost(grid: Grid, damping: float):
     H, w = correlated_hessian(seed=3), weight(12, seed=3)
