@@ -130,7 +130,7 @@ class Blocks(Encode):
         scale, factor = grid.fit_scale(target, moments.hessian.diagonal())
         rounded, lost = error_feedback(target, usable, grid, scale, factor)
         with usable.metric(moments.hessian) as metric:
-            rounded = descend(target, rounded, metric, grid, self.sweeps, float(lost.sum()))
+            rounded = descend(target, rounded, metric, grid, self.sweeps, lost)
         block.encode(name, grid.held(rounded.codes, rounded.scale), False)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), moments.hessian)

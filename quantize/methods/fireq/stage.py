@@ -202,7 +202,7 @@ class Fireq(IntEncode):
         scale, factor = grid.fit_scale(target, hessian.diagonal())
         rounded, lost = error_feedback(target, usable, grid, scale, factor)
         with usable.metric(moments.hessian) as metric:
-            rounded = descend(target, rounded, metric, grid, self.sweeps, float(lost.sum()))
+            rounded = descend(target, rounded, metric, grid, self.sweeps, lost)
         block.encode(name, grid.pack(rounded.codes, rounded.scale), self.fp8)
         block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
         note_errors(block, name, weight, rounded.value(grid), hessian)
