@@ -22,7 +22,7 @@ from quantize.methods.encode import note_errors
 from quantize.methods.fireq.stage import Fireq
 from quantize.model.arch import Edge
 from quantize.solvers.feedback import Damped, damp, descend, error_feedback, feedback_order
-from quantize.solvers.grid import Grid, group_absmax
+from quantize.solvers.grid import Grid, better_scale, group_absmax
 
 _SEEN = 16384
 """Calibration tokens whose largest inputs count, as many as `awq` looks at."""
@@ -121,7 +121,8 @@ class BlockGrid(Grid):
         reaches = torch.exp2(torch.log2(absmax).ceil())
         best, least = reaches, torch.full_like(absmax, torch.inf)
         for below in (0, 1, 2):
-            best, least = self._better(grouped, share, reaches * 2.0**-below, best, least)
+            scale = reaches * 2.0**-below
+            best, least = better_scale(self._error(grouped, share, scale), scale, least, best)
         return best
 
     def scale_moves(self, scale: Tensor, factor: Tensor, sweep: int) -> tuple[Tensor, Tensor]:
@@ -197,9 +198,9 @@ class BlockFloat(Fireq):
         damped = damp(rest, usable.damping, feedback_order(rest, "activation"))
         assert damped is not None
         scale, factor = grid.fit_scale(others, rest.diagonal())
-        rounded = error_feedback(others, damped, grid, scale, factor)
+        rounded, lost = error_feedback(others, damped, grid, scale, factor)
         with damped.metric(rest) as metric:
-            rounded = descend(others, rounded, metric, grid, self.sweeps)
+            rounded = descend(others, rounded, metric, grid, self.sweeps, lost)
         value = torch.where(outlier, value, rounded.value(grid))
         self._simulate(block, name, value, hessian)
 

@@ -114,7 +114,7 @@ def measure(folder: Path, text: Path, fit: int, test: int, length: int) -> list[
                         hessians[name], 0.01, feedback_order(hessians[name], "activation")
                     )
                     assert usable is not None
-                    codes = error_feedback(w, usable, grid, scale, factor).codes
+                    codes = error_feedback(w, usable, grid, scale, factor)[0].codes
                 fitted[name] = codes, scale
             row: dict[str, Any] = {"method": method, "scales": kind}
             for gpus in (1, 2):

@@ -4,9 +4,8 @@ every kind, with little text.
 What reads text (forward passes, sums of products, searches) takes a + b·tokens: two
 amounts of text give the line.
 What fits weights does not depend on the text. It is measured on whole linears where the time allows
-that; else on pieces of them, from which N rows of K inputs follow as A·K³ + B·N·K²: the
-factorization of a Hessian, then work on every row. The steps are those of a conversion, with clocks
-around them; nothing is known here about any method.
+that; else on pieces of them, from which N rows of K inputs follow (`trial_fits`). The steps are those of
+a conversion, with clocks around them; nothing is known here about any method.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Seconds that fits of weights take in a trial, measured on whole linears where the time
 allows that, else on pieces.
 
-From pieces N rows of K inputs follow as A·K³ + B·N·K²: the factorization of a Hessian, then work on
-every row. Without moments of inputs both grow with K.
+From pieces N rows of K inputs follow as a·K + A·K³ + N·(b·K + B·K²): loops over columns and the factorization of
+a Hessian, then work on every weight and products with the Hessian. Two sizes of K tell loops from products: taken
+for products, the loops of pieces of 512 inputs made hours of minutes. Without moments of inputs all grows with K.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,21 +114,44 @@ def _alone(name: str, linear: nn.Linear) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Law:
-    """How the seconds of a fit grow with its matrix, from pieces of so many inputs."""
+class Growth:
+    """Seconds that grow with the number of inputs, and with a power of it."""
 
-    alone: float
-    """Seconds whatever the rows."""
-    each: float
-    """Seconds of a row."""
-    inputs: int
-    powers: tuple[int, int]
-    """Powers of the inputs by which both grow."""
+    linear: float
+    power: float
+    exponent: int
+
+    @classmethod
+    def through(cls, points: Mapping[int, float], exponent: int) -> Growth:
+        """That through what was measured, inputs → seconds, at one or two numbers of inputs; neither part falls."""
+        small, large = min(points), max(points)
+        seconds = points[large]
+        if exponent == 1:
+            return cls(seconds / large, 0.0, 1)
+        if small == large:
+            return cls(0.0, seconds / large**exponent, exponent)
+        beyond = seconds - points[small] * large / small
+        power = max(0.0, beyond) / (large**exponent - small**exponent * large / small)
+        power = min(power, seconds / large**exponent)
+        return cls(seconds / large - power * large ** (exponent - 1), power, exponent)
+
+    def at(self, inputs: int) -> float:
+        """Seconds at so many inputs."""
+        return self.linear * inputs + self.power * float(inputs) ** self.exponent
+
+
+@dataclass(frozen=True)
+class Law:
+    """How the seconds of a fit grow with its matrix."""
+
+    alone: Growth
+    """Whatever the rows."""
+    each: Growth
+    """Of a row."""
 
     def seconds(self, rows: int, inputs: int) -> float:
         """Seconds of a matrix [rows, inputs]."""
-        wider = inputs / self.inputs
-        return self.alone * wider ** self.powers[0] + self.each * rows * wider ** self.powers[1]
+        return self.alone.at(inputs) + rows * self.each.at(inputs)
 
 
 @dataclass
@@ -184,19 +208,30 @@ class Fits:
         if allowed <= 0 and part in self._laws:
             return self._laws[part].seconds(rows, K)
         few = min(_ROWS, fit.shapes[0][0])
-        inputs = min(K, _GROUPS * getattr(fit.stage, "group_size", K))
-        seconds = self._clock(fit.piece(few, inputs))
+        group = getattr(fit.stage, "group_size", K)
+        group = min(K, group) if group > 0 else K  # −1: the whole row
+        inputs = min(K, _GROUPS * group)
+        seconds = {inputs: self._clock(fit.piece(few, inputs))}
         while True:
-            if seconds * rows / few * (K / inputs) ** by_inputs[0] <= allowed:
+            if seconds[inputs] * rows / few * (K / inputs) ** by_inputs[0] <= allowed:
                 return self._whole(fit)
-            if inputs == K or 2 ** by_inputs[0] * seconds > allowed:
+            if inputs == K or 2 ** by_inputs[0] * seconds[inputs] > allowed:
                 break
             inputs = K if 2 * inputs > K else 2 * inputs
-            seconds = self._clock(fit.piece(few, inputs))
-        more = min(fit.shapes[0][0], int(few * min(8.0, max(2.0, allowed / seconds))))
-        longer = self._clock(fit.piece(more, inputs)) if more > few else seconds
-        each = min(max(0.0, (longer - seconds) / max(1, more - few)), longer / more)
-        law = self._laws[part] = Law(longer - each * more, each, inputs, by_inputs)
+            seconds[inputs] = self._clock(fit.piece(few, inputs))
+        more = min(
+            fit.shapes[0][0], int(few * min(8.0, max(2.0, allowed / max(seconds[inputs], 1e-9))))
+        )
+        half = max(group, inputs // 2 // group * group)
+        alone, each = {}, {}
+        for size in {half, inputs}:
+            once = seconds.get(size) or self._clock(fit.piece(few, size))
+            longer = self._clock(fit.piece(more, size)) if more > few else once
+            each[size] = min(max(0.0, (longer - once) / max(1, more - few)), longer / more)
+            alone[size] = longer - each[size] * more
+        law = self._laws[part] = Law(
+            Growth.through(alone, by_inputs[0]), Growth.through(each, by_inputs[1])
+        )
         self.pieces = True
         return law.seconds(rows, K)
 

@@ -181,7 +181,7 @@ class Grid:
             nearest = steps.round()
             for sign in (1, -1) if self.signed else (1,):
                 error = self._missed(steps, nearest, sign).mul_(share).sum(dim=2) * scale.square()
-                best, least = _less(error, scale * sign, least, best)
+                best, least = better_scale(error, scale * sign, least, best)
         for _ in range(_REFITS):
             codes = self._codes(grouped, best)
             seen = codes * share
@@ -189,7 +189,7 @@ class Grid:
             scale = ((seen * grouped).sum(dim=2) / size).to(self.stored).float()
             # A group of zeros has codes of zero, which every scale suits; and none may become zero.
             scale = torch.where((size > 0) & (scale != 0), scale, best)
-            best, least = _less(self._error(grouped, share, scale), scale, least, best)
+            best, least = better_scale(self._error(grouped, share, scale), scale, least, best)
         return best
 
     @property
@@ -314,7 +314,9 @@ def _columns(w: Tensor, group_size: int) -> Tensor:
     return w.reshape(len(w), -1, group_size).permute(2, 0, 1)
 
 
-def _less(error: Tensor, scale: Tensor, least: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+def better_scale(
+    error: Tensor, scale: Tensor, least: Tensor, best: Tensor
+) -> tuple[Tensor, Tensor]:
     """The better of two scales [N, G] of every group, `scale` and `best`, and its error [N, G]."""
     better = error < least
     return torch.where(better, scale, best), torch.where(better, error, least)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from quantize.conversion.conversion import Conversion
 from quantize.conversion.draft import draft
 from quantize.conversion.estimate import estimate
 from quantize.conversion.trial import Text, Timing, on_the_line
-from quantize.conversion.trial_fits import Clock, Fits, Law
+from quantize.conversion.trial_fits import Clock, Fits, Growth
 from quantize.conversion.trial_run import TimedRun
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
@@ -148,10 +151,45 @@ def test_a_part_grows_with_what_it_reads():
     assert text.amount(text.tokens, 0, quadratic=False) == 1
 
 
-def test_fits_grow_by_their_law():
-    law = Law(alone=1.0, each=0.5, inputs=100, powers=(3, 2))
-    assert law.seconds(10, 100) == 6
-    assert law.seconds(10, 200) == 8 + 20
+def test_growth_goes_through_what_was_measured():
+    found = Growth.through({100: 1e-3 * 100 + 1e-6 * 100**3, 200: 1e-3 * 200 + 1e-6 * 200**3}, 3)
+    assert found.at(1000) == pytest.approx(1e-3 * 1000 + 1e-6 * 1000**3)
+    assert Growth.through({100: 2.0, 200: 3.0}, 3).at(1000) == 15  # noise: less than linear
+    assert Growth.through({100: 0.0, 200: 3.0}, 3).at(400) == 24  # noise: more than the power
+    assert Growth.through({100: 0.0, 200: 0.0}, 2).at(400) == 0
+    assert Growth.through({100: 2.0}, 3).at(200) == 16
+    assert Growth.through({100: 2.0, 200: 5.0}, 1).at(400) == 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Stands for a fit of [N, K]; takes as long as `seconds` says."""
+
+    shapes: tuple[tuple[int, int], ...]
+    seconds: Callable[[int, int], float]
+    moments: object = dataclasses.field(default_factory=lambda: SimpleNamespace(tokens=1))
+    stage: object = dataclasses.field(default_factory=lambda: SimpleNamespace(group_size=128))
+
+    def piece(self, rows: int, inputs: int) -> Matrix:
+        return dataclasses.replace(self, shapes=((rows, inputs),))
+
+
+@pytest.mark.parametrize("rest", [0.0, 3.0, 20.0])
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008), (640, 2048)])
+def test_pieces_tell_loops_from_products(
+    shape: tuple[int, int], rest: float, monkeypatch: pytest.MonkeyPatch
+):
+    """With the seconds of a solver whose loops take most of what a small piece takes."""
+
+    def seconds(N: int, K: int) -> float:
+        return 2e-4 * K + 2e-11 * K**3 + N * (3e-7 * K + 6e-11 * K**2)
+
+    monkeypatch.setattr(Fits, "_clock", lambda self, fit: fit.seconds(*fit.shapes[0]))
+    fits = Fits(Clock(torch.device("cpu")), until=time.monotonic() + rest)
+    monkeypatch.setattr(fits, "_whole", lambda fit: seconds(*shape))
+    for group in (128, -1):
+        fit: Any = Matrix((shape,), seconds, stage=SimpleNamespace(group_size=group))
+        assert fits._measure(fit, "p") == pytest.approx(seconds(*shape), rel=1e-6)
 
 
 def test_the_command_tells_what_it_measured(

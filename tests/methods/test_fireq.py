@@ -21,7 +21,7 @@ from quantize.methods.cas import Cas
 from quantize.methods.fireq.stage import Fireq, tensor_scale
 from quantize.methods.gptq import Gptq
 from quantize.model.arch import Edge
-from quantize.solvers.feedback import Rounded
+from quantize.solvers.feedback import Rounded, loss
 from quantize.solvers.grid import Grid
 
 BlockMaker = Callable[..., Block]
@@ -129,8 +129,11 @@ def fitted_by(stage: Fireq, block: Block, monkeypatch: pytest.MonkeyPatch) -> li
     fitted: list[Tensor] = []
     descend = fireq_module.descend
 
-    def recorded(w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int) -> Rounded:
-        out = descend(w, rounded, hessian, grid, sweeps)
+    def recorded(
+        w: Tensor, rounded: Rounded, hessian: Tensor, grid: Grid, sweeps: int, lost: Tensor
+    ) -> Rounded:
+        assert torch.allclose(lost, loss(w, rounded, hessian, grid), rtol=1e-3)
+        out = descend(w, rounded, hessian, grid, sweeps, lost)
         fitted.append(out.value(grid))
         return out
 
