@@ -10,10 +10,8 @@ from torch import Tensor
 from quantize.formats.fp8 import quantize_activations
 from quantize.model.arch import Architecture
 from quantize.parallel.ranks import ALONE, Ranks
+from quantize.solvers.products import gram
 from quantize.solvers.target import Windows
-
-# Columns of a piece of `gram`, at least.
-_NARROWEST = 384
 
 
 @dataclass
@@ -165,25 +163,6 @@ def _together(kept: list[Windows]) -> Windows | None:
         torch.cat(parents) if parents else None,
         torch.cat(wanted) if wanted else None,
     )
-
-
-def gram(x: Tensor) -> Tensor:
-    """xᵀ x [K, K] of x [M, K]: what lies above the diagonal is computed, in a few wide pieces, and
-    mirrored.
-
-    Exactly symmetric. Of four pieces that is five eighths of the work; narrower ones leave a second
-    core waiting.
-    """
-    K = x.shape[1]
-    width = max(_NARROWEST, -(-K // 4))
-    if width >= K:
-        return x.T @ x
-    out = x.new_empty(K, K)
-    for start in range(0, K, width):
-        stop = min(start + width, K)
-        out[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
-        out[stop:, start:stop] = out[start:stop, stop:].T
-    return out
 
 
 def too_few(arch: Architecture, name: str, moments: Moments) -> str | None:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from quantize.cost.footprint import SOLVER_ROWS, WELL_CONDITIONED
 from quantize.solvers.grid import Book, Grid
-from quantize.solvers.products import invert_lower_, quadratic, turn_
+from quantize.solvers.products import (
+    invert_lower_,
+    quadratic,
+    times_upper_,
+    times_upper_transposed_,
+    turn_,
+)
 
 # Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
 # over columns, narrower ones make the updates too thin to run fast.
@@ -84,6 +90,12 @@ class Damped:
     """
     dead: Tensor
     """bool [K], natural order: inputs that were always zero."""
+
+    def solve_(self, rows: Tensor) -> Tensor:
+        """rows [N, K] times H⁻¹ of the damped Hessian, in place."""
+        U, ordered = self.inverse_factor, rows[:, self.order]
+        rows[:, self.order] = times_upper_(times_upper_transposed_(ordered, U), U)
+        return rows
 
     @contextmanager
     def metric(self, hessian: Tensor) -> Iterator[Tensor]:

@@ -180,7 +180,7 @@ class Grid:
             steps = grouped / scale[..., None]
             nearest = steps.round()
             for sign in (1, -1) if self.signed else (1,):
-                error = self._missed(steps, nearest, sign).mul_(share).sum(dim=2) * scale.square()
+                error = self._missed(steps, nearest, share, sign) * scale.square()
                 best, least = better_scale(error, scale * sign, least, best)
         for _ in range(_REFITS):
             codes = self._codes(grouped, best)
@@ -203,13 +203,13 @@ class Grid:
     def _error(self, grouped: Tensor, share: Tensor, scale: Tensor) -> Tensor:
         """Σ share·(w − q·s)² of every group under scales [N, G] → [N, G]."""
         steps = grouped / scale[..., None]
-        return self._missed(steps, steps.round()).mul_(share).sum(dim=2) * scale.square()
+        return self._missed(steps, steps.round(), share) * scale.square()
 
-    def _missed(self, steps: Tensor, nearest: Tensor, sign: int = 1) -> Tensor:
-        """Squared distance of w / s [N, G, group_size] from the codes that it may have, where `nearest` is the
+    def _missed(self, steps: Tensor, nearest: Tensor, share: Tensor, sign: int = 1) -> Tensor:
+        """Σ share·distance² of w / s [N, G, group_size] from the codes that it may have → [N, G]; nearest: the
         whole number next to it; sign: that of the scale, beside |s|."""
         low, high = (self.qmin, self.qmax) if sign > 0 else (-self.qmax, -self.qmin)
-        return nearest.clamp(low, high).sub_(steps).square_()
+        return nearest.clamp(low, high).sub_(steps).square_().mul_(share).sum(dim=2)
 
     def _fit_fp8(self, w: Tensor, scale: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """Try the neighbouring E4M3 scale codes on the grid that the kernel sees; a

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quantize.cost.footprint import SOLVER_ROWS
 from quantize.solvers.feedback import Damped
-from quantize.solvers.products import times_upper_, times_upper_transposed_
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,4 @@ def _drift(
             torch.addmm(wanted[:, span], w, hessian[:, span], alpha=-1, out=drift[:, span])
         elif cross is not None:
             drift[:, span] = w @ (cross[:, span] - hessian[:, span])
-    U, ordered = d.inverse_factor, drift[:, d.order]
-    times_upper_(times_upper_transposed_(ordered, U), U)  # H⁻¹ = Uᵀ U in the order of feedback
-    drift[:, d.order] = ordered
-    return drift
+    return d.solve_(drift)

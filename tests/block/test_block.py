@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from quantize.block.block import Block
 from quantize.block.capture import inputs_of
 from quantize.block.measure import moments_of
-from quantize.block.moments import gram
 from quantize.block.teacher import freeze_layer
 from quantize.errors import ModelError
 from quantize.files.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from quantize.model.arch import Shape
 from quantize.model.linear import PackedLinear
 from quantize.model.skeleton import Skeleton
 from quantize.solvers.grid import Grid
+from quantize.solvers.products import gram
 
 CPU = torch.device("cpu")
 BlockMaker = Callable[..., Block]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.fit import Codebook, assign
-from quantize.solvers.feedback import Damped, feed_back, move_codes
+from quantize.solvers.feedback import Damped, damp, feed_back, feedback_order, move_codes
 from quantize.solvers.products import quadratic
 
 # Descent ends with a sweep that gains less: the next would cost as much and gain less still.
@@ -185,9 +185,10 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         block = H[span, span]
         here = value[:, span]
         slope = gradient[:, span]
-        d = _factor_block(block)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(block.double())).float()
-        free = here - slope @ inverse
+        d = damp(block, 0, feedback_order(block, "activation"))
+        if d is None:
+            continue
+        free = here - d.solve_(slope.clone())
         other = assign(free, fitted.codebook, G, block.diagonal())
         best = torch.zeros_like(here[:, 0])
         values = here.clone()
@@ -208,13 +209,6 @@ def _move_lines(fitted: Fitted, value: Tensor, gradient: Tensor, H: Tensor) -> N
         value[:, span] = values
         fitted.codes[:, span] = codes
         fitted.index[:, g] = lines
-
-
-def _factor_block(block: Tensor) -> Damped:
-    order = torch.argsort(block.diagonal(), descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(block[order][:, order].double()))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    return Damped(order, upper, 0.0, 0.0, torch.zeros_like(order, dtype=torch.bool))
 
 
 def _refit(
