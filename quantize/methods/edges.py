@@ -18,6 +18,7 @@ from quantize.methods.adaptation import Group
 from quantize.methods.base import Kind, Stage
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.grid import Grid
+from quantize.threads import few_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,8 @@ class EdgeStage(Stage):
                 continue
             K = len(moments.hessian)
             rounding = Grid(self.bits, fitting_group(self.group_size, [K]) or K)
-            scale, ratio = self.choose(block, edge, moments, rounding)
+            with few_threads(moments.hessian, *(block.linear(name).weight for name in edge.sinks)):
+                scale, ratio = self.choose(block, edge, moments, rounding)
             block.note(edge.name, search_ratio=ratio)
             if scale is not None:
                 block.fold(edge, scale)

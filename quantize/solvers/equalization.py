@@ -166,11 +166,13 @@ def feedback_error(
     """
     usable = feedback.under(columns)
     importance = hessian.diagonal() / columns.square()
-    total = 0.0
-    for linear in linears:
-        scaled = linear.weight * columns
-        rounded, lost = error_feedback(scaled, usable, grid, *grid.fit_scale(scaled, importance))
-        # Damping was added under `spread`.
-        delta = (rounded.value(grid) - scaled) * (feedback.spread / columns)
-        total += linear.share * float(undamped(lost, delta, usable).sum())
-    return total
+    rows = list(linears)
+    # Rows know nothing of each other: one loop over the columns serves all linears.
+    scaled = torch.cat([linear.weight for linear in rows]) * columns
+    rounded, lost = error_feedback(scaled, usable, grid, *grid.fit_scale(scaled, importance))
+    # Damping was added under `spread`.
+    delta = (rounded.value(grid) - scaled) * (feedback.spread / columns)
+    errors = torch.split(undamped(lost, delta, usable), [len(linear.weight) for linear in rows])
+    return sum(
+        linear.share * float(error.sum()) for linear, error in zip(rows, errors, strict=True)
+    )

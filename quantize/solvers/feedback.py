@@ -23,6 +23,7 @@ from quantize.solvers.products import (
     times_upper_transposed_,
     turn_,
 )
+from quantize.threads import few_threads
 
 # Columns between two wide matrix updates, as GPTQ has it: wider blocks spend more time in the loop
 # over columns, narrower ones make the updates too thin to run fast.
@@ -32,30 +33,10 @@ _BLOCK = 128
 _MAX_DAMPING_TRIES = 6
 # Of a linear, that descent works on at once on a CPU: with a block's columns, two megabytes a tensor.
 _ROWS = 4096
-# Elements of a block of columns, below which a second thread costs more than it brings.
-_SMALL = 1 << 20
 Moves = Sequence[Tensor]
 """Scales [N, G] that groups may take instead of theirs."""
 # Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
-
-
-@contextmanager
-def _few_threads(work: Tensor) -> Iterator[None]:
-    """Run a loop of tiny operations on one CPU thread.
-
-    Waiting for a second thread costs more than it brings, and on a machine that
-    others use tens of times more.
-    """
-    threads = torch.get_num_threads()
-    if work.is_cuda or work.numel() > _SMALL or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -213,7 +194,7 @@ def feed_back(w: Tensor, d: Damped, books: Books, group_size: int) -> tuple[Tens
         stop = min(start + _BLOCK, K)
         columns = w[:, start:stop].T.contiguous()  # a column is contiguous only when it is a row
         rounded, errors = torch.empty_like(columns), torch.empty_like(columns)
-        with _few_threads(columns):
+        with few_threads(columns):
             for i, j in enumerate(range(start, stop)):
                 q, value = books[group[j]].round(columns[i : i + 1])
                 rounded[i] = q[0]
@@ -316,7 +297,7 @@ class _Descent:
             slope = H[span] @ self.error
             part = _Part(self.codes[span], self.value[span], slope.clone(), H[span, span])
             before = part.value.clone()
-            with _few_threads(before):
+            with few_threads(before):
                 books = [
                     self._move_scale((start + i) // G, slice(i, i + G), part, grid, moves)
                     for i in range(0, len(before), G)
@@ -396,7 +377,7 @@ def move_codes(
         # Columns as contiguous rows.
         chosen, new, slope = (t[:, span].T.contiguous() for t in (codes, value, gradient))
         old = new.clone()
-        with _few_threads(old):
+        with few_threads(old):
             _move_columns(_Part(chosen, new, slope, H[span, span]), books, group_size, start)
         codes[:, span], value[:, span] = chosen.T, new.T
         gradient.addmm_((new - old).T, H[span])

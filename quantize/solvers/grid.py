@@ -13,6 +13,7 @@ from quantize.formats.fp8 import e4m3, product_weight, representable_scale, row_
 from quantize.formats.packed_int import PackedInt
 from quantize.formats.scheme import Packed
 from quantize.solvers.shards import movable, settle
+from quantize.threads import few_threads
 
 # Clip ratios tried per group, evenly spaced: 5 % apart, and the fit's time grows with them.
 _CLIPS = 12
@@ -148,8 +149,11 @@ class Grid:
 
         Returns (scale [N, G], factor [N, 1]).
         """
+        with few_threads(w):
+            return self._fit_scale(w, importance_row(w, importance))
+
+    def _fit_scale(self, w: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         absmax = _nonzero(group_absmax(w, self.group_size) / self.qmax).to(torch.bfloat16).float()
-        weight = importance_row(w, importance)
         rows = max(1, _PIECE // w.shape[1])
         parts = _split(rows, w, absmax)
         best = torch.cat([self._best_scale(part, weight, start) for part, start in parts])

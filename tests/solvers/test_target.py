@@ -97,3 +97,18 @@ def test_one_factor_serves_all_linears_of_an_input():
         alone, share_alone = corrected_target(rows, *known, d, LeftOut.of(windows, TOKENS, d))
         assert torch.equal(target, alone)
         assert share == share_alone
+
+
+def test_solving_is_a_product_with_the_damped_inverse() -> None:
+    draw = torch.Generator().manual_seed(11)
+    x = torch.randn(500, 96, generator=draw) @ torch.randn(96, 96, generator=draw)
+    hessian = x.T @ x / len(x)
+    rows = torch.randn(40, 96, generator=draw)
+    for damping in (0.0, 0.05):
+        usable = damp(hessian, damping, feedback_order(hessian, "activation"))
+        assert usable is not None
+        damped = hessian.double()
+        damped.diagonal().add_(damping * damped.diagonal().mean())
+        expected = rows.double() @ torch.linalg.inv(damped)
+        found = usable.solve_(rows.clone()).double()
+        assert float((found - expected).norm() / expected.norm()) < 1e-4

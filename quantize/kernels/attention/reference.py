@@ -4,12 +4,14 @@ where there is no kernel."""
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantize.formats.fp8 import E4M3_MAX, e4m3, quantize_activations
 from quantize.formats.kv4 import KvCodes, KvScheme, dequantize, quantize
+from quantize.threads import side_by_side
 
 SCORES = 1 << 24
 """float32 scores held at once: 64 MB."""
@@ -48,28 +50,32 @@ def attend(
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)[None, None]
     out = torch.empty_like(q)
     rows = min(_QUERIES, max(1, SCORES // (H * L)))
-    for b in range(B):
-        for first in range(0, T, rows):
-            part = slice(first, min(first + rows, T))
-            allowed = None if mask is None else mask[b if mask.shape[0] > 1 else 0, :, part]
-            keys = slice(0, L) if allowed is None else _seen(allowed)
-            # [Hkv, 1, L, d]: shared by the query heads of a group
-            kb, vb = k[b, :, None, keys], v[b, :, None, keys]
-            qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
-            scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, qb.shape[2], -1)
-            if allowed is not None:
-                allowed = allowed[..., keys]
-                scores = (
-                    scores.masked_fill(~allowed, -torch.inf)
-                    if allowed.dtype == torch.bool
-                    else scores + allowed
-                )
-            weights = _weights(scores, whole_top)
-            total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            if fp8_probabilities:
-                weights = e4m3(weights.mul_(E4M3_MAX)).div_(E4M3_MAX)
-            mixed = weights.view(Hkv, H // Hkv, qb.shape[2], -1) @ vb
-            out[b, :, part] = mixed.view(H, -1, d) / total
+
+    def compute(b: int, first: int) -> None:
+        part = slice(first, min(first + rows, T))
+        allowed = None if mask is None else mask[b if mask.shape[0] > 1 else 0, :, part]
+        keys = slice(0, L) if allowed is None else _seen(allowed)
+        # [Hkv, 1, L, d]: shared by the query heads of a group
+        kb, vb = k[b, :, None, keys], v[b, :, None, keys]
+        qb = q[b, :, part].view(Hkv, H // Hkv, -1, d)
+        scores = (qb @ kb.transpose(-1, -2)).mul_(scaling).view(H, qb.shape[2], -1)
+        if allowed is not None:
+            allowed = allowed[..., keys]
+            scores = (
+                scores.masked_fill(~allowed, -torch.inf)
+                if allowed.dtype == torch.bool
+                else scores + allowed
+            )
+        weights = _weights(scores, whole_top)
+        total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        if fp8_probabilities:
+            weights = e4m3(weights.mul_(E4M3_MAX)).div_(E4M3_MAX)
+        mixed = weights.view(Hkv, H // Hkv, qb.shape[2], -1) @ vb
+        out[b, :, part] = mixed.view(H, -1, d) / total
+
+    # No two of them write to the same place.
+    jobs = [partial(compute, b, first) for b in range(B) for first in range(0, T, rows)]
+    side_by_side(jobs, q[:0], H * rows * L)
     return out
 
 

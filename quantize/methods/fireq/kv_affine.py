@@ -27,6 +27,7 @@ from quantize.kernels.attention.reference import SCORES, attend
 from quantize.methods.fireq.kv_search import Sample, first_of, output_power, quarter
 from quantize.model.attention import KvNumerics
 from quantize.model.hadamard import hadamard_matrix
+from quantize.threads import side_by_side
 
 _STEPS = 150
 _RATE = 0.03
@@ -243,8 +244,13 @@ def chosen(
         after = torch.where(better, error, found.after)
         found = replace(found, maps=Affine(**held), over=_rows(rows, over, found.over), after=after)
 
-    value_fit = fitted([s.v for s in fit], of_values, group, scaled_values) if values else none
-    key_fit = fitted([s.k for s in fit], of_keys, group)
+    key_fit, value_fit = side_by_side(
+        [
+            lambda: fitted([s.k for s in fit], of_keys, group),
+            lambda: fitted([s.v for s in fit], of_values, group, scaled_values) if values else none,
+        ],
+        *(s.k for s in fit),
+    )
     for key, value in ((none, value_fit), (key_fit, none), (key_fit, value_fit)):
         consider(*_maps(key, value))
     if (moved := on_the_grid(judge, found.maps, found.over, numerics)) is not None:

@@ -6,6 +6,7 @@ It is trained on a sample of groups, then refitted on every weight.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from quantize.formats.bitvec import MAX_LINES, BitVec, BitVecScheme, groups_per_row, index_dtype
 from quantize.methods.sbvr.assign import DIRECT, Codebook, Groups, Matcher, assign, round_codes
 from quantize.methods.sbvr.train import Sample, Trainer, refit
+from quantize.threads import few_threads, side_by_side
 
 __all__ = [
     "Codebook",
@@ -112,7 +114,8 @@ def fit_codebook(
     if start is None:
         codebook = _best_of(sizes, seen, held_out, trainer)
     else:
-        codebook = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
+        with few_threads(seen.x):
+            codebook = trainer.train(start.times(1 / groups.unit), seen, _ROUNDS, 0.0)
     # A line of float16 cannot hold an exact 0 under every code, a scale can.
     codebook = _refit_everywhere(groups, codebook).times(groups.unit if groups.reach else 0.0)
     return codebook, assign(w, codebook, group_size, importance)
@@ -207,15 +210,29 @@ def _best_of(
 ) -> Codebook:
     """Train free lines and the most promising shapes × scales; return what errs
     less on the groups held out."""
-    starts = [trainer.start(seen, S, Z) for S, Z in sizes]
+    # With generators of their own, they draw the same whoever comes first.
+    trainers = [trainer.fork() for _ in sizes]
+    starts = side_by_side(
+        [partial(one.start, seen, S, Z) for one, (S, Z) in zip(trainers, sizes, strict=True)],
+        seen.x,
+    )
     shapes = [codebook for codebook in starts if len(codebook.scales) > 1]
     if len(shapes) > 1:
         trial = seen.part(slice(_TRIAL))
-        shapes = [trainer.train(codebook, trial, _TRIAL_ROUNDS, 0.0) for codebook in shapes]
+        shapes = side_by_side(
+            [partial(trainer.train, codebook, trial, _TRIAL_ROUNDS, 0.0) for codebook in shapes],
+            trial.x,
+        )
         shapes = [min(shapes, key=lambda codebook: _error(codebook, held_out))]
     finalists = [codebook for codebook in starts if len(codebook.scales) == 1] + shapes
     shake = min(_SHAKE, _SHAKE_IN_STEPS / (1 << trainer.bits))
-    trained = [trainer.train(codebook, seen, _ROUNDS, shake) for codebook in finalists]
+    trained = side_by_side(
+        [
+            partial(one.train, codebook, seen, _ROUNDS, shake)
+            for one, codebook in zip(trainers, finalists, strict=False)
+        ],
+        seen.x,
+    )
     return (
         trained[0]
         if len(trained) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,12 +22,15 @@ from quantize.methods.sbvr.fit import Codebook, fit_codebook, require_room, roun
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.feedback import Damped
+from quantize.threads import at_once, side_by_side
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
     from quantize.block.moments import Moments
 
 
+# Jobs that are there at once at most: linears of a group, or codebooks that are tried for one.
+_AT_ONCE = 4
 _OCCUPANCY = (
     "Lines that would be in use if all were used alike (the exponential of the entropy of the "
     "groups' choices), as a share of the codebook. A low share means that most groups look alike."
@@ -124,10 +128,12 @@ class Sbvr(Encode):
     def fitting(self, N: int, K: int) -> int:
         """The codebook is trained on a sample; then the factorization, or what
         stands beside the factor."""
-        training = min(500 * N * K, 150 << 20) + 5 * N * K
+        beside = at_once(_AT_ONCE, N * K)
+        training = beside * (min(500 * N * K, 150 << 20) + 5 * N * K)
         if not self.needs_inputs:
             return max(training, 24 * N * K)
-        return max(training + 4 * K * K, factoring(K, self.damping), 4 * K * K + 30 * N * K)
+        solving = beside * 30 * N * K
+        return max(training + 4 * K * K, factoring(K, self.damping), 4 * K * K + solving)
 
     def stored_bits(self, N: int, K: int) -> float:
         """Planes, and at most the overhead that the recipe allows."""
@@ -146,30 +152,39 @@ class Sbvr(Encode):
                 self._data_free(block, name)
             return
         targets = take_targets(block, names, moments, usable)
-        for name in names:
-            self._solve(block, name, targets.pop(name), moments, usable)
+        sizes = [block.linear(name).weight for name in names]
+        beside = at_once(len(names), moments.hessian, *sizes)
+        for first in range(0, len(names), beside):
+            some = names[first : first + beside]
+            with usable.metric(moments.hessian) as metric:
+                jobs = [
+                    partial(self._solve, block.linear(n).weight, targets.pop(n), metric, usable)
+                    for n in some
+                ]
+                solved = side_by_side(jobs, moments.hessian, *sizes)
+            del jobs
+            for name, (fitted, ours, theirs) in zip(some, solved, strict=True):
+                self._encode(block, name, fitted, moments.hessian)
+                block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
+                block.note(name, loss_share=ours / theirs if theirs else 1.0)
 
     def _data_free(self, block: Block, name: str) -> None:
         weight = block.linear(name).weight.float()
         self._encode(block, name, self._round(weight, self._codebook(weight)))
 
     def _solve(
-        self, block: Block, name: str, target: Tensor, moments: Moments, usable: Damped
-    ) -> None:
-        weight = block.linear(name).weight.float()
+        self, weight: Tensor, target: Tensor, metric: Tensor, usable: Damped
+    ) -> tuple[Fitted, float, float]:
+        """The fit to a target [N, K], its loss in the metric [K, K], and that of the weight's own fit."""
+        weight = weight.float()
         data_free = self._codebook(weight)
-        with usable.metric(moments.hessian) as metric:
-            start = self._codebook(target, metric.diagonal(), data_free[0])
-            fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
-            ours = loss(target, fitted, metric)
-            plain = self._round(weight, data_free)
-            theirs = loss(target, plain, metric)
-        if theirs < ours:  # never seen, but the descent is no proof
-            fitted, ours = plain, theirs
-        del plain
-        self._encode(block, name, fitted, moments.hessian)
-        block.note(name, damping=usable.damping, dead_inputs=int(usable.dead.sum()))
-        block.note(name, loss_share=ours / theirs if theirs else 1.0)
+        start = self._codebook(target, metric.diagonal(), data_free[0])
+        fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
+        ours = loss(target, fitted, metric)
+        plain = self._round(weight, data_free)
+        theirs = loss(target, plain, metric)
+        # Never seen, but the descent is no proof.
+        return (plain, theirs, theirs) if theirs < ours else (fitted, ours, theirs)
 
     def pictures(self, layers: Mapping[str, Mapping[str, Any]]) -> tuple[Picture, ...]:
         """Show how well codebooks are used, which kind of codebook each matrix took

@@ -9,7 +9,7 @@ Trans. Signal Process. 40, 1992).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -64,6 +64,11 @@ class Trainer:
     bits: int
     bias: bool
     generator: torch.Generator
+
+    def fork(self) -> Trainer:
+        """One that draws apart from this."""
+        seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        return replace(self, generator=torch.Generator().manual_seed(seed))
 
     def start(self, sample: Sample, S: int, Z: int) -> Codebook:
         """Best random fits to S groups drawn by their energy, and scales over the groups' rms."""
