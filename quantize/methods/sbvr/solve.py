@@ -21,7 +21,6 @@ from quantize.formats.bitvec import coefficients, levels
 from quantize.methods.sbvr.fit import Codebook, assign
 from quantize.solvers.feedback import Damped, damp, feed_back, feedback_order, move_codes
 from quantize.solvers.products import quadratic
-from quantize.threads import few_threads
 
 # Descent ends with a sweep that gains less: the next would cost as much and gain less still.
 _MIN_GAIN = 0.005
@@ -134,18 +133,6 @@ def solve(
     Every sweep refits coefficients, moves lines, then codes; the loss never grows. Ends early once
     a sweep gains less than half a percent.
     """
-    with few_threads(target, metric):
-        return _solve(target, usable, metric, start, group_size, sweeps)
-
-
-def _solve(
-    target: Tensor,
-    usable: Damped,
-    metric: Tensor,
-    start: tuple[Codebook, Tensor],
-    group_size: int,
-    sweeps: int,
-) -> Fitted:
     codebook, index = start
     codes, _ = feed_back(target, usable, LineBooks(codebook, index), group_size)
     best = Fitted(codebook, index.clone(), codes, group_size)

@@ -22,7 +22,7 @@ from quantize.methods.sbvr.fit import Codebook, fit_codebook, require_room, roun
 from quantize.methods.sbvr.solve import Fitted, loss, solve
 from quantize.pictures import Picture, block_map, facts
 from quantize.solvers.feedback import Damped
-from quantize.threads import at_once, side_by_side
+from quantize.threads import at_once, few_threads, side_by_side
 
 if TYPE_CHECKING:
     from quantize.block.block import Block
@@ -179,7 +179,8 @@ class Sbvr(Encode):
         weight = weight.float()
         data_free = self._codebook(weight)
         start = self._codebook(target, metric.diagonal(), data_free[0])
-        fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
+        with few_threads(target, metric):
+            fitted = solve(target, usable, metric, start, self.group_size, self.sweeps)
         ours = loss(target, fitted, metric)
         plain = self._round(weight, data_free)
         theirs = loss(target, plain, metric)
