@@ -42,12 +42,13 @@ ROOMS: dict[str, str] = {
     "serving": "errors formats kernels model tested",
     "vllm": "formats kernels model serving",
     "inspect": "errors files formats model",
-    "block": "cost errors files formats model parallel solvers",
+    "block": "cost errors files formats model parallel solvers threads",
     "methods": "block cost errors files formats kernels model parallel pictures solvers threads",
     "recipe": "errors files formats methods",
     "bench": "cost errors formats kernels methods model serving solvers",
     "conversion": (
-        "block calibration cost errors evaluation files formats inspect methods model parallel recipe solvers version"
+        "block calibration cost errors evaluation files formats inspect methods model parallel recipe solvers "
+        "threads version"
     ),
     "evaluation": "block calibration errors files model parallel version",
     "draft": "calibration errors evaluation files model plan serving",

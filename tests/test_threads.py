@@ -11,7 +11,7 @@ import torch
 
 from quantize.kernels.attention.reference import attend
 from quantize.methods.sbvr.fit import fit_codebook
-from quantize.threads import at_once, few_threads, side_by_side
+from quantize.threads import Beside, at_once, few_threads, side_by_side, spare_threads
 
 MANY = 1 << 21
 """Elements that keep all threads busy."""
@@ -87,6 +87,46 @@ def test_jobs_inside_jobs_have_one_thread(threads: int) -> None:
 
 def test_no_jobs_give_no_results() -> None:
     assert side_by_side([], 10) == []
+
+
+def test_half_of_the_threads_are_spare(threads: int) -> None:
+    assert spare_threads() == threads // 2
+
+
+def test_jobs_beside_are_done_in_order_by_one_thread() -> None:
+    order: list[tuple[int, int, bool]] = []
+
+    def job(number: int) -> threading.Thread:
+        order.append((number, torch.get_num_threads(), torch.is_grad_enabled()))
+        return threading.current_thread()
+
+    with torch.no_grad():
+        beside = Beside(1)
+        begun = [beside.begin(partial(job, i)) for i in range(5)]
+        last = beside.do(partial(job, 5))
+    assert order == [(i, 1, False) for i in range(6)]
+    assert {one.result() for one in begun} == {last}
+    assert last is not threading.current_thread()
+    del beside
+    last.join(20)
+    assert not last.is_alive()
+
+
+def test_a_job_beside_may_ask_for_another() -> None:
+    beside = Beside(1)
+    assert not beside.is_here
+    assert beside.do(lambda: (beside.is_here, beside.do(lambda: 7))) == (True, 7)
+
+
+def test_an_error_beside_is_raised_where_the_result_is_asked_for() -> None:
+    def fail() -> None:
+        raise KeyError("what went wrong")
+
+    beside = Beside(1)
+    begun = beside.begin(fail)
+    assert beside.do(lambda: 3) == 3
+    with pytest.raises(KeyError, match="what went wrong"):
+        begun.result()
 
 
 def _attended() -> torch.Tensor:

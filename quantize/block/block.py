@@ -7,7 +7,7 @@ What is measured on a block stands in `capture` and `measure`, what it learns fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from quantize.model.linear import PackedLinear
 from quantize.model.moe import MoeFfn
 from quantize.model.stream import Stream
 from quantize.parallel.ranks import ALONE, Ranks
+from quantize.threads import spare_threads
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """Runs one decoder layer on hidden states [B, T, D] with the masks and rotary
@@ -169,8 +170,24 @@ class Block:
         held = self._passes.get(whose)
         if held is None or held.layer is not layer:
             recorded = self.arch.residual.values()
-            held = self._passes[whose] = HeldPasses(self.forward, layer, recorded, self.holds)
+            # A copy that encoding leaves alone; matrices that are put away meanwhile would be missed.
+            aside = layer is self.frozen and self.device.type == "cpu" and self.parking is None
+            held = self._passes[whose] = HeldPasses(
+                self.forward, layer, recorded, self.holds, spare_threads() if aside else 0
+            )
         return held
+
+    def look_ahead(self, name: str, stream: Iterable[Tensor]) -> None:
+        """Let the parent's passes of these batches, which stand before the linear `name`, go on to the next
+        one that is measured against the parent, or to the end, while linears are fitted."""
+        order = [
+            group for group in self.arch.calibration_order if self.arch.expert_of(group[0]) is None
+        ]
+        place = next((i for i, group in enumerate(order) if name in group), len(order))
+        behind = order[place + 1][0] if place + 1 < len(order) else None
+        goes_on = self.parent is None and self.index + 1 < self.shape.n_blocks
+        if behind is not None or goes_on:
+            self.parent_passes.go_ahead(stream, behind)
 
     @property
     def versions(self) -> Iterator[tuple[nn.Module, Architecture]]:

@@ -105,6 +105,7 @@ def sums_of(
     if with_parent:
         stream = block.inputs if block.parent_inputs is None else block.parent_inputs
         theirs_of = _entering if residual is None else _leaving
+        block.parent_passes.go_ahead(_own_batches(block, stream, batches), name)
         parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
     kept = _kept(block.inputs[:batches]) if with_parent else {}
@@ -115,6 +116,9 @@ def sums_of(
             ours, theirs, weights = _through(norm, ours, theirs, weights)
         sums.add(ours, theirs, present, weights, (batch, kept.get(batch, 0)))
         del ours, theirs  # before the next pass, which takes most
+    if with_parent:
+        stream = block.inputs if block.parent_inputs is None else block.parent_inputs
+        block.look_ahead(name, _own_batches(block, stream, batches))
     _complete(block, (sums,))
     return sums
 

@@ -10,13 +10,17 @@ returned. So nothing is computed twice, and nothing need be known of how a layer
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from quantize.threads import Beside
 
 
 class HeldPasses:
@@ -25,7 +29,8 @@ class HeldPasses:
     forward: runs a layer on hidden states [B, T, D] → [B, T, D]. recorded: names of modules whose
     inputs are kept from the pass, since a later one's are looked at together with them. most: how
     many passes may stand at once; the others are run from the start whenever something is asked of
-    them, which gives the same.
+    them, which gives the same. threads: of the CPU, with which those that may stand go on beside the caller
+    (`go_ahead`); 0: they do not. The layer must be the same all the time then.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class HeldPasses:
         layer: nn.Module,
         recorded: Collection[str],
         most: int,
+        threads: int = 0,
     ) -> None:
         self.layer = layer
         self._forward = forward
@@ -45,12 +51,19 @@ class HeldPasses:
         """Of all modules, as they are now; None: not known yet."""
         self._direct: dict[tuple[str, str], bool] = {}
         """Whether the second of two modules gets what the first returns, as it is."""
+        self._beside = Beside(threads) if threads and most else None
+        """Where standing passes run, from their first step to the last: greenlets stay in their thread."""
+        self._coming: dict[int, Future[None]] = {}
+        """Passes that go on there, by the identity of the hidden states."""
 
     def __del__(self) -> None:
         # A pass that stands still and what it stands in hold each other: without this they would
         # wait for the garbage collector, which knows nothing of gigabytes.
         for held in self._standing.values():
-            held.stop()
+            if self._beside is None:
+                held.stop()
+            else:
+                self._beside.leave(held.stop)
 
     def __len__(self) -> int:
         return len(self._standing)
@@ -106,32 +119,69 @@ class HeldPasses:
         self._keep(hidden, held)
         return held.input
 
+    def go_ahead(self, stream: Iterable[Tensor], name: str | None) -> None:
+        """Let passes of these hidden states go on beside the caller until they come to `name`, those that have
+        not begun too, where there is room; None: those that stand, to the end. Nothing happens where passes
+        do not run beside it.
+
+        What is asked of a pass waits for it alone.
+        """
+        if self._beside is None:
+            return
+        for hidden in stream:
+            held = self._standing.get(id(hidden))
+            if held is None and name is not None and len(self._standing) < self._most:
+                held = self._standing[id(hidden)] = self._begin(hidden)
+            if held is None or id(hidden) in self._coming or held.ended:
+                continue
+            if name is None or name not in (*held.passed, held.at):
+                self._coming[id(hidden)] = self._beside.begin(partial(self._go_here, held, name))
+
+    def settle(self) -> None:
+        """Wait until no pass goes on beside the caller."""
+        for key in list(self._coming):
+            self._arrive(key)
+
+    def _arrive(self, key: int) -> None:
+        coming = self._coming.pop(key, None)
+        if coming is not None and coming.exception() is not None:
+            # It begins again where something is asked of it, and what went wrong is raised there.
+            del self._standing[key]
+
     def _come_to(self, hidden: Tensor, name: str) -> _Held:
         """The pass of these hidden states, standing before `name`."""
+        self._arrive(id(hidden))
         held = self._standing.pop(id(hidden), None)
         if held is not None and name not in (*held.passed, held.at):
             self._go(held, name)
         elif held is None or held.at != name:
             if held is not None:
-                held.stop()
-            held = _Held(self._forward, self.layer, hidden)
+                self._stop(held)
+            held = self._begin(hidden)
             self._go(held, name)
         if held.at != name:
             raise KeyError(f"a pass through the layer does not come to {name}")
         return held
 
+    def _begin(self, hidden: Tensor) -> _Held:
+        stays = len(self._standing) < self._most
+        return _Held(self._forward, self.layer, hidden, self._beside if stays else None)
+
     def _keep(self, hidden: Tensor, held: _Held) -> None:
         if len(self._standing) < self._most:
             self._standing[id(hidden)] = held
         else:
-            held.stop()
+            self._stop(held)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What `hidden` [B, T, D] becomes in the layer as it is now."""
+        self._arrive(id(hidden))
         held = self._standing.pop(id(hidden), None)
         if held is None:
+            self.settle()
             return self._forward(self.layer, hidden)
-        self._go(held, None)
+        if not held.ended:
+            self._go(held, None)
         return held.output
 
     def changed(self, names: Collection[str]) -> None:
@@ -139,14 +189,29 @@ class HeldPasses:
 
         Called after modules were changed or others took their places.
         """
+        self.settle()
         self._names = None
         for key, held in list(self._standing.items()):
             if not names or not held.passed.isdisjoint(names):
                 del self._standing[key]
-                held.stop()
+                self._stop(held)
 
     def _go(self, held: _Held, name: str | None) -> None:
         """Let a pass go on until it comes to the module `name`; None: to its end."""
+        if held.beside is None:
+            self.settle()  # two that run would each change what the other one comes to
+            self._go_here(held, name)
+        else:
+            held.beside.do(partial(self._go_here, held, name))
+
+    def _stop(self, held: _Held) -> None:
+        if held.beside is None:
+            held.stop()
+        else:
+            held.beside.do(held.stop)
+
+    def _go_here(self, held: _Held, name: str | None) -> None:
+        """`_go`, in the thread that the pass is bound to."""
         if self._names is None:
             self._names = {module: full for full, module in self.layer.named_modules()}
         # Without a reference to us: frames that stand still keep the hook that was called last.
@@ -164,9 +229,9 @@ class HeldPasses:
         module = None if name is None else self.layer.get_submodule(name)
         own = None if module is None else vars(module).get("forward")
         if module is not None and name is not None:
-            module.forward = partial(held.stand, name)
+            module.forward = partial(held.stand, name, module.forward)
         try:
-            held.thread.switch()
+            held.go_on()
         finally:
             hook.remove()
             if module is not None:
@@ -179,8 +244,14 @@ class _Held:
     """One batch on its way through a layer."""
 
     def __init__(
-        self, forward: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor
+        self,
+        forward: Callable[[nn.Module, Tensor], Tensor],
+        layer: nn.Module,
+        hidden: Tensor,
+        beside: Beside | None = None,
     ) -> None:
+        self.beside = beside
+        """Runs it; None: whoever asks."""
         self.at: str | None = None
         """The module that the pass stands before."""
         self.passed: set[str] = set()
@@ -191,16 +262,36 @@ class _Held:
         """Of the module that it stands before."""
         self.output: Tensor
         """Of the layer."""
+        self.ended = False
+        """Whether it has come to the layer's end."""
         self._made: Tensor | None = None
         """What the module that it stands before returns, if that was asked for."""
         self._layer = layer
-        self.thread = greenlet(partial(self._run, forward, hidden))
+        self._forward, self._hidden = forward, hidden
+        self._thread: greenlet | None = None
+        """Bound to the thread of the interpreter that it is made in,"""
+        self._home = 0
+        """which is this one."""
 
-    def _run(self, forward: Callable[[nn.Module, Tensor], Tensor], hidden: Tensor) -> None:
-        self.output = forward(self._layer, hidden)
+    def go_on(self) -> None:
+        """Let the pass go on until it stands again or ends."""
+        if self._thread is None:
+            self._thread, self._home = greenlet(self._run), threading.get_ident()
+        self._thread.switch()
 
-    def stand(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The `forward` of the module `name`: waits, then calls what is in its place by then."""
+    def _run(self) -> None:
+        self.output = self._forward(self._layer, self._hidden)
+        self.ended = True
+
+    def stand(
+        self, name: str, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The `forward` of the module `name`: waits, then calls what is in its place by then.
+
+        forward: its own, for whoever else calls it meanwhile.
+        """
+        if getcurrent() is not self._thread:
+            return forward(x, *args, **kwargs)
         self.at, self.input = name, x
         self.passed.discard(name)
         getcurrent().parent.switch()
@@ -223,11 +314,14 @@ class _Held:
 
     def stop(self) -> None:
         """End the pass where it stands."""
-        # `thread` is false once it has ended; a process that ends takes all threads with it.
-        if self.thread and not sys.is_finalizing():
+        # A greenlet is false once it has ended; a process that ends takes all of them with it.
+        if not self._thread or sys.is_finalizing():
+            return
+        # Where the collector comes here in another thread, greenlet ends it in its own, later.
+        if threading.get_ident() == self._home:
             # The garbage collector may come here in the midst of another pass, which is to go on then.
-            self.thread.parent = getcurrent()
-            self.thread.throw()
+            self._thread.parent = getcurrent()
+            self._thread.throw()
 
 
 def _same(out: Any, entering: Tensor) -> bool:

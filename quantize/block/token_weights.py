@@ -92,6 +92,7 @@ def _measured(block: Block, batch: int, sampled: bool) -> Tensor | None:
     layer = block.frozen or block.module
     stream = block.inputs if block.parent_inputs is None else block.parent_inputs
     attention = layer.get_submodule(block.arch.attention)
+    block.parent_passes.settle()  # through the same layer
     own, received = getattr(attention, "kv", None), _Received(sampled)
     attention.kv = received
     try:

@@ -202,6 +202,8 @@ class Conversion:
 def _onward(block: Block, streams: Mapping[str, object]) -> dict[str, Route[str]]:
     """How the streams go on: through the block as it is now, and through the parent's layer."""
     teacher = teacher_of(block)
+    if teacher is block.parent_passes.layer:
+        block.parent_passes.go_ahead(block.parent_inputs or (), None)
     through: dict[str, Send] = {
         QUANTIZED: block.passes.finish,
         REFERENCE: block.parent_passes.finish

@@ -30,6 +30,7 @@ from quantize.cost.units import gigabytes
 from quantize.errors import RoomError
 from quantize.files.offload import Place
 from quantize.methods.encode import Encode
+from quantize.threads import spare_threads
 
 _SLACK = 64 << 20
 """Bytes that threads, allocators and libraries take once they work."""
@@ -186,6 +187,7 @@ def _blocks(plan: Plan, request: Request, tokens: TokenSet | None) -> list[Block
             tokens=B * T,
             itemsize=request.dtype.itemsize,
             stops=waits_before(plan, index),
+            goes_ahead=request.device.type == "cpu" and request.holds > 0 and spare_threads() > 0,
             stream=plan.skeleton.stream.width,
         )
     return list(seen.values())

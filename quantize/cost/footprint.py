@@ -55,6 +55,8 @@ class BlockSizes:
     """Bytes of the dtype that blocks compute in."""
     stops: frozenset[str] = frozenset()
     """First linears of the groups that passes wait before."""
+    goes_ahead: bool = False
+    """Whether the parent's passes go on beside what is done with the block."""
     stream: int = 0
     """Channels that go from block to block; 0: the hidden size."""
 
@@ -88,6 +90,10 @@ class BlockSizes:
             * self.batch
             * max(3 * wide + 2 * max(self.hidden, self.stream), attention)
         )
+
+    def beside(self) -> int:
+        """Bytes of a pass of the parent's that goes on while linears are measured or fitted."""
+        return self.forward() if self.goes_ahead else 0
 
     def moment_bytes(self, name: str, with_parent: bool) -> int:
         """Bytes of the moments of a linear's inputs."""
@@ -129,8 +135,11 @@ class BlockSizes:
         # Where the output is added to the residual stream: that of both, and the parent's output.
         residual = with_parent and name in self.residual
         inputs = self.batch * (K * (1 + fp8) + (3 * N if residual else K * with_parent))
-        return held + max(
-            self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs)
+        beside = self.beside() if with_parent else 0
+        return (
+            held
+            + beside
+            + max(self.forward() + FLOAT * inputs * (streams - 1) // 2, FLOAT * (K * K + inputs))
         )
 
     def weighing(self) -> int:

@@ -102,15 +102,15 @@ class Encode(Stage):
 
     def room(self, sizes: BlockSizes) -> int:
         """The largest linear's moments and fit."""
-        taken = [0]
+        taken, beside = [0], sizes.beside() if self.needs_parent else 0
         for group in sizes.groups:
             held = sizes.moment_bytes(group[0], self.needs_parent) if self.needs_inputs else 0
             if self.needs_inputs:
                 measuring = sizes.measuring(group[0], self.needs_parent, self.rounds_inputs)
                 taken.append(measuring + (sizes.weighing() if self.weighs_tokens else 0))
             if self.needs_parent and group[0] not in sizes.routed:
-                taken.append(held + sizes.correcting(group))
-            taken += [held + self.fitting(*sizes.linears[name]) for name in group]
+                taken.append(held + beside + sizes.correcting(group))
+            taken += [held + beside + self.fitting(*sizes.linears[name]) for name in group]
         return max(taken)
 
     @property

@@ -7,9 +7,10 @@ import copy
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -58,12 +59,22 @@ def after(block: Block, stages: list[Stage]) -> list[Tensor]:
     return out
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as passes of the parent need to go on beside the block's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen2_moe"])
+@pytest.mark.usefixtures("two_threads")
 def test_what_is_encoded_does_not_depend_on_them(
     make_block: BlockMaker, recipe: str, model_type: str
 ):
-    """None, some or all passes stand still."""
+    """None, some or all passes stand still, and those of the parent go on beside the others."""
     if recipe == "rotated" and model_type == "gemma3_text":
         pytest.skip("its norms stand behind the linears: nothing to rotate over")
     found = []
@@ -76,7 +87,11 @@ def test_what_is_encoded_does_not_depend_on_them(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
-def test_an_encode_stage_runs_each_module_once_a_batch(make_block: BlockMaker, model_type: str):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_encode_stage_runs_each_module_once_a_batch(
+    make_block: BlockMaker, model_type: str, threads: int, two_threads: None
+):
+    torch.set_num_threads(threads)
     block = make_block(model_type, with_parent=True)
     block.holds = len(block.inputs)
     calls: Counter[str] = Counter()
@@ -260,3 +275,147 @@ def test_a_module_that_a_layer_does_not_run_is_named():
     passes = HeldPasses(lambda module, x: module(x), layer, (), 9)
     with pytest.raises(KeyError, match="spare"):
         passes.inputs(torch.randn(2, 3, 4), ["spare"])
+
+
+class Steps(nn.Module):
+    """Four linears in a row, of which the third one can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.threads: list[threading.Thread] = []
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.threads.append(threading.current_thread())
+        for place, step in enumerate(self.steps):
+            if place == 2 and self.fails:
+                raise ZeroDivisionError("in the layer")
+            x = step(x)
+        return x
+
+    def before(self, x: Tensor, place: int) -> Tensor:
+        """What enters a step."""
+        for step in list(self.steps)[:place]:
+            x = nn.functional.linear(x, step.weight, step.bias)
+        return x
+
+
+@pytest.fixture
+def layer() -> Steps:
+    return Steps().requires_grad_(False)
+
+
+def beside(layer: Steps, most: int = 9) -> HeldPasses:
+    return HeldPasses(lambda module, x: module(x), layer, ("steps.1",), most, threads=1)
+
+
+def test_passes_go_ahead_in_a_thread_of_their_own(layer: Steps):
+    passes, stream = beside(layer), [torch.randn(2, 3, 4) for _ in range(5)]
+    for place, behind in ((1, "steps.3"), (3, None)):
+        passes.go_ahead(stream, f"steps.{place}")
+        for x in stream:
+            (found,) = passes.inputs(x, [f"steps.{place}"])
+            torch.testing.assert_close(found, layer.before(x, place))
+        passes.go_ahead(stream, behind)
+    for x in stream:
+        torch.testing.assert_close(passes.finish(x), layer.before(x, 4))
+    assert len(passes) == 0
+    assert len(layer.threads) == len(stream)  # none began twice
+    assert {*layer.threads} != {threading.current_thread()}
+    assert len({*layer.threads}) == 1
+    assert not any("forward" in vars(step) for step in layer.steps)
+
+
+def test_a_module_that_a_pass_is_on_its_way_to_is_the_same_for_others(layer: Steps):
+    """Its `forward` is another one while the pass goes on: to that pass alone."""
+    passes, stream = beside(layer), [torch.randn(2, 3, 4) for _ in range(2)]
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            go_on.wait(20)
+
+    passes.go_ahead(stream[:1], "steps.1")
+    passes.settle()
+    layer.steps[0].register_forward_pre_hook(wait)
+    passes.go_ahead(stream[1:], "steps.1")
+    assert entered.wait(20)
+    try:
+        (made,) = passes.results(stream[0], ["steps.1"])
+    finally:
+        go_on.set()
+    torch.testing.assert_close(made, layer.before(stream[0], 2))
+    torch.testing.assert_close(passes.inputs(stream[1], ["steps.1"])[0], layer.before(stream[1], 1))
+
+
+def test_passes_without_room_run_here(layer: Steps):
+    passes, stream = beside(layer, most=2), [torch.randn(2, 3, 4) for _ in range(4)]
+    passes.go_ahead(stream, "steps.2")
+    for x in stream:
+        torch.testing.assert_close(passes.inputs(x, ["steps.2"])[0], layer.before(x, 2))
+    assert len(passes) == 2
+    assert [one is threading.current_thread() for one in layer.threads] == [False] * 2 + [True] * 2
+    for x in stream:
+        torch.testing.assert_close(passes.finish(x), layer.before(x, 4))
+
+
+def test_an_error_beside_is_raised_where_something_is_asked(layer: Steps):
+    passes, x = beside(layer), torch.randn(2, 3, 4)
+    passes.inputs(x, ["steps.1"])
+    layer.fails = True
+    passes.go_ahead([x], "steps.3")
+    passes.settle()
+    with pytest.raises(ZeroDivisionError, match="in the layer"):
+        passes.inputs(x, ["steps.3"])
+    assert len(passes) == 0
+    layer.fails = False
+    torch.testing.assert_close(passes.inputs(x, ["steps.3"])[0], layer.before(x, 3))
+
+
+def test_a_change_of_the_layer_waits_for_passes_that_go_ahead(layer: Steps):
+    passes, x = beside(layer), torch.randn(2, 3, 4)
+    passes.go_ahead([x], "steps.3")
+    passes.changed(["steps.1"])
+    assert len(passes) == 0
+    layer.steps[1].weight.mul_(2)
+    torch.testing.assert_close(passes.inputs(x, ["steps.3"])[0], layer.before(x, 3))
+
+
+def test_what_stands_beside_ends_with_the_passes(layer: Steps):
+    passes, x = beside(layer), torch.randn(2, 3, 4)
+    seen = weakref.ref(passes.inputs(x, ["steps.2"])[0])
+    gc.disable()
+    try:
+        before = seen() is not None
+        del passes
+        layer.threads.pop().join(20)
+        after = seen() is not None
+    finally:
+        gc.enable()
+    assert (before, after) == (True, False)
+
+
+def test_a_process_may_end_while_passes_go_ahead():
+    script = LEFT_STANDING.replace(", (), 9)", ", (), 9, threads=1)")
+    assert script != LEFT_STANDING
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr.endswith("ZeroDivisionError: of the script's own\n")
+    assert done.returncode == 1
+
+
+def test_the_collector_may_end_passes_in_another_thread(
+    layer: Steps, recwarn: pytest.WarningsRecorder
+):
+    """Theirs is this one: what stands there is left to it."""
+    passes = HeldPasses(lambda module, x: module(x), layer, (), 9)
+    x = torch.randn(2, 3, 4)
+    passes.inputs(x, ["steps.1"])
+    collected = threading.Thread(target=passes._standing.pop(id(x)).stop)
+    collected.start()
+    collected.join(20)
+    assert not recwarn.list
+    torch.testing.assert_close(passes.inputs(x, ["steps.2"])[0], layer.before(x, 2))
