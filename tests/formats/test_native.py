@@ -165,11 +165,13 @@ def test_what_a_conversion_writes_loads(converted: Maker, recipe: str, model_typ
             linears_of(folder) if recipe == "fireq-paper" else 0
         )
         found, expected = logits(model), logits(ours)
-        if dtype == torch.bfloat16 and any(is_stacked(m) for m in model.modules()):
+        stacked = any(is_stacked(m) for m in model.modules())
+        if dtype == torch.bfloat16 and stacked:
             # Stacked experts are summed in float32: that may only come nearer to the exact logits.
             assert difference(found, exact) < 1.2 * difference(expected, exact)
         else:
-            assert difference(found, expected) < 1e-5
+            # Sums in another order: a key on the edge between two codes of the cache may go either way.
+            assert difference(found, expected) < (1e-3 if stacked else 1e-5)
         scales = [
             [m.scale for m in each.modules() if isinstance(m, KvAttention)]
             for each in (model, ours)

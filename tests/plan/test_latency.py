@@ -16,7 +16,6 @@ from quantize.plan.latency import CONSTANTS, ERRORS, Batch, step_seconds
 from quantize.plan.served import KvLayer, WeightPart, dense
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
 LLAMA = dense("llama-8b", 32, 4096, 32, 8, 128, 14336, 128256)
 H100 = gpu_named("h100")
 
@@ -113,14 +112,14 @@ def test_constants_and_errors_are_those_of_the_fit():
 
 
 @pytest.mark.shared
-def test_the_fit_errs_as_its_results_say():
+def test_the_fit_errs_as_its_results_say(shared_dir: Path):
     """On every fifth row of vLLM's, by the closed loop of the script: half of them it never saw."""
     sys.path.insert(0, str(ROOT / "eval"))
     try:
         import latency_fit as script
     finally:
         sys.path.pop(0)
-    rows = script.read(SHARED / "traces" / "aiconfigurator_measured_dense.csv")
+    rows = script.read(shared_dir / "traces" / "aiconfigurator_measured_dense.csv")
     loops = [script.Loop(row) for row in rows if row.backend == "vllm"][::5]
     found = script.table(loops, CONSTANTS)
     assert found["tpot"]["median"] < 0.07
