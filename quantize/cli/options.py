@@ -152,7 +152,12 @@ CalibrationDataset = Annotated[
 ]
 CalibrationWindows = Annotated[int | None, typer.Option(help="Calibration windows.")]
 CalibrationSeqlen = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of the calibration draw: of documents. A single text (.txt, builtin) gives its first windows."
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
