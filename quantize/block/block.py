@@ -157,6 +157,11 @@ class Block:
         self.tell(name)
 
     @property
+    def parent_stream(self) -> MutableSequence[Tensor]:
+        """The parent's hidden states where they are carried along, else the block's own."""
+        return self.inputs if self.parent_inputs is None else self.parent_inputs
+
+    @property
     def passes(self) -> HeldPasses:
         """The passes of `inputs` through the layer."""
         return self._held("own", self.module)

@@ -103,8 +103,8 @@ def sums_of(
     batches = _first(block.inputs, tokens)
     parent: Iterator[tuple[Tensor, ...] | None] = itertools.repeat(None)
     if with_parent:
-        stream = block.inputs if block.parent_inputs is None else block.parent_inputs
         theirs_of = _entering if residual is None else _leaving
+        stream = block.parent_stream
         block.parent_passes.go_ahead(_own_batches(block, stream, batches), name)
         parent = theirs_of(block.parent_passes, names, _own_batches(block, stream, batches))
     rounds = block.ranks.rounds(batches)
@@ -117,8 +117,7 @@ def sums_of(
         sums.add(ours, theirs, present, weights, (batch, kept.get(batch, 0)))
         del ours, theirs  # before the next pass, which takes most
     if with_parent:
-        stream = block.inputs if block.parent_inputs is None else block.parent_inputs
-        block.look_ahead(name, _own_batches(block, stream, batches))
+        block.look_ahead(name, _own_batches(block, block.parent_stream, batches))
     _complete(block, (sums,))
     return sums
 

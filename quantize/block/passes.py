@@ -5,6 +5,9 @@ What a linear gets is known when the forward pass has come to it. The pass waits
 greenlet of its own, until the linear is encoded, and goes on through what took its place. All that
 came before is kept as the layer's own code keeps it: in local variables of functions that have not
 returned. So nothing is computed twice, and nothing need be known of how a layer computes.
+
+Passes through a layer that stays as it is, such as the parent's, may go on in a thread of their own
+meanwhile (`HeldPasses.go_ahead`).
 """
 
 from __future__ import annotations
@@ -156,7 +159,7 @@ class HeldPasses:
             self._go(held, name)
         elif held is None or held.at != name:
             if held is not None:
-                self._stop(held)
+                held.do(held.stop)
             held = self._begin(hidden)
             self._go(held, name)
         if held.at != name:
@@ -171,7 +174,7 @@ class HeldPasses:
         if len(self._standing) < self._most:
             self._standing[id(hidden)] = held
         else:
-            self._stop(held)
+            held.do(held.stop)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What `hidden` [B, T, D] becomes in the layer as it is now."""
@@ -194,21 +197,13 @@ class HeldPasses:
         for key, held in list(self._standing.items()):
             if not names or not held.passed.isdisjoint(names):
                 del self._standing[key]
-                self._stop(held)
+                held.do(held.stop)
 
     def _go(self, held: _Held, name: str | None) -> None:
         """Let a pass go on until it comes to the module `name`; None: to its end."""
         if held.beside is None:
             self.settle()  # two that run would each change what the other one comes to
-            self._go_here(held, name)
-        else:
-            held.beside.do(partial(self._go_here, held, name))
-
-    def _stop(self, held: _Held) -> None:
-        if held.beside is None:
-            held.stop()
-        else:
-            held.beside.do(held.stop)
+        held.do(partial(self._go_here, held, name))
 
     def _go_here(self, held: _Held, name: str | None) -> None:
         """`_go`, in the thread that the pass is bound to."""
@@ -272,6 +267,13 @@ class _Held:
         """Bound to the thread of the interpreter that it is made in,"""
         self._home = 0
         """which is this one."""
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Do what concerns the pass in the thread that it is bound to, and wait for it."""
+        if self.beside is None:
+            job()
+        else:
+            self.beside.do(job)
 
     def go_on(self) -> None:
         """Let the pass go on until it stands again or ends."""

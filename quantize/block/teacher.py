@@ -41,7 +41,7 @@ def teacher_outputs(block: Block) -> Iterator[Tensor]:
     The parent's where they are carried along, else the block's own.
     """
     teacher = teacher_of(block)
-    for hidden in block.inputs if block.parent_inputs is None else block.parent_inputs:
+    for hidden in block.parent_stream:
         yield block.forward(teacher, hidden)
 
 

@@ -90,14 +90,13 @@ def _measured(block: Block, batch: int, sampled: bool) -> Tensor | None:
     if not block.arch.attention:
         return None
     layer = block.frozen or block.module
-    stream = block.inputs if block.parent_inputs is None else block.parent_inputs
     attention = layer.get_submodule(block.arch.attention)
     block.parent_passes.settle()  # through the same layer
     own, received = getattr(attention, "kv", None), _Received(sampled)
     attention.kv = received
     try:
         with watch_attention(received.watch), suppress(_Seen):
-            block.forward(layer, stream[batch].to(block.device))
+            block.forward(layer, block.parent_stream[batch].to(block.device))
     finally:
         del attention.kv
         if own is not None:

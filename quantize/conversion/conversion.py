@@ -201,15 +201,14 @@ class Conversion:
 
 def _onward(block: Block, streams: Mapping[str, object]) -> dict[str, Route[str]]:
     """How the streams go on: through the block as it is now, and through the parent's layer."""
-    teacher = teacher_of(block)
-    if teacher is block.parent_passes.layer:
-        block.parent_passes.go_ahead(block.parent_inputs or (), None)
+    teacher, parents = teacher_of(block), block.parent_passes
     through: dict[str, Send] = {
         QUANTIZED: block.passes.finish,
-        REFERENCE: block.parent_passes.finish
-        if teacher is block.parent_passes.layer
-        else partial(block.forward, teacher),
+        REFERENCE: partial(block.forward, teacher),
     }
+    if teacher is parents.layer:
+        parents.go_ahead(block.parent_stream, None)
+        through[REFERENCE] = parents.finish
     return {name: (name, through[name]) for name in streams}
 
 
