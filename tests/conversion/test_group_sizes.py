@@ -247,7 +247,9 @@ def test_strict_stages_refuse(tiny: Maker, text_file: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "fireq-linear", "fireq", "sbvr"])
+@pytest.mark.parametrize(
+    "recipe", ["rtn", pytest.param("fireq-linear", marks=pytest.mark.slow), "fireq", "sbvr"]
+)
 def test_smollm2_from_the_command_line(
     pq: Pq, tiny: Maker, text_file: Path, tmp_path: Path, recipe: str
 ):
