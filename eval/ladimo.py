@@ -41,21 +41,23 @@ from quantize.recipe.overrides import with_stage_fields
 from quantize.recipe.recipe import Recipe, load_recipe
 
 _KEYS = ("perplexity", "baseline_perplexity", "kld_mean", "kld_stderr", "top1_agreement")
+_BIASED = ("llama",)  # types whose FFNs know biases
 _BUDGETS = (0.1, 0.2, 0.3, 0.4)  # of activated parameters saved: to where quality is lost
 
 
 class StaticPruning(Ladimo):
     """The baseline: FFNs keep so many neurons as LaDiMo's would use, and a bias for the mean of the others.
 
-    The neurons that go stay in the checkpoint as zeros, since a llama's FFNs all have one size.
+    The neurons that go stay in the checkpoint as zeros, since a llama's FFNs all have one size. Of a model whose FFNs
+    know no biases (Gemma) the mean is left to the lesson, as LaDiMo's experts leave it.
     """
 
     method: Literal["static-pruning"] = "static-pruning"  # type: ignore[assignment]
     native_field: ClassVar[str | None] = None  # type: ignore[misc]
 
     def config(self, parent: Mapping[str, Any]) -> dict[str, Any]:
-        """The parent's, with biases in the FFN."""
-        return {**parent, "mlp_bias": True}
+        """The parent's, with biases in the FFN where its class knows them."""
+        return {**parent, "mlp_bias": True} if parent["model_type"] in _BIASED else dict(parent)
 
     def linears(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """None changes its shape."""
@@ -64,7 +66,8 @@ class StaticPruning(Ladimo):
     def apply(self, block: Block) -> None:
         """Prune, and with `teaching: distill` teach what is left the same lesson that LaDiMo's experts get."""
         keep_parent(block)
-        for role in ("gate", "up", "down"):
+        biased = block.arch.model_type in _BIASED
+        for role in ("gate", "up", "down") if biased else ():
             block.add_bias(block.arch.of_role(role))
         assert isinstance(self.mean_experts, tuple)
         mean = self.mean_experts[block.index]
@@ -83,7 +86,8 @@ class StaticPruning(Ladimo):
         student = copy.deepcopy(
             Student(ffn, split, torch.zeros(1, x.shape[1]), Threshold(float("inf")))
         )
-        beside_bias = lesson.train.minus(found.bias)
+        bias = found.bias if biased else torch.zeros_like(found.bias)
+        beside_bias = lesson.train.minus(bias) if biased else lesson.train
         if self.teaching != "none":
             refit_down(student, beside_bias)
         if self.teaching == "distill":
@@ -95,12 +99,13 @@ class StaticPruning(Ladimo):
             block.linear(block.arch.of_role(role)).weight.copy_(weight)
         down = block.linear(block.arch.of_role("down"))
         down.weight[:, owner == 0] = 0
-        assert down.bias is not None
-        down.bias.copy_(found.bias)
+        if biased:
+            assert down.bias is not None
+            down.bias.copy_(bias)
         kept = Ffn(
             student.gate[found.kept], student.up[found.kept], student.down[:, found.kept], ffn.act
         )
-        error = lesson.held_out.error(lambda x: kept(x) + found.bias)
+        error = lesson.held_out.error(lambda x: kept(x) + bias)
         block.note(dense_ffn_of(block.arch), ffn_error=error, mean_experts=mean)
 
 
@@ -137,8 +142,11 @@ def recipe_of(name: str, changes: tuple[str, ...], args: argparse.Namespace) -> 
         dataset=args.calibration, nsamples=args.nsamples, seqlen=args.seqlen
     )
     recipe = with_stage_fields(recipe, tuple(p for change in changes for p in change.split(";")))
-    if name != "static":
-        return recipe
+    return pruned(recipe) if name == "static" else recipe
+
+
+def pruned(recipe: Recipe) -> Recipe:
+    """`ladimo` with FFNs pruned instead of divided."""
     (stage,) = recipe.stages
     return recipe.model_copy(
         update={"stages": (StaticPruning(**stage.model_dump(exclude={"method"})),)}
