@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import request_for
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantize.conversion.loop import convert
+from quantize.methods.ladimo.budget import neurons_for
+from quantize.methods.ladimo.split import Layout
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 
@@ -94,6 +103,7 @@ def test_every_row_is_a_recipe_with_its_changes(script: ModuleType):
             continue
         args = type("Args", (), {"calibration": "builtin", "nsamples": 4, "seqlen": 64})
         recipe = script.recipe_of(row, args)
+        assert recipe.calibration.nsamples == (row.nsamples or 4)
         assert recipe.calibration.bos == ("auto" if row.bos else "never")
         assert all(
             str(getattr(stage, change.partition("=")[0].rpartition(".")[2], None)).lower()
@@ -103,3 +113,32 @@ def test_every_row_is_a_recipe_with_its_changes(script: ModuleType):
             if stage.method == change.partition(".")[0]
         )
     assert len({row.name for row in script.ROWS}) == len(script.ROWS)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Pydantic serializer"
+)  # the baseline is no stage that recipes know
+def test_what_is_pruned_where_ffns_know_no_bias(
+    script: ModuleType, tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+):
+    """A Gemma stays one, without the neurons that no token would meet."""
+    model = tiny("gemma3_text", sliding_window=8)
+    sizes = ("shared=128", "experts=2", "mean_experts=0", "activated_reduction=0.01", "steps=2")
+    asked = request_for(model, "ladimo", tmp_path / "out", text_file, *sizes)
+    convert(dataclasses.replace(asked, recipe=script.ladimo.pruned(asked.recipe)))
+    config = json.loads((model / "config.json").read_text())
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "gemma3_text"
+    tensors: dict[str, Tensor] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    assert not any("bias" in name for name in tensors)
+    kept = [
+        int(tensor.any(dim=0).sum())
+        for name, tensor in tensors.items()
+        if name.endswith("down_proj.weight")
+    ]
+    layout = Layout(2, (config["intermediate_size"] - 128) // 2, 128)
+    # As many as the shared expert has, and what the router would cost.
+    left = neurons_for(config["hidden_size"], layout, 0)
+    assert 128 <= left < config["intermediate_size"]
+    assert kept == [left] * config["num_hidden_layers"]
